@@ -1,0 +1,137 @@
+"""Text to calibration samples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compress.demo import corpus
+from compress.errors import CompressError
+from compress.recipe import Calibration
+from compress.weights import sha256_of
+from compress.workspace import digest
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token sequences, and where they come from.
+
+    Attributes:
+        tokens: int64 tensors [T], T at most ``Calibration.length``, BOS in front where the tokenizer has one.
+        source: what the manifest records: name and digests.
+    """
+
+    tokens: tuple[Tensor, ...]
+    source: dict[str, object]
+
+    @property
+    def key(self) -> str:
+        """Digest of the tokens themselves."""
+        return digest([sample.tolist() for sample in self.tokens])
+
+
+def read_documents(path: Path, separator: str | None = None, column: str = "text") -> list[str]:
+    """The documents of a text file: the whole, or its parts between separators, or a value per JSON line.
+
+    Raises:
+        CompressError: the file cannot be read, or is not what its name says.
+    """
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as handle:
+            if plain.suffix not in (".jsonl", ".json"):
+                text = handle.read()
+                return [part.strip() for part in text.split(separator)] if separator else [text]
+            return [str(json.loads(line)[column]) for line in handle if line.strip()]
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise CompressError(f"text file {path}: cannot be read ({error}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CompressError(f"text file {path}: not JSON lines with the key {column!r} ({error}).") from error
+
+
+def _documents(settings: Calibration) -> tuple[Iterable[str], dict[str, object]]:
+    if settings.builtin:
+        texts = corpus.read_modules(corpus.CALIBRATION)
+        return texts.values(), {"builtin": settings.builtin, "sha256": corpus.fingerprint(texts)}
+    if settings.text:
+        path = Path(settings.text)
+        documents = read_documents(path, settings.separator, settings.column)
+        return documents, {"text": path.name, "sha256": sha256_of(path)}
+    return _dataset(settings), {"dataset": settings.dataset, "name": settings.name, "split": settings.split}
+
+
+def _dataset(settings: Calibration) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CompressError("calibration.dataset needs the datasets library: pip install 'compress-llm[data]'.") from error
+    try:
+        rows = load_dataset(settings.dataset, settings.name, split=settings.split, streaming=True)
+        for row in rows:
+            yield str(row[settings.column])
+    except KeyError as error:
+        raise CompressError(f"calibration.column: dataset {settings.dataset!r} has no column {error}.") from error
+    except Exception as error:  # the library's own errors are of many kinds
+        raise CompressError(f"calibration.dataset {settings.dataset!r} cannot be loaded: {error}") from error
+
+
+def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token every document starts with: BOS where the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, without special ones and without a warning about its length."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Samples:
+    """The first documents long enough, each cut to ``length`` tokens; or, from one long text, even windows.
+
+    Args:
+        settings: source, number and length of the samples.
+        tokenizer: of the model.
+        context_length: the model's limit, if it has one.
+
+    Raises:
+        CompressError: too little text, or a length beyond the model's context.
+    """
+    if context_length is not None and settings.length > context_length:
+        raise CompressError(
+            f"calibration.length: {settings.length} tokens, but the model's context holds {context_length}; lower it."
+        )
+    documents, source = _documents(settings)
+    start = bos_tokens(tokenizer)
+    long_enough = (text for text in documents if len(text) >= max(settings.min_characters, 1))
+    separate = settings.separator or settings.dataset or (settings.text or "").removesuffix(".gz").endswith("jsonl")
+    if separate:
+        cut = (start + token_ids(tokenizer, text)[: settings.length - len(start)] for text in long_enough)
+        sequences = list(islice((tokens for tokens in cut if len(tokens) >= 2), settings.samples))
+    else:
+        sequences = _windows(
+            [token for text in long_enough for token in token_ids(tokenizer, text)], start, settings
+        )
+    if len(sequences) < settings.samples:
+        raise CompressError(
+            f"calibration.samples: {settings.samples} asked for, but the text gives {len(sequences)} of "
+            f"{settings.length} tokens; lower samples or length, or give more text."
+        )
+    tokens = tuple(torch.tensor(sequence, dtype=torch.long) for sequence in sequences)
+    return Samples(tokens, {**source, "samples": len(tokens), "tokens": sum(map(len, sequences))})
+
+
+def _windows(stream: list[int], start: list[int], settings: Calibration) -> list[list[int]]:
+    """``samples`` windows without overlap, spread evenly over the whole text."""
+    length = settings.length - len(start)
+    available = len(stream) // length
+    count = min(available, settings.samples)
+    picked = [index * available // count for index in range(count)] if count else []
+    return [start + stream[index * length : (index + 1) * length] for index in picked]

@@ -1,0 +1,286 @@
+"""The ``compress`` command. Every error a user can put right is one line; tracebacks are for ``--traceback``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from compress.errors import CompressError
+
+app = typer.Typer(
+    help="Compress Hugging Face causal LMs after training: one checkpoint, every bit-width, measured cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
+BitsOption = Annotated[Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8. All there are if absent.")]  # noqa: UP045
+JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]  # noqa: UP045
+
+
+def main() -> None:
+    """Entry point: run the command, turn errors into one line and an exit code."""
+    show = "--traceback" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        err.print("interrupted; run the same command again to continue.")
+        sys.exit(130)
+    except Exception as error:
+        if show:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, CompressError)
+        note = "" if known else f"unexpected {type(error).__name__} (add --traceback to see where): "
+        err.print(f"[bold red]error:[/] {escape(note + text)}", soft_wrap=True)
+        sys.exit(1)
+
+
+def parse_widths(text: str | None) -> list[int] | None:
+    """``3,4,8`` to numbers.
+
+    Raises:
+        CompressError: something else.
+    """
+    if text is None or text == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise CompressError(f"--bits {text!r}: give one width or several, comma-separated, for example 3,4,8.") from None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A report function for (what, done, total), drawn on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=escape(what), completed=done, total=total)
+
+        yield report
+
+
+def quiet_transformers() -> None:
+    """Its own progress bars and advice would drown ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def write_json(result: Any, target: str | None) -> bool:
+    """Write an object where ``--json`` says; False if it says nothing."""
+    if target is None:
+        return False
+    text = json.dumps(result, indent=1)
+    if target == "-":
+        print(text)
+    else:
+        try:
+            Path(target).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CompressError(f"--json {target}: {error.strerror}.") from error
+    return True
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see `compress schema` and `compress passes`.")],
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.")] = None,  # noqa: UP045
+    assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")] = None,  # noqa: UP045
+    workspace: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."),
+    ] = None,
+) -> None:
+    """Compress a model. Interrupted, the same command continues where it was."""
+    from compress import pipeline
+
+    quiet_transformers()
+    with progress_bar() as report:
+        target = pipeline.run(recipe, output, assignments or (), workspace, report)
+    from compress.inspect import inspect as look
+
+    found = look(target)
+    out.print(f"{escape(str(target))}: {found['bytes'] / 1e6:.2f} MB of tensors" + _at_widths(found["bytes_at_bits"]))
+
+
+def _at_widths(at: dict[str, int]) -> str:
+    return "; read at " + ", ".join(f"{bits} bits: {size / 1e6:.2f} MB" for bits, size in at.items()) if at else ""
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    target: JsonOption = None,
+    modules: Annotated[bool, typer.Option(help="List every packed module.")] = True,
+) -> None:
+    """Show what is in a checkpoint: modules, bytes by width, errors, where it came from."""
+    from compress.inspect import inspect as look
+
+    found = look(folder)
+    if write_json(found, target):
+        return
+    origin = found["manifest"]
+    if origin:
+        recipe = origin["recipe"]
+        kinds = " → ".join(step["kind"] for step in recipe["passes"])
+        out.print(f"{escape(recipe['model'])} → {kinds}, seed {recipe['seed']}, compress {origin['compress_version']}")
+    out.print(f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_widths(found['bytes_at_bits'])}")
+    if modules and found["modules"]:
+        out.print(_module_table(found))
+    dense = sum(found["dense"].values())
+    out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
+    for name, reason in found["not_quantised"].items():
+        out.print(f"  {escape(name)}: {escape(reason)}")
+
+
+def _module_table(found: dict[str, Any]) -> Table:
+    widths = list(found["bytes_at_bits"])
+    prefix = os.path.commonprefix(list(found["modules"])).rpartition(".")[0]
+    table = Table(title=f"relative squared error of each packed matrix below {prefix}, by width", box=SIMPLE)
+    table.add_column("module", no_wrap=True)
+    for column in ("shape", *widths):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, module in found["modules"].items():
+        errors = [f"{module['errors'][b]['relative']:.0e}" if b in module["errors"] else "" for b in widths]
+        rows, columns = module["shape"]
+        table.add_row(name.removeprefix(prefix + "."), f"{rows}×{columns}", *errors)
+    return table
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Check digests, shapes and versions, and that a fresh process computes the recorded logits."""
+    from compress.manifest import verify as check
+
+    for line in check(folder):
+        out.print(f"[green]ok[/] {escape(line)}")
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    text: Annotated[str, typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.")],
+    bits: BitsOption = None,
+    separator: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Divides the text into documents, each scored alone with BOS in front."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Score the first so many documents.", min=1)] = None,  # noqa: UP045
+    min_characters: Annotated[int, typer.Option(help="Pass over documents of this length or less.", min=0)] = 0,
+    length: Annotated[Optional[int], typer.Option(help="Tokens in a window; the context, at most 2048, if absent.")] = None,  # noqa: UP045
+    stride: Annotated[Optional[int], typer.Option(help="Tokens a window advances by; half its length if absent.")] = None,  # noqa: UP045
+    truncate: Annotated[bool, typer.Option(help="Score only the first window of each document.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    target: JsonOption = None,
+) -> None:
+    """Measure perplexity and bits per byte of a text at one or several widths, in one load."""
+    from compress.evals.text import Protocol, evaluate_text
+
+    quiet_transformers()
+    protocol = Protocol(separator, limit, min_characters, length, stride, truncate)
+    with progress_bar() as report:
+        result = evaluate_text(folder, text, parse_widths(bits), protocol, device=device, report=report)
+    if write_json(result, target) and target == "-":
+        return
+    table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
+    for width, score in result["bits"].items():
+        figures = (f"{score['loss']:.5f}", f"{score['perplexity']:.4f}", f"{score['bits_per_byte']:.4f}")
+        table.add_row(width, *figures, str(score["tokens"]))
+    out.print(table)
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    bits: Annotated[Optional[int], typer.Option(help="Width; all that is stored if absent.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+) -> None:
+    """Continue a text at a width."""
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+
+    from compress.loading import load
+
+    quiet_transformers()
+    model = load(folder, bits=bits, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].numel():
+        raise CompressError("the prompt has no tokens; give some text.")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling)
+
+
+@app.command()
+def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:  # noqa: UP045
+    """List the installed passes, or one with all its settings."""
+    from compress.errors import did_you_mean
+    from compress.passes import kinds, pass_class
+
+    if kind is None:
+        for name in kinds():
+            summary = (pass_class(name).Config.__doc__ or "").strip().splitlines()[0]
+            out.print(f"[bold]{name}[/]  {escape(summary)}")
+        return
+    if kind not in kinds():
+        raise CompressError(f"there is no pass {kind!r}. {did_you_mean(kind, kinds())}")
+    config = pass_class(kind).Config
+    out.print(escape((config.__doc__ or "").strip()))
+    table = Table("key", "default", "meaning")
+    for name, field in config.model_fields.items():
+        if name != "kind":
+            table.add_row(name, escape(str(field.get_default())), escape(field.description or ""))
+    out.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, with every installed pass."""
+    from compress.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")] = Path("runs/demo"),
+    controls: Annotated[bool, typer.Option(help="Also measure k-means and round-to-nearest at every width.")] = True,
+) -> None:
+    """Compress the built-in model, load it in a fresh process, measure every width beside its controls."""
+    from compress.demo.main import demonstrate
+
+    quiet_transformers()
+    with progress_bar() as report:
+        result = demonstrate(output, controls, report)
+    out.print(result)
+
+
+if __name__ == "__main__":
+    main()

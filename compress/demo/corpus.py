@@ -1,0 +1,58 @@
+"""The built-in text: source files of Python's standard library, as found on the running machine.
+
+Three disjoint lists of modules: the model was trained on ``TRAINING``, passes calibrate on
+``CALIBRATION``, and every figure is measured on ``HELDOUT``. The tests of a held-out or calibration
+module are left out of the training list too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+SEPARATOR = "<|endoftext|>"
+
+HELDOUT = ("configparser", "fractions", "heapq", "sched", "shelve", "textwrap")
+CALIBRATION = ("argparse", "bisect", "queue", "statistics", "tempfile", "zipapp")
+_SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "encodings", "pydoc_data", "turtledemo", "ensurepip", "__pycache__"}
+)
+# Of the test suite only these letters: enough of its style, without drowning the library's own.
+_TEST_FILES = tuple(f"test_{letter}*.py" for letter in "abcdefghi")
+
+
+def stdlib() -> Path:
+    """Folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def read_modules(names: Sequence[str]) -> dict[str, str]:
+    """Read top-level modules of the standard library.
+
+    Raises:
+        FileNotFoundError: a module's source file is not there (a stripped interpreter).
+    """
+    return {name: (stdlib() / f"{name}.py").read_text(encoding="utf-8") for name in names}
+
+
+def training_files() -> list[Path]:
+    """Every source file of the standard library that is neither held out nor for calibration."""
+    root = stdlib()
+    reserved = {*HELDOUT, *CALIBRATION}
+    library = [
+        path
+        for path in root.rglob("*.py")
+        if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+        and not {"test", "tests", "idle_test"} & set(path.relative_to(root).parts[:-1])
+    ]
+    tests = [path for pattern in _TEST_FILES for path in (root / "test").glob(pattern)]
+    return sorted(
+        path for path in (*library, *tests) if path.stem.removeprefix("test_") not in reserved
+    )
+
+
+def fingerprint(texts: dict[str, str]) -> dict[str, str]:
+    """SHA-256 of each text, for the record of what was trained on or measured."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}

@@ -1,0 +1,135 @@
+"""Train the built-in model: ``python -m compress.demo.train OUT [--steps N]``.
+
+A byte-level BPE tokenizer and a Llama of 2.7 M parameters, on the standard library's source files
+(see :mod:`compress.demo.corpus`). It takes about two hours on two CPU cores; an interrupted training continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from compress.demo.corpus import SEPARATOR, fingerprint, stdlib, training_files
+
+VOCABULARY = 2048
+CONTEXT = 512
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose one special token separates and starts documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[SEPARATOR],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR, model_max_length=CONTEXT
+    )
+
+
+def model_config() -> LlamaConfig:
+    """Grouped-query attention, tied embeddings, and an inner size (500) that no power of two divides."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=500,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random windows of one long token stream; window ``i`` is the same in every run."""
+
+    def __init__(self, stream: Tensor, count: int) -> None:
+        self.stream, self.count = stream, count
+        self.starts = torch.randint(
+            len(stream) - CONTEXT, (count,), generator=torch.Generator().manual_seed(0)
+        )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = int(self.starts[index])
+        window = self.stream[start : start + CONTEXT].long()
+        return {"input_ids": window, "labels": window}
+
+
+def main() -> None:
+    """Train, resume where a run was interrupted, and save in bfloat16."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=8)
+    arguments = parser.parse_args()
+    set_seed(0)
+    files = training_files()
+    texts = {str(path.relative_to(stdlib())): path.read_text("utf-8", "ignore") for path in files}
+    tokenizer = train_tokenizer(list(texts.values()))
+    stream = torch.tensor(
+        [token for text in texts.values() for token in (0, *tokenizer(text)["input_ids"])],
+        dtype=torch.int16,
+    )
+    print(f"{len(texts)} files, {sum(map(len, texts.values()))} characters, {len(stream)} tokens", flush=True)
+    model = LlamaForCausalLM(model_config())
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(arguments.output / "training"),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch,
+            learning_rate=3e-3,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            warmup_steps=100,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.02},
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=20,
+            save_steps=200,
+            save_total_limit=1,
+            report_to=[],
+            dataloader_num_workers=0,
+            seed=0,
+        ),
+        train_dataset=Windows(stream, arguments.steps * arguments.batch),
+    )
+    resumable = any((arguments.output / "training").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resumable)
+    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    record = {"python": sys.version, "steps": arguments.steps, "batch": arguments.batch, "files": fingerprint(texts)}
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

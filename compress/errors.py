@@ -1,0 +1,17 @@
+"""One error type for everything a user can put right, and the help that goes with a misspelt name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressError(Exception):
+    """One clear sentence: what is wrong, where, which rule it breaks, what to do."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``Did you mean 'x'?`` for the nearest known name, else the list of what there is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."

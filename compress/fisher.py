@@ -1,0 +1,135 @@
+"""Diagonal Fisher information by backpropagation with one block in memory.
+
+``F = sum over samples of (dL/dW)^2``, L the mean next-token loss of one sample: the sensitivity of SqueezeLLM
+and Any-Precision LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input on disk; the
+backward pass walks the blocks in reverse, recomputes one, and hands the gradient of its input on. Cost: one
+forward, one recomputation, one backward. Memory: one block, its gradients, the samples' hidden states twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.calibration import Samples
+from compress.errors import CompressError
+from compress.streaming import StreamedModel
+from compress.workspace import Stage
+
+Report = Callable[[str, int, int], None]
+
+
+def squared_gradients(
+    model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report
+) -> None:
+    """Leave units ``fisher-<block>`` (and ``fisher--1`` for modules outside the blocks) in a stage.
+
+    Args:
+        model: to differentiate.
+        samples: calibration tokens; each one's gradient is squared on its own.
+        stage: where units go; finished ones are kept.
+        outside: names among :meth:`StreamedModel.outside`.
+        report: called with (what, done, total).
+
+    Raises:
+        CompressError: the loss or a gradient is not finite.
+    """
+    count = len(model.blocks)
+    total = 2 * count + 1
+    if stage.record(f"gradient-{count}") is None and stage.record("fisher-0") is None:
+        for index in range(count):
+            report("forward", index, total)
+            _forward(model, samples, stage, index)
+        _loss(model, samples, stage, outside)
+    for index in reversed(range(count)):
+        if stage.record(f"fisher-{index}") is None:
+            report("backward", 2 * count - index, total)
+            _backward(model, samples, stage, index)
+        stage.discard(f"hidden-{index + 1}")
+        stage.discard(f"gradient-{index + 1}")
+    if outside and stage.record("fisher--1") is None:
+        _finish_outside(model, samples, stage, outside)
+    for unit in ("hidden-0", "gradient-0", "head"):
+        stage.discard(unit)
+
+
+@torch.no_grad()
+def _forward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -> None:
+    if index == 0 and stage.record("hidden-0") is None:
+        first = {str(i): model.capture(tokens)[0] for i, tokens in enumerate(samples.tokens)}
+        stage.save("hidden-0", first)
+    if stage.record(f"hidden-{index + 1}") is not None:
+        return
+    hidden = stage.load(f"hidden-{index}")
+    with model.block(index) as block:
+        for i, tokens in enumerate(samples.tokens):
+            call = model.capture(tokens)[1][index]
+            hidden[str(i)] = model.run(block, hidden[str(i)].to(model.device), call).cpu()
+    stage.save(f"hidden-{index + 1}", hidden)
+
+
+def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
+    """Gradient of every sample's loss by the last block's output (and by the head, if it is wanted)."""
+    count = len(model.blocks)
+    hidden = stage.load(f"hidden-{count}")
+    wants_head = model.structure.head in outside
+    head = model.head_weight().requires_grad_(wants_head)
+    fisher = torch.zeros_like(head) if wants_head else None
+    gradients: dict[str, Tensor] = {}
+    for i, tokens in enumerate(samples.tokens):
+        state = hidden[str(i)].to(model.device).requires_grad_()
+        loss = model.loss(tokens, state)
+        if not torch.isfinite(loss):
+            raise CompressError(f"calibration sample {i}: the model's loss is {loss.item()}; its weights are damaged.")
+        found = torch.autograd.grad(loss, [state, head] if wants_head else [state])
+        gradients[str(i)] = found[0].cpu()
+        if fisher is not None:
+            fisher += found[1].square()
+    head.requires_grad_(False)
+    if fisher is not None:
+        stage.save("head", {model.structure.head: fisher})
+    stage.save(f"gradient-{count}", gradients)
+
+
+def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -> None:
+    hidden, gradients = stage.load(f"hidden-{index}"), stage.load(f"gradient-{index + 1}")
+    with model.block(index) as block:
+        linears = model.linears(index)
+        weights = [linear.module.get_parameter("weight").requires_grad_() for linear in linears.values()]
+        fisher = [torch.zeros_like(weight) for weight in weights]
+        for i, tokens in enumerate(samples.tokens):
+            with torch.no_grad():
+                call = model.capture(tokens)[1][index]
+            state = hidden[str(i)].to(model.device).requires_grad_()
+            output = model.run(block, state, call)
+            found = torch.autograd.grad(output, [state, *weights], gradients[str(i)].to(model.device))
+            gradients[str(i)] = found[0].cpu()
+            for total, gradient in zip(fisher, found[1:], strict=True):
+                total += gradient.square()
+        result = {
+            name: total.t() if linear.transposed else total
+            for (name, linear), total in zip(linears.items(), fisher, strict=True)
+        }
+    for name, total in result.items():
+        if not torch.isfinite(total).all():
+            raise CompressError(f"{name}: its gradient on the calibration text is not finite; check the model's weights.")
+    stage.save(f"gradient-{index}", gradients)
+    stage.save(f"fisher-{index}", {name: total.cpu() for name, total in result.items()})
+
+
+def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
+    """The embedding's gradient comes last; the head's was found with the loss."""
+    fisher = stage.load("head") if model.structure.head in outside else {}
+    name = model.structure.embedding
+    if name in outside:
+        gradients = stage.load("gradient-0")
+        weight = model.model.get_submodule(name).get_parameter("weight").requires_grad_()
+        fisher[name] = torch.zeros_like(weight).cpu()
+        for i, tokens in enumerate(samples.tokens):
+            first = model.capture(tokens)[0]
+            (found,) = torch.autograd.grad(first, [weight], gradients[str(i)].to(model.device))
+            fisher[name] += found.cpu().square()
+        weight.requires_grad_(False)
+    stage.save("fisher--1", fisher)

@@ -1,0 +1,232 @@
+"""The Hugging Face side: one quantiser that rebuilds packed modules, registered by ``import compress``.
+
+Only the part of the interface that is the same from transformers 5.0 to the latest is used. A process
+that has not imported :mod:`compress` stops with a size mismatch: the seed planes bear the dense weight's name
+with another shape, so transformers can not take them for weights nor fill them with random numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.errors import CompressError, did_you_mean
+from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
+from compress.structure import Linear, is_linear
+
+METHOD = "compress"
+FORMAT_VERSION = 1
+
+Bits = int | Mapping[str, int]
+"""A width for all packed modules, or widths by exact module name or ``re:`` pattern."""
+
+
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """The names a pattern means: an exact name, or ``re:`` and a regular expression for a whole name.
+
+    Raises:
+        CompressError: it matches nothing, or is not a regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            rule = re.compile(pattern[3:])
+        except re.error as error:
+            raise CompressError(f"pattern {pattern!r} is not a regular expression: {error}.") from error
+        found = [name for name in names if rule.fullmatch(name)]
+    else:
+        found = [name for name in names if name == pattern]
+    if not found:
+        raise CompressError(
+            f"pattern {pattern!r} matches no module; give a full name or 're:' and a regular expression for one. "
+            f"{did_you_mean(pattern.removeprefix('re:'), names[:40])}"
+        )
+    return found
+
+
+def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
+    """Resolve a width or a set of patterns to one width per packed module; later patterns win.
+
+    Modules that no pattern names stay at the most they have. A single number is brought into each
+    module's own range, so that a mix of parents still loads at one width.
+
+    Raises:
+        CompressError: a width no module (or not the named one) can be read at; a pattern that matches nothing.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
+        raise CompressError(f"bits must be a number or a mapping of patterns to numbers, not {bits!r}.")
+    if isinstance(bits, int):
+        low, high = min(s.seed_bits for s in shapes.values()), max(s.parent_bits for s in shapes.values())
+        if not low <= bits <= high:
+            raise CompressError(f"width {bits} is not available; this model can be read at {low} to {high} bits.")
+        return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
+    widths = {name: shape.parent_bits for name, shape in shapes.items()}
+    for pattern, value in bits.items():
+        for name in matching(pattern, list(shapes)):
+            if value not in shapes[name].widths:
+                span = shapes[name].widths
+                raise CompressError(f"width {value} for {name} is not available; it has {span[0]} to {span[-1]} bits.")
+            widths[name] = value
+    return widths
+
+
+class CompressConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed checkpoint (``quant/FORMAT.md``).
+
+    Args:
+        format_version: of the stored tensors.
+        bits: width to load at, or patterns; None means all that is stored.
+        modules: packed module name -> fields of :class:`PackedShape`.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        bits: Bits | None = None,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        if format_version != FORMAT_VERSION:
+            raise CompressError(
+                f"config.json: format_version {format_version} is not the version {FORMAT_VERSION} that this release "
+                "of compress reads; install a release that knows it."
+            )
+        self.format_version, self.bits = format_version, bits
+        self.modules = {name: dict(fields) for name, fields in (modules or {}).items()}
+
+    def shapes(self) -> dict[str, PackedShape]:
+        """The packed modules.
+
+        Raises:
+            CompressError: a record with missing or unknown fields, or values that make no sense.
+        """
+        try:
+            shapes = {name: PackedShape(**fields) for name, fields in self.modules.items()}
+        except TypeError as error:
+            raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
+        for name, shape in shapes.items():
+            sound = 1 <= shape.seed_bits <= shape.parent_bits <= 8 and min(shape.in_features, shape.out_features) > 0
+            if not sound or shape.codebook_dtype not in ("float16", "float32"):
+                raise CompressError(f"config.json: quantization_config.modules[{name!r}] is out of range: {shape}.")
+        return shapes
+
+
+def replace_packed(model: nn.Module, shapes: Mapping[str, PackedShape]) -> None:
+    """Put packed modules, on the meta device, where a model has dense ones.
+
+    Raises:
+        CompressError: a recorded module is not there or has other dimensions.
+    """
+    for name, shape in shapes.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise CompressError(f"config.json records a packed module {name!r} that this model does not have.") from None
+        embedding = isinstance(module, nn.Embedding)
+        if not embedding and not is_linear(module):
+            raise CompressError(f"config.json records {name!r} as packed, but it is a {type(module).__name__}.")
+        weight = Linear(name, module).weight
+        if tuple(weight.shape) != (shape.out_features, shape.in_features):
+            raise CompressError(
+                f"{name}: recorded as {shape.out_features} x {shape.in_features}, but the model's own shape is "
+                f"{weight.shape[0]} x {weight.shape[1]}."
+            )
+        with torch.device("meta"):
+            packed: nn.Module
+            if embedding:
+                packed = BitPlaneEmbedding(shape, weight.dtype)
+            else:
+                packed = BitPlaneLinear(shape, getattr(module, "bias", None) is not None, weight.dtype)
+        model.set_submodule(name, packed)
+
+
+def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbedding]:
+    """Every packed module of a loaded model, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (BitPlaneLinear, BitPlaneEmbedding))
+    }
+
+
+def records(shapes: Mapping[str, PackedShape]) -> dict[str, dict[str, Any]]:
+    """The form of ``quantization_config.modules``."""
+    return {name: asdict(shape) for name, shape in shapes.items()}
+
+
+def _unread(stored: Mapping[str, PackedShape], loaded: Mapping[str, PackedShape]) -> list[str]:
+    """Patterns for the stored tensors that the widths in use do not need."""
+    by_tensors: dict[tuple[str, ...], list[str]] = {}
+    for name, shape in stored.items():
+        unread = shape.specification().keys() - loaded[name].specification().keys()
+        by_tensors.setdefault(tuple(sorted(unread)), []).append(re.escape(name))
+    return [f"^(?:{'|'.join(names)})\\.(?:{'|'.join(unread)})$" for unread, names in by_tensors.items() if unread]
+
+
+class CompressQuantizer(HfQuantizer):
+    """Builds a compressed model around its checkpoint's tensors."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config: CompressConfig = self.quantization_config
+        stored = config.shapes()
+        widths = {name: shape.parent_bits for name, shape in stored.items()}
+        if config.bits is not None and stored:
+            widths = widths_for(config.bits, stored)
+        loaded = {name: replace(shape, parent_bits=widths[name]) for name, shape in stored.items()}
+        replace_packed(model, loaded)
+        known = model._keys_to_ignore_on_load_unexpected  # a list in transformers 5.0, a set in later ones
+        collection = list if known is None else type(known)
+        model._keys_to_ignore_on_load_unexpected = collection([*(known or []), *_unread(stored, loaded)])
+        # What is in memory is what save_pretrained would write, so that is what the config says.
+        config.modules, config.bits = records(loaded), None
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # transformers marks what it read from the checkpoint; it would fill the rest with whatever memory held.
+        buffers = {
+            f"{name}.{tensor}": getattr(buffer, "_is_hf_initialized", False)
+            for name, module in packed_modules(model).items()
+            for tensor, buffer in module.named_buffers()
+        }
+        if any(buffers.values()) and not all(buffers.values()):
+            absent = next(name for name, read in buffers.items() if not read)
+            raise CompressError(f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again.")
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """A loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters and prompts can be trained on it; the packed weights are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The forward pass of a packed module is one operator."""
+        return True
+
+
+def register() -> None:
+    """Make transformers know the method; calling it again does nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(CompressConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(CompressQuantizer)

@@ -1,0 +1,78 @@
+"""What is in a checkpoint: modules, bytes by width, errors, provenance. Reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.hf import CompressConfig
+from compress.manifest import check_tensors, read_manifest, read_settings
+from compress.quant.linear import PackedShape, width_of
+from compress.weights import Checkpoint, TensorInfo
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Look at a model folder.
+
+    Returns:
+        ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
+        {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors"}}, "dense": {tensor: bytes},
+        "not_quantised", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+
+    Raises:
+        CompressError: not a model folder, or packed tensors missing or of the wrong shape.
+    """
+    settings, manifest = read_settings(folder), read_manifest(folder)
+    info = Checkpoint(folder).info()
+    shapes = settings.shapes() if settings else {}
+    if settings is not None:
+        check_tensors(folder, settings, info)
+    errors = _errors(manifest or {})
+    modules = {name: _module(name, shape, info, errors.get(name, {})) for name, shape in shapes.items()}
+    dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
+    dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
+    held = sum(dense.values())
+    low = min((s.seed_bits for s in shapes.values()), default=0)
+    high = max((s.parent_bits for s in shapes.values()), default=-1)
+    at = {str(b): held + sum(_at(module["bytes_at_bits"], b) for module in modules.values()) for b in range(low, high + 1)}
+    return {
+        "folder": str(folder),
+        "format_version": settings.format_version if isinstance(settings, CompressConfig) else None,
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "bytes": sum(item.nbytes for item in info.values()),
+        "bytes_at_bits": at,
+        "modules": modules,
+        "dense": dense,
+        "not_quantised": (manifest or {}).get("not_quantised", {}),
+        "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},
+    }
+
+
+def _at(by_width: Mapping[str, int], bits: int) -> int:
+    """A module's bytes at a width, brought into its own range."""
+    widths = sorted(map(int, by_width))
+    return by_width[str(min(max(bits, widths[0]), widths[-1]))]
+
+
+def _module(name: str, shape: PackedShape, info: Mapping[str, TensorInfo], errors: Mapping[str, Any]) -> dict[str, Any]:
+    held = {tensor: info[f"{name}.{tensor}"].nbytes for tensor in shape.specification()}
+    at = {
+        str(bits): sum(size for tensor, size in held.items() if (width_of(tensor) or 0) <= bits) for bits in shape.widths
+    }
+    return {
+        "shape": [shape.out_features, shape.in_features],
+        "seed_bits": shape.seed_bits,
+        "parent_bits": shape.parent_bits,
+        "bytes_at_bits": at,
+        "errors": errors,
+    }
+
+
+def _errors(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: errors
+        for step in manifest.get("passes", [])
+        for unit in step["units"].values()
+        for name, errors in unit.get("errors", {}).items()
+    }

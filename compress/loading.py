@@ -1,0 +1,135 @@
+"""Loading a checkpoint at a width, and changing the width of a loaded model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from compress.errors import CompressError
+from compress.hf import METHOD, Bits, CompressConfig, matching, packed_modules, widths_for
+from compress.weights import INDEX, shard_files
+
+
+def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint as a stock Hugging Face model.
+
+    Only the planes that the widest module needs are read (and, from the hub, downloaded).
+
+    Args:
+        folder: checkpoint folder or hub id; a dense model works too.
+        bits: one width, or widths by module name or ``re:`` pattern (modules not named take their parent
+            width); everything that is stored if None.
+        keep_dense: whether the torch backend may keep each layer's looked-up weight between calls: as much
+            memory as the dense model, and many times faster than looking it up again.
+        **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        CompressError: no such checkpoint or width, a pattern that matches nothing, damaged or missing files.
+    """
+    name = str(folder)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=kwargs.get("revision"))
+    except CompressError:
+        raise
+    except Exception as error:  # transformers raises many types for what is not a model folder
+        raise CompressError(f"{name}: is not a model folder or hub id that can be read ({_first_line(error)}).") from error
+    settings = getattr(config, "quantization_config", None)
+    if settings is None or settings.get("quant_method") != METHOD:
+        if bits is not None:
+            raise CompressError(f"{name}: is not a compressed checkpoint, so it has no widths to choose from.")
+        return _from_pretrained(name, **kwargs)
+    stored = CompressConfig(**settings)
+    shapes = stored.shapes()
+    if bits is not None and shapes:
+        widths = widths_for(bits, shapes)
+        config.quantization_config = {**settings, "bits": bits if isinstance(bits, int) else dict(bits)}
+        kwargs |= _only_needed(name, max(widths.values()))
+    if Path(name).is_dir():
+        check_complete(Path(name), stored)
+    model = _from_pretrained(name, config=config, **kwargs)
+    for module in packed_modules(model).values():
+        module.keep_dense = keep_dense
+    return model
+
+
+def _only_needed(name: str, widest: int) -> dict[str, str]:
+    """The index that lists what a width needs; absent from a folder written by ``save_pretrained``."""
+    folder = Path(name)
+    index = INDEX.replace(".json", f".{widest}bit.json")
+    return {} if folder.is_dir() and not (folder / index).exists() else {"variant": f"{widest}bit"}
+
+
+def check_complete(folder: Path, config: CompressConfig) -> None:
+    """Every tensor that the configuration records is in the index.
+
+    Raises:
+        CompressError: a plane, table or shard is missing.
+    """
+    shard_files(folder)
+    index = folder / INDEX
+    if not index.exists():
+        return
+    listed = json.loads(index.read_text())["weight_map"]
+    for name, shape in config.shapes().items():
+        for tensor in shape.specification():
+            if f"{name}.{tensor}" not in listed:
+                raise CompressError(f"{index}: tensor {name}.{tensor} is missing; fetch or write the checkpoint again.")
+
+
+def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except SafetensorError as error:
+        raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
+    except OSError as error:
+        raise CompressError(f"{name}: cannot be loaded ({_first_line(error)}).") from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def set_bits(model: nn.Module, bits: Bits) -> None:
+    """Change the width of a loaded model, without reading anything again.
+
+    Args:
+        model: loaded by :func:`load` or ``from_pretrained``.
+        bits: one width, or widths by module name or ``re:`` pattern; modules not named keep theirs.
+
+    Raises:
+        CompressError: the model has no packed modules, the width was not loaded, a pattern matches nothing.
+    """
+    modules = packed_modules(model)
+    if not modules:
+        raise CompressError("this model has no packed modules, so it has no width to set.")
+    shapes = {name: module.shape for name, module in modules.items()}
+    try:
+        widths = widths_for(bits, shapes)
+    except CompressError as error:
+        raise CompressError(f"{error} Load it at more bits to have more to choose from.") from error
+    named = widths if isinstance(bits, int) else _named(bits, shapes)
+    for name in named:
+        modules[name].bits = widths[name]
+
+
+def _named(bits: Mapping[str, int], shapes: Mapping[str, Any]) -> list[str]:
+    return [name for pattern in bits for name in matching(pattern, list(shapes))]
+
+
+def get_bits(model: nn.Module) -> int | dict[str, int]:
+    """The width in use: a number if all packed modules share it, else one per module.
+
+    Raises:
+        CompressError: the model has no packed modules.
+    """
+    widths = {name: module.bits for name, module in packed_modules(model).items()}
+    if not widths:
+        raise CompressError("this model has no packed modules, so it has no width.")
+    return next(iter(widths.values())) if len(set(widths.values())) == 1 else widths

@@ -1,0 +1,156 @@
+"""Reading a checkpoint's own account of itself, and checking it against the files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import CompressError
+from compress.hf import METHOD, CompressConfig
+from compress.weights import Checkpoint, TensorInfo, sha256_of
+from compress.writer import MANIFEST, describe
+
+_TOLERANCE = 1e-3  # of the largest logit: another machine or transformers release sums in another order
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where a folder has none (a dense model, or one saved by ``save_pretrained``).
+
+    Raises:
+        CompressError: it is not JSON.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise CompressError(f"{path}: is not JSON ({error}); the checkpoint is damaged.") from error
+
+
+def read_settings(folder: Path) -> CompressConfig | None:
+    """``quantization_config`` of a checkpoint; None for a dense model.
+
+    Raises:
+        CompressError: there is no readable config.json.
+    """
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CompressError(f"{path}: cannot be read ({error}); is {folder} a model folder?") from error
+    if settings is None or settings.get("quant_method") != METHOD:
+        return None
+    return CompressConfig(**settings)
+
+
+def verify(folder: Path) -> list[str]:
+    """Check a checkpoint: digests, tensors, and what a fresh process makes of it.
+
+    Returns:
+        One line per check that was passed.
+
+    Raises:
+        CompressError: the first thing that is wrong, by file and tensor.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CompressError(f"{folder}: has no {MANIFEST}, so there is nothing to verify it against.")
+    settings = read_settings(folder)
+    for name, recorded in manifest["files"].items():
+        _check_file(folder / name, recorded)
+    passed = [f"{len(manifest['files'])} files have their recorded size and SHA-256"]
+    info = Checkpoint(folder).info()
+    if settings is not None:
+        count = check_tensors(folder, settings, info)
+        passed.append(f"{count} tensors of {len(settings.modules)} packed modules have their recorded shape and type")
+    expected = manifest["probe"]["at_bits"]
+    for width, found in _probe_in_fresh_process(folder, manifest["probe"]).items():
+        _compare(width, expected[width], found)
+    passed.append(f"a fresh process loads it and computes the recorded logits at {', '.join(expected)}")
+    return passed
+
+
+def _check_file(path: Path, recorded: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise CompressError(f"{path}: is missing; fetch or write the checkpoint again.")
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        raise CompressError(f"{path}: has {size} bytes instead of {recorded['bytes']}; fetch or write it again.")
+    if sha256_of(path) != recorded["sha256"]:
+        raise CompressError(f"{path}: its content has changed (SHA-256 differs from the manifest); fetch it again.")
+
+
+def check_tensors(folder: Path, settings: CompressConfig, info: Any) -> int:
+    """Every packed tensor exists with its recorded shape and dtype; returns how many there are.
+
+    Raises:
+        CompressError: the first that does not.
+    """
+    count = 0
+    for name, shape in settings.shapes().items():
+        for tensor, (size, dtype) in shape.specification().items():
+            found: TensorInfo | None = info.get(f"{name}.{tensor}")
+            if found is None:
+                raise CompressError(f"{folder}: tensor {name}.{tensor} is missing; fetch or write it again.")
+            if found.shape != size or found.dtype != dtype:
+                raise CompressError(
+                    f"{found.file}: {name}.{tensor} is {found.dtype} {list(found.shape)} instead of {dtype} {list(size)}."
+                )
+            count += 1
+    return count
+
+
+def _probe_in_fresh_process(folder: Path, probe: dict[str, Any]) -> dict[str, Any]:
+    code = "import sys; from compress.manifest import answer_probe; answer_probe(sys.argv[1])"
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], input=json.dumps(probe["tokens"]), capture_output=True, text=True
+    )
+    if process.returncode:
+        last = process.stderr.strip().splitlines()[-1] if process.stderr.strip() else "no message"
+        raise CompressError(f"{folder}: a fresh process cannot load it: {last}")
+    return json.loads(process.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def answer_probe(folder: str) -> None:
+    """In the fresh process: read tokens from standard input, print what the loaded model makes of them."""
+    import compress
+
+    tokens = torch.tensor(json.load(sys.stdin))
+    model = compress.load(folder, dtype=torch.float32)
+    settings = read_settings(Path(folder))
+    results = {}
+    with torch.no_grad():
+        for width in _widths(settings):
+            if width:
+                compress.set_bits(model, width)
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+            results[str(width) if width else "dense"] = describe(logits, tokens)
+    print(json.dumps(results))
+
+
+def _widths(settings: CompressConfig | None) -> list[int]:
+    shapes = settings.shapes().values() if settings else []
+    if not shapes:
+        return [0]
+    return list(range(min(s.seed_bits for s in shapes), max(s.parent_bits for s in shapes) + 1))
+
+
+def _compare(width: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    scale = max(abs(value) for _, value in expected["top"])
+    values = dict(map(tuple, found["top"]))
+    apart = [
+        abs(value - values[token]) if token in values else None for token, value in expected["top"][: len(values) // 2]
+    ]
+    if abs(expected["loss"] - found["loss"]) > _TOLERANCE * scale or any(
+        difference is None or difference > _TOLERANCE * scale for difference in apart
+    ):
+        raise CompressError(
+            f"at {width} bits a fresh process computes other logits (loss {found['loss']:.6f}) than were recorded when it "
+            f"was written (loss {expected['loss']:.6f}); the checkpoint or the installation is damaged."
+        )

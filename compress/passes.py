@@ -1,0 +1,206 @@
+"""What a pass is, and how the pipeline finds one.
+
+A pass is a frozen config, a class that says what it needs and works on one block at a time, and one entry
+point of group ``compress.passes``. ``CONTRIBUTING.md`` shows a whole one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.quant.linear import PackedShape
+from compress.structure import Architecture, Linear
+from compress.workspace import Record
+
+GROUP = "compress.passes"
+
+
+class PassConfig(BaseModel):
+    """Base of every pass's settings. Subclasses fix ``kind`` to a literal and describe every field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str = Field(description="Name of the pass.")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a pass asks of the pipeline.
+
+    Attributes:
+        inputs: carry the calibration samples from block to block and hand over each block's inputs, as the
+            ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
+        squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
+        packs: leaves packed matrices behind, which no later pass can take for dense ones.
+    """
+
+    inputs: Literal["original", "updated"] | None = None
+    squared_gradients: bool = False
+    packs: bool = False
+
+    @property
+    def calibration(self) -> bool:
+        """Whether it looks at text."""
+        return self.inputs is not None or self.squared_gradients
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed matrix as a pass hands it over: the record and the tensors by name under the module."""
+
+    shape: PackedShape
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass
+class Block:
+    """One transformer block, in memory, with what the pass asked for.
+
+    A pass changes ``linears[name].weight`` in place, or fills ``packed[name]``; everything else is the
+    pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
+    block, with ``index`` -1.
+
+    Attributes:
+        index: position in the model.
+        name: module name, for example ``model.layers.3``.
+        module: the real module, dense, float32.
+        linears: every dense linear in it, by full name.
+        squared_gradients: full name -> [out_features, in_features] float32, if asked for.
+        samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
+        packed: filled by a packing pass.
+        skipped: name -> reason, for linears the pass leaves as they are.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, Linear]
+    squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Sequence[Callable[[nn.Module], Tensor]] = ()
+    packed: dict[str, Packed] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def for_each_input(self, visit: Callable[[str, Tensor], None]) -> None:
+        """Run the samples through the block; call ``visit(linear_name, x)`` with every linear's input [tokens, K]."""
+        with _watching(self.linears, visit):
+            for run in self.samples:
+                run(self.module)
+
+
+@contextmanager
+def _watching(linears: Mapping[str, Linear], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: visit(name, inputs[0].flatten(0, -2))
+
+    handles = [linear.module.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is the same for all blocks of a run.
+
+    Attributes:
+        structure: of the model.
+        device: where blocks are computed.
+        seed: of the recipe; derive a generator from it with :meth:`generator`.
+        linears: full name -> (out_features, in_features) of every linear inside the blocks.
+        outside: the same for the embedding and the head.
+        tied: whether those two are one tensor.
+    """
+
+    structure: Architecture
+    device: torch.device
+    seed: int
+    linears: Mapping[str, tuple[int, int]]
+    outside: Mapping[str, tuple[int, int]]
+    tied: bool
+
+    def generator(self, *place: int) -> torch.Generator:
+        """A random generator that depends on the seed and a place (pass, block, …) only."""
+        state = self.seed
+        for part in place:
+            state = (state * 1_000_003 + part + 1) % (1 << 63)
+        return torch.Generator().manual_seed(state)
+
+
+ConfigT = TypeVar("ConfigT", bound=PassConfig)
+
+
+class Pass(ABC, Generic[ConfigT]):
+    """A method. Subclasses set ``Config`` and implement :meth:`run_block`."""
+
+    Config: ClassVar[type[PassConfig]]
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    def needs(self) -> Needs:
+        """What the pipeline has to provide with these settings."""
+        return Needs()
+
+    def check(self, context: Context) -> None:
+        """Refuse, before any work, settings that do not fit the model.
+
+        Raises:
+            CompressError: with the reason.
+        """
+        return
+
+    def outside(self, context: Context) -> list[str]:
+        """Modules outside the blocks it also works on: names out of ``context.outside``."""
+        return []
+
+    @abstractmethod
+    def run_block(self, block: Block, context: Context) -> Record:
+        """Work on one block; return figures for the log and the manifest (no times: equal work, equal bytes)."""
+
+
+@cache
+def _entries() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        if point.name in found and found[point.name].value != point.value:
+            raise CompressError(
+                f"two installed packages provide the pass {point.name!r} ({found[point.name].value} and {point.value}); "
+                "uninstall one of them."
+            )
+        found[point.name] = point
+    return found
+
+
+def kinds() -> list[str]:
+    """Names of all installed passes."""
+    return sorted(_entries())
+
+
+def pass_class(kind: str) -> type[Pass[Any]]:
+    """The class behind a name.
+
+    Raises:
+        CompressError: its package cannot be imported, or what it names is not a pass.
+    """
+    point = _entries()[kind]
+    try:
+        loaded = point.load()
+    except (ImportError, AttributeError) as error:
+        raise CompressError(f"pass {kind!r} ({point.value}) cannot be imported: {error}.") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+        raise CompressError(f"pass {kind!r}: {point.value} is not a subclass of compress.passes.Pass.")
+    return loaded

@@ -1,0 +1,159 @@
+"""The recipe: what is compressed, on what text, by which passes. YAML or the same object in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, model_validator
+
+from compress.errors import CompressError, did_you_mean
+from compress.passes import PassConfig, kinds, pass_class
+
+
+class Calibration(BaseModel):
+    """Text that passes learn from; it must not be text that anything is measured on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str | None = Field(None, description="File: plain text, or JSON lines (.jsonl), either of them also gzipped.")
+    dataset: str | None = Field(None, description="Name or folder of a Hugging Face dataset.")
+    name: str | None = Field(None, description="Configuration of the dataset.")
+    split: str = Field("train", description="Split of the dataset.")
+    column: str = Field("text", description="Column of the dataset, or key of each JSON line, that holds the text.")
+    builtin: Literal["stdlib"] | None = Field(None, description="Modules of Python's own standard library.")
+    separator: str | None = Field(None, description="Divides a plain text file into documents; without it, windows.")
+    samples: int = Field(100, ge=1, description="Number of samples.")
+    length: int = Field(512, ge=2, description="Tokens per sample; a longer document is cut.")
+    min_characters: int = Field(0, ge=0, description="Documents with fewer characters are passed over.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Calibration:
+        if sum(source is not None for source in (self.text, self.dataset, self.builtin)) != 1:
+            raise ValueError("give exactly one of text, dataset and builtin")
+        return self
+
+
+class Recipe(BaseModel):
+    """Everything that decides the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="Folder or hub id of a dense causal LM, or 'builtin' for the one that comes with us.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    calibration: Calibration | None = Field(None, description="Needed by passes that look at text.")
+    passes: tuple[SerializeAsAny[PassConfig], ...] = Field(min_length=1, description="Applied in this order.")
+    output: str | None = Field(None, description="Folder to write; the command line's -o takes precedence.")
+    seed: int = Field(0, ge=0, description="For passes that draw random numbers.")
+    device: str = Field("auto", description="'cpu', 'cuda', 'cuda:1', …; auto takes a GPU if there is one.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _configs_by_kind(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("passes"), Sequence):
+            passes = [parse_pass(item, index) for index, item in enumerate(data["passes"])]
+            return {**data, "passes": passes}
+        return data
+
+
+def parse_pass(item: Any, index: int) -> PassConfig:
+    """Validate one entry of ``passes`` by its ``kind``.
+
+    Raises:
+        CompressError: no or an unknown kind, an unknown key, a value out of range.
+    """
+    if isinstance(item, PassConfig):
+        return item
+    where = f"passes.{index}"
+    if not isinstance(item, Mapping) or "kind" not in item:
+        raise CompressError(f"{where}: a pass is a mapping with a 'kind', one of {', '.join(kinds())}; got {item!r}.")
+    kind = str(item["kind"])
+    if kind not in kinds():
+        raise CompressError(f"{where}.kind: there is no pass {kind!r}. {did_you_mean(kind, kinds())}")
+    config = pass_class(kind).Config
+    try:
+        return config.model_validate(dict(item))
+    except ValidationError as error:
+        raise CompressError(explain(error, config, f"{where} ({kind})")) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """One sentence for the first thing that is wrong."""
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    place = f"{where}: {location}" if location else where
+    if first["type"] == "extra_forbidden":
+        owner = Calibration if first["loc"][0] == "calibration" else model
+        return f"{place} is not a known key. {did_you_mean(str(first['loc'][-1]), owner.model_fields)}"
+    if first["type"] == "missing":
+        return f"{place} is missing; it is required."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message[0].lower()}{message[1:]} (got {first['input']!r})."
+
+
+def override(data: Any, assignments: Sequence[str]) -> Any:
+    """Apply ``key.0.key=value`` assignments to a recipe's plain data; values are read as YAML.
+
+    Raises:
+        CompressError: no '=', a path through something that is not there, a list index out of range.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise CompressError(f"--set {assignment!r}: write it as key=value, for example passes.0.bits=4.")
+        target, keys = data, path.split(".")
+        try:
+            for key in keys[:-1]:
+                target = target[int(key)] if isinstance(target, list) else target.setdefault(key, {})
+            value = yaml.safe_load(text)
+            if isinstance(target, list):
+                target[int(keys[-1])] = value
+            else:
+                target[keys[-1]] = value
+        except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise CompressError(f"--set {assignment!r}: {path} does not lead to a place in the recipe ({error}).") from error
+    return data
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe: a YAML file, the same as a mapping, or a :class:`Recipe`.
+
+    Raises:
+        CompressError: the file is not there or not YAML, or anything in it is wrong.
+    """
+    if isinstance(recipe, Recipe):
+        data, where = recipe.model_dump(exclude_unset=True), "recipe"
+    elif isinstance(recipe, Mapping):
+        data, where = dict(recipe), "recipe"
+    else:
+        data, where = _read_yaml(Path(recipe)), str(recipe)
+    try:
+        return Recipe.model_validate(override(data, overrides))
+    except ValidationError as error:
+        raise CompressError(explain(error, Recipe, where)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompressError(f"recipe {path}: cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise CompressError(f"recipe {path}: not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, dict):
+        raise CompressError(f"recipe {path}: must be a mapping with the keys model and passes.")
+    return data
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of recipes, with every installed pass."""
+    configs = tuple(pass_class(kind).Config for kind in kinds())
+    choice: Any = Annotated[Union[configs], Field(discriminator="kind")] if len(configs) > 1 else configs[0]  # noqa: UP007
+    schema = Recipe.model_json_schema(ref_template="#/$defs/{model}")
+    passes = TypeAdapter(choice).json_schema(ref_template="#/$defs/{model}")
+    schema["$defs"] = {**schema.get("$defs", {}), **passes.pop("$defs", {})}
+    schema["properties"]["passes"]["items"] = passes
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema

@@ -1,0 +1,234 @@
+"""Running a model that is never in memory whole.
+
+The real model class is built without weights; the parts outside its blocks get theirs. Blocks are filled one
+at a time from the state's tensors and called as the model itself would: the arguments of every block's call
+are captured by letting the model's own ``forward`` run over blocks that only take notes. No forward
+pass is written again here, so a new transformers release or architecture needs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from compress.errors import CompressError
+from compress.hf import packed_modules, replace_packed
+from compress.quant.linear import PackedShape
+from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, linears_of
+from compress.weights import TensorSource
+
+
+@dataclass(frozen=True)
+class State:
+    """A model between two passes.
+
+    Attributes:
+        source: its tensors.
+        config: its configuration.
+        packed: matrices that are bit planes by now.
+        key: digest of all that led here.
+    """
+
+    source: TensorSource
+    config: PretrainedConfig
+    packed: Mapping[str, PackedShape]
+    key: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block, besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _LastBlock(Exception):
+    """Raised by the last note-taking block: the rest of the model need not run."""
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The real model class with parameters on the meta device and buffers in place."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+class StreamedModel:
+    """A model whose blocks are in memory one at a time.
+
+    Args:
+        state: where its tensors are.
+        device: where to compute, in float32; ``meta`` reads nothing and serves to look at the structure.
+    """
+
+    def __init__(self, state: State, device: torch.device) -> None:
+        self.state, self.device = state, device
+        self.structure: Architecture = architecture(state.config)
+        self.model = empty_model(state.config)
+        replace_packed(self.model, state.packed)
+        for packed in packed_modules(self.model).values():
+            packed.keep_dense = False  # a dense copy would outlive its block
+        self.blocks = list(self.model.get_submodule(self.structure.blocks).children())
+        self._check_tensors()
+        self._returns_tuple: bool | None = None
+        if device.type != "meta":
+            self._fill_outside()
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict(keep_vars=True))
+
+    def _tied(self) -> set[str]:
+        """Names that share another tensor's storage and so need not be in the files."""
+        head = f"{self.structure.head}.weight"
+        return {head} if self.state.config.tie_word_embeddings and head not in self.state.packed else set()
+
+    def _check_tensors(self) -> None:
+        """Every tensor of the model exists with the model's own shape, before any work is done."""
+        stored = self.state.source.info()
+        for name, tensor in self._parameters().items():
+            if name in self._tied():
+                continue
+            info = stored.get(name)
+            if info is None:
+                raise CompressError(f"tensor {name!r} of the model is missing from its safetensors files.")
+            if info.shape != tuple(tensor.shape):
+                raise CompressError(
+                    f"tensor {name!r} is {list(info.shape)} in {info.file.name}, but config.json makes it "
+                    f"{list(tensor.shape)}; the two do not belong together."
+                )
+
+    def _fill_outside(self) -> None:
+        outside = [name for name in self._parameters() if block_of(name, self.structure) is None]
+        self._fill(self.model, {name: name for name in outside if name not in self._tied()})
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device.type != "meta":
+                    setattr(module, name, buffer.to(self.device))
+
+    def _fill(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        """Give a module its tensors: names inside it -> names in the state."""
+        tensors = self.state.source.read(names.values())
+        values = {}
+        for inner, stored in names.items():
+            value = tensors[stored]
+            floating = value.is_floating_point() and ".codebook_" not in stored
+            values[inner] = value.to(self.device, torch.float32 if floating else value.dtype)
+        module.load_state_dict(values, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights, for the length of a ``with``."""
+        module, prefix = self.blocks[index], block_prefix(self.structure, index)
+        empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+        self._fill(module, {name: f"{prefix}.{name}" for name in empty})
+        try:
+            yield module
+        finally:
+            module.load_state_dict(empty, assign=True)
+
+    def linears(self, index: int) -> dict[str, Linear]:
+        """The dense linears of a block."""
+        return linears_of(self.blocks[index], block_prefix(self.structure, index))
+
+    def outside(self) -> dict[str, Linear]:
+        """Embedding and head, as matrices."""
+        names = (self.structure.embedding, self.structure.head)
+        modules = {name: self.model.get_submodule(name) for name in names}
+        return {name: Linear(name, module) for name, module in modules.items() if hasattr(module, "weight")}
+
+    def head_weight(self) -> Tensor:
+        """The head's parameter, [vocabulary, hidden] (the embedding's own where they are tied)."""
+        return self.model.get_submodule(self.structure.head).get_parameter("weight")
+
+    @contextmanager
+    def _forwards(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        """Let other functions stand for the blocks' forward passes."""
+        for index, block in enumerate(self.blocks):
+            block.forward = forward(index)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _wrapped(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def capture(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Let the model prepare one sample.
+
+        Args:
+            tokens: int64 [T].
+
+        Returns:
+            The first block's hidden states [1, T, hidden], and how each block is called.
+        """
+        if self._returns_tuple is None:
+            self._find_return_type(tokens)
+        first: list[Tensor] = []
+        calls: list[Call] = []
+
+        def forward(index: int) -> Callable[..., Any]:
+            def take_note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if not first:
+                    first.append(hidden)
+                calls.append(Call(args, kwargs))
+                if index == len(self.blocks) - 1:
+                    raise _LastBlock
+                return self._wrapped(hidden)
+
+            return take_note
+
+        with self._forwards(forward):
+            try:
+                self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+            except _LastBlock:
+                pass
+        return first[0], calls
+
+    def _find_return_type(self, tokens: Tensor) -> None:
+        """Some releases' blocks return a tensor, some a tuple: ask the first one, with the model's own call."""
+        noted: list[tuple[Tensor, Call]] = []
+
+        def take_note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            noted.append((hidden, Call(args, kwargs)))
+            raise _LastBlock
+
+        with torch.no_grad():
+            with self._forwards(lambda _index: take_note):
+                try:
+                    self.model(input_ids=tokens[None, :2].to(self.device), use_cache=False)
+                except _LastBlock:
+                    pass
+            hidden, call = noted[0]
+            with self.block(0) as block:
+                self._returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+
+    @staticmethod
+    def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+        """One block on one sample: [1, T, hidden] to the same."""
+        result = block(hidden, *call.args, **call.kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output: [1, T, hidden] -> [T, vocabulary]."""
+        with self._forwards(lambda _index: lambda _hidden, *_args, **_kwargs: self._wrapped(hidden)):
+            output = self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        return output.logits[0].float()  # type: ignore[no-any-return]
+
+    def loss(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Mean next-token cross-entropy of one sample, in nats."""
+        logits = self.logits(tokens, hidden)
+        return nn.functional.cross_entropy(logits[:-1], tokens[1:].to(self.device))
+

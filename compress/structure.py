@@ -1,0 +1,171 @@
+"""Where things are in a model: one declaration per architecture family, as data.
+
+A package can add its own: an entry point of group ``compress.architectures`` that names an
+:class:`Architecture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from compress.errors import CompressError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of models. Module names of linears are relative to one block.
+
+    Attributes:
+        model_types: values of ``config.model_type`` it covers.
+        blocks: path of the list of transformer blocks.
+        embedding: path of the token embedding.
+        attention: linears of one attention group, inputs first, output projection last.
+        mlp: linears of one MLP group, the one that leads back to the residual stream last.
+        fused: linears that servers merge into one matrix, and that must share a width there.
+        head: path of the language-model head.
+    """
+
+    model_types: tuple[str, ...]
+    blocks: str
+    embedding: str
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    fused: tuple[tuple[str, ...], ...] = ()
+    head: str = "lm_head"
+
+
+ARCHITECTURES = (
+    Architecture(
+        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+        blocks="model.layers",
+        embedding="model.embed_tokens",
+        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        fused=(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        ),
+    ),
+    Architecture(
+        model_types=("opt",),
+        blocks="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        mlp=("fc1", "fc2"),
+        fused=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+    ),
+    Architecture(
+        model_types=("gpt2",),
+        blocks="transformer.h",
+        embedding="transformer.wte",
+        attention=("attn.c_attn", "attn.c_proj"),
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+    ),
+    Architecture(
+        model_types=("bloom",),
+        blocks="transformer.h",
+        embedding="transformer.word_embeddings",
+        attention=("self_attention.query_key_value", "self_attention.dense"),
+        mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
+    Architecture(
+        model_types=("gpt_neox",),
+        blocks="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        attention=("attention.query_key_value", "attention.dense"),
+        mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        head="embed_out",
+    ),
+)
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """The declaration that covers a model.
+
+    Raises:
+        CompressError: mixture-of-experts models, encoder-decoders, and undeclared architectures.
+    """
+    kind = str(config.model_type)
+    declared = [*ARCHITECTURES, *(point.load() for point in entry_points(group="compress.architectures"))]
+    for candidate in declared:
+        if kind in candidate.model_types:
+            return candidate
+    known = [name for candidate in declared for name in candidate.model_types]
+    if any(key in config.to_dict() for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise CompressError(
+            f"model type {kind!r} is a mixture of experts, whose fused expert tensors are not supported yet; "
+            f"use a dense model ({', '.join(known)})."
+        )
+    raise CompressError(
+        f"model type {kind!r} is not declared in compress/structure.py. {did_you_mean(kind, known)} To add it, give "
+        "an Architecture (the paths of its blocks, embedding and head, and the linears of one attention and one "
+        "MLP group) through an entry point of group 'compress.architectures'."
+    )
+
+
+class Linear:
+    """One weight matrix of a block, seen as [out_features, in_features] whatever its class.
+
+    GPT-2's ``Conv1D`` keeps the transpose; passes need not know.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.transposed = isinstance(module, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features], a view: writing into it changes the model."""
+        weight = self.module.get_parameter("weight").data
+        return weight.t() if self.transposed else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.weight.shape
+        return rows, columns
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a dense weight matrix that passes work on."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linears_of(block: nn.Module, prefix: str) -> dict[str, Linear]:
+    """Every dense linear inside a block, by full module name, in the order of definition."""
+    return {
+        f"{prefix}.{name}": Linear(f"{prefix}.{name}", module)
+        for name, module in block.named_modules()
+        if is_linear(module)
+    }
+
+
+def block_prefix(structure: Architecture, index: int) -> str:
+    """Module name of a block, for example ``model.layers.3``."""
+    return f"{structure.blocks}.{index}"
+
+
+def block_of(name: str, structure: Architecture) -> int | None:
+    """Index of the block a module or tensor name lies in, or None."""
+    head, _, rest = name.partition(structure.blocks + ".")
+    index = rest.partition(".")[0]
+    return int(index) if not head and index.isdigit() else None
+
+
+def checked_config(config: PretrainedConfig, where: str) -> Mapping[str, Any]:
+    """Refuse what cannot be a starting point: a model that is already quantised.
+
+    Raises:
+        CompressError: ``quantization_config`` is present.
+    """
+    present = getattr(config, "quantization_config", None)
+    if present is not None:
+        raise CompressError(f"{where} is already quantised; compress starts from a dense model.")
+    return config.to_dict()

@@ -1,0 +1,193 @@
+"""Tensors of a Hugging Face folder by name, read one at a time: a model is never loaded whole.
+
+:class:`Checkpoint` reads the safetensors files of a folder; :class:`Overlay` lays the result of a pass over
+what was there before. Both are what passes, the writer and ``inspect`` read from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.errors import CompressError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape, dtype and bytes of a stored tensor, from its file's header."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data on disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be looked at before they are read."""
+
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Every tensor there is."""
+        ...
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of some tensors, on the CPU."""
+        ...
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """What a safetensors file holds, without reading its data.
+
+    Raises:
+        CompressError: the file is damaged, truncated, or not safetensors.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return {
+                name: TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()], file)
+                for name, part in slices.items()
+            }
+    except KeyError as error:
+        raise CompressError(f"{file}: holds a tensor of dtype {error}, which is not supported.") from error
+    except (SafetensorError, OSError) as error:
+        raise CompressError(f"{file}: not a readable safetensors file ({error}); fetch or write it again.") from error
+
+
+def read_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Copy tensors out of one file (all of them by default), so that nothing stays mapped."""
+    with safe_open(file, framework="pt") as handle:
+        wanted = handle.keys() if names is None else names
+        return {name: handle.get_tensor(name).clone() for name in wanted}
+
+
+def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        CompressError: there are none, only pickled weights, a broken index, or a shard is missing.
+    """
+    index = folder / index_name
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CompressError(f"{index}: not a safetensors index ({error}).") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CompressError(f"{folder}: {index.name} names {missing[0]}, which is not there; fetch it again.")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if any(folder.glob("pytorch_model*.bin")):
+        raise CompressError(
+            f"{folder}: has pickled weights only (pytorch_model.bin), which can run code when opened; load it once "
+            "with transformers and save_pretrained it to get safetensors."
+        )
+    raise CompressError(f"{folder}: no model.safetensors and no {index_name}; is this a Hugging Face model folder?")
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face model folder.
+
+    Args:
+        folder: holds safetensors.
+        names: of the model's own state dict, if tensors are to bear them: files of a base model lack its prefix.
+        prefix: the model class's ``base_model_prefix``.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str] | None = None, prefix: str = "") -> None:
+        self.folder = folder
+        self.files = shard_files(folder)
+        stored: dict[str, TensorInfo] = {}
+        for file in self.files:
+            stored |= read_header(file)
+        self._stored_name = {name: name for name in stored}
+        if names is not None:
+            start = f"{prefix}."
+            candidates = {name: (name, name.removeprefix(start), start + name) for name in names}
+            self._stored_name = {
+                name: found
+                for name, options in candidates.items()
+                if (found := next((option for option in options if option in stored), None)) is not None
+            }
+        self._info = {name: stored[found] for name, found in self._stored_name.items()}
+
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Every tensor there is, by the name to read it by."""
+        return self._info
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of some tensors, under the names asked for."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._info[name].file, []).append(name)
+        result: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            tensors = read_tensors(file, [self._stored_name[name] for name in wanted])
+            result |= {name: tensors[self._stored_name[name]] for name in wanted}
+        return result
+
+    def sha256(self) -> dict[str, str]:
+        """Digest of every file that decides what the model is: weights and configuration."""
+        config = [path for path in (self.folder / "config.json",) if path.exists()]
+        return {path.name: sha256_of(path) for path in (*config, *self.files)}
+
+
+class Overlay:
+    """What a pass left behind: its files over the tensors that were there before.
+
+    Args:
+        below: the earlier state.
+        files: one per finished unit; a tensor in a later file hides an earlier one of the same name.
+        removed: names that no longer exist.
+    """
+
+    def __init__(self, below: TensorSource, files: Iterable[Path], removed: Iterable[str] = ()) -> None:
+        self.below = below
+        self._own: dict[str, TensorInfo] = {}
+        for file in files:
+            self._own |= read_header(file)
+        self._removed = frozenset(removed) - self._own.keys()
+
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Every tensor that exists now."""
+        kept = {name: info for name, info in self.below.info().items() if name not in self._removed}
+        return kept | self._own
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of some tensors, each from the newest file that has it."""
+        wanted = list(names)
+        result = self.below.read([name for name in wanted if name not in self._own])
+        for name in wanted:
+            if name in self._own:
+                result |= read_tensors(self._own[name].file, [name])
+        return result
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""Finished work on disk, so that a killed run continues where it was.
+
+A unit (one pass on one block, or one step of a statistic) is one safetensors file, written beside its final
+name and moved there when complete. It lies in a folder named by a digest of everything its content
+depends on: the resolved settings, the model, the data and all that was done before. So a unit that
+exists is right, a changed recipe never finds an old one, and two recipes that share a beginning share it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.weights import read_tensors
+
+Record = dict[str, Any]
+
+
+def digest(*parts: Any) -> str:
+    """Hex digest of JSON-serialisable parts."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+
+
+def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # the user's umask; safetensors would leave the file to its owner alone
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    partial.chmod(mode)
+    with partial.open("rb") as handle:
+        os.fsync(handle.fileno())
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The units of one pass or statistic; ``key`` is the digest of all they depend on."""
+
+    folder: Path
+    key: str
+
+    def path(self, unit: str) -> Path:
+        """Where a unit's file is."""
+        return self.folder / f"{unit}.safetensors"
+
+    def record(self, unit: str) -> Record | None:
+        """The record of a finished unit, or None. A damaged file counts as not finished."""
+        try:
+            with safe_open(self.path(unit), framework="pt") as handle:
+                return json.loads(handle.metadata()["record"])  # type: ignore[no-any-return]
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def load(self, unit: str) -> dict[str, Tensor]:
+        """The tensors of a finished unit."""
+        return read_tensors(self.path(unit))
+
+    def save(self, unit: str, tensors: Mapping[str, Tensor], record: Record | None = None) -> None:
+        """Finish a unit. Its record must not hold times: equal work gives equal bytes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_atomic(self.path(unit), tensors, {"record": json.dumps(record or {}, sort_keys=True)})
+
+    def discard(self, unit: str) -> None:
+        """Forget a unit that later ones have made superfluous."""
+        self.path(unit).unlink(missing_ok=True)
+
+
+class Workspace:
+    """A folder of stages, used by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def stage(self, label: str, *parts: Any) -> Stage:
+        """The stage whose units depend on ``parts`` (JSON-serialisable)."""
+        key = digest(label, *parts)
+        return Stage(self.folder / f"{label}-{key[:16]}", key)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the workspace.
+
+        Raises:
+            CompressError: another process holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CompressError(
+                    f"{self.folder}: another run is working there; wait for it, or choose another --workspace."
+                ) from None
+            yield
+
+    def remove(self) -> None:
+        """Delete it with all its units."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Evaluations and benchmarks, each runnable as `python -m compress.evals.<name>`."""

@@ -1,0 +1,167 @@
+"""Loss, perplexity and bits per byte of a text, averaged over scored tokens only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compress.calibration import bos_tokens, token_ids
+from compress.errors import CompressError
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one model on one text.
+
+    Attributes:
+        loss: mean negative log-likelihood of a predicted token, in nats.
+        perplexity: ``exp(loss)``.
+        bits_per_byte: summed negative log-likelihood in bits over the UTF-8 bytes that were predicted.
+        tokens: number of predicted tokens.
+        bytes: number of predicted bytes.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+    def json(self) -> dict[str, float | int]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one document: ``tokens`` [T], of which the last ``scored`` are predicted."""
+
+    tokens: list[int]
+    scored: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text ready to be scored.
+
+    Attributes:
+        windows: every token after a document's first is scored in just one of them.
+        bytes: UTF-8 bytes of all scored tokens.
+    """
+
+    windows: list[Window]
+    bytes: int
+
+
+def prepare(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int,
+    stride: int | None = None, truncate: bool = False,
+) -> Text:  # fmt: skip
+    """Cut documents into windows.
+
+    BOS is put in front of every document where the tokenizer has one; without one, a document's first token
+    is not predicted. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
+    scoring only what no earlier one has, so every token is scored once with at least ``length - stride`` before it.
+
+    Args:
+        documents: texts scored on their own, one after another.
+        tokenizer: of the model.
+        length: tokens in a window, BOS included.
+        stride: half of ``length`` if None.
+        truncate: score only the first window of each document.
+
+    Raises:
+        CompressError: no document has anything to score, or the window is too short.
+    """
+    step = max(1, length // 2) if stride is None else stride
+    if length < 2 or not 1 <= step < length:
+        raise CompressError(f"windows of {length} tokens with stride {step}: the length must be at least 2, and 1 <= stride < length.")
+    start = bos_tokens(tokenizer)
+    windows: list[Window] = []
+    size = 0
+    for text in documents:
+        ids = token_ids(tokenizer, text)
+        tokens = [*start, *ids][: length if truncate else None]
+        if len(tokens) < 2:
+            continue
+        windows += _cut(tokens, length, step)
+        first = 1 - len(start)  # without BOS the first token is context only
+        size += _bytes_of(text, ids, tokenizer, first, len(tokens) - len(start))
+    if not windows:
+        raise CompressError("the text has no document with a token to predict.")
+    return Text(windows, size)
+
+
+def _cut(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
+    end = min(length, len(tokens))
+    yield Window(tokens[:end], end - 1)
+    while end < len(tokens):
+        scored = min(stride, len(tokens) - end)
+        end += scored
+        yield Window(tokens[max(0, end - length) : end], scored)
+
+
+def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> int:
+    """UTF-8 bytes of a document's tokens ``first`` to ``last``."""
+    if first == 0 and last == len(ids):
+        return len(text.encode())
+    if not tokenizer.is_fast:
+        return len(tokenizer.decode(ids[first:last]).encode())
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return len(text[spans[first][0] : spans[last - 1][1]].encode())
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel, text: Text, batch_tokens: int = 8192, report: Callable[[int, int], None] | None = None
+) -> Score:
+    """Score a prepared text.
+
+    Windows of like length share a batch, padded on the right without a mask: causal attention keeps what is to
+    the right from changing what is scored.
+
+    Args:
+        model: causal LM in evaluation mode.
+        text: from :func:`prepare`.
+        batch_tokens: tokens in a batch, padding included.
+        report: called with (windows done, windows in all).
+    """
+    ordered = sorted(text.windows, key=lambda window: len(window.tokens), reverse=True)
+    total, tokens, done = 0.0, 0, 0
+    while done < len(ordered):
+        count = max(1, batch_tokens // len(ordered[done].tokens))
+        batch = ordered[done : done + count]
+        total += float(_losses(model, batch).sum(dtype=torch.float64))
+        tokens += sum(window.scored for window in batch)
+        done += len(batch)
+        if report is not None:
+            report(done, len(ordered))
+    loss = total / tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes)
+
+
+def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
+    """Negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
+    device = model.get_input_embeddings().weight.device
+    width = max(len(window.tokens) for window in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    wanted = torch.zeros(len(batch), width - 1, dtype=torch.bool)
+    for row, window in enumerate(batch):
+        size = len(window.tokens)
+        ids[row, :size] = torch.tensor(window.tokens)
+        wanted[row, size - 1 - window.scored : size - 1] = True
+    ids = ids.to(device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses.masked_fill(~wanted.to(device), 0.0)
+
+
+def context_length(model: PreTrainedModel, cap: int = 2048) -> int:
+    """Tokens in a window unless told otherwise: the model's context, at most ``cap``."""
+    return int(min(getattr(model.config, "max_position_embeddings", None) or cap, cap))

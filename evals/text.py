@@ -1,0 +1,129 @@
+"""``compress eval --text``: one load, every width asked for, one documented object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+import compress
+from compress.calibration import read_documents
+from compress.demo import corpus
+from compress.errors import CompressError
+from compress.evals.perplexity import Text, context_length, prepare, score
+from compress.hf import packed_modules
+from compress.manifest import read_manifest
+from compress.weights import sha256_of
+
+BUILTIN = "builtin"
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text is cut and scored.
+
+    Attributes:
+        separator: divides the text into documents; without it the file is one.
+        limit: number of documents, from the first; all if None.
+        min_characters: documents of this length or less are passed over.
+        length: tokens in a window; the model's context (at most 2048) if None.
+        stride: tokens a window advances by; half of ``length`` if None.
+        truncate: score only the first window of each document.
+    """
+
+    separator: str | None = None
+    limit: int | None = None
+    min_characters: int = 0
+    length: int | None = None
+    stride: int | None = None
+    truncate: bool = False
+
+
+def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
+    """The documents of a file (or of the built-in held-out text), and the digest of what was read."""
+    if source == BUILTIN:
+        texts = corpus.read_modules(corpus.HELDOUT)
+        documents, digest = list(texts.values()), " ".join(corpus.fingerprint(texts).values())
+    else:
+        documents, digest = read_documents(Path(source), protocol.separator), sha256_of(Path(source))
+    kept = [text for text in documents if len(text) > protocol.min_characters]
+    return kept[: protocol.limit], digest
+
+
+def widths_to_measure(model: PreTrainedModel, asked: Sequence[int] | None) -> list[int | None]:
+    """Largest first; ``[None]`` for a dense model.
+
+    Raises:
+        CompressError: widths asked of a dense model.
+    """
+    modules = packed_modules(model).values()
+    if not modules:
+        if asked:
+            raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
+        return [None]
+    low, high = min(m.shape.seed_bits for m in modules), max(m.shape.parent_bits for m in modules)
+    return sorted(asked or range(low, high + 1), reverse=True)  # type: ignore[arg-type]
+
+
+def evaluate_text(
+    folder: str, source: str, bits: Sequence[int] | None = None, protocol: Protocol | None = None,
+    dtype: torch.dtype = torch.float32, device: str = "cpu", report: Report | None = None,
+) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte at several widths, from one load.
+
+    Args:
+        folder: checkpoint, or a dense model.
+        source: text file, or ``builtin`` for the held-out modules of the standard library.
+        bits: widths; all there are if None.
+        protocol: how the text is cut.
+        dtype: to compute in.
+        device: to compute on.
+        report: called with (width, windows done, windows in all).
+
+    Returns:
+        ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
+        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``; a dense model's only key is ``"dense"``.
+
+    Raises:
+        CompressError: the text is the checkpoint's own calibration text, or nothing in it can be scored.
+    """
+    protocol = protocol or Protocol()
+    documents, digest = documents_of(source, protocol)
+    refuse_calibration_text(folder, digest)
+    model = compress.load(folder, bits=max(bits) if bits else None, dtype=dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = protocol.length or context_length(model)
+    text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)
+    results = {}
+    for width in widths_to_measure(model, bits):
+        label = "dense" if width is None else str(width)
+        if width is not None:
+            compress.set_bits(model, width)
+        results[label] = score(model, text, report=report and _labelled(report, label)).json()
+    cut = {"length": length, "stride": protocol.stride or max(1, length // 2), "truncate": protocol.truncate}
+    return {
+        "model": folder,
+        "text": {"source": source, "sha256": digest, "documents": len(documents)},
+        "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+        "bits": results,
+    }
+
+
+def _labelled(report: Report, label: str) -> Callable[[int, int], None]:
+    return lambda done, total: report(label, done, total)
+
+
+def refuse_calibration_text(folder: str, digest: str) -> None:
+    """A text that shaped the model says nothing about it.
+
+    Raises:
+        CompressError: the manifest names this very text as the calibration text.
+    """
+    calibration = (read_manifest(Path(folder)) or {}).get("calibration") or {}
+    if calibration.get("sha256") == digest:
+        raise CompressError("this is the text the checkpoint was calibrated on; measure on another.")

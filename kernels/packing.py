@@ -1,0 +1,56 @@
+"""Bit planes: a matrix of b-bit codes stored as b matrices of single bits, 32 columns to an int32 word.
+
+Plane 0 is the most significant bit. Bit ``k % 32`` (from the least significant) of word ``k // 32`` belongs
+to column ``k``; the unused bits of the last word are zero. See ``quant/FORMAT.md``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 32
+
+
+def words(columns: int) -> int:
+    """Number of int32 words that hold ``columns`` bits."""
+    return -(-columns // WORD)
+
+
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes into planes.
+
+    Args:
+        codes: uint8 [N, K], every value below ``2**bits``.
+        bits: number of planes, 1 to 8.
+
+    Returns:
+        int32 [bits, N, ceil(K / 32)].
+    """
+    rows, columns = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, words(columns) * WORD - columns))
+    octets = padded.view(rows, -1, 8)
+    place = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    planes = [
+        (((octets >> (bits - 1 - plane)) & 1) << place).sum(-1, dtype=torch.uint8) for plane in range(bits)
+    ]
+    return torch.stack(planes).view(torch.int32)
+
+
+def unpack_planes(planes: list[Tensor], columns: int) -> Tensor:
+    """Read codes back; the inverse of :func:`pack_planes`.
+
+    Args:
+        planes: one int32 [N, ceil(K / 32)] tensor per plane, most significant first.
+        columns: K.
+
+    Returns:
+        uint8 [N, K], each code ``len(planes)`` bits wide.
+    """
+    place = torch.arange(8, dtype=torch.uint8, device=planes[0].device)
+    rows = planes[0].shape[0]
+    codes = torch.zeros(rows, planes[0].shape[1] * 4, 8, dtype=torch.uint8, device=planes[0].device)
+    for plane in planes:
+        octets = plane.contiguous().view(torch.uint8)
+        codes = (codes << 1) | ((octets.unsqueeze(-1) >> place) & 1)
+    return codes.view(rows, -1)[:, :columns]

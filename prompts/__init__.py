@@ -1,0 +1,1 @@
+"""Soft prompts that recover a compressed model."""

@@ -1,0 +1,1 @@
+"""Pruning: scores, sparsity allocation, unstructured and structured removal."""

@@ -1,0 +1,1 @@
+"""Quantisation: codebooks, packing and the modules that run on them."""

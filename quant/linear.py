@@ -1,0 +1,167 @@
+"""A linear layer and an embedding held as bit planes, readable at any width from its seed to its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.kernels.bitplane import bitplane_linear, dense_weight
+from compress.kernels.packing import pack_planes, words
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """What the checkpoint records of one packed matrix: ``quantization_config.modules[name]``.
+
+    ``kept_bits`` is how many of the parent's planes are present: a model loaded at 4 of 8 bits holds 4.
+    """
+
+    out_features: int
+    in_features: int
+    seed_bits: int
+    parent_bits: int
+    codebook_dtype: str = "float16"
+
+    @property
+    def widths(self) -> range:
+        """Every width this matrix can be read at."""
+        return range(self.seed_bits, self.parent_bits + 1)
+
+    def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every stored tensor, by its name under the module (``quant/FORMAT.md``)."""
+        rows, span = self.out_features, words(self.in_features)
+        table = getattr(torch, self.codebook_dtype)
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((self.seed_bits, rows, span), torch.int32),
+            f"codebook_{self.seed_bits}": ((rows, 2**self.seed_bits), table),
+        }
+        for bits in self.widths[1:]:
+            tensors[f"plane_{bits}"] = ((rows, span), torch.int32)
+            tensors[f"codebook_{bits}"] = ((rows, 2**bits), table)
+        return tensors
+
+
+def width_of(tensor_name: str) -> int | None:
+    """The first width that needs a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
+    kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
+    return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
+
+
+def pack(codes: Tensor, codebooks: dict[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:
+    """Turn nested codes into the tensors of one checkpoint module.
+
+    Args:
+        codes: uint8 [N, K], parent codes.
+        codebooks: width -> float32 [N, 2**width], for every width from seed to parent.
+
+    Returns:
+        The shape record, and the tensors by their names under the module. Tables are stored as float16
+        where that keeps every entry to 11 significant bits (relative to the row's largest entry for tiny
+        ones), else as float32.
+    """
+    seed, parent = min(codebooks), max(codebooks)
+    exact = all(_fits_half(table) for table in codebooks.values())
+    dtype = "float16" if exact else "float32"
+    shape = PackedShape(codes.shape[0], codes.shape[1], seed, parent, dtype)
+    planes = pack_planes(codes, parent)
+    tensors = {"weight": planes[:seed].contiguous()}
+    tensors |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
+    tensors |= {f"codebook_{bits}": codebooks[bits].to(getattr(torch, dtype)) for bits in shape.widths}
+    return shape, tensors
+
+
+def _fits_half(table: Tensor) -> bool:
+    error = (table.half().float() - table).abs()
+    scale = table.abs().amax(dim=1, keepdim=True)
+    return bool((error <= torch.maximum(table.abs(), 2.0**-8 * scale) * 2.0**-10).all())
+
+
+class _Packed(nn.Module):
+    """Buffers that bear the checkpoint's own names, and a width that is a plain attribute."""
+
+    def __init__(self, shape: PackedShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.bits = shape.parent_bits
+        self.keep_dense = True
+        self._dense: Tensor | None = None
+        for name, (size, dtype) in shape.specification().items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype))
+
+    @property
+    def bits(self) -> int:
+        """The width in use."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, value: int) -> None:
+        if value not in self.shape.widths:
+            widths = self.shape.widths
+            raise ValueError(f"width {value} is not among the {widths[0]} to {widths[-1]} bits held in memory")
+        self._bits, self._dense = value, None
+
+    def planes(self) -> list[Tensor]:
+        """The planes of the width in use, most significant first, each int32 [N, ceil(K / 32)]."""
+        seed = self.shape.seed_bits
+        extra = [self.get_buffer(f"plane_{bits}") for bits in range(seed + 1, self.bits + 1)]
+        return [*self.get_buffer("weight")[: self.bits].unbind(0), *extra]
+
+    def codebook(self) -> Tensor:
+        """The table of the width in use, [N, 2**bits]."""
+        return self.get_buffer(f"codebook_{self.bits}")
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight at the width in use, [N, K]; float32 unless told otherwise. Nothing is kept."""
+        return dense_weight(self.planes(), self.codebook(), self.shape.in_features, dtype or torch.float32)
+
+    def _kept_dense(self, dtype: torch.dtype) -> Tensor | None:
+        """The dense weight kept between calls: ``N * K`` values in the activations' dtype, or None."""
+        if not self.keep_dense:
+            return None
+        if self._dense is None or self._dense.dtype != dtype:
+            self._dense = self.dense(dtype)
+        return self._dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        self._dense = None  # it would stay on the old device
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def extra_repr(self) -> str:
+        shape = self.shape
+        return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
+
+
+class BitPlaneLinear(_Packed):
+    """A frozen linear layer of N outputs and K inputs in ``bits`` planes; stands in for ``nn.Linear``."""
+
+    def __init__(self, shape: PackedShape, bias: bool, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(shape)
+        self.in_features, self.out_features = shape.in_features, shape.out_features
+        self.bias = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in the dtype of ``x``; differentiable in ``x``."""
+        y: Tensor = bitplane_linear(
+            x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype)
+        )
+        return y if self.bias is None else y + self.bias
+
+
+class BitPlaneEmbedding(_Packed):
+    """A frozen embedding table of N rows and K values each; stands in for ``nn.Embedding``."""
+
+    def __init__(self, shape: PackedShape, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(shape)
+        self.num_embeddings, self.embedding_dim = shape.out_features, shape.in_features
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., K]: only the rows asked for are looked up."""
+        rows = tokens.reshape(-1)
+        table = dense_weight(
+            [plane[rows] for plane in self.planes()], self.codebook()[rows], self.embedding_dim, self.dtype
+        )
+        return table.view(*tokens.shape, self.embedding_dim)

@@ -1,0 +1,141 @@
+"""What all weight quantisers share: which matrices, sensitivities, the packed result, and its measured error."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.hf import matching
+from compress.passes import Block, Context, Needs, Packed, Pass, PassConfig
+from compress.quant.kmeans import Nested, weighted_error
+from compress.quant.linear import pack
+from compress.workspace import Record
+
+Array = NDArray[np.float32]
+
+
+class QuantiseConfig(PassConfig):
+    """Settings of every quantising pass."""
+
+    ignore: tuple[str, ...] = Field(
+        (), description="Linears to leave dense: full names, or 're:' and a regular expression for a full name."
+    )
+    include: tuple[str, ...] = Field(
+        (), description="Modules outside the blocks to quantise too: the head and the embedding, by name or 're:'."
+    )
+
+
+class SensitiveConfig(QuantiseConfig):
+    """Settings of quantisers that weigh errors."""
+
+    sensitivity: Literal["fisher", "activation", "none"] = Field(
+        "fisher",
+        description="What an error in a weight costs: the sum of its squared gradients over calibration samples, "
+        "the mean square of its input, or the same for all weights.",
+    )
+    keep_zeros: bool = Field(False, description="Weights that are exactly zero stay exactly zero at every width.")
+
+
+ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)
+
+
+class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
+    """A pass that replaces dense matrices by bit planes and tables."""
+
+    def needs(self) -> Needs:
+        """Gradients or inputs, as the sensitivity asks."""
+        kind = self.sensitivity
+        return Needs(
+            inputs="original" if kind == "activation" else None, squared_gradients=kind == "fisher", packs=True
+        )
+
+    @property
+    def sensitivity(self) -> str:
+        """``none`` unless the settings have another."""
+        return getattr(self.config, "sensitivity", "none")
+
+    @abstractmethod
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
+        """Codes and tables of one matrix.
+
+        Args:
+            weight: float32 [N, K], finite.
+            sensitivity: float32 [N, K], non-negative; None means all ones.
+        """
+
+    def check(self, context: Context) -> None:
+        """Patterns match, and tied matrices are not torn apart by accident."""
+        for pattern in self.config.ignore:
+            matching(pattern, list(context.linears))
+        chosen = self.outside(context)
+        head, embedding = context.structure.head, context.structure.embedding
+        if self.sensitivity == "activation" and chosen:
+            raise CompressError(f"{self.config.kind}: include works with sensitivity fisher or none, not activation.")
+        if embedding in chosen and head not in chosen and head in context.outside and context.tied:
+            raise CompressError(
+                f"{self.config.kind}: {embedding} is tied to {head}; to quantise it, name both in include."
+            )
+
+    def outside(self, context: Context) -> list[str]:
+        """Embedding and head, if ``include`` names them."""
+        names = list(context.outside)
+        return sorted({name for pattern in self.config.include for name in matching(pattern, names)})
+
+    def run_block(self, block: Block, context: Context) -> Record:
+        """Pack every linear that is not ignored."""
+        ignored = {
+            name: pattern for pattern in self.config.ignore for name in matching(pattern, list(context.linears))
+        }
+        sensitivities = self._sensitivities(block)
+        errors: Record = {}
+        for name, linear in block.linears.items():
+            if name in ignored:
+                block.skipped[name] = f"ignored by {ignored[name]!r}"
+                continue
+            weight = linear.weight.detach().float().cpu().contiguous()
+            if not torch.isfinite(weight).all():
+                row = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
+                raise CompressError(f"{name}: row {row} of its weight holds NaN or infinity; the model is damaged.")
+            errors[name] = self._pack(block, name, weight, sensitivities.get(name))
+        return {"errors": errors}
+
+    def _pack(self, block: Block, name: str, weight: Tensor, sensitivity: Tensor | None) -> dict[str, Any]:
+        matrix = weight.numpy()
+        importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
+        result = self.quantise(matrix, importance)
+        tables = {bits: torch.from_numpy(table) for bits, table in result.codebooks.items()}
+        shape, tensors = pack(torch.from_numpy(result.codes), tables)
+        block.packed[name] = Packed(shape, tensors)
+        ones = np.ones_like(matrix) if importance is None else importance
+        power = float((matrix.astype(np.float64) ** 2).sum()) or 1.0
+        errors: dict[str, Any] = {}
+        for bits in shape.widths:
+            codes = result.codes >> np.uint8(shape.parent_bits - bits)
+            table = tensors[f"codebook_{bits}"].float().numpy()
+            plain = float(weighted_error(matrix, np.ones_like(matrix), codes, table).sum())
+            weighted = float(weighted_error(matrix, ones, codes, table).sum())
+            errors[str(bits)] = {"weighted": weighted, "relative": plain / power}
+        return errors
+
+    def _sensitivities(self, block: Block) -> dict[str, Tensor]:
+        if self.sensitivity == "fisher":
+            return dict(block.squared_gradients)
+        if self.sensitivity == "none":
+            return {}
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def visit(name: str, x: Tensor) -> None:
+            sums[name] = sums.get(name, torch.zeros(x.shape[-1], device=x.device)) + x.float().square().sum(0)
+            counts[name] = counts.get(name, 0) + x.shape[0]
+
+        block.for_each_input(visit)
+        rows = {name: linear.shape[0] for name, linear in block.linears.items()}
+        return {name: (total / counts[name]).cpu().expand(rows[name], -1) for name, total in sums.items()}
