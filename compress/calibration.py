@@ -72,7 +72,9 @@ def _dataset(settings: Calibration) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise CompressError("calibration.dataset needs the datasets library: pip install 'compress-llm[data]'.") from error
+        raise CompressError(
+            "calibration.dataset needs the datasets library: pip install 'compress-llm[data]'."
+        ) from error
     try:
         rows = load_dataset(settings.dataset, settings.name, split=settings.split, streaming=True)
         for row in rows:
@@ -116,9 +118,7 @@ def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, cont
         cut = (start + token_ids(tokenizer, text)[: settings.length - len(start)] for text in long_enough)
         sequences = list(islice((tokens for tokens in cut if len(tokens) >= 2), settings.samples))
     else:
-        sequences = _windows(
-            [token for text in long_enough for token in token_ids(tokenizer, text)], start, settings
-        )
+        sequences = _windows([token for text in long_enough for token in token_ids(tokenizer, text)], start, settings)
     if len(sequences) < settings.samples:
         raise CompressError(
             f"calibration.samples: {settings.samples} asked for, but the text gives {len(sequences)} of "

@@ -29,8 +29,8 @@ app = typer.Typer(
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
-BitsOption = Annotated[Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8. All there are if absent.")]  # noqa: UP045
-JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]  # noqa: UP045
+BitsOption = Annotated[Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8. All there are if absent.")]
+JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
 
 
 def main() -> None:
@@ -63,7 +63,9 @@ def parse_widths(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise CompressError(f"--bits {text!r}: give one width or several, comma-separated, for example 3,4,8.") from None
+        raise CompressError(
+            f"--bits {text!r}: give one width or several, comma-separated, for example 3,4,8."
+        ) from None
 
 
 @contextmanager
@@ -83,8 +85,8 @@ def quiet_transformers() -> None:
     """Its own progress bars and advice would drown ours."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def write_json(result: Any, target: str | None) -> bool:
@@ -105,11 +107,13 @@ def write_json(result: Any, target: str | None) -> bool:
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see `compress schema` and `compress passes`.")],
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.")] = None,  # noqa: UP045
-    assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.")] = None,
+    assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")] = None,
     workspace: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."),
+        Optional[Path],
+        typer.Option(
+            help="Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
+        ),
     ] = None,
 ) -> None:
     """Compress a model. Interrupted, the same command continues where it was."""
@@ -145,7 +149,9 @@ def inspect(
         recipe = origin["recipe"]
         kinds = " → ".join(step["kind"] for step in recipe["passes"])
         out.print(f"{escape(recipe['model'])} → {kinds}, seed {recipe['seed']}, compress {origin['compress_version']}")
-    out.print(f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_widths(found['bytes_at_bits'])}")
+    out.print(
+        f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_widths(found['bytes_at_bits'])}"
+    )
     if modules and found["modules"]:
         out.print(_module_table(found))
     dense = sum(found["dense"].values())
@@ -156,7 +162,7 @@ def inspect(
 
 def _module_table(found: dict[str, Any]) -> Table:
     widths = list(found["bytes_at_bits"])
-    prefix = os.path.commonprefix(list(found["modules"])).rpartition(".")[0]
+    prefix = os.path.commonpath([name.replace(".", "/") for name in found["modules"]]).replace("/", ".")
     table = Table(title=f"relative squared error of each packed matrix below {prefix}, by width", box=SIMPLE)
     table.add_column("module", no_wrap=True)
     for column in ("shape", *widths):
@@ -183,13 +189,17 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.")],
     bits: BitsOption = None,
     separator: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(help="Divides the text into documents, each scored alone with BOS in front."),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Score the first so many documents.", min=1)] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Score the first so many documents.", min=1)] = None,
     min_characters: Annotated[int, typer.Option(help="Pass over documents of this length or less.", min=0)] = 0,
-    length: Annotated[Optional[int], typer.Option(help="Tokens in a window; the context, at most 2048, if absent.")] = None,  # noqa: UP045
-    stride: Annotated[Optional[int], typer.Option(help="Tokens a window advances by; half its length if absent.")] = None,  # noqa: UP045
+    length: Annotated[
+        Optional[int], typer.Option(help="Tokens in a window; the context, at most 2048, if absent.")
+    ] = None,
+    stride: Annotated[
+        Optional[int], typer.Option(help="Tokens a window advances by; half its length if absent.")
+    ] = None,
     truncate: Annotated[bool, typer.Option(help="Score only the first window of each document.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     target: JsonOption = None,
@@ -214,7 +224,7 @@ def evaluate(
 def generate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    bits: Annotated[Optional[int], typer.Option(help="Width; all that is stored if absent.")] = None,  # noqa: UP045
+    bits: Annotated[Optional[int], typer.Option(help="Width; all that is stored if absent.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
@@ -226,7 +236,7 @@ def generate(
     from compress.loading import load
 
     quiet_transformers()
-    model = load(folder, bits=bits, dtype=torch.float32)
+    model: Any = load(folder, bits=bits, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
@@ -239,7 +249,7 @@ def generate(
 
 
 @app.command()
-def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:  # noqa: UP045
+def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:
     """List the installed passes, or one with all its settings."""
     from compress.errors import did_you_mean
     from compress.passes import kinds, pass_class

@@ -21,9 +21,7 @@ from compress.workspace import Stage
 Report = Callable[[str, int, int], None]
 
 
-def squared_gradients(
-    model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report
-) -> None:
+def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report) -> None:
     """Leave units ``fisher-<block>`` (and ``fisher--1`` for modules outside the blocks) in a stage.
 
     Args:
@@ -74,7 +72,7 @@ def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[st
     """Gradient of every sample's loss by the last block's output (and by the head, if it is wanted)."""
     count = len(model.blocks)
     hidden = stage.load(f"hidden-{count}")
-    wants_head = model.structure.head in outside
+    wants_head = model.head in outside
     head = model.head_weight().requires_grad_(wants_head)
     fisher = torch.zeros_like(head) if wants_head else None
     gradients: dict[str, Tensor] = {}
@@ -89,7 +87,7 @@ def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[st
             fisher += found[1].square()
     head.requires_grad_(False)
     if fisher is not None:
-        stage.save("head", {model.structure.head: fisher})
+        stage.save("head", {model.head: fisher})
     stage.save(f"gradient-{count}", gradients)
 
 
@@ -114,14 +112,16 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
         }
     for name, total in result.items():
         if not torch.isfinite(total).all():
-            raise CompressError(f"{name}: its gradient on the calibration text is not finite; check the model's weights.")
+            raise CompressError(
+                f"{name}: its gradient on the calibration text is not finite; check the model's weights."
+            )
     stage.save(f"gradient-{index}", gradients)
     stage.save(f"fisher-{index}", {name: total.cpu() for name, total in result.items()})
 
 
 def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
     """The embedding's gradient comes last; the head's was found with the loss."""
-    fisher = stage.load("head") if model.structure.head in outside else {}
+    fisher = stage.load("head") if model.head in outside else {}
     name = model.structure.embedding
     if name in outside:
         gradients = stage.load("gradient-0")

@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import CompressError, did_you_mean
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
-from compress.structure import Linear, is_linear
+from compress.structure import Linear, architecture, is_linear
 
 METHOD = "compress"
 FORMAT_VERSION = 1
@@ -125,17 +125,21 @@ class CompressConfig(QuantizationConfigMixin):
         return shapes
 
 
-def replace_packed(model: nn.Module, shapes: Mapping[str, PackedShape]) -> None:
+def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) -> None:
     """Put packed modules, on the meta device, where a model has dense ones.
 
     Raises:
         CompressError: a recorded module is not there or has other dimensions.
     """
-    for name, shape in shapes.items():
+    renamed = {old: new for new, old in architecture(model.config).renamed.items()}
+    for stored, shape in shapes.items():
+        name = stored if hasattr(model, stored.partition(".")[0]) else renamed.get(stored, stored)
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            raise CompressError(f"config.json records a packed module {name!r} that this model does not have.") from None
+            raise CompressError(
+                f"config.json records a packed module {name!r} that this model does not have."
+            ) from None
         embedding = isinstance(module, nn.Embedding)
         if not embedding and not is_linear(module):
             raise CompressError(f"config.json records {name!r} as packed, but it is a {type(module).__name__}.")
@@ -183,7 +187,8 @@ class CompressQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        config: CompressConfig = self.quantization_config
+        config = self.quantization_config
+        assert isinstance(config, CompressConfig)
         stored = config.shapes()
         widths = {name: shape.parent_bits for name, shape in stored.items()}
         if config.bits is not None and stored:
@@ -206,7 +211,9 @@ class CompressQuantizer(HfQuantizer):
         }
         if any(buffers.values()) and not all(buffers.values()):
             absent = next(name for name, read in buffers.items() if not read)
-            raise CompressError(f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again.")
+            raise CompressError(
+                f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."
+            )
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

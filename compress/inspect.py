@@ -35,7 +35,9 @@ def inspect(folder: Path) -> dict[str, Any]:
     held = sum(dense.values())
     low = min((s.seed_bits for s in shapes.values()), default=0)
     high = max((s.parent_bits for s in shapes.values()), default=-1)
-    at = {str(b): held + sum(_at(module["bytes_at_bits"], b) for module in modules.values()) for b in range(low, high + 1)}
+    at = {
+        str(b): held + sum(_at(module["bytes_at_bits"], b) for module in modules.values()) for b in range(low, high + 1)
+    }
     return {
         "folder": str(folder),
         "format_version": settings.format_version if isinstance(settings, CompressConfig) else None,
@@ -58,7 +60,8 @@ def _at(by_width: Mapping[str, int], bits: int) -> int:
 def _module(name: str, shape: PackedShape, info: Mapping[str, TensorInfo], errors: Mapping[str, Any]) -> dict[str, Any]:
     held = {tensor: info[f"{name}.{tensor}"].nbytes for tensor in shape.specification()}
     at = {
-        str(bits): sum(size for tensor, size in held.items() if (width_of(tensor) or 0) <= bits) for bits in shape.widths
+        str(bits): sum(size for tensor, size in held.items() if (width_of(tensor) or 0) <= bits)
+        for bits in shape.widths
     }
     return {
         "shape": [shape.out_features, shape.in_features],

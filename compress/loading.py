@@ -38,7 +38,9 @@ def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, 
     except CompressError:
         raise
     except Exception as error:  # transformers raises many types for what is not a model folder
-        raise CompressError(f"{name}: is not a model folder or hub id that can be read ({_first_line(error)}).") from error
+        raise CompressError(
+            f"{name}: is not a model folder or hub id that can be read ({_first_line(error)})."
+        ) from error
     settings = getattr(config, "quantization_config", None)
     if settings is None or settings.get("quant_method") != METHOD:
         if bits is not None:

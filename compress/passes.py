@@ -122,7 +122,8 @@ class Context:
         seed: of the recipe; derive a generator from it with :meth:`generator`.
         linears: full name -> (out_features, in_features) of every linear inside the blocks.
         outside: the same for the embedding and the head.
-        tied: whether those two are one tensor.
+        head: which of those is the head.
+        tied: whether the two are one tensor.
     """
 
     structure: Architecture
@@ -130,6 +131,7 @@ class Context:
     seed: int
     linears: Mapping[str, tuple[int, int]]
     outside: Mapping[str, tuple[int, int]]
+    head: str
     tied: bool
 
     def generator(self, *place: int) -> torch.Generator:

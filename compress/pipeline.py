@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +21,10 @@ from compress import writer
 from compress.calibration import Samples, draw_samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
-from compress.passes import Block, Context, Needs, Pass, pass_class
+from compress.passes import Block, Context, Pass, pass_class
 from compress.quant.linear import PackedShape
 from compress.recipe import Recipe, load_recipe
-from compress.streaming import State, StreamedModel, empty_model
+from compress.streaming import State, StreamedModel, empty_model, tensor_names
 from compress.structure import architecture, block_prefix
 from compress.version import __version__
 from compress.weights import Checkpoint, Overlay
@@ -98,7 +97,9 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
-            raise CompressError(f"{folder}: the disk is full; what is finished is kept: free space and run again.") from error
+            raise CompressError(
+                f"{folder}: the disk is full; what is finished is kept: free space and run again."
+            ) from error
         if isinstance(error, OSError) and error.filename:
             raise CompressError(f"{error.filename}: {error.strerror}.") from error
         raise
@@ -137,7 +138,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
     except Exception as error:  # tokenizer classes fail in many ways
         raise CompressError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
     empty = empty_model(config)
-    checkpoint = Checkpoint(folder, empty.state_dict(), empty.base_model_prefix)
+    checkpoint = Checkpoint(folder, tensor_names(empty))
     sha256 = checkpoint.sha256()
     return Source(folder, State(checkpoint, config, {}, digest(sha256)), tokenizer, sha256)
 
@@ -179,7 +180,9 @@ def _first_line(error: Exception) -> str:
 
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: _Log) -> None:
     passes: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    )
     context = make_context(source, device, settings.seed)
     check_order(passes, settings, context)
     samples = None
@@ -212,7 +215,8 @@ def make_context(source: Source, device: torch.device, seed: int) -> Context:
     model = StreamedModel(source.state, torch.device("meta"))
     inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
     outside = {name: linear.shape for name, linear in model.outside().items()}
-    return Context(model.structure, device, seed, inside, outside, bool(source.state.config.tie_word_embeddings))
+    tied = bool(source.state.config.tie_word_embeddings)
+    return Context(model.structure, device, seed, inside, outside, model.head, tied)
 
 
 def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context) -> None:
@@ -229,7 +233,9 @@ def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context)
                 "them; put it earlier."
             )
         if step.needs().calibration and settings.calibration is None:
-            raise CompressError(f"passes.{index} ({step.config.kind}) looks at text, but the recipe has no calibration.")
+            raise CompressError(
+                f"passes.{index} ({step.config.kind}) looks at text, but the recipe has no calibration."
+            )
         if step.needs().packs:
             packed_by = f"passes.{index} ({step.config.kind})"
         step.check(context)
@@ -248,7 +254,9 @@ class _Runner:
         # pydantic leaves out nothing: the resolved settings, defaults included, decide the key.
         text = self.samples.key if self.samples else None
         settings = step.config.model_dump(mode="json")
-        self.stage: Stage = work.stage(self.kind, state.key, settings, text, context.seed, str(context.device), __version__)
+        self.stage: Stage = work.stage(
+            self.kind, state.key, settings, text, context.seed, str(context.device), __version__
+        )
         self.outside = step.outside(context)
         self.fisher = work.stage("fisher", state.key, text, self.outside, str(context.device), __version__)
         self._model: StreamedModel | None = None
@@ -369,7 +377,7 @@ class _Runner:
         for record in records.values():
             packed |= {name: PackedShape(**fields) for name, fields in record.pop("packed").items()}
         config = self.state.config
-        if self.context.structure.head in packed and config.tie_word_embeddings:
+        if self.context.head in packed and config.tie_word_embeddings:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
         removed = [f"{name}.weight" for name in packed]
         source = Overlay(self.state.source, [self.stage.path(unit) for unit in units], removed)

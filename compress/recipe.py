@@ -41,7 +41,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="Folder or hub id of a dense causal LM, or 'builtin' for the one that comes with us.")
+    model: str = Field(
+        description="Folder or hub id of a dense causal LM, or 'builtin' for the one that comes with us."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     calibration: Calibration | None = Field(None, description="Needed by passes that look at text.")
     passes: tuple[SerializeAsAny[PassConfig], ...] = Field(min_length=1, description="Applied in this order.")
@@ -113,7 +115,9 @@ def override(data: Any, assignments: Sequence[str]) -> Any:
             else:
                 target[keys[-1]] = value
         except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise CompressError(f"--set {assignment!r}: {path} does not lead to a place in the recipe ({error}).") from error
+            raise CompressError(
+                f"--set {assignment!r}: {path} does not lead to a place in the recipe ({error})."
+            ) from error
     return data
 
 
@@ -150,7 +154,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of recipes, with every installed pass."""
     configs = tuple(pass_class(kind).Config for kind in kinds())
-    choice: Any = Annotated[Union[configs], Field(discriminator="kind")] if len(configs) > 1 else configs[0]  # noqa: UP007
+    choice: Any = Annotated[Union[configs], Field(discriminator="kind")] if len(configs) > 1 else configs[0]
     schema = Recipe.model_json_schema(ref_template="#/$defs/{model}")
     passes = TypeAdapter(choice).json_schema(ref_template="#/$defs/{model}")
     schema["$defs"] = {**schema.get("$defs", {}), **passes.pop("$defs", {})}

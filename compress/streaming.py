@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from compress.errors import CompressError
 from compress.hf import packed_modules, replace_packed
 from compress.quant.linear import PackedShape
-from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, linears_of
+from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, head_name, linears_of
 from compress.weights import TensorSource
 
 
@@ -54,12 +54,23 @@ class _LastBlock(Exception):
     """Raised by the last note-taking block: the rest of the model need not run."""
 
 
+def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Every tensor of a model -> the names it may have in checkpoint files.
+
+    Files of a base model lack its prefix, some have it in excess, and some modules were renamed.
+    """
+    structure, start = architecture(model.config), f"{model.base_model_prefix}."
+    return {
+        name: (name, name.removeprefix(start), start + name, structure.stored_name(name)) for name in model.state_dict()
+    }
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The real model class with parameters on the meta device and buffers in place."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.eval()
-    return model  # type: ignore[no-any-return]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model.train(False)
+    return model
 
 
 class StreamedModel:
@@ -74,6 +85,7 @@ class StreamedModel:
         self.state, self.device = state, device
         self.structure: Architecture = architecture(state.config)
         self.model = empty_model(state.config)
+        self.head = head_name(self.model)
         replace_packed(self.model, state.packed)
         for packed in packed_modules(self.model).values():
             packed.keep_dense = False  # a dense copy would outlive its block
@@ -88,8 +100,8 @@ class StreamedModel:
 
     def _tied(self) -> set[str]:
         """Names that share another tensor's storage and so need not be in the files."""
-        head = f"{self.structure.head}.weight"
-        return {head} if self.state.config.tie_word_embeddings and head not in self.state.packed else set()
+        tied = self.state.config.tie_word_embeddings and self.head not in self.state.packed
+        return {f"{self.head}.weight"} if tied else set()
 
     def _check_tensors(self) -> None:
         """Every tensor of the model exists with the model's own shape, before any work is done."""
@@ -143,19 +155,19 @@ class StreamedModel:
 
     def outside(self) -> dict[str, Linear]:
         """Embedding and head, as matrices."""
-        names = (self.structure.embedding, self.structure.head)
+        names = (self.structure.embedding, self.head)
         modules = {name: self.model.get_submodule(name) for name in names}
         return {name: Linear(name, module) for name, module in modules.items() if hasattr(module, "weight")}
 
     def head_weight(self) -> Tensor:
         """The head's parameter, [vocabulary, hidden] (the embedding's own where they are tied)."""
-        return self.model.get_submodule(self.structure.head).get_parameter("weight")
+        return self.model.get_submodule(self.head).get_parameter("weight")
 
     @contextmanager
     def _forwards(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         """Let other functions stand for the blocks' forward passes."""
         for index, block in enumerate(self.blocks):
-            block.forward = forward(index)  # type: ignore[method-assign]
+            block.forward = forward(index)
         try:
             yield
         finally:
@@ -218,7 +230,7 @@ class StreamedModel:
     @staticmethod
     def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """One block on one sample: [1, T, hidden] to the same."""
-        result = block(hidden, *call.args, **call.kwargs)
+        result: Tensor | tuple[Tensor, ...] = block(hidden, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -231,4 +243,3 @@ class StreamedModel:
         """Mean next-token cross-entropy of one sample, in nats."""
         logits = self.logits(tokens, hidden)
         return nn.functional.cross_entropy(logits[:-1], tokens[1:].to(self.device))
-

@@ -7,12 +7,11 @@ A package can add its own: an entry point of group ``compress.architectures`` th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError, did_you_mean
@@ -29,7 +28,7 @@ class Architecture:
         attention: linears of one attention group, inputs first, output projection last.
         mlp: linears of one MLP group, the one that leads back to the residual stream last.
         fused: linears that servers merge into one matrix, and that must share a width there.
-        head: path of the language-model head.
+        renamed: module names of newer transformers releases -> the name checkpoints are stored under.
     """
 
     model_types: tuple[str, ...]
@@ -38,7 +37,12 @@ class Architecture:
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...] = ()
-    head: str = "lm_head"
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def stored_name(self, name: str) -> str:
+        """The name a module or tensor has in checkpoint files."""
+        first, dot, rest = name.partition(".")
+        return self.renamed.get(first, first) + dot + rest
 
 
 ARCHITECTURES = (
@@ -81,7 +85,7 @@ ARCHITECTURES = (
         embedding="gpt_neox.embed_in",
         attention=("attention.query_key_value", "attention.dense"),
         mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        head="embed_out",
+        renamed={"lm_head": "embed_out"},
     ),
 )
 
@@ -93,7 +97,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
         CompressError: mixture-of-experts models, encoder-decoders, and undeclared architectures.
     """
     kind = str(config.model_type)
-    declared = [*ARCHITECTURES, *(point.load() for point in entry_points(group="compress.architectures"))]
+    others = (point.load() for point in entry_points(group="compress.architectures"))
+    declared: list[Architecture] = [*ARCHITECTURES, *others]
     for candidate in declared:
         if kind in candidate.model_types:
             return candidate
@@ -159,13 +164,8 @@ def block_of(name: str, structure: Architecture) -> int | None:
     return int(index) if not head and index.isdigit() else None
 
 
-def checked_config(config: PretrainedConfig, where: str) -> Mapping[str, Any]:
-    """Refuse what cannot be a starting point: a model that is already quantised.
-
-    Raises:
-        CompressError: ``quantization_config`` is present.
-    """
-    present = getattr(config, "quantization_config", None)
-    if present is not None:
-        raise CompressError(f"{where} is already quantised; compress starts from a dense model.")
-    return config.to_dict()
+def head_name(model: PreTrainedModel) -> str:
+    """Path of the language-model head, which some releases have renamed."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    names: list[str] = [name for name, module in model.named_modules() if module is head]
+    return names[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -111,11 +111,11 @@ class Checkpoint:
 
     Args:
         folder: holds safetensors.
-        names: of the model's own state dict, if tensors are to bear them: files of a base model lack its prefix.
-        prefix: the model class's ``base_model_prefix``.
+        names: the names tensors are to bear -> the names they may have in the files, most likely first; as they
+            are stored if None.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str] | None = None, prefix: str = "") -> None:
+    def __init__(self, folder: Path, names: Mapping[str, Sequence[str]] | None = None) -> None:
         self.folder = folder
         self.files = shard_files(folder)
         stored: dict[str, TensorInfo] = {}
@@ -123,11 +123,9 @@ class Checkpoint:
             stored |= read_header(file)
         self._stored_name = {name: name for name in stored}
         if names is not None:
-            start = f"{prefix}."
-            candidates = {name: (name, name.removeprefix(start), start + name) for name in names}
             self._stored_name = {
                 name: found
-                for name, options in candidates.items()
+                for name, options in names.items()
                 if (found := next((option for option in options if option in stored), None)) is not None
             }
         self._info = {name: stored[found] for name, found in self._stored_name.items()}
@@ -151,6 +149,28 @@ class Checkpoint:
         """Digest of every file that decides what the model is: weights and configuration."""
         config = [path for path in (self.folder / "config.json",) if path.exists()]
         return {path.name: sha256_of(path) for path in (*config, *self.files)}
+
+
+class Renamed:
+    """The same tensors under other names.
+
+    Args:
+        below: the tensors.
+        names: new name -> old name; tensors that are not listed are not there.
+    """
+
+    def __init__(self, below: TensorSource, names: Mapping[str, str]) -> None:
+        self.below, self.names = below, names
+
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by its new name."""
+        info = self.below.info()
+        return {new: info[old] for new, old in self.names.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of some tensors, by their new names."""
+        wanted = {self.names[new]: new for new in names}
+        return {wanted[old]: tensor for old, tensor in self.below.read(wanted).items()}
 
 
 class Overlay:

@@ -19,7 +19,7 @@ from compress.quant.linear import width_of
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__
-from compress.weights import INDEX, Checkpoint, TensorInfo, sha256_of
+from compress.weights import INDEX, SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
 from compress.workspace import save_atomic, write_atomic
 
 MANIFEST = "compression.json"
@@ -54,6 +54,7 @@ def write_checkpoint(
     Raises:
         CompressError: there is not enough room on the disk.
     """
+    running, state = state, stored_state(state)
     info = state.source.info()
     _check_room(sum(item.nbytes for item in info.values()), target.parent)
     partial = workspace / "checkpoint.partial"
@@ -74,15 +75,23 @@ def write_checkpoint(
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},
         **manifest,
-        "not_quantised": not_quantised(state, manifest["passes"]),
+        "not_quantised": not_quantised(running, manifest["passes"]),
         "sizes": {"files": sum(path.stat().st_size for path in files.values())} | sizes(info, state),
         "files": {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()},
-        "probe": probe(State(Checkpoint(partial), state.config, state.packed, ""), probe_tokens, device),
+        "probe": probe(partial, running, probe_tokens, device),
     }
     write_atomic(partial / MANIFEST, json.dumps(whole, indent=1) + "\n")
     if target.exists():
         target.rmdir()  # empty: the pipeline has refused anything else
     partial.replace(target)
+
+
+def stored_state(state: State) -> State:
+    """The same model under the names that checkpoint files use."""
+    rename = architecture(state.config).stored_name
+    names = {rename(name): name for name in state.source.info()}
+    packed = {rename(name): shape for name, shape in state.packed.items()}
+    return State(Renamed(state.source, names), state.config, packed, state.key)
 
 
 def _check_room(needed: int, folder: Path) -> None:
@@ -144,7 +153,7 @@ def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[
             held += info[name].nbytes
         for number, part in enumerate(parts, 1):
             single = label == "model" and len(parts) == 1
-            shards["model.safetensors" if single else f"{label}-{number:05}-of-{len(parts):05}.safetensors"] = part
+            shards[SINGLE if single else f"{label}-{number:05}-of-{len(parts):05}.safetensors"] = part
     return shards
 
 
@@ -163,7 +172,7 @@ def _write_indexes(
     folder: Path, shards: Mapping[str, Iterable[str]], info: Mapping[str, TensorInfo], state: State
 ) -> None:
     place = {name: file for file, names in shards.items() for name in names}
-    if len(shards) > 1:
+    if SINGLE not in shards:
         _write_index(folder / index_name(None), place, info)
     for bits in widths_of(state):
         needed = {name: file for name, file in place.items() if _needed_at(name, bits, state)}
@@ -172,7 +181,9 @@ def _write_indexes(
 
 def _write_index(path: Path, place: Mapping[str, str], info: Mapping[str, TensorInfo]) -> None:
     total = sum(info[name].nbytes for name in place)
-    write_atomic(path, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}, indent=1))
+    write_atomic(
+        path, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}, indent=1)
+    )
 
 
 def _write_config(folder: Path, state: State) -> None:
@@ -203,8 +214,11 @@ def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 @torch.no_grad()
-def probe(state: State, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What the checkpoint makes of a few tokens at every width: loss, and the last position's largest logits."""
+def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What a written checkpoint makes of a few tokens at every width: loss, and the last position's largest logits."""
+    structure = architecture(running.config)
+    names = {name: (structure.stored_name(name),) for name in running.source.info()}
+    state = State(Checkpoint(folder, names), running.config, running.packed, "")
     model = StreamedModel(state, device)
     widths = widths_of(state)
     ids = torch.tensor(list(tokens)[:64])
@@ -236,4 +250,7 @@ def describe(logits: Tensor, tokens: Tensor) -> dict[str, Any]:
     """Loss and the eight largest logits after the last token. ``logits`` is [T, vocabulary]."""
     loss = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:].to(logits.device))
     top = logits[-1].float().topk(min(8, logits.shape[-1]))
-    return {"loss": loss.item(), "top": [[i, v] for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)]}
+    return {
+        "loss": loss.item(),
+        "top": [[i, v] for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)],
+    }

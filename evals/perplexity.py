@@ -80,7 +80,9 @@ def prepare(
     """
     step = max(1, length // 2) if stride is None else stride
     if length < 2 or not 1 <= step < length:
-        raise CompressError(f"windows of {length} tokens with stride {step}: the length must be at least 2, and 1 <= stride < length.")
+        raise CompressError(
+            f"windows of {length} tokens with stride {step}: the length must be at least 2, and 1 <= stride < length."
+        )
     start = bos_tokens(tokenizer)
     windows: list[Window] = []
     size = 0
@@ -111,7 +113,7 @@ def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, fir
     if first == 0 and last == len(ids):
         return len(text.encode())
     if not tokenizer.is_fast:
-        return len(tokenizer.decode(ids[first:last]).encode())
+        return len(str(tokenizer.decode(ids[first:last])).encode())
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return len(text[spans[first][0] : spans[last - 1][1]].encode())
 
@@ -148,7 +150,7 @@ def score(
 
 def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
     """Negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     width = max(len(window.tokens) for window in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     wanted = torch.zeros(len(batch), width - 1, dtype=torch.bool)

@@ -67,12 +67,17 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int] | None) -> li
             raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
         return [None]
     low, high = min(m.shape.seed_bits for m in modules), max(m.shape.parent_bits for m in modules)
-    return sorted(asked or range(low, high + 1), reverse=True)  # type: ignore[arg-type]
+    return [*sorted(asked or range(low, high + 1), reverse=True)]
 
 
 def evaluate_text(
-    folder: str, source: str, bits: Sequence[int] | None = None, protocol: Protocol | None = None,
-    dtype: torch.dtype = torch.float32, device: str = "cpu", report: Report | None = None,
+    folder: str,
+    source: str,
+    bits: Sequence[int] | None = None,
+    protocol: Protocol | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte at several widths, from one load.
 
@@ -95,7 +100,7 @@ def evaluate_text(
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
-    model = compress.load(folder, bits=max(bits) if bits else None, dtype=dtype).to(device)
+    model = compress.load(folder, bits=max(bits) if bits else None, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = protocol.length or context_length(model)
     text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)

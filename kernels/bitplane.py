@@ -79,11 +79,11 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.save_for_backward(*planes, codebook, *([dense] if dense is not None else []))
 
 
-def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[None], None, None, None]:
     saved = ctx.saved_tensors
     planes, codebook = list(saved[: ctx.count]), saved[ctx.count]
     weight = saved[-1] if ctx.has_dense else dense_weight(planes, codebook, ctx.columns, gradient.dtype)
-    return _matmul(gradient, weight.to(gradient.dtype)), None, None, None, None
+    return _matmul(gradient, weight.to(gradient.dtype)), [None] * len(planes), None, None, None
 
 
 bitplane_linear.register_autograd(_input_gradient, setup_context=_keep_for_backward)

@@ -31,9 +31,7 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(codes, (0, words(columns) * WORD - columns))
     octets = padded.view(rows, -1, 8)
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    planes = [
-        (((octets >> (bits - 1 - plane)) & 1) << place).sum(-1, dtype=torch.uint8) for plane in range(bits)
-    ]
+    planes = [(((octets >> (bits - 1 - plane)) & 1) << place).sum(-1, dtype=torch.uint8) for plane in range(bits)]
     return torch.stack(planes).view(torch.int32)
 
 

@@ -167,7 +167,8 @@ def _nest_rows(
                 zero_cell = _split_cells(cells, zero, zero_cell, scratch)
                 cells *= 2
                 _set_centroids(cells, zero_cell, scratch)
-            tables[r, cells - 2**seed_bits : 2 * cells - 2**seed_bits] = scratch.centroids[:cells]
+            for c in range(cells):
+                tables[r, cells - 2**seed_bits + c] = scratch.centroids[c]
         for c in range(cells):
             for i in range(scratch.start[borders[c]], scratch.start[borders[c + 1]]):
                 codes[r, order[i] & np.uint64(0xFFFFFFFF)] = c

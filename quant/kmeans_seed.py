@@ -54,6 +54,7 @@ class Scratch(NamedTuple):
 
 @compiled
 def allocate_scratch(columns: int, seed_cells: int, parent_cells: int) -> Scratch:
+    """Buffers for rows of ``columns`` weights."""
     limit = max(CANDIDATES, CANDIDATES_PER_CELL * seed_cells)
     m = limit + 2 * END_CANDIDATES + 8
     return Scratch(
@@ -286,12 +287,12 @@ def _fill_layer(sums: Floats, table: Floats, origin: NDArray[np.int32], t: int, 
         for i in range(stride, m + 1, 2 * stride):
             if i < t:
                 continue
-            low = max(t - 1, np.int64(origin[t - 1, i])) if i > t - 1 and i >= t else t - 1
+            low = max(t - 1, int(origin[t - 1, i]))
             if i - stride >= t:
-                low = max(low, np.int64(origin[t, i - stride]))
+                low = max(low, int(origin[t, i - stride]))
             high = i - 1
             if i + stride <= m:
-                high = min(high, np.int64(origin[t, i + stride]))
+                high = min(high, int(origin[t, i + stride]))
             table[t, i], origin[t, i] = _best_origin(sums, table[t - 1], i, min(low, high), high, noise)
         stride //= 2
 
@@ -412,7 +413,8 @@ def _lloyd(count: int, cells: int, centre: float, zero_cell: int, noise: float, 
         if not trial_cost < cost:
             return
         cost = trial_cost
-        borders[: cells + 1] = trial[: cells + 1]
+        for c in range(cells + 1):  # a slice assignment would cost seconds of compilation
+            borders[c] = trial[c]
 
 
 @compiled
@@ -425,7 +427,8 @@ def seed_row(count: int, zero: int, cells: int, scratch: Scratch) -> tuple[int, 
     noise = ROUNDING * (prefix[0, count] - prefix[0, 0])
     m = _choose_candidates(count, zero, limit, scratch)
     for i in range(m + 1):
-        scratch.sums[:, i] = prefix[:, scratch.candidates[i]]
+        for moment in range(3):
+            scratch.sums[moment, i] = prefix[moment, scratch.candidates[i]]
     zero_cell = -1
     if zero >= 0:
         used, zero_cell = _seed_around_zero(cells, m, zero, noise, scratch)

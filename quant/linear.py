@@ -144,9 +144,7 @@ class BitPlaneLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``; differentiable in ``x``."""
-        y: Tensor = bitplane_linear(
-            x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype)
-        )
+        y: Tensor = bitplane_linear(x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype))
         return y if self.bias is None else y + self.bias
 
 

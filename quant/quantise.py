@@ -75,10 +75,10 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         for pattern in self.config.ignore:
             matching(pattern, list(context.linears))
         chosen = self.outside(context)
-        head, embedding = context.structure.head, context.structure.embedding
+        head, embedding = context.head, context.structure.embedding
         if self.sensitivity == "activation" and chosen:
             raise CompressError(f"{self.config.kind}: include works with sensitivity fisher or none, not activation.")
-        if embedding in chosen and head not in chosen and head in context.outside and context.tied:
+        if embedding in chosen and head not in chosen and context.tied:
             raise CompressError(
                 f"{self.config.kind}: {embedding} is tied to {head}; to quantise it, name both in include."
             )
@@ -90,9 +90,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     def run_block(self, block: Block, context: Context) -> Record:
         """Pack every linear that is not ignored."""
-        ignored = {
-            name: pattern for pattern in self.config.ignore for name in matching(pattern, list(context.linears))
-        }
+        ignored = {name: pattern for pattern in self.config.ignore for name in matching(pattern, list(context.linears))}
         sensitivities = self._sensitivities(block)
         errors: Record = {}
         for name, linear in block.linears.items():

@@ -1,0 +1,1 @@
+"""The built-in model and text, and the demo made of them."""

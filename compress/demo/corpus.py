@@ -48,9 +48,7 @@ def training_files() -> list[Path]:
         and not {"test", "tests", "idle_test"} & set(path.relative_to(root).parts[:-1])
     ]
     tests = [path for pattern in _TEST_FILES for path in (root / "test").glob(pattern)]
-    return sorted(
-        path for path in (*library, *tests) if path.stem.removeprefix("test_") not in reserved
-    )
+    return sorted(path for path in (*library, *tests) if path.stem.removeprefix("test_") not in reserved)
 
 
 def fingerprint(texts: dict[str, str]) -> dict[str, str]:

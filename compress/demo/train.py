@@ -43,7 +43,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR, model_max_length=CONTEXT
     )
 
@@ -70,9 +70,7 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __init__(self, stream: Tensor, count: int) -> None:
         self.stream, self.count = stream, count
-        self.starts = torch.randint(
-            len(stream) - CONTEXT, (count,), generator=torch.Generator().manual_seed(0)
-        )
+        self.starts = torch.randint(len(stream) - CONTEXT, (count,), generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:
         return self.count
@@ -125,7 +123,7 @@ def main() -> None:
     )
     resumable = any((arguments.output / "training").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resumable)
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    model.bfloat16().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     record = {"python": sys.version, "steps": arguments.steps, "batch": arguments.batch, "files": fingerprint(texts)}
     (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compress.quant.kmeans import kmeans_codebook, nested_codebooks, weighted_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from compress.quant.kmeans import kmeans_codebook, nested_codebooks, weighted_error
 
 Array = NDArray[Any]
 SEED, PARENT = 3, 8

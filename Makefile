@@ -1,0 +1,34 @@
+# make demo, make test, make check: each makes .venv first if it is not there.
+PYTHON ?= python3
+export OMP_WAIT_POLICY = PASSIVE
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test check test-matrix bench clean
+
+.venv/ready: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/ready
+	.venv/bin/compress demo
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+check: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# The round-trip tests on transformers 5.0, a middle version and the latest, each in an environment of its own.
+test-matrix:
+	$(PYTHON) tests/matrix.py
+
+bench: .venv/ready
+	.venv/bin/python -m compress.evals.bench_quantiser
+	.venv/bin/python -m compress.evals.bench_memory
+
+clean:
+	rm -rf .venv .venv-matrix runs build *.egg-info

@@ -1,0 +1,282 @@
+"""A checkpoint loads in any process at any width, and stops loudly where it must not load."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compress
+from compress.errors import CompressError
+from compress.hf import packed_modules, register
+from compress.structure import ARCHITECTURES
+
+KINDS = [kind for family in ARCHITECTURES for kind in family.model_types]
+TOKENS = torch.arange(5, 25)[None]
+PRINT_LOGITS = """
+import sys, json, torch, {imports}
+from transformers import AutoModelForCausalLM
+model = {load}
+print(json.dumps(model(torch.arange(5, 25)[None]).logits[0, -1].tolist()))
+"""
+
+
+@torch.no_grad()
+def logits(model):
+    return model(TOKENS).logits
+
+
+def rewrite(folder, change):
+    """Change one tensor file of a copy in place: ``change(tensors)``."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if change(tensors):
+            save_file(tensors, file, metadata={"format": "pt"})
+            return
+    raise AssertionError("nothing to change")
+
+
+@pytest.fixture
+def copy(compressed, tmp_path):
+    return shutil.copytree(compressed, tmp_path / "copy")
+
+
+def decode_by_hand(module, row, column):
+    """One weight read as FORMAT.md says: bit column % 32 of word column // 32, first plane highest."""
+    code = 0
+    for plane in module.planes():
+        code = 2 * code + (int(plane[row, column // 32]) >> (column % 32) & 1)
+    return module.codebook()[row, code].float()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6])
+def test_a_width_is_bit_identical_to_a_separately_packed_model(tiny_llama, compressed, bits):
+    """The weights of the k-bit model, put into the dense architecture, give the very same logits."""
+    model = compress.load(compressed, bits=bits)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for name, module in packed_modules(model).items():
+        weight = module.dense()
+        for row, column in ((0, 0), (1, 31), (2, 32), (3, weight.shape[1] - 1)):
+            assert weight[row, column] == decode_by_hand(module, row, column)
+        plain.get_submodule(name).weight.data = weight
+    assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_a_fresh_process_loads_every_width(compressed, fresh_python, bits):
+    code = PRINT_LOGITS.format(imports="compress", load=f"compress.load(sys.argv[1], bits={bits})")
+    found = json.loads(fresh_python(code, compressed))
+    model = compress.load(compressed)
+    compress.set_bits(model, bits)
+    torch.testing.assert_close(torch.tensor(found), logits(model)[0, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_plain_from_pretrained_works_after_the_import(compressed, fresh_python):
+    code = PRINT_LOGITS.format(imports="compress", load="AutoModelForCausalLM.from_pretrained(sys.argv[1])")
+    found = json.loads(fresh_python(code, compressed))
+    torch.testing.assert_close(torch.tensor(found), logits(compress.load(compressed))[0, -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_without_the_import_loading_stops(make_model, recipe, tmp_path, fresh_python, kind):
+    folder = compress.run({**recipe, "model": str(make_model(kind))}, tmp_path / "model")
+    code = PRINT_LOGITS.format(imports="transformers", load="AutoModelForCausalLM.from_pretrained(sys.argv[1])")
+    assert "mismatch" in fresh_python(code, folder, fails=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_goes_through(make_model, recipe, tmp_path, kind):
+    """At 8 bits a tiny random model's logits hardly move; generation with cache equals without."""
+    recipe["passes"] = [{"kind": "any_precision", "seed_bits": 4}]
+    source = make_model(kind)
+    folder = compress.run({**recipe, "model": str(source)}, tmp_path / "model")
+    model = compress.load(folder)
+    dense = logits(AutoModelForCausalLM.from_pretrained(source))
+    assert (logits(model) - dense).abs().max() < 0.05 * dense.abs().max()
+    generate = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with_cache = model.generate(TOKENS, use_cache=True, **generate)
+    assert torch.equal(with_cache, model.generate(TOKENS, use_cache=False, **generate))
+
+
+def test_width_changes_at_run_time(compressed):
+    model = compress.load(compressed)
+    assert compress.get_bits(model) == 6
+    high = logits(model)
+    compress.set_bits(model, 3)
+    assert compress.get_bits(model) == 3
+    assert not torch.equal(logits(model), high)
+    compress.set_bits(model, 6)
+    assert torch.equal(logits(model), high)
+
+
+def test_widths_by_pattern(compressed):
+    pattern = {r"re:.*down_proj": 6, "model.layers.0.self_attn.q_proj": 4}
+    model = compress.load(compressed, bits={r"re:.*": 3, **pattern})
+    widths = compress.get_bits(model)
+    assert widths["model.layers.1.mlp.down_proj"] == 6
+    assert widths["model.layers.0.self_attn.q_proj"] == 4
+    assert widths["model.layers.2.self_attn.q_proj"] == 3
+    switched = compress.load(compressed)
+    compress.set_bits(switched, 3)
+    compress.set_bits(switched, pattern)
+    assert torch.equal(logits(model), logits(switched))
+
+
+def test_a_width_that_is_not_there(compressed):
+    with pytest.raises(CompressError, match="width 7 is not available; this model can be read at 3 to 6 bits"):
+        compress.load(compressed, bits=7)
+    with pytest.raises(CompressError, match="Load it at more bits"):
+        compress.set_bits(compress.load(compressed, bits=4), 5)
+    with pytest.raises(CompressError, match="matches no module"):
+        compress.load(compressed, bits={"re:.*experts.*": 3})
+
+
+def test_a_dense_model_has_no_widths(tiny_llama):
+    with pytest.raises(CompressError, match="not a compressed checkpoint"):
+        compress.load(tiny_llama, bits=4)
+    with pytest.raises(CompressError, match="no packed modules"):
+        compress.set_bits(compress.load(tiny_llama), 4)
+
+
+def test_higher_planes_may_be_absent_from_the_disk(copy):
+    """What 3 bits need lies in files of its own: the others can be missing altogether."""
+    expected = logits(compress.load(copy, bits=3))
+    for file in copy.glob("model-[456]bit-*.safetensors"):
+        file.write_bytes(file.read_bytes()[:200])  # headers only: any read of their data would fail
+    index = copy / "model.safetensors.index.json"
+    shutil.copy(copy / "model.safetensors.index.3bit.json", index)
+    for file in copy.glob("model-[456]bit-*.safetensors"):
+        file.unlink()
+    model = AutoModelForCausalLM.from_pretrained(copy, config=_at(copy, 3))
+    assert torch.equal(logits(model), expected)
+
+
+def _at(folder, bits):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["bits"] = bits
+    return config
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_loaded_model_can_be_saved_again(compressed, tmp_path, bits, fresh_python):
+    model = compress.load(compressed, bits=bits)
+    model.save_pretrained(tmp_path / "again")
+    again = compress.load(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    assert compress.get_bits(again) == (bits or 6)
+    compress.set_bits(again, 3)
+    compress.set_bits(model, 3)
+    assert torch.equal(logits(again), logits(model))
+    code = PRINT_LOGITS.format(imports="transformers", load="AutoModelForCausalLM.from_pretrained(sys.argv[1])")
+    assert "mismatch" in fresh_python(code, tmp_path / "again", fails=True)
+
+
+def test_tables_keep_their_type_when_the_model_is_cast(compressed):
+    model = compress.load(compressed, dtype=torch.bfloat16)
+    module = packed_modules(model)["model.layers.0.mlp.up_proj"]
+    assert module.codebook().dtype == torch.float16
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    exact = logits(compress.load(compressed, dtype=torch.float32))
+    assert (logits(model).float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_maps(compressed, device_map):
+    model = compress.load(compressed, bits=4, device_map=device_map)
+    assert torch.equal(logits(model), logits(compress.load(compressed, bits=4)))
+
+
+def test_importing_twice_is_safe():
+    register()
+    register()
+
+
+def test_untied_head_and_embedding_can_be_packed(make_model, recipe, tmp_path):
+    recipe["model"] = str(make_model("llama", tie_word_embeddings=False))
+    recipe["passes"][0] |= {"include": ["lm_head", "model.embed_tokens"]}
+    model = compress.load(compress.run(recipe, tmp_path / "model"))
+    assert {"lm_head", "model.embed_tokens"} <= packed_modules(model).keys()
+    assert model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 24)
+
+
+def test_packing_a_tied_head_unties_it(make_model, recipe, tmp_path, fresh_python):
+    source = make_model("llama", tie_word_embeddings=True)
+    recipe |= {"model": str(source)}
+    recipe["passes"][0] |= {"include": ["lm_head"], "parent_bits": 8}
+    folder = compress.run(recipe, tmp_path / "model")
+    model = compress.load(folder)
+    assert "lm_head" in packed_modules(model)
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    assert (logits(model) - logits(dense)).abs().max() < 0.05 * logits(dense).abs().max()
+    recipe["passes"][0]["include"] = ["model.embed_tokens"]
+    with pytest.raises(CompressError, match=r"tied to lm_head.*name both"):
+        compress.run(recipe, tmp_path / "other")
+
+
+def test_a_missing_plane_is_named(copy):
+    name = "model.layers.1.mlp.up_proj.plane_5"
+    rewrite(copy, lambda tensors: tensors.pop(name, None) is not None)
+    with pytest.raises(CompressError, match=re.escape(name)):
+        AutoModelForCausalLM.from_pretrained(copy)
+    index = copy / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"].pop(name)
+    index.write_text(json.dumps(listed))
+    with pytest.raises(CompressError, match=re.escape(name)):
+        compress.load(copy)
+
+
+def test_a_truncated_shard_is_named(copy):
+    file = next(copy.glob("model-5bit-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CompressError, match="damaged or truncated|cannot be loaded"):
+        compress.load(copy)
+
+
+def test_a_missing_shard_is_named(copy):
+    next(copy.glob("model-4bit-*.safetensors")).unlink()
+    with pytest.raises(CompressError, match="model-4bit-00001-of-00001"):
+        compress.load(copy)
+
+
+def test_an_unknown_format_version_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompressError, match="format_version 99"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parent_bits": 12}, "out of range"),
+        ({"in_features": 5}, "recorded as"),
+        ({"colour": "red"}, "malformed"),
+    ],
+)
+def test_malformed_module_records_are_refused(copy, change, message):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"] |= change
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompressError, match=message):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_the_tokenizer_comes_along(compressed, tiny_llama):
+    text = "the lazy dog"
+    assert AutoTokenizer.from_pretrained(compressed)(text) == AutoTokenizer.from_pretrained(tiny_llama)(text)
+
+
+def test_gradients_reach_the_input_through_packed_layers(compressed):
+    model = compress.load(compressed, bits=4, keep_dense=False)
+    embeddings = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits.sum().backward()
+    assert torch.isfinite(embeddings.grad).all()
+    assert embeddings.grad.abs().sum() > 0

@@ -1,0 +1,93 @@
+"""Block streaming computes what the whole model computes, for every declared architecture."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compress.calibration import Samples
+from compress.errors import CompressError
+from compress.fisher import squared_gradients
+from compress.pipeline import open_source
+from compress.streaming import StreamedModel
+from compress.structure import ARCHITECTURES
+from compress.workspace import Stage
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(5, 29)
+KINDS = [kind for family in ARCHITECTURES for kind in family.model_types]
+
+
+def stream(model, tokens):
+    hidden, calls = model.capture(tokens)
+    for index, call in enumerate(calls):
+        with model.block(index) as block:
+            hidden = model.run(block, hidden, call)
+    return hidden
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_streamed_logits_equal_the_models_own(make_model, kind):
+    folder = make_model(kind)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS[None]).logits[0]
+    model = StreamedModel(open_source(str(folder)).state, CPU)
+    torch.testing.assert_close(model.logits(TOKENS, stream(model, TOKENS)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_one_block_is_in_memory(tiny_llama):
+    model = StreamedModel(open_source(str(tiny_llama)).state, CPU)
+    with model.block(1):
+        inside = {name for name, p in model.model.named_parameters() if "layers" in name and p.device.type == "cpu"}
+        assert inside
+        assert all(name.startswith("model.layers.1.") for name in inside)
+    assert all(p.device.type == "meta" for name, p in model.model.named_parameters() if "layers" in name)
+
+
+def plain_fisher(folder, samples, names):
+    """One backward pass of the whole model per sample, the textbook way."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total = dict.fromkeys(names, 0)
+    for tokens in samples:
+        model.zero_grad()
+        model(input_ids=tokens[None], labels=tokens[None]).loss.backward()
+        for name in names:
+            total[name] = total[name] + model.get_parameter(f"{name}.weight").grad ** 2
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_squared_gradients_equal_plain_backpropagation(make_model, tmp_path, kind):
+    folder = make_model(kind)
+    model = StreamedModel(open_source(str(folder)).state, CPU)
+    samples = Samples((TOKENS, TOKENS[:9] + 3), {})
+    stage = Stage(tmp_path, "key")
+    squared_gradients(model, samples, stage, [], lambda *_: None)
+    found = {name: value for i in range(3) for name, value in stage.load(f"fisher-{i}").items()}
+    for name, expected in plain_fisher(folder, samples.tokens, found).items():
+        expected = expected.t() if kind == "gpt2" else expected  # Conv1D keeps the transpose
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-3 * expected.max().item())
+    assert not list(tmp_path.glob("hidden-*")), "hidden states are cleared away"
+
+
+def test_squared_gradients_of_head_and_embedding(make_model, tmp_path):
+    folder = make_model("llama", tie_word_embeddings=False)
+    model = StreamedModel(open_source(str(folder)).state, CPU)
+    samples = Samples((TOKENS, TOKENS[:9] + 3), {})
+    names = ["lm_head", "model.embed_tokens"]
+    squared_gradients(model, samples, Stage(tmp_path, "key"), names, lambda *_: None)
+    found = Stage(tmp_path, "key").load("fisher--1")
+    for name, expected in plain_fisher(folder, samples.tokens, names).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-3 * expected.max().item())
+
+
+def test_damaged_weights_are_named(tmp_path, make_model):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(make_model("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*missing"):
+        StreamedModel(open_source(str(folder)).state, CPU)

@@ -1,0 +1,140 @@
+"""Tiny random models of every declared architecture, and a text to compress them on."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40
+COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+LLAMA_LIKE = {
+    "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), LLAMA_LIKE),
+    "opt": {"hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "max_position_embeddings": 64, "word_embed_proj_dim": 48},
+    "gpt2": {"n_embd": 48, "n_inner": 100, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 4},
+    "gpt_neox": {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
+                 "max_position_embeddings": 64},
+}  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--real", default=os.environ.get("COMPRESS_TEST_REAL"), help="folder of real models and text")
+
+
+@pytest.fixture(scope="session")
+def real(request):
+    folder = request.config.getoption("--real")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("no real model: give --real FOLDER or COMPRESS_TEST_REAL")
+    return Path(folder)
+
+
+def save_tokenizer(folder):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+    wrapped.save_pretrained(folder)
+
+
+def save_model(folder, kind="llama", dtype=torch.float32, **changes):
+    """A tiny random model with larger weights than usual, so that every block matters."""
+    config = transformers.AutoConfig.for_model(kind, **{**COMMON, **CONFIGS[kind], **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.tie_weights()
+    model.to(dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """Folder of a tiny random model, by architecture and changes to its configuration; made once."""
+    made = {}
+
+    def make(kind="llama", **changes):
+        key = (kind, *sorted(map(str, changes.items())))
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp(kind), kind, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_model):
+    return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "train.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_llama, text_file):
+    """A complete recipe, as a mapping; tests change what they need."""
+    return {
+        "model": str(tiny_llama),
+        "calibration": {"text": str(text_file), "samples": 4, "length": 32},
+        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
+    }
+
+
+@pytest.fixture(scope="session")
+def compressed(tiny_llama, text_file, tmp_path_factory):
+    """One finished checkpoint for tests that only read."""
+    import compress
+
+    return compress.run(
+        {
+            "model": str(tiny_llama),
+            "calibration": {"text": str(text_file), "samples": 4, "length": 32},
+            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
+        },
+        tmp_path_factory.mktemp("compressed") / "model",
+    )
+
+
+@pytest.fixture(scope="session")
+def fresh_python():
+    """Run code in a new process; returns what it printed. With ``fails=True`` returns what it complained of."""
+
+    def run(code, *arguments, fails=False, **environment):
+        process = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
+        if fails:
+            assert process.returncode != 0, process.stdout
+            return process.stderr
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    return run
