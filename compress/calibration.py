@@ -47,10 +47,10 @@ def read_documents(path: Path, separator: str | None = None, column: str = "text
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as handle:
-            if plain.suffix not in (".jsonl", ".json"):
+            if plain.suffix != ".jsonl":
                 text = handle.read()
                 return [part.strip() for part in text.split(separator)] if separator else [text]
-            return [str(json.loads(line)[column]) for line in handle if line.strip()]
+            return ["" + json.loads(line)[column] for line in handle if line.strip()]
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise CompressError(f"text file {path}: cannot be read ({error}).") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -61,7 +61,7 @@ def _documents(settings: Calibration) -> tuple[Iterable[str], dict[str, object]]
     if settings.builtin:
         texts = corpus.read_modules(corpus.CALIBRATION)
         return texts.values(), {"builtin": settings.builtin, "sha256": corpus.fingerprint(texts)}
-    if settings.text:
+    if settings.text is not None:
         path = Path(settings.text)
         documents = read_documents(path, settings.separator, settings.column)
         return documents, {"text": path.name, "sha256": sha256_of(path)}

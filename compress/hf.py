@@ -76,7 +76,7 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     widths = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
         for name in matching(pattern, list(shapes)):
-            if value not in shapes[name].widths:
+            if not isinstance(value, int) or value not in shapes[name].widths:
                 span = shapes[name].widths
                 raise CompressError(f"width {value} for {name} is not available; it has {span[0]} to {span[-1]} bits.")
             widths[name] = value

@@ -54,7 +54,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _configs_by_kind(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("passes"), Sequence):
+        if isinstance(data, Mapping) and isinstance(data.get("passes"), (list, tuple)):
             passes = [parse_pass(item, index) for index, item in enumerate(data["passes"])]
             return {**data, "passes": passes}
         return data
@@ -83,7 +83,8 @@ def parse_pass(item: Any, index: int) -> PassConfig:
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """One sentence for the first thing that is wrong."""
-    first = error.errors()[0]
+    # A misspelt key is also a missing one: say the first.
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     location = ".".join(str(part) for part in first["loc"])
     place = f"{where}: {location}" if location else where
     if first["type"] == "extra_forbidden":
@@ -103,18 +104,23 @@ def override(data: Any, assignments: Sequence[str]) -> Any:
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not path:
             raise CompressError(f"--set {assignment!r}: write it as key=value, for example passes.0.bits=4.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise CompressError(f"--set {assignment!r}: the value {text!r} is not YAML.") from None
         target, keys = data, path.split(".")
         try:
             for key in keys[:-1]:
-                target = target[int(key)] if isinstance(target, list) else target.setdefault(key, {})
-            value = yaml.safe_load(text)
+                if isinstance(target, dict) and target.get(key) is None:
+                    target[key] = {}
+                target = target[int(key)] if isinstance(target, list) else target[key]
             if isinstance(target, list):
                 target[int(keys[-1])] = value
             else:
                 target[keys[-1]] = value
-        except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+        except (ValueError, IndexError, TypeError, KeyError) as error:
             raise CompressError(
                 f"--set {assignment!r}: {path} does not lead to a place in the recipe ({error})."
             ) from error
@@ -128,15 +134,24 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         CompressError: the file is not there or not YAML, or anything in it is wrong.
     """
     if isinstance(recipe, Recipe):
-        data, where = recipe.model_dump(exclude_unset=True), "recipe"
+        data, where = recipe.model_dump(mode="json"), "recipe"
     elif isinstance(recipe, Mapping):
-        data, where = dict(recipe), "recipe"
+        data, where = plain(recipe), "recipe"
     else:
         data, where = _read_yaml(Path(recipe)), str(recipe)
     try:
         return Recipe.model_validate(override(data, overrides))
     except ValidationError as error:
         raise CompressError(explain(error, Recipe, where)) from error
+
+
+def plain(value: Any) -> Any:
+    """A copy in mappings, lists and scalars, whatever config objects are in it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -157,6 +172,9 @@ def json_schema() -> dict[str, Any]:
     choice: Any = Annotated[Union[configs], Field(discriminator="kind")] if len(configs) > 1 else configs[0]
     schema = Recipe.model_json_schema(ref_template="#/$defs/{model}")
     passes = TypeAdapter(choice).json_schema(ref_template="#/$defs/{model}")
+    for definition in passes.get("$defs", {}).values():
+        if "kind" in definition.get("properties", {}):
+            definition["required"] = ["kind", *definition.get("required", [])]
     schema["$defs"] = {**schema.get("$defs", {}), **passes.pop("$defs", {})}
     schema["properties"]["passes"]["items"] = passes
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"

@@ -91,9 +91,10 @@ class StreamedModel:
             packed.keep_dense = False  # a dense copy would outlive its block
         self.blocks = list(self.model.get_submodule(self.structure.blocks).children())
         self._check_tensors()
-        self._returns_tuple: bool | None = None
+        self._returns_tuple = False
         if device.type != "meta":
             self._fill_outside()
+            self._find_return_type()
 
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict(keep_vars=True))
@@ -186,8 +187,6 @@ class StreamedModel:
         Returns:
             The first block's hidden states [1, T, hidden], and how each block is called.
         """
-        if self._returns_tuple is None:
-            self._find_return_type(tokens)
         first: list[Tensor] = []
         calls: list[Call] = []
 
@@ -209,7 +208,7 @@ class StreamedModel:
                 pass
         return first[0], calls
 
-    def _find_return_type(self, tokens: Tensor) -> None:
+    def _find_return_type(self) -> None:
         """Some releases' blocks return a tensor, some a tuple: ask the first one, with the model's own call."""
         noted: list[tuple[Tensor, Call]] = []
 
@@ -220,7 +219,7 @@ class StreamedModel:
         with torch.no_grad():
             with self._forwards(lambda _index: take_note):
                 try:
-                    self.model(input_ids=tokens[None, :2].to(self.device), use_cache=False)
+                    self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
                 except _LastBlock:
                     pass
             hidden, call = noted[0]

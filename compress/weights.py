@@ -90,8 +90,10 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CompressError(f"{index}: not a safetensors index ({error}).") from error
+        if not names:
+            raise CompressError(f"{index}: names no file; fetch or write the model again.")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CompressError(f"{folder}: {index.name} names {missing[0]}, which is not there; fetch it again.")
@@ -169,8 +171,9 @@ class Renamed:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of some tensors, by their new names."""
-        wanted = {self.names[new]: new for new in names}
-        return {wanted[old]: tensor for old, tensor in self.below.read(wanted).items()}
+        wanted = {new: self.names[new] for new in names}
+        tensors = self.below.read(set(wanted.values()))
+        return {new: tensors[old] for new, old in wanted.items()}
 
 
 class Overlay:
@@ -197,6 +200,8 @@ class Overlay:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of some tensors, each from the newest file that has it."""
         wanted = list(names)
+        if gone := self._removed & set(wanted):
+            raise KeyError(f"{min(gone)} was removed by a pass")
         result = self.below.read([name for name in wanted if name not in self._own])
         for name in wanted:
             if name in self._own:

@@ -73,7 +73,7 @@ class Stage:
         try:
             with safe_open(self.path(unit), framework="pt") as handle:
                 return json.loads(handle.metadata()["record"])  # type: ignore[no-any-return]
-        except (FileNotFoundError, SafetensorError):
+        except (FileNotFoundError, SafetensorError, TypeError, KeyError):
             return None
 
     def load(self, unit: str) -> dict[str, Tensor]:

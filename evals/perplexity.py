@@ -115,7 +115,8 @@ def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, fir
     if not tokenizer.is_fast:
         return len(str(tokenizer.decode(ids[first:last])).encode())
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return len(text[spans[first][0] : spans[last - 1][1]].encode())
+    start = spans[first - 1][1] if first else 0  # some tokenizers leave a token's leading space out of its span
+    return len(text[start : len(text) if last == len(ids) else spans[last - 1][1]].encode())
 
 
 @torch.no_grad()

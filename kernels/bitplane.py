@@ -49,9 +49,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("compress::bitplane_linear", mutates_args=())
-def bitplane_linear(
-    x: Tensor, planes: list[Tensor], codebook: Tensor, columns: int, dense: Tensor | None = None
-) -> Tensor:
+def bitplane_linear(x: Tensor, planes: list[Tensor], codebook: Tensor, columns: int, dense: Tensor | None) -> Tensor:
     """Apply a packed linear layer.
 
     Args:
@@ -65,11 +63,11 @@ def bitplane_linear(
         [..., N] in ``x``'s dtype and on its device.
     """
     weight = dense if dense is not None else dense_weight(planes, codebook, columns, x.dtype)
-    return _matmul(x, weight.t()).contiguous()
+    return _matmul(x, weight.t()).to(x.dtype).contiguous()  # autocast would return its own type
 
 
 @bitplane_linear.register_fake
-def _(x: Tensor, planes: list[Tensor], codebook: Tensor, columns: int, dense: Tensor | None = None) -> Tensor:
+def _(x: Tensor, planes: list[Tensor], codebook: Tensor, columns: int, dense: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], codebook.shape[0])
 
 

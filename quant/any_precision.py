@@ -19,7 +19,7 @@ class AnyPrecisionConfig(SensitiveConfig):
     pass over the calibration samples, with one block in memory and the samples' hidden states on disk.
     """
 
-    kind: Literal["any_precision"] = "any_precision"
+    kind: Literal["any_precision"] = Field("any_precision", description="Name of the pass.")
     seed_bits: int = Field(3, ge=2, le=8, description="The smallest width, whose codes are optimised directly.")
     parent_bits: int = Field(8, ge=2, le=8, description="The largest width.")
 

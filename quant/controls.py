@@ -15,7 +15,7 @@ from compress.quant.quantise import Array, QuantiseConfig, QuantisePass, Sensiti
 class KMeansConfig(SensitiveConfig):
     """Non-nested weighted k-means of each row at one width: what nesting is measured against (SqueezeLLM)."""
 
-    kind: Literal["kmeans"] = "kmeans"
+    kind: Literal["kmeans"] = Field("kmeans", description="Name of the pass.")
     bits: int = Field(4, ge=2, le=8, description="The width.")
 
 
@@ -32,7 +32,7 @@ class KMeans(QuantisePass[KMeansConfig]):
 class RoundToNearestConfig(QuantiseConfig):
     """Rounding to an even grid between each row's smallest and largest weight: the simplest quantiser there is."""
 
-    kind: Literal["rtn"] = "rtn"
+    kind: Literal["rtn"] = Field("rtn", description="Name of the pass.")
     bits: int = Field(4, ge=2, le=8, description="The width.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from compress.kernels.packing import pack_planes, words
 class PackedShape:
     """What the checkpoint records of one packed matrix: ``quantization_config.modules[name]``.
 
-    ``kept_bits`` is how many of the parent's planes are present: a model loaded at 4 of 8 bits holds 4.
+    In a model loaded at 4 of 8 bits, ``parent_bits`` is 4: what is held is what there is.
     """
 
     out_features: int
@@ -59,8 +60,8 @@ def pack(codes: Tensor, codebooks: dict[int, Tensor]) -> tuple[PackedShape, dict
 
     Returns:
         The shape record, and the tensors by their names under the module. Tables are stored as float16
-        where that keeps every entry to 11 significant bits (relative to the row's largest entry for tiny
-        ones), else as float32.
+        where that keeps every entry within a relative error of 2**-10 (entries below 1/256 of their row's
+        largest: within that error of 1/256 of the largest), else as float32.
     """
     seed, parent = min(codebooks), max(codebooks)
     exact = all(_fits_half(table) for table in codebooks.values())
@@ -98,7 +99,7 @@ class _Packed(nn.Module):
 
     @bits.setter
     def bits(self, value: int) -> None:
-        if value not in self.shape.widths:
+        if not isinstance(value, int) or value not in self.shape.widths:
             widths = self.shape.widths
             raise ValueError(f"width {value} is not among the {widths[0]} to {widths[-1]} bits held in memory")
         self._bits, self._dense = value, None
@@ -120,14 +121,29 @@ class _Packed(nn.Module):
     def _kept_dense(self, dtype: torch.dtype) -> Tensor | None:
         """The dense weight kept between calls: ``N * K`` values in the activations' dtype, or None."""
         if not self.keep_dense:
+            self._dense = None
             return None
         if self._dense is None or self._dense.dtype != dtype:
-            self._dense = self.dense(dtype)
+            with torch.inference_mode(False):  # what it keeps may be differentiated through later
+                self._dense = self.dense(dtype)
         return self._dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         self._dense = None  # it would stay on the old device
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        tables = {id(buffer) for name, buffer in self.named_buffers() if name.startswith("codebook_")}
+
+        def moved(tensor: Tensor) -> Tensor:
+            """Tables move but are never cast: ``model.to(torch.bfloat16)`` must not cost precision."""
+            result = fn(tensor)
+            if id(tensor) not in tables or result.dtype == tensor.dtype:
+                return result
+            return tensor.to(result.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         shape = self.shape

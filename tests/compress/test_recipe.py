@@ -209,7 +209,11 @@ def test_a_whole_pass_can_be_overridden():
     assert (only.kind, only.bits) == ("kmeans", 5)
 
 
-@pytest.mark.parametrize("item", ["passes.3.bits=3", "passes.x.bits=3", "passes.1=3", "model.a.b=3", "seed=[1"])
+def test_an_override_that_is_not_yaml_is_named():
+    assert refused(recipe(), "seed=[1") == "--set 'seed=[1': the value '[1' is not YAML."
+
+
+@pytest.mark.parametrize("item", ["passes.3.bits=3", "passes.x.bits=3", "passes.1=3", "model.a.b=3"])
 def test_an_override_that_leads_nowhere_is_named(item):
     path = item.partition("=")[0]
     assert refused(recipe(), item).startswith(f"--set {item!r}: {path} does not lead to a place in the recipe")

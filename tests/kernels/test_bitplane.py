@@ -39,7 +39,7 @@ def test_every_width_multiplies_by_the_looked_up_weight(bits, table):
     planes, codebook, weight = layer(bits, table=table)
     x = activations(3, 33)
     assert torch.equal(dense_weight(planes, codebook, 33, table), weight)
-    assert_is_product(bitplane_linear(x, planes, codebook, 33), x, weight)
+    assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
 
 
 @pytest.mark.parametrize("columns", [1, 31, 33, 500])
@@ -47,7 +47,7 @@ def test_every_width_multiplies_by_the_looked_up_weight(bits, table):
 def test_odd_sizes(rows, columns):
     planes, codebook, weight = layer(3, rows, columns)
     x = activations(2, columns)
-    assert_is_product(bitplane_linear(x, planes, codebook, columns), x, weight)
+    assert_is_product(bitplane_linear(x, planes, codebook, columns, None), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +56,7 @@ def test_odd_sizes(rows, columns):
 def test_the_result_has_the_batch_shape_and_dtype_of_the_input(batch, dtype, table):
     planes, codebook, weight = layer(table=table)
     x = activations(*batch, 33, dtype=dtype)
-    assert_is_product(bitplane_linear(x, planes, codebook, 33), x, weight)
+    assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,7 +64,7 @@ def test_an_input_may_have_any_strides(dtype):
     planes, codebook, weight = layer()
     for x in (activations(33, 4, dtype=dtype).t(), activations(3, 66, dtype=dtype)[:, ::2]):
         assert not x.is_contiguous()
-        assert_is_product(bitplane_linear(x, planes, codebook, 33), x, weight)
+        assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +73,7 @@ def test_a_kept_dense_weight_changes_no_bit(batch, dtype):
     planes, codebook, _ = layer()
     x = activations(*batch, 33, dtype=dtype)
     dense = dense_weight(planes, codebook, 33, dtype)
-    assert torch.equal(bitplane_linear(x, planes, codebook, 33, dense), bitplane_linear(x, planes, codebook, 33))
+    assert torch.equal(bitplane_linear(x, planes, codebook, 33, dense), bitplane_linear(x, planes, codebook, 33, None))
 
 
 def test_looking_up_a_few_rows_at_a_time_changes_no_bit(monkeypatch):
@@ -97,7 +97,7 @@ def test_planes_and_codebook_get_no_gradient():
     planes, codebook, _ = layer()
     codebook.requires_grad_()
     x = activations(3, 33).requires_grad_()
-    bitplane_linear(x, planes, codebook, 33).sum().backward()
+    bitplane_linear(x, planes, codebook, 33, None).sum().backward()
     assert x.grad is not None
     assert codebook.grad is None
     assert all(plane.grad is None for plane in planes)
@@ -118,6 +118,6 @@ def test_fake_tensors_give_the_shape_without_computing(batch):
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(plane) for plane in planes]
         x = torch.empty(*batch, 33, dtype=torch.bfloat16)
-        y = bitplane_linear(x, fakes, mode.from_tensor(codebook), 33)
+        y = bitplane_linear(x, fakes, mode.from_tensor(codebook), 33, None)
     assert y.shape == (*batch, 5)
     assert y.dtype == torch.bfloat16
