@@ -72,7 +72,7 @@ def parse_widths(text: str | None) -> list[int] | None:
 def progress_bar() -> Iterator[Any]:
     """A report function for (what, done, total), drawn on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:
@@ -130,6 +130,26 @@ def run(
 
 def _at_widths(at: dict[str, int]) -> str:
     return "; read at " + ", ".join(f"{bits} bits: {size / 1e6:.2f} MB" for bits, size in at.items()) if at else ""
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")] = None,
+    target: JsonOption = None,
+) -> None:
+    """Tell, without reading a weight, what a run will need and how large the result will be."""
+    from compress.plan import plan as foresee
+
+    quiet_transformers()
+    found = foresee(recipe, assignments or ())
+    if write_json(found, target):
+        return
+    out.print(f"{escape(found['model'])}: {found['blocks']} blocks, {found['dense_bytes'] / 1e6:.2f} MB of tensors")
+    out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_widths(found["bytes_at_bits"]))
+    for step in found["passes"]:
+        memory, room = step["memory_bytes"] / 1e6, step["workspace_bytes"] / 1e6
+        out.print(f"{step['kind']}: about {memory:.0f} MB of memory besides Python's own, {room:.0f} MB of workspace")
 
 
 @app.command()

@@ -169,6 +169,10 @@ class Pass(ABC, Generic[ConfigT]):
         """Modules outside the blocks it also works on: names out of ``context.outside``."""
         return []
 
+    def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
+        """What it will leave packed, by full name, for the plan; tables are taken to fit float16."""
+        return {}
+
     @abstractmethod
     def run_block(self, block: Block, context: Context) -> Record:
         """Work on one block; return figures for the log and the manifest (no times: equal work, equal bytes)."""

@@ -180,9 +180,7 @@ def _first_line(error: Exception) -> str:
 
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: _Log) -> None:
     passes: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    )
+    device = pick_device(settings.device)
     context = make_context(source, device, settings.seed)
     check_order(passes, settings, context)
     samples = None
@@ -208,6 +206,20 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         device=device,
     )  # fmt: skip
     log.progress("writing", 1, 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a recipe.
+
+    Raises:
+        CompressError: this machine or this build of torch does not have it.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CompressError(f"device {name!r} cannot be used here: {_first_line(error)}.") from error
+    return device
 
 
 def make_context(source: Source, device: torch.device, seed: int) -> Context:

@@ -35,6 +35,11 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
 
     Config = AnyPrecisionConfig
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Seed and parent width."""
+        return self.config.seed_bits, self.config.parent_bits
+
     def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
         """Nested codes and tables of one matrix."""
         config = self.config

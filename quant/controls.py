@@ -24,6 +24,11 @@ class KMeans(QuantisePass[KMeansConfig]):
 
     Config = KMeansConfig
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The one width, as seed and parent."""
+        return self.config.bits, self.config.bits
+
     def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
         """Codes and one table of one matrix."""
         return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
@@ -40,6 +45,11 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
     """``2**bits`` equally spaced values per row, both ends included."""
 
     Config = RoundToNearestConfig
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The one width, as seed and parent."""
+        return self.config.bits, self.config.bits
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
         """Codes and one table of one matrix; the sensitivity is not used."""

@@ -15,7 +15,7 @@ from compress.errors import CompressError
 from compress.hf import matching
 from compress.passes import Block, Context, Needs, Packed, Pass, PassConfig
 from compress.quant.kmeans import Nested, weighted_error
-from compress.quant.linear import pack
+from compress.quant.linear import PackedShape, pack
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
@@ -88,9 +88,26 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         names = list(context.outside)
         return sorted({name for pattern in self.config.include for name in matching(pattern, names)})
 
+    @property
+    @abstractmethod
+    def widths(self) -> tuple[int, int]:
+        """Seed and parent width."""
+
+    def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
+        """Every linear that is not ignored, and what ``include`` names."""
+        ignored = self._ignored(context)
+        chosen = {name: shape for name, shape in context.linears.items() if name not in ignored}
+        chosen |= {name: context.outside[name] for name in self.outside(context)}
+        return {name: PackedShape(*shape, *self.widths) for name, shape in chosen.items()}
+
+    def _ignored(self, context: Context) -> dict[str, str]:
+        """Ignored linears, and the pattern that names each."""
+        names = list(context.linears)
+        return {name: pattern for pattern in self.config.ignore for name in matching(pattern, names)}
+
     def run_block(self, block: Block, context: Context) -> Record:
         """Pack every linear that is not ignored."""
-        ignored = {name: pattern for pattern in self.config.ignore for name in matching(pattern, list(context.linears))}
+        ignored = self._ignored(context)
         sensitivities = self._sensitivities(block)
         errors: Record = {}
         for name, linear in block.linears.items():

@@ -1,0 +1,101 @@
+"""What a recipe will need and give, told from headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.passes import Context, Pass, pass_class
+from compress.pipeline import Source, check_order, make_context, open_source
+from compress.quant.linear import PackedShape, width_of
+from compress.recipe import Recipe, load_recipe
+from compress.structure import block_of
+
+_FLOAT = 4
+
+
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Sizes on disk and peak memory of a run.
+
+    Returns:
+        ``{"model", "blocks", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
+        "memory_bytes", "workspace_bytes"}]}``. Bytes on disk are those of the tensors, exact if tables fit float16
+        (else tables take twice the room). Memory is an estimate, on top of what Python and its libraries take.
+
+    Raises:
+        CompressError: whatever :func:`compress.run` would refuse before any work.
+    """
+    settings = load_recipe(recipe, overrides)
+    source = open_source(settings.model, settings.revision)
+    context = make_context(source, torch.device("cpu"), settings.seed)
+    steps: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
+    check_order(steps, settings, context)
+    packed: dict[str, PackedShape] = {}
+    for step in steps:
+        packed |= step.packed_shapes(context)
+    dense = source.state.source.info()
+    kept = {name: item.nbytes for name, item in dense.items() if name.removesuffix(".weight") not in packed}
+    if context.tied and context.head in packed:
+        kept.pop(f"{context.head}.weight", None)
+    at = _bytes_at(packed)
+    rest = sum(kept.values())
+    return {
+        "model": str(source.folder),
+        "blocks": _blocks(source, context),
+        "dense_bytes": sum(item.nbytes for item in dense.values()),
+        "checkpoint_bytes": rest + max(at.values(), default=0),
+        "bytes_at_bits": {str(bits): rest + size for bits, size in at.items()},
+        "passes": [{"kind": step.config.kind, **_needs(step, source, context, settings, packed)} for step in steps],
+    }
+
+
+def _bytes_at(packed: Mapping[str, PackedShape]) -> dict[int, int]:
+    if not packed:
+        return {}
+    low, high = min(s.seed_bits for s in packed.values()), max(s.parent_bits for s in packed.values())
+    return {bits: sum(packed_bytes(shape, bits) for shape in packed.values()) for bits in range(low, high + 1)}
+
+
+def packed_bytes(shape: PackedShape, bits: int) -> int:
+    """Bytes of one packed matrix that loading at a width reads."""
+    return sum(
+        torch.Size(size).numel() * dtype.itemsize
+        for tensor, (size, dtype) in shape.specification().items()
+        if (width_of(f"x.{tensor}") or 0) <= max(bits, shape.seed_bits)
+    )
+
+
+def _blocks(source: Source, context: Context) -> int:
+    places = {block_of(name, context.structure) for name in source.state.source.info()}
+    return len(places - {None})
+
+
+def _needs(
+    step: Pass[Any], source: Source, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
+) -> dict[str, int]:
+    """Memory and workspace of one pass, from what it declares."""
+    needs, text = step.needs(), settings.calibration
+    blocks: dict[int | None, int] = {}
+    for name, item in source.state.source.info().items():
+        place = block_of(name, context.structure)
+        blocks[place] = blocks.get(place, 0) + torch.Size(item.shape).numel() * _FLOAT
+    outside = blocks.pop(None, 0)
+    block = max(blocks.values())
+    config = source.state.config
+    width = int(getattr(config, "hidden_size", 0))
+    hidden = text.samples * text.length * width * _FLOAT if text and needs.calibration else 0
+    # A block, its accumulated and its current gradient; or a block, its sensitivities and its codes and planes.
+    memory = outside + (3 if needs.squared_gradients else 2) * block + (2 if needs.squared_gradients else 1) * hidden
+    if text and needs.squared_gradients:
+        memory += 2 * text.length * int(getattr(config, "vocab_size", 0)) * _FLOAT  # one sample's logits and gradient
+    units = (
+        sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
+        if needs.packs
+        else sum(blocks.values())
+    )
+    kept = sum(blocks.values()) if needs.squared_gradients else 0
+    hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * hidden
+    return {"memory_bytes": memory, "workspace_bytes": units + kept + hidden_kept}

@@ -1,0 +1,163 @@
+"""FORMAT.md is true: its vectors, its decoding rule and its field lists, against the library and a real checkpoint."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import compress
+from compress.hf import packed_modules
+from compress.quant.linear import pack
+
+DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
+VECTORS = json.loads(re.search(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[1])
+
+
+def decode(tensors, record, bits):
+    """The weight at a width as nested lists, from nested lists of numbers; written from FORMAT.md alone."""
+    seed, rows, columns = record["seed_bits"], record["out_features"], record["in_features"]
+    planes = list(tensors["weight"]) + [tensors[f"plane_{width}"] for width in range(seed + 1, bits + 1)]
+    table = tensors[f"codebook_{bits}"]
+    weight = []
+    for n in range(rows):
+        weight.append([])
+        for k in range(columns):
+            code = 0
+            for plane in planes:
+                code = 2 * code + (plane[n][k // 32] >> (k % 32) & 1)
+            weight[n].append(table[n][code])
+    return weight
+
+
+def numbers(value):
+    """Hexadecimal words as the int32 values that are stored; other numbers as they are."""
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    if isinstance(value, str):
+        word = int(value, 16)
+        return word - (word >> 31 << 32)
+    return value
+
+
+def stored(vector):
+    return {name: numbers(value) for name, value in vector["tensors"].items()}
+
+
+def widths(record):
+    return range(record["seed_bits"], record["parent_bits"] + 1)
+
+
+def fields(heading):
+    """First column of the table under a heading."""
+    section = re.split(r"^#+ ", DOCUMENT.split(f"# {heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def read_at(folder, bits):
+    """Every tensor that the index of a width lists (None: the index of all), from the files it names."""
+    suffix = f"{bits}bit.json" if bits else "json"
+    places = json.loads((folder / f"model.safetensors.index.{suffix}").read_text())["weight_map"]
+    files = {file: load_file(folder / file) for file in set(places.values())}
+    return {name: files[file][name] for name, file in places.items()}
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
+def test_pack_gives_the_tensors_of_the_vectors(vector):
+    tables = {bits: torch.tensor(vector["tensors"][f"codebook_{bits}"]) for bits in widths(vector["record"])}
+    shape, tensors = pack(torch.tensor(vector["codes"], dtype=torch.uint8), tables)
+    assert vars(shape) == vector["record"]
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == stored(vector)
+    expected = shape.specification()
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
+def test_the_vectors_decode_by_the_document(vector):
+    tensors = stored(vector)
+    assert vector["decoded"].keys() == {str(bits) for bits in widths(vector["record"])}
+    for bits in widths(vector["record"]):
+        assert decode(tensors, vector["record"], bits) == vector["decoded"][str(bits)]
+
+
+def test_the_vectors_cover_what_goes_wrong():
+    """A second word in use, a negative word, unsorted tables, padding, both table types."""
+    assert {vector["record"]["codebook_dtype"] for vector in VECTORS} == {"float16", "float32"}
+    assert all(vector["record"]["in_features"] % 32 for vector in VECTORS)
+    second = stored(VECTORS[1])
+    assert any(row[1] for plane in second["weight"] for row in plane)
+    assert any(row[0] < 0 for plane in second["weight"] for row in plane)
+    assert any(row != sorted(row) for row in second["codebook_2"])
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6])
+def test_the_decoder_reads_a_real_checkpoint(compressed, bits):
+    """From the files of one width alone, every matrix as the library has it."""
+    modules = packed_modules(compress.load(compressed, bits=bits))
+    arrays = read_at(compressed, bits)
+    records = config_of(compressed)["modules"]
+    assert records.keys() == modules.keys()
+    assert len(records) == 21
+    for name, record in records.items():
+        tensors = {key.rpartition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
+        weight = decode({key: value.tolist() for key, value in tensors.items()}, record, bits)
+        assert torch.equal(torch.tensor(weight), modules[name].dense())
+
+
+def test_the_bytes_of_a_width_are_as_documented(compressed):
+    """The formula for one matrix, which leaves no room for a tensor of a higher width; and the manifest's sum."""
+    records = config_of(compressed)["modules"]
+    sizes = json.loads((compressed / "compression.json").read_text())["sizes"]
+    for bits in (3, 4, 5, 6):
+        arrays = read_at(compressed, bits)
+        assert sum(array.nbytes for array in arrays.values()) == sizes["tensors_at_bits"][str(bits)]
+        for name, record in records.items():
+            rows, words = record["out_features"], -(-record["in_features"] // 32)
+            entry = {"float16": 2, "float32": 4}[record["codebook_dtype"]]
+            found = sum(array.nbytes for key, array in arrays.items() if key.startswith(f"{name}."))
+            assert found == rows * (4 * words * bits + entry * (2 ** (bits + 1) - 2 ** record["seed_bits"]))
+
+
+def test_files_are_divided_by_width_step(compressed):
+    for file in compressed.glob("model-*.safetensors"):
+        step = int(re.fullmatch(r"model-(\d)bit-\d{5}-of-\d{5}\.safetensors", file.name)[1])
+        later = {match for name in load_file(file) for match in re.findall(r"\.(?:plane|codebook)_(\d)$", name)}
+        assert later == {str(step)}
+
+
+def test_padding_is_zero(compressed):
+    arrays = read_at(compressed, None)
+    for name, record in config_of(compressed)["modules"].items():
+        used = record["in_features"] % 32
+        for key in ["weight", *(f"plane_{bits}" for bits in widths(record)[1:])]:
+            last = arrays[f"{name}.{key}"][..., -1].astype("int64") & 0xFFFFFFFF
+            assert not used or (last >> used == 0).all()
+
+
+def test_field_lists_are_the_real_ones(compressed):
+    config = config_of(compressed)
+    assert set(fields("quantization_config")) == config.keys()
+    for record in config["modules"].values():
+        assert set(fields("Module record")) == record.keys()
+    manifest = json.loads((compressed / "compression.json").read_text())
+    assert set(fields("compression.json")) == manifest.keys()
+    assert config["format_version"] == manifest["format_version"] == 1
+
+
+def test_a_saved_model_is_read_by_the_same_rules(compressed, tmp_path):
+    model = compress.load(compressed, bits=4)
+    model.save_pretrained(tmp_path / "again")
+    arrays = load_file(tmp_path / "again" / "model.safetensors")
+    records = config_of(tmp_path / "again")["modules"]
+    assert {record["parent_bits"] for record in records.values()} == {4}
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"):
+        tensors = {key.rpartition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
+        assert tensors.keys() == {"weight", "plane_4", "codebook_3", "codebook_4"}
+        weight = decode({key: value.tolist() for key, value in tensors.items()}, records[name], 4)
+        assert torch.equal(torch.tensor(weight), model.get_submodule(name).dense())
