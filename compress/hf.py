@@ -106,7 +106,10 @@ class CompressConfig(QuantizationConfigMixin):
                 "of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
-        self.modules = {name: dict(fields) for name, fields in (modules or {}).items()}
+        try:
+            self.modules = {name: dict(fields) for name, fields in (modules or {}).items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
 
     def shapes(self) -> dict[str, PackedShape]:
         """The packed modules.
@@ -119,6 +122,11 @@ class CompressConfig(QuantizationConfigMixin):
         except TypeError as error:
             raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
         for name, shape in shapes.items():
+            numbers = (shape.out_features, shape.in_features, shape.seed_bits, shape.parent_bits)
+            if any(type(number) is not int for number in numbers):
+                raise CompressError(
+                    f"config.json: quantization_config.modules[{name!r}] has a field that is no integer."
+                )
             sound = 1 <= shape.seed_bits <= shape.parent_bits <= 8 and min(shape.in_features, shape.out_features) > 0
             if not sound or shape.codebook_dtype not in ("float16", "float32"):
                 raise CompressError(f"config.json: quantization_config.modules[{name!r}] is out of range: {shape}.")
@@ -152,7 +160,8 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
         with torch.device("meta"):
             packed: nn.Module
             if embedding:
-                packed = BitPlaneEmbedding(shape, weight.dtype)
+                # Gemma's embeddings multiply by a constant, under this name from the release that moved it there.
+                packed = BitPlaneEmbedding(shape, weight.dtype, getattr(module, "scalar_embed_scale", 1.0))
             else:
                 packed = BitPlaneLinear(shape, getattr(module, "bias", None) is not None, weight.dtype)
         model.set_submodule(name, packed)
@@ -209,7 +218,7 @@ class CompressQuantizer(HfQuantizer):
             for name, module in packed_modules(model).items()
             for tensor, buffer in module.named_buffers()
         }
-        if any(buffers.values()) and not all(buffers.values()):
+        if not all(buffers.values()):
             absent = next(name for name, read in buffers.items() if not read)
             raise CompressError(
                 f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."

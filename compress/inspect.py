@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.hf import CompressConfig
-from compress.manifest import check_tensors, read_manifest, read_settings
+from compress.loading import check_tensors
+from compress.manifest import read_manifest, read_settings
 from compress.quant.linear import PackedShape, width_of
 from compress.weights import Checkpoint, TensorInfo
 
@@ -27,7 +28,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     info = Checkpoint(folder).info()
     shapes = settings.shapes() if settings else {}
     if settings is not None:
-        check_tensors(folder, settings, info)
+        check_tensors(folder, settings)
     errors = _errors(manifest or {})
     modules = {name: _module(name, shape, info, errors.get(name, {})) for name, shape in shapes.items()}
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}

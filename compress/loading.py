@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compress.errors import CompressError
 from compress.hf import METHOD, Bits, CompressConfig, matching, packed_modules, widths_for
-from compress.weights import INDEX, shard_files
+from compress.quant.linear import width_of
+from compress.weights import INDEX, Checkpoint
 
 
 def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, **kwargs: Any) -> PreTrainedModel:
@@ -48,40 +48,50 @@ def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, 
         return _from_pretrained(name, **kwargs)
     stored = CompressConfig(**settings)
     shapes = stored.shapes()
+    index = INDEX
     if bits is not None and shapes:
-        widths = widths_for(bits, shapes)
+        widest = max(widths_for(bits, shapes).values())
         config.quantization_config = {**settings, "bits": bits if isinstance(bits, int) else dict(bits)}
-        kwargs |= _only_needed(name, max(widths.values()))
+        stepwise = index_name(widest)
+        if not Path(name).is_dir() or (Path(name) / stepwise).exists():  # save_pretrained writes none
+            index, kwargs["variant"] = stepwise, f"{widest}bit"
     if Path(name).is_dir():
-        check_complete(Path(name), stored)
+        check_tensors(Path(name), stored, index)
     model = _from_pretrained(name, config=config, **kwargs)
     for module in packed_modules(model).values():
         module.keep_dense = keep_dense
     return model
 
 
-def _only_needed(name: str, widest: int) -> dict[str, str]:
-    """The index that lists what a width needs; absent from a folder written by ``save_pretrained``."""
-    folder = Path(name)
-    index = INDEX.replace(".json", f".{widest}bit.json")
-    return {} if folder.is_dir() and not (folder / index).exists() else {"variant": f"{widest}bit"}
+def index_name(bits: int | None) -> str:
+    """The index of what a width needs: transformers finds it as ``variant="<bits>bit"``; None for everything."""
+    return INDEX if bits is None else INDEX.replace(".json", f".{bits}bit.json")
 
 
-def check_complete(folder: Path, config: CompressConfig) -> None:
-    """Every tensor that the configuration records is in the index.
+def check_tensors(folder: Path, config: CompressConfig, index: str = INDEX) -> int:
+    """Every packed tensor that an index should list is there, of its recorded shape and type; returns how many.
+
+    Reads headers only.
 
     Raises:
-        CompressError: a plane, table or shard is missing.
+        CompressError: the first that is not, by file and tensor.
     """
-    shard_files(folder)
-    index = folder / INDEX
-    if not index.exists():
-        return
-    listed = json.loads(index.read_text())["weight_map"]
+    info, count = Checkpoint(folder, index_name=index).info(), 0
+    step = index.removeprefix(INDEX.removesuffix("json")).removesuffix("bit.json")
+    widest = int(step) if step.isdigit() else 8
     for name, shape in config.shapes().items():
-        for tensor in shape.specification():
-            if f"{name}.{tensor}" not in listed:
-                raise CompressError(f"{index}: tensor {name}.{tensor} is missing; fetch or write the checkpoint again.")
+        for tensor, (size, dtype) in shape.specification().items():
+            if (width_of(f"{name}.{tensor}") or 0) > max(widest, shape.seed_bits):
+                continue
+            found = info.get(f"{name}.{tensor}")
+            if found is None:
+                raise CompressError(f"{folder}: tensor {name}.{tensor} is missing; fetch or write it again.")
+            if found.shape != size or found.dtype != dtype:
+                raise CompressError(
+                    f"{found.file}: {name}.{tensor} is {found.dtype} {list(found.shape)} instead of {dtype} {list(size)}."
+                )
+            count += 1
+    return count
 
 
 def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:

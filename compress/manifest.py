@@ -12,7 +12,8 @@ import torch
 
 from compress.errors import CompressError
 from compress.hf import METHOD, CompressConfig
-from compress.weights import Checkpoint, TensorInfo, sha256_of
+from compress.loading import check_tensors
+from compress.weights import sha256_of
 from compress.writer import MANIFEST, describe
 
 _TOLERANCE = 1e-3  # of the largest logit: another machine or transformers release sums in another order
@@ -65,9 +66,8 @@ def verify(folder: Path) -> list[str]:
     for name, recorded in manifest["files"].items():
         _check_file(folder / name, recorded)
     passed = [f"{len(manifest['files'])} files have their recorded size and SHA-256"]
-    info = Checkpoint(folder).info()
     if settings is not None:
-        count = check_tensors(folder, settings, info)
+        count = check_tensors(folder, settings)
         passed.append(f"{count} tensors of {len(settings.modules)} packed modules have their recorded shape and type")
     expected = manifest["probe"]["at_bits"]
     for width, found in _probe_in_fresh_process(folder, manifest["probe"]).items():
@@ -84,26 +84,6 @@ def _check_file(path: Path, recorded: dict[str, Any]) -> None:
         raise CompressError(f"{path}: has {size} bytes instead of {recorded['bytes']}; fetch or write it again.")
     if sha256_of(path) != recorded["sha256"]:
         raise CompressError(f"{path}: its content has changed (SHA-256 differs from the manifest); fetch it again.")
-
-
-def check_tensors(folder: Path, settings: CompressConfig, info: Any) -> int:
-    """Every packed tensor exists with its recorded shape and dtype; returns how many there are.
-
-    Raises:
-        CompressError: the first that does not.
-    """
-    count = 0
-    for name, shape in settings.shapes().items():
-        for tensor, (size, dtype) in shape.specification().items():
-            found: TensorInfo | None = info.get(f"{name}.{tensor}")
-            if found is None:
-                raise CompressError(f"{folder}: tensor {name}.{tensor} is missing; fetch or write it again.")
-            if found.shape != size or found.dtype != dtype:
-                raise CompressError(
-                    f"{found.file}: {name}.{tensor} is {found.dtype} {list(found.shape)} instead of {dtype} {list(size)}."
-                )
-            count += 1
-    return count
 
 
 def _probe_in_fresh_process(folder: Path, probe: dict[str, Any]) -> dict[str, Any]:

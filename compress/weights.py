@@ -115,11 +115,12 @@ class Checkpoint:
         folder: holds safetensors.
         names: the names tensors are to bear -> the names they may have in the files, most likely first; as they
             are stored if None.
+        index_name: which index says what belongs to it.
     """
 
-    def __init__(self, folder: Path, names: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(self, folder: Path, names: Mapping[str, Sequence[str]] | None = None, index_name: str = INDEX) -> None:
         self.folder = folder
-        self.files = shard_files(folder)
+        self.files = shard_files(folder, index_name)
         stored: dict[str, TensorInfo] = {}
         for file in self.files:
             stored |= read_header(file)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.hf import FORMAT_VERSION, METHOD, packed_modules, records, widths_for
+from compress.loading import index_name
 from compress.quant.linear import width_of
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__
-from compress.weights import INDEX, SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
+from compress.weights import SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
 from compress.workspace import save_atomic, write_atomic
 
 MANIFEST = "compression.json"
@@ -29,11 +30,6 @@ _COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
     "*.model", "*.tiktoken", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-
-
-def index_name(bits: int | None) -> str:
-    """The index of what a width needs: transformers finds it as ``variant="<bits>bit"``; None for everything."""
-    return INDEX if bits is None else INDEX.replace(".json", f".{bits}bit.json")
 
 
 def write_checkpoint(

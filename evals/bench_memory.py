@@ -1,7 +1,7 @@
-"""Peak memory of a run against the size of the model: ``python -m compress.evals.bench_memory``.
+"""Peak memory of a run against the size of the model: ``python -m compress.evals.bench_memory`` (Linux).
 
 A random Llama of 24 blocks is written to a temporary folder and compressed by a process of its own; the peak of
-its resident memory is read from the operating system and set beside the dense weights and the plan.
+its resident memory (VmHWM) is read from the operating system and set beside the dense weights and the plan.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compress.pipeline import model_folder
 from compress.plan import plan
 
-_CHILD = """
-import json, resource, sys, time
+_CHILD = r"""
+import json, re, sys, time
 import compress, compress.pipeline, compress.quant.any_precision
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-begun = time.perf_counter()
-if sys.argv[1] != "nothing":
-    compress.run(json.loads(sys.argv[1]), sys.argv[2])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"start": start * 1024, "peak": peak * 1024, "seconds": time.perf_counter() - begun}))
+
+def resident(key):
+    return 1024 * int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1])
+
+start, begun = resident("VmRSS"), time.perf_counter()
+compress.run(json.loads(sys.argv[1]), sys.argv[2])
+print(json.dumps({"start": start, "peak": resident("VmHWM"), "seconds": time.perf_counter() - begun}))
 """
 
 

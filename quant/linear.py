@@ -167,10 +167,10 @@ class BitPlaneLinear(_Packed):
 class BitPlaneEmbedding(_Packed):
     """A frozen embedding table of N rows and K values each; stands in for ``nn.Embedding``."""
 
-    def __init__(self, shape: PackedShape, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, shape: PackedShape, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
         super().__init__(shape)
         self.num_embeddings, self.embedding_dim = shape.out_features, shape.in_features
-        self.dtype = dtype
+        self.dtype, self.scale = dtype, scale
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., K]: only the rows asked for are looked up."""
@@ -178,4 +178,5 @@ class BitPlaneEmbedding(_Packed):
         table = dense_weight(
             [plane[rows] for plane in self.planes()], self.codebook()[rows], self.embedding_dim, self.dtype
         )
-        return table.view(*tokens.shape, self.embedding_dim)
+        # The constant is rounded to the dtype first, as the dense module does.
+        return (table * torch.tensor(self.scale, dtype=self.dtype, device=table.device)).view(*tokens.shape, -1)

@@ -1,0 +1,52 @@
+"""The main job on a real trained model, against figures measured with the paper's own quantiser.
+
+Protocol: the first 150 stories longer than 100 characters, each alone, BOS in front, cut to 512 tokens. The anchors
+are perplexities of any-precision-llm (seed 3, per-row tables, Fisher from 100 stories) under the same protocol.
+"""
+
+import pytest
+
+import compress
+from compress.evals.text import Protocol, evaluate_text
+
+ANCHORS = {"8": 3.6242, "7": 3.6258, "6": 3.6300, "5": 3.6703, "4": 3.8458, "3": 5.3250}
+ROUND_TO_NEAREST = {"8": 3.6254, "4": 4.0664, "3": 8.0175}
+DENSE, SEPARATOR = 3.6244, "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def measure(real):
+    protocol = Protocol(SEPARATOR, limit=150, min_characters=100, length=512, truncate=True)
+
+    def perplexity(folder, bits=None):
+        found = evaluate_text(str(folder), str(real / "text" / "tinystories_valid.txt"), bits, protocol)["bits"]
+        assert {score["tokens"] for score in found.values()} == {44350}
+        return {width: score["perplexity"] for width, score in found.items()}
+
+    return perplexity
+
+
+@pytest.fixture
+def recipe(real):
+    text = str(real / "text" / "tinystories_train.txt")
+    return {
+        "model": str(real / "stories260K"),
+        "calibration": {"text": text, "separator": SEPARATOR, "samples": 100, "length": 512, "min_characters": 200},
+    }
+
+
+def test_the_dense_model_measures_as_published(real, measure):
+    assert measure(real / "stories260K")["dense"] == pytest.approx(DENSE, abs=1e-3)
+
+
+def test_any_precision_is_at_least_as_good_as_the_papers_own_quantiser(recipe, measure, tmp_path):
+    found = measure(compress.run({**recipe, "passes": [{"kind": "any_precision"}]}, tmp_path / "model"))
+    assert all(found[bits] <= 1.005 * anchor for bits, anchor in ANCHORS.items()), found
+    assert found["8"] == pytest.approx(DENSE, rel=1e-3)
+    assert found["3"] > found["4"] > found["5"] > found["6"]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_round_to_nearest_measures_as_published(recipe, measure, tmp_path, bits):
+    target = compress.run({**recipe, "passes": [{"kind": "rtn", "bits": bits}]}, tmp_path / "model")
+    assert measure(target)[str(bits)] == pytest.approx(ROUND_TO_NEAREST[str(bits)], rel=2e-3)
