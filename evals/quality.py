@@ -42,8 +42,8 @@ def compare(
         report: called with (what, done, total).
 
     Returns:
-        One row per (method, width): ``method, bits, model_bytes, loss, perplexity, bits_per_byte, tokens, bytes``; model_bytes are
-        those of the tensors that loading at the width reads.
+        One row per (method, width): ``method, bits, model_bytes, loss, perplexity, bits_per_byte, tokens, bytes``;
+        ``model_bytes`` are those of the tensors that loading at the width reads.
     """
     recipes: dict[str, dict[str, Any]] = {
         f"any-precision, seed {seed}": {"kind": "any_precision", "seed_bits": seed} for seed in seeds
@@ -79,15 +79,47 @@ def as_table(rows: Sequence[Mapping[str, Any]], value: str = "loss") -> Table:
     """Methods across, widths down; the dense model's figure is in the title."""
     dense = next(row for row in rows if row["method"] == "dense")
     methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "dense"]
-    table = Table(title=f"{value.replace('_', ' ')}; dense: {dense[value]:.4f} at {dense['bytes'] / 1e6:.2f} MB")
+    table = Table(title=f"{value.replace('_', ' ')}; dense: {dense[value]:.4f} at {dense['model_bytes'] / 1e6:.2f} MB")
     for column in ("bits", "MB", *methods):
         table.add_column(column, justify="right")
     for bits in sorted({row["bits"] for row in rows} - {"dense"}, reverse=True):
         cells = {row["method"]: row for row in rows if row["bits"] == bits}
         first = next(iter(cells.values()))
         figures = [f"{cells[method][value]:.4f}" if method in cells else "" for method in methods]
-        table.add_row(bits, f"{first['bytes'] / 1e6:.2f}", *figures)
+        table.add_row(bits, f"{first['model_bytes'] / 1e6:.2f}", *figures)
     return table
+
+
+def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """Plot bits per byte of the text against bytes read, one line per method.
+
+    Raises:
+        CompressError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CompressError("--plot needs matplotlib: pip install 'compress-llm[plots]'.") from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted(
+            (row["model_bytes"] / 1e6, row["bits_per_byte"], row["bits"]) for row in rows if row["method"] == method
+        )
+        if method == "dense":
+            axes.axhline(
+                points[0][1], color="black", linewidth=0.8, linestyle=":", label=f"dense, {points[0][0]:.1f} MB"
+            )
+            continue
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", markersize=4, label=method)
+        if method.startswith("any-precision"):
+            for x, y, bits in points:
+                axes.annotate(f"{bits} bit", (x, y), textcoords="offset points", xytext=(4, 6), fontsize=8)
+    axes.set_xlabel("MB of tensors read at the width")
+    axes.set_ylabel("bits per byte of held-out text")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(target)
 
 
 def main(
@@ -105,6 +137,7 @@ def main(
     truncate: bool = False,
     seeds: Annotated[str, typer.Option(help="Seed widths of any-precision.")] = "3,2",
     target: Annotated[Optional[Path], typer.Option("--json", help="Write the rows here.")] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw bits per byte against size here (.svg, .png).")] = None,
 ) -> None:
     """Measure any-precision, non-nested k-means and round-to-nearest at 2 to 8 bits beside the dense model."""
     from compress.cli import progress_bar, quiet_transformers
@@ -124,6 +157,8 @@ def main(
         console.print(as_table(rows, value))
     if target:
         target.write_text(json.dumps(rows, indent=1) + "\n")
+    if plot:
+        draw(rows, plot)
 
 
 if __name__ == "__main__":
