@@ -149,7 +149,7 @@ def plan(
     out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_widths(found["bytes_at_bits"]))
     for step in found["passes"]:
         memory, room = step["memory_bytes"] / 1e6, step["workspace_bytes"] / 1e6
-        out.print(f"{step['kind']}: about {memory:.0f} MB of memory besides Python's own, {room:.0f} MB of workspace")
+        out.print(f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace")
 
 
 @app.command()

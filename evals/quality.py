@@ -91,7 +91,7 @@ def as_table(rows: Sequence[Mapping[str, Any]], value: str = "loss") -> Table:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """Plot bits per byte of the text against bytes read, one line per method.
+    """Plot the loss above the dense model's against bytes read, one line per method.
 
     Raises:
         CompressError: matplotlib is not installed.
@@ -102,22 +102,30 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
         raise CompressError("--plot needs matplotlib: pip install 'compress-llm[plots]'.") from error
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for method in dict.fromkeys(row["method"] for row in rows):
+    dense = next(row for row in rows if row["method"] == "dense")
+    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "dense"]
+    for method in methods:
         points = sorted(
-            (row["model_bytes"] / 1e6, row["bits_per_byte"], row["bits"]) for row in rows if row["method"] == method
+            (row["model_bytes"] / 1e6, row["loss"] / dense["loss"] - 1, row["bits"])
+            for row in rows
+            if row["method"] == method
         )
-        if method == "dense":
-            axes.axhline(
-                points[0][1], color="black", linewidth=0.8, linestyle=":", label=f"dense, {points[0][0]:.1f} MB"
-            )
-            continue
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", markersize=4, label=method)
-        if method.startswith("any-precision"):
-            for x, y, bits in points:
-                axes.annotate(f"{bits} bit", (x, y), textcoords="offset points", xytext=(4, 6), fontsize=8)
+        axes.plot(
+            [x for x, _, _ in points], [100 * max(y, 1e-5) for _, y, _ in points], "o-", markersize=4, label=method
+        )
+        for x, y, bits in points if method == methods[0] else []:
+            place = (x, 100 * max(y, 1e-5))
+            axes.annotate(f"{bits} bit", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.axvline(
+        dense["model_bytes"] / 1e6, color="black", linewidth=0.8, linestyle=":", label="size of the dense model"
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("MB of tensors read at the width")
-    axes.set_ylabel("bits per byte of held-out text")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel("loss above the dense model's, % (0.001 = none)")
+    axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(target)
 
@@ -137,7 +145,7 @@ def main(
     truncate: bool = False,
     seeds: Annotated[str, typer.Option(help="Seed widths of any-precision.")] = "3,2",
     target: Annotated[Optional[Path], typer.Option("--json", help="Write the rows here.")] = None,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw bits per byte against size here (.svg, .png).")] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw added loss against size here (.svg, .png).")] = None,
 ) -> None:
     """Measure any-precision, non-nested k-means and round-to-nearest at 2 to 8 bits beside the dense model."""
     from compress.cli import progress_bar, quiet_transformers

@@ -128,14 +128,13 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         tables = {bits: torch.from_numpy(table) for bits, table in result.codebooks.items()}
         shape, tensors = pack(torch.from_numpy(result.codes), tables)
         block.packed[name] = Packed(shape, tensors)
-        ones = np.ones_like(matrix) if importance is None else importance
-        power = float((matrix.astype(np.float64) ** 2).sum()) or 1.0
+        power = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 or 1.0
         errors: dict[str, Any] = {}
         for bits in shape.widths:
             codes = result.codes >> np.uint8(shape.parent_bits - bits)
             table = tensors[f"codebook_{bits}"].float().numpy()
-            plain = float(weighted_error(matrix, np.ones_like(matrix), codes, table).sum())
-            weighted = float(weighted_error(matrix, ones, codes, table).sum())
+            plain = float(weighted_error(matrix, None, codes, table).sum())
+            weighted = plain if importance is None else float(weighted_error(matrix, importance, codes, table).sum())
             errors[str(bits)] = {"weighted": weighted, "relative": plain / power}
         return errors
 

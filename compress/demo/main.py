@@ -6,15 +6,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
+from transformers import AutoTokenizer
 
 from compress.errors import CompressError
 from compress.evals.quality import as_table, compare
+from compress.loading import load
 from compress.manifest import verify
 
 CHECKPOINT = "any-precision-seed-3"
+PROMPT = "def __init__(self"
 
 
 def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], None]) -> RenderableType:
@@ -39,5 +44,16 @@ def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], 
     checks = verify(output / CHECKPOINT)
     (output / "quality.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     checkpoint = output / CHECKPOINT
-    next_step = f"try: compress generate {checkpoint} 'def main():' --bits 4"
-    return Group(as_table(rows, "bits_per_byte"), *(Text(f"ok {line}") for line in checks), Text(next_step))
+    sample = continuation(checkpoint, PROMPT)
+    lines = [*(f"ok {line}" for line in checks), f"at 4 bits, {PROMPT!r} goes on:", sample]
+    next_step = f"try: compress generate {checkpoint} 'import os' --bits 3"
+    return Group(as_table(rows, "bits_per_byte"), *(Text(line) for line in [*lines, next_step]))
+
+
+def continuation(checkpoint: Path, prompt: str) -> str:
+    """What the checkpoint writes at 4 bits, greedily."""
+    model: Any = load(checkpoint, bits=4, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

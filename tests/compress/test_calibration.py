@@ -213,3 +213,17 @@ def test_training_calibration_and_heldout_modules_are_disjoint():
     trained = {path.stem.removeprefix("test_") for path in corpus.training_files()}
     assert set(corpus.CALIBRATION).isdisjoint(corpus.HELDOUT)
     assert trained.isdisjoint({*corpus.CALIBRATION, *corpus.HELDOUT})
+
+
+def test_a_dataset_folder_gives_its_documents(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"body": f"document {number} about the dog and the fox"} for number in range(6)]
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
+    settings = Calibration(dataset=str(tmp_path), column="body", samples=4, length=64)
+    samples = draw_samples(settings, WITH_BOS, 64)
+    assert len(samples.tokens) == 4
+    assert WITH_BOS.decode(samples.tokens[3], skip_special_tokens=True).startswith("document 3")
+    with pytest.raises(CompressError, match="has no column 'text'"):
+        draw_samples(Calibration(dataset=str(tmp_path), samples=4, length=64), WITH_BOS, 64)
+    with pytest.raises(CompressError, match="cannot be loaded"):
+        draw_samples(Calibration(dataset=str(tmp_path / "nowhere"), samples=4, length=64), WITH_BOS, 64)

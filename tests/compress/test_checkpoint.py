@@ -151,6 +151,27 @@ def test_higher_planes_may_be_absent_from_the_disk(copy):
         compress.load(copy, bits=4)
 
 
+def test_from_the_hub_only_what_a_width_needs_is_fetched(compressed, tmp_path, fresh_python):
+    """A hub cache that has the files of 3 bits and no others, and no network."""
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--someone--small" / "refs").mkdir()
+    (tmp_path / "models--someone--small" / "refs" / "main").write_text("0123")
+    for file in (*compressed.glob("config.json"), *compressed.glob("*3bit*")):
+        shutil.copy(file, snapshot)
+    code = PRINT_LOGITS.format(imports="compress", load="compress.load('someone/small', bits=3)")
+    found = json.loads(fresh_python(code, HF_HUB_CACHE=str(tmp_path)))
+    expected = logits(compress.load(compressed, bits=3))[0, -1]
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_several_shards_per_step(recipe, compressed, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.writer._SMALLEST_SHARD", 1)
+    folder = compress.run(recipe, tmp_path / "model")
+    assert len(list(folder.glob("model-3bit-*.safetensors"))) > 1
+    assert torch.equal(logits(compress.load(folder, bits=4)), logits(compress.load(compressed, bits=4)))
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_a_loaded_model_can_be_saved_again(compressed, tmp_path, bits, fresh_python):
     model = compress.load(compressed, bits=bits)
