@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.kernels.packing import unpack_planes
 
-_ROWS_AT_ONCE = 1 << 22  # weights looked up in one go: bounds the int64 indices to 32 MiB
+_WEIGHTS_AT_ONCE = 1 << 20  # looked up in one go: bounds the int64 indices to 8 MiB
 
 
 def dense_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -33,7 +33,7 @@ def dense_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: to
     """
     rows = codebook.shape[0]
     weight = torch.empty(rows, columns, dtype=dtype, device=codebook.device)
-    step = max(1, _ROWS_AT_ONCE // max(columns, 1))
+    step = max(1, _WEIGHTS_AT_ONCE // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         codes = unpack_planes([plane[part] for plane in planes], columns)

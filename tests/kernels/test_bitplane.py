@@ -78,7 +78,7 @@ def test_a_kept_dense_weight_changes_no_bit(batch, dtype):
 
 def test_looking_up_a_few_rows_at_a_time_changes_no_bit(monkeypatch):
     planes, codebook, weight = layer(rows=7)
-    monkeypatch.setattr(bitplane, "_ROWS_AT_ONCE", 2 * 33)  # two rows of 33 weights, so chunks of 2, 2, 2 and 1
+    monkeypatch.setattr(bitplane, "_WEIGHTS_AT_ONCE", 2 * 33)  # two rows of 33 weights, so chunks of 2, 2, 2 and 1
     assert torch.equal(dense_weight(planes, codebook, 33, torch.float16), weight)
 
 
