@@ -26,7 +26,7 @@ register()
 def run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     output: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     workspace: str | Path | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Path:

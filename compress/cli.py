@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -31,6 +32,8 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
 BitsOption = Annotated[Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8. All there are if absent.")]
 JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def main() -> None:
@@ -136,14 +139,15 @@ def _at_widths(at: dict[str, int]) -> str:
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")] = None,
-    target: JsonOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Tell, without reading a weight, what a run will need and how large the result will be."""
     from compress.plan import plan as foresee
 
     quiet_transformers()
     found = foresee(recipe, assignments or ())
-    if write_json(found, target):
+    if as_json:
+        print(json.dumps(found, indent=1))
         return
     out.print(f"{escape(found['model'])}: {found['blocks']} blocks, {found['dense_bytes'] / 1e6:.2f} MB of tensors")
     out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_widths(found["bytes_at_bits"]))
@@ -155,14 +159,15 @@ def plan(
 @app.command()
 def inspect(
     folder: Folder,
-    target: JsonOption = None,
+    as_json: JsonFlag = False,
     modules: Annotated[bool, typer.Option(help="List every packed module.")] = True,
 ) -> None:
     """Show what is in a checkpoint: modules, bytes by width, errors, where it came from."""
     from compress.inspect import inspect as look
 
     found = look(folder)
-    if write_json(found, target):
+    if as_json:
+        print(json.dumps(found, indent=1))
         return
     origin = found["manifest"]
     if origin:
@@ -282,7 +287,7 @@ def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.
     if kind not in kinds():
         raise CompressError(f"there is no pass {kind!r}. {did_you_mean(kind, kinds())}")
     config = pass_class(kind).Config
-    out.print(escape((config.__doc__ or "").strip()))
+    out.print(escape(cleandoc(config.__doc__ or "")))
     table = Table("key", "default", "meaning")
     for name, field in config.model_fields.items():
         if name != "kind":

@@ -23,7 +23,7 @@ from compress.errors import CompressError
 from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, pass_class
 from compress.quant.linear import PackedShape
-from compress.recipe import Recipe, load_recipe
+from compress.recipe import Overrides, Recipe, load_recipe
 from compress.streaming import State, StreamedModel, empty_model, tensor_names
 from compress.structure import architecture, block_prefix
 from compress.version import __version__
@@ -47,7 +47,7 @@ class Source:
 def run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     output: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     workspace: str | Path | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -58,7 +58,7 @@ def run(
     Args:
         recipe: YAML file, mapping or :class:`Recipe`.
         output: folder to create; the recipe's own ``output`` otherwise.
-        overrides: ``key.0.key=value`` assignments on the recipe.
+        overrides: ``key.0.key=value`` assignments on the recipe, or a mapping of paths to values.
         workspace: where finished units are kept; ``<output>.work`` otherwise, which is deleted at the end. One
             that is given stays, and recipes that share a beginning share its units.
         report: called as work proceeds.
@@ -195,7 +195,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         history.append({"config": step.config.model_dump(mode="json"), "units": units})
     log.progress("writing", 0, 1)
     writer.write_checkpoint(
-        state, source.folder, target, work.folder,
+        state, source.folder, target,
         manifest={
             "recipe": settings.model_dump(mode="json", exclude={"output"}),
             "model_sha256": source.sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from compress.passes import Context, Pass, pass_class
 from compress.pipeline import Source, check_order, make_context, open_source
 from compress.quant.linear import PackedShape, width_of
-from compress.recipe import Recipe, load_recipe
+from compress.recipe import Overrides, Recipe, load_recipe
 from compress.structure import block_of
 
 _FLOAT = 4
 _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds
 
 
-def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     """Sizes on disk and peak memory of a run.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -127,7 +128,11 @@ def override(data: Any, assignments: Sequence[str]) -> Any:
     return data
 
 
-def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+Overrides = Sequence[str] | Mapping[str, Any]
+"""``key.0.key=value`` assignments, or the same as a mapping of paths to values."""
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> Recipe:
     """Read and validate a recipe: a YAML file, the same as a mapping, or a :class:`Recipe`.
 
     Raises:
@@ -139,6 +144,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         data, where = plain(recipe), "recipe"
     else:
         data, where = _read_yaml(Path(recipe)), str(recipe)
+    if isinstance(overrides, Mapping):
+        overrides = [f"{path}={json.dumps(value)}" for path, value in overrides.items()]
     try:
         return Recipe.model_validate(override(data, overrides))
     except ValidationError as error:

@@ -33,7 +33,7 @@ _COPIED = (
 
 
 def write_checkpoint(
-    state: State, source: Path, target: Path, workspace: Path,
+    state: State, source: Path, target: Path,
     manifest: dict[str, Any], probe_tokens: Sequence[int], device: torch.device,
 ) -> None:  # fmt: skip
     """Write a state as an ordinary Hugging Face folder.
@@ -42,7 +42,6 @@ def write_checkpoint(
         state: what to write.
         source: the dense model's folder, whose tokenizer and generation settings are copied.
         target: becomes the checkpoint, in one move at the very end.
-        workspace: on the same file system; the folder grows there.
         manifest: what the run knows; files, sizes and a probe are added.
         probe_tokens: a few tokens; what the model makes of them at every width is kept for ``verify``.
         device: where the probe is computed.
@@ -53,7 +52,7 @@ def write_checkpoint(
     running, state = state, stored_state(state)
     info = state.source.info()
     _check_room(sum(item.nbytes for item in info.values()), target.parent)
-    partial = workspace / "checkpoint.partial"
+    partial = target.with_name(target.name + ".partial")  # beside it: the last step is one move
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     shards = plan_shards(info, state)
@@ -217,7 +216,7 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     state = State(Checkpoint(folder, names), running.config, running.packed, "")
     model = StreamedModel(state, device)
     widths = widths_of(state)
-    ids = torch.tensor(list(tokens)[:64])
+    ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])
     hidden: dict[int, Tensor] = {}
     for bits in widths or [0]:
         set_widths(model.model, state, bits)

@@ -12,9 +12,9 @@ from compress.quant.quantise import Array, QuantisePass, SensitiveConfig
 
 
 class AnyPrecisionConfig(SensitiveConfig):
-    """Every output row gets a table per width; the b-bit code is the top b bits of the parent's.
+    """Any-precision: one set of nested codes, read at every width from seed to parent.
 
-    The seed is the exact weighted one-dimensional k-means of each row; every further bit splits each cell at
+    Every output row gets a table per width; the b-bit code is the top b bits of the parent's. The seed is the exact weighted one-dimensional k-means of each row; every further bit splits each cell at
     its exact best point. Deterministic. Works a block at a time; the Fisher sensitivity costs one backward
     pass over the calibration samples, with one block in memory and the samples' hidden states on disk.
     """

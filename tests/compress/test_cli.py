@@ -62,7 +62,7 @@ def recipe_file(recipe, tmp_path):
 def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file):
     output = tmp_path / "model"
     assert "read at 3 bits" in said("run", recipe_file, "-o", output, "--set", "passes.0.parent_bits=5")
-    found = json.loads(said("inspect", output, "--json", "-"))
+    found = json.loads(said("inspect", output, "--json"))
     assert list(found["bytes_at_bits"]) == ["3", "4", "5"]
     assert "0.mlp.down_proj" in said("inspect", output)
     assert said("verify", output).count("ok ") == 3
@@ -94,7 +94,7 @@ def test_passes_and_schema(in_process):
 def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path):
     """Only headers: the data may even be missing."""
     folder = shutil.copytree(tiny_llama, tmp_path / "headers")
-    foreseen = json.loads(said("plan", recipe_file, "--set", f"model={folder}", "--json", "-"))
+    foreseen = json.loads(said("plan", recipe_file, "--set", f"model={folder}", "--json"))
     assert list(foreseen["bytes_at_bits"]) == ["3", "4", "5", "6"]
     assert "MB of memory" in said("plan", recipe_file)
 

@@ -283,3 +283,9 @@ def test_the_schema_is_whole():
     names = [re.fullmatch(r"#/\$defs/(\w+)", reference)[1] for reference in references(schema)]
     assert names
     assert set(names) <= set(schema["$defs"])
+
+
+def test_overrides_may_be_a_mapping():
+    loaded = load_recipe(recipe(), {"passes.0.bits": 3, "seed": 5})
+    assert loaded.passes[0].bits == 3
+    assert loaded.seed == 5

@@ -61,7 +61,9 @@ def test_killed_runs_end_with_the_same_bytes(slow_recipe, tmp_path, sensitivity)
         assert target.exists() == (process.returncode == 0)
     assert kills >= 1
     assert_same_files(tmp_path / "whole", target)
-    assert not work.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recipe.yaml", "whole", "whole.log.jsonl", "killed", "killed.log.jsonl",
+    }  # fmt: skip
 
 
 def test_a_finished_unit_is_not_done_again(recipe, tmp_path):

@@ -207,6 +207,17 @@ def test_an_input_can_be_trained_after_an_evaluation(guard, keep_dense):
     torch.testing.assert_close(x.grad, module.dense().sum(0).expand(4, -1))
 
 
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_the_forward_pass_compiles_to_one_graph(keep_dense):
+    module = linear()
+    module.keep_dense = keep_dense
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = inputs(4)
+    for bits in module.shape.widths:
+        module.bits = bits
+        torch.testing.assert_close(compiled(x), module(x))
+
+
 # The embedding
 
 
