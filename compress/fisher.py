@@ -36,7 +36,9 @@ def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outs
     """
     count = len(model.blocks)
     total = 2 * count + 1
-    if stage.record(f"gradient-{count}") is None and stage.record("fisher-0") is None:
+    if not _can_go_on(stage, count, outside):
+        for index in range(count):
+            stage.discard(f"fisher-{index}")
         for index in range(count):
             report("forward", index, total)
             _forward(model, samples, stage, index)
@@ -51,6 +53,18 @@ def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outs
         _finish_outside(model, samples, stage, outside)
     for unit in ("hidden-0", "gradient-0", "head"):
         stage.discard(unit)
+
+
+def _can_go_on(stage: Stage, count: int, outside: list[str]) -> bool:
+    """Whether all is done, or the gradient is there that the next unfinished block begins with.
+
+    It is not before the forward pass has ended, nor where a finished unit was damaged after what led to it was
+    cleared away.
+    """
+    unfinished = [index for index in range(count) if stage.record(f"fisher-{index}") is None]
+    if unfinished:
+        return stage.record(f"gradient-{max(unfinished) + 1}") is not None
+    return not outside or stage.record("fisher--1") is not None or stage.record("gradient-0") is not None
 
 
 @torch.no_grad()

@@ -189,8 +189,8 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         limit = getattr(source.state.config, "max_position_embeddings", None)
         samples = draw_samples(settings.calibration, source.tokenizer, limit)
     state, history = source.state, []
-    for index, step in enumerate(passes):
-        runner = _Runner(step, index, state, samples, context, work, log)
+    for step in passes:
+        runner = _Runner(step, state, samples, context, work, log)
         state, units = runner.run()
         history.append({"config": step.config.model_dump(mode="json"), "units": units})
     log.progress("writing", 0, 1)
@@ -257,10 +257,10 @@ class _Runner:
     """One pass over all blocks."""
 
     def __init__(
-        self, step: Pass[Any], index: int, state: State, samples: Samples | None,
+        self, step: Pass[Any], state: State, samples: Samples | None,
         context: Context, work: Workspace, log: _Log,
     ) -> None:  # fmt: skip
-        self.step, self.index, self.state, self.context, self.log = step, index, state, context, log
+        self.step, self.state, self.context, self.log = step, state, context, log
         self.kind, self.needs = step.config.kind, step.needs()
         self.samples = samples if self.needs.calibration else None
         # pydantic leaves out nothing: the resolved settings, defaults included, decide the key.
@@ -282,24 +282,32 @@ class _Runner:
 
     def run(self) -> tuple[State, dict[str, Record]]:
         """Do what is not done yet; return the state after the pass and its units' records."""
-        prefixes = list(range(self._block_count()))
-        units = [f"block-{i}" for i in prefixes] + (["outside"] if self.outside else [])
+        count = self._block_count()
+        units = [f"block-{i}" for i in range(count)] + (["outside"] if self.outside else [])
         if any(self.stage.record(unit) is None for unit in units):
             if self.needs.squared_gradients:
                 assert self.samples is not None
                 started = time.perf_counter()
                 squared_gradients(self.model, self.samples, self.fisher, self.outside, self._report)
                 self.log.unit(self.kind, "squared gradients", time.perf_counter() - started, {})
-            for i in prefixes:
+            self._forget_what_cannot_go_on(count)
+            for i in range(count):
                 self._report(f"block {i}", i, len(units))
                 if self.stage.record(f"block-{i}") is None:
                     self._block(i)
                 self.stage.discard(f"inputs-{i}")
-            self.stage.discard(f"inputs-{len(prefixes)}")
+            self.stage.discard(f"inputs-{count}")
             if self.outside and self.stage.record("outside") is None:
                 self._outside()
         self._report("done", len(units), len(units))
         return self._after(units)
+
+    def _forget_what_cannot_go_on(self, count: int) -> None:
+        """A finished unit that was damaged later: the inputs that led to it are gone, so begin again."""
+        first = next((i for i in range(count) if self.stage.record(f"block-{i}") is None), 0)
+        if self.needs.inputs and first and self.stage.record(f"inputs-{first}") is None:
+            for i in range(count):
+                self.stage.discard(f"block-{i}")
 
     def _block_count(self) -> int:
         prefix = self.context.structure.blocks + "."
@@ -338,8 +346,9 @@ class _Runner:
 
         def call(n: int, tokens: Tensor) -> Callable[[nn.Module], Tensor]:
             def run(module: nn.Module) -> Tensor:
-                captured = captures[n] if n in captures else captures.setdefault(n, self.model.capture(tokens)[1][i])
-                return self.model.run(module, hidden[str(n)].to(self.model.device), captured)
+                if n not in captures:
+                    captures[n] = self.model.capture(tokens)[1][i]
+                return self.model.run(module, hidden[str(n)].to(self.model.device), captures[n])
 
             return run
 

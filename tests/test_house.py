@@ -52,4 +52,5 @@ def test_importing_the_library_is_light():
         "for name in ('pydantic', 'typer', 'datasets', 'numba', 'lm_eval', 'peft'): sys.modules[name] = None\n"
         "import compress, compress.kernels.bitplane, compress.quant.linear\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

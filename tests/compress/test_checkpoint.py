@@ -201,9 +201,10 @@ def test_device_maps(compressed, device_map):
     assert torch.equal(logits(model), logits(compress.load(compressed, bits=4)))
 
 
-def test_importing_twice_is_safe():
+def test_registering_twice_is_safe(compressed):
     register()
     register()
+    assert compress.get_bits(AutoModelForCausalLM.from_pretrained(compressed)) == 6
 
 
 def test_untied_head_and_embedding_can_be_packed(make_model, recipe, tmp_path):

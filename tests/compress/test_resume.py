@@ -85,11 +85,19 @@ def test_changed_settings_do_not_find_old_units(recipe, tmp_path):
     assert max(json.loads((tmp_path / "two" / "compression.json").read_text())["sizes"]["tensors_at_bits"]) == "5"
 
 
-def test_a_damaged_unit_is_made_again(recipe, tmp_path):
+@pytest.mark.parametrize("unit", ["any_precision-*/block-1", "fisher-*/fisher-1", "fisher-*/fisher--1"])
+@pytest.mark.parametrize("sensitivity", ["fisher", "activation"])
+def test_a_damaged_unit_is_made_again(make_model, recipe, tmp_path, sensitivity, unit):
+    """Also where the hidden states that led to it have been cleared away."""
     work = tmp_path / "work"
+    recipe["model"] = str(make_model("llama", tie_word_embeddings=False))
+    include = ["lm_head", "model.embed_tokens"] if sensitivity == "fisher" else []
+    recipe["passes"][0] |= {"sensitivity": sensitivity, "include": include}
     compress.run(recipe, tmp_path / "one", workspace=work)
-    unit = next(work.glob("any_precision-*/block-1.safetensors"))
-    unit.write_bytes(unit.read_bytes()[:50])
+    for later in work.glob("any_precision-*/block-1.safetensors"):
+        later.unlink()  # or the pass would not look at the sensitivities again
+    for damaged in work.glob(f"{unit}.safetensors"):
+        damaged.write_bytes(damaged.read_bytes()[:50])
     compress.run(recipe, tmp_path / "two", workspace=work)
     assert_same_files(tmp_path / "one", tmp_path / "two")
 

@@ -109,7 +109,8 @@ def test_torch_accepts_the_operator(keep, trained):
     planes, codebook, weight = layer()
     x = activations(2, 5, 33).requires_grad_(trained)
     arguments = (x, planes, codebook, 33, weight.float() if keep else None)
-    torch.library.opcheck(torch.ops.compress.bitplane_linear.default, arguments)
+    results = torch.library.opcheck(torch.ops.compress.bitplane_linear.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 5)])
