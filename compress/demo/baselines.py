@@ -11,10 +11,10 @@ import lzma
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from compress.demo import corpus
-from compress.demo.train import model_config
+from compress.demo.train import builtin_model
 from compress.evals.perplexity import prepare, score
 from compress.loading import load
 from compress.pipeline import model_folder
@@ -30,7 +30,7 @@ def main() -> None:
     table = Table("what", "bits per byte of held-out modules")
     table.add_row("the built-in model", f"{score(load(folder, dtype=torch.float32), prepared).bits_per_byte:.4f}")
     table.add_row("xz -9e", f"{8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data):.4f}")
-    untrained = LlamaForCausalLM(model_config()).train(False)
+    untrained = builtin_model().train(False)
     table.add_row("the same network untrained", f"{score(untrained, prepared).bits_per_byte:.4f}")
     Console().print(table)
 

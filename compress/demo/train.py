@@ -1,7 +1,9 @@
-"""Train the built-in model: ``python -m compress.demo.train OUT [--steps N]``.
+"""Train the built-in model: ``python -m compress.demo.train OUT [--steps N] [--shape deep]``.
 
 A byte-level BPE tokenizer and a Llama of 2.7 M parameters, on the standard library's source files
 (see :mod:`compress.demo.corpus`). It takes about two hours on two CPU cores; an interrupted training continues.
+``--shape deep`` trains an OPT of twelve blocks and 2.7 M parameters instead, for comparisons that need depth or
+another architecture.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -48,9 +53,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def model_config() -> LlamaConfig:
+def builtin_model() -> LlamaForCausalLM:
     """Grouped-query attention, tied embeddings, and an inner size (500) that no power of two divides."""
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=500,
@@ -63,6 +68,25 @@ def model_config() -> LlamaConfig:
         bos_token_id=0,
         eos_token_id=0,
     )
+    return LlamaForCausalLM(config)
+
+
+def deep_model() -> OPTForCausalLM:
+    """OPT with twice the blocks: biases, layer norms, learned positions, ReLU."""
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        ffn_dim=512,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return OPTForCausalLM(config)
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -87,6 +111,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--shape", choices=("builtin", "deep"), default="builtin")
     arguments = parser.parse_args()
     set_seed(0)
     files = training_files()
@@ -97,7 +122,7 @@ def main() -> None:
         dtype=torch.int16,
     )
     print(f"{len(texts)} files, {sum(map(len, texts.values()))} characters, {len(stream)} tokens", flush=True)
-    model = LlamaForCausalLM(model_config())
+    model: PreTrainedModel = builtin_model() if arguments.shape == "builtin" else deep_model()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
