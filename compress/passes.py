@@ -78,6 +78,7 @@ class Block:
         linears: every dense linear in it, by full name.
         squared_gradients: full name -> [out_features, in_features] float32, if asked for.
         samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
+        surveys: of every finished survey round, the records of all blocks in order.
         packed: filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
     """
@@ -88,6 +89,7 @@ class Block:
     linears: dict[str, Linear]
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Callable[[nn.Module], Tensor]] = ()
+    surveys: Sequence[Sequence[Record]] = ()
     packed: dict[str, Packed] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -173,9 +175,27 @@ class Pass(ABC, Generic[ConfigT]):
         """What it will leave packed, by full name, for the plan; tables are taken to fit float16."""
         return {}
 
+    def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
+        """Whether to look at all blocks (once more) before any is worked on.
+
+        Args:
+            context: of the run.
+            surveys: of every finished round, the records of all blocks in order. The answer must depend on these
+                and the settings only.
+        """
+        return False
+
+    def survey_block(self, block: Block, context: Context) -> Record:
+        """Look at one block in a survey round; return what :meth:`run_block` and later rounds are to know (JSON).
+
+        Earlier rounds are in ``block.surveys``. The block may be changed: the change is forgotten afterwards, but the next
+        block's inputs come from the block as it is left.
+        """
+        return {}
+
     @abstractmethod
     def run_block(self, block: Block, context: Context) -> Record:
-        """Work on one block; return figures for the log and the manifest (no times: equal work, equal bytes)."""
+        """Work on one block, knowing ``block.surveys``; return figures for the log and the manifest (no times: equal work, equal bytes)."""
 
 
 @cache

@@ -271,6 +271,7 @@ class _Runner:
         )
         self.outside = step.outside(context)
         self.fisher = work.stage("fisher", state.key, text, self.outside, str(context.device), __version__)
+        self.surveys: list[list[Record]] = []
         self._model: StreamedModel | None = None
 
     @property
@@ -290,24 +291,33 @@ class _Runner:
                 started = time.perf_counter()
                 squared_gradients(self.model, self.samples, self.fisher, self.outside, self._report)
                 self.log.unit(self.kind, "squared gradients", time.perf_counter() - started, {})
-            self._forget_what_cannot_go_on(count)
-            for i in range(count):
-                self._report(f"block {i}", i, len(units))
-                if self.stage.record(f"block-{i}") is None:
-                    self._block(i)
-                self.stage.discard(f"inputs-{i}")
-            self.stage.discard(f"inputs-{count}")
+            self._survey(count)
+            self._walk("block", "inputs", count, self._block)
             if self.outside and self.stage.record("outside") is None:
                 self._outside()
         self._report("done", len(units), len(units))
         return self._after(units)
 
-    def _forget_what_cannot_go_on(self, count: int) -> None:
-        """A finished unit that was damaged later: the inputs that led to it are gone, so begin again."""
-        first = next((i for i in range(count) if self.stage.record(f"block-{i}") is None), 0)
-        if self.needs.inputs and first and self.stage.record(f"inputs-{first}") is None:
-            for i in range(count):
-                self.stage.discard(f"block-{i}")
+    def _survey(self, count: int) -> None:
+        """Rounds over all blocks before any is changed, for as long as the pass wants another."""
+        while self.step.wants_survey(self.context, self.surveys):
+            label = f"survey-{len(self.surveys)}"
+            self._walk(label, f"{label}-inputs", count, self._survey_block)
+            records = [self.stage.record(f"{label}-{i}") for i in range(count)]
+            self.surveys.append([record for record in records if record is not None])
+
+    def _walk(self, label: str, inputs: str, count: int, work: Callable[[int, str, str], None]) -> None:
+        """Finish units ``<label>-0 …`` in order, and clear away the inputs that led to them."""
+        first = next((i for i in range(count) if self.stage.record(f"{label}-{i}") is None), 0)
+        if self.needs.inputs and first and self.stage.record(f"{inputs}-{first}") is None:
+            for i in range(count):  # a finished unit was damaged later: what led to it is gone, so begin again
+                self.stage.discard(f"{label}-{i}")
+        for i in range(count):
+            self._report(f"{label.replace('-', ' ')} {i}", i, count)
+            if self.stage.record(f"{label}-{i}") is None:
+                work(i, f"{label}-{i}", inputs)
+            self.stage.discard(f"{inputs}-{i}")
+        self.stage.discard(f"{inputs}-{count}")
 
     def _block_count(self) -> int:
         prefix = self.context.structure.blocks + "."
@@ -316,33 +326,49 @@ class _Runner:
     def _report(self, what: str, done: int, total: int) -> None:
         self.log.progress(f"{self.kind}: {what}", done, total)
 
-    def _block(self, i: int) -> None:
-        started = time.perf_counter()
+    def _open(self, i: int, module: nn.Module, inputs: str) -> Block:
         name = block_prefix(self.context.structure, i)
+        linears, samples = self.model.linears(i), self._samples(i, inputs)
+        return Block(i, name, module, linears, self._fisher(i), samples, self.surveys)
+
+    def _survey_block(self, i: int, unit: str, inputs: str) -> None:
+        started = time.perf_counter()
         with self.model.block(i) as module:
-            block = Block(i, name, module, self.model.linears(i), self._fisher(i), self._samples(i))
+            block = self._open(i, module, inputs)
+            record = self.step.survey_block(block, self.context)
+            self._carry(i, block, inputs)
+        self.stage.save(unit, {}, record)
+        self.log.unit(self.kind, unit, time.perf_counter() - started, record)
+
+    def _block(self, i: int, unit: str, inputs: str) -> None:
+        started = time.perf_counter()
+        with self.model.block(i) as module:
+            block = self._open(i, module, inputs)
             if self.needs.inputs == "original":
-                self._carry(i, block)
+                self._carry(i, block, inputs)
             record = self.step.run_block(block, self.context)
             tensors = self._collect(block)
             if self.needs.inputs == "updated":
-                self._restore(module, tensors, name)
-                self._carry(i, block)
-            self._finish(f"block-{i}", block, tensors, record, started)
+                self._restore(module, tensors, block.name)
+                self._carry(i, block, inputs)
+            self._finish(unit, block, tensors, record, started)
 
     def _fisher(self, i: int) -> dict[str, Tensor]:
         return self.fisher.load(f"fisher-{i}") if self.needs.squared_gradients else {}
 
-    def _samples(self, i: int) -> list[Callable[[nn.Module], Tensor]]:
-        """The block's calls on the calibration samples; their first inputs are made here."""
+    def _samples(self, i: int, inputs: str) -> list[Callable[[nn.Module], Tensor]]:
+        """The block's calls on the calibration samples; their first inputs are made here.
+
+        ``inputs`` is the name under which a walk over the blocks keeps its carried activations.
+        """
         if self.needs.inputs is None:
             return []
         assert self.samples is not None
         with torch.no_grad():
-            if i == 0 and self.stage.record("inputs-0") is None:
+            if i == 0 and self.stage.record(f"{inputs}-0") is None:
                 first = {str(n): self.model.capture(tokens)[0] for n, tokens in enumerate(self.samples.tokens)}
-                self.stage.save("inputs-0", first)
-        hidden = self.stage.load(f"inputs-{i}")
+                self.stage.save(f"{inputs}-0", first)
+        hidden = self.stage.load(f"{inputs}-{i}")
 
         def call(n: int, tokens: Tensor) -> Callable[[nn.Module], Tensor]:
             def run(module: nn.Module) -> Tensor:
@@ -356,16 +382,16 @@ class _Runner:
         return [call(n, tokens) for n, tokens in enumerate(self.samples.tokens)]
 
     @torch.no_grad()
-    def _carry(self, i: int, block: Block) -> None:
+    def _carry(self, i: int, block: Block, inputs: str) -> None:
         """Store the next block's inputs: they are never computed twice, so a resumed run sees the same bits."""
-        if self.stage.record(f"inputs-{i + 1}") is None:
+        if block.samples and self.stage.record(f"{inputs}-{i + 1}") is None:
             outputs = {str(n): run(block.module).cpu() for n, run in enumerate(block.samples)}
-            self.stage.save(f"inputs-{i + 1}", outputs)
+            self.stage.save(f"{inputs}-{i + 1}", outputs)
 
     def _outside(self) -> None:
         started = time.perf_counter()
         linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
-        block = Block(-1, "", self.model.model, linears, self._fisher(-1))
+        block = Block(-1, "", self.model.model, linears, self._fisher(-1), surveys=self.surveys)
         record = self.step.run_block(block, self.context)
         self._finish("outside", block, {}, record, started)
 

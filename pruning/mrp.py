@@ -1,0 +1,152 @@
+"""Maximum Redundancy Pruning (arXiv 2503.18377): again and again, a little more of the most redundant block.
+
+Redundancy is the non-outlier ratio (NOR) of a block: the share of its scores that are not above M times their mean. It is
+measured on the sparse block. Two readings of that are here: ``survivors`` keeps the threshold of the dense block and
+takes the ratio over the weights that are left; ``all`` takes both over all entries of the sparse block, zeros
+included. The first falls as a block gets sparser, at any sparsity, so that the search equalises it over the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.pruning.allocation import Budget
+from compress.pruning.scores import Group, levels
+
+Ratio = Literal["survivors", "all"]
+_NARROW = 1e-9
+
+
+def outlier_share(scores: Iterable[Tensor], outlier: float) -> float:
+    """Share of a block's scores above ``outlier`` times their mean (OWL's measure)."""
+    held = list(scores)
+    threshold = outlier * _mean(held)
+    return sum(int((score > threshold).sum()) for score in held) / sum(score.numel() for score in held)
+
+
+def _mean(scores: Sequence[Tensor]) -> float:
+    return sum(float(score.sum(dtype=torch.float64)) for score in scores) / sum(score.numel() for score in scores)
+
+
+def non_outlier_ratio(
+    scores: Mapping[str, Tensor], pruned: Mapping[str, Tensor] | None, outlier: float, ratio: Ratio
+) -> float:
+    """NOR of a block, dense or under masks.
+
+    Args:
+        scores: of the dense block, linear -> [N, K].
+        pruned: linear -> bool [N, K]; None for the dense block.
+        outlier: M.
+        ratio: over what, see above.
+
+    Returns:
+        A ratio in [0, 1]; 1 for a block of which nothing is left.
+    """
+    kept = {name: score[~pruned[name]] for name, score in scores.items()} if pruned else dict(scores)
+    entries = sum(score.numel() for score in scores.values())
+    survivors = sum(score.numel() for score in kept.values())
+    if ratio == "all":
+        mean, survivors = sum(float(s.sum(dtype=torch.float64)) for s in kept.values()) / entries, entries
+    else:
+        mean = _mean(list(scores.values()))
+    outliers = sum(int((score > outlier * mean).sum()) for score in kept.values())
+    return 1 - outliers / survivors if survivors else 1.0
+
+
+def grid(low: float, high: float, step: float) -> list[float]:
+    """``low, low + step, …``, and ``high``."""
+    count = int(np.floor((high - low) / step + _NARROW))
+    points = [low + index * step for index in range(count + 1)]
+    return points if high - points[-1] < _NARROW else [*points, high]
+
+
+def curve(
+    scores: Mapping[str, Tensor], groups: Mapping[str, Group], points: Sequence[float], outlier: float, ratio: Ratio
+) -> list[float]:
+    """NOR of a block at every sparsity of a grid, all its linears pruned alike, by one sort.
+
+    Args:
+        scores: of the dense block, linear -> [N, K].
+        groups: comparison group of each.
+        points: sparsities, ascending.
+        outlier: M.
+        ratio: over what.
+    """
+    held = list(scores.values())
+    entries = sum(score.numel() for score in held)
+    edges = torch.tensor(points, dtype=torch.float32, device=held[0].device) + 1e-7
+    # the first point at which a weight is gone; len(points) if it never is
+    gone = [torch.bucketize(levels(score, groups[name]).flatten(), edges) for name, score in scores.items()]
+    left = entries - sum(torch.bincount(g, minlength=len(points) + 1)[:-1].cumsum(0) for g in gone)
+    if ratio == "survivors":
+        threshold = outlier * _mean(held)
+        high = [g[score.flatten() > threshold] for g, score in zip(gone, held, strict=True)]
+        outliers = torch.stack([torch.bincount(g, minlength=len(points) + 1) for g in high]).sum(0)
+        above = outliers.sum() - outliers[:-1].cumsum(0)
+        return [float(value) for value in torch.where(left > 0, 1 - above / left.clamp(min=1), 1.0).double()]
+    found = []
+    for index in range(len(points)):
+        kept = [score.flatten()[g > index] for g, score in zip(gone, held, strict=True)]
+        mean = sum(float(part.sum(dtype=torch.float64)) for part in kept) / entries
+        found.append(1 - sum(int((part > outlier * mean).sum()) for part in kept) / entries)
+    return found
+
+
+@dataclass(frozen=True)
+class Step:
+    """One iteration: a block's sparsity before and after, and its NOR, the largest of all that can go on."""
+
+    iteration: int
+    unit: int
+    before: float
+    after: float
+    nor: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where the search stands: sparsities of all blocks, the steps taken, and whether the target is met."""
+
+    sparsities: list[float]
+    steps: list[Step]
+    finished: bool
+
+
+def search(budget: Budget, curves: Sequence[Sequence[Sequence[float]]], step: float, refresh: int = 0) -> Search:
+    """Raise the sparsity of the block with the largest NOR, step by step, until the target is met.
+
+    All blocks start at ``budget.floor``. Ties go to the first block; the last step is shortened to meet the target.
+
+    Args:
+        budget: sizes, target, and the bounds of every block.
+        curves: of every round of measurements, of every block: NOR on ``grid(floor, cap, step)``.
+        step: added to a block at a time.
+        refresh: iterations a round is good for; 0 for as many as there are. Without another round the search
+            stops unfinished.
+    """
+    sizes, points = budget.sizes, grid(budget.floor, budget.cap, step)
+    place = [0] * len(sizes)
+    now = [budget.floor] * len(sizes)
+    missing = (budget.sparsity - budget.floor) * sum(sizes)
+    steps: list[Step] = []
+    while missing > 0.5:
+        number = len(steps) // refresh if refresh else 0
+        if number >= len(curves):
+            return Search(now, steps, False)
+        nor = curves[number]
+        able = [unit for unit in range(len(sizes)) if place[unit] + 1 < len(points)]
+        if not able:  # what is left of the target is rounding
+            break
+        unit = max(able, key=lambda unit: nor[unit][place[unit]])
+        before, full = now[unit], points[place[unit] + 1]
+        now[unit] = min(full, before + missing / sizes[unit])
+        missing -= (now[unit] - before) * sizes[unit]
+        steps.append(Step(len(steps), unit, before, now[unit], nor[unit][place[unit]]))
+        place[unit] += 1
+    return Search(now, steps, True)

@@ -1,0 +1,149 @@
+"""SparseGPT: prune column by column and let the columns to the right make up for it (arXiv 2301.00774).
+
+With H = 2/n sum x x^T and U the upper Cholesky factor of its (damped) inverse, ``U_j,j: / U_jj`` is what optimal brain
+surgery adds to the columns j.. per unit of error in column j once all columns before j are settled. One
+factorisation serves all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.pruning.scores import (
+    COLUMNS,
+    Group,
+    column_blocks,
+    column_shares,
+    removal_loss,
+    select,
+    select_pattern,
+)
+
+_MOST_DAMPING = 1e6
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper Cholesky factor of the inverse of one damped Hessian.
+
+    Attributes:
+        upper: float32 [K, K].
+        dead: bool [K], inputs that were zero in every sample.
+        damping: share of the mean diagonal that was added: as asked, or the first ten-fold of it that factorised.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+    @property
+    def diagonal(self) -> Tensor:
+        """``U_jj`` [K], infinite for dead inputs: their weights cost nothing."""
+        return self.upper.diagonal().masked_fill(self.dead, torch.inf)
+
+
+def factorise(hessian: Tensor, damping: float, name: str) -> Factor:
+    """Factor the inverse of ``H + damping * mean(diag H) * I``; more damping where that fails.
+
+    Args:
+        hessian: float32 [K, K], symmetric, not negative; not kept.
+        damping: above 0.
+        name: of the linear, for messages.
+
+    Raises:
+        CompressError: values that are not finite.
+    """
+    if not torch.isfinite(hessian).all():
+        raise CompressError(f"{name}: its inputs on the calibration text are not finite; check the model's weights.")
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    base = hessian + torch.diag(torch.where(dead, mean, 0.0))
+    while damping <= _MOST_DAMPING:
+        damped = base + torch.diag(torch.full_like(diagonal, damping * mean))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(torch.isfinite(upper).all()):
+                return Factor(upper, dead, damping)
+        damping *= 10
+    raise CompressError(f"{name}: the Hessian of its inputs does not factorise however much it is damped.")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which weights of a matrix go: a number in comparison groups, or ``pattern`` = (n, m), n kept of every m."""
+
+    zeros: int
+    group: Group = "columns"
+    pattern: tuple[int, int] | None = None
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Choose once, from scores that no update changes: bool [N, K], true where pruned."""
+        return select_pattern(scores, *self.pattern) if self.pattern else select(scores, self.zeros, self.group)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The result of a sweep.
+
+    Attributes:
+        weight: float32 [N, K].
+        pruned: bool [N, K].
+        loss: ``1/2 sum (w - q)^2 / U_jj^2``, the increase of ``1/n ||(W - W') X||^2`` (without damping).
+    """
+
+    weight: Tensor
+    pruned: Tensor
+    loss: float
+
+
+def sweep(
+    weight: Tensor, factor: Factor, rule: Rule, round_to: Callable[[Tensor], Tensor] | None = None, width: int = COLUMNS
+) -> Swept:
+    """Prune (and round) every column from left to right, updating the columns after it.
+
+    Masks by blocks of columns, and n:m patterns, are chosen as the sweep arrives there, on updated weights; masks by row
+    or matrix beforehand.
+
+    Args:
+        weight: float32 [N, K]; not changed.
+        factor: of the linear's inputs.
+        rule: what to prune.
+        round_to: what survivors of one column [N] are rounded to, row by row; identity if None.
+        width: columns in a lazy batch; it does not change the result with a mask chosen beforehand.
+    """
+    result = weight.clone()
+    columns, upper, diagonal = weight.shape[1], factor.upper, factor.diagonal
+    if rule.pattern:
+        width -= width % rule.pattern[1]
+    by_block = rule.pattern is None and rule.group == "columns"
+    counts = column_shares(rule.zeros, columns, width) if by_block else []
+    pruned = torch.zeros_like(weight, dtype=torch.bool)
+    if not by_block and not rule.pattern:
+        pruned = rule.mask(removal_loss(weight, diagonal))
+    loss = 0.0
+    for index, (start, end) in enumerate(column_blocks(columns, width)):
+        part = result[:, start:end].t().contiguous()  # one row per column: updates are contiguous
+        if by_block:
+            pruned[:, start:end] = select(removal_loss(part.t(), diagonal[start:end]), counts[index], "matrix")
+        errors = torch.empty_like(part)
+        for j in range(end - start):
+            if rule.pattern and j % rule.pattern[1] == 0:
+                group = slice(j, min(j + rule.pattern[1], end - start))
+                scores = removal_loss(part[group].t(), diagonal[start:end][group])
+                pruned[:, start:end][:, group] = select_pattern(scores, *rule.pattern)
+            kept = part[j] if round_to is None else round_to(part[j])
+            kept = kept.masked_fill(pruned[:, start + j], 0.0)
+            errors[j] = (part[j] - kept) / upper[start + j, start + j]
+            part[j:] -= torch.outer(upper[start + j, start + j : end], errors[j])
+            part[j] = kept
+        result[:, start:end] = part.t()
+        result[:, end:] -= errors.t() @ upper[start:end, end:]
+        loss += 0.5 * float(errors[~factor.dead[start:end]].square().sum(dtype=torch.float64))
+    return Swept(result, pruned, loss)
