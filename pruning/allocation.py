@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def _around(budget: Budget, offsets: Floats) -> list[float]:
     return meet(budget, lambda shift: shift + offsets)
 
 
-def _between(values: Sequence[float], width: float) -> Floats:
+def _between(values: Sequence[float] | Floats, width: float) -> Floats:
     """Values mapped linearly onto 0 .. width; all 0 where they are equal."""
     found = np.asarray(values, np.float64)
     extent = float(found.max() - found.min())
@@ -125,7 +126,7 @@ def alpha(budget: Budget, exponents: Sequence[float], spread: float) -> list[flo
     """
     found = np.asarray(exponents, np.float64)
     most = found[np.isfinite(found)].max(initial=0.0)
-    factors = 1 - spread + _between(np.where(np.isfinite(found), found, most).tolist(), 2 * spread)
+    factors = 1 - spread + _between(np.where(np.isfinite(found), found, most), 2 * spread)
     return meet(budget, lambda scale: factors * max(scale, 0.0))
 
 
@@ -185,4 +186,4 @@ def whole_numbers(budget: Budget, sparsities: Sequence[float]) -> list[int]:
     """
     exact = np.cumsum(np.asarray(sparsities) * np.asarray(budget.sizes, np.float64))
     edges = [0, *(int(value + 0.5) for value in exact[:-1]), round(budget.sparsity * sum(budget.sizes))]
-    return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    return [after - before for before, after in pairwise(edges)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.passes import Block
-from compress.pruning.scores import magnitude, removal_loss, wanda
+from compress.pruning.scores import magnitude, removal, wanda
 from compress.pruning.sparsegpt import Factor, factorise
 
 Score = Literal["magnitude", "wanda", "sparsegpt"]
@@ -104,7 +104,7 @@ def measure(block: Block, names: Iterable[str], score: Score, damping: float) ->
         if owner not in shared:
             shared[owner] = factorise(inputs.hessians.pop(owner), damping, name)
     factors = {name: shared[inputs.owner[name]] for name in weights}
-    return Measured({name: removal_loss(w, factors[name].diagonal) for name, w in weights.items()}, factors)
+    return Measured({name: removal(w, factors[name].diagonal) for name, w in weights.items()}, factors)
 
 
 def _finite(name: str, inputs: Inputs) -> Tensor:

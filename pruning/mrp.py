@@ -83,11 +83,11 @@ def curve(
     edges = torch.tensor(points, dtype=torch.float32, device=held[0].device) + 1e-7
     # the first point at which a weight is gone; len(points) if it never is
     gone = [torch.bucketize(levels(score, groups[name]).flatten(), edges) for name, score in scores.items()]
-    left = entries - sum(torch.bincount(g, minlength=len(points) + 1)[:-1].cumsum(0) for g in gone)
+    left = entries - _counts(gone, len(points))[:-1].cumsum(0)
     if ratio == "survivors":
         threshold = outlier * _mean(held)
         high = [g[score.flatten() > threshold] for g, score in zip(gone, held, strict=True)]
-        outliers = torch.stack([torch.bincount(g, minlength=len(points) + 1) for g in high]).sum(0)
+        outliers = _counts(high, len(points))
         above = outliers.sum() - outliers[:-1].cumsum(0)
         return [float(value) for value in torch.where(left > 0, 1 - above / left.clamp(min=1), 1.0).double()]
     found = []
@@ -96,6 +96,10 @@ def curve(
         mean = sum(float(part.sum(dtype=torch.float64)) for part in kept) / entries
         found.append(1 - sum(int((part > outlier * mean).sum()) for part in kept) / entries)
     return found
+
+
+def _counts(gone: Sequence[Tensor], points: int) -> Tensor:
+    return torch.stack([torch.bincount(part, minlength=points + 1) for part in gone]).sum(0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Smaller scores are pruned first; equal scores by position, so that the result ne
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -34,22 +35,23 @@ def wanda(weight: Tensor, squares: Tensor) -> Tensor:
     return weight.abs() * squares.sqrt()
 
 
-def removal_loss(weight: Tensor, diagonal: Tensor) -> Tensor:
-    """``W_ij^2 / U_jj^2``: twice what removing a weight costs when all columns before it are settled.
+def removal(weight: Tensor, diagonal: Tensor) -> Tensor:
+    """``|W_ij| / U_jj``: half its square is what removing a weight costs when all columns before it are settled.
 
-    SparseGPT's score (arXiv 2301.00774, section 3.2), with U the upper Cholesky factor of the inverse Hessian.
+    U is the upper Cholesky factor of the inverse Hessian. SparseGPT's score (arXiv 2301.00774, section 3.2) is the
+    square, which orders weights alike; the root has the unit of Wanda's, so that the same multiple of the mean is an outlier.
 
     Args:
         weight: float32 [N, K] (or any part of its columns).
         diagonal: float32 [K], ``U_jj``; infinite for an input that is always zero, whose weights cost nothing.
     """
-    return (weight / diagonal).square()
+    return (weight / diagonal).abs()
 
 
 def shares(total: int, parts: int) -> list[int]:
     """``total`` in ``parts`` whole numbers that differ by one at most, spread evenly."""
     edges = [total * index // parts for index in range(parts + 1)]
-    return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    return [after - before for before, after in pairwise(edges)]
 
 
 def column_blocks(columns: int, width: int = COLUMNS) -> list[tuple[int, int]]:

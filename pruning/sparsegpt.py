@@ -19,7 +19,7 @@ from compress.pruning.scores import (
     Group,
     column_blocks,
     column_shares,
-    removal_loss,
+    removal,
     select,
     select_pattern,
 )
@@ -126,17 +126,17 @@ def sweep(
     counts = column_shares(rule.zeros, columns, width) if by_block else []
     pruned = torch.zeros_like(weight, dtype=torch.bool)
     if not by_block and not rule.pattern:
-        pruned = rule.mask(removal_loss(weight, diagonal))
+        pruned = rule.mask(removal(weight, diagonal))
     loss = 0.0
     for index, (start, end) in enumerate(column_blocks(columns, width)):
         part = result[:, start:end].t().contiguous()  # one row per column: updates are contiguous
         if by_block:
-            pruned[:, start:end] = select(removal_loss(part.t(), diagonal[start:end]), counts[index], "matrix")
+            pruned[:, start:end] = select(removal(part.t(), diagonal[start:end]), counts[index], "matrix")
         errors = torch.empty_like(part)
         for j in range(end - start):
             if rule.pattern and j % rule.pattern[1] == 0:
                 group = slice(j, min(j + rule.pattern[1], end - start))
-                scores = removal_loss(part[group].t(), diagonal[start:end][group])
+                scores = removal(part[group].t(), diagonal[start:end][group])
                 pruned[:, start:end][:, group] = select_pattern(scores, *rule.pattern)
             kept = part[j] if round_to is None else round_to(part[j])
             kept = kept.masked_fill(pruned[:, start + j], 0.0)

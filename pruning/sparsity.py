@@ -233,10 +233,10 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return record
 
     def _estimated_loss(self, scores: Tensor) -> float:
-        """Half the smallest scores up to the target, per weight of the matrix (arXiv 2409.20094)."""
+        """Half the smallest squares up to the target, per weight of the matrix (arXiv 2409.20094)."""
         flat = scores.flatten()
         count = round(self.config.sparsity * flat.numel())
-        return 0.5 * float(flat.sort()[0][:count].double().sum()) / flat.numel()
+        return 0.5 * float(flat.sort()[0][:count].double().square().sum()) / flat.numel()
 
     def plan(self, context: Context, surveys: Sequence[Sequence[Record]]) -> Plan:
         """Divide the target over the linears.
