@@ -1,0 +1,96 @@
+"""Prune and quantise in one sweep: what rounding breaks, too, the columns to the right make up for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.passes import Block, Context, Needs, Packed
+from compress.pruning.measure import Measured
+from compress.pruning.sparsegpt import sweep
+from compress.pruning.sparsity import Pruned, SparseConfig, SparsePass
+from compress.quant.linear import PackedShape, pack
+
+
+class JointConfig(SparseConfig):
+    """Prune and round to an even grid in one SparseGPT sweep; what is left is packed at one width.
+
+    Every row has an even grid between its smallest and largest weight, fixed beforehand and moved so that it holds an
+    exact zero (arXiv 2301.00774, section 3.5; arXiv 2409.20094). Survivors that round to zero come on top of the target.
+    """
+
+    kind: Literal["joint"] = Field("joint", description="Name of the pass.")
+    bits: int = Field(4, ge=2, le=8, description="The width.")
+
+
+class Joint(SparsePass[JointConfig]):
+    """SparseGPT with rounding."""
+
+    Config = JointConfig
+
+    def needs(self) -> Needs:
+        """Inputs from the packed blocks; leaves packed matrices."""
+        return Needs(inputs="updated", packs=True)
+
+    def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
+        """Every linear that is not ignored."""
+        bits = self.config.bits
+        return {name: PackedShape(*context.linears[name], bits, bits) for name in self.chosen(context)}
+
+    def prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
+        """Sweep and pack; the dense weights become what the packed ones stand for."""
+        result = {}
+        for name, factor in measured.factors.items():
+            weight = block.linears[name].weight
+            table = even_tables(weight, self.config.bits)
+            swept = sweep(weight, factor, self.rule(zeros[name]), rounding(table))
+            weight.copy_(swept.weight)
+            codes = codes_of(swept.weight, table).cpu()
+            shape, tensors = pack(codes, {self.config.bits: table.cpu()})
+            block.packed[name] = Packed(shape, tensors)
+            figures = {"loss": swept.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
+            result[name] = Pruned(swept.pruned, figures)
+        for name in block.linears.keys() - result.keys():
+            block.skipped[name] = f"ignored by the pass {self.config.kind}"
+        return result
+
+
+def even_tables(weight: Tensor, bits: int) -> Tensor:
+    """Per row, ``2**bits`` equally spaced values from about its smallest to its largest weight, one of them exactly 0.
+
+    Values are those of float16, in which tables are stored, unless a row is too large or too small for that.
+
+    Args:
+        weight: float32 [N, K].
+        bits: width.
+
+    Returns:
+        float32 [N, 2**bits], ascending.
+    """
+    top = 2**bits - 1
+    low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+    step = (high - low) / top
+    zero = torch.where(step > 0, -low / step, 0.0).round()
+    table = (torch.arange(top + 1, device=weight.device) - zero) * step
+    half = table.half().float()
+    close = (half - table).abs() <= table.abs() * 2.0**-10
+    return torch.where(close.all(), half, table)
+
+
+def codes_of(weight: Tensor, table: Tensor) -> Tensor:
+    """The code of the nearest entry, uint8 [N, K]; of two equally near the lower."""
+    middles = (table[:, 1:] + table[:, :-1]) / 2
+    return torch.searchsorted(middles.contiguous(), weight.contiguous()).to(torch.uint8)
+
+
+def rounding(table: Tensor) -> Callable[[Tensor], Tensor]:
+    """Rounds a column [N], each row to its own table."""
+
+    def nearest(column: Tensor) -> Tensor:
+        return table.gather(1, codes_of(column[:, None], table).long())[:, 0]
+
+    return nearest
