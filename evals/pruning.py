@@ -95,6 +95,8 @@ class Bench:
         unused = {"owl": ("spread", "sparsity", "score"), "dlp": ("spread", "sparsity", "score"),
                   "alpha": ("spread", "sparsity", "score"), "hessian": ("spread", "score")}  # fmt: skip
         dropped = unused.get(str(settings.get("allocation")), ())
+        if settings.get("allocation") == "mrp" and not settings.get("refresh"):
+            dropped = ("spread", "sparsity")
         return {key: value for key, value in settings.items() if key not in dropped}
 
     @torch.no_grad()

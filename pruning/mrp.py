@@ -122,35 +122,39 @@ class Search:
     finished: bool
 
 
-def search(budget: Budget, curves: Sequence[Sequence[Sequence[float]]], step: float, refresh: int = 0) -> Search:
+def search(
+    budget: Budget, points: Sequence[float], curves: Sequence[Sequence[Sequence[float]]], step: float, refresh: int = 0
+) -> Search:
     """Raise the sparsity of the block with the largest NOR, step by step, until the target is met.
 
     All blocks start at ``budget.floor``. Ties go to the first block; the last step is shortened to meet the target.
 
     Args:
         budget: sizes, target, and the bounds of every block.
-        curves: of every round of measurements, of every block: NOR on ``grid(floor, cap, step)``.
+        points: sparsities at which curves are known; linear between them.
+        curves: of every round of measurements, of every block: NOR at the points.
         step: added to a block at a time.
         refresh: iterations a round is good for; 0 for as many as there are. Without another round the search
             stops unfinished.
     """
-    sizes, points = budget.sizes, grid(budget.floor, budget.cap, step)
-    place = [0] * len(sizes)
+    sizes = budget.sizes
     now = [budget.floor] * len(sizes)
     missing = (budget.sparsity - budget.floor) * sum(sizes)
     steps: list[Step] = []
+    ratios: list[float] = []
     while missing > 0.5:
         number = len(steps) // refresh if refresh else 0
         if number >= len(curves):
             return Search(now, steps, False)
-        nor = curves[number]
-        able = [unit for unit in range(len(sizes)) if place[unit] + 1 < len(points)]
+        if not steps or (refresh and len(steps) % refresh == 0):
+            ratios = [float(np.interp(s, points, nor)) for s, nor in zip(now, curves[number], strict=True)]
+        able = [unit for unit in range(len(sizes)) if now[unit] < budget.cap - _NARROW]
         if not able:  # what is left of the target is rounding
             break
-        unit = max(able, key=lambda unit: nor[unit][place[unit]])
-        before, full = now[unit], points[place[unit] + 1]
-        now[unit] = min(full, before + missing / sizes[unit])
+        unit = max(able, key=ratios.__getitem__)
+        before = now[unit]
+        now[unit] = min(before + step, budget.cap, before + missing / sizes[unit])
         missing -= (now[unit] - before) * sizes[unit]
-        steps.append(Step(len(steps), unit, before, now[unit], nor[unit][place[unit]]))
-        place[unit] += 1
+        steps.append(Step(len(steps), unit, before, now[unit], ratios[unit]))
+        ratios[unit] = float(np.interp(now[unit], points, curves[number][unit]))
     return Search(now, steps, True)

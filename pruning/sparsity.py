@@ -224,13 +224,15 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             scores = measure(block, names, "sparsegpt", config.damping).scores
             return {"losses": {name: self._estimated_loss(score) for name, score in scores.items()}}
         measured = measure(block, names, self.score, config.damping)
-        budget = self._budget([1])
-        points = grid(budget.floor, budget.cap, config.step)
         groups = dict.fromkeys(names, self._group)
-        record = {"nor": curve(measured.scores, groups, points, config.outlier, config.ratio)}
+        record = {"nor": curve(measured.scores, groups, self._points(), config.outlier, config.ratio)}
         if block.surveys:
             self.prune(block, self.plan(context, block.surveys).zeros, measured)
         return record
+
+    def _points(self) -> list[float]:
+        """Sparsities at which MRP knows a block's non-outlier ratio."""
+        return grid(0.0, self.config.cap, self.config.step)
 
     def _estimated_loss(self, scores: Tensor) -> float:
         """Half the smallest squares up to the target, per weight of the matrix (arXiv 2409.20094)."""
@@ -254,7 +256,9 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         steps, finished = list[Step](), True
         if config.allocation == "mrp":
             curves = [[record["nor"] for record in records if record] for records in surveys]
-            found = search(budget, curves, config.step, 0 if self.score == "magnitude" else config.refresh)
+            found = search(
+                budget, self._points(), curves, config.step, 0 if self.score == "magnitude" else config.refresh
+            )
             sparsities, steps, finished = found.sparsities, found.steps, found.finished
         else:
             sparsities = self._allocated(context, budget, [record for record in (surveys or [[]])[0] if record])

@@ -7,6 +7,8 @@ from compress.pruning.allocation import Budget
 from compress.pruning.mrp import curve, grid, non_outlier_ratio, outlier_share, search
 from compress.pruning.scores import select
 
+POINTS = [0.0, 0.1, 0.2, 0.3, 0.4]
+
 
 def block(tail, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +69,7 @@ def test_the_search_is_the_papers_loop():
     budget = Budget(sizes, 0.53, 0.35, 0.75)
     points = grid(0.35, 0.75, 0.05)
     curves = [curve(scores, dict.fromkeys(scores, "matrix"), points, 3.0, "survivors") for scores in blocks]
-    found = search(budget, [curves], 0.05)
+    found = search(budget, points, [curves], 0.05)
     assert found.sparsities == pytest.approx(greedy_by_hand(blocks, sizes, 0.53, 0.35, 0.75, 0.05, 3.0))
     assert found.finished
     before = [c[0] for c in curves]
@@ -79,21 +81,21 @@ def test_the_search_is_the_papers_loop():
 
 def test_every_iteration_is_logged():
     curves = [[[0.9, 0.8, 0.7], [0.95, 0.7, 0.6]]]
-    found = search(Budget([10, 10], 0.2, 0.1, 0.3), curves, 0.1)
+    found = search(Budget([10, 10], 0.2, 0.1, 0.3), [0.1, 0.2, 0.3], curves, 0.1)
     assert [(s.iteration, s.unit, s.nor) for s in found.steps] == [(0, 1, 0.95), (1, 0, 0.9)]
     assert found.sparsities == pytest.approx([0.2, 0.2])
 
 
 def test_ties_go_to_the_first_block_and_the_last_step_is_shortened():
     flat = [[0.5] * 5] * 3
-    found = search(Budget([100] * 3, 0.15, 0.0, 0.4), [flat], 0.1)
+    found = search(Budget([100] * 3, 0.15, 0.0, 0.4), POINTS, [flat], 0.1)
     assert found.sparsities == pytest.approx([0.4, 0.05, 0.0])
     assert sum(found.sparsities) * 100 == pytest.approx(45)
 
 
 def test_the_cap_holds():
     runaway = [[0.99, 0.99, 0.99, 0.99], [0.1, 0.1, 0.1, 0.1]]
-    found = search(Budget([10, 10], 0.5, 0.35, 0.6), [runaway], 0.1)
+    found = search(Budget([10, 10], 0.5, 0.35, 0.6), [0, 0.3, 0.6, 0.9], [runaway], 0.1)
     assert found.sparsities == pytest.approx([0.6, 0.4])
 
 
@@ -101,9 +103,9 @@ def test_the_search_waits_for_a_fresh_round():
     """Two iterations a round: after the first round the other block is the more redundant."""
     first, second = [[0.9] * 5, [0.5] * 5], [[0.5] * 5, [0.9] * 5]
     budget = Budget([10, 10], 0.2, 0.0, 0.4)
-    waiting = search(budget, [first], 0.1, refresh=2)
+    waiting = search(budget, POINTS, [first], 0.1, refresh=2)
     assert (waiting.sparsities, waiting.finished) == (pytest.approx([0.2, 0.0]), False)
-    done = search(budget, [first, second], 0.1, refresh=2)
+    done = search(budget, POINTS, [first, second], 0.1, refresh=2)
     assert (done.sparsities, done.finished) == (pytest.approx([0.2, 0.2]), True)
 
 
