@@ -40,12 +40,12 @@ class Needs:
 
     Attributes:
         inputs: carry the calibration samples from block to block and hand over each block's inputs, as the
-            ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
+            ``original`` blocks produce them, as the blocks ``updated`` by this pass do, or ``both``.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
     """
 
-    inputs: Literal["original", "updated"] | None = None
+    inputs: Literal["original", "updated", "both"] | None = None
     squared_gradients: bool = False
     packs: bool = False
 
@@ -77,7 +77,9 @@ class Block:
         module: the real module, dense, float32.
         linears: every dense linear in it, by full name.
         squared_gradients: full name -> [out_features, in_features] float32, if asked for.
-        samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
+        samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``. If
+            both kinds were, these have the updated blocks' inputs.
+        original: the same calls on the inputs that the original blocks produce, if both kinds were asked for.
         surveys: of every finished survey round, the records of all blocks in order.
         packed: filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
@@ -89,6 +91,7 @@ class Block:
     linears: dict[str, Linear]
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Callable[[nn.Module], Tensor]] = ()
+    original: Sequence[Callable[[nn.Module], Tensor]] = ()
     surveys: Sequence[Sequence[Record]] = ()
     packed: dict[str, Packed] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)

@@ -24,12 +24,14 @@ from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, pass_class
 from compress.quant.linear import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
+from compress.streaming import Call, State, StreamedModel, empty_model, tensor_names
 from compress.structure import architecture, block_prefix
 from compress.version import __version__
 from compress.weights import Checkpoint, Overlay
 from compress.workspace import Record, Stage, Workspace, digest
 
+Run = Callable[[nn.Module], Tensor]
+_ORIGINAL = "original-"  # of carried activations that come from the original blocks, where both kinds are kept
 Report = Callable[[str, int, int], None]
 """Called with (what, steps done, steps in all)."""
 
@@ -328,15 +330,16 @@ class _Runner:
 
     def _open(self, i: int, module: nn.Module, inputs: str) -> Block:
         name = block_prefix(self.context.structure, i)
-        linears, samples = self.model.linears(i), self._samples(i, inputs)
-        return Block(i, name, module, linears, self._fisher(i), samples, self.surveys)
+        samples, original = self._samples(i, inputs)
+        return Block(i, name, module, self.model.linears(i), self._fisher(i), samples, original, self.surveys)
 
     def _survey_block(self, i: int, unit: str, inputs: str) -> None:
         started = time.perf_counter()
         with self.model.block(i) as module:
             block = self._open(i, module, inputs)
+            outputs = self._outputs(module, block.original, _ORIGINAL)
             record = self.step.survey_block(block, self.context)
-            self._carry(i, block, inputs)
+            self._carry(i, inputs, outputs | self._outputs(module, block.samples))
         self.stage.save(unit, {}, record)
         self.log.unit(self.kind, unit, time.perf_counter() - started, record)
 
@@ -344,48 +347,56 @@ class _Runner:
         started = time.perf_counter()
         with self.model.block(i) as module:
             block = self._open(i, module, inputs)
-            if self.needs.inputs == "original":
-                self._carry(i, block, inputs)
+            unchanged = self.needs.inputs == "original"
+            outputs = self._outputs(module, block.original, _ORIGINAL)
+            outputs |= self._outputs(module, block.samples if unchanged else ())
             record = self.step.run_block(block, self.context)
             tensors = self._collect(block)
-            if self.needs.inputs == "updated":
+            if block.samples and not unchanged:
                 self._restore(module, tensors, block.name)
-                self._carry(i, block, inputs)
+                outputs |= self._outputs(module, block.samples)
+            self._carry(i, inputs, outputs)
             self._finish(unit, block, tensors, record, started)
 
     def _fisher(self, i: int) -> dict[str, Tensor]:
         return self.fisher.load(f"fisher-{i}") if self.needs.squared_gradients else {}
 
-    def _samples(self, i: int, inputs: str) -> list[Callable[[nn.Module], Tensor]]:
-        """The block's calls on the calibration samples; their first inputs are made here.
+    def _samples(self, i: int, inputs: str) -> tuple[list[Run], list[Run]]:
+        """The block's calls on the calibration samples, and those on original inputs if both kinds are needed.
 
-        ``inputs`` is the name under which a walk over the blocks keeps its carried activations.
+        ``inputs`` is the name under which a walk over the blocks keeps its carried activations; the first are made here.
         """
         if self.needs.inputs is None:
-            return []
+            return [], []
         assert self.samples is not None
+        tokens = self.samples.tokens
         with torch.no_grad():
             if i == 0 and self.stage.record(f"{inputs}-0") is None:
-                first = {str(n): self.model.capture(tokens)[0] for n, tokens in enumerate(self.samples.tokens)}
-                self.stage.save(f"{inputs}-0", first)
+                self.stage.save(f"{inputs}-0", {str(n): self.model.capture(t)[0] for n, t in enumerate(tokens)})
         hidden = self.stage.load(f"{inputs}-{i}")
+        captures: dict[int, Call] = {}
 
-        def call(n: int, tokens: Tensor) -> Callable[[nn.Module], Tensor]:
+        def call(n: int, key: str) -> Run:
             def run(module: nn.Module) -> Tensor:
                 if n not in captures:
-                    captures[n] = self.model.capture(tokens)[1][i]
-                return self.model.run(module, hidden[str(n)].to(self.model.device), captures[n])
+                    captures[n] = self.model.capture(tokens[n])[1][i]
+                return self.model.run(module, hidden[key].to(self.model.device), captures[n])
 
             return run
 
-        captures: dict[int, Any] = {}
-        return [call(n, tokens) for n, tokens in enumerate(self.samples.tokens)]
+        samples = [call(n, str(n)) for n in range(len(tokens))]
+        if self.needs.inputs != "both":
+            return samples, []
+        keys = [str(n) if i == 0 else f"{_ORIGINAL}{n}" for n in range(len(tokens))]
+        return samples, [call(n, key) for n, key in enumerate(keys)]
 
     @torch.no_grad()
-    def _carry(self, i: int, block: Block, inputs: str) -> None:
-        """Store the next block's inputs: they are never computed twice, so a resumed run sees the same bits."""
-        if block.samples and self.stage.record(f"{inputs}-{i + 1}") is None:
-            outputs = {str(n): run(block.module).cpu() for n, run in enumerate(block.samples)}
+    def _outputs(self, module: nn.Module, calls: Sequence[Run], prefix: str = "") -> dict[str, Tensor]:
+        return {f"{prefix}{n}": run(module).cpu() for n, run in enumerate(calls)}
+
+    def _carry(self, i: int, inputs: str, outputs: Mapping[str, Tensor]) -> None:
+        """Store the next block's inputs; those of an earlier try stay, so that a resumed run sees the same bits."""
+        if outputs and self.stage.record(f"{inputs}-{i + 1}") is None:
             self.stage.save(f"{inputs}-{i + 1}", outputs)
 
     def _outside(self) -> None:

@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
+from compress.passes import Block, Needs
 from compress.quant.kmeans import Nested, nested_codebooks
+from compress.quant.output import Fitted, sweep
 from compress.quant.quantise import Array, QuantisePass, SensitiveConfig
 
 
 class AnyPrecisionConfig(SensitiveConfig):
     """Any-precision: one set of nested codes, read at every width from seed to parent.
 
-    Every output row gets a table per width; the b-bit code is the top b bits of the parent's. The seed is the exact weighted one-dimensional k-means of each row; every further bit splits each cell at
-    its exact best point. Deterministic. Works a block at a time; the Fisher sensitivity costs one backward
-    pass over the calibration samples, with one block in memory and the samples' hidden states on disk.
+    Every output row gets a table per width; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
+    method of the paper with exact clustering: the seed is the optimal weighted one-dimensional k-means of each row, every
+    further bit splits each cell at its best point. Objective ``output`` starts there and lowers the error of the layer's
+    output on calibration text, all widths up to 5 together. Deterministic. Works a block at a time; the Fisher
+    sensitivity costs one backward pass over the calibration samples, with one block in memory and the samples' hidden
+    states on disk.
     """
 
     kind: Literal["any_precision"] = Field("any_precision", description="Name of the pass.")
     seed_bits: int = Field(3, ge=2, le=8, description="The smallest width, whose codes are optimised directly.")
     parent_bits: int = Field(8, ge=2, le=8, description="The largest width.")
+    objective: Literal["weight", "output"] = Field(
+        "output",
+        description="Which error is made small: of each weight, by its sensitivity, or of each layer's output.",
+    )
+    focus: dict[int, float] = Field(
+        {}, description="Objective output: width -> how much its error counts beside the others', 1 where not given."
+    )
+    correction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
+    )
+    carry_bits: int | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="Objective output: width at which layers see those before; the seed's if not given.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> AnyPrecisionConfig:
         if self.seed_bits > self.parent_bits:
             raise ValueError(f"seed_bits {self.seed_bits} must not exceed parent_bits {self.parent_bits}")
+        widths = range(self.seed_bits, self.parent_bits + 1)
+        if self.carry_bits is not None and self.carry_bits not in widths:
+            raise ValueError(f"carry_bits {self.carry_bits} must lie between seed_bits and parent_bits")
+        for bits, share in self.focus.items():
+            if bits not in widths or not 0 < share < float("inf"):
+                raise ValueError(f"focus {bits}: {share} must be a width from seed to parent and a positive number")
         return self
 
 
@@ -39,6 +71,19 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
     def widths(self) -> tuple[int, int]:
         """Seed and parent width."""
         return self.config.seed_bits, self.config.parent_bits
+
+    def needs(self) -> Needs:
+        """Inputs of both kinds for the output objective, besides what the sensitivity asks."""
+        needs = super().needs()
+        return replace(needs, inputs="both") if self.config.objective == "output" else needs
+
+    def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
+        """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
+        config = self.config
+        if config.objective == "weight" or not block.samples:
+            return {}
+        carry = config.carry_bits or config.seed_bits
+        return sweep(block, names, self.widths, carry, config.correction, config.focus, config.keep_zeros)
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
         """Nested codes and tables of one matrix."""

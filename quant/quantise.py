@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.hf import matching
 from compress.passes import Block, Context, Needs, Packed, Pass, PassConfig
-from compress.quant.kmeans import Nested, weighted_error
+from compress.quant.kmeans import Nested
 from compress.quant.linear import PackedShape, pack
+from compress.quant.output import Fitted
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
@@ -105,38 +107,39 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         names = list(context.linears)
         return {name: pattern for pattern in self.config.ignore for name in matching(pattern, names)}
 
+    def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
+        """Codes and tables found on the block's inputs; :meth:`quantise` is asked for the matrices it leaves out."""
+        return {}
+
     def run_block(self, block: Block, context: Context) -> Record:
         """Pack every linear that is not ignored."""
         ignored = self._ignored(context)
+        block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
+        names = [name for name in block.linears if name not in ignored]
+        weights = {name: _finite(name, block.linears[name].weight) for name in names}
         sensitivities = self._sensitivities(block)
+        fitted = self.sweep(block, names)
         errors: Record = {}
-        for name, linear in block.linears.items():
-            if name in ignored:
-                block.skipped[name] = f"ignored by {ignored[name]!r}"
-                continue
-            weight = linear.weight.detach().float().cpu().contiguous()
-            if not torch.isfinite(weight).all():
-                row = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
-                raise CompressError(f"{name}: row {row} of its weight holds NaN or infinity; the model is damaged.")
-            errors[name] = self._pack(block, name, weight, sensitivities.get(name))
+        for name, weight in weights.items():
+            sensitivity = sensitivities.get(name)
+            importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
+            found = fitted.get(name)
+            if found is None:
+                result = self.quantise(weight.numpy(), importance)
+                codes, tables = torch.from_numpy(result.codes), result.codebooks
+                shape, tensors = pack(codes, {bits: torch.from_numpy(table) for bits, table in tables.items()})
+            else:
+                shape, tensors = pack(found.codes, found.tables)
+                codes = found.codes
+            block.packed[name] = Packed(shape, tensors)
+            decoded = {
+                bits: _decode(codes, tensors[f"codebook_{bits}"], shape.parent_bits - bits) for bits in shape.widths
+            }
+            errors[name] = {
+                str(bits): layer_errors(weight, dense, sensitivity, found.metric if found else None)
+                for bits, dense in decoded.items()
+            }
         return {"errors": errors}
-
-    def _pack(self, block: Block, name: str, weight: Tensor, sensitivity: Tensor | None) -> dict[str, Any]:
-        matrix = weight.numpy()
-        importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
-        result = self.quantise(matrix, importance)
-        tables = {bits: torch.from_numpy(table) for bits, table in result.codebooks.items()}
-        shape, tensors = pack(torch.from_numpy(result.codes), tables)
-        block.packed[name] = Packed(shape, tensors)
-        power = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 or 1.0
-        errors: dict[str, Any] = {}
-        for bits in shape.widths:
-            codes = result.codes >> np.uint8(shape.parent_bits - bits)
-            table = tensors[f"codebook_{bits}"].float().numpy()
-            plain = float(weighted_error(matrix, None, codes, table).sum())
-            weighted = plain if importance is None else float(weighted_error(matrix, importance, codes, table).sum())
-            errors[str(bits)] = {"weighted": weighted, "relative": plain / power}
-        return errors
 
     def _sensitivities(self, block: Block) -> dict[str, Tensor]:
         if self.sensitivity == "fisher":
@@ -153,3 +156,44 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         block.for_each_input(visit)
         rows = {name: linear.shape[0] for name, linear in block.linears.items()}
         return {name: (total / counts[name]).cpu().expand(rows[name], -1) for name, total in sums.items()}
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not torch.isfinite(weight).all():
+        row = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
+        raise CompressError(f"{name}: row {row} of its weight holds NaN or infinity; the model is damaged.")
+    return weight
+
+
+def _decode(codes: Tensor, table: Tensor, shift: int) -> Tensor:
+    return table.float().gather(1, (codes >> shift).long())
+
+
+def layer_errors(
+    weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, metric: Tensor | None
+) -> dict[str, float]:
+    """What quantising a matrix did, with ``e`` the difference of two rows.
+
+    Args:
+        weight: float32 [N, K].
+        quantised: float32 [N, K].
+        sensitivity: float32 [N, K], the cost of an error in each weight; None for 1.
+        metric: float32 [K, K], the mean of ``x x^T`` over the layer's inputs, if known.
+
+    Returns:
+        ``relative``: the sum of ``e e^T`` over that of ``w w^T``. ``weighted``: the sum of ``s e^2``. With a metric also
+        ``output``: the sum of ``e H e^T`` over that of ``w H w^T``, and ``weighted`` is then the sum of ``e H e^T`` times
+        each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
+    """
+    error = (quantised - weight).double()
+    power = float(weight.double().square().sum()) or 1.0
+    result = {"relative": float(error.square().sum()) / power}
+    if metric is None:
+        cost = error.square() if sensitivity is None else error.square() * sensitivity
+        return result | {"weighted": float(cost.sum())}
+    exact = metric.double()
+    rows = ((error @ exact) * error).sum(1)
+    power = float(((weight.double() @ exact) * weight).sum()) or 1.0
+    scale = 1.0 if sensitivity is None else sensitivity.double().sum(1) / exact.trace().clamp_min(1e-30)
+    return result | {"output": float(rows.sum()) / power, "weighted": float((rows * scale).sum())}

@@ -1,0 +1,200 @@
+"""Nested codes that minimise the error of a layer's output, ``(q - w) H (q - w)^T`` per row, at several widths at once.
+
+Any-precision's own clustering minimises a sum of weighted squared errors, one per weight. Here errors of different
+weights of a row may cancel on the inputs that occur: ``H`` is the mean of ``x x^T`` over them. Given the codes, the
+best table of a row is a least-squares problem; given the tables, codes are improved one column at a time (coordinate
+descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one width). What is new is that a weight's whole path through the
+tree is chosen at once, against the sum of the errors of all widths: the b-bit code stays the top b bits of the
+parent's, and no width's choice is taken before another's.
+
+Everything is plain torch on whole columns of rows, on any device, and deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compress.quant.kmeans import nested_codebooks
+
+_TOGETHER = 5  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
+# A sweep's weight for a width is its error to the power of minus this: first all widths count by how far they
+# could still come, and in the end by what they cost.
+_POWERS = (1.0, 1.0, 0.5, 0.5, 0.0, 0.0)
+_COLUMNS = 128  # between two updates of the columns further right by one matrix product
+_CG_STEPS = 6
+_SPLIT_STEPS = 6
+
+
+class Tree:
+    """Codes and tables of N rows that share one metric.
+
+    Args:
+        target: float32 [N, K], what the dequantised rows should do on the inputs.
+        metric: float32 [K, K], symmetric and positive definite.
+        codes: integer [N, K], codes at the largest width of ``tables``.
+        tables: width -> float32 [N, 2**width], for consecutive widths.
+        zeros: bool [N, K], weights whose path is fixed, and whose entries are 0 at every width; None for none.
+    """
+
+    def __init__(
+        self, target: Tensor, metric: Tensor, codes: Tensor, tables: Mapping[int, Tensor], zeros: Tensor | None = None
+    ) -> None:
+        self.target, self.metric, self.zeros = target, metric, zeros
+        self.codes, self.tables = codes.long(), dict(tables)
+
+    @property
+    def parent(self) -> int:
+        """The largest width so far."""
+        return max(self.tables)
+
+    def codes_at(self, bits: int) -> Tensor:
+        """int64 [N, K], codes at one width."""
+        return self.codes >> (self.parent - bits)
+
+    def dense(self, bits: int) -> Tensor:
+        """float32 [N, K], the weights at one width."""
+        return self.tables[bits].gather(1, self.codes_at(bits))
+
+    def error(self, bits: int) -> float:
+        """Sum over rows of ``(q - w) H (q - w)^T``."""
+        error = self.dense(bits) - self.target
+        return float(((error @ self.metric) * error).sum(dtype=torch.float64))
+
+    def fit(self, bits: int) -> None:
+        """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem."""
+        codes, table = self.codes_at(bits), self.tables[bits]
+
+        def summed(values: Tensor) -> Tensor:
+            return torch.zeros_like(table).scatter_add_(1, codes, values)
+
+        free = (summed(torch.ones_like(self.target)) > 0) & ~self._held(codes, table)
+        scale = summed(self.metric.diagonal().expand_as(self.target)).clamp_min(1e-30)
+        residual = -summed((self.dense(bits) - self.target) @ self.metric) * free
+        conditioned = residual / scale
+        direction, power = conditioned, (residual * conditioned).sum(1, keepdim=True)
+        for _ in range(min(_CG_STEPS, table.shape[1])):
+            image = summed(direction.gather(1, codes) @ self.metric) * free
+            curvature = (direction * image).sum(1, keepdim=True)
+            step = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
+            table = table + step * direction
+            residual = residual - step * image
+            conditioned = residual / scale
+            before, power = power, (residual * conditioned).sum(1, keepdim=True)
+            direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
+        self.tables[bits] = table
+
+    def descend(self, share: Mapping[int, float], below: int | None = None) -> None:
+        """Choose every weight's path anew, column by column, given the tables and all other weights.
+
+        Args:
+            share: width -> what its error counts; the largest is the parent's.
+            below: keep the codes of this width, so that only the bits under it are chosen.
+        """
+        dense = {bits: self.dense(bits) for bits in share}
+        gradient = {bits: (dense[bits] - self.target) @ self.metric for bits in share}
+        columns = self.target.shape[1]
+        for start in range(0, columns, _COLUMNS):
+            part = slice(start, min(start + _COLUMNS, columns))
+            change = {bits: torch.empty_like(dense[bits][:, part]) for bits in share}
+            for column in range(part.start, part.stop):
+                path = self._best_path(column, share, below, dense, gradient)
+                self.codes[:, column, None] = path
+                for bits in share:
+                    value = self.tables[bits].gather(1, path >> (self.parent - bits))
+                    moved = value - dense[bits][:, column, None]
+                    dense[bits][:, column, None] = value
+                    change[bits][:, column - start, None] = moved
+                    gradient[bits][:, part] += moved * self.metric[column, part]
+            for bits in share:  # the columns further right wait for the whole block, as in GPTQ
+                gradient[bits][:, part.stop :] += change[bits] @ self.metric[part, part.stop :]
+
+    def _best_path(
+        self, column: int, share: Mapping[int, float], below: int | None,
+        dense: Mapping[int, Tensor], gradient: Mapping[int, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up."""
+        old = self.codes[:, column, None]
+        curvature = self.metric[column, column]
+        codes = costs = old  # of the best leaf under every node of the width at hand
+        for bits in sorted(share, reverse=True):
+            entries = self.tables[bits]
+            if below is not None:
+                first = old >> (self.parent - below) << (bits - below)
+                entries = entries.gather(1, first + torch.arange(2 ** (bits - below), device=old.device))
+            moved = entries - dense[bits][:, column, None]
+            cost = share[bits] * moved * (curvature * moved + 2 * gradient[bits][:, column, None])
+            if bits == self.parent:
+                codes, costs = torch.arange(cost.shape[1], device=old.device).expand_as(cost), cost
+            else:
+                best = costs.view(len(costs), -1, 2).min(2)
+                codes = codes.reshape(len(codes), -1, 2).gather(2, best.indices[..., None])[..., 0]
+                costs = best.values + cost
+        path = codes.gather(1, costs.argmin(1, keepdim=True))
+        if below is not None:
+            path = path + (old >> (self.parent - below) << (self.parent - below))
+        return path if self.zeros is None else torch.where(self.zeros[:, column, None], old, path)
+
+    def split(self) -> None:
+        """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
+        weight = self.metric.diagonal().expand_as(self.target)
+        entry = self.tables[self.parent]
+        inherited = entry.repeat_interleave(2, dim=1)
+        upper, table = self.target > entry.gather(1, self.codes), inherited
+        for _ in range(_SPLIT_STEPS):
+            codes = 2 * self.codes + (upper if self.zeros is None else upper & ~self.zeros)
+            mass = torch.zeros_like(inherited).scatter_add_(1, codes, weight)
+            total = torch.zeros_like(inherited).scatter_add_(1, codes, weight * self.target)
+            table = torch.where(mass > 0, total / mass.clamp_min(1e-30), inherited)
+            table = table.masked_fill(self._held(codes, table), 0.0)
+            low, high = table.gather(1, 2 * self.codes), table.gather(1, 2 * self.codes + 1)
+            upper = (self.target - high).abs() < (self.target - low).abs()
+        self.codes, self.tables[self.parent + 1] = codes, table
+
+    def _held(self, codes: Tensor, table: Tensor) -> Tensor:
+        """Bool like ``table``: the entries that must stay 0."""
+        if self.zeros is None:
+            return torch.zeros_like(table, dtype=torch.bool)
+        return torch.zeros_like(table).scatter_add_(1, codes, self.zeros.to(table.dtype)) > 0
+
+
+def nested_output_codebooks(
+    target: Tensor, metric: Tensor, seed_bits: int, parent_bits: int,
+    focus: Mapping[int, float] | None = None, zeros: Tensor | None = None,
+) -> Tree:  # fmt: skip
+    """Nested codes and tables of rows that share their inputs.
+
+    Args:
+        target: float32 [N, K], finite.
+        metric: float32 [K, K], mean of ``x x^T`` over inputs, positive definite.
+        seed_bits: smallest width.
+        parent_bits: largest width.
+        focus: width -> how much its error counts, 1 where not given; for widths up to the larger of 5 and the seed.
+        zeros: bool [N, K], weights that must be exactly 0 at every width.
+
+    Returns:
+        The tree; its tables are float32.
+    """
+    together = max(seed_bits, min(parent_bits, _TOGETHER))
+    start = target if zeros is None else target.masked_fill(zeros, 0.0)
+    rows = metric.diagonal().expand_as(target).contiguous()
+    first = nested_codebooks(
+        start.cpu().numpy(), rows.cpu().numpy(), seed_bits, together, zeros is not None, torch.get_num_threads()
+    )
+    tables = {bits: torch.from_numpy(table).to(target.device) for bits, table in first.codebooks.items()}
+    tree = Tree(target, metric, torch.from_numpy(first.codes).to(target.device), tables, zeros)
+    wanted = {bits: (focus or {}).get(bits, 1.0) for bits in tree.tables}
+    for power in _POWERS:
+        for bits in wanted:
+            tree.fit(bits)
+        errors = {bits: max(tree.error(bits), 1e-30) for bits in wanted}
+        tree.descend({bits: wanted[bits] * (errors[seed_bits] / errors[bits]) ** power for bits in wanted})
+    for bits in range(together + 1, parent_bits + 1):
+        tree.split()
+        tree.fit(bits)
+        tree.descend({bits: 1.0}, below=bits - 1)
+    for bits in tree.tables:
+        tree.fit(bits)
+    return tree
