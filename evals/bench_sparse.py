@@ -1,8 +1,9 @@
-"""Bytes per weight of pruned matrices in both forms: ``python -m compress.evals.bench_sparse``.
+"""Bits per weight on disk of pruned matrices in both forms: ``python -m compress.evals.bench_sparse``.
 
 Random Gaussian weights, the smallest of each matrix set to zero, packed by any-precision with ``keep_zeros`` at a
-seed of 3 bits and written to safetensors files. Bytes are those of the files' tensor data. The bound is what the planes
-of the survivors, the entropy of a random mask and the tables take together. ``chosen`` is the form that the writer keeps.
+seed of 3 bits and written to safetensors files, whose tensor data is counted, tables included. The bound is what the
+planes of the survivors, the entropy of a random mask and the tables take together. ``chosen`` is the form that the writer
+keeps; times are for choosing (both forms made) and for reading the file and rebuilding the dense form.
 """
 
 from __future__ import annotations
@@ -61,14 +62,15 @@ def measure(rows: int, columns: int, sparsity: float, parent: int, file: Path) -
     started = time.perf_counter()
     shape, stored, note = smaller_form(dense_shape, dense)
     chosen = time.perf_counter() - started
-    count, tables = weight.numel(), sum(t.nbytes for name, t in dense.items() if name.startswith("codebook_"))
+    share = 8 / weight.numel()  # bits per weight
+    tables = share * sum(t.nbytes for name, t in dense.items() if name.startswith("codebook_"))
     result = {
         "shape": f"{rows} x {columns}", "sparsity": sparsity, "bits": parent,
-        "dense": bytes_on_disk(dense, file) / count,
-        "sparse": note["bytes"]["sparse"] / count if note else None,
+        "dense": share * bytes_on_disk(dense, file),
+        "sparse": share * note["bytes"]["sparse"] if note else None,
         "chosen": note["form"] if note else "dense",
-        "bound": ((1 - sparsity) * parent + entropy(sparsity)) / 8 + tables / count,
-        "tables": tables / count,
+        "bound": (1 - sparsity) * parent + entropy(sparsity) + tables,
+        "tables": tables,
         "choose_seconds": chosen,
     }  # fmt: skip
     if isinstance(shape, SparseShape):
@@ -81,7 +83,7 @@ def measure(rows: int, columns: int, sparsity: float, parent: int, file: Path) -
 
 def show(results: list[dict[str, Any]], console: Console) -> None:
     """Print the figures as a table."""
-    table = Table(title="bytes per weight on disk, tables included")
+    table = Table(title="bits per weight on disk, tables included")
     for column in (
         "matrix",
         "sparsity",
@@ -96,8 +98,8 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         table.add_column(column, justify="right")
     for r in results:
         times = [f"{r[key]:.3f}" if key in r else "" for key in ("choose_seconds", "rebuild_seconds")]
-        sparse = "" if r["sparse"] is None else f"{r['sparse']:.4f}"
-        sizes = (f"{r['dense']:.4f}", sparse, f"{r['bound']:.4f}", r["chosen"])
+        sparse = "" if r["sparse"] is None else f"{r['sparse']:.3f}"
+        sizes = (f"{r['dense']:.3f}", sparse, f"{r['bound']:.3f}", r["chosen"])
         table.add_row(r["shape"], f"{r['sparsity']:.0%}", str(r["bits"]), *sizes, *times)
     console.print(table)
 

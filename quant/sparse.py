@@ -4,7 +4,7 @@ On disk only (``quant/FORMAT.md``, version 2): loading rebuilds the planes that 
 matrix, row after row, are stored as a matrix of one row. The mask holds the number of pruned weights before each
 survivor, its gap, as a Rice code: ``gap >> gap_bits`` in unary in one tensor, the low ``gap_bits`` as planes over the
 survivors in another. With no low bits the unary part is the occupancy plane itself, one bit per weight; with more,
-the mask of a random matrix is within 3 % of its entropy (0.89 bits per weight at 70 % sparsity, entropy 0.88).
+a random mask of 50 % or more is within 4 % of its entropy (0.889 bits per weight at 70 % sparsity, entropy 0.881).
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class SparseShape(PackedShape):
     @property
     def dense(self) -> PackedShape:
         """The matrix as it is in memory."""
-        return PackedShape(
-            self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype
-        )  # fmt: skip
+        return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
 
     @property
     def sound(self) -> bool:
@@ -71,11 +69,6 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     return (SparseShape if "survivors" in record else PackedShape)(**record)
 
 
-def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors' data."""
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
 def smaller_form(
     shape: PackedShape, tensors: Mapping[str, Tensor]
 ) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
@@ -92,6 +85,7 @@ def smaller_form(
         Shape and tensors of the chosen form, and for the manifest ``{"form": "sparse" or "dense", "zeros": weights
         that are 0.0 at every width, "bytes": {"sparse", "dense"}}``; None where there are no such weights.
     """
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     zero = _zero_codes(shape, tensors)
     if not zero.any():
         return shape, tensors, None
@@ -102,7 +96,7 @@ def smaller_form(
     if survivors == occupied.numel():
         return shape, tensors, None
     found, sparse = _sparse_form(shape, tensors, codes, occupied, zero)
-    sizes = {"sparse": stored_bytes(sparse), "dense": stored_bytes(tensors)}
+    sizes = {"sparse": sum(t.nbytes for t in sparse.values()), "dense": sum(t.nbytes for t in tensors.values())}
     form = "sparse" if sizes["sparse"] < sizes["dense"] else "dense"
     note = {"form": form, "zeros": occupied.numel() - survivors, "bytes": sizes}
     return (found, sparse, note) if form == "sparse" else (shape, tensors, note)
@@ -175,19 +169,23 @@ def _gaps(occupied: Tensor) -> Tensor:
 
 
 def _gap_bits(gaps: Tensor) -> int:
-    """The number of low bits that makes the mask smallest."""
-    return min(range(MAX_GAP_BITS + 1), key=lambda low: low * gaps.numel() + int((gaps >> low).sum()))
+    """The number of low bits that makes the mask smallest.
+
+    One more costs a bit per survivor, and saves what halving does to the unary part: less each time, so stop there.
+    """
+    low = 0
+    while low < MAX_GAP_BITS and int(((gaps >> low) + 1 >> 1).sum()) > gaps.numel():
+        low += 1
+    return low
 
 
 def _unary(occupied: Tensor, gaps: Tensor, low: int) -> Tensor:
     """uint8 [mask_bits]: for every survivor ``gap >> low`` zeros and a one."""
-    if not gaps.numel():
-        return torch.empty(0, dtype=torch.uint8)
-    if not low:  # the occupancy plane up to the last survivor
-        return occupied[: occupied.numel() - int(occupied.flip(0).byte().argmax())].byte()
-    ends = torch.cumsum((gaps >> low) + 1, 0)
-    unary = torch.zeros(int(ends[-1]), dtype=torch.uint8)
-    unary[ends - 1] = 1
+    length = gaps.numel() + int((gaps >> low).sum())
+    if not low:
+        return occupied[:length].byte()
+    unary = torch.zeros(length, dtype=torch.uint8)
+    unary[torch.cumsum((gaps >> low) + 1, 0) - 1] = 1
     return unary
 
 
