@@ -9,7 +9,7 @@ a random mask of 50 % or more is within 4 % of its entropy (0.889 bits per weigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from compress.kernels.packing import pack_planes, unpack_planes, words
 from compress.quant.linear import PackedShape
 
 MAX_GAP_BITS = 8
-_WEIGHTS_AT_ONCE = 1 << 22  # bounds int64 indices to 32 MiB
+_AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
 def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
     """Weights that are not zero at every width: bool [N * K]."""
     occupied = torch.empty(codes.shape, dtype=torch.bool)
-    step = max(1, _WEIGHTS_AT_ONCE // codes.shape[1])
+    step = max(1, _AT_ONCE // codes.shape[1])
     for start in range(0, codes.shape[0], step):
         part = slice(start, start + step)
         occupied[part] = ~zero[part].gather(1, codes[part].long())
@@ -129,11 +129,13 @@ def _sparse_form(
     of the parent's, and lets a reader fill in zeros.
     """
     first = zero.byte().argmax(dim=1).to(torch.uint8)  # 0 for rows without a zero code, which stay as they are
-    gaps = _gaps(occupied)
+    codes = (codes ^ first[:, None]).view(-1)
+    kept = torch.cat([codes[part][occupied[part]] for part in _parts(codes.numel())])
+    gaps = _gaps(occupied, kept.numel())
     low = _gap_bits(gaps)
-    unary = _unary(occupied, gaps, low)
-    found = SparseShape(**vars(shape), survivors=gaps.numel(), gap_bits=low, mask_bits=unary.numel())
-    planes = _pack_row((codes ^ first[:, None]).view(-1)[occupied], shape.parent_bits)
+    unary = _unary(gaps, low)
+    found = SparseShape(**vars(shape), survivors=kept.numel(), gap_bits=low, mask_bits=unary.numel())
+    planes = _pack_row(kept, shape.parent_bits)
     sparse = {"weight": planes[: shape.seed_bits].contiguous()}
     sparse |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
     for bits in shape.widths:
@@ -157,15 +159,20 @@ def _unpack_row(planes: list[Tensor], columns: int) -> Tensor:
     return unpack_planes([plane.view(1, -1) for plane in planes], columns)[0]
 
 
-def _gaps(occupied: Tensor) -> Tensor:
-    """int32 [survivors]: how many pruned weights lie between each survivor and the one before."""
-    parts, last = [torch.empty(0, dtype=torch.int32)], -1
-    for start in range(0, occupied.numel(), _WEIGHTS_AT_ONCE):
-        places = occupied[start : start + _WEIGHTS_AT_ONCE].nonzero().view(-1) + start
+def _parts(count: int) -> Iterator[slice]:
+    """A long vector in parts, so that indices are never there for all of it."""
+    return (slice(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE))
+
+
+def _gaps(occupied: Tensor, survivors: int) -> Tensor:
+    """How many pruned weights lie between each survivor and the one before: int32 [survivors]."""
+    gaps, done, last = torch.empty(survivors, dtype=torch.int32), 0, -1
+    for part in _parts(occupied.numel()):
+        places = occupied[part].nonzero().view(-1) + part.start
         if places.numel():
-            parts.append(torch.diff(places, prepend=places.new_tensor([last])).int() - 1)
-            last = int(places[-1])
-    return torch.cat(parts)
+            gaps[done : done + places.numel()] = torch.diff(places, prepend=places.new_tensor([last])) - 1
+            done, last = done + places.numel(), int(places[-1])
+    return gaps
 
 
 def _gap_bits(gaps: Tensor) -> int:
@@ -174,25 +181,29 @@ def _gap_bits(gaps: Tensor) -> int:
     One more costs a bit per survivor, and saves what halving does to the unary part: less each time, so stop there.
     """
     low = 0
-    while low < MAX_GAP_BITS and int(((gaps >> low) + 1 >> 1).sum()) > gaps.numel():
+    while low < MAX_GAP_BITS and _total((gaps[part] >> low) + 1 >> 1 for part in _parts(gaps.numel())) > gaps.numel():
         low += 1
     return low
 
 
-def _unary(occupied: Tensor, gaps: Tensor, low: int) -> Tensor:
-    """uint8 [mask_bits]: for every survivor ``gap >> low`` zeros and a one."""
-    length = gaps.numel() + int((gaps >> low).sum())
-    if not low:
-        return occupied[:length].byte()
-    unary = torch.zeros(length, dtype=torch.uint8)
-    unary[torch.cumsum((gaps >> low) + 1, 0) - 1] = 1
+def _total(parts: Iterable[Tensor]) -> int:
+    return sum(int(part.sum()) for part in parts)
+
+
+def _unary(gaps: Tensor, low: int) -> Tensor:
+    """For every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
+    parts = list(_parts(gaps.numel()))
+    unary = torch.zeros(gaps.numel() + _total(gaps[part] >> low for part in parts), dtype=torch.uint8)
+    end = -1
+    for part in parts:
+        ones = torch.cumsum((gaps[part] >> low) + 1, 0) + end
+        unary[ones] = 1
+        end = int(ones[-1])
     return unary
 
 
 def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rebuild the dense form, on the device the tensors are on.
-
-    Besides the result, it takes about a byte per weight and 16 per survivor while it works.
 
     Args:
         name: of the module, for messages.
@@ -205,26 +216,42 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
     Raises:
         CompressError: the mask is not that of so many survivors in a matrix of this size.
     """
-    codes = torch.zeros(shape.out_features * shape.in_features, dtype=torch.uint8, device=tensors["mask"].device)
-    places = _places(tensors, shape)
-    if places.numel() != shape.survivors or (places.numel() and int(places[-1]) >= codes.numel()):
+    extra = [tensors[f"plane_{bits}"] for bits in shape.widths[1:]]
+    survivors = _unpack_row([*tensors["weight"].unbind(0), *extra], shape.survivors)
+    codes = torch.zeros(shape.out_features * shape.in_features, dtype=torch.uint8, device=survivors.device)
+    done = 0
+    for places in _places(shape, tensors):
+        last = done + places.numel()
+        if last > shape.survivors or int(places[-1]) >= codes.numel():
+            break
+        codes[places] = survivors[done:last]
+        done = last
+    if done != shape.survivors:
         raise CompressError(
             f"{name}: its mask does not fit {shape.survivors} survivors of {shape.out_features} x {shape.in_features} "
             "weights; the checkpoint is damaged: fetch or write it again."
         )
-    extra = [tensors[f"plane_{bits}"] for bits in shape.widths[1:]]
-    codes[places] = _unpack_row([*tensors["weight"].unbind(0), *extra], shape.survivors)
     planes = pack_planes(codes.view(shape.out_features, shape.in_features), shape.parent_bits)
     dense = {"weight": planes[: shape.seed_bits].clone()}  # a view would keep the higher planes' storage alive
     dense |= {f"plane_{bits}": planes[bits - 1].clone() for bits in shape.widths[1:]}
     return dense | {f"codebook_{bits}": tensors[f"codebook_{bits}"] for bits in shape.widths}
 
 
-def _places(tensors: Mapping[str, Tensor], shape: SparseShape) -> Tensor:
-    """int64 [survivors]: where the mask says that survivors are, counted along the rows."""
-    ends = _unpack_row([tensors["mask"]], shape.mask_bits).nonzero().view(-1)
-    if not shape.gap_bits or ends.numel() != shape.survivors:
-        return ends
-    steps = torch.diff(ends, prepend=ends.new_tensor([-1])).sub_(1).bitwise_left_shift_(shape.gap_bits)
-    low = _unpack_row(list(tensors["mask_low"]), shape.survivors)
-    return steps.add_(low).add_(1).cumsum_(0).sub_(1)
+def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Where the mask says that survivors are, counted along the rows: int64, in ascending parts."""
+    unary = _unpack_row([tensors["mask"]], shape.mask_bits)
+    low = _unpack_row(list(tensors["mask_low"]), shape.survivors) if shape.gap_bits else None
+    done, end, place = 0, -1, -1
+    for part in _parts(unary.numel()):
+        ones = unary[part].nonzero().view(-1) + part.start
+        if not ones.numel():
+            continue
+        steps = torch.diff(ones, prepend=ones.new_tensor([end]))
+        if low is not None:
+            below = low[done : done + ones.numel()]
+            if below.numel() < ones.numel():  # more ones than survivors
+                return
+            steps = (steps - 1 << shape.gap_bits) + below + 1
+        places = torch.cumsum(steps, 0) + place
+        done, end, place = done + ones.numel(), int(ones[-1]), int(places[-1])
+        yield places
