@@ -47,8 +47,9 @@ class SparseShape(PackedShape):
     def sound(self) -> bool:
         """Whether a matrix can have these numbers."""
         pruned = self.out_features * self.in_features - self.survivors
-        longest = self.survivors + (max(pruned, 0) >> self.gap_bits if 0 <= self.gap_bits <= MAX_GAP_BITS else 0)
-        return pruned >= 0 and 0 <= self.gap_bits <= MAX_GAP_BITS and 0 <= self.survivors <= self.mask_bits <= longest
+        if min(pruned, self.survivors, self.gap_bits) < 0 or self.gap_bits > MAX_GAP_BITS:
+            return False
+        return self.survivors <= self.mask_bits <= self.survivors + (pruned >> self.gap_bits)
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor, by its name under the module."""
@@ -223,6 +224,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
     for places in _places(shape, tensors):
         last = done + places.numel()
         if last > shape.survivors or int(places[-1]) >= codes.numel():
+            done = -1
             break
         codes[places] = survivors[done:last]
         done = last
@@ -238,7 +240,10 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
 
 
 def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Where the mask says that survivors are, counted along the rows: int64, in ascending parts."""
+    """Where the mask says that survivors are, counted along the rows: int64, in ascending parts.
+
+    A mask with more ones than survivors ends with a part that has too many.
+    """
     unary = _unpack_row([tensors["mask"]], shape.mask_bits)
     low = _unpack_row(list(tensors["mask_low"]), shape.survivors) if shape.gap_bits else None
     done, end, place = 0, -1, -1
@@ -249,7 +254,8 @@ def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tenso
         steps = torch.diff(ones, prepend=ones.new_tensor([end]))
         if low is not None:
             below = low[done : done + ones.numel()]
-            if below.numel() < ones.numel():  # more ones than survivors
+            if below.numel() < ones.numel():
+                yield ones
                 return
             steps = (steps - 1 << shape.gap_bits) + below + 1
         places = torch.cumsum(steps, 0) + place

@@ -70,6 +70,15 @@ def test_every_width_is_rebuilt_exactly(rows, columns, sparsity):
     assert_rebuilt(pruned(rows, columns, sparsity))
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.95])
+def test_a_large_matrix_is_worked_on_in_parts(monkeypatch, sparsity):
+    weight = pruned(12, 100, sparsity)
+    whole = smaller_form(*packed(weight))[1]
+    monkeypatch.setattr("compress.quant.sparse._AT_ONCE", 70)
+    assert_rebuilt(weight)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in smaller_form(*packed(weight))[1].items())
+
+
 @pytest.mark.parametrize(("seed", "parent"), [(2, 8), (4, 4), (1, 3)])
 def test_any_seed_and_parent(seed, parent):
     assert_rebuilt(pruned(20, 100, 0.7), seed, parent)
@@ -185,13 +194,25 @@ def test_without_low_bits_the_mask_is_the_occupancy_plane():
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8])
-@pytest.mark.parametrize("damage", ["fewer", "more"])
-def test_a_damaged_mask_is_refused(sparsity, damage):
+@pytest.mark.parametrize("word", [0, -1])
+@pytest.mark.parametrize("at_once", [1 << 20, 32])
+def test_a_damaged_mask_is_refused(monkeypatch, sparsity, word, at_once):
+    """A word of zeros has fewer ones than there are survivors, minus one (all bits set) has more."""
+    monkeypatch.setattr("compress.quant.sparse._AT_ONCE", at_once)
     shape, stored, _ = smaller_form(*packed(pruned(16, 50, sparsity)))
     mask = stored["mask"].clone()
-    mask[0] = 0 if damage == "fewer" else -1
+    mask[0] = word
     with pytest.raises(CompressError, match=rf"layer\.0: its mask does not fit {shape.survivors} survivors of 16 x 50"):
         expand("layer.0", shape, stored | {"mask": mask})
+
+
+def test_a_one_more_behind_the_last_survivor_is_refused(monkeypatch):
+    shape, stored, _ = smaller_form(*packed(pruned(16, 50, 0.5)))
+    longer = replace(shape, mask_bits=32 * stored["mask"].numel() + 1)
+    mask = torch.cat([stored["mask"], torch.ones(1, dtype=torch.int32)])
+    monkeypatch.setattr("compress.quant.sparse._AT_ONCE", 32)  # it is in a part of its own
+    with pytest.raises(CompressError, match="does not fit"):
+        expand("layer.0", longer, stored | {"mask": mask})
 
 
 def test_a_mask_that_leads_out_of_the_matrix_is_refused():
