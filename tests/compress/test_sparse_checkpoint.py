@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compress
+from compress import cli
 from compress.errors import CompressError
 from compress.hf import CompressConfig, CompressQuantizer, packed_modules
 from compress.inspect import inspect
@@ -234,7 +235,16 @@ def test_inspect_and_verify_know_the_form(sparse):
     assert found["bytes_at_bits"] == manifest["sizes"]["tensors_at_bits"]
 
 
-def test_where_it_does_not_pay_the_dense_form_is_stored_and_that_is_said(make_model, tmp_path):
+def test_the_command_says_what_was_saved(sparse, capsys):
+    cli.inspect(sparse, as_json=False, modules=True)
+    modules = inspect(sparse)["modules"].values()
+    stored, instead = (
+        sum(module["storage"]["bytes"][form] for module in modules) / 1e6 for form in ("sparse", "dense")
+    )
+    assert f"stored sparse: 20 matrices, {stored:.3f} MB instead of {instead:.3f} MB" in capsys.readouterr().out
+
+
+def test_where_it_does_not_pay_the_dense_form_is_stored_and_that_is_said(make_model, tmp_path, capsys):
     """Columns fill whole words here; with 48 of them, the dense form's padding alone would cost more than a mask."""
     source = prune(make_model("llama", hidden_size=64, intermediate_size=96, head_dim=16), tmp_path / "source", 0.05)
     stored, dense = run(source, tmp_path / "stored"), run_dense(source, tmp_path / "dense")
@@ -245,6 +255,8 @@ def test_where_it_does_not_pay_the_dense_form_is_stored_and_that_is_said(make_mo
         assert module["storage"]["form"] == "dense"
         assert module["storage"]["bytes"]["dense"] <= module["storage"]["bytes"]["sparse"]
         assert 0 < module["storage"]["zeros"] < 0.1 * module["shape"][0] * module["shape"][1]
+    cli.inspect(stored, as_json=False, modules=True)
+    assert capsys.readouterr().out.count("stored dense, as that is smaller: model.layers.") == 21
 
 
 def test_without_pruned_weights_nothing_changes(compressed):
