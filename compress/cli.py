@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -179,10 +180,26 @@ def inspect(
     )
     if modules and found["modules"]:
         out.print(_module_table(found))
+    for line in _pruned_lines(found["modules"]):
+        out.print(line)
     dense = sum(found["dense"].values())
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():
         out.print(f"  {escape(name)}: {escape(reason)}")
+
+
+def _pruned_lines(modules: dict[str, Any]) -> Iterator[str]:
+    """How matrices with pruned weights are stored; nothing if the manifest knows of none."""
+    pruned = {name: module["storage"] for name, module in modules.items() if "zeros" in module["storage"]}
+    sparse = [storage["bytes"] for storage in pruned.values() if storage["form"] == "sparse"]
+    if sparse:
+        stored, instead = (sum(sizes[form] for sizes in sparse) / 1e6 for form in ("sparse", "dense"))
+        yield f"stored sparse: {len(sparse)} matrices, {stored:.3f} MB instead of {instead:.3f} MB"
+    for name, storage in pruned.items():
+        if storage["form"] == "dense":
+            share = storage["zeros"] / math.prod(modules[name]["shape"])
+            sizes = f"{storage['bytes']['dense']} bytes, sparse {storage['bytes']['sparse']}"
+            yield f"stored dense, as that is smaller: {escape(name)}, {share:.1%} zeros, {sizes}"
 
 
 def _module_table(found: dict[str, Any]) -> Table:

@@ -8,7 +8,7 @@ with another shape, so transformers can not take them for weights nor fill them 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,10 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import CompressError, did_you_mean
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
+from compress.quant.sparse import SparseShape, expand, shape_of
 from compress.structure import Linear, architecture, is_linear
 
 METHOD = "compress"
-FORMAT_VERSION = 1
+DENSE_VERSION, SPARSE_VERSION = 1, 2  # of the format: the second if and only if a module is stored sparse
 
 Bits = int | Mapping[str, int]
 """A width for all packed modules, or widths by exact module name or ``re:`` pattern."""
@@ -94,16 +95,16 @@ class CompressConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = DENSE_VERSION,
         bits: Bits | None = None,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        if format_version != FORMAT_VERSION:
+        if format_version not in (DENSE_VERSION, SPARSE_VERSION):
             raise CompressError(
-                f"config.json: format_version {format_version} is not the version {FORMAT_VERSION} that this release "
-                "of compress reads; install a release that knows it."
+                f"config.json: format_version {format_version} is neither {DENSE_VERSION} nor {SPARSE_VERSION}, which "
+                "this release of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
         try:
@@ -118,16 +119,20 @@ class CompressConfig(QuantizationConfigMixin):
             CompressError: a record with missing or unknown fields, or values that make no sense.
         """
         try:
-            shapes = {name: PackedShape(**fields) for name, fields in self.modules.items()}
+            shapes = {name: shape_of(fields) for name, fields in self.modules.items()}
         except TypeError as error:
             raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
+        if self.format_version < format_version(shapes.values()):
+            raise CompressError(
+                "config.json: quantization_config.modules is malformed: version 1 has no sparse modules."
+            )
         for name, shape in shapes.items():
-            numbers = (shape.out_features, shape.in_features, shape.seed_bits, shape.parent_bits)
-            if any(type(number) is not int for number in numbers):
+            if any(type(value) is not int for field, value in vars(shape).items() if field != "codebook_dtype"):
                 raise CompressError(
                     f"config.json: quantization_config.modules[{name!r}] has a field that is no integer."
                 )
             sound = 1 <= shape.seed_bits <= shape.parent_bits <= 8 and min(shape.in_features, shape.out_features) > 0
+            sound = sound and (not isinstance(shape, SparseShape) or shape.sound)
             if not sound or shape.codebook_dtype not in ("float16", "float32"):
                 raise CompressError(f"config.json: quantization_config.modules[{name!r}] is out of range: {shape}.")
         return shapes
@@ -176,6 +181,25 @@ def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbed
     }
 
 
+def format_version(shapes: Iterable[PackedShape]) -> int:
+    """The version of the format that modules need."""
+    return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in shapes) else DENSE_VERSION
+
+
+def rebuild(model: nn.Module) -> None:
+    """Let every module that was filled in the sparse form hold the planes it computes with, one after the other.
+
+    Modules that have not been filled (on the meta device) are left alone.
+
+    Raises:
+        CompressError: a mask that does not fit its matrix.
+    """
+    for name, module in packed_modules(model).items():
+        if isinstance(module.shape, SparseShape) and not module.get_buffer("mask").is_meta:
+            tensors = expand(name, module.shape, dict(module.named_buffers()))
+            module.hold(module.shape.dense, tensors)
+
+
 def records(shapes: Mapping[str, PackedShape]) -> dict[str, dict[str, Any]]:
     """The form of ``quantization_config.modules``."""
     return {name: asdict(shape) for name, shape in shapes.items()}
@@ -190,10 +214,16 @@ def _unread(stored: Mapping[str, PackedShape], loaded: Mapping[str, PackedShape]
     return [f"^(?:{'|'.join(names)})\\.(?:{'|'.join(unread)})$" for unread, names in by_tensors.items() if unread]
 
 
+def _bytes(shapes: Mapping[str, PackedShape]) -> int:
+    sizes = [item for shape in shapes.values() for item in shape.specification().values()]
+    return sum(torch.Size(size).numel() * dtype.itemsize for size, dtype in sizes)
+
+
 class CompressQuantizer(HfQuantizer):
     """Builds a compressed model around its checkpoint's tensors."""
 
     requires_calibration = False
+    stored_share = 1.0  # bytes of the packed modules as stored, per byte of what they become
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
@@ -207,8 +237,10 @@ class CompressQuantizer(HfQuantizer):
         known = model._keys_to_ignore_on_load_unexpected  # a list in transformers 5.0, a set in later ones
         collection = list if known is None else type(known)
         model._keys_to_ignore_on_load_unexpected = collection([*(known or []), *_unread(stored, loaded)])
-        # What is in memory is what save_pretrained would write, so that is what the config says.
-        config.modules, config.bits = records(loaded), None
+        dense = {name: shape.dense if isinstance(shape, SparseShape) else shape for name, shape in loaded.items()}
+        self.stored_share = min(1.0, _bytes(loaded) / max(1, _bytes(dense)))
+        # What will be in memory is what save_pretrained would write, so that is what the config says.
+        config.format_version, config.modules, config.bits = DENSE_VERSION, records(dense), None
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -223,7 +255,12 @@ class CompressQuantizer(HfQuantizer):
             raise CompressError(
                 f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."
             )
+        rebuild(model)
         return model
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        """Devices are filled by what is stored; leave room for what sparse modules become."""
+        return {place: int(float(room) * self.stored_share) for place, room in max_memory.items()}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A loaded model can be saved again."""

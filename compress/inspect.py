@@ -10,6 +10,7 @@ from compress.hf import CompressConfig
 from compress.loading import check_tensors
 from compress.manifest import read_manifest, read_settings
 from compress.quant.linear import PackedShape, width_of
+from compress.quant.sparse import SparseShape
 from compress.weights import Checkpoint, TensorInfo
 
 
@@ -18,8 +19,10 @@ def inspect(folder: Path) -> dict[str, Any]:
 
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
-        {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors"}}, "dense": {tensor: bytes},
+        {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
         "not_quantised", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
+        number ``"zeros"`` and ``"bytes"``, what each form takes.
 
     Raises:
         CompressError: not a model folder, or packed tensors missing or of the wrong shape.
@@ -29,8 +32,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     shapes = settings.shapes() if settings else {}
     if settings is not None:
         check_tensors(folder, settings)
-    errors = _errors(manifest or {})
-    modules = {name: _module(name, shape, info, errors.get(name, {})) for name, shape in shapes.items()}
+    errors, storage = _noted(manifest or {}, "errors"), _noted(manifest or {}, "storage")
+    modules = {
+        name: _module(name, shape, info, errors.get(name, {}), storage.get(name, {})) for name, shape in shapes.items()
+    }
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
     dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
     held = sum(dense.values())
@@ -58,7 +63,9 @@ def _at(by_width: Mapping[str, int], bits: int) -> int:
     return by_width[str(min(max(bits, widths[0]), widths[-1]))]
 
 
-def _module(name: str, shape: PackedShape, info: Mapping[str, TensorInfo], errors: Mapping[str, Any]) -> dict[str, Any]:
+def _module(
+    name: str, shape: PackedShape, info: Mapping[str, TensorInfo], errors: Mapping[str, Any], storage: Mapping[str, Any]
+) -> dict[str, Any]:
     held = {tensor: info[f"{name}.{tensor}"].nbytes for tensor in shape.specification()}
     at = {
         str(bits): sum(size for tensor, size in held.items() if (width_of(tensor) or 0) <= bits)
@@ -70,13 +77,15 @@ def _module(name: str, shape: PackedShape, info: Mapping[str, TensorInfo], error
         "parent_bits": shape.parent_bits,
         "bytes_at_bits": at,
         "errors": errors,
+        "storage": {**storage, "form": "sparse" if isinstance(shape, SparseShape) else "dense"},
     }
 
 
-def _errors(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _noted(manifest: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """What the units of all passes say of modules in one field of their records."""
     return {
-        name: errors
+        name: note
         for step in manifest.get("passes", [])
         for unit in step["units"].values()
-        for name, errors in unit.get("errors", {}).items()
+        for name, note in unit.get(field, {}).items()
     }

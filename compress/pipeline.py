@@ -22,7 +22,7 @@ from compress.calibration import Samples, draw_samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, pass_class
-from compress.quant.linear import PackedShape
+from compress.quant.sparse import shape_of, smaller_form
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.streaming import Call, State, StreamedModel, empty_model, tensor_names
 from compress.structure import architecture, block_prefix
@@ -422,10 +422,14 @@ class _Runner:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise CompressError(f"{name}: {self.kind} left values that are not finite.")
+        shapes, storage = {}, {}
         for name, packed in block.packed.items():
-            tensors |= {f"{name}.{inner}": tensor for inner, tensor in packed.tensors.items()}
-        shapes = {name: vars(packed.shape) for name, packed in block.packed.items()}
+            shape, stored, note = smaller_form(packed.shape, packed.tensors)
+            tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
+            shapes[name], storage[name] = vars(shape), note
         whole = {**record, "packed": shapes, "skipped": block.skipped}
+        if any(storage.values()):  # units without a pruned weight are as they always were
+            whole["storage"] = {name: note for name, note in storage.items() if note}
         self.stage.save(unit, tensors, whole)
         self.log.unit(self.kind, block.name or unit, time.perf_counter() - started, record)
 
@@ -433,7 +437,7 @@ class _Runner:
         records = {unit: self.stage.record(unit) or {} for unit in units}
         packed = dict(self.state.packed)
         for record in records.values():
-            packed |= {name: PackedShape(**fields) for name, fields in record.pop("packed").items()}
+            packed |= {name: shape_of(fields) for name, fields in record.pop("packed").items()}
         config = self.state.config
         if self.context.head in packed and config.tie_word_embeddings:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})

@@ -24,7 +24,8 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     Returns:
         ``{"model", "blocks", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
         "memory_bytes", "workspace_bytes"}]}``. Bytes on disk are those of the tensors, exact if tables fit float16
-        (else tables take twice the room). Memory is an estimate, on top of what Python holds after its imports.
+        (else tables take twice the room) and nothing is stored sparse (pruned weights then take less). Memory is an
+        estimate, on top of what Python holds after its imports.
 
     Raises:
         CompressError: whatever :func:`compress.run` would refuse before any work.

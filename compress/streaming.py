@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from compress.errors import CompressError
-from compress.hf import packed_modules, replace_packed
+from compress.hf import packed_modules, rebuild, replace_packed
 from compress.quant.linear import PackedShape
 from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, head_name, linears_of
 from compress.weights import TensorSource
@@ -138,16 +138,20 @@ class StreamedModel:
             values[inner] = value.to(self.device, torch.float32 if floating else value.dtype)
         module.load_state_dict(values, strict=False, assign=True)
         module.requires_grad_(False)
+        rebuild(module)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """A block with its weights, for the length of a ``with``."""
         module, prefix = self.blocks[index], block_prefix(self.structure, index)
         empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+        stored = {name: packed.shape for name, packed in packed_modules(module).items()}
         self._fill(module, {name: f"{prefix}.{name}" for name in empty})
         try:
             yield module
         finally:
+            for name, packed in packed_modules(module).items():
+                packed.hold(stored[name], {inner: empty[f"{name}.{inner}"] for inner in stored[name].specification()})
             module.load_state_dict(empty, assign=True)
 
     def linears(self, index: int) -> dict[str, Linear]:

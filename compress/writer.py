@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.hf import FORMAT_VERSION, METHOD, packed_modules, records, widths_for
+from compress.hf import METHOD, format_version, packed_modules, records, widths_for
 from compress.loading import index_name
 from compress.quant.linear import width_of
 from compress.streaming import State, StreamedModel
@@ -65,7 +65,7 @@ def write_checkpoint(
             shutil.copyfile(path, partial / path.name)
     files = {path.name: path for path in sorted(partial.iterdir())}
     whole = {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(state.packed.values()),
         "compress_version": __version__,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},
@@ -188,7 +188,7 @@ def _write_config(folder: Path, state: State) -> None:
     if state.packed:
         config["quantization_config"] = {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": format_version(state.packed.values()),
             "bits": None,
             "modules": records(state.packed),
         }

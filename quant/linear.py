@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +85,21 @@ class _Packed(nn.Module):
 
     def __init__(self, shape: PackedShape) -> None:
         super().__init__()
-        self.shape = shape
-        self.bits = shape.parent_bits
         self.keep_dense = True
+        self.hold(shape, {name: torch.empty(size, dtype=kind) for name, (size, kind) in shape.specification().items()})
+        self.bits = shape.parent_bits
+
+    def hold(self, shape: PackedShape, tensors: Mapping[str, Tensor]) -> None:
+        """Take other tensors, as ``shape.specification()`` describes them, in place of those there are.
+
+        The width in use stays. A shape of another form than the dense one is for loading only: its tensors have to
+        be rebuilt before the module is called.
+        """
+        self.shape = shape
         self._dense: Tensor | None = None
-        for name, (size, dtype) in shape.specification().items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype))
+        self._buffers.clear()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     @property
     def bits(self) -> int:

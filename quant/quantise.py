@@ -42,7 +42,11 @@ class SensitiveConfig(QuantiseConfig):
         description="What an error in a weight costs: the sum of its squared gradients over calibration samples, "
         "the mean square of its input, or the same for all weights.",
     )
-    keep_zeros: bool = Field(False, description="Weights that are exactly zero stay exactly zero at every width.")
+    keep_zeros: bool = Field(
+        False,
+        description="Weights that are exactly zero stay exactly zero at every width; a matrix with enough of them is "
+        "stored without them.",
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("5.0.0", "5.10.1", "latest")
 TESTS = (
     "tests/compress/test_checkpoint.py",
+    "tests/compress/test_sparse_checkpoint.py",
     "tests/compress/test_streaming.py",
     "tests/kernels/test_bitplane.py",
     "tests/quant/test_linear.py",

@@ -2,18 +2,23 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import compress
 from compress.hf import packed_modules
-from compress.quant.linear import pack
+from compress.quant.linear import BitPlaneLinear, pack
+from compress.quant.sparse import expand, smaller_form
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
-VECTORS = json.loads(re.search(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[1])
+VECTORS, SPARSE_VECTORS = map(json.loads, re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE))
+SPARSE_FIELDS = {"survivors", "gap_bits", "mask_bits"}
 
 
 def decode(tensors, record, bits):
@@ -30,6 +35,32 @@ def decode(tensors, record, bits):
                 code = 2 * code + (plane[n][k // 32] >> (k % 32) & 1)
             weight[n].append(table[n][code])
     return weight
+
+
+def bits_of(words, count):
+    """The first bits of a row of words."""
+    return [words[i // 32] >> (i % 32) & 1 for i in range(count)]
+
+
+def decode_sparse(tensors, record, bits):
+    """The weight at a width of a matrix that is stored sparse, by the section on version 2 alone."""
+    rows, columns, survivors, r = (record[key] for key in ("out_features", "in_features", "survivors", "gap_bits"))
+    row = {"seed_bits": record["seed_bits"], "out_features": 1, "in_features": survivors}
+    identity = {f"codebook_{bits}": [list(range(2**bits))]}  # decodes to the codes themselves
+    [codes] = decode(tensors | identity, row, bits)
+    low = [bits_of(plane, survivors) for plane in tensors.get("mask_low", [])]
+    place, high, full = -1, 0, [0] * (rows * columns)
+    for bit in bits_of(tensors["mask"], record["mask_bits"]):
+        if not bit:
+            high += 1
+            continue
+        number = survivors - len(codes)
+        gap = (high << r) + sum(plane[number] << (r - 1 - i) for i, plane in enumerate(low))
+        place += gap + 1
+        full[place], high = codes.pop(0), 0
+    assert not codes
+    table = tensors[f"codebook_{bits}"]
+    return [[table[n][code] for code in full[n * columns : (n + 1) * columns]] for n in range(rows)]
 
 
 def numbers(value):
@@ -94,6 +125,70 @@ def test_the_vectors_cover_what_goes_wrong():
     assert any(row[1] for plane in second["weight"] for row in plane)
     assert any(row[0] < 0 for plane in second["weight"] for row in plane)
     assert any(row != sorted(row) for row in second["codebook_2"])
+
+
+@pytest.mark.parametrize("vector", SPARSE_VECTORS, ids=lambda vector: vector["name"])
+def test_the_sparse_vectors_are_what_is_written_read_and_decoded(vector):
+    record, tensors = vector["record"], stored(vector)
+    tables = {bits: torch.tensor(tensors[f"codebook_{bits}"]) for bits in widths(record)}
+    shape, written, _ = smaller_form(*pack(torch.tensor(vector["codes"], dtype=torch.uint8), tables))
+    assert vars(shape) == record
+    assert {name: tensor.tolist() for name, tensor in written.items()} == tensors
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in written.items()} == shape.specification()
+    for bits in widths(record):
+        assert decode_sparse(tensors, record, bits) == vector["decoded"][str(bits)]
+        narrow = replace(shape, parent_bits=bits)
+        module = BitPlaneLinear(narrow.dense, bias=False)
+        module.hold(narrow.dense, expand("vector", narrow, {name: written[name] for name in narrow.specification()}))
+        assert module.dense().tolist() == vector["decoded"][str(bits)]
+
+
+def test_the_sparse_vectors_cover_what_goes_wrong():
+    """Both kinds of mask and of tables, a second word in the mask, a row without survivors, padding."""
+    assert {vector["record"]["gap_bits"] > 0 for vector in SPARSE_VECTORS} == {True, False}
+    assert {vector["record"]["codebook_dtype"] for vector in SPARSE_VECTORS} == {"float16", "float32"}
+    assert any(len(vector["tensors"]["mask"]) > 1 for vector in SPARSE_VECTORS)
+    assert any(not any(row) for vector in SPARSE_VECTORS for row in vector["codes"])
+    assert all(vector["record"]["survivors"] % 32 and vector["record"]["mask_bits"] % 32 for vector in SPARSE_VECTORS)
+
+
+@pytest.fixture(scope="module")
+def sparse(make_model, tmp_path_factory):
+    """A checkpoint of a model whose smallest weights were set to zero."""
+    folder = shutil.copytree(make_model("llama"), tmp_path_factory.mktemp("pruned") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for array in tensors.values():
+        array[abs(array) < np.quantile(abs(array), 0.75 if array.ndim == 2 else 0)] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"seed_bits": 3, "parent_bits": 5, "sensitivity": "none", "keep_zeros": True}
+    recipe = {"model": str(folder), "passes": [{"kind": "any_precision", **settings}]}
+    return compress.run(recipe, tmp_path_factory.mktemp("sparse") / "model")
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_the_decoder_reads_a_real_sparse_checkpoint(sparse, bits):
+    """From the files of one width alone; and its bytes are as documented."""
+    modules = packed_modules(compress.load(sparse, bits=bits))
+    arrays, records = read_at(sparse, bits), config_of(sparse)["modules"]
+    for name, record in records.items():
+        tensors = {key.rpartition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
+        survivors, unary = -(-record["survivors"] // 32), -(-record["mask_bits"] // 32)
+        entry = {"float16": 2, "float32": 4}[record["codebook_dtype"]]
+        tables = entry * record["out_features"] * (2 ** (bits + 1) - 2 ** record["seed_bits"])
+        found = sum(array.nbytes for array in tensors.values())
+        assert found == 4 * unary + 4 * (record["gap_bits"] + bits) * survivors + tables
+        weight = decode_sparse({key: value.tolist() for key, value in tensors.items()}, record, bits)
+        assert torch.equal(torch.tensor(weight), modules[name].dense())
+
+
+def test_sparse_field_lists_are_the_real_ones(sparse):
+    config = config_of(sparse)
+    assert set(fields("Sparse record")) == SPARSE_FIELDS
+    for record in config["modules"].values():
+        assert record.keys() == {*fields("Module record"), *SPARSE_FIELDS}
+    manifest = json.loads((sparse / "compression.json").read_text())
+    assert set(fields("compression.json")) == manifest.keys()
+    assert config["format_version"] == manifest["format_version"] == 2
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 6])
