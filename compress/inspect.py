@@ -8,10 +8,10 @@ from typing import Any
 
 from compress.hf import CompressConfig
 from compress.loading import check_tensors
-from compress.manifest import read_manifest, read_settings
+from compress.manifest import read_settings
 from compress.quant.linear import PackedShape, width_of
 from compress.quant.sparse import SparseShape
-from compress.weights import Checkpoint, TensorInfo
+from compress.weights import Checkpoint, TensorInfo, read_manifest
 
 
 def inspect(folder: Path) -> dict[str, Any]:

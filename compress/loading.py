@@ -9,14 +9,20 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.hub import cached_file
 
+from compress.budget import as_number, widths_for_budget
 from compress.errors import CompressError
 from compress.hf import METHOD, Bits, CompressConfig, matching, packed_modules, widths_for
 from compress.quant.linear import width_of
-from compress.weights import INDEX, Checkpoint
+from compress.structure import architecture
+from compress.weights import INDEX, MANIFEST, Checkpoint
 
 
-def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, **kwargs: Any) -> PreTrainedModel:
+def load(
+    folder: str | Path, bits: Bits | float | str | None = None, memory: str | int | None = None,
+    keep_dense: bool = True, **kwargs: Any,
+) -> PreTrainedModel:  # fmt: skip
     """Load a checkpoint as a stock Hugging Face model.
 
     Only the planes that the widest module needs are read (and, from the hub, downloaded).
@@ -24,7 +30,10 @@ def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, 
     Args:
         folder: checkpoint folder or hub id; a dense model works too.
         bits: one width, or widths by module name or ``re:`` pattern (modules not named take their parent
-            width); everything that is stored if None.
+            width); everything that is stored if None. A mean width, ``"3.5"`` or 3.5, gives every matrix the width
+            that makes the summed error, as measured when the checkpoint was made, least at that many bytes.
+        memory: the same for a number of bytes that all tensors may take, such as ``"2GB"``. Activations and dense
+            copies (``keep_dense``) come on top.
         keep_dense: whether the torch backend may keep each layer's looked-up weight between calls: as much
             memory as the dense model, and many times faster than looking it up again.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
@@ -43,15 +52,16 @@ def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, 
         ) from error
     settings = getattr(config, "quantization_config", None)
     if settings is None or settings.get("quant_method") != METHOD:
-        if bits is not None:
+        if bits is not None or memory is not None:
             raise CompressError(f"{name}: is not a compressed checkpoint, so it has no widths to choose from.")
         return _from_pretrained(name, **kwargs)
     stored = CompressConfig(**settings)
     shapes = stored.shapes()
     index = INDEX
-    if bits is not None and shapes:
-        widest = max(widths_for(bits, shapes).values())
-        config.quantization_config = {**settings, "bits": bits if isinstance(bits, int) else dict(bits)}
+    chosen = bits_for(name, bits, memory, kwargs.get("revision"))
+    if chosen is not None and shapes:
+        widest = max(widths_for(chosen, shapes).values())
+        config.quantization_config = {**settings, "bits": chosen if isinstance(chosen, int) else dict(chosen)}
         stepwise = index_name(widest)
         if not Path(name).is_dir() or (Path(name) / stepwise).exists():  # save_pretrained writes none
             index, kwargs["variant"] = stepwise, f"{widest}bit"
@@ -61,6 +71,32 @@ def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, 
     for module in packed_modules(model).values():
         module.keep_dense = keep_dense
     return model
+
+
+def bits_for(
+    folder: str | Path, bits: Bits | float | str | None, memory: str | int | None = None, revision: str | None = None
+) -> Bits | None:
+    """Turn a mean width or an amount of memory into widths by module; anything else is given back as it is.
+
+    Args:
+        folder: compressed checkpoint, or a hub id.
+        bits: as for :func:`load`.
+        memory: as for :func:`load`.
+        revision: of a hub id.
+
+    Raises:
+        CompressError: both are given, or nothing fits.
+    """
+    mean = as_number(bits)
+    if memory is None and mean is None:
+        return bits  # type: ignore[return-value]
+    if memory is not None and bits is not None:
+        raise CompressError("bits and memory are two ways to choose widths; give one of them.")
+    manifest = cached_file(str(folder), MANIFEST, revision=revision)
+    assert manifest is not None  # it raises where it finds nothing
+    config = AutoConfig.from_pretrained(str(folder), revision=revision)
+    shapes = CompressConfig(**config.quantization_config).shapes()
+    return widths_for_budget(Path(manifest).parent, shapes, architecture(config), mean, memory)
 
 
 def index_name(bits: int | None) -> str:

@@ -13,25 +13,10 @@ import torch
 from compress.errors import CompressError
 from compress.hf import METHOD, CompressConfig
 from compress.loading import check_tensors
-from compress.weights import sha256_of
-from compress.writer import MANIFEST, describe
+from compress.weights import MANIFEST, read_manifest, sha256_of
+from compress.writer import describe
 
 _TOLERANCE = 1e-3  # of the largest logit: another machine or transformers release sums in another order
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where a folder has none (a dense model, or one saved by ``save_pretrained``).
-
-    Raises:
-        CompressError: it is not JSON.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise CompressError(f"{path}: is not JSON ({error}); the checkpoint is damaged.") from error
 
 
 def read_settings(folder: Path) -> CompressConfig | None:

@@ -6,7 +6,6 @@ point of group ``compress.passes``. ``CONTRIBUTING.md`` shows a whole one.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.quant.linear import PackedShape
@@ -40,19 +40,27 @@ class Needs:
 
     Attributes:
         inputs: carry the calibration samples from block to block and hand over each block's inputs, as the
-            ``original`` blocks produce them, as the blocks ``updated`` by this pass do, or ``both``.
+            ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
+        variants: with ``original`` inputs, also carry them through these versions of the updated blocks; the pass
+            leaves ``block.show`` behind, which puts a block into each.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
+        packed: works on packed matrices, so a packing pass must come before.
+        whole_model: has the whole model in memory, and the dense one it came from: the pipeline calls
+            :meth:`Pass.run_model` instead of :meth:`Pass.run_block`.
     """
 
-    inputs: Literal["original", "updated", "both"] | None = None
+    inputs: Literal["original", "updated"] | None = None
+    variants: tuple[str, ...] = ()
     squared_gradients: bool = False
     packs: bool = False
+    packed: bool = False
+    whole_model: bool = False
 
     @property
     def calibration(self) -> bool:
         """Whether it looks at text."""
-        return self.inputs is not None or self.squared_gradients
+        return self.inputs is not None or self.squared_gradients or self.whole_model
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,12 @@ class Block:
         module: the real module, dense, float32.
         linears: every dense linear in it, by full name.
         squared_gradients: full name -> [out_features, in_features] float32, if asked for.
-        samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``. If
-            both kinds were, these have the updated blocks' inputs.
-        original: the same calls on the inputs that the original blocks produce, if both kinds were asked for.
+        samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
+        variants: the same calls on the inputs that each variant of the earlier blocks produces.
         surveys: of every finished survey round, the records of all blocks in order.
         packed: filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
+        show: set by a pass with variants: puts the weights of one of them into ``module``.
     """
 
     index: int
@@ -91,10 +99,11 @@ class Block:
     linears: dict[str, Linear]
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Callable[[nn.Module], Tensor]] = ()
-    original: Sequence[Callable[[nn.Module], Tensor]] = ()
+    variants: Mapping[str, Sequence[Callable[[nn.Module], Tensor]]] = field(default_factory=dict)
     surveys: Sequence[Sequence[Record]] = ()
     packed: dict[str, Packed] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    show: Callable[[str], None] | None = None
 
     @torch.no_grad()
     def for_each_input(self, visit: Callable[[str, Tensor], None]) -> None:
@@ -115,6 +124,21 @@ def _watching(linears: Mapping[str, Linear], visit: Callable[[str, Tensor], None
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a pass with ``whole_model`` works on, in float32 on the context's device.
+
+    Attributes:
+        model: as the passes before left it, packed modules included; to be left as it was found.
+        dense: the model the recipe began with.
+        samples: int64 [T] each, the calibration text.
+    """
+
+    model: PreTrainedModel
+    dense: PreTrainedModel
+    samples: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -150,8 +174,8 @@ class Context:
 ConfigT = TypeVar("ConfigT", bound=PassConfig)
 
 
-class Pass(ABC, Generic[ConfigT]):
-    """A method. Subclasses set ``Config`` and implement :meth:`run_block`."""
+class Pass(Generic[ConfigT]):
+    """A method. Subclasses set ``Config`` and implement :meth:`run_block`, or :meth:`run_model`."""
 
     Config: ClassVar[type[PassConfig]]
 
@@ -196,9 +220,28 @@ class Pass(ABC, Generic[ConfigT]):
         """
         return {}
 
-    @abstractmethod
     def run_block(self, block: Block, context: Context) -> Record:
-        """Work on one block, knowing ``block.surveys``; return figures for the log and the manifest (no times: equal work, equal bytes)."""
+        """Work on one block, knowing ``block.surveys``.
+
+        Returns:
+            Figures for the log and the manifest, without times: equal work, equal bytes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no run_block")
+
+    def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
+        """The units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
+        return ["model"]
+
+    def run_model(
+        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
+    ) -> tuple[dict[str, Tensor], Record]:
+        """Work on the whole model.
+
+        Returns:
+            Changed tensors by their full names, on the CPU and as they are to be stored; and figures as for
+            :meth:`run_block`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no run_model")
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 
 from compress.passes import Context, Pass, pass_class
 from compress.pipeline import Source, check_order, make_context, open_source
-from compress.quant.linear import PackedShape, width_of
+from compress.quant.linear import PackedShape, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.structure import block_of
 
@@ -59,15 +59,6 @@ def _bytes_at(packed: Mapping[str, PackedShape]) -> dict[int, int]:
         return {}
     low, high = min(s.seed_bits for s in packed.values()), max(s.parent_bits for s in packed.values())
     return {bits: sum(packed_bytes(shape, bits) for shape in packed.values()) for bits in range(low, high + 1)}
-
-
-def packed_bytes(shape: PackedShape, bits: int) -> int:
-    """Bytes of one packed matrix that loading at a width reads."""
-    return sum(
-        torch.Size(size).numel() * dtype.itemsize
-        for tensor, (size, dtype) in shape.specification().items()
-        if (width_of(f"x.{tensor}") or 0) <= max(bits, shape.seed_bits)
-    )
 
 
 def _blocks(source: Source, context: Context) -> int:

@@ -154,6 +154,13 @@ class StreamedModel:
                 packed.hold(stored[name], {inner: empty[f"{name}.{inner}"] for inner in stored[name].specification()})
             module.load_state_dict(empty, assign=True)
 
+    def whole(self) -> PreTrainedModel:
+        """The model with all its weights, for passes that need it in memory."""
+        for index, block in enumerate(self.blocks):
+            prefix = block_prefix(self.structure, index)
+            self._fill(block, {name: f"{prefix}.{name}" for name in block.state_dict()})
+        return self.model
+
     def linears(self, index: int) -> dict[str, Linear]:
         """The dense linears of a block."""
         return linears_of(self.blocks[index], block_prefix(self.structure, index))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from compress.errors import CompressError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MANIFEST = "compression.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -52,6 +53,21 @@ class TensorSource(Protocol):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of some tensors, on the CPU."""
         ...
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where a folder has none (a dense model, or one saved by ``save_pretrained``).
+
+    Raises:
+        CompressError: it is not JSON.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise CompressError(f"{path}: is not JSON ({error}); the checkpoint is damaged.") from error
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

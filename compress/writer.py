@@ -20,10 +20,9 @@ from compress.quant.linear import width_of
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__
-from compress.weights import SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
+from compress.weights import MANIFEST, SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
 from compress.workspace import save_atomic, write_atomic
 
-MANIFEST = "compression.json"
 _LARGEST_SHARD = 4 << 30
 _SMALLEST_SHARD = 64 << 20
 _COPIED = (

@@ -16,8 +16,7 @@ from compress.demo import corpus
 from compress.errors import CompressError
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.hf import packed_modules
-from compress.manifest import read_manifest
-from compress.weights import sha256_of
+from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
 Report = Callable[[str, int, int], None]

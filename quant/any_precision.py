@@ -13,6 +13,7 @@ from compress.passes import Block, Needs
 from compress.quant.kmeans import Nested, nested_codebooks
 from compress.quant.output import Fitted, sweep
 from compress.quant.quantise import Array, QuantisePass, SensitiveConfig
+from compress.quant.tree import TOGETHER
 
 
 class AnyPrecisionConfig(SensitiveConfig):
@@ -21,7 +22,7 @@ class AnyPrecisionConfig(SensitiveConfig):
     Every output row gets a table per width; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
     method of the paper with exact clustering: the seed is the optimal weighted one-dimensional k-means of each row, every
     further bit splits each cell at its best point. Objective ``output`` starts there and lowers the error of the layer's
-    output on calibration text, all widths up to 5 together. Deterministic. Works a block at a time; the Fisher
+    output on calibration text, all widths up to 6 together. Deterministic. Works a block at a time; the Fisher
     sensitivity costs one backward pass over the calibration samples, with one block in memory and the samples' hidden
     states on disk.
     """
@@ -42,20 +43,12 @@ class AnyPrecisionConfig(SensitiveConfig):
         le=1,
         description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
     )
-    carry_bits: int | None = Field(
-        None,
-        ge=2,
-        le=8,
-        description="Objective output: width at which layers see those before; the seed's if not given.",
-    )
 
     @model_validator(mode="after")
     def _ordered(self) -> AnyPrecisionConfig:
         if self.seed_bits > self.parent_bits:
             raise ValueError(f"seed_bits {self.seed_bits} must not exceed parent_bits {self.parent_bits}")
         widths = range(self.seed_bits, self.parent_bits + 1)
-        if self.carry_bits is not None and self.carry_bits not in widths:
-            raise ValueError(f"carry_bits {self.carry_bits} must lie between seed_bits and parent_bits")
         for bits, share in self.focus.items():
             if bits not in widths or not 0 < share < float("inf"):
                 raise ValueError(f"focus {bits}: {share} must be a width from seed to parent and a positive number")
@@ -75,15 +68,19 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
     def needs(self) -> Needs:
         """Inputs of both kinds for the output objective, besides what the sensitivity asks."""
         needs = super().needs()
-        return replace(needs, inputs="both") if self.config.objective == "output" else needs
+        if self.config.objective == "weight":
+            return needs
+        seed, parent = self.widths
+        variants = tuple(str(bits) for bits in range(seed, min(parent, TOGETHER) + 1))
+        return replace(needs, inputs="original", variants=variants)
 
     def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
         """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
         config = self.config
         if config.objective == "weight" or not block.samples:
             return {}
-        carry = config.carry_bits or config.seed_bits
-        return sweep(block, names, self.widths, carry, config.correction, config.focus, config.keep_zeros)
+        widths = range(config.seed_bits, config.parent_bits + 1)
+        return sweep(block, names, widths, config.correction, config.focus, config.keep_zeros)
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
         """Nested codes and tables of one matrix."""

@@ -31,6 +31,11 @@ class PackedShape:
         """Every width this matrix can be read at."""
         return range(self.seed_bits, self.parent_bits + 1)
 
+    @property
+    def dense(self) -> PackedShape:
+        """The matrix as it is in memory, whatever its form on disk."""
+        return self
+
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor, by its name under the module (``quant/FORMAT.md``)."""
         rows, span = self.out_features, words(self.in_features)
@@ -49,6 +54,15 @@ def width_of(tensor_name: str) -> int | None:
     """The first width that needs a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
     return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
+
+
+def packed_bytes(shape: PackedShape, bits: int) -> int:
+    """Bytes of one packed matrix that loading at a width reads."""
+    return sum(
+        torch.Size(size).numel() * dtype.itemsize
+        for tensor, (size, dtype) in shape.specification().items()
+        if (width_of(f"x.{tensor}") or 0) <= max(bits, shape.seed_bits)
+    )
 
 
 def pack(codes: Tensor, codebooks: dict[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:

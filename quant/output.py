@@ -1,10 +1,10 @@
 """The sweep over one block for codes that minimise the error of each layer's output.
 
-Linears are done in the order in which the block calls them. Each sees its inputs in two runs: as the original model makes
-them (``x``) and as the model does whose earlier matrices are quantised already (``x'``). The metric is the mean of
-``x' x'^T``, and what the quantised rows should do to ``x'`` is what the dense ones did to ``x``: their target is ``W``
-plus a share of the least-squares correction ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv
-2504.02692).
+Linears are done in the order in which the block calls them. For every width up to 6, each sees its inputs in two runs: as
+the original model makes them (``x``) and as the model does whose earlier matrices are at that width already (``x'``). The
+metric is the mean of ``x' x'^T``, and what the quantised rows should do to ``x'`` is what the dense ones did to ``x``: their
+target is ``W`` plus a share of the least-squares correction ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric
+target, arXiv 2504.02692). Above 6 bits the two are taken for the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from compress.errors import CompressError
 from compress.passes import Block
 from compress.quant.tree import Tree, nested_output_codebooks
 
+Run = Callable[[nn.Module], Tensor]
+
 _DAMPING = 1e-3  # share of the metric's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
 
@@ -32,12 +34,16 @@ class Fitted:
     Attributes:
         codes: uint8 [N, K], parent codes.
         tables: width -> float32 [N, 2**width].
-        metric: float32 [K, K], mean of ``x' x'^T``.
+        metric: float32 [K, K], mean of ``x x^T``.
     """
 
     codes: Tensor
     tables: dict[int, Tensor]
     metric: Tensor
+
+    def dense(self, bits: int) -> Tensor:
+        """float32 [N, K], the weights at a width."""
+        return self.tables[bits].gather(1, (self.codes >> (max(self.tables) - bits)).long())
 
 
 class _Enough(Exception):
@@ -72,7 +78,7 @@ def groups(block: Block) -> list[list[str]]:
     return [names for _, names in found]
 
 
-def _input(run: Callable[[nn.Module], Tensor], module: nn.Module, linear: nn.Module) -> Tensor:
+def _input(run: Run, module: nn.Module, linear: nn.Module) -> Tensor:
     """float32 [T, K], what one linear of a block is given on one sample."""
     seen: list[Tensor] = []
 
@@ -93,35 +99,49 @@ def _damped(metric: Tensor, share: float) -> Tensor:
     return metric + share * torch.where(mean > 0, mean, 1.0) * torch.eye(len(metric), device=metric.device)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A linear in the original block, and in the one that is being changed."""
+
+    original: nn.Module
+    linear: nn.Module
+    changed: nn.Module
+    twin: nn.Module
+
+
 @torch.no_grad()
-def _moments(block: Block, original: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """float32 [K, K] each: the means of ``x' x'^T`` and of ``x' (x - x')^T`` at a linear's input."""
-    linear = block.linears[name].module
-    twin = original.get_submodule(name.removeprefix(block.name + "."))
+def _metric(place: _Place, calls: Sequence[Run]) -> Tensor:
+    """float32 [K, K], the mean of ``x x^T``."""
+    total, tokens = torch.zeros(()), 0
+    for run in calls:
+        x = _input(run, place.original, place.linear)
+        total, tokens = total.to(x.device) + x.t() @ x, tokens + len(x)
+    return total / tokens
+
+
+@torch.no_grad()
+def _moments(place: _Place, calls: Sequence[Run], changed_calls: Sequence[Run]) -> tuple[Tensor, Tensor]:
+    """float32 [K, K] each: the means of ``x' x'^T`` and of ``x' (x - x')^T``."""
     metric = drift = torch.zeros(())
     tokens = 0
-    for run, run_original in zip(block.samples, block.original, strict=True):
-        x = _input(run, block.module, linear)
-        metric = metric.to(x.device) + x.t() @ x
-        drift = drift.to(x.device) + x.t() @ (_input(run_original, original, twin) - x)
+    for run, run_changed in zip(calls, changed_calls, strict=True):
+        x, shown = _input(run, place.original, place.linear), _input(run_changed, place.changed, place.twin)
+        metric, drift = metric.to(x.device) + shown.t() @ shown, drift.to(x.device) + shown.t() @ (x - shown)
         tokens += len(x)
-    if not torch.isfinite(metric).all():
-        raise CompressError(f"{name}: its inputs on the calibration text are not finite; check the model's weights.")
     return metric / tokens, drift / tokens
 
 
 @torch.no_grad()
 def sweep(
-    block: Block, names: Sequence[str], widths: tuple[int, int], carry: int,
-    correction: float, focus: Mapping[int, float], keep_zeros: bool,
+    block: Block, names: Sequence[str], widths: Sequence[int], correction: float, focus: Mapping[int, float],
+    keep_zeros: bool,
 ) -> dict[str, Fitted]:  # fmt: skip
-    """Quantise linears of a block, and leave in the block their weights at the width ``carry``.
+    """Quantise linears of a block; ``block.show`` then puts their weights at a variant's width into it.
 
     Args:
-        block: with inputs of both kinds.
+        block: with original inputs, and those of a variant for every width up to :data:`TOGETHER`.
         names: the linears to quantise; the others stay as they are.
-        widths: seed and parent width.
-        carry: width at which later linears and blocks see the ones before.
+        widths: from seed to parent.
         correction: share of the least-squares correction of the target, from 0 (aim at ``W``) to 1.
         focus: width -> how much its error counts (:func:`nested_output_codebooks`).
         keep_zeros: weights that are 0 stay 0 at every width.
@@ -131,23 +151,37 @@ def sweep(
     """
     original = copy.deepcopy(block.module)
     fitted: dict[str, Fitted] = {}
+
+    def show(variant: str) -> None:
+        for name, found in fitted.items():
+            block.linears[name].weight.copy_(found.dense(int(variant)))
+
+    block.show = show
     for group in groups(block):
         chosen = [name for name in group if name in names]
         if not chosen:
             continue
-        metric, drift = _moments(block, original, chosen[0])
-        weights = [block.linears[name].weight.float() for name in chosen]
-        weight = torch.cat(weights)
-        shift = torch.linalg.solve(_damped(metric, _CORRECTION_DAMPING), drift @ weight.t()).t()
-        zeros = weight == 0 if keep_zeros else None
-        tree = nested_output_codebooks(
-            (weight + correction * shift).contiguous(), _damped(metric, _DAMPING), *widths, focus, zeros
-        )
+        inner = chosen[0].removeprefix(block.name + ".")
+        place = _Place(original, original.get_submodule(inner), block.module, block.linears[chosen[0]].module)
+        metric = _metric(place, block.samples)
+        if not torch.isfinite(metric).all():
+            raise CompressError(
+                f"{chosen[0]}: its inputs on the calibration text are not finite; check the model's weights."
+            )
+        weight = torch.cat([block.linears[name].weight.float() for name in chosen])
+        targets, metrics = dict.fromkeys(widths, weight), dict.fromkeys(widths, _damped(metric, _DAMPING))
+        for variant, calls in block.variants.items():
+            show(variant)
+            moment, drift = _moments(place, block.samples, calls)
+            shift = torch.linalg.solve(_damped(moment, _CORRECTION_DAMPING), drift @ weight.t()).t()
+            targets[int(variant)] = (weight + correction * shift).contiguous()
+            metrics[int(variant)] = _damped(moment, _DAMPING)
+        tree = nested_output_codebooks(targets, metrics, focus, weight == 0 if keep_zeros else None)
         rows = 0
-        for name, part in zip(chosen, weights, strict=True):
-            fitted[name] = _part(tree, slice(rows, rows + len(part)), metric)
-            block.linears[name].weight.copy_(tree.dense(carry)[rows : rows + len(part)])
-            rows += len(part)
+        for name in chosen:
+            count = block.linears[name].shape[0]
+            fitted[name] = _part(tree, slice(rows, rows + count), metric)
+            rows += count
     return fitted
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from compress.quant.kmeans import nested_codebooks
 
-_TOGETHER = 5  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
+TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
 # A sweep's weight for a width is its error to the power of minus this: first all widths count by how far they
 # could still come, and in the end by what they cost.
-_POWERS = (1.0, 1.0, 0.5, 0.5, 0.0, 0.0)
+_POWERS = (1.0, 1.0, 0.5, 0.5, 0.5, 0.5)
 _COLUMNS = 128  # between two updates of the columns further right by one matrix product
 _CG_STEPS = 6
 _SPLIT_STEPS = 6
@@ -32,17 +32,18 @@ class Tree:
     """Codes and tables of N rows that share one metric.
 
     Args:
-        target: float32 [N, K], what the dequantised rows should do on the inputs.
-        metric: float32 [K, K], symmetric and positive definite.
+        targets: width -> float32 [N, K], what the dequantised rows should do on the inputs they get at that width.
+        metrics: width -> float32 [K, K], symmetric and positive definite.
         codes: integer [N, K], codes at the largest width of ``tables``.
         tables: width -> float32 [N, 2**width], for consecutive widths.
         zeros: bool [N, K], weights whose path is fixed, and whose entries are 0 at every width; None for none.
     """
 
     def __init__(
-        self, target: Tensor, metric: Tensor, codes: Tensor, tables: Mapping[int, Tensor], zeros: Tensor | None = None
-    ) -> None:
-        self.target, self.metric, self.zeros = target, metric, zeros
+        self, targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor], codes: Tensor, tables: Mapping[int, Tensor],
+        zeros: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.targets, self.metrics, self.zeros = targets, metrics, zeros
         self.codes, self.tables = codes.long(), dict(tables)
 
     @property
@@ -60,23 +61,24 @@ class Tree:
 
     def error(self, bits: int) -> float:
         """Sum over rows of ``(q - w) H (q - w)^T``."""
-        error = self.dense(bits) - self.target
-        return float(((error @ self.metric) * error).sum(dtype=torch.float64))
+        error = self.dense(bits) - self.targets[bits]
+        return float(((error @ self.metrics[bits]) * error).sum(dtype=torch.float64))
 
     def fit(self, bits: int) -> None:
         """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem."""
-        codes, table = self.codes_at(bits), self.tables[bits]
+        codes, table, metric = self.codes_at(bits), self.tables[bits], self.metrics[bits]
+        target = self.targets[bits]
 
         def summed(values: Tensor) -> Tensor:
             return torch.zeros_like(table).scatter_add_(1, codes, values)
 
-        free = (summed(torch.ones_like(self.target)) > 0) & ~self._held(codes, table)
-        scale = summed(self.metric.diagonal().expand_as(self.target)).clamp_min(1e-30)
-        residual = -summed((self.dense(bits) - self.target) @ self.metric) * free
+        free = (summed(torch.ones_like(target)) > 0) & ~self._held(codes, table)
+        scale = summed(metric.diagonal().expand_as(target)).clamp_min(1e-30)
+        residual = -summed((self.dense(bits) - target) @ metric) * free
         conditioned = residual / scale
         direction, power = conditioned, (residual * conditioned).sum(1, keepdim=True)
         for _ in range(min(_CG_STEPS, table.shape[1])):
-            image = summed(direction.gather(1, codes) @ self.metric) * free
+            image = summed(direction.gather(1, codes) @ metric) * free
             curvature = (direction * image).sum(1, keepdim=True)
             step = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
             table = table + step * direction
@@ -94,8 +96,8 @@ class Tree:
             below: keep the codes of this width, so that only the bits under it are chosen.
         """
         dense = {bits: self.dense(bits) for bits in share}
-        gradient = {bits: (dense[bits] - self.target) @ self.metric for bits in share}
-        columns = self.target.shape[1]
+        gradient = {bits: (dense[bits] - self.targets[bits]) @ self.metrics[bits] for bits in share}
+        columns = self.codes.shape[1]
         for start in range(0, columns, _COLUMNS):
             part = slice(start, min(start + _COLUMNS, columns))
             change = {bits: torch.empty_like(dense[bits][:, part]) for bits in share}
@@ -107,9 +109,9 @@ class Tree:
                     moved = value - dense[bits][:, column, None]
                     dense[bits][:, column, None] = value
                     change[bits][:, column - start, None] = moved
-                    gradient[bits][:, part] += moved * self.metric[column, part]
+                    gradient[bits][:, part] += moved * self.metrics[bits][column, part]
             for bits in share:  # the columns further right wait for the whole block, as in GPTQ
-                gradient[bits][:, part.stop :] += change[bits] @ self.metric[part, part.stop :]
+                gradient[bits][:, part.stop :] += change[bits] @ self.metrics[bits][part, part.stop :]
 
     def _best_path(
         self, column: int, share: Mapping[int, float], below: int | None,
@@ -117,7 +119,6 @@ class Tree:
     ) -> Tensor:  # fmt: skip
         """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up."""
         old = self.codes[:, column, None]
-        curvature = self.metric[column, column]
         codes = costs = old  # of the best leaf under every node of the width at hand
         for bits in sorted(share, reverse=True):
             entries = self.tables[bits]
@@ -125,7 +126,9 @@ class Tree:
                 first = old >> (self.parent - below) << (bits - below)
                 entries = entries.gather(1, first + torch.arange(2 ** (bits - below), device=old.device))
             moved = entries - dense[bits][:, column, None]
-            cost = share[bits] * moved * (curvature * moved + 2 * gradient[bits][:, column, None])
+            cost = (
+                share[bits] * moved * (self.metrics[bits][column, column] * moved + 2 * gradient[bits][:, column, None])
+            )
             if bits == self.parent:
                 codes, costs = torch.arange(cost.shape[1], device=old.device).expand_as(cost), cost
             else:
@@ -139,19 +142,21 @@ class Tree:
 
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
-        weight = self.metric.diagonal().expand_as(self.target)
+        bits = self.parent + 1
+        target = self.targets[bits]
+        weight = self.metrics[bits].diagonal().expand_as(target)
         entry = self.tables[self.parent]
         inherited = entry.repeat_interleave(2, dim=1)
-        upper, table = self.target > entry.gather(1, self.codes), inherited
+        upper, table = target > entry.gather(1, self.codes), inherited
         for _ in range(_SPLIT_STEPS):
             codes = 2 * self.codes + (upper if self.zeros is None else upper & ~self.zeros)
             mass = torch.zeros_like(inherited).scatter_add_(1, codes, weight)
-            total = torch.zeros_like(inherited).scatter_add_(1, codes, weight * self.target)
+            total = torch.zeros_like(inherited).scatter_add_(1, codes, weight * target)
             table = torch.where(mass > 0, total / mass.clamp_min(1e-30), inherited)
             table = table.masked_fill(self._held(codes, table), 0.0)
             low, high = table.gather(1, 2 * self.codes), table.gather(1, 2 * self.codes + 1)
-            upper = (self.target - high).abs() < (self.target - low).abs()
-        self.codes, self.tables[self.parent + 1] = codes, table
+            upper = (target - high).abs() < (target - low).abs()
+        self.codes, self.tables[bits] = codes, table
 
     def _held(self, codes: Tensor, table: Tensor) -> Tensor:
         """Bool like ``table``: the entries that must stay 0."""
@@ -161,37 +166,35 @@ class Tree:
 
 
 def nested_output_codebooks(
-    target: Tensor, metric: Tensor, seed_bits: int, parent_bits: int,
+    targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor],
     focus: Mapping[int, float] | None = None, zeros: Tensor | None = None,
 ) -> Tree:  # fmt: skip
     """Nested codes and tables of rows that share their inputs.
 
     Args:
-        target: float32 [N, K], finite.
-        metric: float32 [K, K], mean of ``x x^T`` over inputs, positive definite.
-        seed_bits: smallest width.
-        parent_bits: largest width.
-        focus: width -> how much its error counts, 1 where not given; for widths up to the larger of 5 and the seed.
+        targets: width -> float32 [N, K], finite, for every width from the seed to the parent.
+        metrics: width -> float32 [K, K], mean of ``x x^T`` over inputs, positive definite.
+        focus: width -> how much its error counts, 1 where not given; for widths up to the larger of 6 and the seed.
         zeros: bool [N, K], weights that must be exactly 0 at every width.
 
     Returns:
         The tree; its tables are float32.
     """
-    together = max(seed_bits, min(parent_bits, _TOGETHER))
-    start = target if zeros is None else target.masked_fill(zeros, 0.0)
-    rows = metric.diagonal().expand_as(target).contiguous()
+    seed, parent = min(targets), max(targets)
+    together = max(seed, min(parent, TOGETHER))
+    start = targets[seed] if zeros is None else targets[seed].masked_fill(zeros, 0.0)
+    rows = metrics[seed].diagonal().expand_as(start).contiguous()
     first = nested_codebooks(
-        start.cpu().numpy(), rows.cpu().numpy(), seed_bits, together, zeros is not None, torch.get_num_threads()
+        start.cpu().numpy(), rows.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
-    tables = {bits: torch.from_numpy(table).to(target.device) for bits, table in first.codebooks.items()}
-    tree = Tree(target, metric, torch.from_numpy(first.codes).to(target.device), tables, zeros)
+    tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
+    tree = Tree(targets, metrics, torch.from_numpy(first.codes).to(start.device), tables, zeros)
     wanted = {bits: (focus or {}).get(bits, 1.0) for bits in tree.tables}
     for power in _POWERS:
         for bits in wanted:
             tree.fit(bits)
-        errors = {bits: max(tree.error(bits), 1e-30) for bits in wanted}
-        tree.descend({bits: wanted[bits] * (errors[seed_bits] / errors[bits]) ** power for bits in wanted})
-    for bits in range(together + 1, parent_bits + 1):
+        tree.descend({bits: share * 4 ** (power * (bits - seed)) for bits, share in wanted.items()})
+    for bits in range(together + 1, parent + 1):
         tree.split()
         tree.fit(bits)
         tree.descend({bits: 1.0}, below=bits - 1)

@@ -1,0 +1,170 @@
+"""Tables trained on what the whole model says: distillation of the dense model's next-token distribution.
+
+Codes stay as they are, so a width's tables are the only thing that its loss depends on, and every width is a training
+of its own. What changes is a few hundred numbers per thousand weights; the checkpoint keeps its size and format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, linear
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from compress.errors import CompressError
+from compress.hf import packed_modules
+from compress.kernels.packing import unpack_planes
+from compress.passes import Context, Needs, Pass, PassConfig, Whole
+from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.workspace import Record
+
+
+class TuneTablesConfig(PassConfig):
+    """Train the tables of a quantised model, width by width, to say what the dense model says on calibration text.
+
+    It minimises the divergence of the quantised model's next-token distribution from the dense one's. Needs both models
+    in memory, in float32.
+    """
+
+    kind: Literal["tune_tables"] = Field("tune_tables", description="Name of the pass.")
+    widths: tuple[int, ...] = Field((), description="Widths whose tables are trained; all if none is given.")
+    steps: int = Field(200, ge=1, description="Steps of Adam per width.")
+    batch: int = Field(16, ge=1, description="Calibration samples per step.")
+    learning_rate: float = Field(
+        0.01, gt=0, description="Largest step, as a share of the spread of a matrix's table entries; a cosine ends it."
+    )
+
+
+class _LookUp(torch.autograd.Function):
+    """Table [N, 2**b] -> weight [N, K]; the gradient of an entry is the sum over its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, columns: int, *planes: Tensor) -> Tensor:
+        ctx.save_for_backward(*planes)
+        ctx.columns, ctx.shape = columns, table.shape
+        return table.gather(1, unpack_planes(list(planes), columns).long())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes = unpack_planes(list(ctx.saved_tensors), ctx.columns).long()
+        table = torch.zeros(ctx.shape, device=codes.device).scatter_add_(1, codes, gradients[0])
+        return (table, *[None] * (1 + len(ctx.saved_tensors)))
+
+
+class _Tuned(nn.Module):
+    """Stands in for a packed linear; ``offset`` times the spread of the entries is what is learned."""
+
+    def __init__(self, packed: BitPlaneLinear) -> None:
+        super().__init__()
+        self.packed = packed
+        self.start = packed.codebook().float()
+        self.free = self.start != 0  # an exact zero may stand for pruned weights
+        self.spread = self.start.std().clamp_min(1e-30)
+        self.offset = nn.Parameter(torch.zeros_like(self.start))
+
+    def table(self) -> Tensor:
+        return self.start + self.free * self.spread * self.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.packed
+        weight: Tensor = _LookUp.apply(self.table(), packed.in_features, *packed.planes())  # type: ignore[no-untyped-call]
+        return linear(x, weight, packed.bias)
+
+
+class TuneTables(Pass[TuneTablesConfig]):
+    """One unit per width: codes are common, tables are not."""
+
+    Config = TuneTablesConfig
+
+    def needs(self) -> Needs:
+        """The whole model, packed, and the dense one."""
+        return Needs(packed=True, whole_model=True)
+
+    def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
+        """A unit per width.
+
+        Raises:
+            CompressError: a width that no matrix has.
+        """
+        there = sorted({bits for shape in packed.values() for bits in shape.widths})
+        for bits in self.config.widths:
+            if bits not in there:
+                raise CompressError(f"tune_tables: width {bits} is not among {there[0]} to {there[-1]} of the model.")
+        return [f"width-{bits}" for bits in there if bits in (self.config.widths or there)]
+
+    def run_model(
+        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
+    ) -> tuple[dict[str, Tensor], Record]:
+        """Train the tables of one width."""
+        bits = int(unit.removeprefix("width-"))
+        before = {name: module.bits for name, module in packed_modules(whole.model).items()}
+        tuned: dict[str, _Tuned] = {}
+        for name, module in packed_modules(whole.model).items():
+            module.bits = min(max(bits, module.shape.seed_bits), module.shape.parent_bits)
+            if isinstance(module, BitPlaneLinear) and module.bits == bits:
+                tuned[name] = _Tuned(module)
+                whole.model.set_submodule(name, tuned[name])
+        try:
+            losses = self._train(
+                list(tuned.values()), whole, context.generator(bits), lambda i: report(unit, i, self.config.steps)
+            )
+        finally:
+            for name, stand_in in tuned.items():
+                whole.model.set_submodule(name, stand_in.packed)
+            for name, width in before.items():
+                packed_modules(whole.model)[name].bits = width
+        tables = {f"{name}.codebook_{bits}": module for name, module in tuned.items()}
+        tensors = {
+            name: module.table().detach().to("cpu", module.packed.codebook().dtype) for name, module in tables.items()
+        }
+        return tensors, {"divergence": losses}
+
+    def _train(
+        self, modules: Sequence[_Tuned], whole: Whole, generator: torch.Generator, report: Callable[[int], None]
+    ) -> dict[str, float]:
+        """Returns the mean divergence over the first and the last tenth of the steps, in nats per token."""
+        config = self.config
+        optimizer = torch.optim.Adam([module.offset for module in modules], config.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        )
+        seen: list[float] = []
+        order = torch.empty(0, dtype=torch.long)
+        for step in range(config.steps):
+            report(step)
+            while len(order) < config.batch:
+                order = torch.cat([order, torch.randperm(len(whole.samples), generator=generator)])
+            chosen, order = order[: config.batch], order[config.batch :]
+            loss = divergence(whole.model, whole.dense, [whole.samples[int(i)] for i in chosen])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            seen.append(float(loss))
+        tenth = max(1, len(seen) // 10)
+        return {"first": sum(seen[:tenth]) / tenth, "last": sum(seen[-tenth:]) / tenth}
+
+
+def divergence(model: PreTrainedModel, dense: PreTrainedModel, samples: Sequence[Tensor]) -> Tensor:
+    """Mean over predicted tokens of KL(dense || model), in nats.
+
+    Args:
+        model: whose gradient is wanted.
+        dense: what it should say.
+        samples: int64 [T] each, of any lengths.
+    """
+    device = model.device
+    # Padding on the right is out of sight of what comes before it, so no mask is needed in the models.
+    tokens = pad_sequence(list(samples), batch_first=True).to(device)
+    scored = pad_sequence([torch.ones(len(sample) - 1, dtype=torch.bool) for sample in samples], batch_first=True)
+    with torch.no_grad():
+        wanted = dense(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    found = model(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    apart = kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    return apart[scored.to(device)].mean()
