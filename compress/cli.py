@@ -31,7 +31,9 @@ app = typer.Typer(
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
-BitsOption = Annotated[Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8. All there are if absent.")]
+BitsOption = Annotated[
+    Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8; 3.5 is a mean width. All there are if absent.")
+]
 JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -56,8 +58,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def parse_widths(text: str | None) -> list[int] | None:
-    """``3,4,8`` to numbers.
+def parse_widths(text: str | None) -> list[int | float] | None:
+    """``3,4,8`` to numbers; one with a point is a mean width.
 
     Raises:
         CompressError: something else.
@@ -65,10 +67,10 @@ def parse_widths(text: str | None) -> list[int] | None:
     if text is None or text == "all":
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
     except ValueError:
         raise CompressError(
-            f"--bits {text!r}: give one width or several, comma-separated, for example 3,4,8."
+            f"--bits {text!r}: give one width or several, comma-separated, for example 3,3.5,8."
         ) from None
 
 
@@ -205,12 +207,14 @@ def _pruned_lines(modules: dict[str, Any]) -> Iterator[str]:
 def _module_table(found: dict[str, Any]) -> Table:
     widths = list(found["bytes_at_bits"])
     prefix = os.path.commonpath([name.replace(".", "/") for name in found["modules"]]).replace("/", ".")
-    table = Table(title=f"relative squared error of each packed matrix below {prefix}, by width", box=SIMPLE)
+    title = f"relative squared error of each packed matrix below {prefix}, by width (of its output, where measured)"
+    table = Table(title=title, box=SIMPLE)
     table.add_column("module", no_wrap=True)
     for column in ("shape", *widths):
         table.add_column(column, justify="right", no_wrap=True)
     for name, module in found["modules"].items():
-        errors = [f"{module['errors'][b]['relative']:.0e}" if b in module["errors"] else "" for b in widths]
+        measured = {b: error.get("output", error["relative"]) for b, error in module["errors"].items()}
+        errors = [f"{measured[b]:.0e}" if b in measured else "" for b in widths]
         rows, columns = module["shape"]
         table.add_row(name.removeprefix(prefix + "."), f"{rows}×{columns}", *errors)
     return table
@@ -266,7 +270,12 @@ def evaluate(
 def generate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    bits: Annotated[Optional[int], typer.Option(help="Width; all that is stored if absent.")] = None,
+    bits: Annotated[
+        Optional[str], typer.Option(help="Width, or a mean width such as 3.5; all that is stored if absent.")
+    ] = None,
+    memory: Annotated[
+        Optional[str], typer.Option(help="Choose widths so that all tensors fit, for example 2GB.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
@@ -278,7 +287,10 @@ def generate(
     from compress.loading import load
 
     quiet_transformers()
-    model: Any = load(folder, bits=bits, dtype=torch.float32)
+    widths = parse_widths(bits)
+    if widths is not None and len(widths) > 1:
+        raise CompressError(f"--bits {bits!r}: give one width to generate at.")
+    model: Any = load(folder, bits=widths[0] if widths else None, memory=memory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():

@@ -18,6 +18,7 @@ from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError
 from compress.passes import Context, Pass, pass_class
+from compress.quant.linear import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Report, Runner
 from compress.streaming import State, StreamedModel, empty_model, tensor_names
@@ -212,7 +213,7 @@ def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context)
     Raises:
         CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
     """
-    packed_by = None
+    packed_by, packed = None, dict[str, PackedShape]()
     for index, step in enumerate(passes):
         if packed_by is not None and not step.needs().whole_model:
             raise CompressError(
@@ -227,6 +228,9 @@ def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context)
             raise CompressError(
                 f"passes.{index} ({step.config.kind}) works on packed matrices; put a quantising pass before it."
             )
+        packed |= step.packed_shapes(context)
+        if step.needs().whole_model:
+            step.model_units(packed)
         if step.needs().packs:
             packed_by = f"passes.{index} ({step.config.kind})"
         step.check(context)

@@ -16,6 +16,7 @@ from compress.demo import corpus
 from compress.errors import CompressError
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.hf import packed_modules
+from compress.loading import bits_for
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
@@ -54,7 +55,7 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     return kept[: protocol.limit], digest
 
 
-def widths_to_measure(model: PreTrainedModel, asked: Sequence[int] | None) -> list[int | None]:
+def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
     """Largest first; ``[None]`` for a dense model.
 
     Raises:
@@ -72,7 +73,7 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int] | None) -> li
 def evaluate_text(
     folder: str,
     source: str,
-    bits: Sequence[int] | None = None,
+    bits: Sequence[int | float] | None = None,
     protocol: Protocol | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -83,7 +84,7 @@ def evaluate_text(
     Args:
         folder: checkpoint, or a dense model.
         source: text file, or ``builtin`` for the held-out modules of the standard library.
-        bits: widths; all there are if None.
+        bits: widths, or mean widths such as 3.5 (:func:`compress.load`); all there are if None.
         protocol: how the text is cut.
         dtype: to compute in.
         device: to compute on.
@@ -91,7 +92,7 @@ def evaluate_text(
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
-        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``; a dense model's only key is ``"dense"``.
+        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 
     Raises:
         CompressError: the text is the checkpoint's own calibration text, or nothing in it can be scored.
@@ -99,7 +100,9 @@ def evaluate_text(
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
-    model = compress.load(folder, bits=max(bits) if bits else None, dtype=dtype, device_map=device)
+    chosen = {width: bits_for(folder, width) for width in bits or ()}
+    whole = all(isinstance(width, int) for width in chosen.values())
+    model = compress.load(folder, bits=max(bits) if bits and whole else None, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = protocol.length or context_length(model)
     text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)
@@ -107,7 +110,7 @@ def evaluate_text(
     for width in widths_to_measure(model, bits):
         label = "dense" if width is None else str(width)
         if width is not None:
-            compress.set_bits(model, width)
+            compress.set_bits(model, chosen.get(width) or int(width))
         results[label] = score(model, text, report=report and _labelled(report, label)).json()
     cut = {"length": length, "stride": protocol.stride or max(1, length // 2), "truncate": protocol.truncate}
     return {

@@ -99,35 +99,16 @@ def _damped(metric: Tensor, share: float) -> Tensor:
     return metric + share * torch.where(mean > 0, mean, 1.0) * torch.eye(len(metric), device=metric.device)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A linear in the original block, and in the one that is being changed."""
-
-    original: nn.Module
-    linear: nn.Module
-    changed: nn.Module
-    twin: nn.Module
-
-
 @torch.no_grad()
-def _metric(place: _Place, calls: Sequence[Run]) -> Tensor:
-    """float32 [K, K], the mean of ``x x^T``."""
-    total, tokens = torch.zeros(()), 0
-    for run in calls:
-        x = _input(run, place.original, place.linear)
-        total, tokens = total.to(x.device) + x.t() @ x, tokens + len(x)
-    return total / tokens
-
-
-@torch.no_grad()
-def _moments(place: _Place, calls: Sequence[Run], changed_calls: Sequence[Run]) -> tuple[Tensor, Tensor]:
-    """float32 [K, K] each: the means of ``x' x'^T`` and of ``x' (x - x')^T``."""
-    metric = drift = torch.zeros(())
-    tokens = 0
-    for run, run_changed in zip(calls, changed_calls, strict=True):
-        x, shown = _input(run, place.original, place.linear), _input(run_changed, place.changed, place.twin)
-        metric, drift = metric.to(x.device) + shown.t() @ shown, drift.to(x.device) + shown.t() @ (x - shown)
-        tokens += len(x)
+def _moments(
+    inputs: Sequence[Tensor], changed: Sequence[Run], place: tuple[nn.Module, nn.Module]
+) -> tuple[Tensor, Tensor]:
+    """float32 [K, K] each: the means of ``x' x'^T`` and of ``x' (x - x')^T``; ``inputs`` are ``x``, [T, K] per sample."""
+    metric = drift = torch.zeros((), device=inputs[0].device)
+    for x, run in zip(inputs, changed, strict=True):
+        shown = _input(run, *place)
+        metric, drift = metric + shown.t() @ shown, drift + shown.t() @ (x - shown)
+    tokens = sum(len(x) for x in inputs)
     return metric / tokens, drift / tokens
 
 
@@ -161,9 +142,9 @@ def sweep(
         chosen = [name for name in group if name in names]
         if not chosen:
             continue
-        inner = chosen[0].removeprefix(block.name + ".")
-        place = _Place(original, original.get_submodule(inner), block.module, block.linears[chosen[0]].module)
-        metric = _metric(place, block.samples)
+        twin = original.get_submodule(chosen[0].removeprefix(block.name + "."))
+        inputs = [_input(run, original, twin) for run in block.samples]
+        metric = sum((x.t() @ x for x in inputs[1:]), inputs[0].t() @ inputs[0]) / sum(len(x) for x in inputs)
         if not torch.isfinite(metric).all():
             raise CompressError(
                 f"{chosen[0]}: its inputs on the calibration text are not finite; check the model's weights."
@@ -172,7 +153,7 @@ def sweep(
         targets, metrics = dict.fromkeys(widths, weight), dict.fromkeys(widths, _damped(metric, _DAMPING))
         for variant, calls in block.variants.items():
             show(variant)
-            moment, drift = _moments(place, block.samples, calls)
+            moment, drift = _moments(inputs, calls, (block.module, block.linears[chosen[0]].module))
             shift = torch.linalg.solve(_damped(moment, _CORRECTION_DAMPING), drift @ weight.t()).t()
             targets[int(variant)] = (weight + correction * shift).contiguous()
             metrics[int(variant)] = _damped(moment, _DAMPING)

@@ -1,0 +1,137 @@
+"""The output objective through the ordinary path: recipes in, checkpoints out, errors measured by plain matrix products."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.hf import packed_modules
+from compress.quant.quantise import layer_errors
+from compress.structure import ARCHITECTURES
+
+
+def settings(model, text_file, **options):
+    return {
+        "model": str(model),
+        "calibration": {"text": str(text_file), "samples": 6, "length": 32},
+        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 5, **options}],
+    }
+
+
+def layer_inputs(folder, tokens):
+    """Every linear's inputs [T, K] in the dense model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "head" not in name:
+            module.register_forward_pre_hook(lambda _m, x, name=name: seen.__setitem__(name, x[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(tokens)
+    return seen, model
+
+
+def output_errors(checkpoint, dense_folder, tokens, bits):
+    """Matrix -> sum of squared differences of its outputs on the dense model's inputs."""
+    inputs, dense = layer_inputs(dense_folder, tokens)
+    packed = packed_modules(compress.load(checkpoint, bits=bits, dtype=torch.float32))
+    return {
+        name: float((inputs[name] @ (module.dense() - dense.get_submodule(name).weight).t()).square().sum())
+        for name, module in packed.items()
+    }
+
+
+def test_outputs_are_nearer_than_by_the_weight_objective(tiny_llama, text_file, tmp_path):
+    tokens = torch.tensor([json.loads(_tokens(tiny_llama, text_file))])
+    sums = {}
+    for objective in ("weight", "output"):
+        target = compress.run(settings(tiny_llama, text_file, objective=objective, correction=0), tmp_path / objective)
+        sums[objective] = {b: sum(output_errors(target, tiny_llama, tokens, b).values()) for b in (3, 4, 5)}
+    for bits in (3, 4, 5):
+        assert sums["output"][bits] < 0.95 * sums["weight"][bits], bits
+
+
+def _tokens(folder, text_file):
+    from transformers import AutoTokenizer
+
+    return json.dumps(AutoTokenizer.from_pretrained(folder)(text_file.read_text()[:400])["input_ids"][:60])
+
+
+def test_recorded_errors_are_those_of_the_stored_matrices(tiny_llama, text_file, tmp_path):
+    target = compress.run(settings(tiny_llama, text_file), tmp_path / "out")
+    manifest = json.loads((target / "compression.json").read_text())
+    errors = {k: v for unit in manifest["passes"][0]["units"].values() for k, v in unit["errors"].items()}
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for bits in (3, 5):
+        for name, module in packed_modules(compress.load(target, bits=bits, dtype=torch.float32)).items():
+            weight = dense.get_submodule(name).weight
+            relative = float((module.dense() - weight).square().sum() / weight.square().sum())
+            assert errors[name][str(bits)]["relative"] == pytest.approx(relative, rel=1e-4)
+            assert 0 < errors[name][str(bits)]["output"] < 1
+            assert errors[name][str(bits)]["weighted"] > 0
+
+
+def test_layer_errors_by_hand():
+    weight = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    quantised = torch.tensor([[1.5, 2.0], [0.0, -2.0]])
+    metric = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
+    sensitivity = torch.tensor([[3.0, 9.0], [0.5, 1.5]])
+    # Rows' e H e: 0.25 * 2 and 1 * 4. Rows' w H w: 2 + 4 + 16 and 4. Rows' s: 12 and 2; trace 6.
+    assert layer_errors(weight, quantised, sensitivity, metric) == pytest.approx(
+        {"relative": 1.25 / 6, "output": 4.5 / 26, "weighted": 0.5 * 12 / 6 + 4 * 2 / 6}
+    )
+    assert layer_errors(weight, quantised, sensitivity, None) == pytest.approx(
+        {"relative": 1.25 / 6, "weighted": 0.25 * 3 + 1.5}
+    )
+
+
+@pytest.mark.parametrize("kind", [kind for family in ARCHITECTURES for kind in family.model_types])
+def test_every_architecture(kind, make_model, text_file, tmp_path):
+    folder = make_model(kind)
+    target = compress.run(settings(folder, text_file), tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = compress.load(target, dtype=torch.float32)
+    tokens = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        apart = [float((m(tokens).logits - dense(tokens).logits).square().mean()) for m in _at(model, (5, 3))]
+    assert apart[0] < apart[1]
+
+
+def _at(model, widths):
+    for bits in widths:
+        compress.set_bits(model, bits)
+        yield model
+
+
+def test_pruned_weights_stay_zero(make_model, text_file, tmp_path):
+    pruned = AutoModelForCausalLM.from_pretrained(make_model("llama"), dtype=torch.float32)
+    folder = tmp_path / "pruned"
+    zeros = {}
+    with torch.no_grad():
+        for name, module in pruned.model.layers.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                zeros[f"model.layers.{name}"] = module.weight.abs() < module.weight.abs().median()
+                module.weight.masked_fill_(zeros[f"model.layers.{name}"], 0)
+    pruned.save_pretrained(folder)
+    for file in make_model("llama").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    target = compress.run(settings(folder, text_file, keep_zeros=True), tmp_path / "out")
+    for bits in (3, 4, 5):
+        for name, module in packed_modules(compress.load(target, bits=bits, dtype=torch.float32)).items():
+            assert (module.dense()[zeros[name]] == 0).all(), (name, bits)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"focus": {9: 1.0}}, "focus 9"),
+        ({"focus": {3: 0.0}}, "focus 3"),
+        ({"correction": 1.5}, "correction"),
+        ({"objective": "loss"}, "objective"),
+    ],
+)
+def test_bad_settings_are_named(tiny_llama, text_file, tmp_path, options, complaint):
+    with pytest.raises(compress.CompressError, match=complaint):
+        compress.run(settings(tiny_llama, text_file, **options), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
