@@ -19,7 +19,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors"}}, "dense": {tensor: bytes},
-        "not_quantised", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        "not_quantised", "pruned", "manifest"}``. Bytes are those of the tensors in the files; dense models have no
+        widths; ``pruned`` tells whether a pass of the recipe has set weights to zero.
 
     Raises:
         CompressError: not a model folder, or packed tensors missing or of the wrong shape.
@@ -29,7 +30,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     shapes = settings.shapes() if settings else {}
     if settings is not None:
         check_tensors(folder, settings)
-    errors = _errors(manifest or {})
+    errors, passes = _errors(manifest or {}), (manifest or {}).get("passes", [])
     modules = {name: _module(name, shape, info, errors.get(name, {})) for name, shape in shapes.items()}
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
     dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
@@ -48,6 +49,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "modules": modules,
         "dense": dense,
         "not_quantised": (manifest or {}).get("not_quantised", {}),
+        "pruned": any(unit.get("linears") for step in passes for unit in step["units"].values()),
         "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},
     }
 

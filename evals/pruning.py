@@ -42,8 +42,8 @@ TRIALS: dict[str, tuple[float, ...]] = {
     "mrp": (0.05, 0.1, 0.15, 0.25),
 }
 """Values of ``spread`` that are tried for each allocation, on calibration text."""
-TUNED_AT = {0.3: 0.5, 0.5: 0.5, 0.6: 0.7, 0.7: 0.7}
-"""Sparsity -> the one at which its ``spread`` is chosen."""
+TUNED_AT = 0.6
+"""Sparsity at which an allocation's ``spread`` is chosen, for each score."""
 REFRESH = 20
 
 
@@ -168,7 +168,7 @@ def tuned_spread(bench: Bench, rows: Rows, metric: str, sparsity: float, allocat
 
 def cell(bench: Bench, settings: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     """Prune, measure, and what became of the blocks."""
-    records = [record for record in bench.prune(settings, seed) if record]
+    records = [record for record in bench.prune(settings, seed) if record["linears"]]
     ratios = [record["nor"]["after"] for record in records]
     return {
         **bench.measure().json(),
@@ -187,7 +187,7 @@ def table(bench: Bench, rows: Rows, metrics: Sequence[str], sparsities: Sequence
             wanted: list[tuple[str, dict[str, Any], int]] = [("uniform", {"allocation": "uniform"}, 0)]
             wanted += [("random", {"allocation": "random"}, seed) for seed in SEEDS]
             for name in TRIALS:
-                spread = tuned_spread(bench, rows, metric, TUNED_AT.get(sparsity, sparsity), name)
+                spread = tuned_spread(bench, rows, metric, TUNED_AT, name)
                 wanted.append((name, {"allocation": name, "spread": spread}, 0))
                 if name == "mrp":
                     wanted.append(("mrp, defaults", {"allocation": name}, 0))

@@ -294,7 +294,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         """Prune one block as planned."""
         names = self._names(block, context)
         if not names:
-            return {}
+            return {"linears": {}}
         config, plan = self.config, self.plan(context, block.surveys)
         measured = measure(block, names, self.score, config.damping)
         pruned = self.prune(block, plan.zeros, measured)
