@@ -41,11 +41,14 @@ class Needs:
     Attributes:
         inputs: carry the calibration samples from block to block and hand over each block's inputs, as the
             ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
+        hessians: the pass itself accumulates a [K, K] matrix for every distinct input of a block, and scores of its
+            weights; told for the plan's sake.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
     """
 
     inputs: Literal["original", "updated"] | None = None
+    hessians: bool = False
     squared_gradients: bool = False
     packs: bool = False
 

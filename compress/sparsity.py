@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.hf import packed_modules, replace_packed
@@ -35,7 +35,8 @@ def sparsity(folder: Path) -> dict[str, Any]:
     for index in range(len(model.blocks)):
         prefix = block_prefix(model.structure, index)
         with model.block(index) as module:
-            inside = {name: _counted(*_zeros(linear)) for name, linear in _matrices(module, prefix).items()}
+            matrices = _matrices(module, prefix)
+            inside = {name: _counted(int((weight == 0).sum()), weight.numel()) for name, weight in matrices}
         linears |= inside
         blocks[prefix] = _total(inside)
     return {**_total(linears), "blocks": blocks, "linears": linears}
@@ -53,14 +54,12 @@ def _streamed(folder: Path) -> StreamedModel:
     return StreamedModel(State(Checkpoint(folder, tensor_names(empty)), config, packed, ""), torch.device("cpu"))
 
 
-def _matrices(block: nn.Module, prefix: str) -> dict[str, Any]:
-    packed = {f"{prefix}.{name}": module for name, module in packed_modules(block).items()}
-    return {name: linear.weight for name, linear in linears_of(block, prefix).items()} | packed
-
-
-def _zeros(matrix: Any) -> tuple[int, int]:
-    weight = matrix.dense() if isinstance(matrix, nn.Module) else matrix
-    return int((weight == 0).sum()), weight.numel()
+def _matrices(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Every linear's weight, a packed one's only while it is looked at."""
+    for name, linear in linears_of(block, prefix).items():
+        yield name, linear.weight
+    for name, module in packed_modules(block).items():
+        yield f"{prefix}.{name}", module.dense()
 
 
 def _counted(zeros: float, parameters: float) -> dict[str, float]:

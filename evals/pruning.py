@@ -273,20 +273,27 @@ def arguments_of() -> argparse.ArgumentParser:
     return parser
 
 
+def calibration_of(given: argparse.Namespace) -> dict[str, Any]:
+    """A recipe's ``calibration`` from the command line."""
+    source: dict[str, Any] = {"text": given.calibration} if given.calibration else {"builtin": "stdlib"}
+    if given.calibration:
+        source |= {"separator": given.separator, "min_characters": given.min_calibration_characters}
+    return {**source, "samples": given.samples, "length": given.length}
+
+
+def protocol_of(given: argparse.Namespace) -> Protocol:
+    """How the text is cut, from the command line."""
+    return Protocol(given.separator, given.limit, given.min_characters, stride=given.stride, truncate=given.truncate)
+
+
 def main() -> None:
     """Fill the table, or try MRP's settings."""
     from compress.cli import quiet_transformers
 
     quiet_transformers()
     given = arguments_of().parse_args()
-    source: dict[str, Any] = {"text": given.calibration} if given.calibration else {"builtin": "stdlib"}
-    if given.calibration:
-        source |= {"separator": given.separator, "min_characters": given.min_calibration_characters}
-    calibration = Calibration(**source, samples=given.samples, length=given.length)
-    protocol = Protocol(
-        given.separator, given.limit, given.min_characters, stride=given.stride, truncate=given.truncate
-    )
-    bench = Bench(given.model, calibration, given.select, given.text, protocol)
+    calibration = Calibration(**calibration_of(given))
+    bench = Bench(given.model, calibration, given.select, given.text, protocol_of(given))
     rows = Rows(given.out / "rows.json")
     metrics, sparsities = given.scores.split(","), [float(part) for part in given.sparsities.split(",")]
     if given.defaults:

@@ -150,7 +150,8 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
     def needs(self) -> Needs:
         """Inputs, unless neither the score nor the allocation looks at them."""
         looks = self.score != "magnitude" or self.config.allocation in ("owl", "dlp", "hessian")
-        return Needs(inputs="updated" if looks else None)
+        hessians = self.score == "sparsegpt" or self.config.allocation == "hessian"
+        return Needs(inputs="updated" if looks else None, hessians=hessians)
 
     def rule(self, zeros: int) -> Rule:
         """How the weights of one linear are chosen."""
