@@ -43,7 +43,7 @@ TRIALS: dict[str, tuple[float, ...]] = {
 }
 """Values of ``spread`` that are tried for each allocation, on calibration text."""
 TUNED_AT = 0.6
-"""Sparsity at which an allocation's ``spread`` is chosen, for each score."""
+"""Sparsity at which an allocation's ``spread`` is chosen, for each score; others scale it in proportion."""
 REFRESH = 20
 
 
@@ -188,6 +188,8 @@ def table(bench: Bench, rows: Rows, metrics: Sequence[str], sparsities: Sequence
             wanted += [("random", {"allocation": "random"}, seed) for seed in SEEDS]
             for name in TRIALS:
                 spread = tuned_spread(bench, rows, metric, TUNED_AT, name)
+                if name != "alpha":  # whose spread is a share of the sparsity already
+                    spread = round(spread * sparsity / TUNED_AT, 4)
                 wanted.append((name, {"allocation": name, "spread": spread}, 0))
                 if name == "mrp":
                     wanted.append(("mrp, defaults", {"allocation": name}, 0))

@@ -28,7 +28,7 @@ from compress.workspace import Record
 Allocation = Literal["uniform", "random", "owl", "alpha", "dlp", "atp", "hessian", "mrp"]
 
 SPREAD: dict[str, float] = {
-    "random": 0.1, "owl": 0.08, "alpha": 0.3, "dlp": 0.15, "atp": 0.15, "hessian": 0.075, "mrp": 0.15,
+    "random": 0.1, "owl": 0.08, "alpha": 0.3, "dlp": 0.15, "atp": 0.15, "hessian": 0.075, "mrp": 0.25,
 }  # fmt: skip
 OUTLIER = 5.0
 
@@ -46,7 +46,7 @@ class SparseConfig(PassConfig):
         None, ge=0, lt=1,
         description="How far blocks may be from the target: half the range of owl, dlp, atp and hessian, the bound of "
         "random and mrp, alpha's share of the target. Defaults: "
-        + ", ".join(f"{name} {value:g}" for name, value in SPREAD.items()) + ".",
+        + ", ".join(f"{name} {value:g}" for name, value in SPREAD.items()) + " (mrp: times the sparsity).",
     )  # fmt: skip
     outlier: float = Field(OUTLIER, gt=1, description="M of owl and mrp: a score above M times the mean is an outlier.")
     floor: float = Field(0.0, ge=0, lt=1, description="Least sparsity of any block.")
@@ -104,7 +104,9 @@ class SparseConfig(PassConfig):
     @property
     def width(self) -> float:
         """``spread``, or the allocation's default."""
-        return SPREAD.get(self.allocation, 0.0) if self.spread is None else self.spread
+        if self.spread is not None:
+            return self.spread
+        return SPREAD.get(self.allocation, 0.0) * (self.sparsity if self.allocation == "mrp" else 1.0)
 
 
 @dataclass(frozen=True)
