@@ -79,6 +79,14 @@ class SparseConfig(PassConfig):
         (), description="Linears to leave as they are: full names, or 're:' and a regular expression for a full name."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_a_pattern_implies(cls, data: Any) -> Any:
+        match = re.fullmatch(r"(\d+):([1-9]\d*)", str(data.get("pattern"))) if isinstance(data, Mapping) else None
+        if match is None:
+            return data
+        return {"sparsity": max(1 - int(match[1]) / int(match[2]), 0.0), "allocation": "uniform", **data}
+
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> SparseConfig:
         if self.pattern is None:

@@ -103,7 +103,7 @@ def test_wanda_goes_block_by_block_on_pruned_inputs(make_model, recipe, tmp_path
 
 @pytest.mark.parametrize(("pattern", "kept", "of"), [("2:4", 2, 4), ("4:8", 4, 8)])
 def test_patterns_in_a_recipe(recipe, tmp_path, pattern, kept, of):
-    settings = {"score": "wanda", "allocation": "uniform", "sparsity": 0.5, "pattern": pattern}
+    settings = {"score": "wanda", "pattern": pattern}  # which implies the sparsity and the allocation
     found = AutoModelForCausalLM.from_pretrained(compress.run(pruning(recipe, **settings), tmp_path / "model"))
     expected = by_hand(recipe, lambda w, norms: select_pattern(w.abs() * norms, kept, of))
     name = "model.layers.2.mlp.down_proj.weight"  # 100 columns: the last group of 8 is a half
@@ -229,6 +229,7 @@ def test_random_allocations_follow_the_seed(recipe, tmp_path):
         ({"sparsity": 0.5, "floor": 0.6}, r"prune: sparsity 0\.5 is not between floor 0\.6 and cap"),
         ({"pattern": "2:4", "sparsity": 0.6, "allocation": "uniform"}, r"pattern 2:4 fixes what goes: it needs sparsity 0\.5"),
         ({"pattern": "2:4", "allocation": "owl"}, "needs sparsity 0.5, allocation uniform and no group"),
+        ({"pattern": "4:0"}, "pattern '4:0' is not n:m"),
         ({"pattern": "4:2"}, "pattern '4:2' is not n:m"),
         ({"score": "taste"}, "score: input should be 'magnitude', 'wanda' or 'sparsegpt'"),
         ({"allocation": "mrb"}, "allocation: input should be 'uniform'"),
