@@ -279,7 +279,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return Plan(dict(zip([name for name, _ in each], counts, strict=True)), sparsities, steps, finished)
 
     def _allocated(self, context: Context, budget: Budget, records: Sequence[Record]) -> list[float]:
-        spread = self.config.width
+        spread, units = self.config.width, self._units(context)
         match self.config.allocation:
             case "random":
                 return rules.random(budget, spread, context.generator(len(budget.sizes)))
@@ -290,10 +290,12 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             case "dlp":
                 return rules.dlp(budget, [record["median"] for record in records], spread)
             case "alpha":
-                means = [sum(r["exponents"].values()) / len(r["exponents"]) for r in records]
+                found = {name: value for record in records for name, value in record["exponents"].items()}
+                means = [sum(found[name] for name in unit) / len(unit) for unit in units]
                 return rules.alpha(budget, means, spread)
             case "hessian":
-                return rules.clusters(budget, [loss for r in records for loss in r["losses"].values()], spread)
+                found = {name: loss for record in records for name, loss in record["losses"].items()}
+                return rules.clusters(budget, [found[name] for unit in units for name in unit], spread)
             case _:
                 return rules.uniform(budget)
 

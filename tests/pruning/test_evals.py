@@ -29,6 +29,7 @@ def bench(recipe, tmp_path):
         settings_of("wanda", 0.6, "owl"),
         settings_of("sparsegpt", 0.5, "mrp", refresh=15, outlier=3.0),
         settings_of("magnitude", 0.5, "random"),
+        settings_of("wanda", 0.5, "hessian"),
     ],
 )
 def test_the_same_weights_as_a_recipe(bench, recipe, tmp_path, settings):
