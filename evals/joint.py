@@ -49,7 +49,8 @@ def compare(
         model: dense model.
         calibration: the recipe's ``calibration``.
         text: what to measure on.
-        folder: checkpoints are written under it; those already there are measured again, not made again.
+        folder: checkpoints and ``joint.json`` are written under it; checkpoints already there are measured again, not
+            made again.
         protocol: how the text is cut.
 
     Returns:
@@ -58,6 +59,7 @@ def compare(
     """
     dense = str(pipeline.model_folder(model))
     rows = [{"label": "dense", "bits": "dense", **evaluate_text(dense, text, protocol=protocol)["bits"]["dense"]}]
+    folder.mkdir(parents=True, exist_ok=True)
     for label, passes in recipes().items():
         target = folder / label.replace(", ", "-").replace(" ", "-").replace("%", "")
         if not (target / "config.json").exists():
@@ -67,6 +69,7 @@ def compare(
         sizes, zeros = inspect(target)["bytes_at_bits"], sparsity(target)["sparsity"]
         for bits, score in found.items():
             rows.append({"label": label, "bits": bits, "sparsity": zeros, "model_bytes": sizes[bits], **score})
+        (folder / "joint.json").write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -77,7 +80,6 @@ def main() -> None:
     quiet_transformers()
     given = arguments_of().parse_args()
     rows = compare(given.model, calibration_of(given), given.text, given.out, protocol_of(given))
-    (given.out / "joint.json").write_text(json.dumps(rows, indent=1) + "\n")
     value = "bits_per_byte" if given.text == "builtin" else "perplexity"
     print(f"| | bits | zeros | MB | {value.replace('_', ' ')} |\n|---|---|---|---|---|")
     for row in rows:
