@@ -28,7 +28,7 @@ from compress.pipeline import make_context, open_source, pick_device
 from compress.recipe import Calibration, parse_pass
 from compress.streaming import StreamedModel
 from compress.structure import block_prefix
-from compress.workspace import Record
+from compress.workspace import Record, write_atomic
 
 SCORES = ("magnitude", "wanda", "sparsegpt")
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
@@ -148,7 +148,7 @@ class Rows:
             if all(row.get(name) == value for name, value in key.items()):
                 return row
         self.rows.append({**key, **make()})
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        write_atomic(self.path, json.dumps(self.rows, indent=1) + "\n")
         return self.rows[-1]
 
 
