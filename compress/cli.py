@@ -164,11 +164,25 @@ def inspect(
     folder: Folder,
     as_json: JsonFlag = False,
     modules: Annotated[bool, typer.Option(help="List every packed module.")] = True,
+    sparsity: Annotated[
+        Optional[bool],
+        typer.Option(help="Count zeros per block and linear, which reads all weights; if absent, of pruned models."),
+    ] = None,
+    plot: Annotated[
+        Optional[Path], typer.Option(help="Draw the sparsity of blocks and linears here (.svg, .png).")
+    ] = None,
 ) -> None:
-    """Show what is in a checkpoint: modules, bytes by width, errors, where it came from."""
+    """Show what is in a checkpoint: modules, bytes by width, errors, sparsity, where it came from."""
     from compress.inspect import inspect as look
+    from compress.sparsity import draw
+    from compress.sparsity import sparsity as count
 
     found = look(folder)
+    if plot is not None or (found["pruned"] if sparsity is None else sparsity):
+        quiet_transformers()
+        found["sparsity"] = count(folder)
+        if plot is not None:
+            draw(found["sparsity"], plot)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -184,6 +198,8 @@ def inspect(
         out.print(_module_table(found))
     for line in _pruned_lines(found["modules"]):
         out.print(line)
+    if modules and "sparsity" in found:
+        out.print(_sparsity_table(found["sparsity"]))
     dense = sum(found["dense"].values())
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():
@@ -217,6 +233,25 @@ def _module_table(found: dict[str, Any]) -> Table:
         errors = [f"{measured[b]:.0e}" if b in measured else "" for b in widths]
         rows, columns = module["shape"]
         table.add_row(name.removeprefix(prefix + "."), f"{rows}×{columns}", *errors)
+    return table
+
+
+def _sparsity_table(found: dict[str, Any]) -> Table:
+    """Blocks down, their linears across, as shares of zeros."""
+    inner = {
+        block: {
+            name.removeprefix(block + "."): v for name, v in found["linears"].items() if name.startswith(block + ".")
+        }
+        for block in found["blocks"]
+    }
+    columns = list(dict.fromkeys(name for linears in inner.values() for name in linears))
+    title = f"{found['zeros']} of {found['parameters']} weights in the blocks are zero, {100 * found['sparsity']:.2f} %; each, in %"
+    table = Table(title=title, box=SIMPLE)
+    for column in ("block", "all", *(name.rpartition(".")[2].removesuffix("_proj") for name in columns)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for block, linears in inner.items():
+        shares = [f"{100 * linears[name]['sparsity']:.1f}" if name in linears else "" for name in columns]
+        table.add_row(block.rpartition(".")[2], f"{100 * found['blocks'][block]['sparsity']:.1f}", *shares)
     return table
 
 

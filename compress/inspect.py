@@ -20,9 +20,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
-        "not_quantised", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        "not_quantised", "pruned", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
         ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
+        ``pruned`` tells whether a pass of the recipe has set weights to zero.
 
     Raises:
         CompressError: not a model folder, or packed tensors missing or of the wrong shape.
@@ -36,6 +37,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     modules = {
         name: _module(name, shape, info, errors.get(name, {}), storage.get(name, {})) for name, shape in shapes.items()
     }
+    passes = (manifest or {}).get("passes", [])
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
     dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
     held = sum(dense.values())
@@ -53,6 +55,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "modules": modules,
         "dense": dense,
         "not_quantised": (manifest or {}).get("not_quantised", {}),
+        "pruned": any(unit.get("linears") for step in passes for unit in step["units"].values()),
         "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},
     }
 

@@ -43,6 +43,8 @@ class Needs:
             ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
         variants: with ``original`` inputs, also carry them through these versions of the updated blocks; the pass
             leaves ``block.show`` behind, which puts a block into each.
+        hessians: the pass itself accumulates a [K, K] matrix for every distinct input of a block, and scores of its
+            weights; told for the plan's sake.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
@@ -52,6 +54,7 @@ class Needs:
 
     inputs: Literal["original", "updated"] | None = None
     variants: tuple[str, ...] = ()
+    hessians: bool = False
     squared_gradients: bool = False
     packs: bool = False
     packed: bool = False

@@ -85,6 +85,8 @@ def _needs(
     memory += (2 if needs.squared_gradients else 1) * hidden
     if text and needs.squared_gradients:
         memory += 2 * text.length * int(getattr(config, "vocab_size", 0)) * _FLOAT  # one sample's logits and gradient
+    if needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
+        memory += block + 3 * _hessians(context)
     units = (
         sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
         if needs.packs
@@ -93,3 +95,17 @@ def _needs(
     kept = sum(blocks.values()) if needs.squared_gradients else 0
     hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * hidden
     return {"memory_bytes": memory, "workspace_bytes": units + kept + hidden_kept}
+
+
+def _hessians(context: Context) -> int:
+    """Bytes of one [K, K] float32 matrix for every distinct input of the largest block.
+
+    Linears that servers fuse share their input; others are taken to have one of their own.
+    """
+    followers = {name for group in context.structure.fused for name in group[1:]}
+    sizes: dict[int | None, int] = {}
+    for name, (_, columns) in context.linears.items():
+        place = block_of(name, context.structure)
+        if name.removeprefix(f"{context.structure.blocks}.{place}.") not in followers:
+            sizes[place] = sizes.get(place, 0) + columns**2 * _FLOAT
+    return max(sizes.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from compress.pipeline import make_context, open_source, pick_device
 from compress.recipe import Calibration, parse_pass
 from compress.streaming import StreamedModel
 from compress.structure import block_prefix
-from compress.workspace import Record
+from compress.workspace import Record, write_atomic
 
 SCORES = ("magnitude", "wanda", "sparsegpt")
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
@@ -39,12 +39,12 @@ TRIALS: dict[str, tuple[float, ...]] = {
     "dlp": (0.05, 0.1, 0.15, 0.2),
     "atp": (0.05, 0.1, 0.15, 0.2),
     "hessian": (0.05, 0.075, 0.1, 0.15),
-    "mrp": (0.05, 0.1, 0.15, 0.25),
+    "mrp": (0.05, 0.1, 0.15, 0.25),  # the last, as its spread serves the refreshed form too
 }
 """Values of ``spread`` that are tried for each allocation, on calibration text."""
-TUNED_AT = {0.3: 0.5, 0.5: 0.5, 0.6: 0.7, 0.7: 0.7}
-"""Sparsity -> the one at which its ``spread`` is chosen."""
-REFRESH = 20
+TUNED_AT = 0.6
+"""Sparsity at which an allocation's ``spread`` is chosen, for each score; others scale it in proportion."""
+REFRESH = 50
 
 
 class Bench:
@@ -148,7 +148,7 @@ class Rows:
             if all(row.get(name) == value for name, value in key.items()):
                 return row
         self.rows.append({**key, **make()})
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        write_atomic(self.path, json.dumps(self.rows, indent=1) + "\n")
         return self.rows[-1]
 
 
@@ -168,7 +168,7 @@ def tuned_spread(bench: Bench, rows: Rows, metric: str, sparsity: float, allocat
 
 def cell(bench: Bench, settings: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     """Prune, measure, and what became of the blocks."""
-    records = [record for record in bench.prune(settings, seed) if record]
+    records = [record for record in bench.prune(settings, seed) if record["linears"]]
     ratios = [record["nor"]["after"] for record in records]
     return {
         **bench.measure().json(),
@@ -179,25 +179,32 @@ def cell(bench: Bench, settings: Mapping[str, Any], seed: int = 0) -> dict[str, 
 
 
 def table(bench: Bench, rows: Rows, metrics: Sequence[str], sparsities: Sequence[float]) -> None:
-    """Fill in every cell: allocations without settings, tuned ones, and MRP with defaults and refreshed."""
+    """Fill in every cell; those of refreshed MRP, which take longest, at the end."""
     rows.get({"allocation": "dense"}, lambda: bench.measure().json())
-    for metric in metrics:
-        for sparsity in sparsities:
-            key = {"score": metric, "sparsity": sparsity}
-            wanted: list[tuple[str, dict[str, Any], int]] = [("uniform", {"allocation": "uniform"}, 0)]
-            wanted += [("random", {"allocation": "random"}, seed) for seed in SEEDS]
-            for name in TRIALS:
-                spread = tuned_spread(bench, rows, metric, TUNED_AT.get(sparsity, sparsity), name)
-                wanted.append((name, {"allocation": name, "spread": spread}, 0))
-                if name == "mrp":
-                    wanted.append(("mrp, defaults", {"allocation": name}, 0))
-                    if metric != "magnitude":  # whose scores no activation changes
-                        refreshed = {"allocation": name, "spread": spread, "refresh": REFRESH}
-                        wanted.append(("mrp, refreshed", refreshed, 0))
-            for label, settings, seed in wanted:
+    places = [(metric, sparsity) for metric in metrics for sparsity in sparsities]
+    for refreshed in (False, True):
+        for metric, sparsity in places:
+            for label, settings, seed in _labelled(bench, rows, metric, sparsity):
                 full = settings_of(metric, sparsity, **settings)
-                place = {"label": label, **key, "seed": seed}
-                rows.get(place, lambda full=full, seed=seed: {"settings": full, **cell(bench, full, seed)})  # type: ignore[misc]
+                key = {"label": label, "score": metric, "sparsity": sparsity, "seed": seed}
+                if ("refresh" in settings) == refreshed:
+                    rows.get(key, lambda full=full, seed=seed: {"settings": full, **cell(bench, full, seed)})  # type: ignore[misc]
+
+
+def _labelled(bench: Bench, rows: Rows, metric: str, sparsity: float) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """(label, settings, seed) of a column: allocations without settings, tuned ones, MRP with defaults and refreshed."""
+    yield "uniform", {"allocation": "uniform"}, 0
+    for seed in SEEDS:
+        yield "random", {"allocation": "random"}, seed
+    for name in TRIALS:
+        spread = tuned_spread(bench, rows, metric, TUNED_AT, name)
+        if name != "alpha":  # whose spread is a share of the sparsity already
+            spread = round(spread * sparsity / TUNED_AT, 4)
+        yield name, {"allocation": name, "spread": spread}, 0
+    if "mrp" in TRIALS:
+        yield "mrp, defaults", {"allocation": "mrp"}, 0
+        if metric != "magnitude":  # whose scores no activation changes
+            yield "mrp, refreshed", {"allocation": "mrp", "spread": spread, "refresh": REFRESH}, 0
 
 
 def defaults(
@@ -273,20 +280,27 @@ def arguments_of() -> argparse.ArgumentParser:
     return parser
 
 
+def calibration_of(given: argparse.Namespace) -> dict[str, Any]:
+    """A recipe's ``calibration`` from the command line."""
+    source: dict[str, Any] = {"text": given.calibration} if given.calibration else {"builtin": "stdlib"}
+    if given.calibration:
+        source |= {"separator": given.separator, "min_characters": given.min_calibration_characters}
+    return {**source, "samples": given.samples, "length": given.length}
+
+
+def protocol_of(given: argparse.Namespace) -> Protocol:
+    """How the text is cut, from the command line."""
+    return Protocol(given.separator, given.limit, given.min_characters, stride=given.stride, truncate=given.truncate)
+
+
 def main() -> None:
     """Fill the table, or try MRP's settings."""
     from compress.cli import quiet_transformers
 
     quiet_transformers()
     given = arguments_of().parse_args()
-    source: dict[str, Any] = {"text": given.calibration} if given.calibration else {"builtin": "stdlib"}
-    if given.calibration:
-        source |= {"separator": given.separator, "min_characters": given.min_calibration_characters}
-    calibration = Calibration(**source, samples=given.samples, length=given.length)
-    protocol = Protocol(
-        given.separator, given.limit, given.min_characters, stride=given.stride, truncate=given.truncate
-    )
-    bench = Bench(given.model, calibration, given.select, given.text, protocol)
+    calibration = Calibration(**calibration_of(given))
+    bench = Bench(given.model, calibration, given.select, given.text, protocol_of(given))
     rows = Rows(given.out / "rows.json")
     metrics, sparsities = given.scores.split(","), [float(part) for part in given.sparsities.split(",")]
     if given.defaults:

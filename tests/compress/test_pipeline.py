@@ -34,7 +34,10 @@ def strangers_folder(tmp_path_factory):
 
 def test_a_strangers_pass_runs_in_a_recipe(recipe, tmp_path, strangers_folder, fresh_python):
     """shrink, then any-precision: the result equals the same done by hand on the whole model."""
-    recipe["passes"] = [{"kind": "shrink", "factor": 0.25}, {"kind": "any_precision", "parent_bits": 8}]
+    recipe["passes"] = [
+        {"kind": "shrink", "factor": 0.25},
+        {"kind": "any_precision", "parent_bits": 8, "objective": "weight"},
+    ]
     code = "import compress, json, sys; compress.run(json.loads(sys.argv[1]), sys.argv[2])"
     target = tmp_path / "model"
     fresh_python(code, json.dumps(recipe), target, PYTHONPATH=str(strangers_folder))

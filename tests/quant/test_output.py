@@ -86,8 +86,8 @@ def test_layer_errors_by_hand():
     )
 
 
-@pytest.mark.parametrize("kind", [kind for family in ARCHITECTURES for kind in family.model_types])
-def test_every_architecture(kind, make_model, text_file, tmp_path):
+@pytest.mark.parametrize("kind", [family.model_types[0] for family in ARCHITECTURES])
+def test_every_family(kind, make_model, text_file, tmp_path):
     folder = make_model(kind)
     target = compress.run(settings(folder, text_file), tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

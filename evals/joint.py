@@ -1,0 +1,97 @@
+"""Does pruning pay before quantising? ``python -m compress.evals.joint OUT --help``.
+
+Half and 70 % of the weights pruned and 4 bits for the rest, in one sweep and one after the other, beside any-precision of
+the dense model at 2, 3 and 4 bits. Recipes are run, checkpoints written, loaded and measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress import pipeline
+from compress.errors import CompressError
+from compress.evals.pruning import arguments_of, calibration_of, protocol_of
+from compress.evals.text import Protocol, evaluate_text
+from compress.inspect import inspect
+from compress.sparsity import sparsity
+
+SPARSITIES = (0.5, 0.7)
+
+
+def recipes() -> dict[str, list[dict[str, Any]]]:
+    """Label -> passes."""
+    nested = {"kind": "any_precision", "parent_bits": 4}
+    found: dict[str, list[dict[str, Any]]] = {
+        "any-precision, seed 2": [nested | {"seed_bits": 2}],
+        "any-precision, seed 3": [nested | {"seed_bits": 3}],
+    }
+    for share in SPARSITIES:
+        for allocation in ("uniform", "hessian", "mrp"):
+            joint = {"kind": "joint", "bits": 4, "sparsity": share, "allocation": allocation}
+            found[f"joint, {allocation}, {share:.0%}"] = [joint]
+        for score in ("wanda", "sparsegpt"):
+            for allocation in ("uniform", "owl", "mrp"):
+                prune = {"kind": "prune", "score": score, "sparsity": share, "allocation": allocation}
+                kept = nested | {"seed_bits": 3, "keep_zeros": True}
+                found[f"{score}, {allocation}, {share:.0%}, then any-precision"] = [prune, kept]
+    return found
+
+
+def compare(
+    model: str, calibration: Mapping[str, Any], text: str, folder: Path, protocol: Protocol
+) -> list[dict[str, Any]]:
+    """Run and measure every recipe at every width.
+
+    Args:
+        model: dense model.
+        calibration: the recipe's ``calibration``.
+        text: what to measure on.
+        folder: checkpoints and ``joint.json`` are written under it; checkpoints already there are measured again, not
+            made again.
+        protocol: how the text is cut.
+
+    Returns:
+        Rows of ``label, bits, sparsity, model_bytes, loss, perplexity, bits_per_byte, tokens, bytes``; ``model_bytes`` are
+        those of the tensors that loading at the width reads.
+    """
+    dense = str(pipeline.model_folder(model))
+    rows = [{"label": "dense", "bits": "dense", **evaluate_text(dense, text, protocol=protocol)["bits"]["dense"]}]
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, passes in recipes().items():
+        target = folder / label.replace(", ", "-").replace(" ", "-").replace("%", "")
+        if not (target / "config.json").exists():
+            recipe = {"model": model, "calibration": dict(calibration), "passes": passes}
+            pipeline.run(recipe, target, workspace=folder / "work")
+        found = evaluate_text(str(target), text, protocol=protocol)["bits"]
+        sizes, zeros = inspect(target)["bytes_at_bits"], sparsity(target)["sparsity"]
+        for bits, score in found.items():
+            rows.append({"label": label, "bits": bits, "sparsity": zeros, "model_bytes": sizes[bits], **score})
+        (folder / "joint.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def main() -> None:
+    """Measure and print a table."""
+    from compress.cli import quiet_transformers
+
+    quiet_transformers()
+    given = arguments_of().parse_args()
+    rows = compare(given.model, calibration_of(given), given.text, given.out, protocol_of(given))
+    value = "bits_per_byte" if given.text == "builtin" else "perplexity"
+    print(f"| | bits | zeros | MB | {value.replace('_', ' ')} |\n|---|---|---|---|---|")
+    for row in rows:
+        zeros, size = row.get("sparsity"), row.get("model_bytes")
+        print(
+            f"| {row['label']} | {row['bits']} | {'' if zeros is None else f'{zeros:.1%}'} | "
+            f"{'' if size is None else f'{size / 1e6:.3f}'} | {row[value]:.4f} |"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CompressError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,97 @@
+"""Tables trained by distillation: what changes, what does not, and by how much it helps."""
+
+import filecmp
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compress
+from compress.quant.tune import divergence
+
+
+@pytest.fixture
+def tuned_recipe(recipe):
+    recipe["passes"][0] |= {"parent_bits": 4}
+    recipe["passes"].append({"kind": "tune_tables", "steps": 30, "batch": 4})
+    return recipe
+
+
+def tensors(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return found
+
+
+def test_divergence_is_the_mean_over_predicted_tokens(tiny_llama):
+    """Two samples of different length, against one log-softmax at a time."""
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    samples = [torch.arange(5, 12), torch.tensor([1, 9, 4])]
+    total = 0.0
+    for sample in samples:
+        with torch.no_grad():
+            wanted, found = (m(sample[None]).logits[0, :-1].double().log_softmax(-1) for m in (dense, other))
+        total += float((wanted.exp() * (wanted - found)).sum())
+    assert float(divergence(other, dense, samples)) == pytest.approx(total / (6 + 2), rel=1e-4)
+
+
+def test_only_tables_change_and_the_model_comes_nearer(tuned_recipe, tmp_path):
+    tuned = compress.run(tuned_recipe, tmp_path / "tuned")
+    plain = compress.run({**tuned_recipe, "passes": tuned_recipe["passes"][:1]}, tmp_path / "plain")
+    before, after = tensors(plain), tensors(tuned)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        same = torch.equal(tensor, after[name])
+        assert same != (".codebook_" in name), name
+        assert tensor.dtype == after[name].dtype
+    dense = AutoModelForCausalLM.from_pretrained(tuned_recipe["model"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tuned_recipe["model"])
+    sample = [torch.tensor(tokenizer("the lazy dog sleeps on the quick fox")["input_ids"])]
+    for bits in (3, 4):
+        apart = [divergence(compress.load(f, bits=bits, dtype=torch.float32), dense, sample) for f in (plain, tuned)]
+        assert apart[1] < 0.7 * apart[0], bits
+
+
+def test_killed_between_widths_it_goes_on_with_the_same_bytes(tuned_recipe, tmp_path):
+    """Each width is a unit of its own: what one was stopped before another is not done again, and nothing differs."""
+    whole = compress.run(tuned_recipe, tmp_path / "whole")
+
+    def stop(what, done, total):
+        if "width-4" in what and done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(tuned_recipe, tmp_path / "again", report=stop)
+    seen = []
+    again = compress.run(tuned_recipe, tmp_path / "again", report=lambda what, done, total: seen.append(what))
+    assert not any("width-3" in what or "block" in what for what in seen)
+    names = [path.name for path in whole.iterdir()]
+    assert filecmp.cmpfiles(whole, again, names, shallow=False)[0] == names
+
+
+def test_pruned_weights_stay_zero(tuned_recipe, make_model, tmp_path):
+    pruned = [{"kind": "prune", "score": "magnitude", "sparsity": 0.5, "allocation": "uniform"}]
+    tuned_recipe["passes"][0] |= {"keep_zeros": True}
+    tuned_recipe["passes"] = pruned + tuned_recipe["passes"]
+    model = compress.load(compress.run(tuned_recipe, tmp_path / "out"), bits=3, dtype=torch.float32)
+    for module in compress.hf.packed_modules(model).values():
+        assert float((module.dense() == 0).float().mean()) >= 0.49
+
+
+@pytest.mark.parametrize(
+    ("passes", "complaint"),
+    [
+        ([{"kind": "tune_tables"}], "works on packed matrices; put a quantising pass before it"),
+        ([{"kind": "rtn", "bits": 4}, {"kind": "tune_tables", "widths": [3]}], "width 3 is not among 4 to 4"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_any_work(recipe, tmp_path, passes, complaint):
+    with pytest.raises(compress.CompressError, match=complaint):
+        compress.run({**recipe, "passes": passes}, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
