@@ -1,0 +1,300 @@
+/* AVX-512 with VBMI, VNNI and GFNI (Ice Lake, Zen 4 and later).
+ *
+ * One cache line of every plane is interleaved by bytes until each 8-byte element holds the planes of as many columns as
+ * fit, 1, 2, 4 or 8 slots per column; missing slots are filled with the first plane. One multiplication by the identity
+ * over GF(2) turns each element from planes of columns into columns of planes. Codes are left where they
+ * lie: a look-up takes them from the low bits of its lane and ignores the rest, because tables are repeated.
+ */
+#include "bitplane.h"
+
+#ifdef COMPRESS_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
+#endif
+#include <immintrin.h>
+
+#define VALUES (CHUNK / 16) /* vectors of float32 in a chunk */
+
+/* Slots per column. */
+#define SLOTS(bits) ((bits) <= 1 ? 1 : (bits) <= 2 ? 2 : (bits) <= 4 ? 4 : 8)
+
+/* One cache line of every slot, or what there is of it, into SLOTS(bits) vectors of transposed elements. */
+INLINE void transposed(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes, __m512i out[8])
+{
+    const int slots = SLOTS(bits);
+    const __m512i identity = _mm512_set1_epi64(0x8040201008040201ll);
+    __mmask64 present = bytes >= CHUNK_BYTES ? ~0ull : (1ull << bytes) - 1;
+    __m512i line[8], pair[8], four[8];
+
+    for (int slot = 0; slot < slots; slot++) {
+        int plane = slot - (slots - bits);
+        line[slot] = _mm512_maskz_loadu_epi8(present, planes[plane < 0 ? 0 : plane] + start);
+    }
+    for (int i = 0; i < slots / 2; i++) {
+        pair[2 * i] = _mm512_unpacklo_epi8(line[2 * i], line[2 * i + 1]);
+        pair[2 * i + 1] = _mm512_unpackhi_epi8(line[2 * i], line[2 * i + 1]);
+    }
+    for (int i = 0; i < slots / 4; i++)
+        for (int half = 0; half < 2; half++) {
+            four[4 * i + 2 * half] = _mm512_unpacklo_epi16(pair[4 * i + half], pair[4 * i + 2 + half]);
+            four[4 * i + 2 * half + 1] = _mm512_unpackhi_epi16(pair[4 * i + half], pair[4 * i + 2 + half]);
+        }
+    for (int i = 0; i < slots; i++) {
+        __m512i x;
+        if (slots == 8)
+            x = i % 2 ? _mm512_unpackhi_epi32(four[i / 2], four[i / 2 + 4])
+                      : _mm512_unpacklo_epi32(four[i / 2], four[i / 2 + 4]);
+        else
+            x = slots == 4 ? four[i] : slots == 2 ? pair[i] : line[i];
+        out[i] = _mm512_gf2p8affine_epi64_epi8(identity, x, 0);
+    }
+}
+
+/* The column whose code lies in byte `byte` of vector `vector` of transposed(), in its unit `unit` of SLOTS bits,
+ * counted from the most significant. */
+static int column_of(int slots, int vector, int unit, int byte)
+{
+    int units = 8 / slots, lane = byte / 16, element = byte / 8 % 2;
+    return 128 * lane + 8 * (2 * units * vector + units * element + unit) + byte % 8;
+}
+
+static void int8_order(int bits, uint16_t order[CHUNK])
+{
+    int slots = SLOTS(bits), units = 8 / slots;
+    for (int i = 0; i < CHUNK; i++)
+        order[i] = (uint16_t)column_of(slots, i / 64 / units, i / 64 % units, i % 64);
+}
+
+static void exact_order(int bits, uint16_t order[CHUNK])
+{
+    int slots = SLOTS(bits), units = 8 / slots;
+    for (int i = 0; i < CHUNK; i++) {
+        int vector = i / 64 / units, unit = i / 64 % units, quarter = i / 16 % 4, lane = i % 16;
+        /* Up to five bits, quarter j takes byte j of every four; above, it takes bytes 4 j to 4 j + 3 of every sixteen. */
+        int byte = bits <= 5 ? 4 * lane + quarter : lane / 4 * 16 + 4 * quarter + lane % 4;
+        order[i] = (uint16_t)column_of(slots, vector, unit, byte);
+    }
+}
+
+/* The table of a row of at most five bits: two registers, repeated to fill them. */
+INLINE void small_table(const int bits, const float *values, __m512 table[2])
+{
+    table[0] = table[1] = _mm512_loadu_ps(values);
+    if (bits == 5)
+        table[1] = _mm512_loadu_ps(values + 16);
+    if (bits == 3)
+        table[0] = _mm512_broadcast_f32x8(_mm256_loadu_ps(values));
+    if (bits == 2)
+        table[0] = _mm512_broadcast_f32x4(_mm_loadu_ps(values));
+    if (bits == 1)
+        table[0] = _mm512_castpd_ps(_mm512_set1_pd(_mm_cvtsd_f64(_mm_castps_pd(_mm_loadu_ps(values)))));
+}
+
+/* Byte tables of up to 256 entries: register i holds entries 64 i to 64 i + 63. */
+INLINE __m512i byte_look_up(const int bits, const __m512i table[4], __m512i codes)
+{
+    if (bits <= 6)
+        return _mm512_permutexvar_epi8(codes, table[0]);
+    __m512i low = _mm512_permutex2var_epi8(table[0], codes, table[1]);
+    if (bits == 7)
+        return low;
+    __m512i high = _mm512_permutex2var_epi8(table[2], codes, table[3]);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+}
+
+/* The four bytes of float32 values as four byte tables. */
+INLINE void split_table(const int bits, const float *values, __m512i table[4][4])
+{
+    for (int part = 0; part < (1 << bits) / 64; part++)
+        for (int byte = 0; byte < 4; byte++) {
+            __m128i quarter[4];
+            for (int i = 0; i < 4; i++) {
+                __m512i word = _mm512_castps_si512(_mm512_loadu_ps(values + 64 * part + 16 * i));
+                quarter[i] = _mm512_cvtepi32_epi8(_mm512_srli_epi32(word, (unsigned)(8 * byte)));
+            }
+            __m512i all = _mm512_castsi128_si512(quarter[0]);
+            all = _mm512_inserti32x4(all, quarter[1], 1);
+            all = _mm512_inserti32x4(all, quarter[2], 2);
+            table[byte][part] = _mm512_inserti32x4(all, quarter[3], 3);
+        }
+}
+
+/* Four vectors of values from 64 codes, by four byte look-ups whose results are interleaved. */
+INLINE void values_by_bytes(const int bits, __m512i table[4][4], __m512i codes, __m512 *value)
+{
+    __m512i byte[4];
+    for (int i = 0; i < 4; i++)
+        byte[i] = byte_look_up(bits, table[i], codes);
+    for (int half = 0; half < 2; half++) {
+        __m512i low = half ? _mm512_unpackhi_epi8(byte[0], byte[1]) : _mm512_unpacklo_epi8(byte[0], byte[1]);
+        __m512i high = half ? _mm512_unpackhi_epi8(byte[2], byte[3]) : _mm512_unpacklo_epi8(byte[2], byte[3]);
+        value[2 * half] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+        value[2 * half + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
+    }
+}
+
+INLINE void prefetch(const int bits, const Stretch *w, int64_t start)
+{
+    for (int plane = 0; plane < bits; plane++)
+        PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(start + w->ahead));
+}
+
+INLINE void exact_row(const int bits, const int batch, const Stretch *w, const float *values, const Activations *x,
+                      float *sum)
+{
+    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1, each = VALUES / slots;
+    __m512 total[MAX_BATCH + 3], small[2];
+    __m512i split[4][4];
+    for (int i = 0; i < batch * chains; i++)
+        total[i] = _mm512_setzero_ps();
+    if (bits <= 5)
+        small_table(bits, values, small);
+    else
+        split_table(bits, values, split);
+
+    for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
+        __m512i codes[8];
+        prefetch(bits, w, start);
+        transposed(bits, w->planes, start, w->bytes - start, codes);
+        for (int vector = 0; vector < slots; vector++) {
+            __m512 value[VALUES];
+            if (bits <= 5)
+                for (int i = 0; i < each; i++) {
+                    __m512i code = _mm512_srli_epi32(codes[vector], (unsigned)(slots * (units - 1 - i / 4) + 8 * (i % 4)));
+                    value[i] = bits == 5 ? _mm512_permutex2var_ps(small[0], code, small[1])
+                                         : _mm512_permutexvar_ps(code, small[0]);
+                }
+            else
+                values_by_bytes(bits, split, codes[vector], value);
+            for (int m = 0; m < batch; m++) {
+                const float *place = x->values + m * x->step + start * 8 + vector * each * 16;
+                for (int i = 0; i < each; i++) {
+                    __m512 *chain = &total[m * chains + i % chains];
+                    *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(place + 16 * i), *chain);
+                }
+            }
+        }
+    }
+    if (chains == 4)
+        total[0] = _mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3]));
+    for (int m = 0; m < batch; m++)
+        sum[m] = _mm512_reduce_add_ps(total[m]);
+}
+
+INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
+{
+    if (bits == 1)
+        table[0] = _mm512_set1_epi16((short)(bytes[0] | bytes[1] << 8));
+    else if (bits == 2)
+        table[0] = _mm512_broadcastd_epi32(_mm_loadu_si32(bytes));
+    else if (bits == 3)
+        table[0] = _mm512_broadcastq_epi64(_mm_loadu_si64(bytes));
+    else if (bits == 4)
+        table[0] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)bytes));
+    else if (bits == 5)
+        table[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)bytes));
+    else
+        for (int part = 0; part < (1 << bits) / 64; part++)
+            table[part] = _mm512_loadu_si512(bytes + 64 * part);
+}
+
+INLINE void int8_row(const int bits, const int batch, const Stretch *w, const uint8_t *bytes, const Activations *x,
+                     float *sum)
+{
+    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1;
+    __m512 total[MAX_BATCH + 3];
+    __m512i table[4];
+    for (int i = 0; i < batch * chains; i++)
+        total[i] = _mm512_setzero_ps();
+    int8_table(bits, bytes, table);
+
+    for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
+        __m512i codes[8], value[GROUPS];
+        prefetch(bits, w, start);
+        transposed(bits, w->planes, start, w->bytes - start, codes);
+        for (int group = 0; group < GROUPS; group++) {
+            __m512i code = _mm512_srli_epi16(codes[group / units], (unsigned)(slots * (units - 1 - group % units)));
+            value[group] = byte_look_up(bits, table, code);
+        }
+        for (int m = 0; m < batch; m++) {
+            int64_t place = m * x->step + start * 8;
+            const float *scale = x->scales + place / GROUP;
+            for (int group = 0; group < GROUPS; group++) {
+                __m512i activation = _mm512_load_si512(x->codes + place + group * GROUP);
+                __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value[group], activation);
+                __m512 *chain = &total[m * chains + group % chains];
+                *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale[group]), *chain);
+            }
+        }
+    }
+    if (chains == 4)
+        total[0] = _mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3]));
+    for (int m = 0; m < batch; m++)
+        sum[m] = _mm512_reduce_add_ps(total[m]);
+}
+
+/* A function for every width, and within it one for a single row of activations. */
+#define EVERY_WIDTH(call)                                                                                             \
+    switch (w->bits) {                                                                                                \
+    case 1: call(1); break;                                                                                           \
+    case 2: call(2); break;                                                                                           \
+    case 3: call(3); break;                                                                                           \
+    case 4: call(4); break;                                                                                           \
+    case 5: call(5); break;                                                                                           \
+    case 6: call(6); break;                                                                                           \
+    case 7: call(7); break;                                                                                           \
+    default: call(8);                                                                                                 \
+    }
+
+static void exact(const Stretch *w, const float *table, const Activations *x, float *sum)
+{
+#define CALL(bits) x->batch == 1 ? exact_row(bits, 1, w, table, x, sum) : exact_row(bits, x->batch, w, table, x, sum)
+    EVERY_WIDTH(CALL)
+#undef CALL
+}
+
+static void int8(const Stretch *w, const uint8_t *table, const Activations *x, float *sum)
+{
+#define CALL(bits) x->batch == 1 ? int8_row(bits, 1, w, table, x, sum) : int8_row(bits, x->batch, w, table, x, sum)
+    EVERY_WIDTH(CALL)
+#undef CALL
+}
+
+static void codes_in_order(const uint8_t *const planes[], int bits, int64_t bytes, uint8_t codes[CHUNK])
+{
+    /* Eight slots whatever the width: each vector then holds sixteen columns in a row per lane. */
+    const uint8_t *slots[8];
+    __m512i out[8];
+    for (int slot = 0; slot < 8; slot++)
+        slots[slot] = planes[slot < 8 - bits ? 0 : slot - (8 - bits)];
+    transposed(8, slots, 0, bytes, out);
+    for (int vector = 0; vector < 8; vector++) {
+        __m512i code = _mm512_and_si512(out[vector], _mm512_set1_epi8((char)((1 << bits) - 1)));
+        _mm_storeu_si128((__m128i *)(codes + 16 * vector), _mm512_castsi512_si128(code));
+        _mm_storeu_si128((__m128i *)(codes + 128 + 16 * vector), _mm512_extracti32x4_epi32(code, 1));
+        _mm_storeu_si128((__m128i *)(codes + 256 + 16 * vector), _mm512_extracti32x4_epi32(code, 2));
+        _mm_storeu_si128((__m128i *)(codes + 384 + 16 * vector), _mm512_extracti32x4_epi32(code, 3));
+    }
+}
+
+static void widen(const uint16_t *half, int count, float *single)
+{
+    for (int i = 0; i < count; i += 16) {
+        __mmask16 present = count - i >= 16 ? 0xffff : (__mmask16)((1 << (count - i)) - 1);
+        __m256i values = _mm256_maskz_loadu_epi16(present, half + i);
+        _mm512_storeu_ps(single + i, _mm512_cvtph_ps(values));
+    }
+}
+
+const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, codes_in_order, widen};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

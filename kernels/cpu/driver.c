@@ -1,0 +1,279 @@
+/* The library's entry points: which kernels run here, activations brought into their order, rows shared out to threads. */
+#include "bitplane.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ROWS_AT_ONCE 16      /* rows of weights that pass by one block of activations */
+#define BLOCK_BYTES 16384    /* such a block stays in the first-level cache */
+#define ALIGN 64
+
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+/* How OpenMP runtimes start a team: GCC's entry point, which LLVM's and Intel's offer too. */
+typedef void (*Team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+/* Every field is eight bytes: the caller packs them one after another. */
+typedef struct {
+    const uint8_t *planes[MAX_BITS];
+    const void *table;         /* [rows, 2**bits]: values, or bytes in the int8 mode, or words to copy */
+    const float *affine;       /* int8 mode: [rows, 2], value = byte * affine[0] + affine[1]; else NULL */
+    int64_t stride, rows, columns, bits;
+    int64_t isa;
+    int64_t width;             /* bytes of a table entry: 2 (float16) or 4 (float32); 1 in the int8 mode */
+} Matrix;
+
+typedef struct {
+    const Matrix *matrix;
+    const Kernels *kernels;
+    Activations x;
+    const float *totals;       /* int8 mode: [batch], the sum of each row's activations as rounded */
+    float *y;                  /* [batch, rows] */
+    void *out;                 /* [rows, columns], when codes are only looked up */
+    int64_t block;             /* columns of activations at a time */
+    int64_t next;              /* the first row that no thread has taken */
+} Job;
+
+int compress_abi(void)
+{
+    return 1;
+}
+
+int compress_best_isa(void)
+{
+#ifdef COMPRESS_X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return PORTABLE;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni"))
+        return AVX512;
+    return AVX2;
+#else
+    return PORTABLE;
+#endif
+}
+
+static const Kernels *kernels_of(int64_t isa)
+{
+    if (isa < 0 || isa > compress_best_isa())
+        return NULL;
+#ifdef COMPRESS_X86
+    if (isa == AVX512)
+        return &avx512_kernels;
+    if (isa == AVX2)
+        return &avx2_kernels;
+#endif
+    return &portable_kernels;
+}
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t padded(int64_t columns)
+{
+    return (columns + CHUNK - 1) / CHUNK * CHUNK;
+}
+
+static void *aligned(size_t bytes, void **block)
+{
+    *block = malloc(bytes + ALIGN);
+    return *block ? (void *)(((uintptr_t)*block + ALIGN - 1) / ALIGN * ALIGN) : NULL;
+}
+
+/* The rows a thread takes next; 0 when there are none left. */
+static int64_t take(Job *job, int64_t *first)
+{
+#if defined(__GNUC__)
+    *first = __atomic_fetch_add(&job->next, ROWS_AT_ONCE, __ATOMIC_RELAXED);
+#else
+    *first = job->next, job->next += ROWS_AT_ONCE; /* threads are only started by runtimes that come with GCC's entry */
+#endif
+    return *first < job->matrix->rows ? smaller(ROWS_AT_ONCE, job->matrix->rows - *first) : 0;
+}
+
+static Stretch stretch(const Matrix *matrix, int64_t row, int64_t column, int64_t columns)
+{
+    Stretch w = {.bits = (int)matrix->bits, .ahead = matrix->stride};
+    for (int plane = 0; plane < matrix->bits; plane++)
+        w.planes[plane] = matrix->planes[plane] + row * matrix->stride + column / 8;
+    w.bytes = smaller((columns + 7) / 8, matrix->stride - column / 8);
+    return w;
+}
+
+static const float *values_of(const Job *job, int64_t row, float staged[1 << MAX_BITS])
+{
+    const Matrix *matrix = job->matrix;
+    int entries = 1 << matrix->bits;
+    if (matrix->width == 4)
+        memcpy(staged, (const float *)matrix->table + row * entries, sizeof(float) * (size_t)entries);
+    else
+        job->kernels->widen((const uint16_t *)matrix->table + row * entries, entries, staged);
+    return staged;
+}
+
+static void multiply(void *data)
+{
+    Job *job = data;
+    const Matrix *matrix = job->matrix;
+    int batch = job->x.batch, entries = 1 << matrix->bits;
+    int64_t first, rows, span = padded(matrix->columns);
+    _Alignas(ALIGN) float staged[1 << MAX_BITS];
+
+    while ((rows = take(job, &first))) {
+        float total[ROWS_AT_ONCE][MAX_BATCH] = {{0}};
+        for (int64_t column = 0; column < span; column += job->block) {
+            Activations x = job->x;
+            x.values += matrix->affine ? 0 : column;
+            x.codes += matrix->affine ? column : 0;
+            x.scales += matrix->affine ? column / GROUP : 0;
+            for (int64_t i = 0; i < rows; i++) {
+                float sum[MAX_BATCH];
+                int64_t row = first + i;
+                Stretch w = stretch(matrix, row, column, smaller(job->block, matrix->columns - column));
+                if (matrix->affine)
+                    job->kernels->int8(&w, (const uint8_t *)matrix->table + row * entries, &x, sum);
+                else
+                    job->kernels->exact(&w, values_of(job, row, staged), &x, sum);
+                for (int m = 0; m < batch; m++)
+                    total[i][m] += sum[m];
+            }
+        }
+        for (int64_t i = 0; i < rows; i++)
+            for (int m = 0; m < batch; m++) {
+                const float *affine = matrix->affine ? matrix->affine + 2 * (first + i) : NULL;
+                float y = affine ? affine[0] * total[i][m] + affine[1] * job->totals[m] : total[i][m];
+                job->y[m * matrix->rows + first + i] = y;
+            }
+    }
+}
+
+static void start(Job *job, void (*work)(void *), Team team, int threads)
+{
+    threads = (int)smaller(threads, (job->matrix->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
+    if (team && threads > 1)
+        team(work, job, (unsigned)threads, 0);
+    else
+        work(job);
+}
+
+/* y[m, n] = sum over k of value[n, code(n, k)] * x[m, k], in float32. x is [batch, columns].
+ * Returns 0, or -1: this processor lacks `isa`, or there is no memory. */
+int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)
+{
+    const Kernels *kernels = kernels_of(matrix->isa);
+    int64_t span = padded(matrix->columns);
+    uint16_t order[CHUNK];
+    void *block;
+    float *values = kernels ? aligned(sizeof(float) * (size_t)(batch * span), &block) : NULL;
+    if (!values)
+        return -1;
+    kernels->exact_order((int)matrix->bits, order);
+    for (int m = 0; m < batch; m++)
+        for (int64_t start = 0; start < span; start += CHUNK) {
+            const float *from = x + m * matrix->columns + start;
+            float *to = values + m * span + start;
+            int64_t here = smaller(CHUNK, matrix->columns - start);
+            for (int i = 0; i < CHUNK; i++)
+                to[i] = order[i] < here ? from[order[i]] : 0.0f;
+        }
+    Job job = {.matrix = matrix, .kernels = kernels, .y = y, .x = {.values = values, .step = span, .batch = batch}};
+    job.block = padded(BLOCK_BYTES / (int64_t)sizeof(float) / batch);
+    start(&job, multiply, team, threads);
+    free(block);
+    return 0;
+}
+
+/* One group of activations to 8 bits; returns the scale, NaN if the group has a value that is not finite. */
+static float round_group(const float *value, int8_t *code)
+{
+    float largest = 0;
+    int finite = 1;
+    for (int i = 0; i < GROUP; i++) {
+        float size = fabsf(value[i]);
+        finite &= size <= 3.402823466e38f;
+        largest = size > largest ? size : largest;
+    }
+    float inverse = finite && largest >= 1e-36f ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < GROUP; i++) {
+        float scaled = finite ? value[i] * inverse : 0.0f;
+        code[i] = (int8_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    }
+    return finite ? (inverse > 0 ? largest / 127.0f : 0.0f) : NAN;
+}
+
+/* As compress_exact, with activations of 8 bits for every 64 columns and table entries of 8 bits. */
+int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)
+{
+    const Kernels *kernels = kernels_of(matrix->isa);
+    int64_t span = padded(matrix->columns);
+    uint16_t order[CHUNK];
+    float totals[MAX_BATCH];
+    void *block;
+    size_t scales = sizeof(float) * (size_t)(batch * span / GROUP);
+    float *scale = kernels ? aligned(scales + (size_t)(batch * span), &block) : NULL;
+    if (!scale)
+        return -1;
+    int8_t *codes = (int8_t *)scale + scales;
+    kernels->int8_order((int)matrix->bits, order);
+    for (int m = 0; m < batch; m++) {
+        double total = 0;
+        for (int64_t start = 0; start < span; start += GROUP) {
+            const float *from = x + m * matrix->columns + start / CHUNK * CHUNK;
+            int64_t here = matrix->columns - start / CHUNK * CHUNK, place = m * span + start;
+            float group[GROUP];
+            int32_t sum = 0;
+            for (int i = 0; i < GROUP; i++) {
+                int column = order[start % CHUNK + i];
+                group[i] = column < here ? from[column] : 0.0f;
+            }
+            scale[place / GROUP] = round_group(group, codes + place);
+            for (int i = 0; i < GROUP; i++)
+                sum += codes[place + i];
+            total += (double)scale[place / GROUP] * sum;
+        }
+        totals[m] = (float)total;
+    }
+    Activations activations = {.codes = codes, .scales = scale, .step = span, .batch = batch};
+    Job job = {.matrix = matrix, .kernels = kernels, .y = y, .x = activations, .totals = totals};
+    job.block = padded(BLOCK_BYTES / batch);
+    start(&job, multiply, team, threads);
+    free(block);
+    return 0;
+}
+
+static void copy(void *data)
+{
+    Job *job = data;
+    const Matrix *matrix = job->matrix;
+    int64_t first, rows, entries = (int64_t)1 << matrix->bits;
+    while ((rows = take(job, &first)))
+        for (int64_t row = first; row < first + rows; row++)
+            for (int64_t column = 0; column < matrix->columns; column += CHUNK) {
+                uint8_t codes[CHUNK];
+                int64_t count = smaller(CHUNK, matrix->columns - column), to = row * matrix->columns + column;
+                Stretch w = stretch(matrix, row, column, count);
+                job->kernels->codes(w.planes, w.bits, w.bytes, codes);
+                if (matrix->width == 4)
+                    for (int64_t i = 0; i < count; i++)
+                        ((uint32_t *)job->out)[to + i] = ((const uint32_t *)matrix->table)[row * entries + codes[i]];
+                else
+                    for (int64_t i = 0; i < count; i++)
+                        ((uint16_t *)job->out)[to + i] = ((const uint16_t *)matrix->table)[row * entries + codes[i]];
+            }
+}
+
+/* out[n, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are. */
+int compress_look_up(const Matrix *matrix, void *out, Team team, int threads)
+{
+    const Kernels *kernels = kernels_of(matrix->isa);
+    Job job = {.matrix = matrix, .kernels = kernels, .out = out};
+    if (!kernels)
+        return -1;
+    start(&job, copy, team, threads);
+    return 0;
+}
