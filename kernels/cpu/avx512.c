@@ -13,14 +13,12 @@
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
+#pragma GCC target("f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
 #endif
 #include <immintrin.h>
 
 #define VALUES (CHUNK / 16) /* vectors of float32 in a chunk */
-
-/* Slots per column. */
-#define SLOTS(bits) ((bits) <= 1 ? 1 : (bits) <= 2 ? 2 : (bits) <= 4 ? 4 : 8)
+#define AHEAD 2             /* rows */
 
 /* One cache line of every slot, or what there is of it, into SLOTS(bits) vectors of transposed elements. */
 INLINE void transposed(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes, __m512i out[8])
@@ -80,18 +78,26 @@ static void exact_order(int bits, uint16_t order[CHUNK])
     }
 }
 
-/* The table of a row of at most five bits: two registers, repeated to fill them. */
-INLINE void small_table(const int bits, const float *values, __m512 table[2])
+/* `count` (at most 16) entries of a table as float32, zeros behind them. */
+INLINE __m512 entries(const void *table, int width, int64_t first, int count)
 {
-    table[0] = table[1] = _mm512_loadu_ps(values);
+    __mmask16 present = (__mmask16)((1u << count) - 1);
+    if (width == 4)
+        return _mm512_maskz_loadu_ps(present, (const float *)table + first);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(present, (const uint16_t *)table + first));
+}
+
+/* The table of a row of at most five bits: two registers, repeated to fill them. */
+INLINE void small_table(const int bits, const void *values, int width, __m512 table[2])
+{
+    const int count = bits <= 4 ? 1 << bits : 16;
+    table[0] = table[1] = entries(values, width, 0, count);
     if (bits == 5)
-        table[1] = _mm512_loadu_ps(values + 16);
-    if (bits == 3)
-        table[0] = _mm512_broadcast_f32x8(_mm256_loadu_ps(values));
-    if (bits == 2)
-        table[0] = _mm512_broadcast_f32x4(_mm_loadu_ps(values));
-    if (bits == 1)
-        table[0] = _mm512_castpd_ps(_mm512_set1_pd(_mm_cvtsd_f64(_mm_castps_pd(_mm_loadu_ps(values)))));
+        table[1] = entries(values, width, 16, 16);
+    if (bits < 4)
+        table[0] = _mm512_permutexvar_ps(_mm512_and_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2,
+                                                                           1, 0),
+                                                          _mm512_set1_epi32(count - 1)), table[0]);
 }
 
 /* Byte tables of up to 256 entries: register i holds entries 64 i to 64 i + 63. */
@@ -107,20 +113,23 @@ INLINE __m512i byte_look_up(const int bits, const __m512i table[4], __m512i code
 }
 
 /* The four bytes of float32 values as four byte tables. */
-INLINE void split_table(const int bits, const float *values, __m512i table[4][4])
+INLINE void split_table(const int bits, const void *values, int width, __m512i table[4][4])
 {
-    for (int part = 0; part < (1 << bits) / 64; part++)
+    for (int part = 0; part < (1 << bits) / 64; part++) {
+        __m512i word[4];
+        for (int i = 0; i < 4; i++)
+            word[i] = _mm512_castps_si512(entries(values, width, 64 * part + 16 * i, 16));
         for (int byte = 0; byte < 4; byte++) {
-            __m128i quarter[4];
-            for (int i = 0; i < 4; i++) {
-                __m512i word = _mm512_castps_si512(_mm512_loadu_ps(values + 64 * part + 16 * i));
-                quarter[i] = _mm512_cvtepi32_epi8(_mm512_srli_epi32(word, (unsigned)(8 * byte)));
+            __m512i all = _mm512_setzero_si512();
+            for (int i = 3; i >= 0; i--) {
+                __m128i quarter = _mm512_cvtepi32_epi8(_mm512_srli_epi32(word[i], (unsigned)(8 * byte)));
+                all = i == 3 ? _mm512_inserti32x4(all, quarter, 3)
+                    : i == 2 ? _mm512_inserti32x4(all, quarter, 2)
+                    : i == 1 ? _mm512_inserti32x4(all, quarter, 1) : _mm512_inserti32x4(all, quarter, 0);
             }
-            __m512i all = _mm512_castsi128_si512(quarter[0]);
-            all = _mm512_inserti32x4(all, quarter[1], 1);
-            all = _mm512_inserti32x4(all, quarter[2], 2);
-            table[byte][part] = _mm512_inserti32x4(all, quarter[3], 3);
+            table[byte][part] = all;
         }
+    }
 }
 
 /* Four vectors of values from 64 codes, by four byte look-ups whose results are interleaved. */
@@ -137,29 +146,39 @@ INLINE void values_by_bytes(const int bits, __m512i table[4][4], __m512i codes, 
     }
 }
 
-INLINE void prefetch(const int bits, const Stretch *w, int64_t start)
+INLINE void prefetch(const int bits, const Block *w, int64_t place)
 {
     for (int plane = 0; plane < bits; plane++)
-        PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(start + w->ahead));
+        PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD * w->stride));
 }
 
-INLINE void exact_row(const int bits, const int batch, const Stretch *w, const float *values, const Activations *x,
-                      float *sum)
+/* Sums of the four chains of a single row of activations, or of one chain for each of several. */
+INLINE void add_up(const int batch, const __m512 *total, float *sum)
+{
+    if (batch == 1)
+        sum[0] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3])));
+    else
+        for (int m = 0; m < batch; m++)
+            sum[m] += _mm512_reduce_add_ps(total[m]);
+}
+
+INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1, each = VALUES / slots;
-    __m512 total[MAX_BATCH + 3], small[2];
+    const void *values = (const uint8_t *)w->table + row * (w->width << bits);
+    __m512 total[MAX_BATCH], small[2];
     __m512i split[4][4];
     for (int i = 0; i < batch * chains; i++)
         total[i] = _mm512_setzero_ps();
     if (bits <= 5)
-        small_table(bits, values, small);
+        small_table(bits, values, w->width, small);
     else
-        split_table(bits, values, split);
+        split_table(bits, values, w->width, split);
 
     for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
         __m512i codes[8];
-        prefetch(bits, w, start);
-        transposed(bits, w->planes, start, w->bytes - start, codes);
+        prefetch(bits, w, row * w->stride + start);
+        transposed(bits, w->planes, row * w->stride + start, w->bytes - start, codes);
         for (int vector = 0; vector < slots; vector++) {
             __m512 value[VALUES];
             if (bits <= 5)
@@ -179,10 +198,7 @@ INLINE void exact_row(const int bits, const int batch, const Stretch *w, const f
             }
         }
     }
-    if (chains == 4)
-        total[0] = _mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3]));
-    for (int m = 0; m < batch; m++)
-        sum[m] = _mm512_reduce_add_ps(total[m]);
+    add_up(batch, total, sum);
 }
 
 INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
@@ -202,20 +218,19 @@ INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
             table[part] = _mm512_loadu_si512(bytes + 64 * part);
 }
 
-INLINE void int8_row(const int bits, const int batch, const Stretch *w, const uint8_t *bytes, const Activations *x,
-                     float *sum)
+INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1;
-    __m512 total[MAX_BATCH + 3];
+    __m512 total[MAX_BATCH];
     __m512i table[4];
     for (int i = 0; i < batch * chains; i++)
         total[i] = _mm512_setzero_ps();
-    int8_table(bits, bytes, table);
+    int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
 
     for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
         __m512i codes[8], value[GROUPS];
-        prefetch(bits, w, start);
-        transposed(bits, w->planes, start, w->bytes - start, codes);
+        prefetch(bits, w, row * w->stride + start);
+        transposed(bits, w->planes, row * w->stride + start, w->bytes - start, codes);
         for (int group = 0; group < GROUPS; group++) {
             __m512i code = _mm512_srli_epi16(codes[group / units], (unsigned)(slots * (units - 1 - group % units)));
             value[group] = byte_look_up(bits, table, code);
@@ -231,37 +246,17 @@ INLINE void int8_row(const int bits, const int batch, const Stretch *w, const ui
             }
         }
     }
-    if (chains == 4)
-        total[0] = _mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3]));
-    for (int m = 0; m < batch; m++)
-        sum[m] = _mm512_reduce_add_ps(total[m]);
+    add_up(batch, total, sum);
 }
 
-/* A function for every width, and within it one for a single row of activations. */
-#define EVERY_WIDTH(call)                                                                                             \
-    switch (w->bits) {                                                                                                \
-    case 1: call(1); break;                                                                                           \
-    case 2: call(2); break;                                                                                           \
-    case 3: call(3); break;                                                                                           \
-    case 4: call(4); break;                                                                                           \
-    case 5: call(5); break;                                                                                           \
-    case 6: call(6); break;                                                                                           \
-    case 7: call(7); break;                                                                                           \
-    default: call(8);                                                                                                 \
-    }
-
-static void exact(const Stretch *w, const float *table, const Activations *x, float *sum)
+static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
 {
-#define CALL(bits) x->batch == 1 ? exact_row(bits, 1, w, table, x, sum) : exact_row(bits, x->batch, w, table, x, sum)
-    EVERY_WIDTH(CALL)
-#undef CALL
+    EVERY_WIDTH(EXACT)
 }
 
-static void int8(const Stretch *w, const uint8_t *table, const Activations *x, float *sum)
+static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
 {
-#define CALL(bits) x->batch == 1 ? int8_row(bits, 1, w, table, x, sum) : int8_row(bits, x->batch, w, table, x, sum)
-    EVERY_WIDTH(CALL)
-#undef CALL
+    EVERY_WIDTH(INT8)
 }
 
 static void codes_in_order(const uint8_t *const planes[], int bits, int64_t bytes, uint8_t codes[CHUNK])
@@ -281,16 +276,7 @@ static void codes_in_order(const uint8_t *const planes[], int bits, int64_t byte
     }
 }
 
-static void widen(const uint16_t *half, int count, float *single)
-{
-    for (int i = 0; i < count; i += 16) {
-        __mmask16 present = count - i >= 16 ? 0xffff : (__mmask16)((1 << (count - i)) - 1);
-        __m256i values = _mm256_maskz_loadu_epi16(present, half + i);
-        _mm512_storeu_ps(single + i, _mm512_cvtph_ps(values));
-    }
-}
-
-const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, codes_in_order, widen};
+const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, codes_in_order, 0.0f};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -20,13 +20,15 @@
 #define MAX_BATCH 16    /* rows of activations in one pass over the weights */
 #define MAX_BITS 8
 
-/* A stretch of one row of the weights, from the start of a chunk. */
+/* A few rows of the weights, from the start of a chunk on. */
 typedef struct {
     const uint8_t *planes[MAX_BITS];
+    const void *table; /* of the first row: float16 or float32, or bytes in the int8 mode */
+    int64_t rows, stride;
+    int64_t bytes; /* of each plane; only the last stretch of a row may be no multiple of CHUNK_BYTES */
     int bits;
-    int64_t bytes;  /* of each plane; only the row's last stretch may be no multiple of CHUNK_BYTES */
-    int64_t ahead;  /* bytes from here to what will be read soon */
-} Stretch;
+    int width; /* bytes of a table entry */
+} Block;
 
 /* The activations that belong to it; those of batch row m begin `step` further on than those of row m - 1. */
 typedef struct {
@@ -41,14 +43,14 @@ typedef struct {
     /* order[i]: the column of a chunk whose activation the kernels want in place i. */
     void (*exact_order)(int bits, uint16_t order[CHUNK]);
     void (*int8_order)(int bits, uint16_t order[CHUNK]);
-    /* sum[m] = sum over the columns of table[code] * x[m]; table has 2**bits values, at least 16 to read. */
-    void (*exact)(const Stretch *w, const float *table, const Activations *x, float *sum);
+    /* sum[row][m] += sum over the columns of table[code] * x[m], in float32. */
+    void (*exact)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
     /* The same with values 0 to 255 and activations of 8 bits. */
-    void (*int8)(const Stretch *w, const uint8_t *table, const Activations *x, float *sum);
+    void (*int8)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
     /* Codes of one chunk in the order of the columns; `bytes` (at most CHUNK_BYTES) may be read of each plane. */
     void (*codes)(const uint8_t *const planes[], int bits, int64_t bytes, uint8_t codes[CHUNK]);
-    /* count values of float16 to float32 */
-    void (*widen)(const uint16_t *half, int count, float *single);
+    /* What the int8 kernels take off every table entry. */
+    float int8_excess;
 } Kernels;
 
 extern const Kernels portable_kernels;
@@ -57,6 +59,8 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels, avx512_kernels;
 #endif
 
+#define SLOTS(bits) ((bits) <= 1 ? 1 : (bits) <= 2 ? 2 : (bits) <= 4 ? 4 : 8) /* bits that a column is given */
+
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #define PREFETCH(address) __builtin_prefetch((const void *)(address))
@@ -64,5 +68,27 @@ extern const Kernels avx2_kernels, avx512_kernels;
 #define INLINE static inline
 #define PREFETCH(address) ((void)(address))
 #endif
+
+/* A function for every width, and one more for a single row of activations. */
+#define EVERY_WIDTH(call)  \
+    switch (w->bits) {     \
+    case 1: call(1) break; \
+    case 2: call(2) break; \
+    case 3: call(3) break; \
+    case 4: call(4) break; \
+    case 5: call(5) break; \
+    case 6: call(6) break; \
+    case 7: call(7) break; \
+    default: call(8)       \
+    }
+#define ROWS(function, bits)                               \
+    if (x->batch == 1)                                     \
+        for (int64_t row = 0; row < w->rows; row++)        \
+            function(bits, 1, w, row, x, sum[row]);        \
+    else                                                   \
+        for (int64_t row = 0; row < w->rows; row++)        \
+            function(bits, x->batch, w, row, x, sum[row]);
+#define EXACT(bits) ROWS(exact_row, bits)
+#define INT8(bits) ROWS(int8_row, bits)
 
 #endif

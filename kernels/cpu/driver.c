@@ -96,57 +96,42 @@ static int64_t take(Job *job, int64_t *first)
     return *first < job->matrix->rows ? smaller(ROWS_AT_ONCE, job->matrix->rows - *first) : 0;
 }
 
-static Stretch stretch(const Matrix *matrix, int64_t row, int64_t column, int64_t columns)
+static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns)
 {
-    Stretch w = {.bits = (int)matrix->bits, .ahead = matrix->stride};
-    for (int plane = 0; plane < matrix->bits; plane++)
+    Block w = {.rows = rows, .stride = matrix->stride, .bits = (int)matrix->bits, .width = (int)matrix->width};
+    for (int plane = 0; plane < w.bits; plane++)
         w.planes[plane] = matrix->planes[plane] + row * matrix->stride + column / 8;
+    w.table = (const uint8_t *)matrix->table + row * (matrix->width << matrix->bits);
     w.bytes = smaller((columns + 7) / 8, matrix->stride - column / 8);
     return w;
-}
-
-static const float *values_of(const Job *job, int64_t row, float staged[1 << MAX_BITS])
-{
-    const Matrix *matrix = job->matrix;
-    int entries = 1 << matrix->bits;
-    if (matrix->width == 4)
-        memcpy(staged, (const float *)matrix->table + row * entries, sizeof(float) * (size_t)entries);
-    else
-        job->kernels->widen((const uint16_t *)matrix->table + row * entries, entries, staged);
-    return staged;
 }
 
 static void multiply(void *data)
 {
     Job *job = data;
     const Matrix *matrix = job->matrix;
-    int batch = job->x.batch, entries = 1 << matrix->bits;
     int64_t first, rows, span = padded(matrix->columns);
-    _Alignas(ALIGN) float staged[1 << MAX_BITS];
 
     while ((rows = take(job, &first))) {
-        float total[ROWS_AT_ONCE][MAX_BATCH] = {{0}};
+        float sum[ROWS_AT_ONCE][MAX_BATCH] = {{0}};
         for (int64_t column = 0; column < span; column += job->block) {
             Activations x = job->x;
-            x.values += matrix->affine ? 0 : column;
-            x.codes += matrix->affine ? column : 0;
-            x.scales += matrix->affine ? column / GROUP : 0;
-            for (int64_t i = 0; i < rows; i++) {
-                float sum[MAX_BATCH];
-                int64_t row = first + i;
-                Stretch w = stretch(matrix, row, column, smaller(job->block, matrix->columns - column));
-                if (matrix->affine)
-                    job->kernels->int8(&w, (const uint8_t *)matrix->table + row * entries, &x, sum);
-                else
-                    job->kernels->exact(&w, values_of(job, row, staged), &x, sum);
-                for (int m = 0; m < batch; m++)
-                    total[i][m] += sum[m];
+            Block w = block_of(matrix, first, rows, column, smaller(job->block, matrix->columns - column));
+            if (matrix->affine) {
+                x.codes += column;
+                x.scales += column / GROUP;
+                job->kernels->int8(&w, &x, sum);
+            } else {
+                x.values += column;
+                job->kernels->exact(&w, &x, sum);
             }
         }
         for (int64_t i = 0; i < rows; i++)
-            for (int m = 0; m < batch; m++) {
+            for (int m = 0; m < job->x.batch; m++) {
                 const float *affine = matrix->affine ? matrix->affine + 2 * (first + i) : NULL;
-                float y = affine ? affine[0] * total[i][m] + affine[1] * job->totals[m] : total[i][m];
+                float y = sum[i][m];
+                if (affine)
+                    y = affine[0] * (y + job->kernels->int8_excess * job->totals[m]) + affine[1] * job->totals[m];
                 job->y[m * matrix->rows + first + i] = y;
             }
     }
@@ -256,7 +241,7 @@ static void copy(void *data)
             for (int64_t column = 0; column < matrix->columns; column += CHUNK) {
                 uint8_t codes[CHUNK];
                 int64_t count = smaller(CHUNK, matrix->columns - column), to = row * matrix->columns + column;
-                Stretch w = stretch(matrix, row, column, count);
+                Block w = block_of(matrix, row, 1, column, count);
                 job->kernels->codes(w.planes, w.bits, w.bytes, codes);
                 if (matrix->width == 4)
                     for (int64_t i = 0; i < count; i++)

@@ -38,71 +38,80 @@ static void natural(int bits, uint16_t order[CHUNK])
         order[i] = (uint16_t)i;
 }
 
-INLINE void chunk_codes(const Stretch *w, int64_t start, uint8_t codes[CHUNK])
+INLINE void chunk_codes(const Block *w, int64_t row, int64_t start, uint8_t codes[CHUNK])
 {
     const uint8_t *here[MAX_BITS];
     int64_t left = w->bytes - start;
     for (int plane = 0; plane < w->bits; plane++)
-        here[plane] = w->planes[plane] + start;
+        here[plane] = w->planes[plane] + row * w->stride + start;
     codes_in_order(here, w->bits, left < CHUNK_BYTES ? left : CHUNK_BYTES, codes);
 }
 
-static void exact(const Stretch *w, const float *table, const Activations *x, float *sum)
+/* float16 to float32. */
+static float widened(uint16_t half)
 {
-    float lanes[MAX_BATCH][LANES] = {{0}};
-    for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
-        uint8_t codes[CHUNK];
-        float weight[CHUNK];
-        chunk_codes(w, start, codes);
-        for (int i = 0; i < CHUNK; i++)
-            weight[i] = table[codes[i]];
-        for (int m = 0; m < x->batch; m++) {
-            const float *value = x->values + m * x->step + start * 8;
-            for (int i = 0; i < CHUNK; i += LANES)
-                for (int lane = 0; lane < LANES; lane++)
-                    lanes[m][lane] += weight[i + lane] * value[i + lane];
-        }
-    }
-    for (int m = 0; m < x->batch; m++) {
-        sum[m] = 0;
-        for (int lane = 0; lane < LANES; lane++)
-            sum[m] += lanes[m][lane];
-    }
+    uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
+    uint32_t bits = (uint32_t)(half & 0x8000) << 16 | (exponent + (exponent == 31 ? 224 : 112)) << 23 | fraction << 13;
+    float value = (float)fraction * 0x1p-24f; /* what a subnormal means */
+    if (exponent == 0)
+        return half & 0x8000 ? -value : value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-static void int8(const Stretch *w, const uint8_t *table, const Activations *x, float *sum)
+static void table_of(const Block *w, int64_t row, float table[1 << MAX_BITS])
 {
-    memset(sum, 0, sizeof(float) * (size_t)x->batch);
-    for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
-        uint8_t codes[CHUNK];
-        chunk_codes(w, start, codes);
-        for (int i = 0; i < CHUNK; i++)
-            codes[i] = table[codes[i]];
-        for (int m = 0; m < x->batch; m++)
-            for (int group = 0; group < GROUPS; group++) {
-                const int8_t *code = x->codes + m * x->step + start * 8 + group * GROUP;
-                int32_t dot = 0;
-                for (int i = 0; i < GROUP; i++)
-                    dot += codes[group * GROUP + i] * code[i];
-                sum[m] += x->scales[(m * x->step + start * 8) / GROUP + group] * (float)dot;
+    int64_t entries = (int64_t)1 << w->bits;
+    if (w->width == 4)
+        memcpy(table, (const float *)w->table + row * entries, sizeof(float) * (size_t)entries);
+    else
+        for (int64_t i = 0; i < entries; i++)
+            table[i] = widened(((const uint16_t *)w->table)[row * entries + i]);
+}
+
+static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
+{
+    for (int64_t row = 0; row < w->rows; row++) {
+        float lanes[MAX_BATCH][LANES] = {{0}}, table[1 << MAX_BITS];
+        table_of(w, row, table);
+        for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
+            uint8_t codes[CHUNK];
+            float weight[CHUNK];
+            chunk_codes(w, row, start, codes);
+            for (int i = 0; i < CHUNK; i++)
+                weight[i] = table[codes[i]];
+            for (int m = 0; m < x->batch; m++) {
+                const float *value = x->values + m * x->step + start * 8;
+                for (int i = 0; i < CHUNK; i += LANES)
+                    for (int lane = 0; lane < LANES; lane++)
+                        lanes[m][lane] += weight[i + lane] * value[i + lane];
             }
+        }
+        for (int m = 0; m < x->batch; m++)
+            for (int lane = 0; lane < LANES; lane++)
+                sum[row][m] += lanes[m][lane];
     }
 }
 
-static void widen(const uint16_t *half, int count, float *single)
+static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
 {
-    for (int i = 0; i < count; i++) {
-        uint32_t sign = (uint32_t)(half[i] & 0x8000) << 16, exponent = (half[i] >> 10) & 31, fraction = half[i] & 1023;
-        uint32_t bits = sign | ((exponent + 112) << 23) | (fraction << 13);
-        if (exponent == 31)
-            bits += 112u << 23;
-        memcpy(&single[i], &bits, sizeof bits);
-        if (exponent == 0) {
-            single[i] = (float)fraction * 0x1p-24f;
-            if (sign)
-                single[i] = -single[i];
+    for (int64_t row = 0; row < w->rows; row++) {
+        const uint8_t *table = (const uint8_t *)w->table + (row << w->bits);
+        for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
+            uint8_t codes[CHUNK];
+            chunk_codes(w, row, start, codes);
+            for (int i = 0; i < CHUNK; i++)
+                codes[i] = table[codes[i]];
+            for (int m = 0; m < x->batch; m++)
+                for (int group = 0; group < GROUPS; group++) {
+                    int64_t place = m * x->step + start * 8 + group * GROUP;
+                    int32_t dot = 0;
+                    for (int i = 0; i < GROUP; i++)
+                        dot += codes[group * GROUP + i] * x->codes[place + i];
+                    sum[row][m] += x->scales[place / GROUP] * (float)dot;
+                }
         }
     }
 }
 
-const Kernels portable_kernels = {natural, natural, exact, int8, codes_in_order, widen};
+const Kernels portable_kernels = {natural, natural, exact, int8, codes_in_order, 0.0f};
