@@ -16,7 +16,9 @@ from compress.quant.linear import width_of
 from compress.weights import INDEX, Checkpoint
 
 
-def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, **kwargs: Any) -> PreTrainedModel:
+def load(
+    folder: str | Path, bits: Bits | None = None, keep_dense: bool | None = None, exact: bool = True, **kwargs: Any
+) -> PreTrainedModel:
     """Load a checkpoint as a stock Hugging Face model.
 
     Only the planes that the widest module needs are read (and, from the hub, downloaded).
@@ -25,8 +27,11 @@ def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, 
         folder: checkpoint folder or hub id; a dense model works too.
         bits: one width, or widths by module name or ``re:`` pattern (modules not named take their parent
             width); everything that is stored if None.
-        keep_dense: whether the torch backend may keep each layer's looked-up weight between calls: as much
-            memory as the dense model, and many times faster than looking it up again.
+        keep_dense: whether each layer's looked-up weight is kept between calls: as much memory as the dense model.
+            None keeps it only where no backend multiplies by the planes themselves (:func:`compress.backend`), as
+            looking it up again every time is many times slower.
+        exact: whether sums are of float32 products; if not, the C library rounds activations (64 at a time) and
+            table entries to 8 bits, which is faster.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -59,7 +64,7 @@ def load(folder: str | Path, bits: Bits | None = None, keep_dense: bool = True, 
         check_tensors(Path(name), stored, index)
     model = _from_pretrained(name, config=config, **kwargs)
     for module in packed_modules(model).values():
-        module.keep_dense = keep_dense
+        module.keep_dense, module.exact = keep_dense, exact
     return model
 
 

@@ -25,7 +25,7 @@ _ABI = 1
 _MATRIX = struct.Struct("=16q")
 _TABLES = {torch.float16: 2, torch.float32: 4}
 _TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
-_WORTH_A_TEAM = 1 << 19  # products below which starting threads costs more than they save
+_WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,6 @@ class Library:
     calls: ctypes.CDLL
     isa: int
     team: int
-
-    def threads(self, products: int) -> int:
-        """How many threads ``products`` multiplications are worth, at most what torch would use."""
-        return torch.get_num_threads() if products >= _WORTH_A_TEAM else 1
 
 
 @functools.cache
@@ -96,83 +92,6 @@ def _library() -> Library:
     return found
 
 
-def _address(planes: Sequence[Tensor], table: Tensor, affine: Tensor | None, columns: int, isa: int) -> bytes:
-    """The C structure ``Matrix``. The tensors must outlive its use."""
-    stride = planes[0].stride(0) * 4 if table.shape[0] > 1 else planes[0].shape[1] * 4
-    addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - len(planes))
-    width = 1 if affine is not None else table.element_size()
-    return _MATRIX.pack(
-        *addresses, table.data_ptr(), 0 if affine is None else affine.data_ptr(),
-        stride, table.shape[0], columns, len(planes), isa, width,
-    )  # fmt: skip
-
-
-def _regular(planes: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Planes whose rows are contiguous and equally far apart in all of them."""
-    strides = planes[0].stride()
-    regular = strides[1] == 1 and all(plane.stride() == strides for plane in planes)
-    return planes if regular else [plane.contiguous() for plane in planes]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., K] as contiguous float32 [M, K]."""
-    return x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-
-
-def _call(name: str, x: Tensor, planes: Sequence[Tensor], table: Tensor, affine: Tensor | None, isa: int | None) -> Tensor:
-    """One of the two products on at most FUSED_ROWS rows."""
-    found, rows, planes = _library(), _rows(x), _regular(planes)
-    count, columns, outputs = rows.shape[0], x.shape[-1], table.shape[0]
-    y = torch.empty(count, outputs)
-    matrix = _address(planes, table, affine, columns, found.isa if isa is None else isa)
-    threads = found.threads(count * columns * outputs)
-    if getattr(found.calls, name)(matrix, rows.data_ptr(), count, y.data_ptr(), found.team, threads):
-        raise RuntimeError(f"the C library refused the {ISAS[isa or 0]} kernels, or there was no memory")
-    return y.to(x.dtype).view(*x.shape[:-1], outputs)
-
-
-def exact_linear(x: Tensor, planes: Sequence[Tensor], codebook: Tensor, columns: int, isa: int | None = None) -> Tensor:
-    """``x @ W.T``, the products added in float32.
-
-    Args:
-        x: floating [..., K] on the CPU.
-        planes: b int32 tensors [N, ceil(K / 32)], most significant first.
-        codebook: floating [N, 2**b].
-        columns: K.
-        isa: index in ``ISAS``, for tests; the best one if None.
-
-    Returns:
-        [..., N] in ``x``'s dtype.
-    """
-    table = (codebook if codebook.dtype in _TABLES else codebook.float()).detach().contiguous()
-    if x.numel() <= FUSED_ROWS * columns:
-        return _call("compress_exact", x, planes, table, None, isa)
-    return _tiled(x, planes, table, columns)
-
-
-def _tiled(x: Tensor, planes: Sequence[Tensor], codebook: Tensor, columns: int) -> Tensor:
-    """The product by torch, a few rows of looked-up weights at a time."""
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's own products of halves are slow here
-    rows, outputs = x.reshape(-1, columns).to(dtype), codebook.shape[0]
-    y = torch.empty(rows.shape[0], outputs, dtype=dtype)
-    step = max(1, _TILE_BYTES // (columns * rows.element_size()))
-    for start in range(0, outputs, step):
-        part = slice(start, start + step)
-        weight = look_up([plane[part] for plane in planes], codebook[part].to(dtype), columns)
-        torch.mm(rows, weight.t(), out=y[:, part])
-    return y.to(x.dtype).view(*x.shape[:-1], outputs)
-
-
-def look_up(planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | None = None) -> Tensor:
-    """Every weight: [N, K] of the entries of ``table`` ([N, 2**b], two or four bytes each), copied as they are."""
-    found, planes, table = _library(), _regular(planes), table.detach().contiguous()
-    out = torch.empty(table.shape[0], columns, dtype=table.dtype)
-    matrix = _address(planes, table, None, columns, found.isa if isa is None else isa)
-    if found.calls.compress_look_up(matrix, out.data_ptr(), found.team, found.threads(out.numel())):
-        raise RuntimeError("the C library refused these kernels")
-    return out
-
-
 @dataclass(frozen=True)
 class Int8Tables:
     """A codebook rounded for the int8 mode: ``entry = byte * affine[n, 0] + affine[n, 1]``.
@@ -195,16 +114,93 @@ def int8_tables(codebook: Tensor) -> Int8Tables:
     return Int8Tables((place + 1).to(torch.uint8), torch.cat([step, low - step], 1).float())
 
 
-def int8_linear(x: Tensor, planes: Sequence[Tensor], tables: Int8Tables, isa: int | None = None) -> Tensor:
-    """``x @ W.T`` with activations rounded to 8 bits, 64 at a time, and a table of 8-bit entries per row.
+class Prepared:
+    """A packed matrix as the C library takes it: addresses of tensors, which are kept alive, and nothing copied.
 
     Args:
-        x: floating [..., K] on the CPU, at most FUSED_ROWS rows.
-        planes: b int32 tensors [N, ceil(K / 32)], most significant first.
-        tables: from :func:`int8_tables`.
+        planes: b int32 tensors [N, ceil(K / 32)] on the CPU, most significant first.
+        codebook: floating [N, 2**b].
+        columns: K.
+        int8: round activations to 8 bits, 64 at a time, and table entries to 8 bits: faster, and less exact.
         isa: index in ``ISAS``, for tests; the best one if None.
 
-    Returns:
-        [..., N] in ``x``'s dtype.
+    Raises:
+        ValueError: shapes or types that do not belong together.
+        RuntimeError: there is no library.
     """
-    return _call("compress_int8", x, planes, tables.bytes, tables.affine, isa)
+
+    def __init__(
+        self, planes: Sequence[Tensor], codebook: Tensor, columns: int, int8: bool = False, isa: int | None = None
+    ) -> None:
+        found = _library()
+        strides = planes[0].stride()
+        if strides[1] != 1 or any(plane.stride() != strides for plane in planes):
+            planes = [plane.contiguous() for plane in planes]
+        table = (codebook if codebook.dtype in _TABLES else codebook.float()).detach().contiguous()
+        rows, bits, words = table.shape[0], len(planes), -(-columns // 32)
+        if table.shape[1] != 1 << bits or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
+            shapes = [tuple(plane.shape) for plane in planes]
+            raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
+        tables = int8_tables(table) if int8 else None
+        self.planes, self.codebook, self.columns, self._tables = planes, table, columns, tables
+        stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
+        entries, affine, width = (table, 0, table.element_size()) if tables is None else (
+            tables.bytes, tables.affine.data_ptr(), 1,
+        )  # fmt: skip
+        addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits)
+        fields = (affine, stride, rows, columns, bits, found.isa if isa is None else isa, width)
+        self._matrix = _MATRIX.pack(*addresses, entries.data_ptr(), *fields)
+        self._multiply = found.calls.compress_int8 if int8 else found.calls.compress_exact
+        self._weights, self._rows, self._team = rows * columns, rows, found.team
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x @ W.T``: floating [..., K] to [..., N] in the same dtype, added in float32; no gradient.
+
+        Raises:
+            ValueError: the last dimension is not K.
+            RuntimeError: no memory, or kernels that this processor cannot run.
+        """
+        shape, dtype = x.shape, x.dtype
+        if shape[-1] != self.columns:
+            raise ValueError(f"an input of {shape[-1]} values for a layer of {self.columns}")
+        count = x.numel() // self.columns
+        if count > FUSED_ROWS:
+            return self._tiled(x)
+        y = torch.empty((*shape[:-1], self._rows), dtype=torch.float32)
+        if count == 0:
+            return y.to(dtype)
+        rows = x.to(torch.float32).contiguous()
+        threads = torch.get_num_threads() if count * self._weights >= _WORTH_A_TEAM else 1
+        if self._multiply(self._matrix, rows.data_ptr(), count, y.data_ptr(), self._team, threads):
+            raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
+        return y if dtype == torch.float32 else y.to(dtype)
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """The product by torch, a few rows of looked-up weights at a time."""
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
+        rows = x.detach().reshape(-1, self.columns).to(dtype)
+        y = torch.empty(rows.shape[0], self._rows, dtype=dtype)
+        step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
+        for start in range(0, self._rows, step):
+            part = slice(start, start + step)
+            weight = look_up([plane[part] for plane in self.planes], self.codebook[part].to(dtype), self.columns)
+            y[:, part] = rows @ weight.t()
+        return y.to(x.dtype).view(*x.shape[:-1], self._rows)
+
+
+def look_up(planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | None = None) -> Tensor:
+    """Every weight: [N, K] of the entries of ``table`` ([N, 2**b], floating, two or four bytes each), not rounded.
+
+    Raises:
+        ValueError: shapes or types that do not belong together.
+        RuntimeError: there is no library, or this processor cannot run the kernels asked for.
+    """
+    found, rows = _library(), table.shape[0]
+    # The library copies words of this size, whatever they mean.
+    words = table.detach().contiguous().view({2: torch.float16, 4: torch.float32}[table.element_size()])
+    matrix = Prepared(planes, words, columns, isa=isa)
+    out = torch.empty(rows, columns, dtype=table.dtype)
+    threads = torch.get_num_threads() if out.numel() >= _WORTH_A_TEAM else 1
+    if found.calls.compress_look_up(matrix._matrix, out.data_ptr(), found.team, threads):
+        raise RuntimeError("this processor cannot run the kernels asked for")
+    return out
