@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test check test-matrix bench clean
 
-.venv/ready: pyproject.toml constraints-cpu.txt
+.venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
 	touch $@

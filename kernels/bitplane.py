@@ -34,7 +34,8 @@ def dense_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: to
     Returns:
         [N, K] in ``dtype``.
     """
-    if dtype.itemsize in (2, 4) and cpu.serves(codebook, *planes):
+    traced = torch.compiler.is_compiling()
+    if not traced and dtype.itemsize in (2, 4) and cpu.serves(codebook, *planes):
         return cpu.look_up(planes, codebook.to(dtype), columns)
     return reference_weight(planes, codebook, columns, dtype)
 

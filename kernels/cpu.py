@@ -1,6 +1,6 @@
 """The C library behind :mod:`compress.kernels.bitplane` on a CPU, and the int8 mode that only it has.
 
-The library (``kernels/cpu/*.c``) has a plain C interface and links neither torch nor an OpenMP runtime. It reads the planes
+The library (``kernels/c/*.c``) has a plain C interface and links neither torch nor an OpenMP runtime. It reads the planes
 where they are: its only layout is the stored one, so a narrower width is fewer pointers and a model in memory is
 as large as the planes and tables it holds. Threads are those of torch: the team is started through the entry
 point of the OpenMP runtime that torch has already brought into the process, because a second pool of threads
@@ -25,7 +25,7 @@ _ABI = 1
 _MATRIX = struct.Struct("=16q")
 _TABLES = {torch.float16: 2, torch.float32: 4}
 _TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
-_WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
+WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,14 @@ def describe() -> str:
     return f"c: {ISAS[found.isa]} kernels, the best this processor has, {team}; other devices: torch reference look-up"
 
 
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return not isinstance(library(), str)
+
+
 def serves(*tensors: Tensor) -> bool:
-    """Whether there is a library and every tensor is in this processor's memory."""
-    return not isinstance(library(), str) and all(tensor.device.type == "cpu" for tensor in tensors)
+    """Whether there is a library and every tensor is in this processor's memory, not a stand-in for tracing."""
+    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and _built()
 
 
 def _library() -> Library:
@@ -170,10 +175,14 @@ class Prepared:
         if count == 0:
             return y.to(dtype)
         rows = x.to(torch.float32).contiguous()
-        threads = torch.get_num_threads() if count * self._weights >= _WORTH_A_TEAM else 1
+        threads = torch.get_num_threads() if self.products(count) >= WORTH_A_TEAM else 1
         if self._multiply(self._matrix, rows.data_ptr(), count, y.data_ptr(), self._team, threads):
             raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
         return y if dtype == torch.float32 else y.to(dtype)
+
+    def products(self, count: int) -> int:
+        """Multiplications for ``count`` rows of activations."""
+        return count * self._weights
 
     def _tiled(self, x: Tensor) -> Tensor:
         """The product by torch, a few rows of looked-up weights at a time."""
@@ -200,7 +209,7 @@ def look_up(planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | No
     words = table.detach().contiguous().view({2: torch.float16, 4: torch.float32}[table.element_size()])
     matrix = Prepared(planes, words, columns, isa=isa)
     out = torch.empty(rows, columns, dtype=table.dtype)
-    threads = torch.get_num_threads() if out.numel() >= _WORTH_A_TEAM else 1
+    threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
     if found.calls.compress_look_up(matrix._matrix, out.data_ptr(), found.team, threads):
         raise RuntimeError("this processor cannot run the kernels asked for")
     return out

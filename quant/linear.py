@@ -189,7 +189,6 @@ class BitPlaneLinear(_Packed):
             y = bitplane_linear(x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype))
         return y if self.bias is None else y + self.bias
 
-
     def _direct(self, x: Tensor) -> cpu.Prepared | None:
         """The C library's view of this layer, where it may be called past the operator; else None.
 
@@ -198,7 +197,7 @@ class BitPlaneLinear(_Packed):
         """
         if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
             return None
-        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
         buffers = list(self._buffers.values())  # whoever moves tensors may put others in their place
         if self._prepared is not None:

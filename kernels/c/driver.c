@@ -9,21 +9,6 @@
 #define BLOCK_BYTES 16384    /* such a block stays in the first-level cache */
 #define ALIGN 64
 
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
-
-/* How OpenMP runtimes start a team: GCC's entry point, which LLVM's and Intel's offer too. */
-typedef void (*Team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-
-/* Every field is eight bytes: the caller packs them one after another. */
-typedef struct {
-    const uint8_t *planes[MAX_BITS];
-    const void *table;         /* [rows, 2**bits]: values, or bytes in the int8 mode, or words to copy */
-    const float *affine;       /* int8 mode: [rows, 2], value = byte * affine[0] + affine[1]; else NULL */
-    int64_t stride, rows, columns, bits;
-    int64_t isa;
-    int64_t width;             /* bytes of a table entry: 2 (float16) or 4 (float32); 1 in the int8 mode */
-} Matrix;
-
 typedef struct {
     const Matrix *matrix;
     const Kernels *kernels;
@@ -131,7 +116,7 @@ static void multiply(void *data)
                 const float *affine = matrix->affine ? matrix->affine + 2 * (first + i) : NULL;
                 float y = sum[i][m];
                 if (affine)
-                    y = affine[0] * (y + job->kernels->int8_excess * job->totals[m]) + affine[1] * job->totals[m];
+                    y = affine[0] * y + (affine[1] + affine[0] * job->kernels->int8_excess) * job->totals[m];
                 job->y[m * matrix->rows + first + i] = y;
             }
     }
@@ -146,8 +131,6 @@ static void start(Job *job, void (*work)(void *), Team team, int threads)
         work(job);
 }
 
-/* y[m, n] = sum over k of value[n, code(n, k)] * x[m, k], in float32. x is [batch, columns].
- * Returns 0, or -1: this processor lacks `isa`, or there is no memory. */
 int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)
 {
     const Kernels *kernels = kernels_of(matrix->isa);
@@ -191,7 +174,6 @@ static float round_group(const float *value, int8_t *code)
     return finite ? (inverse > 0 ? largest / 127.0f : 0.0f) : NAN;
 }
 
-/* As compress_exact, with activations of 8 bits for every 64 columns and table entries of 8 bits. */
 int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)
 {
     const Kernels *kernels = kernels_of(matrix->isa);
@@ -199,11 +181,11 @@ int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Tea
     uint16_t order[CHUNK];
     float totals[MAX_BATCH];
     void *block;
-    size_t scales = sizeof(float) * (size_t)(batch * span / GROUP);
-    float *scale = kernels ? aligned(scales + (size_t)(batch * span), &block) : NULL;
-    if (!scale)
+    size_t size = (size_t)(batch * span); /* of the codes, which come first: they must be aligned */
+    int8_t *codes = kernels ? aligned(size + size / GROUP * sizeof(float), &block) : NULL;
+    if (!codes)
         return -1;
-    int8_t *codes = (int8_t *)scale + scales;
+    float *scale = (float *)(codes + size);
     kernels->int8_order((int)matrix->bits, order);
     for (int m = 0; m < batch; m++) {
         double total = 0;
@@ -252,7 +234,6 @@ static void copy(void *data)
             }
 }
 
-/* out[n, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are. */
 int compress_look_up(const Matrix *matrix, void *out, Team team, int threads)
 {
     const Kernels *kernels = kernels_of(matrix->isa);

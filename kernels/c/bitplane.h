@@ -91,4 +91,32 @@ extern const Kernels avx2_kernels, avx512_kernels;
 #define EXACT(bits) ROWS(exact_row, bits)
 #define INT8(bits) ROWS(int8_row, bits)
 
+/* What callers use. */
+
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+/* How OpenMP runtimes start a team: GCC's entry point, which LLVM's and Intel's offer too. */
+typedef void (*Team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+/* Every field is eight bytes: the caller packs them one after another. */
+typedef struct {
+    const uint8_t *planes[MAX_BITS];
+    const void *table;         /* [rows, 2**bits]: values, or bytes in the int8 mode, or words to copy */
+    const float *affine;       /* int8 mode: [rows, 2], value = byte * affine[0] + affine[1]; else NULL */
+    int64_t stride, rows, columns, bits;
+    int64_t isa;
+    int64_t width;             /* bytes of a table entry: 2 (float16) or 4 (float32); 1 in the int8 mode */
+} Matrix;
+
+int compress_abi(void);      /* changes with everything below */
+int compress_best_isa(void); /* the best this processor can run */
+
+/* y[m, n] = sum over k of value[n, code(n, k)] * x[m, k], in float32; x is [batch, columns], y [batch, rows]. `team` may be
+ * NULL: then the calling thread does it all. Returns 0, or -1: this processor lacks `isa`, or there is no memory. */
+int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
+/* The same with activations rounded to 8 bits, 64 columns at a time, and table entries of 8 bits. */
+int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
+/* out[n, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are. */
+int compress_look_up(const Matrix *matrix, void *out, Team team, int threads);
+
 #endif
