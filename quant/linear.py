@@ -199,6 +199,8 @@ class BitPlaneLinear(_Packed):
             return None
         if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return None
         buffers = list(self._buffers.values())  # whoever moves tensors may put others in their place
         if self._prepared is not None:
             held, exact, prepared = self._prepared
