@@ -15,7 +15,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,22 @@ DEMO_SHAPES = {"192 x 192": (192, 192), "500 x 192": (500, 192), "192 x 500": (1
 Times = dict[str, list[float]]
 
 
-def take_turns(candidates: dict[str, Callable[[], object]], rounds: int, repeat: int = 1) -> Times:
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    repeat: int = 1,
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> Times:
     """Seconds per call of every candidate in every round, after one round that is not counted.
 
-    On one thread they are seconds of processor time: what other processes take meanwhile does not count.
+    What is to be done `before` a candidate's turn is not counted either. On one thread they are seconds of processor time: what other processes take meanwhile does not count.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: Times = {name: [] for name in candidates}
     for counted in range(-1, rounds):
         for name, call in candidates.items():
+            if before and name in before:
+                before[name]()
             begun = clock()
             for _ in range(repeat):
                 call()
@@ -205,20 +212,19 @@ def decode(arguments: argparse.Namespace, console: Console) -> None:
     steps = {name: decoder(model) for name, model in models.items()}
     packed = random_llama(arguments.blocks, torch.bfloat16, (2, 8))
 
-    def at(bits: int, exact: bool) -> Callable[[], None]:
-        step = decoder(packed)
+    step = decoder(packed)
 
-        def run() -> None:
-            for module in packed_modules(packed).values():
-                module.bits, module.exact = bits, exact
-            step()
+    def at(bits: int, exact: bool) -> None:
+        for module in packed_modules(packed).values():
+            module.bits, module.exact = bits, exact
+        step()  # makes what is made once per width
 
-        return run
-
+    switches = {}
     for bits in (2, 3, 4, 8):
         for exact in (True, False):
-            steps[f"{bits} bits, {'exact' if exact else 'int8'}"] = at(bits, exact)
-    times = take_turns(steps, arguments.tokens)
+            name = f"{bits} bits, {'exact' if exact else 'int8'}"
+            switches[name], steps[name] = partial(at, bits, exact), step
+    times = take_turns(steps, arguments.tokens, repeat=3, before=switches)
     table = Table("what", "tokens/s", "x bfloat16", "x float32")
     for name, seconds in times.items():
         versus = (f"{ratios(times, name, f'torch {base}'):.2f}" for base in ("bfloat16", "float32"))

@@ -27,7 +27,7 @@ from compress.quant.linear import BitPlaneLinear
 def in_pieces(prepared: Prepared, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """A forward hook: the layer's output again, a few rows at a time."""
     x = inputs[0].reshape(-1, prepared.columns)
-    y = torch.cat([prepared(rows) for rows in x.split(FUSED_ROWS)]).view_as(output)
+    y = torch.cat([prepared(rows) for rows in torch.split(x, FUSED_ROWS)]).view_as(output)
     bias = getattr(module, "bias", None)
     return y if bias is None else y + bias
 

@@ -112,11 +112,17 @@ class Int8Tables:
 
 def int8_tables(codebook: Tensor) -> Int8Tables:
     """Round every row of a codebook, floating [N, 2**b], to 255 equal steps between its least and its largest entry."""
-    table = codebook.detach().double()
-    low, high = table.amin(1, keepdim=True), table.amax(1, keepdim=True)
-    step = (high - low) / 254
-    place = torch.where(step > 0, (table - low) / step, 0.0).round()
-    return Int8Tables((place + 1).to(torch.uint8), torch.cat([step, low - step], 1).float())
+    places, affine = torch.empty_like(codebook, dtype=torch.uint8), torch.empty(codebook.shape[0], 2)
+    at_once = max(1, (1 << 18) // codebook.shape[1])  # rows: float64 copies stay small
+    for rows, place, line in zip(
+        torch.split(codebook.detach(), at_once), torch.split(places, at_once), torch.split(affine, at_once), strict=True
+    ):
+        table = rows.double()
+        low, high = table.amin(1, keepdim=True), table.amax(1, keepdim=True)
+        step = (high - low) / 254
+        place.copy_(torch.where(step > 0, (table - low) / step, 0.0).round() + 1)
+        line.copy_(torch.cat([step, low - step], 1))
+    return Int8Tables(places, affine)
 
 
 class Prepared:

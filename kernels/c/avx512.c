@@ -18,7 +18,7 @@
 #include <immintrin.h>
 
 #define VALUES (CHUNK / 16) /* vectors of float32 in a chunk */
-#define AHEAD 2             /* rows */
+#define AHEAD 1             /* rows */
 
 /* One cache line of every slot, or what there is of it, into SLOTS(bits) vectors of transposed elements. */
 INLINE void transposed(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes, __m512i out[8])

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #define ROWS_AT_ONCE 16      /* rows of weights that pass by one block of activations */
-#define BLOCK_BYTES 16384    /* such a block stays in the first-level cache */
+#define BLOCK_BYTES 32768    /* such a block of the first row stays in or near the first-level cache */
 #define ALIGN 64
 
 typedef struct {
