@@ -261,12 +261,12 @@ static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
     EVERY_WIDTH(INT8)
 }
 
-static void codes_in_order(const uint8_t *const planes[], int bits, int64_t bytes, uint8_t codes[CHUNK])
+static void look_up(const Block *w, int64_t columns, void *out)
 {
-    portable_kernels.codes(planes, bits, bytes, codes);
+    portable_kernels.look_up(w, columns, out);
 }
 
-const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, codes_in_order, 128.0f};
+const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -16,6 +16,7 @@
 #pragma GCC target("f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
 #endif
 #include <immintrin.h>
+#include <string.h>
 
 #define VALUES (CHUNK / 16) /* vectors of float32 in a chunk */
 #define AHEAD 1             /* rows */
@@ -259,14 +260,15 @@ static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
     EVERY_WIDTH(INT8)
 }
 
-static void codes_in_order(const uint8_t *const planes[], int bits, int64_t bytes, uint8_t codes[CHUNK])
+/* The codes of a chunk in the order of the columns. */
+INLINE void codes_in_order(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes, uint8_t codes[CHUNK])
 {
     /* Eight slots whatever the width: each vector then holds sixteen columns in a row per lane. */
     const uint8_t *slots[8];
     __m512i out[8];
     for (int slot = 0; slot < 8; slot++)
         slots[slot] = planes[slot < 8 - bits ? 0 : slot - (8 - bits)];
-    transposed(8, slots, 0, bytes, out);
+    transposed(8, slots, start, bytes, out);
     for (int vector = 0; vector < 8; vector++) {
         __m512i code = _mm512_and_si512(out[vector], _mm512_set1_epi8((char)((1 << bits) - 1)));
         _mm_storeu_si128((__m128i *)(codes + 16 * vector), _mm512_castsi512_si128(code));
@@ -276,7 +278,86 @@ static void codes_in_order(const uint8_t *const planes[], int bits, int64_t byte
     }
 }
 
-const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, codes_in_order, 0.0f};
+/* 64 entries of four bytes, from byte tables. */
+INLINE void four_bytes_each(const int bits, __m512i table[4][4], __m512i codes, float *out)
+{
+    __m512 value[4];
+    values_by_bytes(bits, table, codes, value);
+    for (int i = 0; i < 4; i++) {
+        _mm_storeu_ps(out + 4 * i, _mm512_castps512_ps128(value[i]));
+        _mm_storeu_ps(out + 16 + 4 * i, _mm512_extractf32x4_ps(value[i], 1));
+        _mm_storeu_ps(out + 32 + 4 * i, _mm512_extractf32x4_ps(value[i], 2));
+        _mm_storeu_ps(out + 48 + 4 * i, _mm512_extractf32x4_ps(value[i], 3));
+    }
+}
+
+/* 32 entries of two bytes; table[i] holds entries 32 i to 32 i + 31. */
+INLINE __m512i two_bytes_each(const int bits, const __m512i table[8], __m512i codes)
+{
+    __m512i found[4];
+    if (bits <= 5)
+        return _mm512_permutexvar_epi16(codes, table[0]);
+    for (int i = 0; i < 1 << (bits - 6); i++)
+        found[i] = _mm512_permutex2var_epi16(table[2 * i], codes, table[2 * i + 1]);
+    for (int bit = 6; bit < bits; bit++) {
+        __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16((short)(1 << bit)));
+        for (int i = 0; i < 1 << (bits - 1 - bit); i++)
+            found[i] = _mm512_mask_blend_epi16(upper, found[2 * i], found[2 * i + 1]);
+    }
+    return found[0];
+}
+
+INLINE void look_up_row(const int bits, const Block *w, int64_t columns, void *out)
+{
+    const int count = 1 << bits;
+    __m512 small[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m512i split[4][4], words[8];
+    for (int i = 0; i < 8; i++) /* compilers do not see that what is used has been set */
+        words[i] = _mm512_setzero_si512();
+    if (w->width == 4 && bits <= 5)
+        small_table(bits, w->table, 4, small);
+    else if (w->width == 4)
+        split_table(bits, w->table, 4, split);
+    else
+        for (int i = 0; i < (count + 31) / 32; i++)
+            words[i] = _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << (count % 32)) - 1,
+                                                (const uint16_t *)w->table + 32 * i);
+    for (int64_t start = 0; start < columns; start += CHUNK) {
+        uint8_t codes[CHUNK];
+        int64_t here = columns - start < CHUNK ? columns - start : CHUNK;
+        codes_in_order(bits, w->planes, start / 8, w->bytes - start / 8, codes);
+        if (w->width == 2)
+            for (int64_t i = 0; i < here; i += 32) {
+                __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + i)));
+                __mmask32 present = here - i >= 32 ? ~0u : (1u << (here - i)) - 1;
+                _mm512_mask_storeu_epi16((uint16_t *)out + start + i, present, two_bytes_each(bits, words, code));
+            }
+        else if (bits <= 5)
+            for (int64_t i = 0; i < here; i += 16) {
+                __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+                __mmask16 present = here - i >= 16 ? 0xffff : (__mmask16)((1u << (here - i)) - 1);
+                __m512 value = bits == 5 ? _mm512_permutex2var_ps(small[0], code, small[1])
+                                         : _mm512_permutexvar_ps(code, small[0]);
+                _mm512_mask_storeu_ps((float *)out + start + i, present, value);
+            }
+        else
+            for (int64_t i = 0; i < here; i += 64) {
+                float last[64], *to = here - i >= 64 ? (float *)out + start + i : last;
+                four_bytes_each(bits, split, _mm512_loadu_si512(codes + i), to);
+                if (to == last)
+                    memcpy((float *)out + start + i, last, sizeof(float) * (size_t)(here - i));
+            }
+    }
+}
+
+static void look_up(const Block *w, int64_t columns, void *out)
+{
+#define LOOK_UP(bits) look_up_row(bits, w, columns, out);
+    EVERY_WIDTH(LOOK_UP)
+#undef LOOK_UP
+}
+
+const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, 0.0f};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -47,8 +47,8 @@ typedef struct {
     void (*exact)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
     /* The same with values 0 to 255 and activations of 8 bits. */
     void (*int8)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
-    /* Codes of one chunk in the order of the columns; `bytes` (at most CHUNK_BYTES) may be read of each plane. */
-    void (*codes)(const uint8_t *const planes[], int bits, int64_t bytes, uint8_t codes[CHUNK]);
+    /* The entries of one row (w->rows is 1), of 2 or 4 bytes, in the order of the columns. */
+    void (*look_up)(const Block *w, int64_t columns, void *out);
     /* What the int8 kernels take off every table entry. */
     float int8_excess;
 } Kernels;

@@ -217,21 +217,12 @@ static void copy(void *data)
 {
     Job *job = data;
     const Matrix *matrix = job->matrix;
-    int64_t first, rows, entries = (int64_t)1 << matrix->bits;
+    int64_t first, rows;
     while ((rows = take(job, &first)))
-        for (int64_t row = first; row < first + rows; row++)
-            for (int64_t column = 0; column < matrix->columns; column += CHUNK) {
-                uint8_t codes[CHUNK];
-                int64_t count = smaller(CHUNK, matrix->columns - column), to = row * matrix->columns + column;
-                Block w = block_of(matrix, row, 1, column, count);
-                job->kernels->codes(w.planes, w.bits, w.bytes, codes);
-                if (matrix->width == 4)
-                    for (int64_t i = 0; i < count; i++)
-                        ((uint32_t *)job->out)[to + i] = ((const uint32_t *)matrix->table)[row * entries + codes[i]];
-                else
-                    for (int64_t i = 0; i < count; i++)
-                        ((uint16_t *)job->out)[to + i] = ((const uint16_t *)matrix->table)[row * entries + codes[i]];
-            }
+        for (int64_t row = first; row < first + rows; row++) {
+            Block w = block_of(matrix, row, 1, 0, matrix->columns);
+            job->kernels->look_up(&w, matrix->columns, (uint8_t *)job->out + row * matrix->columns * matrix->width);
+        }
 }
 
 int compress_look_up(const Matrix *matrix, void *out, Team team, int threads)
