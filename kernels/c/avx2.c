@@ -18,7 +18,7 @@
 
 #define HALF 256 /* columns in 32 bytes of a plane */
 #define HALF_BYTES 32
-#define AHEAD 2  /* rows */
+#define AHEAD 1536           /* bytes of a plane from what is read to what is asked for */
 
 INLINE __m256i line_of(const uint8_t *from, int64_t bytes)
 {
@@ -148,7 +148,7 @@ INLINE void add_up(const int batch, const __m256 *total, float *sum)
 INLINE void prefetch(const int bits, const Block *w, int64_t place)
 {
     for (int plane = 0; plane < bits; plane++)
-        PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD * w->stride));
+        PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD));
 }
 
 INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)

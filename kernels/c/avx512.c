@@ -19,7 +19,7 @@
 #include <string.h>
 
 #define VALUES (CHUNK / 16) /* vectors of float32 in a chunk */
-#define AHEAD 1             /* rows */
+#define AHEAD 1536           /* bytes of a plane from what is read to what is asked for */
 
 /* One cache line of every slot, or what there is of it, into SLOTS(bits) vectors of transposed elements. */
 INLINE void transposed(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes, __m512i out[8])
@@ -150,7 +150,7 @@ INLINE void values_by_bytes(const int bits, __m512i table[4][4], __m512i codes, 
 INLINE void prefetch(const int bits, const Block *w, int64_t place)
 {
     for (int plane = 0; plane < bits; plane++)
-        PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD * w->stride));
+        PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD));
 }
 
 /* Sums of the four chains of a single row of activations, or of one chain for each of several. */
