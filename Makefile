@@ -29,6 +29,7 @@ test-matrix:
 bench: .venv/ready
 	.venv/bin/python -m compress.evals.bench_quantiser
 	.venv/bin/python -m compress.evals.bench_memory
+	.venv/bin/python -m compress.evals.bench_cpu
 
 clean:
-	rm -rf .venv .venv-matrix runs build *.egg-info
+	rm -rf .venv .venv-matrix runs build *.egg-info kernels/_bitplane.so
