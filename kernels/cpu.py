@@ -81,13 +81,14 @@ def describe() -> str:
 
 
 @torch.compiler.assume_constant_result
-def _built() -> bool:
+def built() -> bool:
+    """Whether there is a library; compiled code takes the answer for a constant."""
     return not isinstance(library(), str)
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether there is a library and every tensor is in this processor's memory, not a stand-in for tracing."""
-    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and _built()
+    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and built()
 
 
 def _library() -> Library:

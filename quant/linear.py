@@ -141,7 +141,9 @@ class _Packed(nn.Module):
     def _kept_dense(self, dtype: torch.dtype) -> Tensor | None:
         """The dense weight kept between calls: ``N * K`` values in the activations' dtype, or None."""
         keep = self.keep_dense
-        if not (keep if keep is not None else not cpu.serves(self.codebook())):
+        if keep is None:
+            keep = self.codebook().device.type != "cpu" or not cpu.built()
+        if not keep:
             self._dense = None
             return None
         if self._dense is None or self._dense.dtype != dtype:

@@ -79,7 +79,7 @@ def test_a_kept_dense_weight_gives_the_same_product(batch, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_the_c_library_the_reference_serves(monkeypatch, dtype):
-    monkeypatch.setattr(cpu, "_built", lambda: False)
+    monkeypatch.setattr(cpu, "built", lambda: False)
     planes, codebook, weight = layer()
     x = activations(2, 5, 33, dtype=dtype)
     dense = dense_weight(planes, codebook, 33, dtype)

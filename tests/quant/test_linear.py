@@ -178,7 +178,7 @@ def test_the_dense_weight_is_kept_between_calls_only_if_wanted():
 
 @pytest.mark.parametrize("built", [False, True])
 def test_by_default_it_is_kept_only_where_nothing_multiplies_by_the_planes(monkeypatch, built):
-    monkeypatch.setattr(cpu, "_built", lambda: built)
+    monkeypatch.setattr(cpu, "built", lambda: built)
     if built and isinstance(cpu.library(), str):
         pytest.skip(cpu.library())
     module = linear()
@@ -287,8 +287,9 @@ def test_an_input_can_be_trained_after_an_evaluation(guard, keep_dense):
     torch.testing.assert_close(x.grad, module.dense().sum(0).expand(4, -1))
 
 
-@pytest.mark.parametrize("keep_dense", [False, True])
+@pytest.mark.parametrize("keep_dense", [None, False, True])
 def test_the_forward_pass_compiles_to_one_graph(keep_dense):
+    torch.compiler.reset()  # recompilations are counted, for all instances together
     module = linear()
     module.keep_dense = keep_dense
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -296,6 +297,16 @@ def test_the_forward_pass_compiles_to_one_graph(keep_dense):
     for bits in module.shape.widths:
         module.bits = bits
         torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_exporting_and_tracing_keep_the_operator():
+    module, x = linear(), inputs(4)
+    module(x)
+    exported = torch.export.export(module, (x,))
+    assert any("bitplane_linear" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(2 * x), module(2 * x))
+    torch.testing.assert_close(torch.jit.trace(module, (x,))(2 * x), module(2 * x))
+    assert module._dense is None or module.keep_dense or not cpu.built()
 
 
 # The embedding
