@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test check test-matrix bench clean
 
-.venv/ready: pyproject.toml constraints-cpu.txt
+.venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
 	touch $@
@@ -29,6 +29,7 @@ test-matrix:
 bench: .venv/ready
 	.venv/bin/python -m compress.evals.bench_quantiser
 	.venv/bin/python -m compress.evals.bench_memory
+	.venv/bin/python -m compress.evals.bench_cpu
 
 clean:
-	rm -rf .venv .venv-matrix runs build *.egg-info
+	rm -rf .venv .venv-matrix runs build *.egg-info kernels/_bitplane.so

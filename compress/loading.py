@@ -21,7 +21,7 @@ from compress.weights import INDEX, MANIFEST, Checkpoint
 
 def load(
     folder: str | Path, bits: Bits | float | str | None = None, memory: str | int | None = None,
-    keep_dense: bool = True, **kwargs: Any,
+    keep_dense: bool | None = None, exact: bool = True, **kwargs: Any,
 ) -> PreTrainedModel:  # fmt: skip
     """Load a checkpoint as a stock Hugging Face model.
 
@@ -34,8 +34,11 @@ def load(
             that makes the summed error, as measured when the checkpoint was made, least at that many bytes.
         memory: the same for a number of bytes that all tensors may take, such as ``"2GB"``. Activations and dense
             copies (``keep_dense``) come on top.
-        keep_dense: whether the torch backend may keep each layer's looked-up weight between calls: as much
-            memory as the dense model, and many times faster than looking it up again.
+        keep_dense: whether each layer's looked-up weight is kept between calls: as much memory as the dense model.
+            None keeps it only where no backend multiplies by the planes themselves (:func:`compress.backend`), as
+            looking it up again every time is many times slower.
+        exact: whether sums are of float32 products; if not, the C library rounds activations (64 at a time) and
+            table entries to 8 bits, which is faster.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -69,7 +72,7 @@ def load(
         check_tensors(Path(name), stored, index)
     model = _from_pretrained(name, config=config, **kwargs)
     for module in packed_modules(model).values():
-        module.keep_dense = keep_dense
+        module.keep_dense, module.exact = keep_dense, exact
     return model
 
 

@@ -4,7 +4,8 @@
 ``torch.library`` operator with a fake kernel (so ``torch.compile`` and export see one node) and a gradient
 for its input only: prompts and adapters train on the packed model while the weights stay frozen.
 
-The backend here is plain torch and runs anywhere. Accumulation is in float32 or wider.
+On a CPU the C library of :mod:`compress.kernels.cpu` serves it where it was built; the plain torch here runs anywhere.
+Accumulation is in float32 or wider.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.kernels import cpu
 from compress.kernels.packing import unpack_planes
 
+SERVED = (torch.float32, torch.bfloat16, torch.float16)  # by the C library: it adds in float32
 _WEIGHTS_AT_ONCE = 1 << 20  # looked up in one go: bounds the int64 indices to 8 MiB
 
 
@@ -31,6 +34,14 @@ def dense_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: to
     Returns:
         [N, K] in ``dtype``.
     """
+    traced = torch.compiler.is_compiling()
+    if not traced and dtype.itemsize in (2, 4) and cpu.serves(codebook, *planes):
+        return cpu.look_up(planes, codebook.to(dtype), columns)
+    return reference_weight(planes, codebook, columns, dtype)
+
+
+def reference_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """:func:`dense_weight` in plain torch, on any device."""
     rows = codebook.shape[0]
     weight = torch.empty(rows, columns, dtype=dtype, device=codebook.device)
     step = max(1, _WEIGHTS_AT_ONCE // max(columns, 1))
@@ -62,6 +73,8 @@ def bitplane_linear(x: Tensor, planes: list[Tensor], codebook: Tensor, columns: 
     Returns:
         [..., N] in ``x``'s dtype and on its device.
     """
+    if dense is None and cpu.serves(x, codebook, *planes) and x.dtype in SERVED:
+        return cpu.Prepared(planes, codebook, columns)(x)
     weight = dense if dense is not None else dense_weight(planes, codebook, columns, x.dtype)
     return _matmul(x, weight.t()).to(x.dtype).contiguous()  # autocast would return its own type
 
@@ -89,4 +102,4 @@ bitplane_linear.register_autograd(_input_gradient, setup_context=_keep_for_backw
 
 def backend() -> str:
     """Which implementation serves :func:`bitplane_linear`, and why."""
-    return "torch: reference look-up, the only backend built in; runs on every device"
+    return cpu.describe()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.kernels.bitplane import bitplane_linear, dense_weight
+from compress.kernels import cpu
+from compress.kernels.bitplane import SERVED, bitplane_linear, dense_weight
 from compress.kernels.packing import pack_planes, words
 
 
@@ -95,11 +97,19 @@ def _fits_half(table: Tensor) -> bool:
 
 
 class _Packed(nn.Module):
-    """Buffers that bear the checkpoint's own names, and a width that is a plain attribute."""
+    """Buffers that bear the checkpoint's own names, and a width that is a plain attribute.
+
+    Attributes:
+        keep_dense: whether the looked-up weight is kept between calls, as large as the dense layer's; None keeps it
+            only where nothing multiplies by the planes themselves.
+        exact: whether sums are of float32 products; if not, a CPU may round activations and table entries to
+            8 bits where no gradient is asked for and nothing is compiled.
+    """
 
     def __init__(self, shape: PackedShape) -> None:
         super().__init__()
-        self.keep_dense = True
+        self.keep_dense: bool | None = None
+        self.exact = True
         self.hold(shape, {name: torch.empty(size, dtype=kind) for name, (size, kind) in shape.specification().items()})
         self.bits = shape.parent_bits
 
@@ -111,6 +121,7 @@ class _Packed(nn.Module):
         """
         self.shape = shape
         self._dense: Tensor | None = None
+        self._prepared: tuple[list[Tensor | None], bool, cpu.Prepared] | None = None
         self._buffers.clear()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -125,7 +136,16 @@ class _Packed(nn.Module):
         if not isinstance(value, int) or value not in self.shape.widths:
             widths = self.shape.widths
             raise ValueError(f"width {value} is not among the {widths[0]} to {widths[-1]} bits held in memory")
-        self._bits, self._dense = value, None
+        self._bits = value
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was derived from the buffers."""
+        self._dense = self._prepared = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle derives its own: addresses mean nothing elsewhere."""
+        return {**self.__dict__, "_dense": None, "_prepared": None}
 
     def planes(self) -> list[Tensor]:
         """The planes of the width in use, most significant first, each int32 [N, ceil(K / 32)]."""
@@ -143,7 +163,10 @@ class _Packed(nn.Module):
 
     def _kept_dense(self, dtype: torch.dtype) -> Tensor | None:
         """The dense weight kept between calls: ``N * K`` values in the activations' dtype, or None."""
-        if not self.keep_dense:
+        keep = self.keep_dense
+        if keep is None:
+            keep = self.codebook().device.type != "cpu" or not cpu.built()
+        if not keep:
             self._dense = None
             return None
         if self._dense is None or self._dense.dtype != dtype:
@@ -152,7 +175,7 @@ class _Packed(nn.Module):
         return self._dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
-        self._dense = None  # it would stay on the old device
+        self._forget()  # it would stay on the old device
         tables = {id(buffer) for name, buffer in self.named_buffers() if name.startswith("codebook_")}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -165,7 +188,7 @@ class _Packed(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dense = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -183,8 +206,36 @@ class BitPlaneLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``; differentiable in ``x``."""
-        y: Tensor = bitplane_linear(x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype))
+        prepared = self._direct(x)
+        y: Tensor
+        if prepared is not None:
+            y = prepared(x)
+        else:
+            y = bitplane_linear(x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype))
         return y if self.bias is None else y + self.bias
+
+    def _direct(self, x: Tensor) -> cpu.Prepared | None:
+        """The C library's view of this layer, where it may be called past the operator; else None.
+
+        The operator's dispatch takes longer than a small layer's product. What it is there for, gradients and tracing, goes
+        through it.
+        """
+        if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
+            return None
+        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return None
+        buffers = list(self._buffers.values())  # whoever moves tensors may put others in their place
+        if self._prepared is not None:
+            held, exact, prepared = self._prepared
+            if exact == self.exact and all(map(is_, held, buffers)):
+                return prepared
+        if not cpu.serves(self.codebook()):
+            return None
+        prepared = cpu.Prepared(self.planes(), self.codebook(), self.in_features, int8=not self.exact)
+        self._prepared = buffers, self.exact, prepared
+        return prepared
 
 
 class BitPlaneEmbedding(_Packed):

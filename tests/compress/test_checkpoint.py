@@ -186,6 +186,34 @@ def test_a_loaded_model_can_be_saved_again(compressed, tmp_path, bits, fresh_pyt
     assert "mismatch" in fresh_python(code, tmp_path / "again", fails=True)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_model_that_has_run_is_saved_as_it_was_stored(compressed, tmp_path, exact):
+    model = compress.load(compressed, exact=exact)
+    with torch.no_grad():
+        before = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    stored = {name: tensor for file in compressed.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in stored.items())
+    with torch.no_grad():
+        assert torch.equal(logits(compress.load(tmp_path / "again", exact=exact)), before)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_every_way_through_a_packed_layer_gives_the_same_logits(compressed, exact):
+    model, dense = compress.load(compressed, exact=exact), compress.load(compressed, keep_dense=True)
+    with torch.no_grad():
+        expected, direct = logits(dense), logits(model)
+        embedded = model.get_input_embeddings()(TOKENS)
+    differentiable = model(inputs_embeds=embedded.requires_grad_()).logits
+    assert differentiable.requires_grad
+    torch.testing.assert_close(differentiable.detach(), expected, rtol=1e-4, atol=1e-4)
+    error = (direct - expected).norm() / expected.norm()
+    assert error < (1e-5 if exact else 0.03)
+    assert all(module._dense is None for module in packed_modules(model).values()) or "torch" in compress.backend()[:5]
+
+
 def test_tables_keep_their_type_when_the_model_is_cast(compressed):
     model = compress.load(compressed, dtype=torch.bfloat16)
     module = packed_modules(model)["model.layers.0.mlp.up_proj"]

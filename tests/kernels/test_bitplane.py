@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compress.kernels import bitplane
-from compress.kernels.bitplane import bitplane_linear, dense_weight
+from compress.kernels import bitplane, cpu
+from compress.kernels.bitplane import bitplane_linear, dense_weight, reference_weight
 from compress.kernels.packing import pack_planes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -69,17 +69,29 @@ def test_an_input_may_have_any_strides(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 5)])
-def test_a_kept_dense_weight_changes_no_bit(batch, dtype):
-    planes, codebook, _ = layer()
+def test_a_kept_dense_weight_gives_the_same_product(batch, dtype):
+    planes, codebook, weight = layer()
     x = activations(*batch, 33, dtype=dtype)
     dense = dense_weight(planes, codebook, 33, dtype)
-    assert torch.equal(bitplane_linear(x, planes, codebook, 33, dense), bitplane_linear(x, planes, codebook, 33, None))
+    assert_is_product(bitplane_linear(x, planes, codebook, 33, dense), x, weight)
+    assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_the_c_library_the_reference_serves(monkeypatch, dtype):
+    monkeypatch.setattr(cpu, "built", lambda: False)
+    planes, codebook, weight = layer()
+    x = activations(2, 5, 33, dtype=dtype)
+    dense = dense_weight(planes, codebook, 33, dtype)
+    kept = bitplane_linear(x, planes, codebook, 33, dense)
+    assert torch.equal(bitplane_linear(x, planes, codebook, 33, None), kept)
+    assert_is_product(kept, x, weight)
 
 
 def test_looking_up_a_few_rows_at_a_time_changes_no_bit(monkeypatch):
     planes, codebook, weight = layer(rows=7)
     monkeypatch.setattr(bitplane, "_WEIGHTS_AT_ONCE", 2 * 33)  # two rows of 33 weights, so chunks of 2, 2, 2 and 1
-    assert torch.equal(dense_weight(planes, codebook, 33, torch.float16), weight)
+    assert torch.equal(reference_weight(planes, codebook, 33, torch.float16), weight)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["looked_up", "dense_kept"])

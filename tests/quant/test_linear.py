@@ -1,8 +1,12 @@
 """Packed modules: what is stored, reading at every width, and the dense copy kept between calls."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
+from compress.kernels import cpu
 from compress.kernels.packing import unpack_planes
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape, pack, width_of
 
@@ -151,8 +155,15 @@ def test_a_bias_is_added():
     assert not with_bias.bias.requires_grad
 
 
+def dense_linear():
+    """One that keeps its looked-up weight."""
+    module = linear()
+    module.keep_dense = True
+    return module
+
+
 def test_the_dense_weight_is_kept_between_calls_only_if_wanted():
-    module, x = linear(), inputs(4)
+    module, x = dense_linear(), inputs(4)
     kept = module(x)
     assert torch.equal(module._dense, module.dense())
     first = module._dense
@@ -161,13 +172,25 @@ def test_the_dense_weight_is_kept_between_calls_only_if_wanted():
 
     lean = linear()
     lean.keep_dense = False
-    assert torch.equal(lean(x), kept)
+    torch.testing.assert_close(lean(x), kept)
     assert lean._dense is None
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_by_default_it_is_kept_only_where_nothing_multiplies_by_the_planes(monkeypatch, built):
+    monkeypatch.setattr(cpu, "built", lambda: built)
+    if built and isinstance(cpu.library(), str):
+        pytest.skip(cpu.library())
+    module = linear()
+    module(inputs(4))
+    module(inputs(4).requires_grad_())
+    assert (module._dense is None) is built
+    assert (module._prepared is not None) is built
 
 
 def test_the_dense_weight_is_made_anew_for_another_width():
     codes, tables = nested()
-    module, x = linear(), inputs(4)
+    module, x = dense_linear(), inputs(4)
     module(x)
     module.bits = 4
     assert torch.equal(module(x), x @ looked_up(codes, tables, 4).T)
@@ -175,16 +198,73 @@ def test_the_dense_weight_is_made_anew_for_another_width():
 
 @pytest.mark.parametrize("place", [torch.device("cpu"), torch.float32])
 def test_moving_a_module_drops_the_dense_weight(place):
-    module = linear()
+    module = dense_linear()
     module(inputs(4))
     assert module.to(place)._dense is None
 
 
 def test_the_dense_weight_follows_the_dtype_of_the_input():
-    module, x = linear(), inputs(4)
+    module, x = dense_linear(), inputs(4)
     module(x)
     assert module(x.bfloat16()).dtype == torch.bfloat16
     assert module._dense.dtype == torch.bfloat16
+
+
+# What the C library is given
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_copy_multiplies_by_its_own_tensors(exact):
+    module, x = linear(), inputs(4)
+    module.exact = exact
+    before = module(x)
+    twin, pickled = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for buffer in module.buffers():
+        buffer.zero_()
+    assert torch.equal(twin(x), before)
+    assert torch.equal(pickled(x), before)
+
+
+def test_buffers_put_in_place_of_others_take_effect():
+    module, x = linear(), inputs(4)
+    before = module(x)
+    module._buffers["codebook_6"] = 2 * module.codebook_6  # as offloading does
+    assert torch.equal(module(x), 2 * before)
+
+
+def test_every_width_takes_effect_after_a_call():
+    codes, tables = nested()
+    module, x = linear(), inputs(4)
+    for bits in (6, 3, 5, 4, 6):
+        module.bits = bits
+        torch.testing.assert_close(module(x), x @ looked_up(codes, tables, bits).T)
+
+
+def test_a_cast_model_computes_in_its_own_type():
+    module, x = linear(bias=True), inputs(4)
+    torch.nn.init.normal_(module.bias)
+    before = module(x)
+    module.to(torch.bfloat16)
+    after = module(x.bfloat16())
+    assert after.dtype == torch.bfloat16
+    torch.testing.assert_close(after.float(), before, rtol=0.02, atol=0.2)
+
+
+def test_a_rounding_mode_is_near_the_exact_one_and_has_exact_gradients():
+    if isinstance(cpu.library(), str):
+        pytest.skip(cpu.library())
+    module, x = linear(), inputs(4)
+    expected = module(x)
+    module.exact = False
+    rounded = module(x)
+    assert not torch.equal(rounded, expected)
+    assert (rounded - expected).norm() < 0.02 * expected.norm()
+    assert torch.equal(module(x.requires_grad_()).detach(), expected)
+
+
+def test_an_input_of_the_wrong_length_is_refused():
+    with pytest.raises((RuntimeError, ValueError)):
+        linear()(torch.zeros(2, COLUMNS + 1))
 
 
 def test_new_tensors_take_effect_after_a_call():
@@ -207,8 +287,9 @@ def test_an_input_can_be_trained_after_an_evaluation(guard, keep_dense):
     torch.testing.assert_close(x.grad, module.dense().sum(0).expand(4, -1))
 
 
-@pytest.mark.parametrize("keep_dense", [False, True])
+@pytest.mark.parametrize("keep_dense", [None, False, True])
 def test_the_forward_pass_compiles_to_one_graph(keep_dense):
+    torch.compiler.reset()  # recompilations are counted, for all instances together
     module = linear()
     module.keep_dense = keep_dense
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -216,6 +297,16 @@ def test_the_forward_pass_compiles_to_one_graph(keep_dense):
     for bits in module.shape.widths:
         module.bits = bits
         torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_exporting_and_tracing_keep_the_operator():
+    module, x = linear(), inputs(4)
+    module(x)
+    exported = torch.export.export(module, (x,))
+    assert any("bitplane_linear" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(2 * x), module(2 * x))
+    torch.testing.assert_close(torch.jit.trace(module, (x,))(2 * x), module(2 * x))
+    assert module._dense is None or module.keep_dense or not cpu.built()
 
 
 # The embedding

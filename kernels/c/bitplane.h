@@ -1,0 +1,122 @@
+/* Multiplication by weights that are bit planes and one table of values per row: shared declarations.
+ *
+ * A matrix of N rows and K columns is `bits` planes, most significant first; a row of a plane is `stride` bytes, and
+ * column k is bit k % 8 of its byte k / 8 (quant/FORMAT.md). The planes are read as they are stored, a cache line (512
+ * columns, a CHUNK) of each at a time: nothing is packed again, so any number of leading planes is a narrower matrix.
+ *
+ * Every instruction set brings the columns of a chunk out in an order of its own; the driver brings the activations
+ * into that order once per call, filled up with zeros to whole chunks, so what a kernel makes of the bits
+ * behind column K does not count.
+ */
+#ifndef COMPRESS_BITPLANE_H
+#define COMPRESS_BITPLANE_H
+
+#include <stdint.h>
+
+#define CHUNK 512       /* columns */
+#define CHUNK_BYTES 64  /* of one plane */
+#define GROUP 64        /* activations that share a scale in the int8 mode */
+#define GROUPS (CHUNK / GROUP)
+#define MAX_BATCH 16    /* rows of activations in one pass over the weights */
+#define MAX_BITS 8
+
+/* A few rows of the weights, from the start of a chunk on. */
+typedef struct {
+    const uint8_t *planes[MAX_BITS];
+    const void *table; /* of the first row: float16 or float32, or bytes in the int8 mode */
+    int64_t rows, stride;
+    int64_t bytes; /* of each plane; only the last stretch of a row may be no multiple of CHUNK_BYTES */
+    int bits;
+    int width; /* bytes of a table entry */
+} Block;
+
+/* The activations that belong to it; those of batch row m begin `step` further on than those of row m - 1. */
+typedef struct {
+    const float *values;   /* exact mode: float32, in kernel order */
+    const int8_t *codes;   /* int8 mode: value = scale * code, in kernel order */
+    const float *scales;   /* one per GROUP codes */
+    int64_t step;          /* a multiple of CHUNK */
+    int batch;             /* 1 to MAX_BATCH */
+} Activations;
+
+typedef struct {
+    /* order[i]: the column of a chunk whose activation the kernels want in place i. */
+    void (*exact_order)(int bits, uint16_t order[CHUNK]);
+    void (*int8_order)(int bits, uint16_t order[CHUNK]);
+    /* sum[row][m] += sum over the columns of table[code] * x[m], in float32. */
+    void (*exact)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
+    /* The same with values 0 to 255 and activations of 8 bits. */
+    void (*int8)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
+    /* The entries of one row (w->rows is 1), of 2 or 4 bytes, in the order of the columns. */
+    void (*look_up)(const Block *w, int64_t columns, void *out);
+    /* What the int8 kernels take off every table entry. */
+    float int8_excess;
+} Kernels;
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define COMPRESS_X86 1
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+
+#define SLOTS(bits) ((bits) <= 1 ? 1 : (bits) <= 2 ? 2 : (bits) <= 4 ? 4 : 8) /* bits that a column is given */
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#define PREFETCH(address) __builtin_prefetch((const void *)(address))
+#else
+#define INLINE static inline
+#define PREFETCH(address) ((void)(address))
+#endif
+
+/* A function for every width, and one more for a single row of activations. */
+#define EVERY_WIDTH(call)  \
+    switch (w->bits) {     \
+    case 1: call(1) break; \
+    case 2: call(2) break; \
+    case 3: call(3) break; \
+    case 4: call(4) break; \
+    case 5: call(5) break; \
+    case 6: call(6) break; \
+    case 7: call(7) break; \
+    default: call(8)       \
+    }
+#define ROWS(function, bits)                               \
+    if (x->batch == 1)                                     \
+        for (int64_t row = 0; row < w->rows; row++)        \
+            function(bits, 1, w, row, x, sum[row]);        \
+    else                                                   \
+        for (int64_t row = 0; row < w->rows; row++)        \
+            function(bits, x->batch, w, row, x, sum[row]);
+#define EXACT(bits) ROWS(exact_row, bits)
+#define INT8(bits) ROWS(int8_row, bits)
+
+/* What callers use. */
+
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+/* How OpenMP runtimes start a team: GCC's entry point, which LLVM's and Intel's offer too. */
+typedef void (*Team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+/* Every field is eight bytes: the caller packs them one after another. */
+typedef struct {
+    const uint8_t *planes[MAX_BITS];
+    const void *table;         /* [rows, 2**bits]: values, or bytes in the int8 mode, or words to copy */
+    const float *affine;       /* int8 mode: [rows, 2], value = byte * affine[0] + affine[1]; else NULL */
+    int64_t stride, rows, columns, bits;
+    int64_t isa;
+    int64_t width;             /* bytes of a table entry: 2 (float16) or 4 (float32); 1 in the int8 mode */
+} Matrix;
+
+int compress_abi(void);      /* changes with everything below */
+int compress_best_isa(void); /* the best this processor can run */
+
+/* y[m, n] = sum over k of value[n, code(n, k)] * x[m, k], in float32; x is [batch, columns], y [batch, rows]. `team` may be
+ * NULL: then the calling thread does it all. Returns 0, or -1: this processor lacks `isa`, or there is no memory. */
+int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
+/* The same with activations rounded to 8 bits, 64 columns at a time, and table entries of 8 bits. */
+int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
+/* out[n, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are. */
+int compress_look_up(const Matrix *matrix, void *out, Team team, int threads);
+
+#endif

@@ -1,0 +1,222 @@
+"""The C library behind :mod:`compress.kernels.bitplane` on a CPU, and the int8 mode that only it has.
+
+The library (``kernels/c/*.c``) has a plain C interface and links neither torch nor an OpenMP runtime. It reads the planes
+where they are: its only layout is the stored one, so a narrower width is fewer pointers and a model in memory is
+as large as the planes and tables it holds. Threads are those of torch: the team is started through the entry
+point of the OpenMP runtime that torch has already brought into the process, because a second pool of threads
+would fight the first one's spinning workers for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ISAS = ("portable", "avx2", "avx512")
+FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
+_ABI = 1
+_MATRIX = struct.Struct("=16q")
+_TABLES = {torch.float16: 2, torch.float32: 4}
+_TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
+WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library.
+
+    Attributes:
+        calls: its functions.
+        isa: index in ``ISAS`` of the best kernels that this processor can run.
+        team: address of ``GOMP_parallel`` in the process, or 0: then one thread does all the work.
+    """
+
+    calls: ctypes.CDLL
+    isa: int
+    team: int
+
+
+@functools.cache
+def library() -> Library | str:
+    """The C library, or one sentence saying why there is none."""
+    path = Path(__file__).with_name("_bitplane.so")
+    if not path.exists():
+        return "the C library was not built: install again where a C compiler works"
+    try:
+        calls = ctypes.CDLL(str(path))
+        found = calls.compress_abi()
+    except (OSError, AttributeError) as error:
+        return f"the C library cannot be loaded ({error})"
+    if found != _ABI:
+        return f"the C library is of another version ({found}, not {_ABI}): install again"
+    number, address = ctypes.c_int, ctypes.c_void_p
+    for name in ("compress_exact", "compress_int8"):
+        getattr(calls, name).argtypes = [ctypes.c_char_p, address, number, address, address, number]
+    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, address, number]
+    return Library(calls, calls.compress_best_isa(), _openmp())
+
+
+def _openmp() -> int:
+    """Address of the function that starts a team of threads in the runtime that torch brought, 0 if there is none."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError, TypeError):
+        return 0
+
+
+def describe() -> str:
+    """What serves packed layers on a CPU, and why."""
+    found = library()
+    if isinstance(found, str):
+        return f"torch: reference look-up, because {found}"
+    team = "on torch's threads" if found.team else "on one thread, as no OpenMP runtime with GOMP_parallel is loaded"
+    return f"c: {ISAS[found.isa]} kernels, the best this processor has, {team}; other devices: torch reference look-up"
+
+
+@torch.compiler.assume_constant_result
+def built() -> bool:
+    """Whether there is a library; compiled code takes the answer for a constant."""
+    return not isinstance(library(), str)
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether there is a library and every tensor is in this processor's memory, not a stand-in for tracing."""
+    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and built()
+
+
+def _library() -> Library:
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+@dataclass(frozen=True)
+class Int8Tables:
+    """A codebook rounded for the int8 mode: ``entry = byte * affine[n, 0] + affine[n, 1]``.
+
+    Attributes:
+        bytes: uint8 [N, 2**b], 1 to 255.
+        affine: float32 [N, 2].
+    """
+
+    bytes: Tensor
+    affine: Tensor
+
+
+def int8_tables(codebook: Tensor) -> Int8Tables:
+    """Round every row of a codebook, floating [N, 2**b], to 255 equal steps between its least and its largest entry."""
+    places, affine = torch.empty_like(codebook, dtype=torch.uint8), torch.empty(codebook.shape[0], 2)
+    at_once = max(1, (1 << 18) // codebook.shape[1])  # rows: float64 copies stay small
+    for rows, place, line in zip(
+        torch.split(codebook.detach(), at_once), torch.split(places, at_once), torch.split(affine, at_once), strict=True
+    ):
+        table = rows.double()
+        low, high = table.amin(1, keepdim=True), table.amax(1, keepdim=True)
+        step = (high - low) / 254
+        place.copy_(torch.where(step > 0, (table - low) / step, 0.0).round() + 1)
+        line.copy_(torch.cat([step, low - step], 1))
+    return Int8Tables(places, affine)
+
+
+class Prepared:
+    """A packed matrix as the C library takes it: addresses of tensors, which are kept alive, and nothing copied.
+
+    Args:
+        planes: b int32 tensors [N, ceil(K / 32)] on the CPU, most significant first.
+        codebook: floating [N, 2**b].
+        columns: K.
+        int8: round activations to 8 bits, 64 at a time, and table entries to 8 bits: faster, and less exact.
+        isa: index in ``ISAS``, for tests; the best one if None.
+
+    Raises:
+        ValueError: shapes or types that do not belong together.
+        RuntimeError: there is no library.
+    """
+
+    def __init__(
+        self, planes: Sequence[Tensor], codebook: Tensor, columns: int, int8: bool = False, isa: int | None = None
+    ) -> None:
+        found = _library()
+        strides = planes[0].stride()
+        if strides[1] != 1 or any(plane.stride() != strides for plane in planes):
+            planes = [plane.contiguous() for plane in planes]
+        table = (codebook if codebook.dtype in _TABLES else codebook.float()).detach().contiguous()
+        rows, bits, words = table.shape[0], len(planes), -(-columns // 32)
+        if table.shape[1] != 1 << bits or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
+            shapes = [tuple(plane.shape) for plane in planes]
+            raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
+        tables = int8_tables(table) if int8 else None
+        self.planes, self.codebook, self.columns, self._tables = planes, table, columns, tables
+        stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
+        entries, affine, width = (table, 0, table.element_size()) if tables is None else (
+            tables.bytes, tables.affine.data_ptr(), 1,
+        )  # fmt: skip
+        addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits)
+        fields = (affine, stride, rows, columns, bits, found.isa if isa is None else isa, width)
+        self._matrix = _MATRIX.pack(*addresses, entries.data_ptr(), *fields)
+        self._multiply = found.calls.compress_int8 if int8 else found.calls.compress_exact
+        self._weights, self._rows, self._team = rows * columns, rows, found.team
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x @ W.T``: floating [..., K] to [..., N] in the same dtype, added in float32; no gradient.
+
+        Raises:
+            ValueError: the last dimension is not K.
+            RuntimeError: no memory, or kernels that this processor cannot run.
+        """
+        shape, dtype = x.shape, x.dtype
+        if shape[-1] != self.columns:
+            raise ValueError(f"an input of {shape[-1]} values for a layer of {self.columns}")
+        count = x.numel() // self.columns
+        if count > FUSED_ROWS:
+            return self._tiled(x)
+        y = torch.empty((*shape[:-1], self._rows), dtype=torch.float32)
+        if count == 0:
+            return y.to(dtype)
+        rows = x.to(torch.float32).contiguous()
+        threads = torch.get_num_threads() if self.products(count) >= WORTH_A_TEAM else 1
+        if self._multiply(self._matrix, rows.data_ptr(), count, y.data_ptr(), self._team, threads):
+            raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
+        return y if dtype == torch.float32 else y.to(dtype)
+
+    def products(self, count: int) -> int:
+        """Multiplications for ``count`` rows of activations."""
+        return count * self._weights
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """The product by torch, a few rows of looked-up weights at a time."""
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
+        rows = x.detach().reshape(-1, self.columns).to(dtype)
+        y = torch.empty(rows.shape[0], self._rows, dtype=dtype)
+        step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
+        for start in range(0, self._rows, step):
+            part = slice(start, start + step)
+            weight = look_up([plane[part] for plane in self.planes], self.codebook[part].to(dtype), self.columns)
+            y[:, part] = rows @ weight.t()
+        return y.to(x.dtype).view(*x.shape[:-1], self._rows)
+
+
+def look_up(planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | None = None) -> Tensor:
+    """Every weight: [N, K] of the entries of ``table`` ([N, 2**b], floating, two or four bytes each), not rounded.
+
+    Raises:
+        ValueError: shapes or types that do not belong together.
+        RuntimeError: there is no library, or this processor cannot run the kernels asked for.
+    """
+    found, rows = _library(), table.shape[0]
+    # The library copies words of this size, whatever they mean.
+    words = table.detach().contiguous().view({2: torch.float16, 4: torch.float32}[table.element_size()])
+    matrix = Prepared(planes, words, columns, isa=isa)
+    out = torch.empty(rows, columns, dtype=table.dtype)
+    threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
+    if found.calls.compress_look_up(matrix._matrix, out.data_ptr(), found.team, threads):
+        raise RuntimeError("this processor cannot run the kernels asked for")
+    return out
