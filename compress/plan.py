@@ -85,6 +85,11 @@ def _needs(
     memory += (2 if needs.squared_gradients else 1) * hidden
     if text and needs.squared_gradients:
         memory += 2 * text.length * int(getattr(config, "vocab_size", 0)) * _FLOAT  # one sample's logits and gradient
+    memory += len(needs.variants) * hidden + (
+        block if needs.variants else 0
+    )  # carried streams, and the block as it was
+    if needs.whole_model:  # both models and, in a step, a dense weight per packed one; activations come on top
+        memory = _LATE_CODE + 3 * (outside + sum(blocks.values()))
     if needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
         memory += block + 3 * _hessians(context)
     units = (
@@ -93,7 +98,7 @@ def _needs(
         else sum(blocks.values())
     )
     kept = sum(blocks.values()) if needs.squared_gradients else 0
-    hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * hidden
+    hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * (1 + len(needs.variants)) * hidden
     return {"memory_bytes": memory, "workspace_bytes": units + kept + hidden_kept}
 
 

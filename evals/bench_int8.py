@@ -49,7 +49,7 @@ def main() -> None:
     layers = {name: layer for name, layer in packed_modules(model).items() if isinstance(layer, BitPlaneLinear)}
     for bits in widths_to_measure(model, None):
         assert bits is not None
-        compress.set_bits(model, bits)
+        compress.set_bits(model, int(bits))
         losses = []
         for int8 in (False, True):
             hooks = [

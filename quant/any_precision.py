@@ -72,7 +72,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
             return needs
         seed, parent = self.widths
         variants = tuple(str(bits) for bits in range(seed, min(parent, TOGETHER) + 1))
-        return replace(needs, inputs="original", variants=variants)
+        return replace(needs, inputs="original", variants=variants, hessians=True)
 
     def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
         """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
