@@ -38,7 +38,7 @@ def choose(options: Sequence[Mapping[int, Option]], budget: int) -> list[int]:
     """Pick one width per group so that the summed error is least and the bytes do not exceed the budget.
 
     Multiple-choice knapsack by dynamic programming over the budget in 20,000 parts: exact but for the rounding of each
-    group's bytes to a part.
+    group's bytes up to a part, and never worse than one width for all.
 
     Args:
         options: per group, width -> (bytes, error).
@@ -75,7 +75,13 @@ def choose(options: Sequence[Mapping[int, Option]], budget: int) -> list[int]:
         smallest = min(size for size, _ in group.values())
         left -= math.ceil((group[bits][0] - smallest) / part)
         chosen.append(bits)
-    return chosen[::-1]
+    uniform = [[bits] * len(options) for bits in set.intersection(*map(set, options))]
+    fitting = [picks for picks in uniform if _total(options, picks, 0) <= budget]
+    return min([chosen[::-1], *fitting], key=lambda picks: _total(options, picks, 1))
+
+
+def _total(options: Sequence[Mapping[int, Option]], picks: Sequence[int], which: int) -> float:
+    return sum(group[bits][which] for group, bits in zip(options, picks, strict=True))
 
 
 def measured_errors(folder: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[int, float]]:
