@@ -27,7 +27,8 @@ CONTROLS = ("kmeans", "rtn")
 
 def compare(
     model: str, calibration: Mapping[str, Any], text: str, folder: Path, protocol: Protocol | None = None,
-    seeds: Sequence[int] = (3,), control_widths: Sequence[int] = (3, 4, 5, 6, 7, 8), report: Report | None = None,
+    seeds: Sequence[int] = (3,), control_widths: Sequence[int] = (3, 4, 5, 6, 7, 8), tuned: bool = False,
+    report: Report | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Compress one model by several quantisers and measure each on the same text.
 
@@ -38,24 +39,31 @@ def compare(
         folder: checkpoints are written under it; those already there are measured again, not made again.
         protocol: how the text is cut.
         seeds: seed widths of the any-precision checkpoints, each measured at all its widths up to 8.
-        control_widths: widths of the non-nested k-means and round-to-nearest controls.
+        control_widths: widths of the non-nested k-means and round-to-nearest controls, the weight objective among them.
+        tuned: measure any-precision with ``tune_tables`` after it too.
         report: called with (what, done, total).
 
     Returns:
         One row per (method, width): ``method, bits, model_bytes, loss, perplexity, bits_per_byte, tokens, bytes``;
         ``model_bytes`` are those of the tensors that loading at the width reads.
     """
-    recipes: dict[str, dict[str, Any]] = {
-        f"any-precision, seed {seed}": {"kind": "any_precision", "seed_bits": seed} for seed in seeds
-    }
-    recipes |= {f"{kind} {bits}": {"kind": kind, "bits": bits} for kind in CONTROLS for bits in control_widths}
+    recipes: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        ours = {"kind": "any_precision", "seed_bits": seed}
+        recipes[f"any-precision, seed {seed}"] = [ours]
+        if tuned:
+            recipes[f"the same, tuned, seed {seed}"] = [ours, {"kind": "tune_tables"}]
+        if control_widths:
+            recipes[f"weight objective, seed {seed}"] = [{**ours, "objective": "weight"}]
+    recipes |= {f"{kind} {bits}": [{"kind": kind, "bits": bits}] for kind in CONTROLS for bits in control_widths}
     rows = _rows("dense", str(pipeline.model_folder(model)), text, protocol, report)
-    for label, settings in recipes.items():
+    for label, passes in recipes.items():
         target = folder / label.replace(", ", "-").replace(" ", "-")
         if not (target / "config.json").exists():
-            recipe = {"model": model, "calibration": dict(calibration), "passes": [settings]}
+            recipe = {"model": model, "calibration": dict(calibration), "passes": passes}
             pipeline.run(recipe, target, workspace=folder / "work", report=report)
-        method = label if settings["kind"] == "any_precision" else settings["kind"]
+        kind = passes[0]["kind"]
+        method = label if kind == "any_precision" else kind
         rows += _rows(method, str(target), text, protocol, report)
     return rows
 
@@ -144,10 +152,11 @@ def main(
     min_characters: int = 0,
     truncate: bool = False,
     seeds: Annotated[str, typer.Option(help="Seed widths of any-precision.")] = "3,2",
+    tuned: Annotated[bool, typer.Option(help="Measure any-precision with tuned tables too.")] = False,
     target: Annotated[Optional[Path], typer.Option("--json", help="Write the rows here.")] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw added loss against size here (.svg, .png).")] = None,
 ) -> None:
-    """Measure any-precision, non-nested k-means and round-to-nearest at 2 to 8 bits beside the dense model."""
+    """Measure any-precision beside the weight objective, non-nested k-means, round-to-nearest and the dense model."""
     from compress.cli import progress_bar, quiet_transformers
 
     quiet_transformers()
@@ -158,7 +167,7 @@ def main(
     protocol = Protocol(separator, limit, min_characters, truncate=truncate)
     with progress_bar() as report:
         rows = compare(
-            model, {**source, "samples": samples}, text, folder, protocol, widths, range(min(widths), 9), report
+            model, {**source, "samples": samples}, text, folder, protocol, widths, range(min(widths), 9), tuned, report
         )
     console = Console()
     for value in ("loss", "perplexity", "bits_per_byte"):

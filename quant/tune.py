@@ -144,7 +144,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         """Mean divergence in nats per token."""
         tokens = [len(sample) - 1 for sample in samples]
         apart = [float(divergence(whole.model, whole.dense, [sample])) for sample in samples]
-        return sum(map(mul, tokens, apart)) / sum(tokens)
+        return float(sum(map(mul, tokens, apart))) / sum(tokens)
 
     def _train(
         self, modules: Sequence[_Tuned], whole: Whole, samples: Sequence[Tensor],
