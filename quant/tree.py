@@ -7,16 +7,18 @@ descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one width). What is n
 tree is chosen at once, against the sum of the errors of all widths: the b-bit code stays the top b bits of the
 parent's, and no width's choice is taken before another's.
 
-Everything is plain torch on whole columns of rows, on any device, and deterministic.
+Everything is torch on whole columns of rows, on any device, but for one compiled loop on a CPU; deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from compress.quant.descent import descend_columns
 from compress.quant.kmeans import nested_codebooks
 
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
@@ -95,40 +97,76 @@ class Tree:
             share: width -> what its error counts; the largest is the parent's.
             below: keep the codes of this width, so that only the bits under it are chosen.
         """
-        dense = {bits: self.dense(bits) for bits in share}
-        gradient = {bits: (dense[bits] - self.targets[bits]) @ self.metrics[bits] for bits in share}
-        columns = self.codes.shape[1]
-        for start in range(0, columns, _COLUMNS):
-            part = slice(start, min(start + _COLUMNS, columns))
-            change = {bits: torch.empty_like(dense[bits][:, part]) for bits in share}
-            for column in range(part.start, part.stop):
-                path = self._best_path(column, share, below, dense, gradient)
-                self.codes[:, column, None] = path
-                for bits in share:
-                    value = self.tables[bits].gather(1, path >> (self.parent - bits))
-                    moved = value - dense[bits][:, column, None]
-                    dense[bits][:, column, None] = value
-                    change[bits][:, column - start, None] = moved
-                    gradient[bits][:, part] += moved * self.metrics[bits][column, part]
-            for bits in share:  # the columns further right wait for the whole block, as in GPTQ
-                gradient[bits][:, part.stop :] += change[bits] @ self.metrics[bits][part, part.stop :]
+        widths = sorted(share)
+        dense = torch.stack([self.dense(bits) for bits in widths])
+        targets, metric = (torch.stack([held[bits] for bits in widths]) for held in (self.targets, self.metrics))
+        gradient = (dense - targets) @ metric
+        for start in range(0, self.codes.shape[1], _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            views = dense[..., part], gradient[..., part], metric[:, part, part]
+            change = torch.zeros_like(views[0])
+            columns = self._columns_compiled if self.codes.device.type == "cpu" else self._columns
+            columns(part, share, below, *views, change)
+            # The columns further right wait for the whole block, as in GPTQ.
+            gradient[..., part.stop :] += change @ metric[:, part, part.stop :]
+
+    def _columns_compiled(
+        self, part: slice, share: Mapping[int, float], below: int | None,
+        dense: Tensor, gradient: Tensor, metric: Tensor, change: Tensor,
+    ) -> None:  # fmt: skip
+        """Same as :meth:`_columns`, without a dozen small operations per column."""
+        tables = torch.cat([self.tables[bits] for bits in sorted(self.tables)], dim=1)
+        room = torch.zeros(len(tables), 2 ** min(self.tables))
+        fixed = torch.zeros_like(self.codes, dtype=torch.bool) if self.zeros is None else self.zeros
+        descend_columns(
+            self.codes[:, part].numpy(), torch.cat([room, tables], dim=1).numpy(), np.array(sorted(share)),
+            np.array([share[bits] for bits in sorted(share)], np.float32), -1 if below is None else below,
+            dense.numpy(), gradient.numpy(), metric.numpy(), change.numpy(), fixed[:, part].numpy(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _columns(
+        self, part: slice, share: Mapping[int, float], below: int | None,
+        dense: Tensor, gradient: Tensor, metric: Tensor, change: Tensor,
+    ) -> None:  # fmt: skip
+        """A block of columns, one after another, all rows at once.
+
+        Args:
+            part: the columns.
+            share: as for :meth:`descend`.
+            below: as for :meth:`descend`.
+            dense: [W, N, B], weights at each of W widths; changed.
+            gradient: [W, N, B], half the gradient of the errors; changed.
+            metric: [W, B, B].
+            change: [W, N, B], is given what was added to the weights.
+        """
+        for column in range(dense.shape[2]):
+            old = self.codes[:, part][:, column, None]
+            path = self._best_path(
+                old, share, below, dense[..., column], gradient[..., column], metric[:, column, column]
+            )
+            if self.zeros is not None:
+                path = torch.where(self.zeros[:, part][:, column, None], old, path)
+            old.copy_(path)
+            for w, bits in enumerate(sorted(share)):
+                value = self.tables[bits].gather(1, path >> (self.parent - bits))[:, 0]
+                change[w, :, column] = value - dense[w, :, column]
+                dense[w, :, column] = value
+            gradient += change[..., column, None] * metric[:, None, column]
 
     def _best_path(
-        self, column: int, share: Mapping[int, float], below: int | None,
-        dense: Mapping[int, Tensor], gradient: Mapping[int, Tensor],
+        self, old: Tensor, share: Mapping[int, float], below: int | None,
+        dense: Tensor, gradient: Tensor, curvature: Tensor,
     ) -> Tensor:  # fmt: skip
         """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up."""
-        old = self.codes[:, column, None]
         codes = costs = old  # of the best leaf under every node of the width at hand
-        for bits in sorted(share, reverse=True):
+        for w, bits in reversed(list(enumerate(sorted(share)))):
             entries = self.tables[bits]
             if below is not None:
                 first = old >> (self.parent - below) << (bits - below)
                 entries = entries.gather(1, first + torch.arange(2 ** (bits - below), device=old.device))
-            moved = entries - dense[bits][:, column, None]
-            cost = (
-                share[bits] * moved * (self.metrics[bits][column, column] * moved + 2 * gradient[bits][:, column, None])
-            )
+            moved = entries - dense[w, :, None]
+            cost = share[bits] * moved * (curvature[w] * moved + 2 * gradient[w, :, None])
             if bits == self.parent:
                 codes, costs = torch.arange(cost.shape[1], device=old.device).expand_as(cost), cost
             else:
@@ -136,9 +174,7 @@ class Tree:
                 codes = codes.reshape(len(codes), -1, 2).gather(2, best.indices[..., None])[..., 0]
                 costs = best.values + cost
         path = codes.gather(1, costs.argmin(1, keepdim=True))
-        if below is not None:
-            path = path + (old >> (self.parent - below) << (self.parent - below))
-        return path if self.zeros is None else torch.where(self.zeros[:, column, None], old, path)
+        return path if below is None else path + (old >> (self.parent - below) << (self.parent - below))
 
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""

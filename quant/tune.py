@@ -143,7 +143,7 @@ class TuneTables(Pass[TuneTablesConfig]):
     def _held_out(self, whole: Whole, samples: Sequence[Tensor]) -> float:
         """Mean divergence in nats per token."""
         tokens = [len(sample) - 1 for sample in samples]
-        apart = [float(divergence(whole.model, whole.dense, [sample])) for sample in samples]
+        apart = [divergence(whole.model, whole.dense, [sample]).item() for sample in samples]
         return float(sum(map(mul, tokens, apart))) / sum(tokens)
 
     def _train(
