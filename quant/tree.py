@@ -23,10 +23,10 @@ from compress.quant.kmeans import nested_codebooks
 
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
 # A sweep's weight for a width is its error to the power of minus this: first all widths count by how far they
-# could still come, and in the end by what they cost.
-_POWERS = (1.0, 1.0, 0.5, 0.5, 0.5, 0.5)
+# could still come, and then more by what they cost.
+_POWERS = (1.0, 0.5, 0.5)
 _COLUMNS = 128  # between two updates of the columns further right by one matrix product
-_CG_STEPS = 6
+_CG_STEPS = 3
 _SPLIT_STEPS = 6
 
 
