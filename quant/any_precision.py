@@ -13,7 +13,7 @@ from compress.passes import Block, Needs
 from compress.quant.kmeans import Nested, nested_codebooks
 from compress.quant.output import Fitted, sweep
 from compress.quant.quantise import Array, QuantisePass, SensitiveConfig
-from compress.quant.tree import TOGETHER
+from compress.quant.tree import CARRIED
 
 
 class AnyPrecisionConfig(SensitiveConfig):
@@ -71,7 +71,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         if self.config.objective == "weight":
             return needs
         seed, parent = self.widths
-        variants = tuple(str(bits) for bits in range(seed, min(parent, TOGETHER) + 1))
+        variants = tuple(str(bits) for bits in range(seed, min(parent, CARRIED) + 1))
         return replace(needs, inputs="original", variants=variants, hessians=True)
 
     def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:

@@ -1,10 +1,11 @@
 """The sweep over one block for codes that minimise the error of each layer's output.
 
-Linears are done in the order in which the block calls them. For every width up to 6, each sees its inputs in two runs: as
+Linears are done in the order in which the block calls them. For every width up to 5, each sees its inputs in two runs: as
 the original model makes them (``x``) and as the model does whose earlier matrices are at that width already (``x'``). The
 metric is the mean of ``x' x'^T``, and what the quantised rows should do to ``x'`` is what the dense ones did to ``x``: their
 target is ``W`` plus a share of the least-squares correction ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric
-target, arXiv 2504.02692). Above 6 bits the two are taken for the same.
+target, arXiv 2504.02692). Above 5 bits the two are taken for the same: measured, the correction's own error
+is larger there than what it corrects.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def sweep(
     """Quantise linears of a block; ``block.show`` then puts their weights at a variant's width into it.
 
     Args:
-        block: with original inputs, and those of a variant for every width up to :data:`TOGETHER`.
+        block: with original inputs, and those of a variant for every width up to :data:`CARRIED`.
         names: the linears to quantise; the others stay as they are.
         widths: from seed to parent.
         correction: share of the least-squares correction of the target, from 0 (aim at ``W``) to 1.

@@ -21,6 +21,7 @@ from torch import Tensor
 from compress.quant.descent import descend_columns
 from compress.quant.kmeans import nested_codebooks
 
+CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
 # A sweep's weight for a width is its error to the power of minus this: first all widths count by how far they
 # could still come, and then more by what they cost.
