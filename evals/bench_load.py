@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         dense, packed = Path(name) / "dense", Path(name) / "packed"
         random_model(dense, hidden=2048, blocks=2)
-        passes = [{"kind": "any_precision", "sensitivity": "none"}]
+        passes = [{"kind": "any_precision", "objective": "weight", "sensitivity": "none"}]
         compress.run({"model": str(dense), "passes": passes}, packed)
         shards = list(packed.glob("*.safetensors"))
         at = inspect(packed)["bytes_at_bits"]

@@ -80,7 +80,7 @@ def main() -> None:
             recipe: dict[str, Any] = {
                 "model": str(folder / "dense"),
                 "calibration": {"builtin": "stdlib", "samples": 8, "length": 256},
-                "passes": [{"kind": "any_precision", "sensitivity": sensitivity}],
+                "passes": [{"kind": "any_precision", "objective": "weight", "sensitivity": sensitivity}],
             }
             foreseen = plan(recipe)
             found = measure(recipe, folder / sensitivity)

@@ -95,7 +95,7 @@ def test_calibration_is_asked_for(recipe, tmp_path):
     del recipe["calibration"]
     with pytest.raises(CompressError, match=r"passes\.0 \(any_precision\) looks at text"):
         compress.run(recipe, tmp_path / "model")
-    recipe["passes"][0]["sensitivity"] = "none"
+    recipe["passes"][0] |= {"objective": "weight", "sensitivity": "none"}
     compress.run(recipe, tmp_path / "model")
 
 
@@ -171,7 +171,7 @@ def test_sensitivities_matter(recipe, tmp_path):
     """Weighted by the Fisher information, the weighted error is smaller than without it, at every width."""
     errors = {}
     for sensitivity in ("fisher", "none"):
-        recipe["passes"][0]["sensitivity"] = sensitivity
+        recipe["passes"][0] |= {"objective": "weight", "sensitivity": sensitivity}
         target = compress.run(recipe, tmp_path / sensitivity)
         units = json.loads((target / "compression.json").read_text())["passes"][0]["units"]
         errors[sensitivity] = units["block-0"]["errors"]["model.layers.0.mlp.down_proj"]

@@ -41,9 +41,9 @@ def units(work):
     return len(list(work.glob("*/*.safetensors"))) if work.exists() else 0
 
 
-@pytest.mark.parametrize("sensitivity", ["fisher", "activation"])
-def test_killed_runs_end_with_the_same_bytes(slow_recipe, tmp_path, sensitivity):
-    arguments = ["--set", f"passes.0.sensitivity={sensitivity}"]
+@pytest.mark.parametrize(("objective", "sensitivity"), [("output", "fisher"), ("weight", "activation")])
+def test_killed_runs_end_with_the_same_bytes(slow_recipe, tmp_path, objective, sensitivity):
+    arguments = ["--set", f"passes.0.objective={objective}", "--set", f"passes.0.sensitivity={sensitivity}"]
     subprocess.run([*command(slow_recipe, tmp_path / "whole"), *arguments], check=True, capture_output=True)
     target, work = tmp_path / "killed", tmp_path / "killed.work"
     draw = random.Random(sensitivity)

@@ -21,7 +21,14 @@ from compress.streaming import State, StreamedModel
 from compress.structure import ARCHITECTURES
 from compress.weights import Checkpoint
 
-PASS = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 5, "sensitivity": "none", "keep_zeros": True}
+PASS = {
+    "kind": "any_precision",
+    "seed_bits": 3,
+    "parent_bits": 5,
+    "objective": "weight",
+    "sensitivity": "none",
+    "keep_zeros": True,
+}
 KINDS = [kind for family in ARCHITECTURES for kind in family.model_types]
 TOKENS = torch.arange(5, 25)[None]
 PRINT_LOGITS = """

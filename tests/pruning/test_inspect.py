@@ -47,7 +47,14 @@ def test_zeros_per_block_and_linear(pruned, said):
 def test_packed_and_dense_models_too(recipe, pruned, tiny_llama, tmp_path, said):
     passes = [
         {"kind": "prune", "sparsity": 0.6, "ignore": [r"re:.*layers\.0\..*v_proj"]},
-        {"kind": "any_precision", "sensitivity": "none", "parent_bits": 8, "keep_zeros": True, "include": ["lm_head"]},
+        {
+            "kind": "any_precision",
+            "objective": "weight",
+            "sensitivity": "none",
+            "parent_bits": 8,
+            "keep_zeros": True,
+            "include": ["lm_head"],
+        },
     ]
     packed = compress.run({**recipe, "passes": passes}, tmp_path / "packed", workspace=tmp_path / "work")
     before, after = sparsity(pruned), sparsity(packed)

@@ -160,7 +160,7 @@ def sparse(make_model, tmp_path_factory):
     for array in tensors.values():
         array[abs(array) < np.quantile(abs(array), 0.75 if array.ndim == 2 else 0)] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = {"seed_bits": 3, "parent_bits": 5, "sensitivity": "none", "keep_zeros": True}
+    settings = {"seed_bits": 3, "parent_bits": 5, "objective": "weight", "sensitivity": "none", "keep_zeros": True}
     recipe = {"model": str(folder), "passes": [{"kind": "any_precision", **settings}]}
     return compress.run(recipe, tmp_path_factory.mktemp("sparse") / "model")
 
