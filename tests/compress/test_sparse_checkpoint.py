@@ -75,7 +75,7 @@ def run(model, target, **settings):
 def run_dense(model, target, **settings):
     """The same checkpoint as it was before there was a sparse form."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.pipeline.smaller_form", lambda shape, tensors: (shape, tensors, None))
+        patch.setattr("compress.runner.smaller_form", lambda shape, tensors: (shape, tensors, None))
         return run(model, target, **settings)
 
 
