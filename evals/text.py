@@ -100,9 +100,11 @@ def evaluate_text(
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
-    chosen = {width: bits_for(folder, width) for width in bits or ()}
-    whole = all(isinstance(width, int) for width in chosen.values())
-    model = compress.load(folder, bits=max(bits) if bits and whole else None, dtype=dtype, device_map=device)
+    chosen = {str(width): bits_for(folder, width) for width in bits or ()}  # 4 and 4.0 are not the same
+    whole = [width for width in bits or () if isinstance(width, int)]
+    model = compress.load(
+        folder, bits=max(whole) if len(whole) == len(chosen) and whole else None, dtype=dtype, device_map=device
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = protocol.length or context_length(model)
     text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)
@@ -110,7 +112,7 @@ def evaluate_text(
     for width in widths_to_measure(model, bits):
         label = "dense" if width is None else str(width)
         if width is not None:
-            compress.set_bits(model, chosen.get(width) or int(width))
+            compress.set_bits(model, chosen.get(label) or int(width))
         results[label] = score(model, text, report=report and _labelled(report, label)).json()
     cut = {"length": length, "stride": protocol.stride or max(1, length // 2), "truncate": protocol.truncate}
     return {
