@@ -89,7 +89,7 @@ def test_at_the_bytes_of_a_whole_width_the_error_is_no_larger(compressed):
     errors = {k: v for unit in passes[0]["units"].values() for k, v in unit["errors"].items()}
     found = widths(compress.load(compressed, bits=4.0))
     mixed = sum(errors[name][str(bits)]["weighted"] for name, bits in found.items())
-    assert mixed <= sum(error["4"]["weighted"] for error in errors.values())
+    assert mixed <= sum(error["4"]["weighted"] for error in errors.values()) * (1 + 1e-9)
 
 
 def test_memory_counts_every_tensor(compressed):
