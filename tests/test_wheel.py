@@ -46,7 +46,7 @@ def test_the_wheel_works_outside_the_clone(tmp_path):
     code = (
         "import compress, compress.kernels.bitplane, compress.passes, compress.pipeline\n"
         "assert 'installed' in compress.__file__, compress.__file__\n"
-        "assert compress.passes.kinds() == ['any_precision', 'kmeans', 'rtn'], compress.passes.kinds()\n"
+        "assert {'any_precision', 'prune', 'tune_tables'} < set(compress.passes.kinds()), compress.passes.kinds()\n"
         "passes = [{'kind': 'rtn'}]\n"
         "folder = compress.run({'model': 'builtin', 'passes': passes}, 'small')\n"
         "print(compress.get_bits(compress.load(folder)))\n"
