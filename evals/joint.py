@@ -75,7 +75,7 @@ def compare(
 
 def main() -> None:
     """Measure and print a table."""
-    from compress.cli import quiet_transformers
+    from compress.cli.common import quiet_transformers
 
     quiet_transformers()
     given = arguments_of().parse_args()

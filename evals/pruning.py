@@ -295,7 +295,7 @@ def protocol_of(given: argparse.Namespace) -> Protocol:
 
 def main() -> None:
     """Fill the table, or try MRP's settings."""
-    from compress.cli import quiet_transformers
+    from compress.cli.common import quiet_transformers
 
     quiet_transformers()
     given = arguments_of().parse_args()

@@ -157,7 +157,7 @@ def main(
     plot: Annotated[Optional[Path], typer.Option(help="Draw added loss against size here (.svg, .png).")] = None,
 ) -> None:
     """Measure any-precision beside the weight objective, non-nested k-means, round-to-nearest and the dense model."""
-    from compress.cli import progress_bar, quiet_transformers
+    from compress.cli.common import progress_bar, quiet_transformers
 
     quiet_transformers()
     source: dict[str, Any] = {"text": str(calibration)} if calibration else {"builtin": "stdlib"}

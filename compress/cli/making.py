@@ -1,113 +1,22 @@
-"""The ``compress`` command. Every error a user can put right is one line; tracebacks are for ``--traceback``."""
+"""Commands that make checkpoints and tell what is in them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from compress.cli.common import Folder, JsonFlag, app, out, progress_bar, quiet_transformers
 from compress.errors import CompressError
-
-app = typer.Typer(
-    help="Compress Hugging Face causal LMs after training: one checkpoint, every bit-width, measured cost.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode="rich",
-)
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-
-Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
-BitsOption = Annotated[
-    Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8; 3.5 is a mean width. All there are if absent.")
-]
-JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def main() -> None:
-    """Entry point: run the command, turn errors into one line and an exit code."""
-    show = "--traceback" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
-    try:
-        app(arguments)
-    except KeyboardInterrupt:
-        err.print("interrupted; run the same command again to continue.")
-        sys.exit(130)
-    except Exception as error:
-        if show:
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        known = isinstance(error, CompressError)
-        note = "" if known else f"unexpected {type(error).__name__} (add --traceback to see where): "
-        err.print(f"[bold red]error:[/] {escape(note + text)}", soft_wrap=True)
-        sys.exit(1)
-
-
-def parse_widths(text: str | None) -> list[int | float] | None:
-    """``3,4,8`` to numbers; one with a point is a mean width.
-
-    Raises:
-        CompressError: something else.
-    """
-    if text is None or text == "all":
-        return None
-    try:
-        return [float(part) if "." in part else int(part) for part in text.split(",")]
-    except ValueError:
-        raise CompressError(
-            f"--bits {text!r}: give one width or several, comma-separated, for example 3,3.5,8."
-        ) from None
-
-
-@contextmanager
-def progress_bar() -> Iterator[Any]:
-    """A report function for (what, done, total), drawn on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            progress.update(task, description=escape(what), completed=done, total=total)
-
-        yield report
-
-
-def quiet_transformers() -> None:
-    """Its own progress bars and advice would drown ours."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def write_json(result: Any, target: str | None) -> bool:
-    """Write an object where ``--json`` says; False if it says nothing."""
-    if target is None:
-        return False
-    text = json.dumps(result, indent=1)
-    if target == "-":
-        print(text)
-    else:
-        try:
-            Path(target).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CompressError(f"--json {target}: {error.strerror}.") from error
-    return True
 
 
 @app.command()
@@ -264,79 +173,6 @@ def verify(folder: Folder) -> None:
         out.print(f"[green]ok[/] {escape(line)}")
 
 
-@app.command(name="eval")
-def evaluate(
-    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
-    text: Annotated[str, typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.")],
-    bits: BitsOption = None,
-    separator: Annotated[
-        Optional[str],
-        typer.Option(help="Divides the text into documents, each scored alone with BOS in front."),
-    ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Score the first so many documents.", min=1)] = None,
-    min_characters: Annotated[int, typer.Option(help="Pass over documents of this length or less.", min=0)] = 0,
-    length: Annotated[
-        Optional[int], typer.Option(help="Tokens in a window; the context, at most 2048, if absent.")
-    ] = None,
-    stride: Annotated[
-        Optional[int], typer.Option(help="Tokens a window advances by; half its length if absent.")
-    ] = None,
-    truncate: Annotated[bool, typer.Option(help="Score only the first window of each document.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    target: JsonOption = None,
-) -> None:
-    """Measure perplexity and bits per byte of a text at one or several widths, in one load."""
-    from compress.evals.text import Protocol, evaluate_text
-
-    quiet_transformers()
-    protocol = Protocol(separator, limit, min_characters, length, stride, truncate)
-    with progress_bar() as report:
-        result = evaluate_text(folder, text, parse_widths(bits), protocol, device=device, report=report)
-    if write_json(result, target) and target == "-":
-        return
-    table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
-    for width, score in result["bits"].items():
-        figures = (f"{score['loss']:.5f}", f"{score['perplexity']:.4f}", f"{score['bits_per_byte']:.4f}")
-        table.add_row(width, *figures, str(score["tokens"]))
-    out.print(table)
-
-
-@app.command()
-def generate(
-    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    bits: Annotated[
-        Optional[str], typer.Option(help="Width, or a mean width such as 3.5; all that is stored if absent.")
-    ] = None,
-    memory: Annotated[
-        Optional[str], typer.Option(help="Choose widths so that all tensors fit, for example 2GB.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-) -> None:
-    """Continue a text at a width."""
-    import torch
-    from transformers import AutoTokenizer, TextStreamer
-
-    from compress.loading import load
-
-    quiet_transformers()
-    widths = parse_widths(bits)
-    if widths is not None and len(widths) > 1:
-        raise CompressError(f"--bits {bits!r}: give one width to generate at.")
-    model: Any = load(folder, bits=widths[0] if widths else None, memory=memory, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if not inputs["input_ids"].numel():
-        raise CompressError("the prompt has no tokens; give some text.")
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling)
-
-
 @app.command()
 def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:
     """List the installed passes, or one with all its settings."""
@@ -379,7 +215,3 @@ def demo(
     with progress_bar() as report:
         result = demonstrate(output, controls, report)
     out.print(result)
-
-
-if __name__ == "__main__":
-    main()

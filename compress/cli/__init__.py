@@ -1,0 +1,30 @@
+"""The ``compress`` command. Every error a user can put right is one line; tracebacks are for ``--traceback``."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.markup import escape
+
+from compress.cli import making, measuring, serving  # noqa: F401  (each adds its commands to the application)
+from compress.cli.common import app, err
+from compress.errors import CompressError
+
+
+def main() -> None:
+    """Entry point: run the command, turn errors into one line and an exit code."""
+    show = "--traceback" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        err.print("interrupted; run the same command again to continue.")
+        sys.exit(130)
+    except Exception as error:
+        if show:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, CompressError)
+        note = "" if known else f"unexpected {type(error).__name__} (add --traceback to see where): "
+        err.print(f"[bold red]error:[/] {escape(note + text)}", soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,5 @@
+"""``python -m compress.cli``."""
+
+from compress.cli import main
+
+main()

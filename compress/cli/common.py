@@ -1,0 +1,85 @@
+"""What the commands share: the application, consoles, options, progress, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from compress.errors import CompressError
+
+app = typer.Typer(
+    help="Compress Hugging Face causal LMs after training: one checkpoint, every bit-width, measured cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
+BitsOption = Annotated[
+    Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8; 3.5 is a mean width. All there are if absent.")
+]
+JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def parse_widths(text: str | None) -> list[int | float] | None:
+    """``3,4,8`` to numbers; one with a point is a mean width.
+
+    Raises:
+        CompressError: something else.
+    """
+    if text is None or text == "all":
+        return None
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise CompressError(
+            f"--bits {text!r}: give one width or several, comma-separated, for example 3,3.5,8."
+        ) from None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A report function for (what, done, total), drawn on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=escape(what), completed=done, total=total)
+
+        yield report
+
+
+def quiet_transformers() -> None:
+    """Its own progress bars and advice would drown ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def write_json(result: Any, target: str | None) -> bool:
+    """Write an object where ``--json`` says; False if it says nothing."""
+    if target is None:
+        return False
+    text = json.dumps(result, indent=1)
+    if target == "-":
+        print(text)
+    else:
+        try:
+            Path(target).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CompressError(f"--json {target}: {error.strerror}.") from error
+    return True

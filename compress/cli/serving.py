@@ -1,0 +1,46 @@
+"""Commands that put a model to use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from compress.cli.common import app, parse_widths, quiet_transformers
+from compress.errors import CompressError
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    bits: Annotated[
+        Optional[str], typer.Option(help="Width, or a mean width such as 3.5; all that is stored if absent.")
+    ] = None,
+    memory: Annotated[
+        Optional[str], typer.Option(help="Choose widths so that all tensors fit, for example 2GB.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+) -> None:
+    """Continue a text at a width."""
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+
+    from compress.loading import load
+
+    quiet_transformers()
+    widths = parse_widths(bits)
+    if widths is not None and len(widths) > 1:
+        raise CompressError(f"--bits {bits!r}: give one width to generate at.")
+    model: Any = load(folder, bits=widths[0] if widths else None, memory=memory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].numel():
+        raise CompressError("the prompt has no tokens; give some text.")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling)
