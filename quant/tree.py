@@ -23,11 +23,12 @@ from compress.quant.kmeans import nested_codebooks
 
 CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
-# A sweep's weight for a width is its error to the power of minus this: first all widths count by how far they
-# could still come, and then more by what they cost.
-_POWERS = (1.0, 0.5, 0.5)
+# A sweep's weight for a width is its error (4**-bits, say) to the power of minus this: first all widths count by how far they
+# could still come, in the end by what they cost.
+_POWERS = (1.0, 0.5, 0.0)
 _COLUMNS = 128  # between two updates of the columns further right by one matrix product
 _CG_STEPS = 3
+_LAST_FITS = 2
 _SPLIT_STEPS = 6
 
 
@@ -35,7 +36,7 @@ class Tree:
     """Codes and tables of N rows that share one metric.
 
     Args:
-        targets: width -> float32 [N, K], what the dequantised rows should do on the inputs they get at that width.
+        target: float32 [N, K], the dense rows.
         metrics: width -> float32 [K, K], symmetric and positive definite.
         codes: integer [N, K], codes at the largest width of ``tables``.
         tables: width -> float32 [N, 2**width], for consecutive widths.
@@ -43,10 +44,10 @@ class Tree:
     """
 
     def __init__(
-        self, targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor], codes: Tensor, tables: Mapping[int, Tensor],
+        self, target: Tensor, metrics: Mapping[int, Tensor], codes: Tensor, tables: Mapping[int, Tensor],
         zeros: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.targets, self.metrics, self.zeros = targets, metrics, zeros
+        self.target, self.metrics, self.zeros = target, metrics, zeros
         self.codes, self.tables = codes.long(), dict(tables)
 
     @property
@@ -64,13 +65,18 @@ class Tree:
 
     def error(self, bits: int) -> float:
         """Sum over rows of ``(q - w) H (q - w)^T``."""
-        error = self.dense(bits) - self.targets[bits]
+        error = self.dense(bits) - self.target
         return float(((error @ self.metrics[bits]) * error).sum(dtype=torch.float64))
 
-    def fit(self, bits: int) -> None:
-        """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem."""
+    def fit(self, bits: int, target: Tensor | None = None) -> None:
+        """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem.
+
+        Args:
+            bits: the width.
+            target: float32 [N, K], what the rows should be at this width; the dense ones if None.
+        """
         codes, table, metric = self.codes_at(bits), self.tables[bits], self.metrics[bits]
-        target = self.targets[bits]
+        target = self.target if target is None else target
 
         def summed(values: Tensor) -> Tensor:
             return torch.zeros_like(table).scatter_add_(1, codes, values)
@@ -100,8 +106,8 @@ class Tree:
         """
         widths = sorted(share)
         dense = torch.stack([self.dense(bits) for bits in widths])
-        targets, metric = (torch.stack([held[bits] for bits in widths]) for held in (self.targets, self.metrics))
-        gradient = (dense - targets) @ metric
+        metric = torch.stack([self.metrics[bits] for bits in widths])
+        gradient = (dense - self.target) @ metric
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
             views = dense[..., part], gradient[..., part], metric[:, part, part]
@@ -180,7 +186,7 @@ class Tree:
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
         bits = self.parent + 1
-        target = self.targets[bits]
+        target = self.target
         weight = self.metrics[bits].diagonal().expand_as(target)
         entry = self.tables[self.parent]
         inherited = entry.repeat_interleave(2, dim=1)
@@ -203,29 +209,31 @@ class Tree:
 
 
 def nested_output_codebooks(
-    targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor],
+    target: Tensor, metrics: Mapping[int, Tensor], corrected: Mapping[int, Tensor] | None = None,
     focus: Mapping[int, float] | None = None, zeros: Tensor | None = None,
 ) -> Tree:  # fmt: skip
     """Nested codes and tables of rows that share their inputs.
 
     Args:
-        targets: width -> float32 [N, K], finite, for every width from the seed to the parent.
-        metrics: width -> float32 [K, K], mean of ``x x^T`` over inputs, positive definite.
+        target: float32 [N, K], finite: the dense rows.
+        metrics: for every width from the seed to the parent, float32 [K, K], mean of ``x x^T`` over the inputs at that
+            width, positive definite.
+        corrected: width -> float32 [N, K], what its tables aim at in the end where that is not ``target``.
         focus: width -> how much its error counts, 1 where not given; for widths up to the larger of 6 and the seed.
         zeros: bool [N, K], weights that must be exactly 0 at every width.
 
     Returns:
         The tree; its tables are float32.
     """
-    seed, parent = min(targets), max(targets)
+    seed, parent = min(metrics), max(metrics)
     together = max(seed, min(parent, TOGETHER))
-    start = targets[seed] if zeros is None else targets[seed].masked_fill(zeros, 0.0)
+    start = target if zeros is None else target.masked_fill(zeros, 0.0)
     rows = metrics[seed].diagonal().expand_as(start).contiguous()
     first = nested_codebooks(
         start.cpu().numpy(), rows.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
     tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
-    tree = Tree(targets, metrics, torch.from_numpy(first.codes).to(start.device), tables, zeros)
+    tree = Tree(target, metrics, torch.from_numpy(first.codes).to(start.device), tables, zeros)
     wanted = {bits: (focus or {}).get(bits, 1.0) for bits in tree.tables}
     for power in _POWERS:
         for bits in wanted:
@@ -236,5 +244,6 @@ def nested_output_codebooks(
         tree.fit(bits)
         tree.descend({bits: 1.0}, below=bits - 1)
     for bits in tree.tables:
-        tree.fit(bits)
+        for _ in range(_LAST_FITS):
+            tree.fit(bits, (corrected or {}).get(bits))
     return tree

@@ -23,13 +23,11 @@ def started(weight, metric, seed, parent, zeros=None):
     sensitivity = metric.diagonal().expand_as(weight).contiguous().numpy()
     first = nested_codebooks(weight.numpy(), sensitivity, seed, parent, zeros is not None)
     tables = {bits: torch.from_numpy(table) for bits, table in first.codebooks.items()}
-    everywhere = dict.fromkeys(tables, weight), dict.fromkeys(tables, metric)
-    return Tree(*everywhere, torch.from_numpy(first.codes), tables, zeros)
+    return Tree(weight, dict.fromkeys(tables, metric), torch.from_numpy(first.codes), tables, zeros)
 
 
 def nested(weight, metric, seed, parent, **options):
-    widths = range(seed, parent + 1)
-    return nested_output_codebooks(dict.fromkeys(widths, weight), dict.fromkeys(widths, metric), **options)
+    return nested_output_codebooks(weight, dict.fromkeys(range(seed, parent + 1), metric), **options)
 
 
 def plain_error(weight, metric, dense):
@@ -133,17 +131,19 @@ def test_pruned_weights_stay_zero_at_every_width():
     target = weight + 0.05
     zeros = weight == 0
     widths = range(2, 9)
-    tree = nested_output_codebooks(dict.fromkeys(widths, target), dict.fromkeys(widths, metric), zeros=zeros)
+    tree = nested_output_codebooks(target, dict.fromkeys(widths, metric), zeros=zeros)
     for bits in widths:
         assert (tree.dense(bits)[zeros] == 0).all(), bits
     assert tree.error(8) < tree.error(2)
 
 
-def test_each_width_aims_at_its_own_target():
+def test_a_width_aims_at_its_own_target_with_its_tables_alone():
     weight, metric = problem(rows=4, columns=40)
-    targets = {3: weight, 4: weight + 1.0}
-    tree = nested_output_codebooks(targets, dict.fromkeys(targets, metric))
-    assert plain_error(targets[4], metric, tree.dense(4)) < 0.2 * plain_error(targets[3], metric, tree.dense(4))
+    metrics, corrected = dict.fromkeys((3, 4), metric), {4: 1.5 * weight + 0.2}
+    tree, plain = (nested_output_codebooks(weight, metrics, given) for given in (corrected, None))
+    assert torch.equal(tree.codes, plain.codes)
+    assert torch.equal(tree.tables[3], plain.tables[3])
+    assert plain_error(corrected[4], metric, tree.dense(4)) < 0.2 * plain_error(corrected[4], metric, plain.dense(4))
 
 
 def test_same_input_same_bytes():
