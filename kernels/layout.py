@@ -120,8 +120,8 @@ class Tiled:
         head: first planes that lie together, 1, 2 or 4.
         codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
         tables: width -> floating [ceil(N / 32), 2**width, 32].
-        registers: (width, kind) -> int32 [2**width / 2, 32 * ceil(N / 32)], for widths to 4 and 16-bit kinds, if the
-            codebooks are float16.
+        registers: width -> int32 [2, 2**width / 2, 32 * ceil(N / 32)], the bytes of float16 and of bfloat16 entries, for
+            widths 2 to 4 if the codebooks are float16.
     """
 
     rows: int
@@ -129,7 +129,7 @@ class Tiled:
     head: int
     codes: Tensor
     tables: dict[int, Tensor]
-    registers: dict[tuple[int, torch.dtype], Tensor]
+    registers: dict[int, Tensor]
 
     @classmethod
     def build(cls, planes: Sequence[Tensor], codebooks: Mapping[int, Tensor], columns: int) -> Tiled:
@@ -146,10 +146,9 @@ class Tiled:
             bits: _padded(book).unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous() for bits, book in widths.items()
         }
         registers = {
-            (bits, kind): _byte_tables(book, kind)
+            bits: torch.stack([_byte_tables(book, kind) for kind in (torch.float16, torch.bfloat16)])
             for bits, book in widths.items()
             if 2 <= bits <= 4 and book.dtype == torch.float16
-            for kind in (torch.float16, torch.bfloat16)
         }
         rows = planes[0].shape[0]
         return cls(rows, columns, head, _tile_codes(planes, columns, head), tables, registers)

@@ -11,6 +11,7 @@ counts the machine instructions.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -285,9 +286,25 @@ def activations() -> Assembly:
 
 
 @cache
-def reserve(bits: int) -> Assembly:
-    """Make the table in shared memory; gives its address. Input: anything (the instruction needs one)."""
-    text = f".shared .align 128 .b8 {TABLE}[{2**bits * SHARED_STRIDE}];\nmov.u32 $0, {TABLE};"
+def stored(bits: int, head: int, kind: Literal["fp16", "bf16"]) -> Assembly:
+    """:func:`weights`, and then the address, a multiple of 16 bytes, to write them to. The output means nothing."""
+    made = weights(bits, head, kind)
+    inputs = made.constraints.split(",")[16:]
+    text = re.sub(r"\$(\d+)", lambda found: _renamed(int(found[1])), made.text)
+    address = f"${len(inputs) + 1}"
+    writes = [f"st.global.v4.b32 [{address}+{16 * i}], {{o{4 * i}, o{4 * i + 1}, o{4 * i + 2}, o{4 * i + 3}}};" for i in range(4)]
+    lines = ["{", ".reg .b32 o<16>;", text, *writes, "mov.b32 $0, 0;", "}"]
+    return Assembly("\n".join(lines), ",".join(["=r", *inputs, "l"]), 1)
+
+
+def _renamed(operand: int) -> str:
+    return f"o{operand}" if operand < 16 else f"${operand - 15}"
+
+
+@cache
+def reserve(bits: int, tiles: int = 1) -> Assembly:
+    """Make tables of so many tiles in shared memory; gives their address. Input: anything (the instruction needs one)."""
+    text = f".shared .align 128 .b8 {TABLE}[{tiles * 2**bits * SHARED_STRIDE}];\nmov.u32 $0, {TABLE};"
     return Assembly(text, "=r,r", 1)
 
 

@@ -64,7 +64,7 @@ def test_neighbouring_rows_lie_side_by_side_and_nibbles_are_ready_to_look_up():
 
 def test_tables_in_registers_are_the_bytes_of_the_entries():
     tiled = random_tiled(33, 32, 3)
-    table = tiled.registers[3, torch.float16]
+    table = tiled.registers[3][0]
     assert table.shape == (4, 64)
     low, high = (table[part : part + 2, 5].contiguous().view(torch.uint8) for part in (0, 2))
     entries = torch.stack([low, high], 1).flatten().view(torch.float16)

@@ -1,0 +1,165 @@
+"""How the kernels divide their work: measured for a GPU where somebody has, a rule elsewhere. Nothing is measured in a request.
+
+Which kernel serves how many rows of activations: ``gemv`` 1 to 4, ``dot`` to 64, ``tile`` (the same with larger tiles) to 512, and
+above that the weights are looked up once for cuBLAS.
+
+A tuning file is JSON, one for every GPU, by the name torch gives it: ``{"gpu": …, "triton": …, "configs": {key: fields of Config}}``
+with keys as :func:`key` makes them. Those that come with the package lie in ``kernels/tuning``; ``compress tune`` makes more, in
+``~/.cache/compress/tuning`` (``XDG_CACHE_HOME`` is heeded).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from compress.kernels.variants import Config, Kind, Operation
+
+GEMV_ROWS, DOT_ROWS, TILE_ROWS = 4, 64, 512
+SHIPPED = Path(__file__).with_name("tuning")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen by.
+
+    Attributes:
+        rows: N.
+        columns: K.
+        bits: width.
+        count: rows of activations.
+        kind: of the activations.
+        assembly: whether the kernels are those with assembly.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    count: int
+    kind: Kind
+    assembly: bool = True
+
+    @property
+    def operation(self) -> Operation:
+        """The kernel that serves so many rows of activations."""
+        if self.count <= GEMV_ROWS:
+            return "gemv"
+        return "dot" if self.count <= DOT_ROWS else "tile" if self.count <= TILE_ROWS else "look_up"
+
+    @property
+    def bucket(self) -> int:
+        """Counts that share a configuration: to the next power of two."""
+        return 1 << (min(self.count, TILE_ROWS + 1) - 1).bit_length()
+
+    @property
+    def key(self) -> str:
+        """Of a tuning file's entry."""
+        return f"{self.rows}x{self.columns} {self.bits} bits, {self.bucket} rows, {self.kind}"
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """Every configuration that is worth measuring: about a dozen for each kernel."""
+    if problem.operation == "gemv":
+        wide = problem.bits > 4  # a lane has one row there, four elsewhere
+        found = [
+            Config(warps, warps * words, split)
+            for warps in (4, 8, 16)
+            for words in ((1, 2) if wide else (4, 8))
+            for split in (1, 2, 4)
+        ]
+        return [config for config in found if config.step * config.split <= max(config.step, problem.span)]
+    if problem.operation == "look_up":
+        return [_look_up(problem)]
+    bm = _bm(problem)
+    shapes = [(4, 16), (4, 32), (8, 16)] if problem.bits <= 4 else [(4, 8), (4, 16)]
+    bn = _bn(problem)
+    return [Config(warps, step, split, bm, bn, 2) for warps, step in shapes for split in (1, 2, 4, 8) if split * step <= max(step, problem.span)]
+
+
+def heuristic(problem: Problem, processors: int) -> Config:
+    """A configuration from the sizes alone.
+
+    Args:
+        problem: the sizes.
+        processors: streaming multiprocessors of the GPU.
+    """
+    tiles = -(-problem.rows // 32)
+    if not problem.assembly:
+        return _plain(problem)
+    if problem.operation == "look_up":
+        return _look_up(problem)
+    if problem.operation == "gemv":
+        warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
+        words = 1 if problem.bits > 4 else 4
+        while warps > 4 and warps * words > problem.span:
+            warps //= 2
+        step = warps * words
+        return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step))
+    bn, bm = _bn(problem), _bm(problem)
+    step = 16 if problem.bits >= 4 else 32
+    programs = -(-problem.rows // bn) * -(-problem.count // bm)
+    return Config(8 if problem.operation == "tile" else 4, step, _split(programs, processors, problem.span, step), bm, bn, 2)
+
+
+def _split(programs: int, wanted: int, span: int, step: int) -> int:
+    """The power of two that gives the GPU enough to do, and no program less than one step."""
+    split = 1
+    while programs * split < wanted and split < 8 and span >= 2 * split * step:
+        split *= 2
+    return split
+
+
+def _bm(problem: Problem) -> int:
+    return 128 if problem.operation == "tile" else max(16, problem.bucket)
+
+
+def _bn(problem: Problem) -> int:
+    return 64 if problem.bits <= 4 else 32
+
+
+def _look_up(problem: Problem) -> Config:
+    return Config(4, 4 if problem.bits > 4 else 16)
+
+
+def _plain(problem: Problem) -> Config:
+    """Small tiles: these kernels hold 32 weights per word at once."""
+    if problem.operation in ("dot", "tile"):
+        return Config(4, 1, 1, 16 if problem.count <= 16 else 32, 32, 1)
+    return Config(4, 4)
+
+
+def file_name(gpu: str) -> str:
+    """Of the tuning file for a GPU, by the name torch gives it."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower() + ".json"
+
+
+def own_folder() -> Path:
+    """Where ``compress tune`` puts its files."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "compress" / "tuning"
+
+
+@cache
+def tuned(gpu: str) -> dict[str, Config]:
+    """Measured configurations for a GPU: one's own before those that come with the package; none if there are none.
+
+    Raises:
+        ValueError: a file that is not a tuning file.
+    """
+    found: dict[str, Config] = {}
+    for folder in (SHIPPED, own_folder()):
+        path = folder / file_name(gpu)
+        if path.is_file():
+            try:
+                found |= {key: Config(**fields) for key, fields in json.loads(path.read_text())["configs"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: is not a tuning file ({error}); delete it, or run compress tune again") from error
+    return found
+
+
+def choose(problem: Problem, gpu: str, processors: int) -> Config:
+    """The configuration for a problem: measured if there is one, by rule otherwise."""
+    return tuned(gpu).get(problem.key) or heuristic(problem, processors)
