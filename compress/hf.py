@@ -256,6 +256,9 @@ class CompressQuantizer(HfQuantizer):
                 f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."
             )
         rebuild(model)
+        for module in packed_modules(model).values():
+            if isinstance(module, BitPlaneLinear):
+                module.tile()
         return model
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from compress.kernels.configs import GEMV_ROWS, Problem, choose
+from compress.kernels.configs import GEMV_ROWS, Problem, choose, tuned
 from compress.kernels.layout import ROWS, Tiled
 from compress.kernels.packing import words
 from compress.kernels.variants import Config, Kind, Variant
@@ -83,20 +83,18 @@ def serves(device: torch.device) -> bool:
 def describe() -> str:
     """What serves packed layers on GPUs, and why."""
     reason = missing()
-    if reason is None and not torch.cuda.is_available():
-        reason = "the interpreter stands in for a GPU" if interpreting() else "torch sees no GPU"
-        return f"triton: idle, as {reason}" if not interpreting() else f"triton: plain kernels, as {reason}"
     if reason is not None:
         return f"torch: reference look-up, because {reason}"
-    from compress.kernels.configs import tuned
-
-    found = []
+    found = f"triton {version('triton')}"
+    if not torch.cuda.is_available():
+        return f"{found}: plain kernels in its interpreter" if interpreting() else f"{found}: idle, as torch sees none"
+    kinds = []
     for index in range(torch.cuda.device_count()):
         gpu = device_of(index)
-        how = "register look-up in PTX" if gpu.assembly else "plain kernels, as PTX for sm_80 does not run there"
-        configs = "measured configurations" if tuned(gpu.name) else "configurations by rule: compress tune measures"
-        found.append(f"{how} on {gpu.name} ({configs})")
-    return f"triton {version('triton')}: " + "; ".join(sorted(set(found)))
+        how = "look-up in registers by inline PTX" if gpu.assembly else "plain kernels, as the PTX needs sm_80 or later"
+        by = "measured configurations" if tuned(gpu.name) else "configurations by rule, as compress tune was not run"
+        kinds.append(f"{how} on {gpu.name}, {by}")
+    return f"{found}: " + "; ".join(sorted(set(kinds)))
 
 
 def _index(tensor: Tensor) -> int:
