@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +44,11 @@ class Problem:
     assembly: bool = True
 
     @property
+    def span(self) -> int:
+        """Words in a row of weights."""
+        return -(-self.columns // 32)
+
+    @property
     def operation(self) -> Operation:
         """The kernel that serves so many rows of activations."""
         if self.count <= GEMV_ROWS:
@@ -63,7 +68,7 @@ class Problem:
 
 def candidates(problem: Problem) -> list[Config]:
     """Every configuration that is worth measuring: about a dozen for each kernel."""
-    if problem.operation == "gemv":
+    if problem.operation == "gemv" and problem.assembly:
         wide = problem.bits > 4  # a lane has one row there, four elsewhere
         found = [
             Config(warps, warps * words, split)
@@ -72,37 +77,62 @@ def candidates(problem: Problem) -> list[Config]:
             for split in (1, 2, 4)
         ]
         return [config for config in found if config.step * config.split <= max(config.step, problem.span)]
-    if problem.operation == "look_up":
-        return [_look_up(problem)]
-    bm = _bm(problem)
-    shapes = [(4, 16), (4, 32), (8, 16)] if problem.bits <= 4 else [(4, 8), (4, 16)]
-    bn = _bn(problem)
-    return [Config(warps, step, split, bm, bn, 2) for warps, step in shapes for split in (1, 2, 4, 8) if split * step <= max(step, problem.span)]
+    if problem.operation == "look_up" or not problem.assembly:
+        return [heuristic(problem, 1, 1 << 30)]
+    base = _matrix(problem)
+    found = [
+        replace(base, step=step, split=split, stages=stages)
+        for step in sorted({base.step, 8})
+        for split in (1, 2, 4)
+        for stages in (1, 2, 3)
+    ]
+    return [config for config in found if config.split * config.step <= max(config.step, problem.span)]
 
 
-def heuristic(problem: Problem, processors: int) -> Config:
+def heuristic(problem: Problem, processors: int, shared: int) -> Config:
     """A configuration from the sizes alone.
 
     Args:
         problem: the sizes.
         processors: streaming multiprocessors of the GPU.
+        shared: bytes of shared memory that one program may use.
     """
-    tiles = -(-problem.rows // 32)
     if not problem.assembly:
         return _plain(problem)
     if problem.operation == "look_up":
-        return _look_up(problem)
+        return Config(4, 4 if problem.bits > 4 else 16)
     if problem.operation == "gemv":
-        warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
-        words = 1 if problem.bits > 4 else 4
-        while warps > 4 and warps * words > problem.span:
-            warps //= 2
-        step = warps * words
-        return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step))
-    bn, bm = _bn(problem), _bm(problem)
-    step = 16 if problem.bits >= 4 else 32
-    programs = -(-problem.rows // bn) * -(-problem.count // bm)
-    return Config(8 if problem.operation == "tile" else 4, step, _split(programs, processors, problem.span, step), bm, bn, 2)
+        return _gemv(problem, processors)
+    config = _matrix(problem)
+    if shared_bytes(config, problem.bits) > shared:
+        config = replace(config, stages=1)
+    programs = -(-problem.rows // config.bn) * -(-problem.count // config.bm)
+    return replace(config, split=_split(programs, processors, problem.span, config.step))
+
+
+def _gemv(problem: Problem, processors: int) -> Config:
+    """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up."""
+    tiles = -(-problem.rows // 32)
+    warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
+    words = 1 if problem.bits > 4 else 4  # of a warp; a lane has one row above 4 bits and four below
+    while warps > 4 and warps * words > problem.span:
+        warps //= 2
+    step = warps * words
+    return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step))
+
+
+def _matrix(problem: Problem) -> Config:
+    """Four warps to 64 rows of weights, which is what the matrix instructions of sm_90 work on; what spills nothing."""
+    tile, bits = problem.operation == "tile", problem.bits
+    bn = 32 if bits == 8 else 128 if tile and bits <= 6 else 64  # tables of wider widths fill the shared memory
+    bm = max(16, min(problem.bucket, 128 if bits < 7 else 64))
+    return Config(8 if bn == 128 else 4, 8 if bm > 32 or bits > 4 else 16, 1, bm, bn, 2)
+
+
+def shared_bytes(config: Config, bits: int) -> int:
+    """About what ``dot`` takes of shared memory: the pipeline's activations and codes, and tables above 4 bits."""
+    pipeline = config.stages * config.step * config.bm * 64 if config.stages > 1 else 0
+    return pipeline + bits * config.bn * config.step * 4 + (2**bits * config.bn * 4 if bits > 4 else 0) + 2048
 
 
 def _split(programs: int, wanted: int, span: int, step: int) -> int:
@@ -111,18 +141,6 @@ def _split(programs: int, wanted: int, span: int, step: int) -> int:
     while programs * split < wanted and split < 8 and span >= 2 * split * step:
         split *= 2
     return split
-
-
-def _bm(problem: Problem) -> int:
-    return 128 if problem.operation == "tile" else max(16, problem.bucket)
-
-
-def _bn(problem: Problem) -> int:
-    return 64 if problem.bits <= 4 else 32
-
-
-def _look_up(problem: Problem) -> Config:
-    return Config(4, 4 if problem.bits > 4 else 16)
 
 
 def _plain(problem: Problem) -> Config:
@@ -160,6 +178,6 @@ def tuned(gpu: str) -> dict[str, Config]:
     return found
 
 
-def choose(problem: Problem, gpu: str, processors: int) -> Config:
+def choose(problem: Problem, gpu: str, processors: int, shared: int) -> Config:
     """The configuration for a problem: measured if there is one, by rule otherwise."""
-    return tuned(gpu).get(problem.key) or heuristic(problem, processors)
+    return tuned(gpu).get(problem.key) or heuristic(problem, processors, shared)

@@ -36,11 +36,13 @@ class Device:
         name: as torch gives it.
         processors: streaming multiprocessors.
         assembly: whether it runs PTX that needs sm_80.
+        shared: bytes of shared memory that one program may use.
     """
 
     name: str
     processors: int
     assembly: bool
+    shared: int
 
 
 @torch.compiler.assume_constant_result
@@ -63,10 +65,11 @@ def missing() -> str | None:
 def device_of(index: int) -> Device:
     """The GPU of an index; -1 is the interpreter."""
     if index < 0:
-        return Device("interpreter", 1, False)
+        return Device("interpreter", 1, False, 1 << 30)
     properties = torch.cuda.get_device_properties(index)
     nvidia = torch.version.hip is None
-    return Device(properties.name, properties.multi_processor_count, nvidia and properties.major >= 8)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return Device(properties.name, properties.multi_processor_count, nvidia and properties.major >= 8, shared)
 
 
 @torch.compiler.assume_constant_result
@@ -102,7 +105,7 @@ def _index(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """The arguments that describe one matrix at one width."""
 
     codes: Tensor
@@ -168,13 +171,13 @@ def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Ten
     return y, room[size:].view(torch.float32)
 
 
-def multiply(x: Tensor, packed: _Packed, bias: Tensor | None, config: Config | None = None) -> Tensor:
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | None = None) -> Tensor:
     """``x @ W.T + bias`` for [count, K] activations; ``config`` overrides the choice, for tuning and tests."""
     count, kind = x.shape[0], KINDS[x.dtype]
     device = device_of(_index(x))
     assembly = packed.assembly(kind, device)
     problem = Problem(packed.rows, packed.columns, packed.bits, count, kind, assembly)
-    chosen = config or choose(problem, device.name, device.processors)
+    chosen = config or choose(problem, device.name, device.processors, device.shared)
     if problem.operation == "look_up":
         return _by_matrix_product(x, packed, bias)
     x = _ready(x, packed.columns, assembly)
@@ -201,12 +204,12 @@ def multiply(x: Tensor, packed: _Packed, bias: Tensor | None, config: Config | N
     return y
 
 
-def _weights(packed: _Packed, dtype: torch.dtype, tiles: range) -> Tensor:
+def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
     """Looked-up weights of some tiles of rows: [32 * len(tiles), 32 * span]."""
     device = device_of(_index(packed.codes))
     assembly = packed.assembly(KINDS[dtype], device)
     problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, KINDS[dtype], assembly)
-    config = choose(problem, device.name, device.processors)
+    config = choose(problem, device.name, device.processors, device.shared)
     out = torch.empty(len(tiles) * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
     variant = Variant("look_up", packed.bits, packed.head, problem.kind, 1, assembly, packed.span % config.step == 0)
     arguments = packed.operands(assembly, problem.kind) | {"out": out, "first_tile": tiles.start}
@@ -214,7 +217,7 @@ def _weights(packed: _Packed, dtype: torch.dtype, tiles: range) -> Tensor:
     return out
 
 
-def _parts(packed: _Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """All weights, a few tiles at a time: the rows they are, and [rows, K]."""
     tiles = packed.codes.shape[1]
     step = max(1, LOOKED_UP_BYTES // max(1, ROWS * packed.span * 32 * dtype.itemsize))
@@ -224,7 +227,7 @@ def _parts(packed: _Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
         yield rows, _weights(packed, dtype, part)[: rows.stop - rows.start, : packed.columns]
 
 
-def _by_matrix_product(x: Tensor, packed: _Packed, bias: Tensor | None) -> Tensor:
+def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     y = torch.empty(x.shape[0], packed.rows, dtype=x.dtype, device=x.device)
     for rows, weight in _parts(packed, x.dtype):
         y[:, rows] = torch.nn.functional.linear(x, weight, None if bias is None else bias[rows])
@@ -236,7 +239,7 @@ def tiled_weight(
     codes: Tensor, table: Tensor, registers: Tensor | None, rows: int, columns: int, bits: int, head: int, dtype: torch.dtype
 ) -> Tensor:
     """Every weight of a matrix in the layout of :class:`compress.kernels.layout.Tiled`: [N, K] in ``dtype``."""
-    packed = _Packed(codes, table, registers, rows, columns, bits, head)
+    packed = Packed(codes, table, registers, rows, columns, bits, head)
     if not serves(codes.device) or dtype not in KINDS:
         return Tiled(rows, columns, head, codes, {bits: table}, {}).dense(bits, dtype)
     with torch.cuda.device(_index(codes)):
@@ -277,7 +280,7 @@ def tiled_linear(
         return torch.nn.functional.linear(x, weight, bias)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], rows)
-    packed = _Packed(codes, table, registers, rows, columns, bits, head)
+    packed = Packed(codes, table, registers, rows, columns, bits, head)
     with torch.cuda.device(_index(x)):
         return multiply(x.reshape(-1, columns), packed, bias).view(*x.shape[:-1], rows)
 

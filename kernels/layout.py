@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from compress.kernels.packing import pack_planes, unpack_planes, words
+from compress.kernels.packing import unpack_planes, words
 
 ROWS = 32  # of one tile
 _AT_ONCE = 1 << 22  # codes in one go: their single bits are p times as many bytes
@@ -140,8 +140,13 @@ class Tiled:
             codebooks: width -> floating [N, 2**width] for the widths to be read.
             columns: K.
         """
+        return cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns)
+
+    @classmethod
+    def around(cls, codes: Tensor, codebooks: Mapping[int, Tensor], columns: int) -> Tiled:
+        """Put codes that are in the layout already together with canonical codebooks."""
         widths = {bits: codebooks[bits] for bits in sorted(codebooks)}
-        head = head_for(min(widths))
+        rows = widths[min(widths)].shape[0]
         tables = {
             bits: _padded(book).unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous() for bits, book in widths.items()
         }
@@ -150,8 +155,7 @@ class Tiled:
             for bits, book in widths.items()
             if 2 <= bits <= 4 and book.dtype == torch.float16
         }
-        rows = planes[0].shape[0]
-        return cls(rows, columns, head, _tile_codes(planes, columns, head), tables, registers)
+        return cls(rows, columns, head_for(min(widths)), codes, tables, registers)
 
     def canonical(self) -> tuple[Tensor, dict[int, Tensor]]:
         """The planes, int32 [p, N, ceil(K / 32)], and codebooks that this was made of, bit for bit."""
@@ -181,14 +185,15 @@ class Tiled:
 
 
 def random_tiled(
-    rows: int, columns: int, bits: int, seed_bits: int | None = None, device: str | torch.device = "cpu"
+    rows: int, columns: int, bits: int, seed_bits: int | None = None, device: str | torch.device = "cpu", seed: int = 0
 ) -> Tiled:
-    """Random codes and float16 codebooks of the size of trained ones, for benchmarks and tests."""
-    generator = torch.Generator().manual_seed(0)
-    seed = bits if seed_bits is None else seed_bits
+    """Random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tiles, first = -(-rows // ROWS), bits if seed_bits is None else seed_bits
+    shape = bits, tiles, words(columns), ROWS
+    codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device, generator=generator)
     books = {
-        width: (0.02 * torch.randn(rows, 2**width, generator=generator)).half().to(device)
-        for width in range(seed, bits + 1)
+        width: (0.02 * torch.randn(rows, 2**width, device=device, generator=generator)).half()
+        for width in range(first, bits + 1)
     }
-    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
-    return Tiled.build([plane.to(device) for plane in pack_planes(codes, bits)], books, columns)
+    return Tiled.around(codes, books, columns)

@@ -11,16 +11,18 @@ Triton must not be in interpreter mode: ``TRITON_INTERPRET`` must not be set.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
-from compress.kernels.variants import Config, Variant
+from compress.kernels.configs import Problem, candidates, heuristic
+from compress.kernels.variants import Config, Kind, Operation, Variant
 
 INTEGER = frozenset({"LOP3", "SHF", "PRMT", "LEA", "IADD3", "IADD", "VIADD", "IMAD", "SEL", "ISETP", "BFE", "SGXT", "VIMNMX", "IMNMX"})
 """Counted against the budget. IMAD runs in another unit than the others; counting it too is the stricter reading."""
@@ -115,3 +117,129 @@ def inner_loop(sass: str) -> list[str]:
         if branch and int(branch[1], 16) < place:
             loops.append([body for at, body in lines if int(branch[1], 16) <= at <= place])
     return max(loops, key=len) if loops else [text for place, text in lines if place <= end]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile and judge."""
+
+    variant: Variant
+    config: Config
+    target: str
+
+    @property
+    def budget(self) -> float | None:
+        """Integer instructions per weight that its inner loop may have, or None.
+
+        It is for the products that wait for memory, on planes alone or the seed packed together; with larger tiles
+        of activations the loop also moves those.
+        """
+        variant = self.variant
+        slim = variant.operation == "gemv" or (variant.operation == "dot" and self.config.bm == 16 and variant.bits <= 4)
+        if not variant.assembly or not slim:
+            return None
+        packed = variant.head == 4 or (variant.head == 2 and variant.bits == 2)
+        return BUDGETS.get(("seed-packed" if packed else "plain", variant.bits), WIDE_BUDGET)
+
+
+def _case(variant: Variant, target: str, count: int) -> Case:
+    """With the configuration that the rule gives for a layer of 14336 x 4096 on a GPU of 132 processors."""
+    problem = Problem(14336, 4096, variant.bits, count, variant.kind, variant.assembly)
+    return Case(variant, replace(heuristic(problem, 132, 227 << 10), split=1), target)
+
+
+def _heads(bits: int) -> list[int]:
+    return [head for head in (1, 2, 4) if head <= bits]
+
+
+def quick() -> list[Case]:
+    """A case of every kind, for continuous integration."""
+    narrow = [(2, 1), (2, 2), (3, 1), (4, 1), (4, 4), (8, 4)]
+    cases = [_case(Variant("gemv", bits, head, "fp16"), "sm_90", 1) for bits, head in narrow]
+    cases += [_case(Variant("gemv", 3, 1, "bf16", 2), target, 2) for target in ("sm_80", "sm_100")]
+    cases += [_case(Variant("dot", bits, 1, "fp16"), "sm_90", 16) for bits in (3, 4)]
+    cases += [_case(Variant("dot", 3, 1, "bf16"), "sm_80", 16), _case(Variant("look_up", 3, 1, "fp16"), "sm_90", 1024)]
+    plain = [("gemv", 1), ("dot", 16), ("look_up", 1024)]
+    return cases + [_case(Variant(cast(Operation, name), 3, 1, "fp16", assembly=False), "gfx942", count) for name, count in plain]
+
+
+def full() -> list[Case]:
+    """Every kernel at every width, packing and kind of activations, and every configuration there is to choose from."""
+    cases = []
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for bits, kind in itertools.product(range(2, 9), (cast(Kind, "fp16"), cast(Kind, "bf16"))):
+            for head in _heads(bits):
+                cases += [_case(Variant("gemv", bits, head, kind, count), target, count) for count in (1, 4)]
+                cases += [_case(Variant("dot", bits, head, kind), target, count) for count in (16, 64)]
+                cases += [_case(Variant("tile", bits, head, kind), target, 512)]
+                cases += [_case(Variant("look_up", bits, head, kind), target, 1024)]
+    for bits, count in itertools.product((2, 3, 4, 6, 8), (1, 16)):
+        problem = Problem(14336, 4096, bits, count, "fp16")
+        variant = Variant(problem.operation, bits, 1, "fp16", count, even=False)
+        cases += [Case(variant, config, "sm_90") for config in candidates(problem)]
+    for target, bits in itertools.product(("gfx942", "sm_80", "sm_90"), (1, 2, 3, 4, 8)):
+        plain: list[tuple[Operation, int]] = [("gemv", 4), ("dot", 16), ("look_up", 1024)]
+        for name, count in plain:
+            cases.append(_case(Variant(name, bits, _heads(bits)[-1], "bf16", count, assembly=False), target, count))
+    return list(dict.fromkeys(cases))
+
+
+def judge(case: Case) -> dict[str, Any]:
+    """Compile one case and read what came out.
+
+    Returns:
+        The case, what was read (NVIDIA only), and ``faults``: sentences, none if all is well.
+    """
+    variant, config = case.variant, case.config
+    found: dict[str, Any] = {"target": case.target, **asdict(variant), "config": config.json(), "faults": []}
+    kernel = compiled(variant, config, case.target)
+    if not case.target.startswith("sm_"):
+        return found
+    seen = report(kernel, variant, config)
+    found |= {**asdict(seen), "budget": case.budget}
+    if seen.spilled and case.variant.assembly:
+        found["faults"].append(f"{seen.spilled} bytes are spilled")
+    if case.budget is not None and seen.integer > case.budget:
+        found["faults"].append(f"{seen.integer:.2f} integer instructions per weight, of {case.budget}")
+    return found
+
+
+def line(found: dict[str, Any]) -> str:
+    """One case as one line of text."""
+    config = found["config"]
+    body = "assembly" if found["assembly"] else "plain"
+    size = f"{config['warps']} warps, {config['step']} words"
+    if found["operation"] in ("dot", "tile"):
+        size += f", {config['bn']} x {config['bm']}, {config['stages']} stages"
+    name = f"{found['target']:7}{found['operation']:8}{body:9}{found['bits']} bits, head {found['head']}, {found['kind']}"
+    text = f"{name:44} {found['rows']} rows, {size:38}"
+    if "registers" in found:
+        budget = f" of {found['budget']}" if found["budget"] else ""
+        text += f" {found['registers']:3} registers, {found['spilled']} spilled, {found['instructions']:5.2f} instructions, "
+        text += f"{found['integer']:.2f}{budget} integer"
+    return text + "".join(f"; FAULT: {fault}" for fault in found["faults"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print one line per case; 1 if any has a fault."""
+    import triton
+
+    parser = argparse.ArgumentParser(description="Compile the kernels without a GPU and check their machine code.")
+    parser.add_argument("--full", action="store_true", help="every kernel and configuration; half an hour or more")
+    parser.add_argument("--json", help="write what was found to this file")
+    given = parser.parse_args(arguments)
+    cases = full() if given.full else quick()
+    results = []
+    for case in cases:
+        results.append(judge(case))
+        print(line(results[-1]), flush=True)
+    bad = sum(bool(found["faults"]) for found in results)
+    print(f"triton {triton.__version__}: {len(results)} kernels compiled, {bad} with faults")
+    if given.json:
+        with open(given.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

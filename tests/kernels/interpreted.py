@@ -15,7 +15,7 @@ from compress.kernels.variants import Config
 
 def worst(tiled, bits, x, bias=None, config=None):
     """The largest error, relative to the sum of the magnitudes of the products."""
-    packed = gpu._Packed(
+    packed = gpu.Packed(
         tiled.codes, tiled.tables[bits], tiled.registers.get(bits), tiled.rows, tiled.columns, bits, tiled.head
     )
     flat = x.reshape(-1, tiled.columns)
