@@ -65,7 +65,8 @@ class Plan:
 
 def _floor(rows: int, columns: int, bits: int, count: int, rate: float) -> float:
     """Seconds the memory needs for planes, table, activations and result."""
-    return (rows * columns * bits / 8 + 2 * rows * 2**bits + 2 * count * (rows + columns)) / rate
+    taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * count * (rows + columns)
+    return taken / rate
 
 
 def _error(y: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -96,7 +97,7 @@ def products(plan: Plan, timer: Timer, rate: float, report: Report) -> list[dict
             sets = copies(rows * columns * bits // 8, cache_bytes())
             layers = [random_tiled(rows, columns, bits, seed, plan.device, seed=i) for i in range(sets)]
             matrices = [packed_of(layer, bits) for layer in layers]
-            weight = gpu.tiled_weight(*_operands(matrices[0]), torch.float32)
+            weight = gpu.weight(layers[0], bits, torch.float32)
             for count in plan.rows:
                 x = torch.randn(count, columns, device=plan.device).half()
                 seconds = timer([partial(gpu.multiply, x, matrix, None) for matrix in matrices])
@@ -109,10 +110,6 @@ def products(plan: Plan, timer: Timer, rate: float, report: Report) -> list[dict
             del layers, matrices, weight
         _free()
     return found
-
-
-def _operands(packed: gpu.Packed) -> tuple[Any, ...]:
-    return packed.codes, packed.table, packed.registers, packed.rows, packed.columns, packed.bits, packed.head
 
 
 def _free() -> None:
@@ -183,7 +180,11 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
     for (rows, columns), entries in _by(result["products"], "rows", "columns").items():
         counts = sorted({entry["count"] for entry in entries})
-        table = Table("bits", *(str(count) for count in counts), title=f"{rows} x {columns}: × cuBLAS float16 (% of the memory's speed), by rows")
+        table = Table(
+            "bits",
+            *(str(count) for count in counts),
+            title=f"{rows} x {columns}: × cuBLAS float16 (% of the memory's speed), by rows",
+        )
         for group in _by(entries, "bits", "seed_bits").values():
             cells = [f"{entry['speedup']:.2f} ({100 * entry['roofline']:.0f})" for entry in group]
             table.add_row(_name(group[0]), *cells)
@@ -198,7 +199,9 @@ def show(result: dict[str, Any], console: Console) -> None:
 def _decode_table(result: dict[str, Any]) -> Table:
     published = result["published"]
     others = [name for name in published if name != "what"]
-    table = Table("bits", "tokens/s", "× float16", *(f"{name}, published" for name in others), title="decode step, batch 1")
+    table = Table(
+        "bits", "tokens/s", "× float16", *(f"{name}, published" for name in others), title="decode step, batch 1"
+    )
     for entry in result["decode"]:
         figures = [str(published[name].get(str(entry["bits"]), "")) for name in others]
         table.add_row(_name(entry), f"{entry['tokens_per_second']:.1f}", f"{entry['speedup']:.2f}", *figures)

@@ -51,7 +51,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
         registers = self._buffers["registers"]
-        return gpu.tiled_linear(x, self.get_buffer("codes"), self.get_buffer("table"), registers, None, *self.facts)
+        y: Tensor = gpu.tiled_linear(
+            x, self.get_buffer("codes"), self.get_buffer("table"), registers, None, *self.facts
+        )
+        return y
 
 
 def dense(rows: int, columns: int, dtype: torch.dtype, device: str) -> nn.Linear:
@@ -98,7 +101,8 @@ class Layer(nn.Module):
         )
         x = x + self.out(attended.reshape(1, -1))[0]
         gate, up = self.gate_up(_norm(x, norms[1])[None])[0].chunk(2)
-        return x + self.down((nn.functional.silu(gate) * up)[None])[0]
+        y: Tensor = x + self.down((nn.functional.silu(gate) * up)[None])[0]
+        return y
 
 
 class Decoder(nn.Module):

@@ -103,4 +103,8 @@ bitplane_linear.register_autograd(_input_gradient, setup_context=_keep_for_backw
 
 def backend() -> str:
     """Which implementation serves :func:`bitplane_linear`, and why."""
-    return f"{gpu.describe()}; on CPUs {cpu.describe()}" if gpu.available() else f"{cpu.describe()}; on GPUs {gpu.describe()}"
+    return (
+        f"{gpu.describe()}; on CPUs {cpu.describe()}"
+        if gpu.available()
+        else f"{cpu.describe()}; on GPUs {gpu.describe()}"
+    )

@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def operation(self) -> Operation:
-        """The kernel that serves so many rows of activations."""
+        """The kernel that serves so many rows of activations, if its configuration does not say otherwise."""
         if self.count <= GEMV_ROWS:
             return "gemv"
         return "dot" if self.count <= DOT_ROWS else "tile" if self.count <= TILE_ROWS else "look_up"
@@ -69,14 +69,12 @@ class Problem:
 def candidates(problem: Problem) -> list[Config]:
     """Every configuration that is worth measuring: about a dozen for each kernel."""
     if problem.operation == "gemv" and problem.assembly:
-        wide = problem.bits > 4  # a lane has one row there, four elsewhere
-        found = [
-            Config(warps, warps * words, split)
-            for warps in (4, 8, 16)
-            for words in ((1, 2) if wide else (4, 8))
-            for split in (1, 2, 4)
-        ]
-        return [config for config in found if config.step * config.split <= max(config.step, problem.span)]
+        words = (
+            (1, 4) if problem.bits > 4 else (4, 8) if problem.kind == "bf16" else (2, 8)
+        )  # one to four rows to a lane
+        found = [Config(warps, warps * w, split) for warps in (4, 8, 16) for w in words for split in (1, 2)]
+        found = [config for config in found if config.step * config.split <= max(config.step, problem.span)]
+        return found + ([_few_by_matrix(problem)] if problem.count > 1 else [])
     if problem.operation == "look_up" or not problem.assembly:
         return [heuristic(problem, 1, 1 << 30)]
     base = _matrix(problem)
@@ -111,14 +109,27 @@ def heuristic(problem: Problem, processors: int, shared: int) -> Config:
 
 
 def _gemv(problem: Problem, processors: int) -> Config:
-    """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up."""
+    """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up.
+
+    Widening bfloat16 activations to float32 takes integer instructions, for every row of them: with more than one the
+    matrix instructions, which take them as they are, have less to do.
+    """
+    if problem.kind == "bf16" and problem.count > 1:
+        config = _few_by_matrix(problem)
+        programs = -(-problem.rows // config.bn)
+        return replace(config, split=_split(programs, processors, problem.span, config.step))
     tiles = -(-problem.rows // 32)
     warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
-    words = 1 if problem.bits > 4 else 4  # of a warp; a lane has one row above 4 bits and four below
+    # Words of a warp: one row to a lane above 4 bits, where each has its bank; else two, or four that share the widening.
+    words = 1 if problem.bits > 4 else 4 if problem.kind == "bf16" else 2
     while warps > 4 and warps * words > problem.span:
         warps //= 2
     step = warps * words
     return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step))
+
+
+def _few_by_matrix(problem: Problem) -> Config:
+    return replace(_matrix(problem), matrix=True)
 
 
 def _matrix(problem: Problem) -> Config:
@@ -174,7 +185,9 @@ def tuned(gpu: str) -> dict[str, Config]:
             try:
                 found |= {key: Config(**fields) for key, fields in json.loads(path.read_text())["configs"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: is not a tuning file ({error}); delete it, or run compress tune again") from error
+                raise ValueError(
+                    f"{path}: is not a tuning file ({error}); delete it, or run compress tune again"
+                ) from error
     return found
 
 

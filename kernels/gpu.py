@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.kernels.configs import GEMV_ROWS, Problem, choose, tuned
+from compress.kernels.configs import Problem, choose, tuned
 from compress.kernels.layout import ROWS, Tiled
 from compress.kernels.packing import words
 from compress.kernels.variants import Config, Kind, Variant
@@ -101,7 +101,7 @@ def describe() -> str:
 
 
 def _index(tensor: Tensor) -> int:
-    return cast(int, tensor.get_device())  # -1 on a CPU
+    return tensor.get_device()  # -1 on a CPU
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,20 @@ class Packed:
     def variant(self, problem: Problem, config: Config, bias: bool) -> Variant:
         """The kernel for a problem."""
         even = self.span % (config.split * config.step) == 0
-        return Variant(problem.operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias)
+        operation = "dot" if config.matrix else problem.operation
+        return Variant(operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias)
 
     def assembly(self, kind: Kind, device: Device) -> bool:
         """Whether the kernels with assembly serve it; those in plain Triton serve all."""
         held = self.registers is not None or self.bits > 4
         return device.assembly and kind != "fp32" and held and self.bits >= 2
 
-    def operands(self, assembly: bool, kind: Kind, count: int = 1 << 20) -> dict[str, Any]:
+    def operands(self, assembly: bool, kind: Kind, single: bool = False) -> dict[str, Any]:
         """Arguments that all kernels share."""
-        # Matrix instructions want both factors of one type; sums of few rows are made of float16 entries.
-        entries = self.registers[int(kind == "bf16" and count > GEMV_ROWS)] if assembly and self.registers is not None else None
+        # Matrix instructions want both factors of one type; single products are made of float16 entries.
+        entries = (
+            self.registers[int(kind == "bf16" and not single)] if assembly and self.registers is not None else None
+        )
         found: dict[str, Any] = {"codes": self.codes, "words": self.span, "plane_stride": self.codes.stride(0)}
         found["tables"] = self.table if entries is None or self.bits > 4 else entries
         return found | ({"table_stride": self.codes.shape[1] * ROWS} if assembly else {})
@@ -184,14 +187,14 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     variant = packed.variant(problem, chosen, bias is not None)
     y, target = _allocate(x, count, packed.rows, chosen.split)
     steps = -(-packed.span // (chosen.split * chosen.step))
-    arguments = packed.operands(assembly, kind, count) | {
+    arguments = packed.operands(assembly, kind, variant.operation == "gemv") | {
         "x": x, "bias": bias, "y": target, "rows": packed.rows, "chunk": steps * chosen.step,
         "x_stride": x.stride(0), "y_stride": packed.rows,
     }  # fmt: skip
     if not assembly:
         arguments["columns"] = packed.columns
     grid: tuple[int, ...] = (-(-packed.rows // ROWS), chosen.split)
-    if problem.operation != "gemv":
+    if variant.operation != "gemv":
         arguments["count"] = count
         grid = (-(-packed.rows // chosen.bn), chosen.split, -(-count // chosen.bm))
     _launch(variant, chosen, grid, arguments)
@@ -236,7 +239,14 @@ def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor
 
 @torch.library.custom_op("compress::tiled_weight", mutates_args=())
 def tiled_weight(
-    codes: Tensor, table: Tensor, registers: Tensor | None, rows: int, columns: int, bits: int, head: int, dtype: torch.dtype
+    codes: Tensor,
+    table: Tensor,
+    registers: Tensor | None,
+    rows: int,
+    columns: int,
+    bits: int,
+    head: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Every weight of a matrix in the layout of :class:`compress.kernels.layout.Tiled`: [N, K] in ``dtype``."""
     packed = Packed(codes, table, registers, rows, columns, bits, head)
@@ -250,7 +260,16 @@ def tiled_weight(
 
 
 @tiled_weight.register_fake
-def _(codes: Tensor, table: Tensor, registers: Tensor | None, rows: int, columns: int, bits: int, head: int, dtype: torch.dtype) -> Tensor:
+def _(
+    codes: Tensor,
+    table: Tensor,
+    registers: Tensor | None,
+    rows: int,
+    columns: int,
+    bits: int,
+    head: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return codes.new_empty(rows, columns, dtype=dtype)
 
 
@@ -307,3 +326,18 @@ def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 tiled_linear.register_autograd(_input_gradient, setup_context=_keep_for_backward)
 
+
+def linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` at one width: floating [..., K] to [..., N]; differentiable in ``x``."""
+    registers = tiled.registers.get(bits)
+    facts = tiled.rows, tiled.columns, bits, tiled.head
+    y: Tensor = tiled_linear(x, tiled.codes, tiled.tables[bits], registers, bias, *facts)
+    return y
+
+
+def weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
+    """Every weight at one width: [N, K]."""
+    registers = tiled.registers.get(bits)
+    facts = tiled.rows, tiled.columns, bits, tiled.head
+    found: Tensor = tiled_weight(tiled.codes, tiled.tables[bits], registers, *facts, dtype)
+    return found

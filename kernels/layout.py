@@ -54,7 +54,7 @@ def _reversed(bits: int) -> tuple[int, ...]:
 def _to_words(bits: Tensor) -> Tensor:
     """uint8 [..., 32] of single bits to int32 [...]."""
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    octets = (bits.unflatten(-1, (4, 8)) << place).sum(-1, dtype=torch.uint8)
+    octets: Tensor = (bits.view(*bits.shape[:-1], 4, 8) << place).sum(-1, dtype=torch.uint8)
     return octets.view(torch.int32).squeeze(-1)
 
 
@@ -75,7 +75,7 @@ def _tile_codes(planes: Sequence[Tensor], columns: int, head: int) -> Tensor:
     for first in range(0, tiles, step):
         part = slice(first * ROWS, min((first + step) * ROWS, rows))
         bits = torch.stack([_to_bits(plane[part]) for plane in planes], 2)  # [rows, W, p, 32]
-        tile = _to_words(bits.flatten(2)[..., order].unflatten(-1, (count, 32)))  # [rows, W, p]
+        tile = _to_words(bits.flatten(2)[..., order].view(-1, span, count, 32))  # [rows, W, p]
         whole = torch.zeros(-(-tile.shape[0] // ROWS) * ROWS, span, count, dtype=torch.int32, device=tile.device)
         whole[: tile.shape[0]] = tile
         tiled[:, first : first + step] = whole.view(-1, ROWS, span, count).permute(3, 0, 2, 1)
@@ -91,7 +91,7 @@ def _untile_codes(tiled: Tensor, rows: int, head: int) -> Tensor:
     step = max(1, _AT_ONCE // max(1, ROWS * span * 32))
     for first in range(0, tiles, step):
         some = tiled[:, first : first + step].permute(1, 3, 2, 0)  # [tiles, 32, W, p]
-        bits = _to_bits(some).flatten(-2)[..., back].unflatten(-1, (count, 32))
+        bits = _to_bits(some).flatten(-2)[..., back].view(-1, ROWS, span, count, 32)
         whole = _to_words(bits).flatten(0, 1)  # [rows, W, p]
         planes[:, first * ROWS : (first + step) * ROWS] = whole.permute(2, 0, 1)
     return planes[:, :rows].contiguous()
@@ -105,7 +105,7 @@ def _padded(codebook: Tensor) -> Tensor:
 
 def _byte_tables(codebook: Tensor, kind: torch.dtype) -> Tensor:
     """The low bytes of 16-bit entries, then the high bytes, four to a word: int32 [2**b / 2, tiles * 32]."""
-    octets = _padded(codebook).to(kind).view(torch.uint8).unflatten(-1, (-1, 2))
+    octets = _padded(codebook).to(kind).view(torch.uint8).view(-1, codebook.shape[1], 2)
     halves = [octets[..., byte].contiguous().view(torch.int32) for byte in range(2)]
     return torch.cat(halves, 1).t().contiguous()
 
@@ -148,7 +148,7 @@ class Tiled:
         widths = {bits: codebooks[bits] for bits in sorted(codebooks)}
         rows = widths[min(widths)].shape[0]
         tables = {
-            bits: _padded(book).unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous() for bits, book in widths.items()
+            bits: _padded(book).view(-1, ROWS, 1 << bits).transpose(1, 2).contiguous() for bits, book in widths.items()
         }
         registers = {
             bits: torch.stack([_byte_tables(book, kind) for kind in (torch.float16, torch.bfloat16)])

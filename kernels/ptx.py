@@ -292,7 +292,10 @@ def stored(bits: int, head: int, kind: Literal["fp16", "bf16"]) -> Assembly:
     inputs = made.constraints.split(",")[16:]
     text = re.sub(r"\$(\d+)", lambda found: _renamed(int(found[1])), made.text)
     address = f"${len(inputs) + 1}"
-    writes = [f"st.global.v4.b32 [{address}+{16 * i}], {{o{4 * i}, o{4 * i + 1}, o{4 * i + 2}, o{4 * i + 3}}};" for i in range(4)]
+    writes = [
+        f"st.global.v4.b32 [{address}+{16 * i}], {{o{4 * i}, o{4 * i + 1}, o{4 * i + 2}, o{4 * i + 3}}};"
+        for i in range(4)
+    ]
     lines = ["{", ".reg .b32 o<16>;", text, *writes, "mov.b32 $0, 0;", "}"]
     return Assembly("\n".join(lines), ",".join(["=r", *inputs, "l"]), 1)
 

@@ -32,7 +32,7 @@ class GraphTimer:
 
     def __call__(self, calls: Sequence[Call]) -> float:
         """Seconds per call."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.warm):
@@ -44,9 +44,9 @@ class GraphTimer:
             for call in calls:
                 call()
         graph.replay()
-        seconds = []
+        seconds: list[float] = []
         for _ in range(self.replays):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             graph.replay()
             end.record()

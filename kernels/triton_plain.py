@@ -4,7 +4,6 @@ The same layout and the same functions as :mod:`compress.kernels.triton_ptx`, wi
 float32 in the same fixed order every time; parts of a split sum go to ``y`` one after the other and :func:`reduce` adds them.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
 import triton
 import triton.language as tl
 
@@ -81,9 +80,7 @@ def dot(
         weight = _weights(codes, tables, tl.minimum(w, words - 1), held, words, plane_stride, BITS, HEAD)
         k = start * 32 + tl.arange(0, STEP * 32)
         inside = (k < columns) & (k < end * 32)
-        right = tl.load(
-            x + m[None, :] * x_stride + k[:, None], mask=inside[:, None] & (m < count)[None, :], other=0.0
-        )
+        right = tl.load(x + m[None, :] * x_stride + k[:, None], mask=inside[:, None] & (m < count)[None, :], other=0.0)
         if UPCAST:  # the interpreter computes bfloat16 wrongly
             right = right.to(tl.float32)
         total = tl.dot(tl.reshape(weight, [BN, STEP * 32]).to(right.dtype), right, total, input_precision="ieee")

@@ -1,12 +1,11 @@
 """The kernels for NVIDIA GPUs: Triton around the assembly of :mod:`compress.kernels.ptx`.
 
 ``TEXT`` arguments are that assembly, ``IO`` its constraints. A tile is words times rows, with the rows as the fast dimension: the
-compiler then gives a lane four neighbouring rows (one of them where the table is in shared memory, see the heuristics in
+compiler then gives a lane as many neighbouring rows as a tile has elements for it, four at most (see the rules in
 :mod:`compress.kernels.configs`), the codes come in whole lines, the tables stay in registers, and no lane needs another's sum
 until the end. Where the compiler chooses another way it is slower, never wrong: every instruction works on one element.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
 import triton
 import triton.language as tl
 

@@ -46,7 +46,10 @@ def measure(problem: Problem, device: str, timer: Timer) -> dict[Config, float]:
 
 
 def tune(
-    problems: Iterable[Problem], timer: Timer, device: str = "cuda", report: Callable[[str, int, int], None] | None = None
+    problems: Iterable[Problem],
+    timer: Timer,
+    device: str = "cuda",
+    report: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The content of a tuning file for some problems.
 
@@ -57,7 +60,7 @@ def tune(
         report: is told (what, done, total).
     """
     wanted = [problem for problem in problems if len(configs.candidates(problem)) > 1]
-    chosen: dict[str, dict[str, int]] = {}
+    chosen: dict[str, dict[str, int | bool]] = {}
     for done, problem in enumerate(wanted):
         if report is not None:
             report(problem.key, done, len(wanted))

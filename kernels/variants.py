@@ -23,6 +23,7 @@ class Config:
         bm: rows of activations per program (``dot``).
         bn: rows of weights per program.
         stages: of the software pipeline (``dot``).
+        matrix: whether ``dot`` serves, where the number of rows alone would say ``gemv``.
     """
 
     warps: int = 4
@@ -31,8 +32,9 @@ class Config:
     bm: int = 16
     bn: int = 32
     stages: int = 2
+    matrix: bool = False
 
-    def json(self) -> dict[str, int]:
+    def json(self) -> dict[str, int | bool]:
         """As stored in tuning files."""
         return asdict(self)
 

@@ -225,17 +225,15 @@ class BitPlaneLinear(_Packed):
     def _forward_tiled(self, x: Tensor) -> Tensor:
         if self.keep_dense:
             return nn.functional.linear(x, cast(Tensor, self._kept_dense(x.dtype)), self.bias)
-        tiled = self.tiled()
-        table, registers = tiled.tables[self.bits], tiled.registers.get(self.bits)
-        return gpu.tiled_linear(
-            x, tiled.codes, table, registers, self.bias, tiled.rows, tiled.columns, self.bits, tiled.head
-        )
+        return gpu.linear(x, self.tiled(), self.bits, self.bias)
 
     def tiled(self) -> Tiled:
         """The layout of the GPU kernels; it must be there (:meth:`tile`)."""
         named = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         tables = {bits: named[f"tiled_table_{bits}"] for bits in self.shape.widths}
-        registers = {bits: named[f"tiled_registers_{bits}"] for bits in self.shape.widths if f"tiled_registers_{bits}" in named}
+        registers = {
+            bits: named[f"tiled_registers_{bits}"] for bits in self.shape.widths if f"tiled_registers_{bits}" in named
+        }
         head = head_for(self.shape.seed_bits)
         return Tiled(self.out_features, self.in_features, head, named["tiled_codes"], tables, registers)
 
@@ -280,11 +278,9 @@ class BitPlaneLinear(_Packed):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight at the width in use, [N, K]; float32 unless told otherwise. Nothing is kept."""
-        if not self._is_tiled:
-            return super().dense(dtype)
-        tiled, kind = self.tiled(), dtype or torch.float32
-        table, registers = tiled.tables[self.bits], tiled.registers.get(self.bits)
-        return gpu.tiled_weight(tiled.codes, table, registers, tiled.rows, tiled.columns, self.bits, tiled.head, kind)
+        if self._is_tiled:
+            return gpu.weight(self.tiled(), self.bits, dtype or torch.float32)
+        return super().dense(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         super()._apply(fn, recurse)
@@ -294,7 +290,7 @@ class BitPlaneLinear(_Packed):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._is_tiled:
             destination |= {prefix + name: tensor for name, tensor in self._stored().items()}
 

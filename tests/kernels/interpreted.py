@@ -57,7 +57,12 @@ for rows, columns, count in [(1, 1, 1), (31, 33, 2), (65, 500, 4), (96, 32, 70)]
 print("odd sizes: ok")
 
 tiled = random_tiled(40, 72, 4)
-for x in (activations(72, 3).t(), activations(3, 144)[:, ::2], activations(3, 73)[:, 1:], activations(1, 72).expand(3, 72)):
+for x in (
+    activations(72, 3).t(),
+    activations(3, 144)[:, ::2],
+    activations(3, 73)[:, 1:],
+    activations(1, 72).expand(3, 72),
+):
     assert worst(tiled, 4, x) < 2e-6
 assert gpu.tiled_linear(activations(0, 72), tiled.codes, tiled.tables[4], None, None, 40, 72, 4, 4).shape == (0, 40)
 assert worst(tiled, 4, activations(2, 3, 72)) < 2e-6

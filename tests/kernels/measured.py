@@ -43,7 +43,9 @@ assert all(text in page.getvalue() for text in ("64 x 96", "4, seed 4", "decode 
 print("benchmark: ok")
 
 problems = [Problem(64, 512, 3, count, "fp16") for count in (1, 6, 600)]  # of the last there is nothing to choose
-configs.candidates = lambda problem: [Config(4, 2, split, 16, 32, 1) for split in (2, 1)][: 1 if problem.count > 512 else 2]
+configs.candidates = lambda problem: [Config(4, 2, split, 16, 32, 1) for split in (2, 1)][
+    : 1 if problem.count > 512 else 2
+]
 found = tune.tune(problems, Stub(), device="cpu")
 assert set(found["configs"]) == {problem.key for problem in problems[:2]}
 path = tune.write(found, Path(sys.argv[1]) / "tuning.json")

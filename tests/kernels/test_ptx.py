@@ -82,7 +82,9 @@ def test_float16_chains_keep_a_long_product_within_a_thousandth():
         mixed = generator.permutation(LANES)  # other rows every time
         words, worth = words_of(generator.standard_normal(32).astype(np.float32), "fp16")
         given, _ = tables(tiled, 3)
-        (total,) = Machine().run(ptx.product(3, 1, 1, "half"), [*[c[mixed] for c in codes], *[t[mixed] for t in given], *words])
+        (total,) = Machine().run(
+            ptx.product(3, 1, 1, "half"), [*[c[mixed] for c in codes], *[t[mixed] for t in given], *words]
+        )
         totals, exact = totals + as_float(total).astype(np.float64), exact + dense[mixed] @ worth
     assert np.linalg.norm(totals - exact) < 5e-4 * np.linalg.norm(exact)
 
