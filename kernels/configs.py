@@ -1,7 +1,7 @@
 """How the kernels divide their work: measured for a GPU where somebody has, a rule elsewhere. Nothing is measured in a request.
 
-Which kernel serves how many rows of activations: ``gemv`` 1 to 4, ``dot`` to 64, ``tile`` (the same with larger tiles) to 512, and
-above that the weights are looked up once for cuBLAS.
+Which kernel serves how many rows of activations: ``gemv`` 1 or 2 by rule and to 4 where that was measured to be faster, ``dot`` to
+64, ``tile`` (the same with larger tiles) to 512, and above that the weights are looked up once for cuBLAS.
 
 A tuning file is JSON, one for every GPU, by the name torch gives it: ``{"gpu": …, "triton": …, "configs": {key: fields of Config}}``
 with keys as :func:`key` makes them. Those that come with the package lie in ``kernels/tuning``; ``compress tune`` makes more, in
@@ -69,9 +69,7 @@ class Problem:
 def candidates(problem: Problem) -> list[Config]:
     """Every configuration that is worth measuring: about a dozen for each kernel."""
     if problem.operation == "gemv" and problem.assembly:
-        words = (
-            (1, 4) if problem.bits > 4 else (4, 8) if problem.kind == "bf16" else (2, 8)
-        )  # one to four rows to a lane
+        words = _words(problem)
         found = [Config(warps, warps * w, split) for warps in (4, 8, 16) for w in words for split in (1, 2)]
         found = [config for config in found if config.step * config.split <= max(config.step, problem.span)]
         return found + ([_few_by_matrix(problem)] if problem.count > 1 else [])
@@ -108,20 +106,31 @@ def heuristic(problem: Problem, processors: int, shared: int) -> Config:
     return replace(config, split=_split(programs, processors, problem.span, config.step))
 
 
+def _words(problem: Problem) -> tuple[int, ...]:
+    """Words that a warp takes at a time in ``gemv``, the best guess first.
+
+    With one, a lane has one row: above 4 bits, where each lane then has a bank of its own, and for more than two rows of
+    activations, which fill the registers. With two, two rows share what is done to activations; with four, four do.
+    """
+    if problem.bits > 4:
+        return 1, 4
+    if problem.count > 2:
+        return (1,)
+    return (4, 8) if problem.kind == "bf16" else (2, 8)
+
+
 def _gemv(problem: Problem, processors: int) -> Config:
     """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up.
 
-    Widening bfloat16 activations to float32 takes integer instructions, for every row of them: with more than one the
-    matrix instructions, which take them as they are, have less to do.
+    Every further row of activations adds instructions, and widening bfloat16 more of them; the matrix instructions take several
+    for what one costs. By the counts of the static proof they win from three rows on, in bfloat16 from two.
     """
-    if problem.kind == "bf16" and problem.count > 1:
+    if problem.count > (1 if problem.kind == "bf16" else 2):
         config = _few_by_matrix(problem)
         programs = -(-problem.rows // config.bn)
         return replace(config, split=_split(programs, processors, problem.span, config.step))
-    tiles = -(-problem.rows // 32)
+    tiles, words = -(-problem.rows // 32), _words(problem)[0]
     warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
-    # Words of a warp: one row to a lane above 4 bits, where each has its bank; else two, or four that share the widening.
-    words = 1 if problem.bits > 4 else 4 if problem.kind == "bf16" else 2
     while warps > 4 and warps * words > problem.span:
         warps //= 2
     step = warps * words
