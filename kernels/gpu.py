@@ -157,10 +157,16 @@ def _launch(variant: Variant, config: Config, grid: tuple[int, ...], arguments: 
     options: dict[str, int] = {} if interpreting() else {"num_warps": config.warps}
     if variant.operation in ("dot", "tile") and not interpreting():
         options["num_stages"] = config.stages
+    kernel, constants = _compiled_for(variant, config)
+    kernel[grid](**arguments, **constants, **options)
+
+
+@cache
+def _compiled_for(variant: Variant, config: Config) -> tuple[Any, dict[str, Any]]:
     constants = variant.constants(config)
     if variant.operation in ("dot", "tile") and not variant.assembly:
         constants["UPCAST"] = interpreting()
-    variant.kernel()[grid](**arguments, **constants, **options)
+    return variant.kernel(), constants
 
 
 def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Tensor]:

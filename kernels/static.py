@@ -31,6 +31,7 @@ INTEGER = frozenset(
 BUDGETS = {("plain", 2): 2.0, ("plain", 3): 2.2, ("plain", 4): 4.0, ("seed-packed", 2): 2.0, ("seed-packed", 4): 3.2}
 """Integer instructions per weight: planes alone, and crumbs or nibbles first."""
 WIDE_BUDGET = 4.4  # 5 to 8 bits: what an H100 has time for at 8
+_KINDS: tuple[Kind, ...] = ("fp16", "bf16")
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 _ALIGNED = ("x", "codes", "tables", "bias", "y", "out", "plane_stride", "table_stride", "x_stride", "y_stride")
 
@@ -174,24 +175,27 @@ def quick() -> list[Case]:
 def full() -> list[Case]:
     """Every kernel at every width, packing and kind of activations, and every configuration there is to choose from."""
     cases = []
-    kinds: tuple[Kind, ...] = ("fp16", "bf16")
-    for target, bits, kind in itertools.product(("sm_80", "sm_90", "sm_100"), range(2, 9), kinds):
+    for target, bits in itertools.product(("sm_80", "sm_90", "sm_100"), range(2, 9)):
         for head in _heads(bits):
-            cases += [_case(Variant("gemv", bits, head, kind, count), target, count) for count in (1, 2)]
-            cases += [_case(Variant("dot", bits, head, kind), target, count) for count in (16, 64)]
-        cases += [_case(Variant("look_up", bits, 1, kind), target, 1024)]
-        if kind == "fp16":
-            cases += [_case(Variant("tile", bits, 1, kind), target, 512)]
-    for bits, count in itertools.product((2, 3, 4, 6), (1, 4, 16)):
+            cases += [_case(Variant("gemv", bits, head, "fp16", count), target, count) for count in (1, 2)]
+            cases += [_case(Variant("dot", bits, head, "fp16"), target, 16)]
+        cases += [
+            _case(Variant("gemv", bits, 1, "bf16"), target, 1),
+            _case(Variant("dot", bits, 1, "bf16"), target, 16),
+        ]
+        cases += [
+            _case(Variant("dot", bits, 1, "fp16"), target, 64),
+            _case(Variant("tile", bits, 1, "fp16"), target, 512),
+        ]
+        cases += [_case(Variant("look_up", bits, 1, kind), target, 1024) for kind in _KINDS]
+    for bits, count in itertools.product((3, 4, 6), (1, 4, 16)):
         problem = Problem(14336, 4096, bits, count, "fp16")
         variant = Variant(problem.operation, bits, 1, "fp16", count, even=False)
-        cases += [
-            Case(replace(variant, operation="dot") if c.matrix else variant, c, "sm_90") for c in candidates(problem)
-        ]
-    for target, bits in itertools.product(("gfx942", "sm_80", "sm_90"), (1, 2, 3, 4, 8)):
-        plain: list[tuple[Operation, int]] = [("gemv", 4), ("dot", 16), ("look_up", 1024)]
-        for name, count in plain:
-            cases.append(_case(Variant(name, bits, _heads(bits)[-1], "bf16", count, assembly=False), target, count))
+        found = candidates(problem)
+        cases += [Case(replace(variant, operation="dot") if c.matrix else variant, c, "sm_90") for c in found]
+    plain: list[tuple[Operation, int]] = [("gemv", 4), ("dot", 16), ("look_up", 1024)]
+    for target, bits, (name, count) in itertools.product(("gfx942", "sm_90"), (1, 3, 8), plain):
+        cases.append(_case(Variant(name, bits, _heads(bits)[-1], "bf16", count, assembly=False), target, count))
     return list(dict.fromkeys(cases))
 
 

@@ -26,7 +26,11 @@ def _tables(
         value = tl.load(tables + tile * (2**BITS * 32) + entry, mask=present, other=0.0).to(tl.float32)
         tl.inline_asm_elementwise(PUT, "=r,r,f", [base + 4 * entry, value], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
-        given = (base + ((n // 32 - tile) * (2**BITS * 128) + n % 32 * 4).to(tl.int32),)
+        address = base + ((n // 32 - tile) * (2**BITS * 128) + n % 32 * 4).to(tl.int32)
+        # What reads the table has no side effects, so nothing but its input keeps it behind the barrier.
+        given = (
+            tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1),
+        )
     return given
 
 

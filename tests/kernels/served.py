@@ -63,7 +63,7 @@ assert torch.allclose(linear(x), y, rtol=1e-4, atol=1e-5)
 linear.keep_dense = None
 print("a kept dense weight: ok")
 
-step = torch.compile(model, fullgraph=True, backend="aot_eager")  # no graph breaks
+step = torch.compile(model, fullgraph=True, backend="eager")  # no graph breaks
 with torch.no_grad():
     assert torch.allclose(step(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 print("compiled as one graph: ok")
