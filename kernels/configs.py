@@ -145,7 +145,7 @@ def _matrix(problem: Problem) -> Config:
     """Four warps to 64 rows of weights, which is what the matrix instructions of sm_90 work on; what spills nothing."""
     tile, bits = problem.operation == "tile", problem.bits
     bn = 32 if bits == 8 else 128 if tile and bits <= 6 else 64  # tables of wider widths fill the shared memory
-    bm = max(16, min(problem.bucket, 128 if bits < 7 else 64))
+    bm = max(16, min(problem.bucket, 128 if bits <= 4 else 64))
     return Config(8 if bn == 128 else 4, 8, 1, bm, bn, 2)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from compress.kernels.configs import Problem, choose, tuned
 from compress.kernels.layout import ROWS, Tiled
 from compress.kernels.packing import words
+from compress.kernels.ptx import REGISTER_BITS
 from compress.kernels.variants import Config, Kind, Variant
 
 KINDS: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -134,13 +135,14 @@ class Packed:
 
     def operands(self, assembly: bool, kind: Kind, single: bool = False) -> dict[str, Any]:
         """Arguments that all kernels share."""
-        # Matrix instructions want both factors of one type; single products are made of float16 entries.
-        entries = (
-            self.registers[int(kind == "bf16" and not single)] if assembly and self.registers is not None else None
-        )
-        found: dict[str, Any] = {"codes": self.codes, "words": self.span, "plane_stride": self.codes.stride(0)}
-        found["tables"] = self.table if entries is None or self.bits > 4 else entries
-        return found | ({"table_stride": self.codes.shape[1] * ROWS} if assembly else {})
+        found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
+        if assembly:
+            found["table_stride"] = self.codes.shape[1] * ROWS
+        if assembly and self.bits <= REGISTER_BITS and self.registers is not None:
+            # Matrix instructions want both factors of one type; single products are made of float16 entries.
+            entries = self.registers[int(kind == "bf16" and not single)]
+            found |= {"tables": entries, "table_stride": entries.stride(0)}
+        return found
 
 
 def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:

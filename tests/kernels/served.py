@@ -7,6 +7,7 @@ import torch
 
 import compress
 from compress.hf import packed_modules
+from compress.kernels import gpu
 from compress.quant.linear import BitPlaneLinear
 
 folder, saved = sys.argv[1:]
@@ -24,11 +25,11 @@ def logits(model, bits):
 
 
 model = compress.load(folder, dtype=torch.float32)
-assert all(module._is_tiled for module in linears(model))
+assert all(module.is_tiled for module in linears(model))
 stored = compress.load(folder, dtype=torch.float32)
 for module in linears(stored):
     module.untile()
-assert not any(module._is_tiled for module in linears(stored))
+assert not any(module.is_tiled for module in linears(stored))
 
 before = [buffer.data_ptr() for buffer in model.buffers()]
 for bits in (3, 4, 6):
@@ -44,7 +45,7 @@ model.save_pretrained(saved)
 again = compress.load(saved, dtype=torch.float32)
 assert torch.equal(logits(again, 6), logits(model, 6))
 model.load_state_dict(second)
-assert all(module._is_tiled for module in linears(model))
+assert all(module.is_tiled for module in linears(model))
 assert torch.equal(logits(copy.deepcopy(model).to(torch.float64).to(torch.float32), 6), logits(again, 6))
 print("state, saving and loading: ok")
 
@@ -67,3 +68,25 @@ step = torch.compile(model, fullgraph=True, backend="eager")  # no graph breaks
 with torch.no_grad():
     assert torch.allclose(step(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 print("compiled as one graph: ok")
+
+calls = []
+launch = gpu.multiply
+gpu.multiply = lambda x, packed, *rest: calls.append(packed.rows) or launch(x, packed, *rest)
+fresh = compress.load(folder, dtype=torch.float32)
+result = logits(fresh, 4)
+assert calls[:4] == [128, 64, 192, 64]  # query, key and value; output; gate and up; down
+assert torch.allclose(result, logits(stored, 4), rtol=1e-4, atol=1e-4)
+calls.clear()
+compress.set_bits(fresh, {"re:.*k_proj": 3})  # widths that differ: each its own
+mixed = fresh(tokens).logits
+assert calls[:4] == [64, 32, 32, 64]
+compress.set_bits(stored, {"re:.*k_proj": 3})
+assert torch.allclose(mixed, stored(tokens).logits, rtol=1e-4, atol=1e-4)
+bytes_before = sum(buffer.nbytes for buffer in fresh.buffers())
+assert all(module._group is None for module in linears(copy.deepcopy(fresh)))
+fresh.to(torch.float32)  # whatever moves them parts them
+assert all(module._group is None for module in linears(fresh))
+assert sum(buffer.nbytes for buffer in fresh.buffers()) == bytes_before
+compress.set_bits(fresh, 4)
+assert torch.equal(logits(fresh, 4), result)
+print("layers of one input are launched together: ok")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import compress
 from compress.kernels import configs, gpu
 from compress.kernels.configs import Problem, candidates, choose, heuristic
 from compress.kernels.layout import random_tiled
@@ -128,8 +129,13 @@ def test_plain_kernels_against_float64():
 
 
 @triton
-def test_a_loaded_checkpoint_end_to_end(compressed, tmp_path):
-    assert interpret("served.py", compressed, tmp_path / "saved").count(": ok") == 5
+def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path):
+    model = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2)
+    calibration = {"text": str(text_file), "samples": 2, "length": 16}
+    passes = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "objective": "weight"}]
+    recipe = {"model": str(model), "calibration": calibration, "passes": passes}
+    folder = compress.run(recipe, tmp_path / "model")
+    assert interpret("served.py", folder, tmp_path / "saved").count(": ok") == 6
 
 
 @triton
