@@ -96,9 +96,9 @@ class Layer(nn.Module):
         query, key, value = parts.split([shape.heads, shape.key_heads, shape.key_heads])
         cache[0].index_copy_(1, place, _rotate(key, turn)[:, None])
         cache[1].index_copy_(1, place, value[:, None])
-        attended = nn.functional.scaled_dot_product_attention(
-            _rotate(query, turn)[None, :, None], cache[None, 0], cache[None, 1], attn_mask=mask, enable_gqa=True
-        )
+        # The query heads that share a key head are the "positions" of one attention: nothing of the cache is repeated.
+        query = _rotate(query, turn).view(1, shape.key_heads, -1, shape.head)
+        attended = nn.functional.scaled_dot_product_attention(query, cache[None, 0], cache[None, 1], attn_mask=mask)
         x = x + self.out(attended.reshape(1, -1))[0]
         gate, up = self.gate_up(_norm(x, norms[1])[None])[0].chunk(2)
         y: Tensor = x + self.down((nn.functional.silu(gate) * up)[None])[0]

@@ -197,7 +197,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     steps = -(-packed.span // (chosen.split * chosen.step))
     arguments = packed.operands(assembly, kind, variant.operation == "gemv") | {
         "x": x, "bias": bias, "y": target, "rows": packed.rows, "chunk": steps * chosen.step,
-        "x_stride": x.stride(0), "y_stride": packed.rows,
+        "x_stride": x.stride(0) if count > 1 else packed.columns, "y_stride": packed.rows,
     }  # fmt: skip
     if not assembly:
         arguments["columns"] = packed.columns

@@ -64,13 +64,13 @@ def cache_bytes() -> int:
     """The second-level cache of the current GPU; 1 where there is none."""
     if not torch.cuda.is_available():
         return 1
-    return int(getattr(torch.cuda.get_device_properties(), "L2_cache_size", 50 << 20))
+    return int(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 50 << 20))
 
 
 def bandwidth(timer: Timer) -> tuple[float, str]:
     """Bytes per second of the GPU's memory, and where the number is from: its clock and bus, or else a measured read."""
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         clock, width = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
         if clock and width:
             return 2e3 * clock * width / 8, "memory clock and bus width"

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import compress
+from compress import cli
 from compress.kernels import configs, gpu
 from compress.kernels.configs import Problem, candidates, choose, heuristic
 from compress.kernels.layout import random_tiled
@@ -108,6 +109,38 @@ def test_measured_configurations_come_before_rules(tmp_path, monkeypatch):
     problem = Problem(32, 32, 3, 1, "fp16")
     (tmp_path / "b-gpu.json").write_text(json.dumps({"configs": {problem.key: {"warps": 2, "step": 1}}}))
     assert choose(problem, "B (GPU)", 1, 1) == Config(2, 1)
+
+
+# The command line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tune"], "compress tune measures on a GPU, but t"),  # torch sees none, or triton is not installed
+        (["bench-kernels"], "compress bench-kernels measures on a GPU, but t"),
+        (["tune", "--shape", "4096"], "--shape: shape '4096' is not N x K, such as 14336x4096."),
+        (["tune", "--bits", "1,9"], "--bits '1,9': the kernels that are tuned have 2 to 8 bits."),
+        (["tune", "--rows", "many"], "--rows 'many': give numbers from 1"),
+        (["tune", "--kind", "fp8"], "--kind 'fp8' is not fp16 or bf16."),
+        (["tune", "x", "--shape", "8x8"], "give a checkpoint or --shape, not both."),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compress", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_a_checkpoints_own_layers_are_tuned_for(compressed):
+    from compress.cli.kernels import _layers, _problems
+
+    assert (100, 48) in _layers(str(compressed))
+    problems = _problems(str(compressed), None, "3,4", "1,2,20,30", "bf16")
+    assert {problem.count for problem in problems} == {1, 2, 30}  # 20 and 30 share a configuration
+    assert {problem.bits for problem in problems} == {3, 4}
 
 
 # In the interpreter: a process of its own, as Triton decides when it is imported
