@@ -35,11 +35,38 @@ def _tables(
 
 
 @triton.jit
+def _sixteen(TEXT: tl.constexpr, IO: tl.constexpr, given):
+    """Assembly with 16 words of results. (A tuple of types can be written in Triton, but not given to it in all versions.)"""
+    return tl.inline_asm_elementwise(
+        TEXT, IO, given, is_pure=True, pack=1,
+        dtype=(
+            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+        ),
+    )  # fmt: skip
+
+
+@triton.jit
+def _sums(TEXT: tl.constexpr, IO: tl.constexpr, given, M: tl.constexpr):
+    """Assembly with M float32 results."""
+    if M == 1:
+        return tl.inline_asm_elementwise(TEXT, IO, given, dtype=(tl.float32,), is_pure=True, pack=1)
+    elif M == 2:
+        return tl.inline_asm_elementwise(TEXT, IO, given, dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
+    elif M == 3:
+        three = (tl.float32, tl.float32, tl.float32)
+        return tl.inline_asm_elementwise(TEXT, IO, given, dtype=three, is_pure=True, pack=1)
+    else:
+        four = (tl.float32, tl.float32, tl.float32, tl.float32)
+        return tl.inline_asm_elementwise(TEXT, IO, given, dtype=four, is_pure=True, pack=1)
+
+
+@triton.jit
 def gemv(
     x, codes, tables, bias, y, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
     M: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, SUMS: tl.constexpr, LOAD_TEXT: tl.constexpr,
-    LOAD_IO: tl.constexpr, LOADED: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr,
+    BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, LOAD_TEXT: tl.constexpr,
+    LOAD_IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """M rows of activations with 32 rows of weights; as :func:`compress.kernels.triton_plain.gemv`.
 
@@ -64,10 +91,8 @@ def gemv(
             here = here + (tl.load(first + plane * plane_stride + at[:, None] * 32),)
         here = here + given
         for m in tl.static_range(M):
-            here = here + tl.inline_asm_elementwise(
-                LOAD_TEXT, LOAD_IO, [x + m * x_stride + at[:, None] * 32], dtype=LOADED, is_pure=True, pack=1
-            )
-        sums = tl.inline_asm_elementwise(TEXT, IO, here, dtype=SUMS, is_pure=True, pack=1)
+            here = here + _sixteen(LOAD_TEXT, LOAD_IO, (x + m * x_stride + at[:, None] * 32,))
+        sums = _sums(TEXT, IO, here, M)
         new = ()
         for m in tl.static_range(M):
             more = sums[m] if EVEN else tl.where((w < end)[:, None], sums[m], 0.0)
@@ -87,7 +112,7 @@ def gemv(
 def dot(
     x, codes, tables, bias, y, count, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
     BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, WEIGHTS: tl.constexpr, RESERVE: tl.constexpr,
+    BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, RESERVE: tl.constexpr,
     PUT: tl.constexpr,
 ):  # fmt: skip
     """Many rows of activations by matrix instructions; as :func:`compress.kernels.triton_plain.dot`.
@@ -111,7 +136,7 @@ def dot(
         here = ()
         for plane in tl.static_range(BITS):
             here = here + (tl.load(first + plane * plane_stride + at * 32),)
-        found = tl.inline_asm_elementwise(TEXT, IO, here + given, dtype=WEIGHTS, is_pure=True, pack=1)
+        found = _sixteen(TEXT, IO, here + given)
         k = (start + pair // 2) * 32 + pair % 2
         inside = ((start + pair // 2) < end)[:, None] & (m < count)[None, :]
         for j in tl.static_range(16):

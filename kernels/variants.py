@@ -76,8 +76,6 @@ class Variant:
         return found | (self._assembly(config, matrix) if self.assembly else {"HEAD": self.head})
 
     def _assembly(self, config: Config, matrix: bool) -> dict[str, Any]:
-        import triton.language as tl
-
         kind: Literal["fp16", "bf16"] = "bf16" if self.kind == "bf16" else "fp16"
         tiles = config.bn // 32 if matrix else 1
         found: dict[str, Any] = {"RESERVE": ptx.reserve(self.bits, tiles).text, "PUT": ptx.put().text}
@@ -86,11 +84,9 @@ class Variant:
         if self.operation == "gemv":
             load = ptx.activations()
             text = ptx.product(self.bits, self.head, self.rows, self.form)
-            found |= {"SUMS": (tl.float32,) * self.rows, "LOADED": (tl.int32,) * 16}
             found |= {"LOAD_TEXT": load.text, "LOAD_IO": load.constraints}
         elif matrix:
             text = ptx.weights(self.bits, self.head, kind)
-            found["WEIGHTS"] = (tl.int32,) * 16
         else:
             text = ptx.stored(self.bits, self.head, kind)
         return found | {"TEXT": text.text, "IO": text.constraints}
