@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check test-matrix bench clean
+.PHONY: demo test check test-matrix bench proof clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,10 @@ check: .venv/ready
 # The round-trip tests on transformers 5.0, a middle version and the latest, each in an environment of its own.
 test-matrix:
 	$(PYTHON) tests/matrix.py
+
+# Compile every GPU kernel for GPUs that need not be there, and hold its machine code to its budget.
+proof: .venv/ready
+	.venv/bin/python -m compress.kernels.static --full
 
 bench: .venv/ready
 	.venv/bin/python -m compress.evals.bench_quantiser

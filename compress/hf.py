@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import CompressError, did_you_mean
+from compress.quant.fused import join
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
 from compress.quant.sparse import SparseShape, expand, shape_of
 from compress.structure import Linear, architecture, is_linear
@@ -256,6 +257,10 @@ class CompressQuantizer(HfQuantizer):
                 f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."
             )
         rebuild(model)
+        linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
+        for module in linears.values():
+            module.tile()
+        join(linears, architecture(model.config).fused)
         return model
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:

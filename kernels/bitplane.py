@@ -4,7 +4,8 @@
 ``torch.library`` operator with a fake kernel (so ``torch.compile`` and export see one node) and a gradient
 for its input only: prompts and adapters train on the packed model while the weights stay frozen.
 
-On a CPU the C library of :mod:`compress.kernels.cpu` serves it where it was built; the plain torch here runs anywhere.
+On a CPU the C library of :mod:`compress.kernels.cpu` serves it where it was built; the plain torch here runs anywhere. On a GPU
+layers hold another layout, and go through the operator of :mod:`compress.kernels.gpu`.
 Accumulation is in float32 or wider.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu
+from compress.kernels import cpu, gpu
 from compress.kernels.packing import unpack_planes
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)  # by the C library: it adds in float32
@@ -102,4 +103,8 @@ bitplane_linear.register_autograd(_input_gradient, setup_context=_keep_for_backw
 
 def backend() -> str:
     """Which implementation serves :func:`bitplane_linear`, and why."""
-    return cpu.describe()
+    return (
+        f"{gpu.describe()}; on CPUs {cpu.describe()}"
+        if gpu.available()
+        else f"{cpu.describe()}; on GPUs {gpu.describe()}"
+    )

@@ -77,7 +77,7 @@ def describe() -> str:
     if isinstance(found, str):
         return f"torch: reference look-up, because {found}"
     team = "on torch's threads" if found.team else "on one thread, as no OpenMP runtime with GOMP_parallel is loaded"
-    return f"c: {ISAS[found.isa]} kernels, the best this processor has, {team}; other devices: torch reference look-up"
+    return f"c: {ISAS[found.isa]} kernels, the best this processor has, {team}"
 
 
 @torch.compiler.assume_constant_result

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from compress.kernels import cpu
+from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, bitplane_linear, dense_weight
+from compress.kernels.layout import Tiled, head_for
 from compress.kernels.packing import pack_planes, words
+from compress.quant.fused import Group
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class _Packed(nn.Module):
         self._dense: Tensor | None = None
         self._prepared: tuple[list[Tensor | None], bool, cpu.Prepared] | None = None
         self._buffers.clear()
+        self.is_tiled = False
+        self._group: Group | None = None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
@@ -145,7 +149,7 @@ class _Packed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle derives its own: addresses mean nothing elsewhere."""
-        return {**self.__dict__, "_dense": None, "_prepared": None}
+        return {**self.__dict__, "_dense": None, "_prepared": None, "_group": None}
 
     def planes(self) -> list[Tensor]:
         """The planes of the width in use, most significant first, each int32 [N, ceil(K / 32)]."""
@@ -176,7 +180,7 @@ class _Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         self._forget()  # it would stay on the old device
-        tables = {id(buffer) for name, buffer in self.named_buffers() if name.startswith("codebook_")}
+        tables = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(("codebook_", "tiled_table_"))}
 
         def moved(tensor: Tensor) -> Tensor:
             """Tables move but are never cast: ``model.to(torch.bfloat16)`` must not cost precision."""
@@ -197,7 +201,11 @@ class _Packed(nn.Module):
 
 
 class BitPlaneLinear(_Packed):
-    """A frozen linear layer of N outputs and K inputs in ``bits`` planes; stands in for ``nn.Linear``."""
+    """A frozen linear layer of N outputs and K inputs in ``bits`` planes; stands in for ``nn.Linear``.
+
+    On a GPU that the kernels serve it holds their layout in place of the stored tensors, which are made again where they are
+    asked for (``state_dict``, ``planes``, moving to another kind of device).
+    """
 
     def __init__(self, shape: PackedShape, bias: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(shape)
@@ -206,6 +214,8 @@ class BitPlaneLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``; differentiable in ``x``."""
+        if self.is_tiled:
+            return self._forward_tiled(x)
         prepared = self._direct(x)
         y: Tensor
         if prepared is not None:
@@ -213,6 +223,101 @@ class BitPlaneLinear(_Packed):
         else:
             y = bitplane_linear(x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype))
         return y if self.bias is None else y + self.bias
+
+    def _forward_tiled(self, x: Tensor) -> Tensor:
+        if self.keep_dense:
+            return nn.functional.linear(x, cast(Tensor, self._kept_dense(x.dtype)), self.bias)
+        shared = self._group.take(self, x) if self._group is not None else None
+        return gpu.linear(x, self.tiled(), self.bits, self.bias) if shared is None else shared
+
+    def tiled(self) -> Tiled:
+        """The layout of the GPU kernels; it must be there (:meth:`tile`)."""
+        named = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        tables = {bits: named[f"tiled_table_{bits}"] for bits in self.shape.widths}
+        registers = {
+            bits: named[f"tiled_registers_{bits}"] for bits in self.shape.widths if f"tiled_registers_{bits}" in named
+        }
+        head = head_for(self.shape.seed_bits)
+        return Tiled(self.out_features, self.in_features, head, named["tiled_codes"], tables, registers)
+
+    def tile(self) -> None:
+        """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""
+        if self.is_tiled or self.shape.dense is not self.shape:  # one in the sparse form is not rebuilt yet
+            return
+        if not gpu.serves(self.get_buffer("weight").device):
+            return
+        shape = self.shape
+        extra = [self.get_buffer(f"plane_{bits}") for bits in shape.widths[1:]]
+        books = {bits: self.get_buffer(f"codebook_{bits}") for bits in shape.widths}
+        made = Tiled.build([*self.get_buffer("weight").unbind(0), *extra], books, shape.in_features)
+        self._take(made)
+
+    def _take(self, made: Tiled) -> None:
+        """Hold a layout in place of what there is."""
+        self.hold(self.shape, {})
+        self.register_buffer("tiled_codes", made.codes, persistent=False)
+        for bits, table in made.tables.items():
+            self.register_buffer(f"tiled_table_{bits}", table, persistent=False)
+        for bits, packed in made.registers.items():
+            self.register_buffer(f"tiled_registers_{bits}", packed, persistent=False)
+        self.is_tiled = True
+
+    def share(self, part: Tiled, group: Group) -> None:
+        """Become a member of a group that holds this layer's layout as a part of its own."""
+        self._take(part)
+        self._group = group
+
+    def leave(self) -> None:
+        """Be alone again."""
+        self._group = None
+
+    def untile(self) -> None:
+        """Hold the stored tensors again."""
+        if self._group is not None:
+            self._group.part()
+        if self.is_tiled:
+            self.hold(self.shape, self._stored())
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The checkpoint's tensors, made from the layout of the kernels, bit for bit."""
+        planes, books = self.tiled().canonical()
+        seed = self.shape.seed_bits
+        tensors = {"weight": planes[:seed].clone()}  # a view would keep the other planes
+        tensors |= {f"plane_{bits}": planes[bits - 1].clone() for bits in self.shape.widths[1:]}
+        return tensors | {f"codebook_{bits}": book for bits, book in books.items()}
+
+    def planes(self) -> list[Tensor]:
+        """The planes of the width in use, most significant first, each int32 [N, ceil(K / 32)]."""
+        return list(self.tiled().canonical()[0][: self.bits]) if self.is_tiled else super().planes()
+
+    def codebook(self) -> Tensor:
+        """The table of the width in use, [N, 2**bits]."""
+        return self.tiled().codebook(self.bits) if self.is_tiled else super().codebook()
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight at the width in use, [N, K]; float32 unless told otherwise. Nothing is kept."""
+        if self.is_tiled:
+            return gpu.weight(self.tiled(), self.bits, dtype or torch.float32)
+        return super().dense(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        if self._group is not None:
+            self._group.part()
+        super()._apply(fn, recurse)
+        if self.is_tiled and not gpu.serves(self.get_buffer("tiled_codes").device):
+            self.untile()
+        self.tile()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_tiled:
+            destination |= {prefix + name: tensor for name, tensor in self._stored().items()}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.untile()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.tile()
 
     def _direct(self, x: Tensor) -> cpu.Prepared | None:
         """The C library's view of this layer, where it may be called past the operator; else None.

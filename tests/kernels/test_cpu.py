@@ -252,4 +252,4 @@ def test_the_backend_says_what_serves_and_why(monkeypatch):
     if not isinstance(found, str):
         assert backend().startswith(f"c: {cpu.ISAS[found.isa]} kernels")
     monkeypatch.setattr(cpu, "library", lambda: "the C library was not built: no compiler")
-    assert backend() == "torch: reference look-up, because the C library was not built: no compiler"
+    assert backend().startswith("torch: reference look-up, because the C library was not built: no compiler")

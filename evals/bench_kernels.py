@@ -1,0 +1,262 @@
+"""The kernels on a GPU: ``compress bench-kernels``, or ``python -m compress.evals.bench_kernels`` where typer is not installed.
+
+`products`: one layer of the shapes of Llama-2-7B, Llama-3.1-8B and Llama-2-70B, by rows of activations and width, against cuBLAS in
+float16 and against the time the memory needs for the bytes. Calls are captured in a CUDA graph over enough copies of the weights
+that none is in the cache when its turn comes. `decode`: tokens per second of a whole decode step of Llama-3.1-8B's shapes
+with random weights. Figures of others are those they published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from compress.evals.decoder import Decoder, PackedLinear, Shape, dense
+from compress.kernels import gpu
+from compress.kernels.layout import random_tiled
+from compress.kernels.timing import Timer, bandwidth, cache_bytes, copies
+from compress.kernels.tune import packed_of
+
+SHAPES = {
+    "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096)],
+    "Llama-3.1-8B": [(4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096)],
+    "Llama-2-70B": [(8192, 8192), (28672, 8192), (8192, 28672), (10240, 8192), (57344, 8192)],
+}
+"""N x K of every matrix of a block; the last two of each are query, key and value together, and gate and up together."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+PUBLISHED = {
+    "what": "tokens/s, Llama-3.1-8B, batch 1, H100, compiled (AnyBCQ, arXiv 2510.10467v2, table 8)",
+    "float16": {"16": 168},
+    "Any-Precision LLM": {"2": 298, "3": 273, "4": 232},
+    "AnyBCQ": {"2": 325, "3": 291, "4": 260},
+}
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        shapes: (N, K) of the layers.
+        rows: of activations.
+        widths: (bits, seed bits); a seed of 2 or of 4 and more is packed together.
+        decode: sizes of the decoder, or None.
+        device: a GPU.
+    """
+
+    shapes: Sequence[tuple[int, int]] = tuple(dict.fromkeys(shape for group in SHAPES.values() for shape in group))
+    rows: Sequence[int] = ROWS
+    widths: Sequence[tuple[int, int]] = ((2, 2), (3, 3), (4, 3), (4, 4), (5, 4), (6, 4), (7, 4), (8, 4))
+    decode: Shape | None = field(default_factory=Shape)
+    device: str = "cuda"
+
+
+def _floor(rows: int, columns: int, bits: int, count: int, rate: float) -> float:
+    """Seconds the memory needs for planes, table, activations and result."""
+    taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * count * (rows + columns)
+    return taken / rate
+
+
+def _error(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Relative error of a product in the Frobenius norm, against float64."""
+    exact = x.double() @ weight.double().T
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+def _dense_times(shape: tuple[int, int], plan: Plan, timer: Timer) -> dict[int, float]:
+    """Seconds of cuBLAS in float16, by rows of activations."""
+    rows, columns = shape
+    weights = [
+        torch.randn(rows, columns, device=plan.device).half() for _ in range(copies(2 * rows * columns, cache_bytes()))
+    ]
+    inputs = {count: torch.randn(count, columns, device=plan.device).half() for count in plan.rows}
+    return {
+        count: timer([partial(nn.functional.linear, x, weight) for weight in weights]) for count, x in inputs.items()
+    }
+
+
+def products(plan: Plan, timer: Timer, rate: float, report: Report) -> list[dict[str, Any]]:
+    """One entry per shape, width and number of rows."""
+    found: list[dict[str, Any]] = []
+    for done, (rows, columns) in enumerate(plan.shapes):
+        report(f"{rows} x {columns}", done, len(plan.shapes))
+        reference = _dense_times((rows, columns), plan, timer)
+        for bits, seed in plan.widths:
+            sets = copies(rows * columns * bits // 8, cache_bytes())
+            layers = [random_tiled(rows, columns, bits, seed, plan.device, seed=i) for i in range(sets)]
+            matrices = [packed_of(layer, bits) for layer in layers]
+            weight = gpu.weight(layers[0], bits, torch.float32)
+            for count in plan.rows:
+                x = torch.randn(count, columns, device=plan.device).half()
+                seconds = timer([partial(gpu.multiply, x, matrix, None) for matrix in matrices])
+                least = _floor(rows, columns, bits, count, rate)
+                found.append({
+                    "rows": rows, "columns": columns, "bits": bits, "seed_bits": seed, "count": count,
+                    "seconds": seconds, "cublas_seconds": reference[count], "speedup": reference[count] / seconds,
+                    "roofline": least / seconds, "error": _error(gpu.multiply(x, matrices[0], None), x, weight),
+                })  # fmt: skip
+            del layers, matrices, weight
+        _free()
+    return found
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _decode_seconds(shape: Shape, bits: int | None, seed: int, device: str, timer: Timer) -> float:
+    """Seconds of one step at a width; of float16 if there is none."""
+
+    def project(rows: int, columns: int) -> nn.Module:
+        if bits is None:
+            return dense(rows, columns, torch.float16, device)
+        return PackedLinear(rows, columns, bits, seed, device)
+
+    model = Decoder(shape, project, torch.float16, device)
+    step = torch.compile(model, fullgraph=True, backend="inductor" if device == "cuda" else "eager")
+    token, place = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), shape.length // 2, device=device)
+    with torch.no_grad():
+        return timer([partial(step, token, place)])
+
+
+def decode(plan: Plan, timer: Timer, report: Report) -> list[dict[str, Any]]:
+    """Tokens per second of a whole decode step, in float16 and at every width."""
+    assert plan.decode is not None
+    found: list[dict[str, Any]] = []
+    choices: list[tuple[int | None, int]] = [(None, 0), *plan.widths]
+    for done, (bits, seed) in enumerate(choices):
+        report("decode, float16" if bits is None else f"decode, {bits} bits", done, len(choices))
+        seconds = _decode_seconds(plan.decode, bits, seed, plan.device, timer)
+        found.append({"bits": bits or 16, "seed_bits": seed, "tokens_per_second": 1 / seconds})
+        torch.compiler.reset()
+        _free()
+    base = found[0]["tokens_per_second"]
+    return [entry | {"speedup": entry["tokens_per_second"] / base} for entry in found]
+
+
+def run(plan: Plan, timer: Timer, report: Report = lambda *_: None) -> dict[str, Any]:
+    """Measure all of a plan; the result is what ``--json`` writes.
+
+    ``products`` has seconds of one call, the speed-up over cuBLAS, the share of the memory's speed, and the error against
+    float64 of the same looked-up weights; ``decode`` tokens per second and the speed-up over float16.
+    """
+    rate, source = bandwidth(timer)
+    index = torch.cuda.current_device() if plan.device == "cuda" else -1
+    return {
+        "gpu": gpu.device_of(index).name, "torch": torch.__version__, "triton": version("triton"),
+        "bytes_per_second": rate, "bandwidth_from": source,
+        "products": products(plan, timer, rate, report),
+        "decode_shape": None if plan.decode is None else asdict(plan.decode),
+        "decode": [] if plan.decode is None else decode(plan, timer, report),
+        "published": PUBLISHED,
+    }  # fmt: skip
+
+
+def _name(entry: dict[str, Any]) -> str:
+    if entry["bits"] == 16:
+        return "float16"
+    return f"{entry['bits']}, seed {entry['seed_bits']}"
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+    console.print(
+        f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}; memory {result['bytes_per_second'] / 1e9:.0f} GB/s "
+        f"({result['bandwidth_from']}). Weights rotate out of the cache, calls replay from a CUDA graph."
+    )
+    for (rows, columns), entries in _by(result["products"], "rows", "columns").items():
+        counts = sorted({entry["count"] for entry in entries})
+        table = Table(
+            "bits",
+            *(str(count) for count in counts),
+            title=f"{rows} x {columns}: × cuBLAS float16 (% of the memory's speed), by rows",
+        )
+        for group in _by(entries, "bits", "seed_bits").values():
+            cells = [f"{entry['speedup']:.2f} ({100 * entry['roofline']:.0f})" for entry in group]
+            table.add_row(_name(group[0]), *cells)
+        console.print(table)
+    if result["products"]:
+        worst = max(entry["error"] for entry in result["products"])
+        console.print(f"largest relative error against float64: {worst:.2e}")
+    if result["decode"]:
+        console.print(_decode_table(result))
+
+
+def _decode_table(result: dict[str, Any]) -> Table:
+    published = result["published"]
+    others = [name for name in published if name != "what"]
+    table = Table(
+        "bits", "tokens/s", "× float16", *(f"{name}, published" for name in others), title="decode step, batch 1"
+    )
+    for entry in result["decode"]:
+        figures = [str(published[name].get(str(entry["bits"]), "")) for name in others]
+        table.add_row(_name(entry), f"{entry['tokens_per_second']:.1f}", f"{entry['speedup']:.2f}", *figures)
+    table.caption = f"published: {published['what']}"
+    return table
+
+
+def _by(entries: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry[name] for name in names), []).append(entry)
+    return groups
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point without typer."""
+    from compress.kernels.timing import GraphTimer
+
+    parser = argparse.ArgumentParser(description="Measure the kernels on the GPU at hand.")
+    parser.add_argument("--shape", action="append", help="N x K such as 14336x4096; all of the Llamas' if absent")
+    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="of activations")
+    parser.add_argument("--no-decode", action="store_true", help="leave the decode step out")
+    parser.add_argument("--json", help="write the result to this file")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("error: torch sees no GPU, and there is nothing to measure without one.")
+    plan = plan_of(given.shape, given.rows, not given.no_decode)
+    result = run(plan, GraphTimer())
+    show(result, Console())
+    if given.json:
+        with open(given.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+
+
+def plan_of(shapes: Sequence[str] | None, rows: Sequence[int], decode_too: bool) -> Plan:
+    """A plan from what was typed.
+
+    Raises:
+        ValueError: a shape that is not two numbers and an x.
+    """
+    chosen = Plan().shapes if not shapes else [shape_of(text) for text in shapes]
+    return Plan(chosen, tuple(rows), decode=Shape() if decode_too else None)
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """``14336x4096`` to (14336, 4096).
+
+    Raises:
+        ValueError: something else.
+    """
+    first, cross, second = text.lower().partition("x")
+    if not (cross and first.strip().isdigit() and second.strip().isdigit() and int(first) and int(second)):
+        raise ValueError(f"shape {text!r} is not N x K, such as 14336x4096")
+    return int(first), int(second)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""How the kernels divide their work: measured for a GPU where somebody has, a rule elsewhere. Nothing is measured in a request.
+
+Which kernel serves how many rows of activations: ``gemv`` 1 or 2 by rule and to 4 where that was measured to be faster, ``dot`` to
+64, ``tile`` (the same with larger tiles) to 512, and above that the weights are looked up once for cuBLAS.
+
+A tuning file is JSON, one for every GPU, by the name torch gives it: ``{"gpu": …, "triton": …, "configs": {key: fields of Config}}``
+with keys as :func:`key` makes them. Those that come with the package lie in ``kernels/tuning``; ``compress tune`` makes more, in
+``~/.cache/compress/tuning`` (``XDG_CACHE_HOME`` is heeded).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from compress.kernels.variants import Config, Kind, Operation
+
+GEMV_ROWS, DOT_ROWS, TILE_ROWS = 4, 64, 512
+SHIPPED = Path(__file__).with_name("tuning")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen by.
+
+    Attributes:
+        rows: N.
+        columns: K.
+        bits: width.
+        count: rows of activations.
+        kind: of the activations.
+        assembly: whether the kernels are those with assembly.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    count: int
+    kind: Kind
+    assembly: bool = True
+
+    @property
+    def span(self) -> int:
+        """Words in a row of weights."""
+        return -(-self.columns // 32)
+
+    @property
+    def operation(self) -> Operation:
+        """The kernel that serves so many rows of activations, if its configuration does not say otherwise."""
+        if self.count <= GEMV_ROWS:
+            return "gemv"
+        return "dot" if self.count <= DOT_ROWS else "tile" if self.count <= TILE_ROWS else "look_up"
+
+    @property
+    def bucket(self) -> int:
+        """Counts that share a configuration: to the next power of two."""
+        return 1 << (min(self.count, TILE_ROWS + 1) - 1).bit_length()
+
+    @property
+    def key(self) -> str:
+        """Of a tuning file's entry."""
+        return f"{self.rows}x{self.columns} {self.bits} bits, {self.bucket} rows, {self.kind}"
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """Every configuration that is worth measuring: about a dozen for each kernel."""
+    if problem.operation == "gemv" and problem.assembly:
+        words = _words(problem)
+        found = [Config(warps, warps * w, split) for warps in (4, 8, 16) for w in words for split in (1, 2)]
+        found = [config for config in found if config.step * config.split <= max(config.step, problem.span)]
+        return found + ([_few_by_matrix(problem)] if problem.count > 1 else [])
+    if problem.operation == "look_up" or not problem.assembly:
+        return [heuristic(problem, 1, 1 << 30)]
+    base = _matrix(problem)
+    found = [
+        replace(base, step=step, split=split, stages=stages)
+        for step in sorted({base.step, 8})
+        for split in (1, 2, 4)
+        for stages in (1, 2, 3)
+    ]
+    return [config for config in found if config.split * config.step <= max(config.step, problem.span)]
+
+
+def heuristic(problem: Problem, processors: int, shared: int) -> Config:
+    """A configuration from the sizes alone.
+
+    Args:
+        problem: the sizes.
+        processors: streaming multiprocessors of the GPU.
+        shared: bytes of shared memory that one program may use.
+    """
+    if not problem.assembly:
+        return _plain(problem)
+    if problem.operation == "look_up":
+        return Config(4, 4 if problem.bits > 4 else 16)
+    if problem.operation == "gemv":
+        return _gemv(problem, processors)
+    config = _matrix(problem)
+    if shared_bytes(config, problem.bits) > shared:
+        config = replace(config, stages=1)
+    programs = -(-problem.rows // config.bn) * -(-problem.count // config.bm)
+    return replace(config, split=_split(programs, processors, problem.span, config.step))
+
+
+def _words(problem: Problem) -> tuple[int, ...]:
+    """Words that a warp takes at a time in ``gemv``, the best guess first.
+
+    With one, a lane has one row: above 4 bits, where each lane then has a bank of its own, and for more than two rows of
+    activations, which fill the registers. With two, two rows share what is done to activations; with four, four do.
+    """
+    if problem.bits > 4:
+        return 1, 4
+    if problem.count > 2:
+        return (1,)
+    return (4, 8) if problem.kind == "bf16" else (2, 8)
+
+
+def _gemv(problem: Problem, processors: int) -> Config:
+    """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up.
+
+    Every further row of activations adds instructions, and widening bfloat16 more of them; the matrix instructions take several
+    for what one costs. By the counts of the static proof they win from three rows on, in bfloat16 from two.
+    """
+    if problem.count > (1 if problem.kind == "bf16" else 2):
+        config = _few_by_matrix(problem)
+        programs = -(-problem.rows // config.bn)
+        return replace(config, split=_split(programs, processors, problem.span, config.step))
+    tiles, words = -(-problem.rows // 32), _words(problem)[0]
+    warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
+    while warps > 4 and warps * words > problem.span:
+        warps //= 2
+    step = warps * words
+    return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step))
+
+
+def _few_by_matrix(problem: Problem) -> Config:
+    return replace(_matrix(problem), matrix=True)
+
+
+def _matrix(problem: Problem) -> Config:
+    """Four warps to 64 rows of weights, which is what the matrix instructions of sm_90 work on; what spills nothing."""
+    tile, bits = problem.operation == "tile", problem.bits
+    bn = 32 if bits == 8 else 128 if tile and bits <= 6 else 64  # tables of wider widths fill the shared memory
+    bm = max(16, min(problem.bucket, 128 if bits <= 4 else 64))
+    return Config(8 if bn == 128 else 4, 8, 1, bm, bn, 2)
+
+
+def shared_bytes(config: Config, bits: int) -> int:
+    """About what ``dot`` takes of shared memory: the pipeline's activations and codes, and tables above 4 bits."""
+    pipeline = config.stages * config.step * config.bm * 64 if config.stages > 1 else 0
+    return pipeline + bits * config.bn * config.step * 4 + (2**bits * config.bn * 4 if bits > 4 else 0) + 2048
+
+
+def _split(programs: int, wanted: int, span: int, step: int) -> int:
+    """The power of two that gives the GPU enough to do, and no program less than one step."""
+    split = 1
+    while programs * split < wanted and split < 8 and span >= 2 * split * step:
+        split *= 2
+    return split
+
+
+def _plain(problem: Problem) -> Config:
+    """Small tiles: these kernels hold 32 weights per word at once."""
+    if problem.operation in ("dot", "tile"):
+        return Config(4, 1, 1, 16 if problem.count <= 16 else 32, 32, 1)
+    return Config(4, 4)
+
+
+def file_name(gpu: str) -> str:
+    """Of the tuning file for a GPU, by the name torch gives it."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower() + ".json"
+
+
+def own_folder() -> Path:
+    """Where ``compress tune`` puts its files."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "compress" / "tuning"
+
+
+@cache
+def tuned(gpu: str) -> dict[str, Config]:
+    """Measured configurations for a GPU: one's own before those that come with the package; none if there are none.
+
+    Raises:
+        ValueError: a file that is not a tuning file.
+    """
+    found: dict[str, Config] = {}
+    for folder in (SHIPPED, own_folder()):
+        path = folder / file_name(gpu)
+        if path.is_file():
+            try:
+                found |= {key: Config(**fields) for key, fields in json.loads(path.read_text())["configs"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}: is not a tuning file ({error}); delete it, or run compress tune again"
+                ) from error
+    return found
+
+
+def choose(problem: Problem, gpu: str, processors: int, shared: int) -> Config:
+    """The configuration for a problem: measured if there is one, by rule otherwise."""
+    return tuned(gpu).get(problem.key) or heuristic(problem, processors, shared)

@@ -1,0 +1,351 @@
+"""Packed products on a GPU: ``compress::tiled_linear`` and ``compress::tiled_weight``.
+
+The kernels are Triton's: with inline PTX on NVIDIA GPUs from sm_80 on, plain elsewhere. Nothing of Triton is imported before a
+tensor on a GPU is there. A call allocates its output and nothing else (partial sums of a split product lie behind the
+output, in the same allocation; activations are copied if their rows do not begin at multiples of 16 bytes, or K is no
+multiple of 32; more than 512 rows need looked-up weights, :data:`LOOKED_UP_BYTES` at a time) and runs on
+the current stream of the tensors' device, so it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.kernels.configs import Problem, choose, tuned
+from compress.kernels.layout import ROWS, Tiled
+from compress.kernels.packing import words
+from compress.kernels.ptx import REGISTER_BITS
+from compress.kernels.variants import Config, Kind, Variant
+
+KINDS: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+LOOKED_UP_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a kernel depends on.
+
+    Attributes:
+        name: as torch gives it.
+        processors: streaming multiprocessors.
+        assembly: whether it runs PTX that needs sm_80.
+        shared: bytes of shared memory that one program may use.
+    """
+
+    name: str
+    processors: int
+    assembly: bool
+    shared: int
+
+
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU: ``TRITON_INTERPRET=1``, which is Triton's own variable."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes") and missing() is None
+
+
+@cache
+def missing() -> str | None:
+    """Why Triton cannot be used, or None."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    return None if tuple(int(part) for part in found.split(".")[:2]) >= (3, 6) else f"triton {found} is older than 3.6"
+
+
+@cache
+def device_of(index: int) -> Device:
+    """The GPU of an index; -1 is the interpreter."""
+    if index < 0:
+        return Device("interpreter", 1, False, 1 << 30)
+    properties = torch.cuda.get_device_properties(index)
+    nvidia = torch.version.hip is None
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return Device(properties.name, properties.multi_processor_count, nvidia and properties.major >= 8, shared)
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there is a GPU, or an interpreter, that the kernels run on."""
+    return missing() is None and (torch.cuda.is_available() or interpreting())
+
+
+def serves(device: torch.device) -> bool:
+    """Whether packed layers on a device go through these kernels."""
+    return available() and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
+
+
+def describe() -> str:
+    """What serves packed layers on GPUs, and why."""
+    reason = missing()
+    if reason is not None:
+        return f"torch: reference look-up, because {reason}"
+    found = f"triton {version('triton')}"
+    if not torch.cuda.is_available():
+        return f"{found}: plain kernels in its interpreter" if interpreting() else f"{found}: idle, as torch sees none"
+    kinds = []
+    for index in range(torch.cuda.device_count()):
+        gpu = device_of(index)
+        how = "look-up in registers by inline PTX" if gpu.assembly else "plain kernels, as the PTX needs sm_80 or later"
+        by = "measured configurations" if tuned(gpu.name) else "configurations by rule, as compress tune was not run"
+        kinds.append(f"{how} on {gpu.name}, {by}")
+    return f"{found}: " + "; ".join(sorted(set(kinds)))
+
+
+def _index(tensor: Tensor) -> int:
+    return tensor.get_device()  # -1 on a CPU
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The arguments that describe one matrix at one width."""
+
+    codes: Tensor
+    table: Tensor
+    registers: Tensor | None
+    rows: int
+    columns: int
+    bits: int
+    head: int
+
+    @property
+    def span(self) -> int:
+        """Words in a row."""
+        return words(self.columns)
+
+    def variant(self, problem: Problem, config: Config, bias: bool) -> Variant:
+        """The kernel for a problem."""
+        even = self.span % (config.split * config.step) == 0
+        operation = "dot" if config.matrix else problem.operation
+        return Variant(operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias)
+
+    def assembly(self, kind: Kind, device: Device) -> bool:
+        """Whether the kernels with assembly serve it; those in plain Triton serve all."""
+        held = self.registers is not None or self.bits > 4
+        return device.assembly and kind != "fp32" and held and self.bits >= 2
+
+    def operands(self, assembly: bool, kind: Kind, single: bool = False) -> dict[str, Any]:
+        """Arguments that all kernels share."""
+        found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
+        if assembly:
+            found["table_stride"] = self.codes.shape[1] * ROWS
+        if assembly and self.bits <= REGISTER_BITS and self.registers is not None:
+            # Matrix instructions want both factors of one type; single products are made of float16 entries.
+            entries = self.registers[int(kind == "bf16" and not single)]
+            found |= {"tables": entries, "table_stride": entries.stride(0)}
+        return found
+
+
+def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:
+    """Activations [count, K] with unit stride, and where they are read in whole words, padded and aligned."""
+    if whole and columns % 32:
+        return torch.nn.functional.pad(x, (0, 32 - columns % 32))
+    if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) < x.shape[1]):
+        return x.contiguous()
+    aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0)
+    return x if aligned or not whole else x.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(variant: Variant, config: Config, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    options: dict[str, int] = {} if interpreting() else {"num_warps": config.warps}
+    if variant.operation in ("dot", "tile") and not interpreting():
+        options["num_stages"] = config.stages
+    kernel, constants = _compiled_for(variant, config)
+    kernel[grid](**arguments, **constants, **options)
+
+
+@cache
+def _compiled_for(variant: Variant, config: Config) -> tuple[Any, dict[str, Any]]:
+    constants = variant.constants(config)
+    if variant.operation in ("dot", "tile") and not variant.assembly:
+        constants["UPCAST"] = interpreting()
+    return variant.kernel(), constants
+
+
+def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Tensor]:
+    """The output [count, rows], and where the kernel writes: the output, or [split, count, rows] float32 behind it."""
+    if split == 1:
+        y = torch.empty(count, rows, dtype=x.dtype, device=x.device)
+        return y, y
+    size = -(-count * rows * x.element_size() // 16) * 16
+    room = torch.empty(size + 4 * split * count * rows, dtype=torch.uint8, device=x.device)
+    y = room[: count * rows * x.element_size()].view(x.dtype).view(count, rows)
+    return y, room[size:].view(torch.float32)
+
+
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | None = None) -> Tensor:
+    """``x @ W.T + bias`` for [count, K] activations; ``config`` overrides the choice, for tuning and tests."""
+    count, kind = x.shape[0], KINDS[x.dtype]
+    device = device_of(_index(x))
+    assembly = packed.assembly(kind, device)
+    problem = Problem(packed.rows, packed.columns, packed.bits, count, kind, assembly)
+    chosen = config or choose(problem, device.name, device.processors, device.shared)
+    if problem.operation == "look_up":
+        return _by_matrix_product(x, packed, bias)
+    x = _ready(x, packed.columns, assembly)
+    variant = packed.variant(problem, chosen, bias is not None)
+    y, target = _allocate(x, count, packed.rows, chosen.split)
+    steps = -(-packed.span // (chosen.split * chosen.step))
+    arguments = packed.operands(assembly, kind, variant.operation == "gemv") | {
+        "x": x, "bias": bias, "y": target, "rows": packed.rows, "chunk": steps * chosen.step,
+        "x_stride": x.stride(0) if count > 1 else packed.columns, "y_stride": packed.rows,
+    }  # fmt: skip
+    if not assembly:
+        arguments["columns"] = packed.columns
+    grid: tuple[int, ...] = (-(-packed.rows // ROWS), chosen.split)
+    if variant.operation != "gemv":
+        arguments["count"] = count
+        grid = (-(-packed.rows // chosen.bn), chosen.split, -(-count // chosen.bm))
+    _launch(variant, chosen, grid, arguments)
+    if chosen.split > 1:
+        from compress.kernels.triton_plain import reduce
+
+        reduce[(-(-packed.rows // 256), count)](
+            target, bias, y, count, packed.rows, packed.rows, SPLIT=chosen.split, BIAS=bias is not None, BLOCK=256
+        )
+    return y
+
+
+def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
+    """Looked-up weights of some tiles of rows: [32 * len(tiles), 32 * span]."""
+    device = device_of(_index(packed.codes))
+    assembly = packed.assembly(KINDS[dtype], device)
+    problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, KINDS[dtype], assembly)
+    config = choose(problem, device.name, device.processors, device.shared)
+    out = torch.empty(len(tiles) * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
+    variant = Variant("look_up", packed.bits, packed.head, problem.kind, 1, assembly, packed.span % config.step == 0)
+    arguments = packed.operands(assembly, problem.kind) | {"out": out, "first_tile": tiles.start}
+    _launch(variant, config, (len(tiles), -(-packed.span // config.step)), arguments)
+    return out
+
+
+def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """All weights, a few tiles at a time: the rows they are, and [rows, K]."""
+    tiles = packed.codes.shape[1]
+    step = max(1, LOOKED_UP_BYTES // max(1, ROWS * packed.span * 32 * dtype.itemsize))
+    for first in range(0, tiles, step):
+        part = range(first, min(first + step, tiles))
+        rows = slice(first * ROWS, min(part.stop * ROWS, packed.rows))
+        yield rows, _weights(packed, dtype, part)[: rows.stop - rows.start, : packed.columns]
+
+
+def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    y = torch.empty(x.shape[0], packed.rows, dtype=x.dtype, device=x.device)
+    for rows, weight in _parts(packed, x.dtype):
+        y[:, rows] = torch.nn.functional.linear(x, weight, None if bias is None else bias[rows])
+    return y
+
+
+@torch.library.custom_op("compress::tiled_weight", mutates_args=())
+def tiled_weight(
+    codes: Tensor,
+    table: Tensor,
+    registers: Tensor | None,
+    rows: int,
+    columns: int,
+    bits: int,
+    head: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Every weight of a matrix in the layout of :class:`compress.kernels.layout.Tiled`: [N, K] in ``dtype``."""
+    packed = Packed(codes, table, registers, rows, columns, bits, head)
+    if not serves(codes.device) or dtype not in KINDS:
+        return Tiled(rows, columns, head, codes, {bits: table}, {}).dense(bits, dtype)
+    with torch.cuda.device(_index(codes)):
+        out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+        for part, weight in _parts(packed, dtype):
+            out[part] = weight
+        return out
+
+
+@tiled_weight.register_fake
+def _(
+    codes: Tensor,
+    table: Tensor,
+    registers: Tensor | None,
+    rows: int,
+    columns: int,
+    bits: int,
+    head: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(rows, columns, dtype=dtype)
+
+
+@torch.library.custom_op("compress::tiled_linear", mutates_args=())
+def tiled_linear(
+    x: Tensor, codes: Tensor, table: Tensor, registers: Tensor | None, bias: Tensor | None,
+    rows: int, columns: int, bits: int, head: int,
+) -> Tensor:  # fmt: skip
+    """Apply a packed linear layer in the layout of :class:`compress.kernels.layout.Tiled`.
+
+    Args:
+        x: floating [..., K], any strides.
+        codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
+        table: floating [ceil(N / 32), 2**bits, 32].
+        registers: as :attr:`Tiled.registers` has for the width, or None.
+        bias: [N], or None.
+        rows: N.
+        columns: K.
+        bits: width.
+        head: of the layout.
+
+    Returns:
+        [..., N] in ``x``'s dtype. On a device without the kernels plain torch computes it.
+    """
+    if not serves(x.device) or x.dtype not in KINDS:
+        weight = Tiled(rows, columns, head, codes, {bits: table}, {}).dense(bits, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], rows)
+    packed = Packed(codes, table, registers, rows, columns, bits, head)
+    with torch.cuda.device(_index(x)):
+        return multiply(x.reshape(-1, columns), packed, bias).view(*x.shape[:-1], rows)
+
+
+@tiled_linear.register_fake
+def _(
+    x: Tensor, codes: Tensor, table: Tensor, registers: Tensor | None, bias: Tensor | None,
+    rows: int, columns: int, bits: int, head: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, table, registers, _, *ctx.facts = inputs
+    ctx.has_registers = registers is not None
+    ctx.save_for_backward(codes, table, *([registers] if registers is not None else []))
+
+
+def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    codes, table, *rest = ctx.saved_tensors
+    weight = tiled_weight(codes, table, rest[0] if ctx.has_registers else None, *ctx.facts, gradient.dtype)
+    return gradient @ weight, *([None] * 8)
+
+
+tiled_linear.register_autograd(_input_gradient, setup_context=_keep_for_backward)
+
+
+def linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` at one width: floating [..., K] to [..., N]; differentiable in ``x``."""
+    registers = tiled.registers.get(bits)
+    facts = tiled.rows, tiled.columns, bits, tiled.head
+    y: Tensor = tiled_linear(x, tiled.codes, tiled.tables[bits], registers, bias, *facts)
+    return y
+
+
+def weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
+    """Every weight at one width: [N, K]."""
+    registers = tiled.registers.get(bits)
+    facts = tiled.rows, tiled.columns, bits, tiled.head
+    found: Tensor = tiled_weight(tiled.codes, tiled.tables[bits], registers, *facts, dtype)
+    return found

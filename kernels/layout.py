@@ -1,0 +1,199 @@
+"""How a packed matrix lies in a GPU's memory: made once from the canonical planes, and back, bit for bit.
+
+Codes are int32 [p, ceil(N / 32), ceil(K / 32), 32]: word by word of every plane, and in each word 32 neighbouring rows side by
+side, so that a warp reads whole lines and a lane stays with its row. Width b reads the first b of the p words of every 32
+columns, so changing the width moves nothing. The bits of a word are in the order in which the kernels take them out: the
+columns of 8 neighbouring nibbles come out in their natural order, and activations need none.
+
+The first ``head`` planes may lie together: as crumbs (2 planes) or nibbles (4), ready to look up, where the seed width is at
+least that. A code's bit t, from the least significant, is plane t; tables are in that order of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from compress.kernels.packing import unpack_planes, words
+
+ROWS = 32  # of one tile
+_AT_ONCE = 1 << 22  # codes in one go: their single bits are p times as many bytes
+
+
+def head_for(seed_bits: int) -> int:
+    """How many first planes lie together: 1, 2 or 4. Three fill no word evenly, and gain nothing as 2 and 1."""
+    return 4 if seed_bits >= 4 else 2 if seed_bits == 2 else 1
+
+
+@cache
+def _order(planes: int, head: int) -> tuple[int, ...]:
+    """Where bit k of word t comes from, at 32 t + k: plane s and column c as 32 s + c."""
+    order = [0] * (32 * planes)
+    for plane in range(planes):
+        for column in range(32):
+            block, place = divmod(column, 8)
+            word, bit = plane, 4 * place + block
+            if head == 2 and plane < 2:
+                word, bit = block % 2, 4 * place + 2 * (block // 2) + plane
+            if head == 4 and plane < 4:
+                word, bit = block, 4 * place + plane
+            order[32 * word + bit] = 32 * plane + column
+    return tuple(order)
+
+
+@cache
+def _reversed(bits: int) -> tuple[int, ...]:
+    """Codes of so many bits with their bits in the opposite order."""
+    return tuple(int(f"{code:0{bits}b}"[::-1], 2) for code in range(1 << bits))
+
+
+def _to_words(bits: Tensor) -> Tensor:
+    """uint8 [..., 32] of single bits to int32 [...]."""
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    octets: Tensor = (bits.view(*bits.shape[:-1], 4, 8) << place).sum(-1, dtype=torch.uint8)
+    return octets.view(torch.int32).squeeze(-1)
+
+
+def _to_bits(tensor: Tensor) -> Tensor:
+    """The inverse: int32 [...] to uint8 [..., 32]."""
+    place = torch.arange(8, dtype=torch.uint8, device=tensor.device)
+    octets = tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+    return ((octets.unsqueeze(-1) >> place) & 1).flatten(-2)
+
+
+def _tile_codes(planes: Sequence[Tensor], columns: int, head: int) -> Tensor:
+    """Canonical planes, p of int32 [N, W], to int32 [p, tiles, W, 32]."""
+    rows, span, count = planes[0].shape[0], words(columns), len(planes)
+    tiles = -(-rows // ROWS)
+    tiled = torch.zeros(count, tiles, span, ROWS, dtype=torch.int32, device=planes[0].device)
+    order = torch.tensor(_order(count, head), device=tiled.device)
+    step = max(1, _AT_ONCE // max(1, ROWS * span * 32))
+    for first in range(0, tiles, step):
+        part = slice(first * ROWS, min((first + step) * ROWS, rows))
+        bits = torch.stack([_to_bits(plane[part]) for plane in planes], 2)  # [rows, W, p, 32]
+        tile = _to_words(bits.flatten(2)[..., order].view(-1, span, count, 32))  # [rows, W, p]
+        whole = torch.zeros(-(-tile.shape[0] // ROWS) * ROWS, span, count, dtype=torch.int32, device=tile.device)
+        whole[: tile.shape[0]] = tile
+        tiled[:, first : first + step] = whole.view(-1, ROWS, span, count).permute(3, 0, 2, 1)
+    return tiled
+
+
+def _untile_codes(tiled: Tensor, rows: int, head: int) -> Tensor:
+    """The inverse: int32 [p, N, W]."""
+    count, tiles, span, _ = tiled.shape
+    planes = torch.empty(count, tiles * ROWS, span, dtype=torch.int32, device=tiled.device)
+    back = torch.empty(32 * count, dtype=torch.long, device=tiled.device)
+    back[torch.tensor(_order(count, head), device=tiled.device)] = torch.arange(32 * count, device=tiled.device)
+    step = max(1, _AT_ONCE // max(1, ROWS * span * 32))
+    for first in range(0, tiles, step):
+        some = tiled[:, first : first + step].permute(1, 3, 2, 0)  # [tiles, 32, W, p]
+        bits = _to_bits(some).flatten(-2)[..., back].view(-1, ROWS, span, count, 32)
+        whole = _to_words(bits).flatten(0, 1)  # [rows, W, p]
+        planes[:, first * ROWS : (first + step) * ROWS] = whole.permute(2, 0, 1)
+    return planes[:, :rows].contiguous()
+
+
+def _padded(codebook: Tensor) -> Tensor:
+    """A codebook [N, 2**b] in the kernels' order of codes, with rows of zeros up to whole tiles: [tiles * 32, 2**b]."""
+    order = torch.tensor(_reversed(codebook.shape[1].bit_length() - 1), device=codebook.device)
+    return torch.nn.functional.pad(codebook.detach()[:, order], (0, 0, 0, -codebook.shape[0] % ROWS))
+
+
+def _byte_tables(codebook: Tensor, kind: torch.dtype) -> Tensor:
+    """The low bytes of 16-bit entries, then the high bytes, four to a word: int32 [2**b / 2, tiles * 32]."""
+    octets = _padded(codebook).to(kind).view(torch.uint8).view(-1, codebook.shape[1], 2)
+    halves = [octets[..., byte].contiguous().view(torch.int32) for byte in range(2)]
+    return torch.cat(halves, 1).t().contiguous()
+
+
+@dataclass
+class Tiled:
+    """A packed matrix in the layout of the kernels.
+
+    Attributes:
+        rows: N.
+        columns: K.
+        head: first planes that lie together, 1, 2 or 4.
+        codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
+        tables: width -> floating [ceil(N / 32), 2**width, 32].
+        registers: width -> int32 [2, 2**width / 2, 32 * ceil(N / 32)], the bytes of float16 and of bfloat16 entries, for
+            widths 2 to 4 if the codebooks are float16.
+    """
+
+    rows: int
+    columns: int
+    head: int
+    codes: Tensor
+    tables: dict[int, Tensor]
+    registers: dict[int, Tensor]
+
+    @classmethod
+    def build(cls, planes: Sequence[Tensor], codebooks: Mapping[int, Tensor], columns: int) -> Tiled:
+        """Make the layout on the device of the planes.
+
+        Args:
+            planes: p int32 tensors [N, ceil(K / 32)], most significant first.
+            codebooks: width -> floating [N, 2**width] for the widths to be read.
+            columns: K.
+        """
+        return cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns)
+
+    @classmethod
+    def around(cls, codes: Tensor, codebooks: Mapping[int, Tensor], columns: int) -> Tiled:
+        """Put codes that are in the layout already together with canonical codebooks."""
+        widths = {bits: codebooks[bits] for bits in sorted(codebooks)}
+        rows = widths[min(widths)].shape[0]
+        tables = {
+            bits: _padded(book).view(-1, ROWS, 1 << bits).transpose(1, 2).contiguous() for bits, book in widths.items()
+        }
+        registers = {
+            bits: torch.stack([_byte_tables(book, kind) for kind in (torch.float16, torch.bfloat16)])
+            for bits, book in widths.items()
+            if 2 <= bits <= 4 and book.dtype == torch.float16
+        }
+        return cls(rows, columns, head_for(min(widths)), codes, tables, registers)
+
+    def canonical(self) -> tuple[Tensor, dict[int, Tensor]]:
+        """The planes, int32 [p, N, ceil(K / 32)], and codebooks that this was made of, bit for bit."""
+        planes = _untile_codes(self.codes, self.rows, self.head)
+        return planes, {bits: self.codebook(bits) for bits in self.tables}
+
+    def codebook(self, bits: int) -> Tensor:
+        """The canonical codebook of a width, [N, 2**bits]."""
+        order = torch.tensor(_reversed(bits), device=self.codes.device)
+        return self.tables[bits].transpose(1, 2).flatten(0, 1)[: self.rows, order].contiguous()
+
+    def dense(self, bits: int, dtype: torch.dtype) -> Tensor:
+        """Every weight looked up in plain torch, [N, K], on any device: what the kernels are measured against."""
+        planes = _untile_codes(self.codes[: max(bits, self.head)], self.rows, self.head)[:bits]
+        codes = unpack_planes(list(planes), self.columns)
+        return self.codebook(bits).to(dtype).gather(1, codes.long())
+
+    @property
+    def widths(self) -> list[int]:
+        """Widths it can be read at."""
+        return sorted(self.tables)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+        return self.codes.nbytes + sum(t.nbytes for group in (self.tables, self.registers) for t in group.values())
+
+
+def random_tiled(
+    rows: int, columns: int, bits: int, seed_bits: int | None = None, device: str | torch.device = "cpu", seed: int = 0
+) -> Tiled:
+    """Random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tiles, first = -(-rows // ROWS), bits if seed_bits is None else seed_bits
+    shape = bits, tiles, words(columns), ROWS
+    codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device, generator=generator)
+    books = {
+        width: (0.02 * torch.randn(rows, 2**width, device=device, generator=generator)).half()
+        for width in range(first, bits + 1)
+    }
+    return Tiled.around(codes, books, columns)

@@ -1,0 +1,262 @@
+"""What can be known about the kernels without a GPU: ``python -m compress.kernels.static``.
+
+Every kernel and configuration is compiled for NVIDIA's sm_80, sm_90 and sm_100, and the plain ones for AMD's gfx942; of the
+machine code are read registers, spilled bytes and the instructions of the inner loop per weight. Integer instructions decide how
+fast narrow widths can be: an H100 has time for 1.1, 1.7, 2.2 and 4.4 of them per weight at 2, 3, 4 and 8 bits before the memory
+waits for them. The process exits with 1 where a budget is not kept.
+
+Triton must not be in interpreter mode: ``TRITON_INTERPRET`` must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+from compress.kernels.configs import Problem, candidates, heuristic
+from compress.kernels.variants import Config, Kind, Operation, Variant
+
+INTEGER = frozenset(
+    {"LOP3", "SHF", "PRMT", "LEA", "IADD3", "IADD", "VIADD", "IMAD", "SEL", "ISETP", "BFE", "SGXT", "VIMNMX", "IMNMX"}
+)
+"""Counted against the budget. IMAD runs in another unit than the others; counting it too is the stricter reading."""
+BUDGETS = {("plain", 2): 2.0, ("plain", 3): 2.2, ("plain", 4): 4.0, ("seed-packed", 2): 2.0, ("seed-packed", 4): 3.2}
+"""Integer instructions per weight: planes alone, and crumbs or nibbles first."""
+WIDE_BUDGET = 4.4  # 5 to 8 bits: what an H100 has time for at 8
+_KINDS: tuple[Kind, ...] = ("fp16", "bf16")
+_POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+_ALIGNED = ("x", "codes", "tables", "bias", "y", "out", "plane_stride", "table_stride", "x_stride", "y_stride")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of one kernel shows.
+
+    Attributes:
+        registers: of one thread.
+        spilled: bytes of one thread's stack and local memory.
+        shared: bytes of one program's shared memory.
+        instructions: in the inner loop, per weight.
+        integer: integer instructions there, per weight.
+        matrix: matrix instructions in the inner loop.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: float
+    integer: float
+    matrix: int
+
+
+def compiled(variant: Variant, config: Config, target: str) -> Any:
+    """Compile one kernel for a target such as ``sm_90`` or ``gfx942``, which need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constants = variant.kernel(), variant.constants(config)
+    if variant.operation in ("dot", "tile") and not variant.assembly:
+        constants["UPCAST"] = False
+    activations = _POINTERS[variant.kind]
+    wide = variant.bits > 4 or not variant.assembly
+    types = {"x": activations, "y": "*fp32" if config.split > 1 else activations, "out": activations}
+    types |= {"bias": activations, "codes": "*i32", "tables": "*fp16" if wide else "*i32"}
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(
+        kernel, signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in _ALIGNED if name in names},
+    )  # fmt: skip
+    cuda = target.startswith("sm_")
+    place = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
+    options = {"num_warps": config.warps}
+    if variant.operation in ("dot", "tile"):
+        options["num_stages"] = config.stages
+    return triton.compile(source, target=place, options=options)
+
+
+def report(kernel: Any, variant: Variant, config: Config) -> Report:
+    """Read the machine code of a kernel that was compiled for an NVIDIA GPU."""
+    import triton
+
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, text = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    loop = inner_loop(text)
+    # rows of weights times words times 32 columns, over the threads of the program
+    weights = (config.bn if variant.operation in ("dot", "tile") else 32) * config.step * 32 / (32 * config.warps)
+    names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in loop)
+    integer = sum(count for name, count in names.items() if name in INTEGER)
+    matrix = sum(count for name, count in names.items() if name in ("HMMA", "HGMMA", "UTCHMMA"))
+    return Report(
+        found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"] + kernel.metadata.shared,
+        len(loop) / weights, integer / weights, matrix,
+    )  # fmt: skip
+
+
+def inner_loop(sass: str) -> list[str]:
+    """The instructions of the longest stretch that a backward branch closes; all there are if there is none."""
+    lines = [(int(place, 16), text.strip()) for place, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
+    end = next((place for place, text in lines if text.startswith("EXIT")), lines[-1][0])
+    loops = []
+    for place, text in lines:
+        branch = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < place:
+            loops.append([body for at, body in lines if int(branch[1], 16) <= at <= place])
+    return max(loops, key=len) if loops else [text for place, text in lines if place <= end]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile and judge."""
+
+    variant: Variant
+    config: Config
+    target: str
+
+    @property
+    def budget(self) -> float | None:
+        """Integer instructions per weight that its inner loop may have, or None.
+
+        It is for the products that wait for memory, on planes alone or the seed packed together; with larger tiles
+        of activations the loop also moves those.
+        """
+        variant = self.variant
+        slim = variant.operation == "gemv" or (
+            variant.operation == "dot" and self.config.bm == 16 and variant.bits <= 4
+        )
+        widened = variant.kind == "bf16" and variant.operation == "gemv" and variant.bits > 4  # one row to a lane
+        if not variant.assembly or not slim or widened:
+            return None
+        packed = variant.head == 4 or (variant.head == 2 and variant.bits == 2)
+        return BUDGETS.get(("seed-packed" if packed else "plain", variant.bits), WIDE_BUDGET)
+
+
+def _case(variant: Variant, target: str, count: int) -> Case:
+    """With the configuration that the rule gives for a layer of 14336 x 4096 on a GPU of 132 processors."""
+    problem = Problem(14336, 4096, variant.bits, count, variant.kind, variant.assembly)
+    config = replace(heuristic(problem, 132, 227 << 10), split=1)
+    return Case(replace(variant, operation="dot", rows=1) if config.matrix else variant, config, target)
+
+
+def _heads(bits: int) -> list[int]:
+    return [head for head in (1, 2, 4) if head <= bits and not (head == 2 and bits > 4)]
+
+
+def quick() -> list[Case]:
+    """A case of every kind, for continuous integration."""
+    narrow = [(2, 1), (2, 2), (3, 1), (4, 1), (4, 4), (8, 4)]
+    cases = [_case(Variant("gemv", bits, head, "fp16"), "sm_90", 1) for bits, head in narrow]
+    cases += [_case(Variant("gemv", 3, 1, "bf16"), "sm_80", 1), _case(Variant("gemv", 3, 1, "fp16", 2), "sm_100", 2)]
+    cases += [_case(Variant("dot", bits, 1, "fp16"), "sm_90", 16) for bits in (3, 4)]
+    cases += [_case(Variant("dot", 3, 1, "bf16"), "sm_80", 16), _case(Variant("look_up", 3, 1, "fp16"), "sm_90", 1024)]
+    plain = [("gemv", 1), ("dot", 16), ("look_up", 1024)]
+    return cases + [
+        _case(Variant(cast(Operation, name), 3, 1, "fp16", assembly=False), "gfx942", count) for name, count in plain
+    ]
+
+
+def full() -> list[Case]:
+    """Every kernel at every width, packing and kind of activations, and every configuration there is to choose from."""
+    cases = []
+    for target, bits in itertools.product(("sm_80", "sm_90", "sm_100"), range(2, 9)):
+        for head in _heads(bits):
+            cases += [_case(Variant("gemv", bits, head, "fp16", count), target, count) for count in (1, 2)]
+            cases += [_case(Variant("dot", bits, head, "fp16"), target, 16)]
+        cases += [
+            _case(Variant("gemv", bits, 1, "bf16"), target, 1),
+            _case(Variant("dot", bits, 1, "bf16"), target, 16),
+        ]
+        cases += [
+            _case(Variant("dot", bits, 1, "fp16"), target, 64),
+            _case(Variant("tile", bits, 1, "fp16"), target, 512),
+        ]
+        cases += [_case(Variant("look_up", bits, 1, kind), target, 1024) for kind in _KINDS]
+    for bits, count in itertools.product((3, 4, 6), (1, 4, 16)):
+        problem = Problem(14336, 4096, bits, count, "fp16")
+        variant = Variant(problem.operation, bits, 1, "fp16", count, even=False)
+        found = candidates(problem)
+        cases += [Case(replace(variant, operation="dot") if c.matrix else variant, c, "sm_90") for c in found]
+    plain: list[tuple[Operation, int]] = [("gemv", 4), ("dot", 16), ("look_up", 1024)]
+    for target, bits, (name, count) in itertools.product(("gfx942", "sm_90"), (1, 3, 8), plain):
+        cases.append(_case(Variant(name, bits, _heads(bits)[-1], "bf16", count, assembly=False), target, count))
+    return list(dict.fromkeys(cases))
+
+
+def judge(case: Case) -> dict[str, Any]:
+    """Compile one case and read what came out.
+
+    Returns:
+        The case, what was read (NVIDIA only), and ``faults``: sentences, none if all is well.
+    """
+    variant, config = case.variant, case.config
+    found: dict[str, Any] = {"target": case.target, **asdict(variant), "config": config.json(), "faults": []}
+    kernel = compiled(variant, config, case.target)
+    if not case.target.startswith("sm_"):
+        return found
+    seen = report(kernel, variant, config)
+    found |= {**asdict(seen), "budget": case.budget}
+    if seen.spilled and case.variant.assembly:
+        found["faults"].append(f"{seen.spilled} bytes are spilled")
+    if case.budget is not None and seen.integer > case.budget:
+        found["faults"].append(f"{seen.integer:.2f} integer instructions per weight, of {case.budget}")
+    return found
+
+
+def line(found: dict[str, Any]) -> str:
+    """One case as one line of text."""
+    config = found["config"]
+    body = "assembly" if found["assembly"] else "plain"
+    size = f"{config['warps']} warps, {config['step']} words"
+    if found["operation"] in ("dot", "tile"):
+        size += f", {config['bn']} x {config['bm']}, {config['stages']} stages"
+    name = (
+        f"{found['target']:7}{found['operation']:8}{body:9}{found['bits']} bits, head {found['head']}, {found['kind']}"
+    )
+    text = f"{name:44} {found['rows']} rows, {size:38}"
+    if "registers" in found:
+        budget = f" of {found['budget']}" if found["budget"] else ""
+        text += f" {found['registers']:3} registers, {found['spilled']} spilled, {found['instructions']:5.2f} instructions, "
+        text += f"{found['integer']:.2f}{budget} integer"
+    return text + "".join(f"; FAULT: {fault}" for fault in found["faults"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print one line per case; 1 if any has a fault."""
+    import triton
+
+    parser = argparse.ArgumentParser(description="Compile the kernels without a GPU and check their machine code.")
+    parser.add_argument("--full", action="store_true", help="every kernel and configuration; half an hour or more")
+    parser.add_argument("--json", help="write what was found to this file")
+    given = parser.parse_args(arguments)
+    cases = full() if given.full else quick()
+    results = []
+    for case in cases:
+        results.append(judge(case))
+        print(line(results[-1]), flush=True)
+    bad = sum(bool(found["faults"]) for found in results)
+    print(f"triton {triton.__version__}: {len(results)} kernels compiled, {bad} with faults")
+    if given.json:
+        with open(given.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Which compile-time constants each kernel takes: one place for launching, for tuning and for the static proof."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from compress.kernels import ptx
+
+Kind = Literal["fp16", "bf16", "fp32"]
+"""Of activations."""
+Operation = Literal["gemv", "dot", "tile", "look_up"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel divides its work.
+
+    Attributes:
+        warps: of one program.
+        step: words (of 32 columns) per iteration of a program.
+        split: programs that share the columns of one row.
+        bm: rows of activations per program (``dot``).
+        bn: rows of weights per program.
+        stages: of the software pipeline (``dot``).
+        matrix: whether ``dot`` serves, where the number of rows alone would say ``gemv``.
+    """
+
+    warps: int = 4
+    step: int = 16
+    split: int = 1
+    bm: int = 16
+    bn: int = 32
+    stages: int = 2
+    matrix: bool = False
+
+    def json(self) -> dict[str, int | bool]:
+        """As stored in tuning files."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel and what it is compiled for.
+
+    Attributes:
+        operation: which kernel.
+        bits: width, 1 to 8.
+        head: of the layout.
+        kind: of the activations; of the result too.
+        rows: of activations (``gemv`` only).
+        assembly: whether the assembly is used, or plain Triton.
+        even: whether every iteration is whole (assembly only).
+        bias: whether one is added.
+    """
+
+    operation: Operation
+    bits: int
+    head: int
+    kind: Kind
+    rows: int = 1
+    assembly: bool = True
+    even: bool = True
+    bias: bool = False
+
+    def constants(self, config: Config) -> dict[str, Any]:
+        """The arguments that are known when the kernel is compiled."""
+        matrix = self.operation in ("dot", "tile")
+        found: dict[str, Any] = {"BITS": self.bits, "STEP": config.step}
+        if matrix:
+            found |= {"BM": config.bm, "BN": config.bn}
+        if self.operation != "look_up":
+            found |= {"SPLIT": config.split, "BIAS": self.bias and config.split == 1}
+        if self.operation == "gemv":
+            found["M"] = self.rows
+        return found | (self._assembly(config, matrix) if self.assembly else {"HEAD": self.head})
+
+    def _assembly(self, config: Config, matrix: bool) -> dict[str, Any]:
+        kind: Literal["fp16", "bf16"] = "bf16" if self.kind == "bf16" else "fp16"
+        tiles = config.bn // 32 if matrix else 1
+        found: dict[str, Any] = {"RESERVE": ptx.reserve(self.bits, tiles).text, "PUT": ptx.put().text}
+        if not matrix:
+            found["EVEN"] = self.even
+        if self.operation == "gemv":
+            load = ptx.activations()
+            text = ptx.product(self.bits, self.head, self.rows, self.form)
+            found |= {"LOAD_TEXT": load.text, "LOAD_IO": load.constraints}
+        elif matrix:
+            text = ptx.weights(self.bits, self.head, kind)
+        else:
+            text = ptx.stored(self.bits, self.head, kind)
+        return found | {"TEXT": text.text, "IO": text.constraints}
+
+    @property
+    def form(self) -> ptx.Form:
+        """How ``gemv`` takes and adds."""
+        if self.kind == "bf16":
+            return "bfloat16"
+        return "half" if self.bits <= ptx.REGISTER_BITS else "single"
+
+    def kernel(self) -> Any:
+        """The function Triton compiles."""
+        from compress.kernels import triton_plain, triton_ptx
+
+        module = triton_ptx if self.assembly else triton_plain
+        return getattr(module, "dot" if self.operation == "tile" else self.operation)

@@ -1,0 +1,6 @@
+"""Lets tests of this folder import the emulator that lies beside them."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))

@@ -1,0 +1,88 @@
+"""Runs in a process with TRITON_INTERPRET=1: the plain kernels through the operator, against float64, on any sizes.
+
+The interpreter computes bfloat16 wrongly and says nothing, so bfloat16 activations are not tried here: those kernels are compiled
+(test_static.py), and their assembly runs in the emulator (test_ptx.py).
+"""
+
+import itertools
+
+import torch
+
+from compress.kernels import configs, gpu
+from compress.kernels.layout import random_tiled
+from compress.kernels.variants import Config
+
+
+def worst(tiled, bits, x, bias=None, config=None):
+    """The largest error, relative to the sum of the magnitudes of the products."""
+    packed = gpu.Packed(
+        tiled.codes, tiled.tables[bits], tiled.registers.get(bits), tiled.rows, tiled.columns, bits, tiled.head
+    )
+    flat = x.reshape(-1, tiled.columns)
+    if config is None:
+        parts = (packed.codes, packed.table, packed.registers, bias, tiled.rows, tiled.columns, bits, tiled.head)
+        y = gpu.tiled_linear(x, *parts).reshape(-1, tiled.rows)
+    else:
+        y = gpu.multiply(flat, packed, bias, config)
+    assert y.dtype == x.dtype
+    weight = tiled.dense(bits, torch.float64)
+    exact = flat.double() @ weight.T + (0 if bias is None else bias.double())
+    scale = flat.double().abs() @ weight.abs().T + (0 if bias is None else bias.double().abs())
+    return float(((y.double() - exact).abs() / scale).max())
+
+
+def activations(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3}
+
+assert gpu.interpreting()
+assert "plain kernels" in gpu.describe()
+for bits, seed in [(1, 1), (2, 2), (3, 3), (4, 2), (4, 4), (5, 3), (6, 2), (7, 3), (8, 4)]:  # all widths, all heads
+    tiled = random_tiled(37, 70, bits, seed)
+    for count, dtype in itertools.product((1, 3, 9), (torch.float32, torch.float16)):
+        error = worst(tiled, bits, activations(count, 70, dtype=dtype), activations(37, dtype=dtype))
+        assert error < LIMIT[dtype], (bits, seed, count, dtype, error)
+print("every width, one row and several, with a bias: ok")
+
+nested = random_tiled(64, 64, 6, 3)
+for bits in nested.widths:
+    assert worst(nested, bits, activations(2, 64)) < 2e-6
+print("every width of one layout: ok")
+
+for rows, columns, count in [(1, 1, 1), (31, 33, 2), (65, 500, 4), (96, 32, 70)]:
+    tiled = random_tiled(rows, columns, 3)
+    assert worst(tiled, 3, activations(count, columns, dtype=torch.float16)) < 1e-3
+print("odd sizes: ok")
+
+tiled = random_tiled(40, 72, 4)
+for x in (
+    activations(72, 3).t(),
+    activations(3, 144)[:, ::2],
+    activations(3, 73)[:, 1:],
+    activations(1, 72).expand(3, 72),
+):
+    assert worst(tiled, 4, x) < 2e-6
+assert gpu.tiled_linear(activations(0, 72), tiled.codes, tiled.tables[4], None, None, 40, 72, 4, 4).shape == (0, 40)
+assert worst(tiled, 4, activations(2, 3, 72)) < 2e-6
+print("any strides and batch shapes: ok")
+
+tiled = random_tiled(40, 300, 3)
+for count in (2, 20):  # a split sum is the same every time
+    x, bias = activations(count, 300, dtype=torch.float16), activations(40, dtype=torch.float16)
+    for split in (2, 4):
+        config = Config(4, 2, split, 16, 32, 1)
+        assert worst(tiled, 3, x, bias, config) < 1e-3
+print("sums split between programs: ok")
+
+configs.TILE_ROWS, gpu.LOOKED_UP_BYTES = 8, 32 * 96 * 4  # a tile at a time
+tiled = random_tiled(70, 90, 5, 3)
+assert worst(tiled, 5, activations(9, 90), activations(70)) < 2e-6
+weight = gpu.tiled_weight(tiled.codes, tiled.tables[5], None, 70, 90, 5, 1, torch.float32)
+assert torch.equal(weight, tiled.dense(5, torch.float32))
+x = activations(3, 90).requires_grad_()
+upstream = activations(3, 70)
+gpu.tiled_linear(x, tiled.codes, tiled.tables[5], None, None, 70, 90, 5, 1).backward(upstream)
+assert torch.allclose(x.grad, upstream @ weight, atol=1e-5)
+print("looked-up weights, and the gradient: ok")

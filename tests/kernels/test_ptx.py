@@ -1,0 +1,113 @@
+"""The generated assembly, run in the emulator, against looking every code up."""
+
+import numpy as np
+import pytest
+import torch
+from emulator import Machine, as_float, bfloat16, pair, prmt
+
+from compress.kernels import ptx
+from compress.kernels.layout import random_tiled
+
+# (width, seed width): all widths with planes alone, crumbs first, nibbles first
+CASES = [(bits, seed) for bits in range(2, 9) for seed in (2, 3, 4) if seed <= bits] + [(2, 2)]
+LANES = 64  # rows: two tiles
+
+
+def layer(bits, seed):
+    """A random matrix of 64 rows and 32 columns: its layout, the words of its codes, and its float64 weights."""
+    tiled = random_tiled(LANES, 32, bits, seed)
+    codes = [tiled.codes[plane, :, 0].flatten().numpy().view(np.uint32) for plane in range(bits)]
+    return tiled, codes, tiled.dense(bits, torch.float64).numpy()
+
+
+def tables(tiled, bits, kind="fp16"):
+    """The inputs after the codes, and the shared memory they point into."""
+    if bits <= ptx.REGISTER_BITS:
+        return list(tiled.registers[bits][int(kind == "bf16")].numpy().view(np.uint32)), None
+    shared = np.zeros(2 * 2**bits * ptx.SHARED_STRIDE, np.uint8)
+    entries = tiled.tables[bits].float().numpy().reshape(-1)  # tile by tile, as the kernel writes them
+    machine, places = Machine(shared), np.arange(len(entries), dtype=np.uint32) * 4
+    machine.run(ptx.put(), [places, entries.view(np.uint32)])
+    rows = np.arange(LANES, dtype=np.uint32)
+    return [rows // 32 * (2**bits * ptx.SHARED_STRIDE) + rows % 32 * 4], shared
+
+
+def words_of(x, kind):
+    """Activations [32] as 16 words of two, the same for all lanes; and what they are worth."""
+    if kind == "bf16":
+        values = bfloat16(x)
+        worth = as_float(values << np.uint32(16)).astype(np.float64)
+        words = values[::2] | values[1::2] << np.uint32(16)
+    else:
+        worth = x.astype(np.float16).astype(np.float64)
+        words = np.ascontiguousarray(x.astype(np.float16)).view(np.uint32)
+    return [np.full(LANES, word, np.uint32) for word in words], worth
+
+
+@pytest.mark.parametrize(("bits", "seed"), CASES)
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_weights_come_out_in_the_order_of_the_columns(bits, seed, kind):
+    tiled, codes, dense = layer(bits, seed)
+    given, shared = tables(tiled, bits, kind)
+    found = Machine(shared).run(ptx.weights(bits, tiled.head, kind), [*codes, *given])
+    if kind == "fp16":
+        assert np.array_equal(np.concatenate([pair(word) for word in found], 1), dense)
+    else:
+        halves = np.stack([half for word in found for half in (word & 0xFFFF, word >> 16)], 1)
+        assert np.array_equal(halves, bfloat16(dense.astype(np.float32).reshape(-1)).reshape(dense.shape))
+
+
+@pytest.mark.parametrize(("bits", "seed"), CASES)
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_of_several_rows(bits, seed, kind, rows):
+    tiled, codes, dense = layer(bits, seed)
+    given, shared = tables(tiled, bits)
+    form = "bfloat16" if kind == "bf16" else "half" if bits <= ptx.REGISTER_BITS else "single"
+    x = np.random.default_rng(0).standard_normal((rows, 32)).astype(np.float32)
+    made = [words_of(row, kind) for row in x]
+    inputs = [*codes, *given, *(word for words, _ in made for word in words)]
+    sums = Machine(shared).run(ptx.product(bits, tiled.head, rows, form), inputs)
+    for total, (_, worth) in zip(sums, made, strict=True):
+        error = np.abs(as_float(total) - dense @ worth) / (np.abs(dense) @ np.abs(worth))
+        assert error.max() < (1e-3 if form == "half" else 3e-7)
+
+
+def test_float16_chains_keep_a_long_product_within_a_thousandth():
+    """4096 columns in chains of eight: the error of a whole output, against the norm of all of them."""
+    generator = np.random.default_rng(0)
+    totals, exact = 0.0, 0.0
+    for _ in range(128):
+        tiled, codes, dense = layer(3, 3)
+        mixed = generator.permutation(LANES)  # other rows every time
+        words, worth = words_of(generator.standard_normal(32).astype(np.float32), "fp16")
+        given, _ = tables(tiled, 3)
+        (total,) = Machine().run(
+            ptx.product(3, 1, 1, "half"), [*[c[mixed] for c in codes], *[t[mixed] for t in given], *words]
+        )
+        totals, exact = totals + as_float(total).astype(np.float64), exact + dense[mixed] @ worth
+    assert np.linalg.norm(totals - exact) < 5e-4 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("bits", "seed"), [(3, 3), (4, 4), (7, 2)])
+def test_looked_up_weights_are_written_where_they_belong(bits, seed):
+    tiled, codes, dense = layer(bits, seed)
+    given, shared = tables(tiled, bits)
+    memory = np.full(LANES * 64 + 64, 0xEE, np.uint8)
+    places = np.arange(LANES, dtype=np.uint32) * 64
+    Machine(shared, memory).run(ptx.stored(bits, tiled.head, "fp16"), [*codes, *given, places])
+    assert np.array_equal(memory[: LANES * 64].view(np.float16).reshape(LANES, 32).astype(np.float64), dense)
+    assert (memory[LANES * 64 :] == 0xEE).all()
+
+
+def test_activations_are_read_sixteen_bytes_at_a_time():
+    memory = np.arange(256, dtype=np.uint8)
+    found = Machine(None, memory).run(ptx.activations(), [np.array([0, 64, 128], np.uint32)])
+    assert np.array_equal(np.stack(found, 1), np.ascontiguousarray(memory[:192]).view(np.uint32).reshape(3, 16))
+
+
+def test_the_emulators_byte_permutation_is_the_manuals():
+    """The example values of the PTX manual's description: selection and replication of the sign."""
+    a, b = np.array([0x33221180], np.uint32), np.array([0x776655F4], np.uint32)
+    assert prmt(a, b, np.array([0x5140], np.uint32))[0] == 0x5511F480
+    assert prmt(a, b, np.array([0xC810], np.uint32))[0] == 0xFFFF1180

@@ -1,0 +1,44 @@
+"""What the machine code of the kernels may cost: compiled for GPUs that need not be there, in a process without the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from compress.kernels import gpu
+from compress.kernels.static import inner_loop
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                        /* 0x00 */
+        /*0010*/                   LDG.E R2, desc[UR6][R2.64] ;                  /* 0x00 */
+        /*0020*/              @!P0 PRMT R3, R2, 0x5140, R4 ;                     /* 0x00 */
+        /*0030*/               @P0 BRA 0x10 ;                                    /* 0x00 */
+        /*0040*/                   EXIT ;                                        /* 0x00 */
+        /*0050*/                   BRA 0x50 ;                                    /* 0x00 */
+"""
+
+
+def test_the_inner_loop_ends_with_a_backward_branch():
+    assert inner_loop(SASS) == ["LDG.E R2, desc[UR6][R2.64]", "@!P0 PRMT R3, R2, 0x5140, R4", "@P0 BRA 0x10"]
+
+
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+def test_every_kind_of_kernel_compiles_and_keeps_its_budget(tmp_path):
+    """Registers, spills and integer instructions per weight, for sm_80, sm_90 and sm_100; AMD's gfx942 for the plain ones."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "compress.kernels.static", "--json", str(tmp_path / "found.json")]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {case["target"] for case in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {case["operation"] for case in found} == {"gemv", "dot", "look_up"}
+    slim = {
+        (case["bits"], case["head"]): case["integer"]
+        for case in found
+        if case.get("budget") and case["operation"] == "gemv"
+    }
+    limits = {(2, 1): 2.0, (2, 2): 2.0, (3, 1): 2.2, (4, 1): 4.0, (4, 4): 3.2}
+    assert all(slim[key] <= limit for key, limit in limits.items())
