@@ -169,12 +169,12 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         state, units = runner.run()
         own = {"text": drawn[text].source} if text and step.needs().text else {}
         history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
-        beside.append((step, runner.beside))
+        beside.append((step, runner.beside, units))
     samples = drawn.get(settings.calibration) if settings.calibration else None
 
     def write_beside(folder: Path) -> None:
-        for step, units in beside:
-            step.write_files(folder, units, state.config)
+        for step, tensors, records in beside:
+            step.write_files(folder, tensors, records)
 
     log.progress("writing", 0, 1)
     writer.write_checkpoint(
@@ -218,7 +218,7 @@ def make_context(source: Source, device: torch.device, seed: int) -> Context:
     outside = {name: linear.shape for name, linear in model.outside().items()}
     tied = bool(source.state.config.tie_word_embeddings)
     limit = getattr(source.state.config, "max_position_embeddings", None)
-    return Context(model.structure, device, seed, inside, outside, model.head, tied, limit)
+    return Context(model.structure, device, seed, inside, outside, model.head, tied, limit, source.tokenizer)
 
 
 def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context) -> None:
