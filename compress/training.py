@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -220,8 +220,8 @@ class _Loop:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout's numbers are the step's own
             torch.manual_seed(int(torch.randint(1 << 62, (), generator=self._generator(2, step))))
-            for batch in self._batches(mine):
-                loss = self._loss(batch)
+            for batch in _batches(self.samples, mine, self.config.micro_batch, self.device):
+                loss = _loss(self.loss, self.model, batch, self.config)
                 (loss / count).backward()  # type: ignore[no-untyped-call]
                 summed += loss.detach()
         value = float(reduce(summed, "sum"))
@@ -264,44 +264,10 @@ class _Loop:
             chosen.append(self.trained_on[self._epochs[epoch][position % count]])
         return chosen
 
-    def _batches(self, places: Sequence[int]) -> list[Batch]:
-        """Micro-batches; samples of like length go together."""
-        ordered = sorted(places, key=lambda place: -len(self.samples[place]))
-        size = self.config.micro_batch
-        return [self._batch(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-
-    def _batch(self, places: Sequence[int]) -> Batch:
-        chosen = [self.samples[place] for place in places]
-        scored = pad_sequence([torch.ones(len(tokens) - 1, dtype=torch.bool) for tokens in chosen], batch_first=True)
-        return Batch(pad_sequence(chosen, batch_first=True).to(self.device), scored.to(self.device), places)
-
-    def _loss(self, batch: Batch) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.loss(self.model, batch)
-
-    @torch.no_grad()
-    def _held_out_losses(self) -> dict[str, float]:
-        """Mean loss of the held-out samples in every state."""
-        mine = self.held_out[self.processes.process_index :: self.processes.num_processes]
-        tokens = sum(len(self.samples[place]) - 1 for place in self.held_out)
-        found = {}
-        for label, enter in self.states.items():
-            enter()
-            summed = torch.zeros((), dtype=torch.float64, device=self.device)
-            for batch in self._batches(mine):
-                summed += self._loss(batch)
-            found[label] = float(reduce(summed, "sum")) / tokens
-        return found
-
     def _validate(self, loss: float | None) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            found = self._held_out_losses()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        config, states = self.config, self.states
+        found = held_out_losses(self.model, self.samples, config, self.device, loss=self.loss, states=states)
         step = self.progress.step
         if not step and not math.isfinite(_mean(found)):
             raise CompressError("training: the loss of the held-out samples is not finite before the first step.")
@@ -346,6 +312,49 @@ class _Loop:
             kind, _, name = key.partition("/")
             self.optimizer.state[self.parameters[name]][kind] = tensor if kind == "step" else tensor.to(self.device)
         return True
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: nn.Module, samples: Sequence[Tensor], config: TrainingConfig, device: torch.device, *,
+    loss: Loss = next_token_loss, states: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Mean loss per token of the held-out samples in every state, all modules in evaluation mode; for arguments see :func:`train`."""
+    processes = PartialState(cpu=device.type == "cpu")
+    _, held = hold_out(len(samples), config.held_out)
+    mine = held[processes.process_index :: processes.num_processes]
+    tokens = sum(len(samples[place]) - 1 for place in held)
+    modes, found = {module: module.training for module in model.modules()}, {}
+    model.eval()
+    try:
+        for label, enter in (states or {"loss": lambda: None}).items():
+            enter()
+            summed = torch.zeros((), dtype=torch.float64, device=device)
+            for batch in _batches(samples, mine, config.micro_batch, device):
+                summed += _loss(loss, model, batch, config)
+            found[label] = float(reduce(summed, "sum")) / tokens
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return found
+
+
+def _batches(samples: Sequence[Tensor], places: Sequence[int], size: int, device: torch.device) -> Iterator[Batch]:
+    """Micro-batches; samples of like length go together."""
+    ordered = sorted(places, key=lambda place: -len(samples[place]))
+    for start in range(0, len(ordered), size):
+        chosen = [samples[place] for place in ordered[start : start + size]]
+        scored = [torch.ones(len(tokens) - 1, dtype=torch.bool) for tokens in chosen]
+        yield Batch(
+            pad_sequence(chosen, batch_first=True).to(device),
+            pad_sequence(scored, batch_first=True).to(device),
+            ordered[start : start + size],
+        )
+
+
+def _loss(loss: Loss, model: nn.Module, batch: Batch, config: TrainingConfig) -> Tensor:
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return loss(model, batch)
 
 
 def _mean(values: Mapping[str, float]) -> float:

@@ -17,6 +17,7 @@ from compress.errors import CompressError
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.hf import packed_modules
 from compress.loading import bits_for
+from compress.prompts.adapter import virtual_tokens
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
@@ -78,6 +79,7 @@ def evaluate_text(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     report: Report | None = None,
+    prompt: bool | str | Path = False,
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte at several widths, from one load.
 
@@ -89,24 +91,37 @@ def evaluate_text(
         dtype: to compute in.
         device: to compute on.
         report: called with (width, windows done, windows in all).
+        prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every window. Windows are
+            shorter by as much unless ``protocol.length`` says otherwise: give it to compare with and without.
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
-        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
+        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 
     Raises:
-        CompressError: the text is the checkpoint's own calibration text, or nothing in it can be scored.
+        CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
+            can be scored, or a window and the prompt are longer than the context.
     """
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
+    if isinstance(prompt, str | Path):
+        for place in (Path(prompt), *Path(prompt).parents[:2]):  # of a checkpoint, or within one
+            refuse_calibration_text(str(place), digest)
     chosen = {str(width): bits_for(folder, width) for width in bits or ()}  # 4 and 4.0 are not the same
     whole = [width for width in bits or () if isinstance(width, int)]
     model = compress.load(
-        folder, bits=max(whole) if len(whole) == len(chosen) and whole else None, dtype=dtype, device_map=device
+        folder,
+        bits=max(whole) if len(whole) == len(chosen) and whole else None,
+        dtype=dtype,
+        device_map=device,
+        prompt=prompt,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    length = protocol.length or context_length(model)
+    longest = context_length(model, cap=1 << 30)
+    length = protocol.length or min(longest, context_length(model))
+    if virtual_tokens(model) and length > longest:
+        raise CompressError(f"windows of {length} tokens: beside the soft prompt there is room for {longest}.")
     text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)
     results = {}
     for width in widths_to_measure(model, bits):
@@ -114,11 +129,13 @@ def evaluate_text(
         if width is not None:
             compress.set_bits(model, chosen.get(label) or int(width))
         results[label] = score(model, text, report=report and _labelled(report, label)).json()
+    virtual = virtual_tokens(model)
     cut = {"length": length, "stride": protocol.stride or max(1, length // 2), "truncate": protocol.truncate}
     return {
         "model": folder,
         "text": {"source": source, "sha256": digest, "documents": len(documents)},
         "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+        **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
         "bits": results,
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,9 @@ def new_prompt(model: PreTrainedModel, method: str, tokens: int, start: Tensor |
     from peft import get_peft_model
 
     model.requires_grad_(False)
-    prompted: PeftModel = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, at what peft asks it
+        prompted: PeftModel = get_peft_model(model, config)
     _take_embedding(prompted, model)
     prompted.eval()
     if start is not None:
@@ -133,6 +136,33 @@ def adapter_fields(prompted: PeftModel) -> Record:
     return {**fields, "inference_mode": True, "base_model_name_or_path": None}
 
 
+def find_prompts(
+    folder: str | Path, prompt: bool | str | Path = True, revision: str | None = None
+) -> dict[int | None, Path]:
+    """The prompts to use with a checkpoint.
+
+    Args:
+        folder: of the checkpoint, or its hub id.
+        prompt: True for its own prompts, else where they are.
+        revision: of a hub id.
+
+    Raises:
+        CompressError: there are none.
+    """
+    place = Path(folder if prompt is True else prompt)  # type: ignore[arg-type]
+    if prompt is True and not place.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            place = Path(snapshot_download(str(folder), revision=revision, allow_patterns=f"{FOLDER}/*"))
+        except Exception as error:  # the hub's own types change between releases
+            raise CompressError(f"{folder}: its soft prompts cannot be fetched ({error}).") from error
+    found = stored_prompts(place)
+    if not found:
+        raise CompressError(f"{place}: holds no soft prompt ({CONFIG} in it, in {FOLDER}/ or in {FOLDER}/<b>bit/).")
+    return found
+
+
 def attach(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Path]) -> PeftModel:
     """Put stored prompts before a model.
 
@@ -146,9 +176,7 @@ def attach(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Pat
     Raises:
         CompressError: no prompt there, one of another model's size, or one that leaves no room for text.
     """
-    found = prompts if isinstance(prompts, Mapping) else stored_prompts(prompts)
-    if not found:
-        raise CompressError(f"{prompts}: holds no soft prompt ({CONFIG} in it, in {FOLDER}/ or in {FOLDER}/<b>bit/).")
+    found = prompts if isinstance(prompts, Mapping) else find_prompts("", prompts)
     try:
         from peft import PeftModel
     except ImportError as error:

@@ -18,7 +18,7 @@ from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.adapter import FOLDER, adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.linear import PackedShape
-from compress.training import Loss, TrainingConfig, next_token_loss, train
+from compress.training import Loss, TrainingConfig, held_out_losses, next_token_loss, train
 from compress.workspace import Record
 
 PAPER: dict[str, Any] = {
@@ -118,7 +118,10 @@ class SoftPrompt(Pass[SoftPromptConfig]):
     def run_model(
         self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
     ) -> tuple[dict[str, Tensor], Record]:
-        """Train one prompt."""
+        """Train one prompt.
+
+        The record's ``without`` is the held-out loss without any prompt, which one that is any good beats.
+        """
         config, model = self.config, whole.model
         samples = [self._cut(sample, context) for sample in whole.samples]
         prompted = new_prompt(model, config.method, config.tokens, self._start(whole, context))
@@ -129,11 +132,18 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             tell = partial(report, "what the dense model says")
             cache_teacher(lambda: whole.dense, samples, config.distill, file, tell)
             loss = distillation_loss(file)
+        with prompted.disable_adapter():
+            without = held_out_losses(prompted, samples, config, model.device, loss=loss, states=states)
         trained = train(
             prompted, samples, config, context.seed, loss=loss, states=states, folder=whole.scratch,
             report=lambda what, done, total: report(f"{unit}, {what}", done, total),
         )  # fmt: skip
-        record = {"adapter": adapter_fields(prompted), "widths": [int(bits) for bits in states], **trained.record()}
+        record = {
+            "adapter": adapter_fields(prompted),
+            "widths": [int(bits) for bits in states],
+            "without": without,
+            **trained.record(),
+        }
         return {"prompt_embeddings": embedding(prompted).detach().to("cpu", copy=True)}, record
 
     def write_files(

@@ -10,6 +10,8 @@ from rich.table import Table
 from compress.cli.common import (
     BitsOption,
     JsonOption,
+    PromptFlag,
+    PromptFrom,
     app,
     out,
     parse_widths,
@@ -38,6 +40,8 @@ def evaluate(
     ] = None,
     truncate: Annotated[bool, typer.Option(help="Score only the first window of each document.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    prompt: PromptFlag = False,
+    prompt_from: PromptFrom = None,
     target: JsonOption = None,
 ) -> None:
     """Measure perplexity and bits per byte of a text at one or several widths, in one load."""
@@ -46,7 +50,9 @@ def evaluate(
     quiet_transformers()
     protocol = Protocol(separator, limit, min_characters, length, stride, truncate)
     with progress_bar() as report:
-        result = evaluate_text(folder, text, parse_widths(bits), protocol, device=device, report=report)
+        result = evaluate_text(
+            folder, text, parse_widths(bits), protocol, device=device, report=report, prompt=prompt_from or prompt
+        )
     if write_json(result, target) and target == "-":
         return
     table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
