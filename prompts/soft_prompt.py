@@ -23,7 +23,7 @@ from compress.workspace import Record
 
 PAPER: dict[str, Any] = {
     "tokens": 100, "start": "vocabulary", "steps": 30_000, "batch": 2, "micro_batch": 2, "learning_rate": 1e-3,
-    "warmup": 500, "weight_decay": 0.0, "clip": 1.0, "validate_every": 100,
+    "relative": False, "warmup": 500, "weight_decay": 0.0, "clip": 1.0, "validate_every": 100,
 }  # fmt: skip
 """What the authors' scripts set; they train on 1024 tokens at a time, which is for ``text`` to say."""
 
@@ -43,13 +43,14 @@ class SoftPromptConfig(TrainingConfig):
     method: Literal["prompt", "prefix"] = Field(
         "prompt", description="Embeddings before the text, or keys and values of every block (prefix tuning)."
     )
-    start: Literal["vocabulary", "sample", "text"] = Field(
-        "vocabulary",
-        description="What a prompt begins as: the first rows of the embedding, as in the paper; rows drawn by the seed; or "
-        "start_text. A prefix begins at random.",
+    start: Literal["text", "vocabulary", "words"] = Field(
+        "text",
+        description="What a prompt begins as: start_text; the first rows of the embedding, as in the paper; or rows drawn by "
+        "the seed. A prefix begins at random.",
     )
     start_text: str | None = Field(
-        None, description="For start: text. Repeated or cut to the number of virtual tokens."
+        None,
+        description="Repeated or cut to the number of virtual tokens; the beginning of the training text if absent.",
     )
     widths: tuple[int, ...] = Field((), description="Widths of a quantised model to train at; all if none is given.")
     per_width: bool = Field(
@@ -61,7 +62,12 @@ class SoftPromptConfig(TrainingConfig):
         description="Learn the dense model's next-token distribution, of which so many likeliest tokens are kept, in place of "
         "the text; 0 learns the text.",
     )
-    learning_rate: float = Field(1e-2, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
+    learning_rate: float = Field(0.2, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
+    relative: bool = Field(
+        True,
+        description="learning_rate is a share of the root mean square of the embedding's entries (of 1 for a prefix), which is "
+        "what fits one model and another; if false it is taken as it is, as in the paper.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -70,8 +76,8 @@ class SoftPromptConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _start(self) -> SoftPromptConfig:
-        if (self.start == "text") != (self.start_text is not None):
-            raise ValueError("start: text and start_text go together")
+        if self.start_text is not None and self.start != "text":
+            raise ValueError("start_text goes with start: text")
         return self
 
 
@@ -95,8 +101,8 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             raise CompressError(
                 f"soft_prompt: {tokens} virtual tokens leave no room for text in a context of {limit}; lower tokens."
             )
-        if self.config.start == "text":
-            self._start_tokens(context)
+        if self.config.start_text is not None:
+            self._given_tokens(self.config.start_text, context)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """``prompt``, or a unit per width.
@@ -122,7 +128,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
         The record's ``without`` is the held-out loss without any prompt, which one that is any good beats.
         """
-        config, model = self.config, whole.model
+        config, model = self._resolved(whole), whole.model
         samples = [self._cut(sample, context) for sample in whole.samples]
         prompted = new_prompt(model, config.method, config.tokens, self._start(whole, context))
         states = {str(bits): partial(set_bits, model, bits) for bits in self._widths(unit, model)}
@@ -167,6 +173,15 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """What of a sample fits beside the prompt."""
         return sample if context.context_length is None else sample[: context.context_length - self.config.tokens]
 
+    def _resolved(self, whole: Whole) -> SoftPromptConfig:
+        """The settings with an absolute learning rate."""
+        if not self.config.relative or self.config.method == "prefix":
+            return self.config
+        ids = torch.arange(min(4096, int(whole.model.config.vocab_size)), device=whole.model.device)
+        with torch.no_grad():
+            size = float(whole.model.get_input_embeddings()(ids).float().square().mean().sqrt())
+        return self.config.model_copy(update={"learning_rate": self.config.learning_rate * size})
+
     def _start(self, whole: Whole, context: Context) -> Tensor | None:
         """What a prompt begins as: float32 [tokens, hidden]; None for a prefix."""
         if self.config.method == "prefix":
@@ -176,19 +191,20 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         count = torch.arange(self.config.tokens)
         if self.config.start == "vocabulary":
             ids = count % rows
-        elif self.config.start == "sample":
+        elif self.config.start == "words":
             ids = torch.randperm(rows, generator=context.generator(0))[count % rows]
         else:
-            given = torch.tensor(self._start_tokens(context))
+            text = self.config.start_text
+            given = whole.samples[:2][-1] if text is None else self._given_tokens(text, context)
             ids = given[count % len(given)]
         with torch.no_grad():
             start: Tensor = table(ids.to(whole.model.device)).float()
         return start
 
-    def _start_tokens(self, context: Context) -> list[int]:
+    @staticmethod
+    def _given_tokens(text: str, context: Context) -> Tensor:
         assert context.tokenizer is not None
-        assert self.config.start_text is not None
-        tokens = token_ids(context.tokenizer, self.config.start_text)
+        tokens = token_ids(context.tokenizer, text)
         if not tokens:
             raise CompressError("soft_prompt: start_text has no tokens; give some words.")
-        return tokens
+        return torch.tensor(tokens)
