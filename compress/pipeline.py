@@ -21,7 +21,7 @@ from compress.passes import Context, Pass, pass_class
 from compress.quant.linear import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Report, Runner
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
+from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
 from compress.structure import architecture
 from compress.weights import Checkpoint
 from compress.workspace import Workspace, digest
@@ -157,8 +157,7 @@ def _first_line(error: Exception) -> str:
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
     passes: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
     device = pick_device(settings.device)
-    context = make_context(source, device, settings.seed)
-    check_order(passes, settings, context)
+    check_order(passes, settings, source.state, device)
     samples = None
     if any(step.needs().calibration for step in passes):
         assert settings.calibration is not None  # check_order has refused this
@@ -166,6 +165,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         samples = draw_samples(settings.calibration, source.tokenizer, limit)
     state, history = source.state, []
     for step in passes:
+        context = make_context(state, device, settings.seed)
         runner = Runner(step, state, source.state, samples, context, work, log)
         state, units = runner.run()
         history.append({"config": step.config.model_dump(mode="json"), "units": units})
@@ -198,22 +198,38 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_context(source: Source, device: torch.device, seed: int) -> Context:
+def make_context(state: State, device: torch.device, seed: int) -> Context:
     """What passes may know of the model before any weight is read."""
-    model = StreamedModel(source.state, torch.device("meta"))
+    model = StreamedModel(state, torch.device("meta"))
     inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
     outside = {name: linear.shape for name, linear in model.outside().items()}
-    tied = bool(source.state.config.tie_word_embeddings)
-    return Context(model.structure, device, seed, inside, outside, model.head, tied)
+    tied = bool(state.config.tie_word_embeddings)
+    biased = frozenset(name for name in inside if getattr(model.model.get_submodule(name), "bias", None) is not None)
+    parameters = sum(
+        torch.Size(item.shape).numel()
+        for name, item in state.source.info().items()
+        if not tied or name != f"{model.head}.weight"
+    )
+    return Context(
+        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters
+    )
 
 
-def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context) -> None:
+def check_order(
+    passes: Sequence[Pass[Any]], settings: Recipe, state: State, device: torch.device
+) -> list[tuple[State, Context]]:
     """Refuse what cannot work before any work is done.
+
+    Returns:
+        For every pass the model it will find, and after them the one they leave; tensors that do not exist yet can only be
+        looked at.
 
     Raises:
         CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
     """
     packed_by, packed = None, dict[str, PackedShape]()
+    context = make_context(state, device, settings.seed)
+    found = [(state, context)]
     for index, step in enumerate(passes):
         if packed_by is not None and not step.needs().whole_model:
             raise CompressError(
@@ -234,3 +250,8 @@ def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context)
         if step.needs().packs:
             packed_by = f"passes.{index} ({step.config.kind})"
         step.check(context)
+        if step.needs().changes_shapes:
+            state = foreseen(state, step.shapes_after(context))
+            context = make_context(state, device, settings.seed)
+        found.append((state, context))
+    return found
