@@ -50,7 +50,11 @@ def inspect(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "format_version": settings.format_version if isinstance(settings, CompressConfig) else None,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "files": {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
         "bytes": sum(item.nbytes for item in info.values()),
         "bytes_at_bits": at,
         "modules": modules,

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,9 @@ from compress.quant.linear import PackedShape
 from compress.shapes import BlockShape, Shapes
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
+
+if TYPE_CHECKING:
+    from compress.recipe import Calibration
 
 GROUP = "compress.passes"
 
@@ -52,8 +56,12 @@ class Needs:
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
         model_survey: looks at the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
         backward: differentiates the whole model in memory; told for the plan's sake.
-        whole_model: has the whole model in memory, and the dense one it came from: the pipeline calls
-            :meth:`Pass.run_model` instead of :meth:`Pass.run_block`.
+        whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
+            :meth:`Pass.run_block`.
+        teacher: with ``whole_model``, also the dense model it came from (:attr:`Whole.dense`).
+        beside: what :meth:`Pass.run_model` returns belongs beside the model, not into it: the model stays as it is, and
+            :meth:`Pass.write_files` makes files of it. Such a pass comes last.
+        text: what it learns from in place of the recipe's calibration.
     """
 
     inputs: Literal["original", "updated"] | None = None
@@ -66,6 +74,9 @@ class Needs:
     model_survey: bool = False
     backward: bool = False
     whole_model: bool = False
+    teacher: bool = False
+    beside: bool = False
+    text: Calibration | None = None
 
     @property
     def calibration(self) -> bool:
@@ -148,13 +159,20 @@ class Whole:
 
     Attributes:
         model: as the passes before left it, packed modules included; to be left as it was found.
-        dense: the model the recipe began with.
-        samples: int64 [T] each, the calibration text.
+        load_dense: reads what :attr:`dense` is.
+        samples: int64 [T] each, the text to learn from.
+        scratch: a folder for what an interrupted unit continues from; deleted when the unit is finished.
     """
 
     model: PreTrainedModel
-    dense: PreTrainedModel
+    load_dense: Callable[[], PreTrainedModel]
     samples: Sequence[Tensor]
+    scratch: Path
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        """The model the recipe began with; in memory from the first use on."""
+        return self.load_dense()
 
 
 @dataclass(frozen=True)
@@ -173,6 +191,7 @@ class Context:
         shapes: blocks that are not as large as the config says.
         biased: linears inside the blocks that have a bias.
         parameters: of the whole model, those of a tied head counted once.
+        context_length: tokens the model can look at, if it has a limit.
     """
 
     structure: Architecture
@@ -186,6 +205,7 @@ class Context:
     shapes: Shapes
     biased: frozenset[str]
     parameters: int
+    context_length: int | None = None
 
     def generator(self, *place: int) -> torch.Generator:
         """A random generator that depends on the seed and a place (pass, block, …) only."""
@@ -290,6 +310,16 @@ class Pass(Generic[ConfigT]):
             :meth:`run_block`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no run_model")
+
+    def write_files(self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], config: PretrainedConfig) -> None:
+        """Write what belongs beside the model into the checkpoint's folder; the manifest will have its digests.
+
+        Args:
+            folder: of the checkpoint.
+            units: the tensors that :meth:`run_model` returned, by unit.
+            config: of the model.
+        """
+        return
 
 
 @cache

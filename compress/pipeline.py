@@ -19,7 +19,7 @@ from compress.calibration import draw_samples
 from compress.errors import CompressError
 from compress.passes import Context, Pass, pass_class
 from compress.quant.linear import PackedShape
-from compress.recipe import Overrides, Recipe, load_recipe
+from compress.recipe import Calibration, Overrides, Recipe, load_recipe
 from compress.runner import Log, Report, Runner
 from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
 from compress.structure import architecture
@@ -157,18 +157,25 @@ def _first_line(error: Exception) -> str:
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
     passes: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
     device = pick_device(settings.device)
-    check_order(passes, settings, source.state, device)
-    samples = None
-    if any(step.needs().calibration for step in passes):
-        assert settings.calibration is not None  # check_order has refused this
-        limit = getattr(source.state.config, "max_position_embeddings", None)
-        samples = draw_samples(settings.calibration, source.tokenizer, limit)
-    state, history = source.state, []
-    for step in passes:
+    (_, context), *_ = check_order(passes, settings, source.state, device)
+    texts = [text_of(step, settings) for step in passes]
+    drawn = {
+        text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
+    }
+    state, history, beside = source.state, [], []
+    for step, text in zip(passes, texts, strict=True):
         context = make_context(state, device, settings.seed)
-        runner = Runner(step, state, source.state, samples, context, work, log)
+        runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
         state, units = runner.run()
-        history.append({"config": step.config.model_dump(mode="json"), "units": units})
+        own = {"text": drawn[text].source} if text and step.needs().text else {}
+        history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
+        beside.append((step, runner.beside))
+    samples = drawn.get(settings.calibration) if settings.calibration else None
+
+    def write_beside(folder: Path) -> None:
+        for step, units in beside:
+            step.write_files(folder, units, state.config)
+
     log.progress("writing", 0, 1)
     writer.write_checkpoint(
         state, source.folder, target,
@@ -180,8 +187,14 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         },
         probe_tokens=source.tokenizer("def compress(model):\n    return", add_special_tokens=False)["input_ids"],
         device=device,
+        write_beside=write_beside,
     )  # fmt: skip
     log.progress("writing", 1, 1)
+
+
+def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
+    """What a pass learns from: its own text, else the recipe's calibration; None if it looks at none."""
+    return step.needs().text or settings.calibration if step.needs().calibration else None
 
 
 def pick_device(name: str) -> torch.device:
@@ -211,7 +224,18 @@ def make_context(state: State, device: torch.device, seed: int) -> Context:
         if not tied or name != f"{model.head}.weight"
     )
     return Context(
-        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters
+        model.structure,
+        device,
+        seed,
+        inside,
+        outside,
+        model.head,
+        tied,
+        state.config,
+        state.shapes,
+        biased,
+        parameters,
+        getattr(state.config, "max_position_embeddings", None),
     )
 
 
@@ -231,12 +255,17 @@ def check_order(
     context = make_context(state, device, settings.seed)
     found = [(state, context)]
     for index, step in enumerate(passes):
+        if index and passes[index - 1].needs().beside:
+            raise CompressError(
+                f"passes.{index} ({step.config.kind}) would change the model under what passes.{index - 1} "
+                f"({passes[index - 1].config.kind}) has learned for it; put {passes[index - 1].config.kind} last."
+            )
         if packed_by is not None and not step.needs().whole_model:
             raise CompressError(
                 f"passes.{index} ({step.config.kind}) works on dense weights, but {packed_by} before it has packed "
                 "them; put it earlier."
             )
-        if step.needs().calibration and settings.calibration is None:
+        if step.needs().calibration and text_of(step, settings) is None:
             raise CompressError(
                 f"passes.{index} ({step.config.kind}) looks at text, but the recipe has no calibration."
             )

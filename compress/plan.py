@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compress.passes import Context, Pass, pass_class
+from compress.passes import Context, Needs, Pass, pass_class
 from compress.pipeline import check_order, open_source
 from compress.quant.linear import PackedShape, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
@@ -90,8 +90,8 @@ def _needs(
     memory += len(needs.variants) * hidden + (
         block if needs.variants else 0
     )  # carried streams, and the block as it was
-    if needs.whole_model:  # both models and, in a step, a dense weight per packed one; activations come on top
-        memory = _LATE_CODE + 3 * (outside + sum(blocks.values()))
+    if needs.whole_model:
+        memory = _LATE_CODE + _whole_bytes(needs, outside + sum(blocks.values()), state, packed)
     if needs.model_survey:  # the model, and with gradients as much again; activations come on top
         memory = _LATE_CODE + (3 if needs.backward else 2) * (outside + sum(blocks.values()))
     if needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
@@ -104,6 +104,17 @@ def _needs(
     kept = sum(blocks.values()) if needs.squared_gradients else 0
     hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * (1 + len(needs.variants)) * hidden
     return {"memory_bytes": memory, "workspace_bytes": units + kept + hidden_kept}
+
+
+def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, PackedShape]) -> int:
+    """Bytes of the model in memory, float32 or packed, and of the dense one beside it; activations come on top."""
+    if needs.teacher:  # and, in a step, a dense weight per packed one
+        return 3 * dense
+    info = state.source.info()
+    replaced = sum(
+        torch.Size(info[f"{name}.weight"].shape).numel() * _FLOAT for name in packed if f"{name}.weight" in info
+    )
+    return dense - replaced + sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
 
 
 def _hessians(context: Context) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -68,6 +69,7 @@ class Runner:
         self.outside = step.outside(context)
         self.fisher = work.stage("fisher", state.key, text, self.outside, str(context.device), __version__)
         self.surveys: list[list[Record]] = []
+        self.beside: dict[str, dict[str, Tensor]] = {}
         self._model: StreamedModel | None = None
 
     @property
@@ -110,13 +112,18 @@ class Runner:
             return
         assert self.samples is not None
         device = self.context.device
-        teacher = StreamedModel(self.origin, device).whole()
-        whole = Whole(StreamedModel(self.state, device).whole(), teacher, self.samples.tokens)
+        whole = Whole(
+            StreamedModel(self.state, device).whole(),
+            lambda: StreamedModel(self.origin, device).whole(),
+            self.samples.tokens,
+            self.stage.folder / "scratch",
+        )
         for unit in open_units:
             started = time.perf_counter()
             tensors, record = self.step.run_model(unit, whole, self.context, self._report)
             self._check_finite(tensors)
             self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
+            shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)
 
     def _survey_model(self) -> None:
@@ -282,6 +289,9 @@ class Runner:
         config = self.state.config
         if self.context.head in packed and config.tie_word_embeddings:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+        if self.needs.beside:
+            self.beside = {unit: self.stage.load(unit) for unit in units}
+            return State(self.state.source, config, packed, self.stage.key), records
         removed = [f"{name}.weight" for name in new]
         source = Overlay(self.state.source, [self.stage.path(unit) for unit in units], removed)
         state = State(source, config, packed, self.stage.key, self.state.shapes)

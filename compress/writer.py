@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ _COPIED = (
 def write_checkpoint(
     state: State, source: Path, target: Path,
     manifest: dict[str, Any], probe_tokens: Sequence[int], device: torch.device,
+    write_beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
     """Write a state as an ordinary Hugging Face folder.
 
@@ -45,6 +46,7 @@ def write_checkpoint(
         manifest: what the run knows; files, sizes and a probe are added.
         probe_tokens: a few tokens; what the model makes of them at every width is kept for ``verify``.
         device: where the probe is computed.
+        write_beside: adds files that are not the model's own.
 
     Raises:
         CompressError: there is not enough room on the disk.
@@ -63,7 +65,8 @@ def write_checkpoint(
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, partial / path.name)
-    files = {path.name: path for path in sorted(partial.iterdir())}
+    write_beside(partial)
+    files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
     whole = {
         "format_version": format_version(state.packed.values(), state.shapes),
         "compress_version": __version__,

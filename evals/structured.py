@@ -107,7 +107,13 @@ def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
                     for after in (False, True) if recovery else (False,):
                         step = {"kind": "mini_llm", "ratio": ratio, **SCORES[label], "compensate": compensate}
                         step |= _settings(given.settings)
-                        key = {"label": label, "ratio": ratio, "seed": seed, "compensate": compensate, "recovered": after}
+                        key = {
+                            "label": label,
+                            "ratio": ratio,
+                            "seed": seed,
+                            "compensate": compensate,
+                            "recovered": after,
+                        }
                         passes = [step, *(recovery if after else [])]
                         rows.get(key, lambda p=passes, s=seed: bench.cell(p, s))  # type: ignore[misc]
 
@@ -133,7 +139,12 @@ def markdown(rows: Sequence[Mapping[str, Any]], value: str) -> str:
     cells = [row for row in rows if "ratio" in row]
     ratios = sorted({row["ratio"] for row in cells})
     kinds = sorted({(row["recovered"], row["compensate"]) for row in cells})
-    names = {(False, False): "cut", (False, True): "refitted", (True, False): "cut, recovered", (True, True): "refitted, recovered"}
+    names = {
+        (False, False): "cut",
+        (False, True): "refitted",
+        (True, False): "cut, recovered",
+        (True, True): "refitted, recovered",
+    }
     columns = [(ratio, kind) for ratio in ratios for kind in kinds]
     lines = [f"dense: {dense:.4f}" if dense else "", ""]
     lines.append("| score | " + " | ".join(f"{ratio:.0%} {names[kind]}" for ratio, kind in columns) + " |")

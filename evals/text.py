@@ -131,8 +131,9 @@ def refuse_calibration_text(folder: str, digest: str) -> None:
     """A text that shaped the model says nothing about it.
 
     Raises:
-        CompressError: the manifest names this very text as the calibration text.
+        CompressError: the manifest names this very text as one the model was calibrated or trained on.
     """
-    calibration = (read_manifest(Path(folder)) or {}).get("calibration") or {}
-    if calibration.get("sha256") == digest:
-        raise CompressError("this is the text the checkpoint was calibrated on; measure on another.")
+    manifest = read_manifest(Path(folder)) or {}
+    texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
+    if any(text and text.get("sha256") == digest for text in texts):
+        raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")
