@@ -291,7 +291,7 @@ class Runner:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
         if self.needs.beside:
             self.beside = {unit: self.stage.load(unit) for unit in units}
-            return State(self.state.source, config, packed, self.stage.key), records
+            return State(self.state.source, config, packed, self.stage.key, self.state.shapes), records
         removed = [f"{name}.weight" for name in new]
         source = Overlay(self.state.source, [self.stage.path(unit) for unit in units], removed)
         state = State(source, config, packed, self.stage.key, self.state.shapes)
