@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import CompressError
 from compress.quant.linear import PackedShape
@@ -192,6 +192,7 @@ class Context:
         biased: linears inside the blocks that have a bias.
         parameters: of the whole model, those of a tied head counted once.
         context_length: tokens the model can look at, if it has a limit.
+        tokenizer: of the model.
     """
 
     structure: Architecture
@@ -206,6 +207,7 @@ class Context:
     biased: frozenset[str]
     parameters: int
     context_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def generator(self, *place: int) -> torch.Generator:
         """A random generator that depends on the seed and a place (pass, block, …) only."""
@@ -311,13 +313,15 @@ class Pass(Generic[ConfigT]):
         """
         raise NotImplementedError(f"{type(self).__name__} has no run_model")
 
-    def write_files(self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], config: PretrainedConfig) -> None:
+    def write_files(
+        self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Record]
+    ) -> None:
         """Write what belongs beside the model into the checkpoint's folder; the manifest will have its digests.
 
         Args:
             folder: of the checkpoint.
             units: the tensors that :meth:`run_model` returned, by unit.
-            config: of the model.
+            records: the figures that it returned.
         """
         return
 

@@ -157,24 +157,24 @@ def _first_line(error: Exception) -> str:
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
     passes: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
     device = pick_device(settings.device)
-    (_, context), *_ = check_order(passes, settings, source.state, device)
+    (_, context), *_ = check_order(passes, settings, source, device)
     texts = [text_of(step, settings) for step in passes]
     drawn = {
         text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
     }
     state, history, beside = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
-        context = make_context(state, device, settings.seed)
+        context = make_context(source, device, settings.seed, state)
         runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
         state, units = runner.run()
         own = {"text": drawn[text].source} if text and step.needs().text else {}
         history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
-        beside.append((step, runner.beside))
+        beside.append((step, runner.beside, units))
     samples = drawn.get(settings.calibration) if settings.calibration else None
 
     def write_beside(folder: Path) -> None:
-        for step, units in beside:
-            step.write_files(folder, units, state.config)
+        for step, tensors, records in beside:
+            step.write_files(folder, tensors, records)
 
     log.progress("writing", 0, 1)
     writer.write_checkpoint(
@@ -211,8 +211,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_context(state: State, device: torch.device, seed: int) -> Context:
-    """What passes may know of the model before any weight is read."""
+def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
+    """What passes may know of the model before any weight is read; of the source's own unless a later state is given."""
+    state = state or source.state
     model = StreamedModel(state, torch.device("meta"))
     inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
     outside = {name: linear.shape for name, linear in model.outside().items()}
@@ -223,24 +224,15 @@ def make_context(state: State, device: torch.device, seed: int) -> Context:
         for name, item in state.source.info().items()
         if not tied or name != f"{model.head}.weight"
     )
+    limit = getattr(state.config, "max_position_embeddings", None)
     return Context(
-        model.structure,
-        device,
-        seed,
-        inside,
-        outside,
-        model.head,
-        tied,
-        state.config,
-        state.shapes,
-        biased,
-        parameters,
-        getattr(state.config, "max_position_embeddings", None),
-    )
+        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters,
+        limit, source.tokenizer,
+    )  # fmt: skip
 
 
 def check_order(
-    passes: Sequence[Pass[Any]], settings: Recipe, state: State, device: torch.device
+    passes: Sequence[Pass[Any]], settings: Recipe, source: Source, device: torch.device
 ) -> list[tuple[State, Context]]:
     """Refuse what cannot work before any work is done.
 
@@ -252,7 +244,7 @@ def check_order(
         CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
     """
     packed_by, packed = None, dict[str, PackedShape]()
-    context = make_context(state, device, settings.seed)
+    state, context = source.state, make_context(source, device, settings.seed)
     found = [(state, context)]
     for index, step in enumerate(passes):
         if index and passes[index - 1].needs().beside:
@@ -281,6 +273,6 @@ def check_order(
         step.check(context)
         if step.needs().changes_shapes:
             state = foreseen(state, step.shapes_after(context))
-            context = make_context(state, device, settings.seed)
+            context = make_context(source, device, settings.seed, state)
         found.append((state, context))
     return found

@@ -67,7 +67,7 @@ class Bench:
         rest = [tokens.tolist() for tokens in drawn.tokens[calibration.samples :]]
         self.selection = Text([Window(tokens, len(tokens) - 1) for tokens in rest], 1)
         self.streamed = StreamedModel(source.state, pick_device("cpu"))
-        self.context = make_context(source.state, pick_device("cpu"), 0)
+        self.context = make_context(source, pick_device("cpu"), 0)
         self.model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
         documents, _ = documents_of(text, protocol)
         length = protocol.length or context_length(self.model)

@@ -82,9 +82,7 @@ class Bench:
 @torch.no_grad()
 def speed(folders: Mapping[str, Path], tokens: int = 64, rounds: int = 5) -> dict[str, float]:
     """Tokens per second of several models generating one sequence, the best of some rounds taken in turn."""
-    models: dict[str, Any] = {
-        label: compress.load(path, dtype=torch.float32) for label, path in folders.items()
-    }
+    models: dict[str, Any] = {label: compress.load(path, dtype=torch.float32) for label, path in folders.items()}
     best = dict.fromkeys(models, 0.0)
     for _ in range(rounds):
         for label, model in models.items():
