@@ -27,7 +27,7 @@ SCORES: dict[str, dict[str, Any]] = {
     "FMS, one SPSA draw (paper)": {"score": "fms"},
     "FMS, true gradient": {"score": "fms", "estimator": "backprop"},
     "gates, residual gradient": {"score": "gates"},
-    "gates, SPSA": {"score": "gates", "estimator": "spsa", "draws": 16, "step": 0.01},
+    "gates, SPSA": {"score": "gates", "estimator": "spsa", "draws": 2, "step": 0.01},
     "gates, backprop (Fisher)": {"score": "gates", "estimator": "backprop"},
     "Taylor, backprop": {"score": "taylor"},
     "Taylor of the group, backprop": {"score": "taylor", "variant": "vector"},
