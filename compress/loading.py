@@ -70,7 +70,9 @@ def load(
     shapes = stored.shapes()
     index = INDEX
     chosen = bits_for(name, bits, memory, kwargs.get("revision"))
-    if chosen is not None and shapes:
+    if chosen is not None and not shapes:
+        raise CompressError(f"{name}: none of its matrices is packed, so it has no widths to choose from.")
+    if chosen is not None:
         widest = max(widths_for(chosen, shapes).values())
         config.quantization_config = {**settings, "bits": chosen if isinstance(chosen, int) else dict(chosen)}
         stepwise = index_name(widest)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import CompressError
 from compress.quant.linear import PackedShape
+from compress.shapes import BlockShape, Shapes
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
 
@@ -52,6 +53,9 @@ class Needs:
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
+        changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
+        model_survey: looks at the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
+        backward: differentiates the whole model in memory; told for the plan's sake.
         whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
             :meth:`Pass.run_block`.
         teacher: with ``whole_model``, also the dense model it came from (:attr:`Whole.dense`).
@@ -66,6 +70,9 @@ class Needs:
     squared_gradients: bool = False
     packs: bool = False
     packed: bool = False
+    changes_shapes: bool = False
+    model_survey: bool = False
+    backward: bool = False
     whole_model: bool = False
     teacher: bool = False
     beside: bool = False
@@ -74,7 +81,7 @@ class Needs:
     @property
     def calibration(self) -> bool:
         """Whether it looks at text."""
-        return self.inputs is not None or self.squared_gradients or self.whole_model
+        return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_survey
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ class Packed:
 class Block:
     """One transformer block, in memory, with what the pass asked for.
 
-    A pass changes ``linears[name].weight`` in place, or fills ``packed[name]``; everything else is the
-    pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
+    A pass changes ``linears[name].weight`` in place, puts smaller parameters into modules (and says so in ``shape``), sets
+    ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
     block, with ``index`` -1.
 
     Attributes:
@@ -102,6 +109,9 @@ class Block:
         samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
         variants: the same calls on the inputs that each variant of the earlier blocks produces.
         surveys: of every finished survey round, the records of all blocks in order.
+        findings: what :meth:`Pass.survey_model` returned.
+        shape: its sizes; None where the architecture declares no groups.
+        removed: whether the model is to go on without it.
         packed: filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
@@ -115,6 +125,9 @@ class Block:
     samples: Sequence[Callable[[nn.Module], Tensor]] = ()
     variants: Mapping[str, Sequence[Callable[[nn.Module], Tensor]]] = field(default_factory=dict)
     surveys: Sequence[Sequence[Record]] = ()
+    findings: Mapping[str, Tensor] = field(default_factory=dict)
+    shape: BlockShape | None = None
+    removed: bool = False
     packed: dict[str, Packed] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
@@ -174,6 +187,10 @@ class Context:
         outside: the same for the embedding and the head.
         head: which of those is the head.
         tied: whether the two are one tensor.
+        config: the model's.
+        shapes: blocks that are not as large as the config says.
+        biased: linears inside the blocks that have a bias.
+        parameters: of the whole model, those of a tied head counted once.
         context_length: tokens the model can look at, if it has a limit.
         tokenizer: of the model.
     """
@@ -185,6 +202,10 @@ class Context:
     outside: Mapping[str, tuple[int, int]]
     head: str
     tied: bool
+    config: PretrainedConfig
+    shapes: Shapes
+    biased: frozenset[str]
+    parameters: int
     context_length: int | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -226,6 +247,30 @@ class Pass(Generic[ConfigT]):
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """What it will leave packed, by full name, for the plan; tables are taken to fit float16."""
         return {}
+
+    def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
+        """For checks and the plan: block -> the shape it will have, None if it is removed; unchanged blocks may be absent.
+
+        What depends on the weights is to be estimated.
+        """
+        return {}
+
+    def survey_model(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Tensor],
+        context: Context,
+        report: Callable[[str, int, int], None],
+    ) -> dict[str, Tensor]:
+        """Look at the whole model, float32 on the context's device; what is returned is every block's ``findings``.
+
+        Args:
+            model: to be left as it was found.
+            samples: int64 [T] each, the calibration text.
+            context: of the run.
+            report: called with (what, done, total).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no survey_model")
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
         """Whether to look at all blocks (once more) before any is worked on.

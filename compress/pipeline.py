@@ -21,7 +21,7 @@ from compress.passes import Context, Pass, pass_class
 from compress.quant.linear import PackedShape
 from compress.recipe import Calibration, Overrides, Recipe, load_recipe
 from compress.runner import Log, Report, Runner
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
+from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
 from compress.structure import architecture
 from compress.weights import Checkpoint
 from compress.workspace import Workspace, digest
@@ -157,14 +157,14 @@ def _first_line(error: Exception) -> str:
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
     passes: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
     device = pick_device(settings.device)
-    context = make_context(source, device, settings.seed)
-    check_order(passes, settings, context)
+    (_, context), *_ = check_order(passes, settings, source, device)
     texts = [text_of(step, settings) for step in passes]
     drawn = {
         text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
     }
     state, history, beside = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
+        context = make_context(source, device, settings.seed, state)
         runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
         state, units = runner.run()
         own = {"text": drawn[text].source} if text and step.needs().text else {}
@@ -211,23 +211,41 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_context(source: Source, device: torch.device, seed: int) -> Context:
-    """What passes may know of the model before any weight is read."""
-    model = StreamedModel(source.state, torch.device("meta"))
+def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
+    """What passes may know of the model before any weight is read; of the source's own unless a later state is given."""
+    state = state or source.state
+    model = StreamedModel(state, torch.device("meta"))
     inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
     outside = {name: linear.shape for name, linear in model.outside().items()}
-    tied = bool(source.state.config.tie_word_embeddings)
-    limit = getattr(source.state.config, "max_position_embeddings", None)
-    return Context(model.structure, device, seed, inside, outside, model.head, tied, limit, source.tokenizer)
+    tied = bool(state.config.tie_word_embeddings)
+    biased = frozenset(name for name in inside if getattr(model.model.get_submodule(name), "bias", None) is not None)
+    parameters = sum(
+        torch.Size(item.shape).numel()
+        for name, item in state.source.info().items()
+        if not tied or name != f"{model.head}.weight"
+    )
+    limit = getattr(state.config, "max_position_embeddings", None)
+    return Context(
+        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters,
+        limit, source.tokenizer,
+    )  # fmt: skip
 
 
-def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context) -> None:
+def check_order(
+    passes: Sequence[Pass[Any]], settings: Recipe, source: Source, device: torch.device
+) -> list[tuple[State, Context]]:
     """Refuse what cannot work before any work is done.
+
+    Returns:
+        For every pass the model it will find, and after them the one they leave; tensors that do not exist yet can only be
+        looked at.
 
     Raises:
         CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
     """
     packed_by, packed = None, dict[str, PackedShape]()
+    state, context = source.state, make_context(source, device, settings.seed)
+    found = [(state, context)]
     for index, step in enumerate(passes):
         if index and passes[index - 1].needs().beside:
             raise CompressError(
@@ -253,3 +271,8 @@ def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context)
         if step.needs().packs:
             packed_by = f"passes.{index} ({step.config.kind})"
         step.check(context)
+        if step.needs().changes_shapes:
+            state = foreseen(state, step.shapes_after(context))
+            context = make_context(source, device, settings.seed, state)
+        found.append((state, context))
+    return found

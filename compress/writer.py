@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def write_checkpoint(
     write_beside(partial)
     files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
     whole = {
-        "format_version": format_version(state.packed.values()),
+        "format_version": format_version(state.packed.values(), state.shapes),
         "compress_version": __version__,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},
@@ -88,7 +89,7 @@ def stored_state(state: State) -> State:
     rename = architecture(state.config).stored_name
     names = {rename(name): name for name in state.source.info()}
     packed = {rename(name): shape for name, shape in state.packed.items()}
-    return State(Renamed(state.source, names), state.config, packed, state.key)
+    return State(Renamed(state.source, names), state.config, packed, state.key, state.shapes)
 
 
 def _check_room(needed: int, folder: Path) -> None:
@@ -187,13 +188,15 @@ def _write_config(folder: Path, state: State) -> None:
     state.config.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    if state.packed:
+    if state.packed or state.shapes:
         config["quantization_config"] = {
             "quant_method": METHOD,
-            "format_version": format_version(state.packed.values()),
+            "format_version": format_version(state.packed.values(), state.shapes),
             "bits": None,
             "modules": records(state.packed),
         }
+    if state.shapes:
+        config["quantization_config"]["pruned"] = {name: asdict(shape) for name, shape in state.shapes.items()}
     write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -215,7 +218,7 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     """What a written checkpoint makes of a few tokens at every width: loss, and the last position's largest logits."""
     structure = architecture(running.config)
     names = {name: (structure.stored_name(name),) for name in running.source.info()}
-    state = State(Checkpoint(folder, names), running.config, running.packed, "")
+    state = State(Checkpoint(folder, names), running.config, running.packed, "", running.shapes)
     model = StreamedModel(state, device)
     widths = widths_of(state)
     ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])
