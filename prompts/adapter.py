@@ -80,16 +80,16 @@ def prompt_config(method: str, tokens: int) -> Any:
     )
 
 
-def new_prompt(model: PreTrainedModel, method: str, tokens: int, start: Tensor | None = None) -> PeftModel:
+def new_prompt(model: PreTrainedModel, method: str, start: Tensor) -> PeftModel:
     """A model with a prompt to be trained; the model itself is frozen and not changed.
 
     Args:
         model: causal LM, packed or not.
         method: ``"prompt"`` or ``"prefix"``.
-        tokens: number of virtual tokens.
-        start: float32 [tokens, hidden], what a prompt begins as; random if None.
+        start: what it begins as, float32 [virtual tokens, hidden]; for a prefix [virtual tokens, 2 · blocks · keys], each
+            block's keys and then its values.
     """
-    config = prompt_config(method, tokens)
+    config = prompt_config(method, start.shape[0])
     from peft import get_peft_model
 
     model.requires_grad_(False)
@@ -98,8 +98,7 @@ def new_prompt(model: PreTrainedModel, method: str, tokens: int, start: Tensor |
         prompted: PeftModel = get_peft_model(model, config)
     _take_embedding(prompted, model)
     prompted.eval()
-    if start is not None:
-        embedding(prompted).data.copy_(start)
+    embedding(prompted).data.copy_(start)
     return prompted
 
 

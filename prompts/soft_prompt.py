@@ -46,7 +46,7 @@ class SoftPromptConfig(TrainingConfig):
     start: Literal["text", "vocabulary", "words"] = Field(
         "text",
         description="What a prompt begins as: start_text; the first rows of the embedding, as in the paper; or rows drawn by "
-        "the seed. A prefix begins at random.",
+        "the seed. A prefix begins as the keys and values of these tokens.",
     )
     start_text: str | None = Field(
         None,
@@ -65,8 +65,8 @@ class SoftPromptConfig(TrainingConfig):
     learning_rate: float = Field(0.2, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
     relative: bool = Field(
         True,
-        description="learning_rate is a share of the root mean square of the embedding's entries (of 1 for a prefix), which is "
-        "what fits one model and another; if false it is taken as it is, as in the paper.",
+        description="learning_rate is a share of the root mean square of what the prompt begins as, which fits one model and "
+        "another; if false it is taken as it is, as in the paper.",
     )
 
     @model_validator(mode="before")
@@ -128,9 +128,11 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
         The record's ``without`` is the held-out loss without any prompt, which one that is any good beats.
         """
-        config, model = self._resolved(whole), whole.model
+        model = whole.model
         samples = [self._cut(sample, context) for sample in whole.samples]
-        prompted = new_prompt(model, config.method, config.tokens, self._start(whole, context))
+        start = self._begin(whole, context)
+        config = self._scaled(start)
+        prompted = new_prompt(model, config.method, start)
         states = {str(bits): partial(set_bits, model, bits) for bits in self._widths(unit, model)}
         loss: Loss = next_token_loss
         if config.distill:
@@ -173,33 +175,33 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """What of a sample fits beside the prompt."""
         return sample if context.context_length is None else sample[: context.context_length - self.config.tokens]
 
-    def _resolved(self, whole: Whole) -> SoftPromptConfig:
+    def _scaled(self, start: Tensor) -> SoftPromptConfig:
         """The settings with an absolute learning rate."""
-        if not self.config.relative or self.config.method == "prefix":
+        if not self.config.relative:
             return self.config
-        ids = torch.arange(min(4096, int(whole.model.config.vocab_size)), device=whole.model.device)
-        with torch.no_grad():
-            size = float(whole.model.get_input_embeddings()(ids).float().square().mean().sqrt())
+        size = float(start.square().mean().sqrt())
         return self.config.model_copy(update={"learning_rate": self.config.learning_rate * size})
 
-    def _start(self, whole: Whole, context: Context) -> Tensor | None:
-        """What a prompt begins as: float32 [tokens, hidden]; None for a prefix."""
-        if self.config.method == "prefix":
-            return None
-        table = whole.model.get_input_embeddings()
-        rows = int(whole.model.config.vocab_size)
-        count = torch.arange(self.config.tokens)
+    @torch.no_grad()
+    def _begin(self, whole: Whole, context: Context) -> Tensor:
+        """What is trained, as it begins: float32 [tokens, hidden]; of a prefix [tokens, 2 · blocks · keys]."""
+        rows, count = int(whole.model.config.vocab_size), torch.arange(self.config.tokens)
         if self.config.start == "vocabulary":
             ids = count % rows
         elif self.config.start == "words":
             ids = torch.randperm(rows, generator=context.generator(0))[count % rows]
         else:
             text = self.config.start_text
+            # The first sample is held out.
             given = whole.samples[:2][-1] if text is None else self._given_tokens(text, context)
             ids = given[count % len(given)]
-        with torch.no_grad():
-            start: Tensor = table(ids.to(whole.model.device)).float()
-        return start
+        ids = ids.to(whole.model.device)
+        if self.config.method == "prompt":
+            embedded: Tensor = whole.model.get_input_embeddings()(ids)
+            return embedded.float()
+        cache = whole.model(input_ids=ids[None], use_cache=True).past_key_values
+        parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]  # [1, heads, tokens, size] each
+        return torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1).float()
 
     @staticmethod
     def _given_tokens(text: str, context: Context) -> Tensor:
