@@ -234,10 +234,10 @@ class StreamedModel:
         return linears_of(self.blocks[index], block_prefix(self.structure, index))
 
     def outside(self) -> dict[str, Linear]:
-        """Embedding and head, as matrices."""
+        """Embedding and head, as matrices, unless they are packed."""
         names = (self.structure.embedding, self.head)
         modules = {name: self.model.get_submodule(name) for name in names}
-        return {name: Linear(name, module) for name, module in modules.items() if hasattr(module, "weight")}
+        return {name: Linear(name, module) for name, module in modules.items() if name not in self.state.packed}
 
     def head_weight(self) -> Tensor:
         """The head's parameter, [vocabulary, hidden] (the embedding's own where they are tied)."""

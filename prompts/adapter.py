@@ -50,8 +50,8 @@ def stored_prompts(folder: str | Path) -> dict[int | None, Path]:
     return found
 
 
-def _check(folder: Path) -> None:
-    """An adapter's two files belong together."""
+def _check(folder: Path) -> tuple[str, int, int]:
+    """An adapter's two files belong together: its type, virtual tokens, and numbers for each."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as handle:
@@ -67,6 +67,7 @@ def _check(folder: Path) -> None:
             f"{folder}: its config has {config.get('num_virtual_tokens')} virtual tokens, its tensor {shape[0]}; "
             "fetch or write it again."
         )
+    return str(config["peft_type"]), shape[0], shape[1]
 
 
 def prompt_config(method: str, tokens: int) -> Any:
@@ -183,19 +184,31 @@ def attach(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Pat
     prompted: PeftModel | None = None
     for width, path in found.items():
         name = "default" if width is None else f"{width}bit"
-        try:
+        _check_fit(model, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, at what peft asks it
             if prompted is None:
                 prompted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
             else:
                 prompted.load_adapter(str(path), adapter_name=name)
-        except (RuntimeError, ValueError) as error:  # torch reports a wrong shape, peft a wrong type
-            raise CompressError(f"{path}: does not fit this model ({' '.join(str(error).split())[:200]}).") from error
     assert prompted is not None
     _take_embedding(prompted, model)
     prompted.eval()
     choose(prompted)
     text_length(prompted)
     return prompted
+
+
+def _check_fit(model: PreTrainedModel, folder: Path) -> None:
+    """A prompt is as wide as the model's embedding, a prefix as all its blocks' keys and values."""
+    kind, _, wide = _check(folder)
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    prefix = 2 * config.num_hidden_layers * heads * size
+    expected = int(getattr(model.get_input_embeddings(), "embedding_dim")) if kind == "PROMPT_TUNING" else prefix  # noqa: B009
+    if wide != expected:
+        raise CompressError(f"{folder}: does not fit this model ({wide} numbers per virtual token, not {expected}).")
 
 
 def choose(prompted: nn.Module) -> None:

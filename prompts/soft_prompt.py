@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.calibration import token_ids
 from compress.distillation import cache_teacher, distillation_loss
 from compress.errors import CompressError
+from compress.hf import packed_modules
 from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.adapter import FOLDER, adapter_fields, embedding, new_prompt, write_prompt
@@ -129,6 +130,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         The record's ``without`` is the held-out loss without any prompt, which one that is any good beats.
         """
         model = whole.model
+        found = {name: module.bits for name, module in packed_modules(model).items()}
         samples = [self._cut(sample, context) for sample in whole.samples]
         start = self._begin(whole, context)
         config = self._scaled(start)
@@ -146,6 +148,8 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             prompted, samples, config, context.seed, loss=loss, states=states, folder=whole.scratch,
             report=lambda what, done, total: report(f"{unit}, {what}", done, total),
         )  # fmt: skip
+        for name, bits in found.items():
+            packed_modules(model)[name].bits = bits
         record = {
             "adapter": adapter_fields(prompted),
             "widths": [int(bits) for bits in states],
@@ -166,8 +170,6 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """Widths that a unit's prompt is trained at; none where nothing is packed."""
         if unit != "prompt":
             return [int(unit.removesuffix("bit"))]
-        from compress.hf import packed_modules
-
         there = sorted({bits for module in packed_modules(model).values() for bits in module.shape.widths})
         return [bits for bits in there if bits in (self.config.widths or there)]
 
