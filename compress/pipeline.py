@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError
 from compress.passes import Context, Pass, pass_class
+from compress.processes import processes
 from compress.quant.linear import PackedShape
 from compress.recipe import Calibration, Overrides, Recipe, load_recipe
 from compress.runner import Log, Report, Runner
@@ -46,7 +47,8 @@ def run(
 ) -> Path:
     """Compress a model.
 
-    Run again after an interruption, it continues where it was and ends with the same bytes.
+    Run again after an interruption, it continues where it was and ends with the same bytes. Under ``torchrun`` or ``accelerate
+    launch`` the main process compresses, and all share the samples of passes that train.
 
     Args:
         recipe: YAML file, mapping or :class:`Recipe`.
@@ -65,11 +67,14 @@ def run(
     settings = load_recipe(recipe, overrides)
     target = _target(output or settings.output)
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
-    with _disk_errors(work.folder), work.locked():
+    team = processes(pick_device(settings.device))
+    main = team.is_main_process
+    with _disk_errors(work.folder), work.locked() if main else nullcontext():
         source = open_source(settings.model, settings.revision)
-        log = Log(target.with_name(target.name + ".log.jsonl"), report)
+        log = Log(target.with_name(target.name + ".log.jsonl"), report if main else None)
         _compress(settings, source, work, target, log)
-    if workspace is None:
+    team.wait_for_everyone()
+    if workspace is None and main:
         work.remove()
     return target
 
@@ -170,6 +175,8 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         own = {"text": drawn[text].source} if text and step.needs().text else {}
         history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
         beside.append((step, runner.beside, units))
+    if not processes(device).is_main_process:
+        return
     samples = drawn.get(settings.calibration) if settings.calibration else None
 
     def write_beside(folder: Path) -> None:
@@ -198,7 +205,7 @@ def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a recipe.
+    """The device of a recipe; ``auto`` gives each process on a machine a GPU of its own.
 
     Raises:
         CompressError: this machine or this build of torch does not have it.
@@ -206,6 +213,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
+        if name == "auto" and device.type == "cuda" and (team := processes(device)).num_processes > 1:
+            device = team.device
     except (RuntimeError, AssertionError) as error:
         raise CompressError(f"device {name!r} cannot be used here: {_first_line(error)}.") from error
     return device

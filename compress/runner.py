@@ -17,6 +17,7 @@ from compress.calibration import Samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, Whole
+from compress.processes import processes
 from compress.quant.sparse import shape_of, smaller_form
 from compress.shapes import BlockShape, block_shape
 from compress.streaming import Call, State, StreamedModel, reshaped
@@ -64,10 +65,11 @@ class Runner:
         text = self.samples.key if self.samples else None
         settings = step.config.model_dump(mode="json")
         self.stage: Stage = work.stage(
-            self.kind, state.key, settings, text, context.seed, str(context.device), __version__
+            self.kind, state.key, settings, text, context.seed, context.device.type, __version__
         )
         self.outside = step.outside(context)
-        self.fisher = work.stage("fisher", state.key, text, self.outside, str(context.device), __version__)
+        self.fisher = work.stage("fisher", state.key, text, self.outside, context.device.type, __version__)
+        self.processes = processes(context.device)
         self.surveys: list[list[Record]] = []
         self.beside: dict[str, dict[str, Tensor]] = {}
         self._model: StreamedModel | None = None
@@ -86,8 +88,9 @@ class Runner:
             self._run_whole(units)
         else:
             units = [f"block-{i}" for i in range(self._block_count())] + (["outside"] if self.outside else [])
-            if any(self.stage.record(unit) is None for unit in units):
+            if self.processes.is_main_process and any(self.stage.record(unit) is None for unit in units):
                 self._run_blocks()
+        self.processes.wait_for_everyone()
         self._report("done", len(units), len(units))
         return self._after(units)
 
@@ -108,6 +111,7 @@ class Runner:
     def _run_whole(self, units: Sequence[str]) -> None:
         """Units of a pass that has the whole model in memory, beside the dense model the recipe began with."""
         open_units = [unit for unit in units if self.stage.record(unit) is None]
+        self.processes.wait_for_everyone()  # before any is finished: all must see the same
         if not open_units:
             return
         assert self.samples is not None
@@ -122,6 +126,8 @@ class Runner:
             started = time.perf_counter()
             tensors, record = self.step.run_model(unit, whole, self.context, self._report)
             self._check_finite(tensors)
+            if not self.processes.is_main_process:
+                continue
             self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
             shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -27,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from compress.errors import CompressError
 from compress.passes import PassConfig
+from compress.processes import processes
 from compress.recipe import Calibration
 from compress.weights import read_tensors
 from compress.workspace import digest, save_atomic
@@ -171,7 +171,7 @@ class _Loop:
             raise CompressError("training: no parameter of the model requires a gradient.")
         self.device = next(iter(self.parameters.values())).device
         self.trained_on, self.held_out = hold_out(len(samples), config.held_out)
-        self.processes = PartialState(cpu=self.device.type == "cpu")
+        self.processes = processes(self.device)
         for parameter in self.parameters.values():
             parameter.data.copy_(broadcast(parameter.data))
         self.optimizer = torch.optim.AdamW(
@@ -320,9 +320,9 @@ def held_out_losses(
     loss: Loss = next_token_loss, states: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Mean loss per token of the held-out samples in every state, all modules in evaluation mode; for arguments see :func:`train`."""
-    processes = PartialState(cpu=device.type == "cpu")
+    team = processes(device)
     _, held = hold_out(len(samples), config.held_out)
-    mine = held[processes.process_index :: processes.num_processes]
+    mine = held[team.process_index :: team.num_processes]
     tokens = sum(len(samples[place]) - 1 for place in held)
     modes, found = {module: module.training for module in model.modules()}, {}
     model.eval()

@@ -17,6 +17,7 @@ from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
+from compress.processes import processes
 from compress.prompts.adapter import FOLDER, adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.linear import PackedShape
 from compress.training import Loss, TrainingConfig, held_out_losses, next_token_loss, train
@@ -140,7 +141,8 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         if config.distill:
             file = whole.scratch / "teacher.safetensors"
             tell = partial(report, "what the dense model says")
-            cache_teacher(lambda: whole.dense, samples, config.distill, file, tell)
+            with processes(model.device).main_process_first():
+                cache_teacher(lambda: whole.dense, samples, config.distill, file, tell)
             loss = distillation_loss(file)
         with prompted.disable_adapter():
             without = held_out_losses(prompted, samples, config, model.device, loss=loss, states=states)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 import compress
@@ -22,7 +23,7 @@ from compress.hf import packed_modules
 from compress.manifest import verify
 from compress.passes import Whole
 from compress.plan import plan
-from compress.prompts.adapter import embedding, new_prompt
+from compress.prompts.adapter import WEIGHTS, embedding, new_prompt
 from compress.prompts.soft_prompt import PAPER, SoftPrompt, SoftPromptConfig
 from compress.recipe import parse_pass
 
@@ -240,6 +241,22 @@ def test_a_killed_run_ends_with_the_same_bytes(prompt_recipe, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     compress.run(prompt_recipe, tmp_path / "whole")
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_two_processes_make_one_checkpoint(prompt_recipe, tmp_path):
+    """The main one compresses and writes; the training is shared, so sums come in another order."""
+    prompt_recipe["passes"][2] |= {"distill": 16, "per_width": True}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(prompt_recipe))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *launch, "-m", "compress.cli", "run", str(path), "-o", str(tmp_path / "two")]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count(str(tmp_path)) == 1
+    compress.run(prompt_recipe, tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "soft_prompt" / "3bit" / WEIGHTS) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+    assert not (tmp_path / "two.work").exists()
 
 
 def test_prompts_train_on_a_dense_model(recipe, tmp_path):
