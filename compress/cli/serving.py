@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
-from compress.cli.common import PromptFlag, PromptFrom, app, parse_widths, quiet_transformers
+from compress.cli.common import Folder, PromptFlag, PromptFrom, app, out, parse_widths, quiet_transformers
 from compress.errors import CompressError
 
 
@@ -57,3 +59,20 @@ def generate(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling)
+
+
+@app.command(name="bake-prompt")
+def bake_prompt(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    bits: Annotated[Optional[int], typer.Option(help="Whose prompt, where there is one for each width.")] = None,
+    prompt_from: PromptFrom = None,
+) -> None:
+    """Write the soft prompt into the vocabulary, as special tokens, for servers that know no adapters."""
+    from compress.prompts.baked import bake
+
+    quiet_transformers()
+    added = bake(folder, output, bits, prompt_from or True)
+    out.print(
+        f"{escape(str(output))}: {len(added)} special tokens, {added[0]} to {added[-1]}, which its tokenizer puts first"
+    )
