@@ -31,7 +31,7 @@ Item = dict[str, Any]
 
 CHOICES = 4
 _CONTEXT_LINES = 6
-_ITEMS = 300
+_ITEMS = 200
 
 
 def line_items(source: str, generator: random.Random) -> list[Item]:
@@ -133,7 +133,8 @@ def builtin_items(task: str, count: int = _ITEMS) -> list[Item]:
 
 
 def task_settings(task: str) -> dict[str, Any]:
-    """The task in lm-eval's terms, without its data."""
+    """The task in lm-eval's terms, without its data. Names are too short for a metric by length."""
+    metrics = ("acc", "acc_norm") if task == "builtin_line" else ("acc",)
     return {
         "task": task,
         "output_type": "multiple_choice",
@@ -142,9 +143,7 @@ def task_settings(task: str) -> dict[str, Any]:
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{gold}}",
         "target_delimiter": "",
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
         "metadata": {"version": 1.0},
     }
 

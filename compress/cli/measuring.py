@@ -188,3 +188,82 @@ def _task_table(rows: dict[str, Any]) -> Table:
             cells.append(f"{main} {metrics[main]:.4f}{tail}" if main else "")
         table.add_row(width, *cells)
     return table
+
+
+@app.command()
+def bench(
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    bits: BitsOption = None,
+    reference: Annotated[Optional[str], typer.Option(help="Dense model; the recipe's if absent.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns of every candidate.", min=1)] = 7,
+    loads: Annotated[int, typer.Option(help="Fresh processes per candidate.", min=1)] = 3,
+    threads: Annotated[
+        Optional[int], typer.Option(help="CPU threads; on one, processor time is counted.", min=1)
+    ] = None,
+    exact: Annotated[bool, typer.Option(help="Exact float32 sums, or 8-bit activations (CPU).")] = True,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    kept: ResultsOption = None,
+    target: JsonOption = None,
+) -> None:
+    """Measure decoding, prefill, time to first token, loading, memory and size, per width and dense, in turn."""
+    import torch
+
+    from compress.evals.bench import Load
+    from compress.evals.bench import bench as measure
+    from compress.evals.store import results_of
+    from compress.pipeline import pick_device
+
+    quiet_transformers()
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
+    pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    store = results_of(folder, kept)
+    with progress_bar() as report:
+        found = measure(
+            folder, parse_widths(bits), reference, Load(prompt, tokens, rounds, loads), getattr(torch, dtype), device,
+            exact, store, report,
+        )  # fmt: skip
+    if write_json(found, target) and target == "-":
+        return
+    out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
+    if found["dense"].startswith("not measured"):
+        out.print(f"dense {escape(found['dense'])}")
+    out.print(_bench_table(found))
+
+
+def _bench_table(found: dict[str, Any]) -> Table:
+    """Medians, with quartiles where they matter."""
+
+    def cell(figure: dict[str, float], scale: float = 1.0) -> str:
+        low, middle, high = (f"{figure[name] * scale:.3g}" for name in ("low", "median", "high"))
+        return f"{middle} ({low}–{high})"
+
+    table = Table("bits", title="median (quartiles)")
+    heads = (
+        "decode tok/s",
+        "× dense",
+        "prefill tok/s",
+        "× dense",
+        "first token, ms",
+        "load, s",
+        "resident, MB",
+        "disk, MB",
+    )
+    for head in heads:
+        table.add_column(head, justify="right")
+    for width, figures in found["widths"].items():
+        versus = [figures.get(f"{what}_versus_dense") for what in ("decode", "prefill")]
+        ratios = [f"{figure['median']:.2f}" if figure else "–" for figure in versus]
+        size = figures["disk_bytes"]
+        table.add_row(
+            width, cell(figures["decode_tokens_per_second"]), ratios[0],
+            cell(figures["prefill_tokens_per_second"]), ratios[1],
+            f"{1e3 * figures['time_to_first_token_seconds']['median']:.3g}", cell(figures["load_seconds"]),
+            f"{figures['resident_bytes']['median'] / 1e6:.1f}", "–" if size is None else f"{size / 1e6:.2f}",
+        )  # fmt: skip
+    return table
