@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluate_robustness
-from compress.evals.store import results_of
+from compress.evals.store import Results, results_of
 from compress.evals.tasks import Tasks, evaluate_tasks
 from compress.evals.text import Protocol, evaluate_text
 
@@ -45,7 +45,7 @@ class Suite:
 
 def evaluate_all(
     folder: str, suite: Suite, bits: Sequence[int | float] | None = None, results: Path | None = None,
-    device: str = "cpu", report: Report | None = None,
+    device: str = "cpu", report: Report | None = None, store: Results | None = None,
 ) -> tuple[dict[str, Any], Rows]:  # fmt: skip
     """Measure everything that a suite names.
 
@@ -56,6 +56,7 @@ def evaluate_all(
         results: where measurements are kept; :func:`compress.evals.store.results_of` if None.
         device: to compute on.
         report: called with (what, done, total).
+        store: an open one, instead of ``results``.
 
     Returns:
         One documented object, and the rows of the tasks by width and name. The object has ``model``; with a text
@@ -65,7 +66,7 @@ def evaluate_all(
     Raises:
         CompressError: anything a user can put right.
     """
-    store = results_of(folder, results)
+    store = store or results_of(folder, results)
     original = dense_model_of(folder, suite.reference) if suite.dense else None
     result: dict[str, Any] = {"model": folder}
     rows: Rows = {}
