@@ -90,11 +90,14 @@ def name_items(source: str, generator: random.Random) -> list[Item]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.NAME and len(token.string) >= 3 and not keyword.iskeyword(token.string)
     ]
+    inside: dict[int, set[str]] = {}
+    for row, _, name in names:
+        inside.setdefault(row, set()).add(name)
     items: list[Item] = []
     for row, column, wanted in names:
         if row < _CONTEXT_LINES or not lines[row][:column].strip():
             continue
-        near = {name for other, _, name in names if row - _CONTEXT_LINES <= other < row}
+        near = set().union(*(inside.get(row - back, ()) for back in range(1, _CONTEXT_LINES + 1)))
         rivals = {
             name for name in near if name != wanted and not wanted.startswith(name) and not name.startswith(wanted)
         }

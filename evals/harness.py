@@ -10,6 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from compress.errors import CompressError
+
 _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothing tells that memory runs out
 
 
@@ -48,6 +50,11 @@ class Harness(HFLM):
         return int(super().max_length) - getattr(self, "virtual_tokens", 0)
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+        longest = max((len(after) for _, _, after in requests), default=0)
+        if longest > self.max_length:
+            raise CompressError(
+                f"an answer has {longest} tokens, but the context holds {self.max_length}; this model can not take the task."
+            )
         self.truncated += sum(len(before) + len(after) > self.max_length + 1 for _, before, after in requests)
         self._done, self._total = 0, len(requests)
         return list(super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs))

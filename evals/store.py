@@ -70,18 +70,16 @@ class Results:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._rows: dict[str, dict[str, Any]] = {}
-        self._ends = True
+        self._whole: int | None = None  # bytes up to a last line that a kill left unfinished
         if path is not None and path.is_file():
-            text = path.read_text(encoding="utf-8")
-            self._ends = not text or text.endswith("\n")
-            lines = text.splitlines()
-            for number, line in enumerate(lines, 1):
+            text = path.read_bytes()
+            if text and not text.endswith(b"\n"):
+                self._whole = text.rfind(b"\n") + 1
+            for number, line in enumerate(text[: self._whole].splitlines(), 1):
                 try:
                     row = json.loads(line)
                     self._rows[_same(row)] = row
                 except (ValueError, KeyError, TypeError) as error:
-                    if number == len(lines) and not self._ends:
-                        continue
                     raise CompressError(f"{path}, line {number}: is not a measurement; delete that line.") from error
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
@@ -106,14 +104,16 @@ class Results:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(("" if self._ends else "\n") + json.dumps(row) + "\n")
+                    if self._whole is not None:
+                        file.truncate(self._whole)
+                        self._whole = None
+                    file.write(json.dumps(row) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
                 raise CompressError(
                     f"{self.path}: cannot be written ({error.strerror}); say where results are to be kept with --results FILE."
                 ) from error
-            self._ends = True
         return row
 
 

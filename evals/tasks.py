@@ -225,23 +225,22 @@ def multiple_choice(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
     """Answers and their calibration, from lm-eval's own samples; None where they are not of one choice each.
 
     Returns:
-        ``answers``, the likeliest choice of every item; ``gold``, the right one; ``ece``, the expected calibration error of the
-        softmax over the choices' summed log-likelihoods.
+        ``answers``, the likeliest choice of every item; ``right``, whether lm-eval's ``acc`` counts it; ``ece``, the expected
+        calibration error of the softmax over the choices' summed log-likelihoods.
     """
-    answers, gold, confidence = [], [], []
+    answers, right, confidence = [], [], []
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         scores = [response[0] for response in sample["filtered_resps"] if isinstance(response, (list, tuple))]
-        if len(scores) < 2 or len(scores) != len(sample["filtered_resps"]) or not str(sample["target"]).isdigit():
+        if len(scores) < 2 or len(scores) != len(sample["filtered_resps"]) or "acc" not in sample:
             return None
         share = torch.tensor(scores, dtype=torch.float64).softmax(0)
         answers.append(int(share.argmax()))
         confidence.append(float(share.max()))
-        gold.append(int(sample["target"]))
+        right.append(int(sample["acc"]))
     if not answers:
         return None
-    right = [answer == wanted for answer, wanted in zip(answers, gold, strict=True)]
     ece = calibration_error(torch.tensor(confidence, dtype=torch.float64), torch.tensor(right))
-    return {"answers": answers, "gold": gold, "ece": ece}
+    return {"answers": answers, "right": right, "ece": ece}
 
 
 def tidy(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
