@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import compress
 from compress.errors import CompressError
 from compress.evals.perplexity import Text, Window, context_length, prepare, score
 from compress.evals.store import Key, Results, dense_identity, identity
-from compress.evals.text import Protocol, documents_of, refuse_calibration_text, widths_to_measure
+from compress.evals.text import Protocol, documents_of, refuse_calibration_text, settings_of, widths_to_measure
 from compress.loading import bits_for, load
 from compress.pipeline import model_folder
 from compress.weights import read_manifest
@@ -155,8 +155,8 @@ class _Setting:
     report: Report | None
 
     def text(self, documents: Sequence[str]) -> Text:
-        length = self.protocol.length or context_length(self.model)
-        return prepare(documents, self.tokenizer, length, self.protocol.stride, self.protocol.truncate)
+        cut = self.protocol
+        return prepare(documents, self.tokenizer, cut.length or 2, cut.stride, cut.truncate, cut.disjoint)
 
     def key(self, kind: str, model: str, width: str, **more: Any) -> Key:
         return Key(kind, self.source, model, width, None, {**self.settings, **more})
@@ -179,7 +179,8 @@ def _open(
         "dense" if width is None else str(width): chosen.get(str(width)) or width
         for width in widths_to_measure(model, bits)
     }
-    settings = {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
+    protocol = replace(protocol, length=protocol.length or context_length(model))
+    settings = settings_of(digest, protocol, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return _Setting(
         folder, source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report
@@ -280,18 +281,23 @@ def evaluate_robustness(
         ``{width: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
     """
     work = _open(folder, source, bits, protocol, store, dtype, device, report)
-    clean, model = None, identity(folder)
+    clean: Text | None = None
+    spoilt: Text | None = None
+    model = identity(folder)
     found: dict[str, dict[str, float]] = {}
     for width, value in work.widths.items():
         key = work.key("robustness", model, width, rate=rate)
         row: Mapping[str, Any] | None = work.store.find(key)
         if row is None:
-            if clean is None:
-                clean = work.text(work.documents)
-                spoilt = work.text([with_typos(document, rate) for document in work.documents])
+            spoilt = spoilt or work.text([with_typos(document, rate) for document in work.documents])
             if value is not None:
                 compress.set_bits(work.model, value)
-            before = score(work.model, clean, report=work.watch(f"as it is, {width}")).bits_per_byte
+            known = work.store.find(work.key("text", model, width))
+            if known is None:
+                clean = clean or work.text(work.documents)
+                found_clean = score(work.model, clean, report=work.watch(f"as it is, {width}")).json()
+                known = work.store.add(work.key("text", model, width), found_clean)
+            before = known["metrics"]["bits_per_byte"]
             after = score(work.model, spoilt, report=work.watch(f"with typos, {width}")).bits_per_byte
             row = work.store.add(
                 key, {"bits_per_byte": before, "bits_per_byte_typos": after, "increase": after - before}

@@ -105,6 +105,11 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     return kept, digest
 
 
+def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
+    """What else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
+    return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
+
+
 def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
     """Largest first; ``[None]`` for a dense model.
 
@@ -163,8 +168,9 @@ def evaluate_text(
         raise CompressError(f"windows of {length} tokens: the context holds {context_length(model)}; give --length.")
     text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate, protocol.disjoint)
     store = store or Results(None)
-    settings = {"sha256": digest, "protocol": asdict(replace(protocol, length=length)), "dtype": str(dtype)[6:]}
-    key = Key("text", source, identity(folder), "", settings=settings)
+    key = Key(
+        "text", source, identity(folder), "", settings=settings_of(digest, replace(protocol, length=length), dtype)
+    )
     results = {}
     for width in widths_to_measure(model, bits):
         label = "dense" if width is None else str(width)
