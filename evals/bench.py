@@ -127,6 +127,8 @@ def bench(
     model = compress.load(folder, dtype=dtype, device_map=device, exact=exact)
     chosen = {str(width): bits_for(folder, width) for width in bits or ()}
     widths = {str(w): chosen.get(str(w)) or w for w in widths_to_measure(model, bits) if w is not None}
+    for value in widths.values():
+        compress.set_bits(model, value)  # refuses what there is not, before any long work
     dense, note = _dense(folder, reference, bool(widths))
     models: dict[str, PreTrainedModel] = dict.fromkeys(widths, model)
     places: dict[str, str] = dict.fromkeys(widths, folder)

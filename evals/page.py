@@ -150,7 +150,7 @@ def protocol_words(text: Mapping[str, Any]) -> str:
     return (
         f"{escape(name)}: {metrics['tokens']:,} predicted tokens, {metrics['bytes']:,} bytes; {how}{documents}; "
         f"{escape(str(settings.get('dtype', '')))}. Every token is scored once; virtual tokens are never scored. "
-        f"SHA-256 {escape(str(settings.get('sha256', ''))[:12])}…; the checkpoint was not calibrated on this text."
+        f"SHA\u2011256 {escape(str(settings.get('sha256', ''))[:12])}…; the checkpoint was not calibrated on this text."
     )
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from compress.errors import CompressError
 from compress.evals import page, svg, tables
 from compress.evals.gather import Facts, Wanted, collect, measure_missing
 from compress.evals.store import FOLDER, results_of
-from compress.evals.text import evaluate_text
+from compress.evals.text import Protocol, evaluate_text, settings_of
 from compress.workspace import write_atomic
 
 Report = Callable[[str, int, int], None]
@@ -110,7 +111,7 @@ def draw(lines: Sequence[svg.Line], target: Path, name: str = "loss above the de
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="minor", labelsize=7)
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(which="both", alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
@@ -127,7 +128,7 @@ class Rival:
 
 
 def compare(
-    folders: Sequence[Path], text: str | None = None, protocol: Any = None, device: str = "cpu",
+    folders: Sequence[Path], text: str | None = None, protocol: Protocol | None = None, device: str = "cpu",
     watch: Report | None = None,
 ) -> tuple[list[Rival], Mapping[str, Any], Mapping[str, float] | None]:  # fmt: skip
     """Bring several checkpoints together on one text.
@@ -153,14 +154,12 @@ def compare(
         store = results_of(folder)
         if text is not None:
             measured = evaluate_text(str(folder), text, protocol=protocol, device=device, report=watch, store=store)
-            wanted = wanted or measured["text"]["sha256"]
+            cut = replace(protocol or Protocol(), length=measured["protocol"]["length"])
+            settings = settings_of(measured["text"]["sha256"], cut, torch.float32)
+            wanted = wanted or _same_text({"settings": settings})
         facts = collect(folder, store)
         found.append((facts, {_same_text(item): item for item in facts.texts}))
-    common = [
-        key
-        for key in found[0][1]
-        if all(key in texts for _, texts in found) and wanted in (None, found[0][1][key]["settings"]["sha256"])
-    ]
+    common = [key for key in found[0][1] if all(key in texts for _, texts in found) and wanted in (None, key)]
     if not common:
         raise CompressError("compare: these were not measured on the same text in the same way; give --text FILE.")
     key = max(common, key=lambda key: sum(len(texts[key]["rows"]) for _, texts in found))

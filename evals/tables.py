@@ -61,7 +61,7 @@ def quality(facts: Facts, text: Mapping[str, Any]) -> Table:
     def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], width: str = "") -> None:
         share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
         above = "–" if dense is None or kind == "dense" else f"{100 * (metrics['loss'] / dense['loss'] - 1):+.2f} %"
-        cells = [number(controls[name].get(width)) if kind == "width" else "" for name in controls]
+        cells = [number(controls[name].get(width)) if kind == "width" else "–" for name in controls]
         table.add(
             kind, name, megabytes(size), share, number(metrics["loss"]), above, number(metrics["perplexity"]),
             number(metrics["bits_per_byte"]), *cells,
