@@ -126,7 +126,7 @@ def bench(
         raise CompressError("bench: at least one round and one load are needed.")
     model = compress.load(folder, dtype=dtype, device_map=device, exact=exact)
     chosen = {str(width): bits_for(folder, width) for width in bits or ()}
-    widths = {str(w): chosen.get(str(w)) or w for w in widths_to_measure(model, bits) if w is not None}
+    widths = {str(w): chosen.get(str(w)) or int(w) for w in widths_to_measure(model, bits) if w is not None}
     for value in widths.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
     dense, note = _dense(folder, reference, bool(widths))
