@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,11 +233,30 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
     )  # fmt: skip
 
 
+_TRANSFER = {"prompt", "model", "text", "perplexity"}
+
+
+def _transfers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One matrix per text: prompts down, models across."""
+    matrices = []
+    for text in dict.fromkeys(row["text"] for row in rows):
+        mine = {(row["prompt"], row["model"]): row["perplexity"] for row in rows if row["text"] == text}
+        prompts, models = ([*dict.fromkeys(key[place] for key in mine)] for place in (0, 1))
+        matrices.append({
+            "title": f"Transfer of soft prompts, {text}", "rows": prompts, "columns": models,
+            "values": [[mine.get((prompt, model)) for model in models] for prompt in prompts],
+            "row_axis": "prompt learned at", "column_axis": "evaluated at",
+            "caption": "Perplexity of text tokens, the prompt of the row before the model of the column; darker is worse.",
+        })  # fmt: skip
+    return matrices
+
+
 def read_matrices(folder: Path) -> list[dict[str, Any]]:
     """Matrices that other measurements left in ``report/*.json``, such as how prompts transfer.
 
     A file holds one object, or a list of them: ``title``, ``rows``, ``columns`` (names), ``values`` (rows of numbers or
-    null); optional ``row_axis``, ``column_axis`` and ``caption``. Objects without these keys are somebody else's.
+    null); optional ``row_axis``, ``column_axis`` and ``caption``. Rows of ``prompt``, ``model``, ``text`` and ``perplexity``, as
+    ``python -m compress.evals.transfer`` writes them, make one matrix per text. Other objects are somebody else's.
 
     Raises:
         CompressError: a matrix whose shape is not that of its names.
@@ -248,7 +267,9 @@ def read_matrices(folder: Path) -> list[dict[str, Any]]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CompressError(f"{path}: is not JSON ({error}).") from error
-        for item in content if isinstance(content, list) else [content]:
+        items = content if isinstance(content, list) else [content]
+        found += _transfers([item for item in items if isinstance(item, dict) and item.keys() >= _TRANSFER])
+        for item in items:
             if not isinstance(item, dict) or not {"title", "rows", "columns", "values"} <= item.keys():
                 continue
             shape = [len(item["columns"])] * len(item["rows"])

@@ -319,17 +319,26 @@ def _samples(facts: Facts) -> str:
     for prompt in dict.fromkeys(sample["prompt"] for sample in facts.samples):
         mine = [sample for sample in facts.samples if sample["prompt"] == prompt]
         parts.append(f"<pre>{escape(prompt)}</pre>")
+        written: dict[str, list[str]] = {}  # the same words at several widths are shown once
         for sample in sorted(mine, key=lambda s: order.index(s["width"]) if s["width"] in order else 99):
-            parts.append(
-                f'<div class="sample"><div class="label">{tables.label(sample["width"])}</div><pre>{escape(sample["text"])}</pre></div>'
-            )
+            written.setdefault(sample["text"], []).append(sample["width"])
+        for words, widths in written.items():
+            label = ", ".join(widths) + (" bits" if widths[-1] != "dense" else "")
+            parts.append(f'<div class="sample"><div class="label">{label}</div><pre>{escape(words)}</pre></div>')
     note = '<p class="note">The likeliest 48 tokens after the text in the grey box. One text proves nothing; it shows the kind of failure.</p>'
     return section("Continuations", *parts, note) if parts else ""
 
 
+def given(value: Any) -> Any:
+    """A recipe without the keys that say nothing."""
+    if isinstance(value, Mapping):
+        return {key: given(item) for key, item in value.items() if item not in (None, [], {})}
+    return [given(item) for item in value] if isinstance(value, list) else value
+
+
 def _made(facts: Facts) -> str:
     manifest = facts.manifest
-    recipe = {key: value for key, value in manifest["recipe"].items() if value is not None}
+    recipe = given(manifest["recipe"])
     calibration = manifest.get("calibration") or {}
     facts_list = {
         "Dense model": f"{manifest['recipe']['model']} (weights' SHA-256 in the manifest)",

@@ -82,9 +82,11 @@ def markdown(facts: Facts, picture: Path | None) -> str:
         for name, values in zip(item["rows"], item["values"], strict=True):
             table.add("width", str(name), *("–" if value is None else f"{value:.4g}" for value in values))
         parts += [f"## {item['title']}", tables.markdown(table)]
+    if facts.samples:
+        parts.append("## Continuations")
     for sample in facts.samples:
-        parts += [f"## {tables.label(sample['width'])} continues", f"```\n{sample['prompt']}▸{sample['text']}\n```"]
-    recipe = yaml.safe_dump(facts.manifest["recipe"], sort_keys=False, allow_unicode=True)
+        parts.append(f"{tables.label(sample['width'])}:\n\n```\n{sample['prompt']}▸{sample['text']}\n```")
+    recipe = yaml.safe_dump(page.given(facts.manifest["recipe"]), sort_keys=False, allow_unicode=True)
     return "\n\n".join([*parts, "## Recipe", f"```yaml\n{recipe}```"]) + "\n"
 
 

@@ -160,6 +160,18 @@ def test_stages_and_controls_of_a_recipe():
     assert found[2].passes == [prune, {"kind": "rtn", "bits": 3, "include": ["lm_head"]}]
 
 
+def test_rows_of_a_transfer_become_a_matrix_per_text(tmp_path):
+    rows = [
+        {"prompt": p, "model": m, "text": t, "perplexity": value, "loss": 0}
+        for value, (p, m, t) in enumerate([("none", "3", "a"), ("none", "4", "a"), ("3", "3", "a"), ("none", "3", "b")])
+    ]
+    (tmp_path / "transfer.json").write_text(json.dumps(rows))
+    first, second = read_matrices(tmp_path)
+    assert (first["rows"], first["columns"]) == (["none", "3"], ["3", "4"])
+    assert first["values"] == [[0, 1], [2, None]]
+    assert second["values"] == [[3]]
+
+
 def test_a_matrix_whose_shape_is_wrong_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"title": "T", "rows": ["a"], "columns": ["b"], "values": [[1, 2]]}))
     with pytest.raises(CompressError, match="T: values are not 1 rows of 1"):
