@@ -73,7 +73,7 @@ class Text:
 
 def prepare(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int,
-    stride: int | None = None, truncate: bool = False,
+    stride: int | None = None, truncate: bool = False, disjoint: bool = False,
 ) -> Text:  # fmt: skip
     """Cut documents into windows.
 
@@ -87,6 +87,8 @@ def prepare(
         length: tokens in a window, BOS included.
         stride: half of ``length`` if None.
         truncate: score only the first window of each document.
+        disjoint: the papers' way: windows of ``length`` side by side, each without the others' tokens, its first token not
+            predicted; what is left over is not scored.
 
     Raises:
         CompressError: no document has anything to score, or the window is too short.
@@ -104,11 +106,17 @@ def prepare(
         tokens = [*start, *ids][: length if truncate else None]
         if len(tokens) < 2:
             continue
+        if disjoint:
+            ends = range(length, len(tokens) + 1, length)
+            windows += [Window(tokens[end - length : end], length - 1) for end in ends]
+            size += _bytes_of(text, ids, tokenizer, [(end - length + 1 - len(start), end - len(start)) for end in ends])
+            continue
         windows += _cut(tokens, length, step)
         first = 1 - len(start)  # without BOS the first token is context only
-        size += _bytes_of(text, ids, tokenizer, first, len(tokens) - len(start))
+        size += _bytes_of(text, ids, tokenizer, [(first, len(tokens) - len(start))])
     if not windows:
-        raise CompressError("the text has no document with a token to predict.")
+        what = f"a window of {length} tokens" if disjoint else "a token to predict"
+        raise CompressError(f"the text has no document with {what}.")
     return Text(windows, size)
 
 
@@ -121,15 +129,18 @@ def _cut(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
         yield Window(tokens[max(0, end - length) : end], scored)
 
 
-def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> int:
-    """UTF-8 bytes of a document's tokens ``first`` to ``last``."""
-    if first == 0 and last == len(ids):
+def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, scored: Sequence[tuple[int, int]]) -> int:
+    """UTF-8 bytes of a document's tokens from ``first`` to ``last``, summed over stretches."""
+    if list(scored) == [(0, len(ids))]:
         return len(text.encode())
     if not tokenizer.is_fast:
-        return len(str(tokenizer.decode(ids[first:last])).encode())
+        return sum(len(str(tokenizer.decode(ids[first:last])).encode()) for first, last in scored)
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    start = spans[first - 1][1] if first else 0  # some tokenizers leave a token's leading space out of its span
-    return len(text[start : len(text) if last == len(ids) else spans[last - 1][1]].encode())
+    size = 0
+    for first, last in scored:
+        start = spans[first - 1][1] if first else 0  # some tokenizers leave a token's leading space out of its span
+        size += len(text[start : len(text) if last == len(ids) else spans[last - 1][1]].encode())
+    return size
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 import compress
 from compress.calibration import read_documents
 from compress.demo import corpus
-from compress.errors import CompressError
+from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
+from compress.evals.store import Key, Results, identity
 from compress.hf import packed_modules
 from compress.loading import bits_for
-from compress.prompts.adapter import virtual_tokens
+from compress.prompts.adapter import prompt_key, text_length, virtual_tokens
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
@@ -35,6 +36,9 @@ class Protocol:
         length: tokens in a window; the model's context (at most 2048) if None.
         stride: tokens a window advances by; half of ``length`` if None.
         truncate: score only the first window of each document.
+        join: put between the documents, which become one text.
+        characters: of the joined text, from the first; all if None.
+        disjoint: windows side by side, each scored on its own but for its first token; the rest of the text is left out.
     """
 
     separator: str | None = None
@@ -43,6 +47,50 @@ class Protocol:
     length: int | None = None
     stride: int | None = None
     truncate: bool = False
+    join: str | None = None
+    characters: int | None = None
+    disjoint: bool = False
+
+
+PRESETS: Mapping[str, tuple[Protocol, str]] = {
+    "2048": (
+        Protocol(join="\n\n", length=2048, disjoint=True),
+        "GPTQ, SparseGPT, Wanda, OWL: the documents as one text, windows of 2048 tokens side by side",
+    ),
+    "llm-pruner": (
+        Protocol(join="\n\n", length=128, disjoint=True),
+        "LLM-Pruner, MINI-LLM: the same in windows of 128 tokens",
+    ),
+    "any-precision": (
+        Protocol(join="\n\n", length=2048, disjoint=True),
+        "Any-Precision LLM on WikiText-2 (the same as 2048)",
+    ),
+    "any-precision-c4": (
+        Protocol(join=" ", limit=1100, characters=2_088_528, length=2048, disjoint=True),
+        "Any-Precision LLM on C4: the first 1100 documents of the validation split, joined by spaces, 2,088,528 characters",
+    ),
+    "any-precision-ptb": (
+        Protocol(join=" ", length=2048, disjoint=True),
+        "Any-Precision LLM on PTB: sentences joined by spaces; write <unk> as < u n k > in the file, as there",
+    ),
+    "compress-then-prompt": (
+        Protocol(join="\n\n", length=1024, disjoint=True),
+        "Compress, then Prompt: windows of 1024 tokens; averaged over text tokens, which its code did not",
+    ),
+}
+"""Protocols of papers by name, and what they are. The text is given as a file, or as documents by ``separator`` or JSON lines."""
+
+
+def protocol_of(preset: str | None, **changes: Any) -> Protocol:
+    """A protocol by name, with changes; None values change nothing.
+
+    Raises:
+        CompressError: there is no preset of that name.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise CompressError(f"--protocol: there is no {preset!r}. {did_you_mean(preset, PRESETS)}")
+    start = PRESETS[preset][0] if preset else Protocol()
+    return replace(start, **{name: value for name, value in changes.items() if value})
 
 
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
@@ -52,8 +100,15 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
         documents, digest = list(texts.values()), " ".join(corpus.fingerprint(texts).values())
     else:
         documents, digest = read_documents(Path(source), protocol.separator), sha256_of(Path(source))
-    kept = [text for text in documents if len(text) > protocol.min_characters]
-    return kept[: protocol.limit], digest
+    kept = [text for text in documents if len(text) > protocol.min_characters][: protocol.limit]
+    if protocol.join is not None:
+        kept = [protocol.join.join(kept)[: protocol.characters]]
+    return kept, digest
+
+
+def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
+    """What else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
+    return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
@@ -80,6 +135,7 @@ def evaluate_text(
     device: str = "cpu",
     report: Report | None = None,
     prompt: bool | str | Path = False,
+    store: Results | None = None,
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte at several widths, from one load.
 
@@ -93,6 +149,7 @@ def evaluate_text(
         report: called with (width, windows done, windows in all).
         prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every window. Windows are
             shorter by as much unless ``protocol.length`` says otherwise: give it to compare with and without.
+        store: widths that it has are not measured again; new ones are added.
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
@@ -118,19 +175,29 @@ def evaluate_text(
         prompt=prompt,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    longest = context_length(model, cap=1 << 30)
-    length = protocol.length or min(longest, context_length(model))
-    if virtual_tokens(model) and length > longest:
-        raise CompressError(f"windows of {length} tokens: beside the soft prompt there is room for {longest}.")
-    text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)
+    longest = text_length(model)
+    length = protocol.length or context_length(model)
+    if longest is not None and length > longest:
+        beside = " beside the soft prompt" if prompt else ""
+        raise CompressError(f"windows of {length} tokens: the context holds {longest}{beside}; give --length.")
+    text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate, protocol.disjoint)
+    store = store or Results(None)
+    settings = settings_of(digest, replace(protocol, length=length), dtype)
+    name, settings = prompt_key(folder, prompt, settings)
+    key = Key("text", source, identity(folder), "", name, settings)
     results = {}
     for width in widths_to_measure(model, bits):
         label = "dense" if width is None else str(width)
-        if width is not None:
-            compress.set_bits(model, chosen.get(label) or int(width))
-        results[label] = score(model, text, report=report and _labelled(report, label)).json()
+        row = store.find(replace(key, width=label))
+        if row is None:
+            if width is not None:
+                compress.set_bits(model, chosen.get(label) or int(width))
+            found = score(model, text, report=report and _labelled(report, label)).json()
+            row = store.add(replace(key, width=label), found)
+        results[label] = row["metrics"]
     virtual = virtual_tokens(model)
-    cut = {"length": length, "stride": protocol.stride or max(1, length // 2), "truncate": protocol.truncate}
+    stride = length if protocol.disjoint else protocol.stride or max(1, length // 2)
+    cut = {"length": length, "stride": stride, "truncate": protocol.truncate}
     return {
         "model": folder,
         "text": {"source": source, "sha256": digest, "documents": len(documents)},

@@ -107,7 +107,7 @@ def read_text(source: str, folder: str, length: int, protocol: Protocol) -> Text
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)
+    return prepare(documents, tokenizer, length, protocol.stride, protocol.truncate, protocol.disjoint)
 
 
 def fill(

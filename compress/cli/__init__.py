@@ -6,7 +6,7 @@ import sys
 
 from rich.markup import escape
 
-from compress.cli import making, measuring, serving  # noqa: F401  (each adds its commands to the application)
+from compress.cli import making, measuring, reporting, serving  # noqa: F401  (each adds its commands to the application)
 from compress.cli.common import app, err
 from compress.errors import CompressError
 
