@@ -11,7 +11,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import compress
 from compress.errors import CompressError
 from compress.evals.perplexity import Score, Text, prepare, score
 from compress.evals.pruning import Rows
+from compress.evals.tasks import Tasks, evaluate_tasks
 from compress.evals.text import Protocol, documents_of, refuse_calibration_text
 from compress.prompts.adapter import attach, stored_prompts, text_length
 
@@ -127,6 +128,22 @@ def measure(models: Models, place: Place, prompt: Path | None, text: Text) -> Sc
         return score(model, text)  # type: ignore[arg-type]
 
 
+def fill_tasks(rows: Rows, places: Sequence[Place], prompts: Mapping[str, Path | None], tasks: Tasks) -> None:
+    """The same for lm-eval tasks: each in one row of its metrics."""
+    for place in places:
+        for label, path in prompts.items():
+            for name in tasks.names:
+                key = {"prompt": label, "model": place.label, "text": name}
+                rows.get(key, lambda place=place, path=path, name=name: _task(place, path, name, tasks))  # type: ignore[misc]
+
+
+def _task(place: Place, prompt: Path | None, name: str, tasks: Tasks) -> dict[str, Any]:
+    widths = None if place.bits is None else [place.bits]
+    found = evaluate_tasks(place.folder, replace(tasks, names=(name,)), widths, adapter=prompt)
+    row: dict[str, Any] = next(iter(found.values()))[name]
+    return {**row["metrics"], "items": row["n"]}
+
+
 def matrix(
     rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], places: Sequence[str], text: str, value: str
 ) -> list[list[float | None]]:
@@ -136,9 +153,18 @@ def matrix(
 
 
 def heat_map(
-    values: list[list[float | None]], down: Sequence[str], across: Sequence[str], title: str, file: Path
-) -> None:
+    values: list[list[float | None]], down: Sequence[str], across: Sequence[str], title: str, file: Path,
+    reverse: bool = False,
+) -> None:  # fmt: skip
     """Draw a matrix; colours tell each column's better and worse, as models differ more than prompts do.
+
+    Args:
+        values: [rows][columns]; None where nothing was measured.
+        down: labels of the rows.
+        across: labels of the columns.
+        title: above it.
+        file: SVG or PNG.
+        reverse: more is better.
 
     Raises:
         CompressError: matplotlib is not there.
@@ -147,14 +173,13 @@ def heat_map(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CompressError("heat maps need matplotlib: pip install 'compress-llm[plots]'.") from error
-    table = torch.tensor([[float("nan") if v is None else v for v in row] for row in values]).log()
+    table = torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
     low = table.nan_to_num(float("inf")).amin(0)
     high = table.nan_to_num(float("-inf")).amax(0)
     figure = Figure(figsize=(1.6 + 1.1 * len(across), 1.2 + 0.5 * len(down)), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(
-        ((table - low) / (high - low).clamp_min(1e-9)).numpy(), cmap="RdYlGn_r", vmin=-0.6, vmax=1.6, aspect="auto"
-    )
+    shade = ((table - low) / (high - low).clamp_min(1e-9)).numpy()
+    axes.imshow(shade, cmap="RdYlGn" if reverse else "RdYlGn_r", vmin=-0.6, vmax=1.6, aspect="auto")
     axes.set_xticks(range(len(across)), across, rotation=20, ha="right")
     axes.set_yticks(range(len(down)), down)
     axes.set(xlabel="evaluated at", ylabel="prompt learned at", title=title)
@@ -179,6 +204,8 @@ def main() -> None:
     quiet_transformers()
     given = arguments_of().parse_args()
     places = [Place.parse(item) for item in given.model]
+    if not given.text and not given.tasks:
+        raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
     prompts: dict[str, Path | None] = {NONE: None}
     for item in given.prompt:
         label, equals, folder = item.partition("=")
@@ -194,10 +221,12 @@ def main() -> None:
     texts = dict(item.partition("=")[::2] if "=" in item else (Path(item).stem, item) for item in given.text)
     prepared = {name: read_text(source, places[0].folder, length, protocol) for name, source in texts.items()}
     fill(rows, models, places, prompts, prepared)
-    for name in prepared:
-        values = matrix(rows.rows, list(prompts), [place.label for place in places], name, given.value)
-        across, title = [place.label for place in places], f"{name}: {given.value.replace('_', ' ')}"
-        heat_map(values, list(prompts), across, title, given.out / f"transfer-{name}.svg")
+    tasks = Tasks(tuple(given.tasks.split(",")) if given.tasks else (), given.include, given.limit)
+    fill_tasks(rows, places, prompts, tasks)
+    across = [place.label for place in places]
+    for name, value in [(name, given.value) for name in prepared] + [(name, "acc") for name in tasks.names]:
+        values, title = matrix(rows.rows, list(prompts), across, name, value), f"{name}: {value.replace('_', ' ')}"
+        heat_map(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
         print(markdown(values, list(prompts), across, title))
     print(json.dumps({"windows": length, "rows": str(rows.path)}))
 
@@ -210,11 +239,11 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="LABEL=DIR", help="adapter, or checkpoint with one"
     )
-    parser.add_argument(
-        "--text", action="append", required=True, metavar="[NAME=]FILE", help="what to score; or builtin"
-    )
+    parser.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="what to score; or builtin")
+    parser.add_argument("--tasks", help="lm-eval tasks, as for compress eval; their accuracy is another matrix")
+    parser.add_argument("--include", type=Path, help="folder of task YAML files; only folders you trust")
     parser.add_argument("--separator", help="divides texts into documents")
-    parser.add_argument("--limit", type=int, help="the first so many documents of each text")
+    parser.add_argument("--limit", type=int, help="the first so many documents of each text, items of each task")
     parser.add_argument("--min-characters", type=int, default=0, help="pass over documents of this length or less")
     parser.add_argument("--length", type=int, help="tokens in a window; what the longest prompt leaves if absent")
     parser.add_argument("--stride", type=int, help="tokens a window advances by; half its length if absent")

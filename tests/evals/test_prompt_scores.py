@@ -12,7 +12,18 @@ import compress
 from compress.errors import CompressError
 from compress.evals.perplexity import Text, Window, context_length, score
 from compress.evals.pruning import Rows
-from compress.evals.transfer import NONE, Models, Place, common_length, fill, heat_map, markdown, matrix
+from compress.evals.tasks import Tasks
+from compress.evals.transfer import (
+    NONE,
+    Models,
+    Place,
+    common_length,
+    fill,
+    fill_tasks,
+    heat_map,
+    markdown,
+    matrix,
+)
 from compress.prompts.adapter import attach
 
 WINDOWS = [Window(list(range(1, 20)), 18), Window(list(range(30, 42)), 4), Window([5, 6], 1)]
@@ -75,6 +86,15 @@ def test_a_matrix_is_filled_once(prompted, tmp_path):
     heat_map(found, list(prompts), ["three", "four"], "loss", tmp_path / "map.svg")
     assert (tmp_path / "map.svg").read_text().startswith("<?xml")
     assert markdown([[1.23456, None]], ["a"], ["x", "y"], "") == "|  | x | y |\n|---|---|---|\n| a | 1.235 | – |\n"
+
+
+def test_tasks_are_rows_too(prompted, task_folder, tmp_path):
+    rows = Rows(tmp_path / "rows.json")
+    prompts = {NONE: None, "of 3": prompted / "soft_prompt" / "3bit"}
+    fill_tasks(rows, [Place.parse(f"three={prompted}@3")], prompts, Tasks(("animals",), task_folder))
+    found = matrix(rows.rows, list(prompts), ["three"], "animals", "acc")
+    assert all(0 <= row[0] <= 1 for row in found)
+    assert [row["items"] for row in rows.rows] == [8, 8]
 
 
 def test_the_command_line_of_transfer(prompted, tmp_path):
