@@ -1,15 +1,11 @@
-"""The training loop: what a step is, what is kept, and that neither a kill nor more processes change the result."""
+"""The training loop: what a step is, what is kept, and that a kill does not change the result."""
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -157,36 +153,3 @@ def test_what_cannot_be_trained_is_refused(model, samples):
     model.requires_grad_(False)
     with pytest.raises(CompressError, match="no parameter"):
         train(model, samples, settings(), 0)
-
-
-PARALLEL = """
-import sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-from compress.processes import is_main
-from compress.training import TrainingConfig, train
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval().requires_grad_(False)
-weight = model.get_parameter("model.norm.weight").requires_grad_(True)
-samples = [torch.arange(5 + length) * 7 % 300 for length in range(9)]
-config = TrainingConfig(kind="test", steps=4, batch=3, micro_batch=2, learning_rate=0.05, warmup=1, validate_every=2)
-result = train(model, samples, config, 0)
-if is_main():
-    losses = torch.tensor([row["held_out"]["loss"] for row in result.history])
-    save_file({"losses": losses, "weight": weight.detach()}, sys.argv[2])
-"""
-
-
-def test_two_processes_do_the_work_of_one(model, tiny_llama, tmp_path):
-    script, result = tmp_path / "script.py", tmp_path / "result.safetensors"
-    script.write_text(PARALLEL)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, str(script), str(tiny_llama), str(result)]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert process.returncode == 0, process.stderr
-    found = load_file(result)
-    samples = [torch.arange(5 + length) * 7 % 300 for length in range(9)]
-    alone = train(model, samples, settings(steps=4, batch=3, micro_batch=2, warmup=1), 0)
-    expected = torch.tensor([row["held_out"]["loss"] for row in alone.history])
-    torch.testing.assert_close(found["losses"], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["weight"], trained(model), atol=1e-5, rtol=1e-5)

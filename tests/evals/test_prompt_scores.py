@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from compress.evals.transfer import (
     fill,
     fill_tasks,
     heat_map,
+    main,
     markdown,
     matrix,
 )
@@ -97,14 +96,13 @@ def test_tasks_are_rows_too(prompted, task_folder, tmp_path):
     assert [row["items"] for row in rows.rows] == [8, 8]
 
 
-def test_the_command_line_of_transfer(prompted, tmp_path):
+def test_the_command_line_of_transfer(prompted, tmp_path, monkeypatch, capsys):
     text = tmp_path / "other.txt"
     text.write_text("the dog jumps over the fox. " * 30)
-    command = [sys.executable, "-m", "compress.evals.transfer", tmp_path / "out", "--model", f"3={prompted}@3"]
-    arguments = ["--prompt", f"own={prompted / 'soft_prompt' / '3bit'}", "--text", f"foxes={text}"]
-    process = subprocess.run([*map(str, command), *arguments], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert "| own |" in process.stdout
+    arguments = [tmp_path / "out", "--model", f"3={prompted}@3", "--prompt", f"own={prompted / 'soft_prompt' / '3bit'}"]
+    monkeypatch.setattr("sys.argv", ["transfer", *map(str, arguments), "--text", f"foxes={text}"])
+    main()
+    assert "| own |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert [(row["prompt"], row["model"], row["text"]) for row in rows] == [
         ("none", "3", "foxes"),
