@@ -51,6 +51,11 @@ def stored_prompts(folder: str | Path) -> dict[int | None, Path]:
     return found
 
 
+def prompt_sizes(folder: str | Path) -> dict[int | None, tuple[int, int]]:
+    """Of every stored prompt, virtual tokens and numbers for each."""
+    return {width: _check(path)[1:] for width, path in stored_prompts(folder).items()}
+
+
 def _check(folder: Path) -> tuple[str, int, int]:
     """An adapter's two files belong together: its type, virtual tokens, and numbers for each."""
     try:

@@ -113,6 +113,8 @@ def inspect(
         out.print(line)
     if modules and "sparsity" in found:
         out.print(_sparsity_table(found["sparsity"]))
+    for width, prompt in found["prompts"].items():
+        out.print(f"soft prompt for {width}: {prompt['tokens']} virtual tokens, {prompt['numbers']} numbers")
     dense = sum(found["dense"].values())
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():

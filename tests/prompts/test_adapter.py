@@ -132,6 +132,7 @@ def test_the_command_line_uses_prompts(prompted, tmp_path):
     assert own["bits"]["3"]["tokens"] == plain["bits"]["3"]["tokens"]
     assert own["bits"]["3"]["loss"] != plain["bits"]["3"]["loss"]
     assert json.loads(other)["protocol"]["length"] == 59
+    assert "soft prompt for 4 bits: 5 virtual tokens, 240 numbers" in said("inspect", prompted)
     assert said("generate", prompted, "the quick", "--bits", "3", "--prompt", "--max-new-tokens", "4").startswith(
         "the quick"
     )

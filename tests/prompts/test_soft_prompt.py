@@ -20,6 +20,7 @@ from torch import nn
 import compress
 from compress.errors import CompressError
 from compress.hf import packed_modules
+from compress.inspect import inspect
 from compress.manifest import verify
 from compress.passes import Whole
 from compress.plan import plan
@@ -41,7 +42,8 @@ def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, fresh_pyth
     output = compress.run(prompt_recipe, tmp_path / "small")
     files = json.loads((output / "compression.json").read_text())["files"]
     assert {"soft_prompt/adapter_config.json", "soft_prompt/adapter_model.safetensors"} < files.keys()
-    assert len(verify(output)) == 3
+    assert any("1 soft prompt can be read" in line for line in verify(output))
+    assert inspect(output)["prompts"] == {"all widths": {"tokens": 5, "numbers": 240}}
     code = (
         "import sys, torch, compress; from peft import PeftModel; tokens = torch.arange(3, 20)[None]\n"
         "for bits in (3, 4):\n"
@@ -145,6 +147,13 @@ def test_a_prompt_learned_at_several_widths(whole, context):
     assert record["widths"] == [3, 5]
     assert [list(row["held_out"]) for row in record["history"]] == [["3", "5"]] * 3
     assert list(record["without"]) == ["3", "5"]
+
+
+def test_it_trains_in_bfloat16(whole, context):
+    """What is trained stays float32, through packed layers too."""
+    found, record = run_pass(whole, context, widths=(3,), precision="bfloat16")
+    assert found["prompt_embeddings"].dtype == torch.float32
+    assert record["best"]["held_out"]["3"] < record["history"][0]["held_out"]["3"]
 
 
 def test_it_can_learn_from_the_dense_model(whole, context):
