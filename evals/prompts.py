@@ -32,8 +32,8 @@ from compress.training import train
 DENSE = "dense"
 TUNED_AT = "3 bits"
 """Level at which learning rates are chosen, and at which texts are exchanged."""
-ALSO_AT = (TUNED_AT, "50 % + 4 bits")
-"""Levels at which a distilled prompt and a prefix are trained too."""
+ALSO_AT = "50 % + 4 bits"
+"""Level at which a distilled prompt and a prefix are trained too."""
 RATES = {"prompt": (0.05, 0.2, 0.6), "prefix": (0.05, 0.2, 0.6), "LoRA": (0.003, 0.01, 0.03)}
 SPARSE: dict[str, Any] = {"kind": "prune", "score": "wanda", "allocation": "uniform", "sparsity": 0.5}
 PACKED: dict[str, Any] = {"kind": "any_precision", "seed_bits": 2, "parent_bits": 4}
@@ -52,12 +52,13 @@ class Bench:
         calibration: what quantising and pruning look at.
         training: what prompts are trained on.
         settings: of every training; ``tokens``, ``steps`` and the like.
+        levels: labels of the places to work at beside the dense model; all if empty.
         report: told of progress.
     """
 
     def __init__(
         self, out: Path, model: str, calibration: Calibration, training: Mapping[str, Calibration],
-        settings: SoftPromptConfig, report: Report,
+        settings: SoftPromptConfig, levels: Sequence[str], report: Report,
     ) -> None:  # fmt: skip
         self.out, self.settings, self.report = out, settings, report
         source = open_source(model)
@@ -77,7 +78,10 @@ class Bench:
         self.dense = Place(DENSE, str(source.folder))
         self.packed = [Place(f"{bits} bits", str(out / "quantised"), bits) for bits in (4, 3, 2)]
         sparse = [Place("50 %", str(out / "sparse")), Place("50 % + 4 bits", str(out / "both"), 4)]
-        self.places = [self.dense, *self.packed, *sparse]
+        known = [*self.packed, *sparse]
+        if unknown := set(levels) - {place.label for place in known}:
+            raise CompressError(f"--levels: there is no {min(unknown)!r} among {', '.join(p.label for p in known)}.")
+        self.places = [self.dense, *(place for place in known if not levels or place.label in levels)]
 
     def whole(self, place: Place, text: str) -> Whole:
         """What the pass works on."""
@@ -181,7 +185,7 @@ def fill_all(bench: Bench, texts: Mapping[str, Text]) -> None:
     shared = bench.prompt("all widths", bench.packed[0], widths=widths)
     fill(bench.rows, bench.models, bench.packed, {"all widths": shared}, text)
     for place in bench.places:
-        if place.label not in ALSO_AT:
+        if place.label != ALSO_AT:
             continue
         for method, changes in (("distilled", {"distill": 64}), ("prefix", {})):
             path = bench.prompt(method, place, **changes)
@@ -272,6 +276,7 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=20, help="virtual tokens")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--levels", help="comma-separated: 4 bits,3 bits,2 bits,50 %%,50 %% + 4 bits; all if absent")
     parser.add_argument("--limit", type=int, help="measure on the first so many documents")
     parser.add_argument("--min-characters", type=int, default=0, help="pass over documents of this length or less")
     parser.add_argument("--stride", type=int, help="tokens a window advances by; half its length if absent")
@@ -301,8 +306,9 @@ def main() -> None:
             "validate_every": max(1, given.steps // 5),
         }
     )  # fmt: skip
+    levels = given.levels.split(",") if given.levels else []
     with progress_bar() as report:
-        bench = Bench(given.out, given.model, calibration, training, settings, report)
+        bench = Bench(given.out, given.model, calibration, training, settings, levels, report)
         length = (bench.context.context_length or 2048) - given.tokens
         protocol = Protocol(given.separator, given.limit, given.min_characters, length, given.stride, given.truncate)
         texts = {"text": read_text(given.text, bench.places[1].folder, length, protocol)}
