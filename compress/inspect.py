@@ -20,9 +20,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
-        "not_quantised", "pruned", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        "not_quantised", "pruned", "blocks", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
         ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
+        ``blocks`` are the sizes of those that are not as large as the config says (``compress.shapes.BlockShape``).
         ``pruned`` tells whether a pass of the recipe has set weights to zero.
 
     Raises:
@@ -49,10 +50,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "format_version": settings.format_version if isinstance(settings, CompressConfig) else None,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "files": {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
         "bytes": sum(item.nbytes for item in info.values()),
         "bytes_at_bits": at,
         "modules": modules,
+        "blocks": settings.pruned if settings else {},
         "dense": dense,
         "not_quantised": (manifest or {}).get("not_quantised", {}),
         "pruned": any(unit.get("linears") for step in passes for unit in step["units"].values()),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from compress.errors import CompressError
+from compress.prompts.adapter import virtual_tokens
 
 _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothing tells that memory runs out
 
@@ -66,10 +67,3 @@ class Harness(HFLM):
         if self.report is not None and self._total:
             self.report(self._done, self._total)
         return logits  # type: ignore[no-any-return]
-
-
-def virtual_tokens(model: nn.Module) -> int:
-    """How many positions a soft prompt takes; 0 for a model without one."""
-    configs = getattr(model, "peft_config", None)
-    active = configs.get(getattr(model, "active_adapter", None)) if isinstance(configs, dict) else None
-    return int(getattr(active, "num_virtual_tokens", 0) or 0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.calibration import bos_tokens, token_ids
 from compress.errors import CompressError
+from compress.prompts.adapter import text_length, virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Score:
         bits_per_byte: summed negative log-likelihood in bits over the UTF-8 bytes that were predicted.
         tokens: number of predicted tokens.
         bytes: number of predicted bytes.
+        virtual: places that a soft prompt took in all windows together; they are not among ``tokens``.
     """
 
     loss: float
@@ -31,10 +33,21 @@ class Score:
     bits_per_byte: float
     tokens: int
     bytes: int
+    virtual: int = 0
+
+    @property
+    def diluted_perplexity(self) -> float:
+        """Perplexity with the prompt's own places counted as predicted without loss, as some published figures are.
+
+        A prompt that changes nothing lowers it; it is here to compare with such figures, and for nothing else.
+        """
+        return math.exp(min(700.0, self.loss * self.tokens / (self.tokens + self.virtual)))
 
     def json(self) -> dict[str, float | int]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data; with a prompt also its places and the diluted perplexity."""
+        plain = asdict(self)
+        virtual = plain.pop("virtual")
+        return plain | ({"virtual": virtual, "diluted_perplexity": self.diluted_perplexity} if virtual else {})
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,7 @@ def score(
     the right from changing what is scored.
 
     Args:
-        model: causal LM in evaluation mode.
+        model: causal LM in evaluation mode, with or without a soft prompt, which stands before every window.
         text: from :func:`prepare`.
         batch_tokens: tokens in a batch, padding included.
         report: called with (windows done, windows in all).
@@ -157,7 +170,8 @@ def score(
             report(done, len(ordered))
     loss = total / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes)
+    virtual = virtual_tokens(model) * len(ordered)
+    return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes, virtual)
 
 
 def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
@@ -171,11 +185,11 @@ def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
         ids[row, :size] = torch.tensor(window.tokens)
         wanted[row, size - 1 - window.scored : size - 1] = True
     ids = ids.to(device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, use_cache=False).logits[:, -width:-1].float()  # without those of a prompt
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return losses.masked_fill(~wanted.to(device), 0.0)
 
 
 def context_length(model: PreTrainedModel, cap: int = 2048) -> int:
-    """Tokens in a window unless told otherwise: the model's context, at most ``cap``."""
-    return int(min(getattr(model.config, "max_position_embeddings", None) or cap, cap))
+    """Tokens in a window unless told otherwise: the model's context, at most ``cap``, less what a prompt takes."""
+    return text_length(model, cap) or cap

@@ -15,9 +15,10 @@ from compress.calibration import read_documents
 from compress.demo import corpus
 from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
-from compress.evals.store import Key, Results, identity
+from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.loading import bits_for
+from compress.prompts.adapter import virtual_tokens
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
@@ -133,6 +134,7 @@ def evaluate_text(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     report: Report | None = None,
+    prompt: bool | str | Path = False,
     store: Results | None = None,
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte at several widths, from one load.
@@ -145,32 +147,40 @@ def evaluate_text(
         dtype: to compute in.
         device: to compute on.
         report: called with (width, windows done, windows in all).
+        prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every window. Windows are
+            shorter by as much unless ``protocol.length`` says otherwise: give it to compare with and without.
         store: widths that it has are not measured again; new ones are added.
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
-        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
+        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 
     Raises:
-        CompressError: the text is the checkpoint's own calibration text, or nothing in it can be scored.
+        CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
+            can be scored, or a window and the prompt are longer than the context.
     """
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
+    if isinstance(prompt, str | Path):
+        for place in (Path(prompt), *Path(prompt).parents[:2]):  # of a checkpoint, or within one
+            refuse_calibration_text(str(place), digest)
     chosen = {str(width): bits_for(folder, width) for width in bits or ()}  # 4 and 4.0 are not the same
     whole = [width for width in bits or () if isinstance(width, int)]
     model = compress.load(
-        folder, bits=max(whole) if len(whole) == len(chosen) and whole else None, dtype=dtype, device_map=device
+        folder,
+        bits=max(whole) if len(whole) == len(chosen) and whole else None,
+        dtype=dtype,
+        device_map=device,
+        prompt=prompt,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    length = protocol.length or context_length(model)
-    if length > context_length(model, length):
-        raise CompressError(f"windows of {length} tokens: the context holds {context_length(model)}; give --length.")
-    text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate, protocol.disjoint)
-    store = store or Results(None)
-    key = Key(
-        "text", source, identity(folder), "", settings=settings_of(digest, replace(protocol, length=length), dtype)
+    protocol = replace(protocol, length=window_length(model, protocol.length))
+    text: Text = prepare(
+        documents, tokenizer, protocol.length or 2, protocol.stride, protocol.truncate, protocol.disjoint
     )
+    store, settings = store or Results(None), settings_of(digest, protocol, dtype)
+    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, settings))
     results = {}
     for width in widths_to_measure(model, bits):
         label = "dense" if width is None else str(width)
@@ -181,14 +191,37 @@ def evaluate_text(
             found = score(model, text, report=report and _labelled(report, label)).json()
             row = store.add(replace(key, width=label), found)
         results[label] = row["metrics"]
-    stride = length if protocol.disjoint else protocol.stride or max(1, length // 2)
-    cut = {"length": length, "stride": stride, "truncate": protocol.truncate}
+    virtual = virtual_tokens(model)
+    cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
     return {
         "model": folder,
         "text": {"source": source, "sha256": digest, "documents": len(documents)},
         "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+        **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
         "bits": results,
     }
+
+
+def window_length(model: PreTrainedModel, wanted: int | None) -> int:
+    """Tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
+
+    Raises:
+        CompressError: more than there is room for.
+    """
+    longest = context_length(model, cap=1 << 30)
+    if wanted is not None and wanted > longest:
+        room = (
+            f"beside the soft prompt there is room for {longest}"
+            if virtual_tokens(model)
+            else f"the context holds {longest}"
+        )
+        raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
+    return wanted or min(longest, context_length(model))
+
+
+def _stride(protocol: Protocol) -> int:
+    length = protocol.length or 2
+    return length if protocol.disjoint else protocol.stride or max(1, length // 2)
 
 
 def _labelled(report: Report, label: str) -> Callable[[int, int], None]:
@@ -199,8 +232,9 @@ def refuse_calibration_text(folder: str, digest: str) -> None:
     """A text that shaped the model says nothing about it.
 
     Raises:
-        CompressError: the manifest names this very text as the calibration text.
+        CompressError: the manifest names this very text as one the model was calibrated or trained on.
     """
-    calibration = (read_manifest(Path(folder)) or {}).get("calibration") or {}
-    if calibration.get("sha256") == digest:
-        raise CompressError("this is the text the checkpoint was calibrated on; measure on another.")
+    manifest = read_manifest(Path(folder)) or {}
+    texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
+    if any(text and text.get("sha256") == digest for text in texts):
+        raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")

@@ -38,6 +38,10 @@ def run(
     with progress_bar() as report:
         target = pipeline.run(recipe, output, assignments or (), workspace, report)
     from compress.inspect import inspect as look
+    from compress.processes import is_main
+
+    if not is_main():
+        return
 
     found = look(target)
     out.print(f"{escape(str(target))}: {found['bytes'] / 1e6:.2f} MB of tensors" + _at_widths(found["bytes_at_bits"]))

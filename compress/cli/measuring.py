@@ -12,6 +12,8 @@ from rich.table import Table
 from compress.cli.common import (
     BitsOption,
     JsonOption,
+    PromptFlag,
+    PromptFrom,
     app,
     err,
     out,
@@ -88,10 +90,6 @@ def evaluate(
         Optional[int],
         typer.Option(help="Rows in a batch; by the memory there is if absent.", min=1, rich_help_panel=_TASKS),
     ] = None,
-    adapter: Annotated[
-        Optional[Path],
-        typer.Option(help="Folder of a peft prompt-tuning adapter to put in front.", rich_help_panel=_TASKS),
-    ] = None,
     output: Annotated[
         Optional[Path],
         typer.Option(help="Write results_<width>.json in lm-eval's own schema here.", rich_help_panel=_TASKS),
@@ -115,6 +113,8 @@ def evaluate(
         bool, typer.Option(help="Measure the dense model it was made from too.", rich_help_panel=_MORE)
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    prompt: PromptFlag = False,
+    prompt_from: PromptFrom = None,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -137,7 +137,15 @@ def evaluate(
     )  # fmt: skip
     names = tuple(tasks.split(",")) if tasks else ()
     suite = Suite(
-        text, cut, Tasks(names, include, limit, fewshot), adapter, agreement, robustness, dense, reference, batch
+        text,
+        cut,
+        Tasks(names, include, limit, fewshot),
+        prompt_from or prompt,
+        agreement,
+        robustness,
+        dense,
+        reference,
+        batch,
     )
     with progress_bar() as report:
         result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, report)
