@@ -26,9 +26,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
 from compress.errors import CompressError
-from compress.evals.perplexity import Text, Window, context_length, prepare, score
+from compress.evals.perplexity import Text, Window, prepare, score
 from compress.evals.store import Key, Results, dense_identity, identity
-from compress.evals.text import Protocol, documents_of, refuse_calibration_text, settings_of, widths_to_measure
+from compress.evals.text import (
+    Protocol,
+    documents_of,
+    refuse_calibration_text,
+    settings_of,
+    widths_to_measure,
+    window_length,
+)
 from compress.loading import bits_for, load
 from compress.pipeline import model_folder
 from compress.weights import read_manifest
@@ -179,7 +186,7 @@ def _open(
         "dense" if width is None else str(width): chosen.get(str(width)) or width
         for width in widths_to_measure(model, bits)
     }
-    protocol = replace(protocol, length=protocol.length or context_length(model))
+    protocol = replace(protocol, length=window_length(model, protocol.length))
     settings = settings_of(digest, protocol, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return _Setting(

@@ -137,7 +137,7 @@ def bench(
         places = {DENSE: dense, **places}
     if load.prompt + load.tokens > context_length(model, 1 << 30):
         raise CompressError(
-            f"{load.prompt} + {load.tokens} tokens: the context holds {context_length(model, 1 << 30)}; lower --prompt."
+            f"{load.prompt} + {load.tokens} tokens: the context holds {context_length(model, 1 << 30)}; lower --prompt-tokens."
         )
     first, decode = _speed(models, widths, load, device, report)
     fresh = _fresh_loads(places, widths, load.loads, str(dtype)[6:], device, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from compress.evals.agreement import dense_model_of
 from compress.evals.store import FOLDER, Key, Results, dense_identity, identity
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tasks import Tasks
-from compress.evals.text import BUILTIN, Protocol, documents_of, widths_to_measure
+from compress.evals.text import BUILTIN, Protocol, documents_of, widths_to_measure, window_length
 from compress.evals.variants import measure_variants
 from compress.inspect import inspect
+from compress.prompts.adapter import stored_prompts
 from compress.sparsity import sparsity
 from compress.weights import Checkpoint, read_manifest
 
@@ -124,14 +125,19 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
     if builtin and wanted.tasks is None and not _has_lm_eval():
         notes.append("Tasks were not measured: lm-eval is not installed (pip install 'compress-llm[eval]').")
         tasks = Tasks(())
-    suite = Suite(text, wanted.protocol, tasks, agreement=dense and bool(text), robustness=bool(text), dense=dense)
-    if text or tasks.names:
-        evaluate_all(str(folder), suite, wanted.bits, store.path, wanted.device, report, store)
+    protocol, prompted = wanted.protocol, bool(stored_prompts(folder))
+    if prompted:  # with and without, on the same windows: there must be room for the prompt
+        length = window_length(compress.load(folder, prompt=True), None)
+        protocol = replace(protocol, length=min(length, protocol.length or length))
+    plain = Suite(text, protocol, tasks, agreement=dense and bool(text), robustness=bool(text), dense=dense)
+    for suite in (plain, Suite(text, protocol, tasks, prompt=True, dense=dense)) if prompted else (plain,):
+        if text or tasks.names:
+            evaluate_all(str(folder), suite, wanted.bits, store.path, wanted.device, report, store)
     if text is None:
         notes.append("No text was measured: give --text FILE.")
     elif wanted.controls:
         whole = [int(width) for width in inspect(folder)["bytes_at_bits"]]
-        measure_variants(folder, text, wanted.protocol, whole, store, wanted.device, report)
+        measure_variants(folder, text, protocol, whole, store, wanted.device, report)
     if wanted.load is not None and not _benched(folder, wanted.load, store):
         bench.bench(str(folder), wanted.bits, load=wanted.load, device=wanted.device, store=store, report=report)
     prompts = wanted.prompts or ((_beginning(folder, text, wanted.protocol),) if text else ())
@@ -203,9 +209,10 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
     texts: dict[str, dict[str, Any]] = {}
     for row in mine:
         if row["kind"] == "text":
+            settings = {key: value for key, value in row["settings"].items() if key != "prompt"}
             group = texts.setdefault(
-                row["name"] + json.dumps(row["settings"], sort_keys=True),
-                {"name": row["name"], "settings": row["settings"], "rows": {}},
+                row["name"] + json.dumps(settings, sort_keys=True),
+                {"name": row["name"], "settings": settings, "rows": {}},
             )
             group["rows"][row["width"], row["prompt"]] = row["metrics"]
     tasks: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}

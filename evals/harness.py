@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from compress.errors import CompressError
-from compress.prompts.adapter import text_length, virtual_tokens
+from compress.prompts.adapter import virtual_tokens
 
 _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothing tells that memory runs out
 
@@ -35,7 +35,6 @@ class Harness(HFLM):
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.virtual_tokens = virtual_tokens(model)
-        text_length(model)  # refuses a prompt that leaves no room
         self.report, self.truncated = report, 0
         self._done = self._total = 0
         if batch is not None:

@@ -146,7 +146,7 @@ class Bench:
     def prompt(self, method: str, place: Place, **changes: Any) -> Path:
         """The folder of a prompt, trained now if it is not there."""
         rate = self.rate("prefix" if method == "prefix" else "prompt")
-        key = {"trained": method, "level": place.label}
+        key = {"method": method, "level": place.label}
         self.rows.get(key, lambda: self.train(method, place, learning_rate=rate, **changes))
         return self.prompt_folder(method, place)
 

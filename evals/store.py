@@ -18,8 +18,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from compress.errors import CompressError
+from compress.prompts.adapter import WEIGHTS, find_prompts
 from compress.version import __version__
-from compress.weights import Checkpoint, read_manifest
+from compress.weights import Checkpoint, read_manifest, sha256_of
 from compress.workspace import digest
 
 FOLDER, FILE = "report", "results.jsonl"
@@ -132,6 +133,30 @@ def identity(folder: str | Path) -> str:
     if Path(folder).is_dir():
         return digest(Checkpoint(Path(folder)).sha256())
     return str(getattr(AutoConfig.from_pretrained(str(folder)), "_commit_hash", None) or folder)
+
+
+def prompt_key(
+    folder: str | Path, prompt: bool | str | Path, settings: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Name and settings of a measurement with soft prompts in front, for :class:`Key`.
+
+    Args:
+        folder: checkpoint.
+        prompt: True for its own prompts, a folder for others, False for none.
+        settings: of the measurement; digests of the prompts are added.
+
+    Raises:
+        CompressError: there are no prompts.
+    """
+    if not prompt:
+        return None, dict(settings)
+    found = find_prompts(folder, prompt)
+    name = "soft prompt"
+    if prompt is not True:
+        place = Path(prompt)
+        name = f"prompt of {place.resolve().parent.name if place.name == 'soft_prompt' else place.name}"
+    digests = {str(width or "all"): sha256_of(path / WEIGHTS) for width, path in found.items()}
+    return name, {**settings, "prompt": digests}
 
 
 def dense_identity(manifest: Mapping[str, Any]) -> str:

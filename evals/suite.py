@@ -25,7 +25,7 @@ class Suite:
         text: file, or ``builtin``; None for tasks alone.
         protocol: how the text is cut.
         tasks: for lm-eval; none if it names none.
-        adapter: soft prompts in front of texts and tasks.
+        prompt: True puts the checkpoint's own soft prompts in front of text and tasks, a folder those of another.
         agreement: compare with the dense model on the text.
         robustness: measure the text with typing errors too.
         dense: measure the dense model as well.
@@ -36,7 +36,7 @@ class Suite:
     text: str | None = None
     protocol: Protocol = field(default_factory=Protocol)
     tasks: Tasks = field(default_factory=lambda: Tasks(()))
-    adapter: Path | None = None
+    prompt: bool | str | Path = False
     agreement: bool = False
     robustness: bool = False
     dense: bool = False
@@ -67,28 +67,28 @@ def evaluate_all(
     Raises:
         CompressError: anything a user can put right.
     """
-    if suite.adapter is not None and (suite.agreement or suite.robustness):
-        raise CompressError("agreement and robustness are measured without a soft prompt; leave it out, or them.")
+    if suite.prompt and (suite.agreement or suite.robustness):
+        raise CompressError("agreement and robustness are measured without a soft prompt; ask for them on their own.")
     store = store or results_of(folder, results)
     original = dense_model_of(folder, suite.reference) if suite.dense else None
     result: dict[str, Any] = {"model": folder}
     rows: Rows = {}
-    places = [(folder, bits), *([(original, None)] if original else [])]
+    prompt = suite.prompt
+    places = [(folder, bits, prompt)]
+    if original is not None:
+        places.append((original, None, folder if prompt is True else prompt))
     if suite.tasks.names:
-        for place, widths in places:
-            rows |= evaluate_tasks(
-                place, suite.tasks, widths, store, suite.adapter, suite.batch, device=device, report=report
-            )
+        for place, widths, front in places:
+            rows |= evaluate_tasks(place, suite.tasks, widths, store, front, suite.batch, device=device, report=report)
         result["tasks"] = {
             width: {name: row["metrics"] for name, row in found.items()} for width, found in rows.items()
         }
     if suite.text is None:
         return result, rows
-    for place, widths in places:
+    for place, widths, front in places:
         found = evaluate_text(
-            place, suite.text, widths, suite.protocol, device=device, report=report, store=store,
-            prompt=suite.adapter or False,
-        )  # fmt: skip
+            place, suite.text, widths, suite.protocol, device=device, report=report, prompt=front, store=store
+        )
         result.setdefault("bits", {}).update(found.pop("bits"))
         result = {**found, **result}
     if suite.agreement:
@@ -97,7 +97,7 @@ def evaluate_all(
         )
     if suite.robustness:
         result["robustness"] = {}
-        for place, widths in places:
+        for place, widths, _ in places:
             result["robustness"] |= evaluate_robustness(
                 place, suite.text, widths, suite.protocol, store=store, device=device, report=report
             )

@@ -19,10 +19,9 @@ import compress
 from compress.errors import CompressError, did_you_mean
 from compress.evals import cloze
 from compress.evals.agreement import calibration_error
-from compress.evals.store import Key, Results, identity, versions
+from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.evals.text import widths_to_measure
 from compress.loading import bits_for
-from compress.prompts.adapter import attach, prompt_key
 from compress.weights import sha256_of
 from compress.workspace import digest
 
@@ -58,7 +57,7 @@ def evaluate_tasks(
     tasks: Tasks,
     bits: Sequence[int | float] | None = None,
     store: Results | None = None,
-    adapter: Path | None = None,
+    prompt: bool | str | Path = False,
     batch: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -71,7 +70,7 @@ def evaluate_tasks(
         tasks: what to run.
         bits: widths, or mean widths such as 3.5; all there are if None.
         store: measurements that are in it are not made again; new ones are added.
-        adapter: folder of soft prompts to put in front, or a checkpoint with some of its own.
+        prompt: put the checkpoint's own soft prompts (True), or those of a folder, in front.
         batch: rows in a batch; chosen automatically if None.
         dtype: to compute in.
         device: to compute on.
@@ -91,20 +90,20 @@ def evaluate_tasks(
     chosen = {str(width): bits_for(folder, width) for width in bits or ()}
     whole = [width for width in bits or () if isinstance(width, int)]
     stored = max(whole) if whole and len(whole) == len(chosen) else None
-    model: Any = compress.load(folder, bits=stored, dtype=dtype, device_map=device)
+    model: Any = compress.load(folder, bits=stored, dtype=dtype, device_map=device, prompt=prompt)
     widths, origin = widths_to_measure(model, bits), identity(folder)
-    prompted = model if adapter is None else attach(model, adapter)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for width in widths:
         label = "dense" if width is None else str(width)
         if width is not None:
-            compress.set_bits(prompted, chosen.get(label) or int(width))
+            compress.set_bits(model, chosen.get(label) or int(width))
         for name in tasks.names:
-            key = _key(name, tasks, folder, origin, label, adapter, str(dtype).removeprefix("torch."))
+            settings = {**_settings(name, tasks), "dtype": str(dtype).removeprefix("torch.")}
+            key = Key("task", name, origin, label, *prompt_key(folder, prompt, settings))
             row = store.find(key)
             if row is None:
                 watch = _labelled(report, f"{name} at {label}")
-                row = _measure(key, tasks, manager, prompted, tokenizer, batch, watch, store)
+                row = _measure(key, tasks, manager, model, tokenizer, batch, watch, store)
             found.setdefault(label, {})[name] = row
     return found
 
@@ -136,14 +135,13 @@ def task_manager(tasks: Tasks) -> TaskManager:
     return manager
 
 
-def _key(name: str, tasks: Tasks, folder: str, model: str, width: str, adapter: Path | None, dtype: str) -> Key:
+def _settings(name: str, tasks: Tasks) -> dict[str, Any]:
+    """What else decides the figures: data, number of items, examples in front, lm-eval's release."""
     data = {"builtin": cloze.fingerprint(name)} if name in cloze.MAKERS else {}
     if tasks.include is not None and name not in cloze.MAKERS:
         files = [path for path in sorted(tasks.include.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
         data = {"include": digest({str(path.relative_to(tasks.include)): sha256_of(path) for path in files})}
-    prompt, data = prompt_key(folder, adapter, data)
-    settings = {"limit": tasks.limit, "fewshot": tasks.fewshot, "dtype": dtype, "data": data, **versions(["lm_eval"])}
-    return Key("task", name, model, width, prompt, settings)
+    return {"limit": tasks.limit, "fewshot": tasks.fewshot, "data": data, **versions(["lm_eval"])}
 
 
 def _labelled(report: Report | None, label: str) -> Callable[[int, int], None] | None:

@@ -15,10 +15,10 @@ from compress.calibration import read_documents
 from compress.demo import corpus
 from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
-from compress.evals.store import Key, Results, identity
+from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.loading import bits_for
-from compress.prompts.adapter import prompt_key, text_length, virtual_tokens
+from compress.prompts.adapter import virtual_tokens
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
@@ -175,16 +175,12 @@ def evaluate_text(
         prompt=prompt,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    longest = text_length(model)
-    length = protocol.length or context_length(model)
-    if longest is not None and length > longest:
-        beside = " beside the soft prompt" if prompt else ""
-        raise CompressError(f"windows of {length} tokens: the context holds {longest}{beside}; give --length.")
-    text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate, protocol.disjoint)
-    store = store or Results(None)
-    settings = settings_of(digest, replace(protocol, length=length), dtype)
-    name, settings = prompt_key(folder, prompt, settings)
-    key = Key("text", source, identity(folder), "", name, settings)
+    protocol = replace(protocol, length=window_length(model, protocol.length))
+    text: Text = prepare(
+        documents, tokenizer, protocol.length or 2, protocol.stride, protocol.truncate, protocol.disjoint
+    )
+    store, settings = store or Results(None), settings_of(digest, protocol, dtype)
+    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, settings))
     results = {}
     for width in widths_to_measure(model, bits):
         label = "dense" if width is None else str(width)
@@ -196,8 +192,7 @@ def evaluate_text(
             row = store.add(replace(key, width=label), found)
         results[label] = row["metrics"]
     virtual = virtual_tokens(model)
-    stride = length if protocol.disjoint else protocol.stride or max(1, length // 2)
-    cut = {"length": length, "stride": stride, "truncate": protocol.truncate}
+    cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
     return {
         "model": folder,
         "text": {"source": source, "sha256": digest, "documents": len(documents)},
@@ -205,6 +200,28 @@ def evaluate_text(
         **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
         "bits": results,
     }
+
+
+def window_length(model: PreTrainedModel, wanted: int | None) -> int:
+    """Tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
+
+    Raises:
+        CompressError: more than there is room for.
+    """
+    longest = context_length(model, cap=1 << 30)
+    if wanted is not None and wanted > longest:
+        room = (
+            f"beside the soft prompt there is room for {longest}"
+            if virtual_tokens(model)
+            else f"the context holds {longest}"
+        )
+        raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
+    return wanted or min(longest, context_length(model))
+
+
+def _stride(protocol: Protocol) -> int:
+    length = protocol.length or 2
+    return length if protocol.disjoint else protocol.stride or max(1, length // 2)
 
 
 def _labelled(report: Report, label: str) -> Callable[[int, int], None]:

@@ -139,7 +139,7 @@ def fill_tasks(rows: Rows, places: Sequence[Place], prompts: Mapping[str, Path |
 
 def _task(place: Place, prompt: Path | None, name: str, tasks: Tasks) -> dict[str, Any]:
     widths = None if place.bits is None else [place.bits]
-    found = evaluate_tasks(place.folder, replace(tasks, names=(name,)), widths, adapter=prompt)
+    found = evaluate_tasks(place.folder, replace(tasks, names=(name,)), widths, prompt=prompt or False)
     row: dict[str, Any] = next(iter(found.values()))[name]
     return {**row["metrics"], "items": row["n"]}
 

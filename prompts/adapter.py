@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.hf import packed_modules
-from compress.weights import sha256_of
 from compress.workspace import Record, save_atomic, write_atomic
 
 if TYPE_CHECKING:
@@ -167,24 +166,6 @@ def find_prompts(
     if not found:
         raise CompressError(f"{place}: holds no soft prompt ({CONFIG} in it, in {FOLDER}/ or in {FOLDER}/<b>bit/).")
     return found
-
-
-def prompt_key(
-    folder: str | Path, prompt: bool | str | Path | None, settings: Mapping[str, Any]
-) -> tuple[str | None, dict[str, Any]]:
-    """What tells measurements with one prompt from those with another: a name, and settings with the tensors' digests.
-
-    Args:
-        folder: of the model.
-        prompt: as for :func:`find_prompts`; none if it is false.
-        settings: of the measurement.
-    """
-    if not prompt:
-        return None, dict(settings)
-    found = find_prompts(folder, prompt)
-    digests = {"all" if width is None else f"{width}bit": sha256_of(path / WEIGHTS) for width, path in found.items()}
-    name = FOLDER if prompt is True or Path(prompt) == Path(folder) else Path(prompt).name
-    return name, {**settings, "prompt": digests}
 
 
 def attach(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Path]) -> PeftModel:

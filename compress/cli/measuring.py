@@ -136,9 +136,16 @@ def evaluate(
         truncate=truncate,
     )  # fmt: skip
     names = tuple(tasks.split(",")) if tasks else ()
-    adapter = prompt_from or (Path(folder) if prompt else None)
     suite = Suite(
-        text, cut, Tasks(names, include, limit, fewshot), adapter, agreement, robustness, dense, reference, batch
+        text,
+        cut,
+        Tasks(names, include, limit, fewshot),
+        prompt_from or prompt,
+        agreement,
+        robustness,
+        dense,
+        reference,
+        batch,
     )
     with progress_bar() as report:
         result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, report)
@@ -196,7 +203,7 @@ def bench(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
     bits: BitsOption = None,
     reference: Annotated[Optional[str], typer.Option(help="Dense model; the recipe's if absent.")] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
+    prompt: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of every candidate.", min=1)] = 7,
     loads: Annotated[int, typer.Option(help="Fresh processes per candidate.", min=1)] = 3,

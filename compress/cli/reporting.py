@@ -46,8 +46,8 @@ def report(
         bool, typer.Option("--controls", help="Make and measure stages and controls too: runs of their own.")
     ] = False,
     benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed and memory.")] = True,
-    prompts: Annotated[
-        Optional[list[str]], typer.Option("--prompt", help="Continue this at every width; may be repeated.")
+    samples: Annotated[
+        Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     kept: ResultsOption = None,
@@ -68,7 +68,7 @@ def report(
     )
     chosen = Tasks(tuple(tasks.split(",")), include) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
-    wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(prompts or ()), device)
+    wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(samples or ()), device)
     with progress_bar() as watch:
         written, notes = write(folder, wanted if run else None, output, kept, watch)
     for path in written:

@@ -72,11 +72,13 @@ def test_bench_report_and_compare(command, checkpoint, compressed, held_out, tmp
         return {name: {"load_seconds": [0.5], "resident_bytes": [1e6]} for name in places}
 
     monkeypatch.setattr(bench_module, "_fresh_loads", loads)
-    code, text, _ = command("bench", checkpoint, "--bits", "3", "--prompt", "8", "--tokens", "2", "--rounds", "2")
+    code, text, _ = command(
+        "bench", checkpoint, "--bits", "3", "--prompt-tokens", "8", "--tokens", "2", "--rounds", "2"
+    )
     assert code == 0
     assert "dense" in text
     code, text, error = command(
-        "report", checkpoint, "--text", held_out, "--no-bench", "--prompt", "the dog", "--bits", "3,6"
+        "report", checkpoint, "--text", held_out, "--no-bench", "--sample", "the dog", "--bits", "3,6"
     )
     assert (code, error) == (0, "")
     assert [line.rpartition("/")[2] for line in text.splitlines()] == ["index.html", "report.md", "pareto.png"]
@@ -96,11 +98,13 @@ def test_bench_report_and_compare(command, checkpoint, compressed, held_out, tmp
     [
         (["eval", "{model}"], "give --text FILE, --tasks NAMES, or both"),
         (["eval", "{model}", "--tasks", "x", "--agreement"], "give --text FILE too"),
+        (["eval", "{model}", "--text", "builtin", "--prompt"], "holds no soft prompt"),
+        (["eval", "{model}", "--text", "builtin", "--prompt", "--agreement"], "measured without a soft prompt"),
         (["eval", "{model}", "--text", "builtin", "--protocol", "2049"], "Did you mean '2048'?"),
         (["eval", "{model}", "--text", "builtin", "--protocol", "2048"], "the context holds 64; give --length"),
         (["eval", "{dense}", "--text", "builtin", "--dense"], "give --reference"),
-        (["bench", "{model}", "--bits", "9", "--prompt", "8"], "width 9 is not available"),
-        (["bench", "{model}", "--prompt", "99"], "the context holds 64; lower --prompt"),
+        (["bench", "{model}", "--bits", "9", "--prompt-tokens", "8"], "width 9 is not available"),
+        (["bench", "{model}", "--prompt-tokens", "99"], "the context holds 64; lower --prompt-tokens"),
         (["bench", "{model}", "--dtype", "int8"], "give float32, bfloat16 or float16"),
         (["bench", "nowhere"], "not a model folder or hub id"),
         (["report", "{dense}"], "has no compression.json"),

@@ -176,3 +176,25 @@ def test_a_matrix_whose_shape_is_wrong_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"title": "T", "rows": ["a"], "columns": ["b"], "values": [[1, 2]]}))
     with pytest.raises(CompressError, match="T: values are not 1 rows of 1"):
         read_matrices(tmp_path)
+
+
+def test_a_soft_prompt_is_measured_with_and_without_and_on_the_dense_model(compressed, soft_prompt, tmp_path):
+    """All on the same windows, which leave room for the prompt; virtual tokens are never scored."""
+    folder = shutil.copytree(compressed, tmp_path / "model")
+    shutil.copytree(soft_prompt, folder / "soft_prompt")
+    (tmp_path / "held_out.txt").write_text(TEXT)
+    store = results_of(folder)
+    wanted = Wanted(str(tmp_path / "held_out.txt"), load=None, bits=[3, 4], prompts=("the",))
+    measure_missing(folder, wanted, store, lambda *_: None)
+    facts = collect(folder, store)
+    assert len(facts.texts) == 1
+    rows = facts.texts[0]["rows"]
+    assert set(rows) == {
+        *((w, p) for w in "34" for p in (None, "soft prompt")), ("dense", None), ("dense", "prompt of model"),
+    }  # fmt: skip
+    assert len({metrics["tokens"] for metrics in rows.values()}) == 1
+    assert facts.texts[0]["settings"]["protocol"]["length"] == 64 - 5
+    names = [row[0] for row in quality(facts, facts.texts[0]).rows]
+    assert names == [
+        "dense", "dense + prompt of model", "4 bits", "4 bits + soft prompt", "3 bits", "3 bits + soft prompt",
+    ]  # fmt: skip

@@ -98,18 +98,19 @@ def test_log_likelihoods_with_a_soft_prompt_equal_a_plain_loop(compressed, soft_
 
 def test_tasks_with_and_without_the_soft_prompt(compressed, task_folder, soft_prompt):
     store = Results(None)
-    for adapter in (None, soft_prompt):
-        evaluate_tasks(str(compressed), Tasks(("animals",), task_folder), [4], store, adapter)
+    for prompt in (False, soft_prompt):
+        evaluate_tasks(str(compressed), Tasks(("animals",), task_folder), [4], store, prompt)
     rows = {row["prompt"]: row for row in store.rows("task")}
-    assert set(rows) == {None, "soft_prompt"}
-    assert rows[None]["metrics"]["ece"] != rows["soft_prompt"]["metrics"]["ece"]
+    name = f"prompt of {soft_prompt.parent.name}"
+    assert set(rows) == {None, name}
+    assert rows[None]["metrics"]["ece"] != rows[name]["metrics"]["ece"]
 
 
 def test_long_requests_with_a_prompt_are_cut_to_what_fits(compressed, soft_prompt, write_task, tmp_path):
     """64 positions, 5 of them virtual: a longer request is cut on the left and counted."""
     items = [{"query": "the fox sleeps. " * 20, "choices": ["fox", "dog"], "gold": 0}] * 2
     write_task(tmp_path, "long", items)
-    row = evaluate_tasks(str(compressed), Tasks(("long",), tmp_path), [4], adapter=soft_prompt)["4"]["long"]
+    row = evaluate_tasks(str(compressed), Tasks(("long",), tmp_path), [4], prompt=soft_prompt)["4"]["long"]
     assert row["truncated"] == 4
 
 
