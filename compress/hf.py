@@ -28,10 +28,13 @@ from compress.errors import CompressError, did_you_mean
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
 from compress.quant.sparse import SparseShape, expand, shape_of
+from compress.shapes import BlockShape, Shapes, read_shapes, replace_shapes
 from compress.structure import Linear, architecture, is_linear
 
 METHOD = "compress"
-DENSE_VERSION, SPARSE_VERSION = 1, 2  # of the format: the second if and only if a module is stored sparse
+DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION = 1, 2, 3
+"""Of the format: the third if and only if blocks of other sizes than the config's are recorded, the second if and only if
+none is and a module is stored sparse."""
 
 Bits = int | Mapping[str, int]
 """A width for all packed modules, or widths by exact module name or ``re:`` pattern."""
@@ -92,6 +95,7 @@ class CompressConfig(QuantizationConfigMixin):
         format_version: of the stored tensors.
         bits: width to load at, or patterns; None means all that is stored.
         modules: packed module name -> fields of :class:`PackedShape`.
+        pruned: block name -> fields of :class:`BlockShape`, for blocks that are not as the rest of the config says.
     """
 
     def __init__(
@@ -99,19 +103,36 @@ class CompressConfig(QuantizationConfigMixin):
         format_version: int = DENSE_VERSION,
         bits: Bits | None = None,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
+        pruned: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        if format_version not in (DENSE_VERSION, SPARSE_VERSION):
+        if format_version not in (DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION):
             raise CompressError(
-                f"config.json: format_version {format_version} is neither {DENSE_VERSION} nor {SPARSE_VERSION}, which "
-                "this release of compress reads; install a release that knows it."
+                f"config.json: format_version {format_version} is none of {DENSE_VERSION}, {SPARSE_VERSION} and "
+                f"{SHAPED_VERSION}, which this release of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
         try:
             self.modules = {name: dict(fields) for name, fields in (modules or {}).items()}
         except (TypeError, ValueError, AttributeError) as error:
             raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
+        self.pruned = {name: vars(shape) for name, shape in read_shapes(pruned or {}).items()}
+        if self.pruned and format_version != SHAPED_VERSION:
+            raise CompressError(
+                f"config.json: quantization_config.pruned needs format_version {SHAPED_VERSION}, not {format_version}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``config.json``; ``pruned`` only where there is something to say."""
+        data: dict[str, Any] = super().to_dict()
+        if not self.pruned:
+            data.pop("pruned", None)
+        return data
+
+    def block_shapes(self) -> dict[str, BlockShape]:
+        """The recorded blocks."""
+        return read_shapes(self.pruned)
 
     def shapes(self) -> dict[str, PackedShape]:
         """The packed modules.
@@ -182,8 +203,10 @@ def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbed
     }
 
 
-def format_version(shapes: Iterable[PackedShape]) -> int:
-    """The version of the format that modules need."""
+def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
+    """The version of the format that modules and blocks need."""
+    if pruned:
+        return SHAPED_VERSION
     return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in shapes) else DENSE_VERSION
 
 
@@ -234,6 +257,8 @@ class CompressQuantizer(HfQuantizer):
         if config.bits is not None and stored:
             widths = widths_for(config.bits, stored)
         loaded = {name: replace(shape, parent_bits=widths[name]) for name, shape in stored.items()}
+        pruned = config.block_shapes()
+        replace_shapes(model, pruned)
         replace_packed(model, loaded)
         known = model._keys_to_ignore_on_load_unexpected  # a list in transformers 5.0, a set in later ones
         collection = list if known is None else type(known)
@@ -241,7 +266,7 @@ class CompressQuantizer(HfQuantizer):
         dense = {name: shape.dense if isinstance(shape, SparseShape) else shape for name, shape in loaded.items()}
         self.stored_share = min(1.0, _bytes(loaded) / max(1, _bytes(dense)))
         # What will be in memory is what save_pretrained would write, so that is what the config says.
-        config.format_version, config.modules, config.bits = DENSE_VERSION, records(dense), None
+        config.format_version, config.modules, config.bits = format_version([], pruned), records(dense), None
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from typing import Any
 from compress.hf import CompressConfig
 from compress.loading import check_tensors
 from compress.manifest import read_settings
+from compress.prompts.adapter import prompt_sizes
 from compress.quant.linear import PackedShape, width_of
 from compress.quant.sparse import SparseShape
 from compress.weights import Checkpoint, TensorInfo, read_manifest
@@ -20,9 +21,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
-        "not_quantised", "pruned", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        "prompts": {width: {"tokens", "numbers"}}, "not_quantised", "pruned", "blocks", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
         ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
+        ``blocks`` are the sizes of those that are not as large as the config says (``compress.shapes.BlockShape``).
         ``pruned`` tells whether a pass of the recipe has set weights to zero.
 
     Raises:
@@ -49,11 +51,20 @@ def inspect(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "format_version": settings.format_version if isinstance(settings, CompressConfig) else None,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "files": {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
         "bytes": sum(item.nbytes for item in info.values()),
         "bytes_at_bits": at,
         "modules": modules,
+        "blocks": settings.pruned if settings else {},
         "dense": dense,
+        "prompts": {
+            "all widths" if bits is None else f"{bits} bits": {"tokens": tokens, "numbers": tokens * wide}
+            for bits, (tokens, wide) in prompt_sizes(folder).items()
+        },
         "not_quantised": (manifest or {}).get("not_quantised", {}),
         "pruned": any(unit.get("linears") for step in passes for unit in step["units"].values()),
         "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},

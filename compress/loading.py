@@ -21,7 +21,7 @@ from compress.weights import INDEX, MANIFEST, Checkpoint
 
 def load(
     folder: str | Path, bits: Bits | float | str | None = None, memory: str | int | None = None,
-    keep_dense: bool | None = None, exact: bool = True, **kwargs: Any,
+    keep_dense: bool | None = None, exact: bool = True, prompt: bool | str | Path = False, **kwargs: Any,
 ) -> PreTrainedModel:  # fmt: skip
     """Load a checkpoint as a stock Hugging Face model.
 
@@ -39,11 +39,19 @@ def load(
             looking it up again every time is many times slower.
         exact: whether sums are of float32 products; if not, the C library rounds activations (64 at a time) and
             table entries to 8 bits, which is faster.
+        prompt: put the checkpoint's own soft prompts before the model (True), or those of a folder; the result is then
+            a ``PeftModel`` around it.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        CompressError: no such checkpoint or width, a pattern that matches nothing, damaged or missing files.
+        CompressError: no such checkpoint or width, a pattern that matches nothing, damaged or missing files, no prompt.
     """
+    if prompt:
+        from compress.prompts.adapter import attach, find_prompts
+
+        found = find_prompts(folder, prompt, kwargs.get("revision"))  # before the model is read
+        model = load(folder, bits, memory, keep_dense, exact, **kwargs)
+        return attach(model, found)  # type: ignore[return-value]
     name = str(folder)
     try:
         config = AutoConfig.from_pretrained(name, revision=kwargs.get("revision"))
@@ -62,7 +70,9 @@ def load(
     shapes = stored.shapes()
     index = INDEX
     chosen = bits_for(name, bits, memory, kwargs.get("revision"))
-    if chosen is not None and shapes:
+    if chosen is not None and not shapes:
+        raise CompressError(f"{name}: none of its matrices is packed, so it has no widths to choose from.")
+    if chosen is not None:
         widest = max(widths_for(chosen, shapes).values())
         config.quantization_config = {**settings, "bits": chosen if isinstance(chosen, int) else dict(chosen)}
         stepwise = index_name(widest)
@@ -151,13 +161,14 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
     """Change the width of a loaded model, without reading anything again.
 
     Args:
-        model: loaded by :func:`load` or ``from_pretrained``.
+        model: loaded by :func:`load` or ``from_pretrained``; with soft prompts of several widths, the one of this width
+            becomes active.
         bits: one width, or widths by module name or ``re:`` pattern; modules not named keep theirs.
 
     Raises:
         CompressError: the model has no packed modules, the width was not loaded, a pattern matches nothing.
     """
-    modules = packed_modules(model)
+    modules = packed_modules(_inner(model))
     if not modules:
         raise CompressError("this model has no packed modules, so it has no width to set.")
     shapes = {name: module.shape for name, module in modules.items()}
@@ -168,6 +179,17 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
     named = widths if isinstance(bits, int) else _named(bits, shapes)
     for name in named:
         modules[name].bits = widths[name]
+    if hasattr(model, "peft_config"):
+        from compress.prompts.adapter import choose
+
+        choose(model)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """What is within an adapter: names are those of the checkpoint there."""
+    base: Any = getattr(model, "get_base_model", lambda: model)
+    inner: nn.Module = base()
+    return inner
 
 
 def _named(bits: Mapping[str, int], shapes: Mapping[str, Any]) -> list[str]:
@@ -180,7 +202,7 @@ def get_bits(model: nn.Module) -> int | dict[str, int]:
     Raises:
         CompressError: the model has no packed modules.
     """
-    widths = {name: module.bits for name, module in packed_modules(model).items()}
+    widths = {name: module.bits for name, module in packed_modules(_inner(model)).items()}
     if not widths:
         raise CompressError("this model has no packed modules, so it has no width.")
     return next(iter(widths.values())) if len(set(widths.values())) == 1 else widths

@@ -54,6 +54,10 @@ def verify(folder: Path) -> list[str]:
     if settings is not None:
         count = check_tensors(folder, settings)
         passed.append(f"{count} tensors of {len(settings.modules)} packed modules have their recorded shape and type")
+    from compress.prompts.adapter import stored_prompts
+
+    if prompts := stored_prompts(folder):
+        passed.append(f"{len(prompts)} soft prompt{'s' * (len(prompts) > 1)} can be read")
     expected = manifest["probe"]["at_bits"]
     for width, found in _probe_in_fresh_process(folder, manifest["probe"]).items():
         _compare(width, expected[width], found)

@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import CompressError
 from compress.quant.linear import PackedShape
+from compress.shapes import BlockShape, Shapes
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
+
+if TYPE_CHECKING:
+    from compress.recipe import Calibration
 
 GROUP = "compress.passes"
 
@@ -48,8 +53,15 @@ class Needs:
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
-        whole_model: has the whole model in memory, and the dense one it came from: the pipeline calls
-            :meth:`Pass.run_model` instead of :meth:`Pass.run_block`.
+        changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
+        model_survey: looks at the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
+        backward: differentiates the whole model in memory; told for the plan's sake.
+        whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
+            :meth:`Pass.run_block`.
+        teacher: with ``whole_model``, also the dense model it came from (:attr:`Whole.dense`).
+        beside: what :meth:`Pass.run_model` returns belongs beside the model, not into it: the model stays as it is, and
+            :meth:`Pass.write_files` makes files of it. Such a pass comes last.
+        text: what it learns from in place of the recipe's calibration.
     """
 
     inputs: Literal["original", "updated"] | None = None
@@ -58,12 +70,18 @@ class Needs:
     squared_gradients: bool = False
     packs: bool = False
     packed: bool = False
+    changes_shapes: bool = False
+    model_survey: bool = False
+    backward: bool = False
     whole_model: bool = False
+    teacher: bool = False
+    beside: bool = False
+    text: Calibration | None = None
 
     @property
     def calibration(self) -> bool:
         """Whether it looks at text."""
-        return self.inputs is not None or self.squared_gradients or self.whole_model
+        return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_survey
 
 
 @dataclass(frozen=True)
@@ -78,8 +96,8 @@ class Packed:
 class Block:
     """One transformer block, in memory, with what the pass asked for.
 
-    A pass changes ``linears[name].weight`` in place, or fills ``packed[name]``; everything else is the
-    pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
+    A pass changes ``linears[name].weight`` in place, puts smaller parameters into modules (and says so in ``shape``), sets
+    ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
     block, with ``index`` -1.
 
     Attributes:
@@ -91,6 +109,9 @@ class Block:
         samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
         variants: the same calls on the inputs that each variant of the earlier blocks produces.
         surveys: of every finished survey round, the records of all blocks in order.
+        findings: what :meth:`Pass.survey_model` returned.
+        shape: its sizes; None where the architecture declares no groups.
+        removed: whether the model is to go on without it.
         packed: filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
@@ -104,6 +125,9 @@ class Block:
     samples: Sequence[Callable[[nn.Module], Tensor]] = ()
     variants: Mapping[str, Sequence[Callable[[nn.Module], Tensor]]] = field(default_factory=dict)
     surveys: Sequence[Sequence[Record]] = ()
+    findings: Mapping[str, Tensor] = field(default_factory=dict)
+    shape: BlockShape | None = None
+    removed: bool = False
     packed: dict[str, Packed] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
@@ -135,13 +159,20 @@ class Whole:
 
     Attributes:
         model: as the passes before left it, packed modules included; to be left as it was found.
-        dense: the model the recipe began with.
-        samples: int64 [T] each, the calibration text.
+        load_dense: reads what :attr:`dense` is.
+        samples: int64 [T] each, the text to learn from.
+        scratch: a folder for what an interrupted unit continues from; deleted when the unit is finished.
     """
 
     model: PreTrainedModel
-    dense: PreTrainedModel
+    load_dense: Callable[[], PreTrainedModel]
     samples: Sequence[Tensor]
+    scratch: Path
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        """The model the recipe began with; in memory from the first use on."""
+        return self.load_dense()
 
 
 @dataclass(frozen=True)
@@ -156,6 +187,12 @@ class Context:
         outside: the same for the embedding and the head.
         head: which of those is the head.
         tied: whether the two are one tensor.
+        config: the model's.
+        shapes: blocks that are not as large as the config says.
+        biased: linears inside the blocks that have a bias.
+        parameters: of the whole model, those of a tied head counted once.
+        context_length: tokens the model can look at, if it has a limit.
+        tokenizer: of the model.
     """
 
     structure: Architecture
@@ -165,6 +202,12 @@ class Context:
     outside: Mapping[str, tuple[int, int]]
     head: str
     tied: bool
+    config: PretrainedConfig
+    shapes: Shapes
+    biased: frozenset[str]
+    parameters: int
+    context_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def generator(self, *place: int) -> torch.Generator:
         """A random generator that depends on the seed and a place (pass, block, …) only."""
@@ -204,6 +247,30 @@ class Pass(Generic[ConfigT]):
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """What it will leave packed, by full name, for the plan; tables are taken to fit float16."""
         return {}
+
+    def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
+        """For checks and the plan: block -> the shape it will have, None if it is removed; unchanged blocks may be absent.
+
+        What depends on the weights is to be estimated.
+        """
+        return {}
+
+    def survey_model(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Tensor],
+        context: Context,
+        report: Callable[[str, int, int], None],
+    ) -> dict[str, Tensor]:
+        """Look at the whole model, float32 on the context's device; what is returned is every block's ``findings``.
+
+        Args:
+            model: to be left as it was found.
+            samples: int64 [T] each, the calibration text.
+            context: of the run.
+            report: called with (what, done, total).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no survey_model")
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
         """Whether to look at all blocks (once more) before any is worked on.
@@ -245,6 +312,18 @@ class Pass(Generic[ConfigT]):
             :meth:`run_block`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no run_model")
+
+    def write_files(
+        self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Record]
+    ) -> None:
+        """Write what belongs beside the model into the checkpoint's folder; the manifest will have its digests.
+
+        Args:
+            folder: of the checkpoint.
+            units: the tensors that :meth:`run_model` returned, by unit.
+            records: the figures that it returned.
+        """
+        return
 
 
 @cache

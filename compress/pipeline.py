@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,10 +18,11 @@ from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError
 from compress.passes import Context, Pass, pass_class
+from compress.processes import processes
 from compress.quant.linear import PackedShape
-from compress.recipe import Overrides, Recipe, load_recipe
+from compress.recipe import Calibration, Overrides, Recipe, load_recipe
 from compress.runner import Log, Report, Runner
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
+from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
 from compress.structure import architecture
 from compress.weights import Checkpoint
 from compress.workspace import Workspace, digest
@@ -46,7 +47,8 @@ def run(
 ) -> Path:
     """Compress a model.
 
-    Run again after an interruption, it continues where it was and ends with the same bytes.
+    Run again after an interruption, it continues where it was and ends with the same bytes. Under ``torchrun`` or ``accelerate
+    launch`` the main process compresses, and all share the samples of passes that train.
 
     Args:
         recipe: YAML file, mapping or :class:`Recipe`.
@@ -65,11 +67,14 @@ def run(
     settings = load_recipe(recipe, overrides)
     target = _target(output or settings.output)
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
-    with _disk_errors(work.folder), work.locked():
+    team = processes(pick_device(settings.device))
+    main = team.is_main_process
+    with _disk_errors(work.folder), work.locked() if main else nullcontext():
         source = open_source(settings.model, settings.revision)
-        log = Log(target.with_name(target.name + ".log.jsonl"), report)
+        log = Log(target.with_name(target.name + ".log.jsonl"), report if main else None)
         _compress(settings, source, work, target, log)
-    if workspace is None:
+    team.wait_for_everyone()
+    if workspace is None and main:
         work.remove()
     return target
 
@@ -157,18 +162,27 @@ def _first_line(error: Exception) -> str:
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
     passes: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
     device = pick_device(settings.device)
-    context = make_context(source, device, settings.seed)
-    check_order(passes, settings, context)
-    samples = None
-    if any(step.needs().calibration for step in passes):
-        assert settings.calibration is not None  # check_order has refused this
-        limit = getattr(source.state.config, "max_position_embeddings", None)
-        samples = draw_samples(settings.calibration, source.tokenizer, limit)
-    state, history = source.state, []
-    for step in passes:
-        runner = Runner(step, state, source.state, samples, context, work, log)
+    (_, context), *_ = check_order(passes, settings, source, device)
+    texts = [text_of(step, settings) for step in passes]
+    drawn = {
+        text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
+    }
+    state, history, beside = source.state, [], []
+    for step, text in zip(passes, texts, strict=True):
+        context = make_context(source, device, settings.seed, state)
+        runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
         state, units = runner.run()
-        history.append({"config": step.config.model_dump(mode="json"), "units": units})
+        own = {"text": drawn[text].source} if text and step.needs().text else {}
+        history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
+        beside.append((step, runner.beside, units))
+    if not processes(device).is_main_process:
+        return
+    samples = drawn.get(settings.calibration) if settings.calibration else None
+
+    def write_beside(folder: Path) -> None:
+        for step, tensors, records in beside:
+            step.write_files(folder, tensors, records)
+
     log.progress("writing", 0, 1)
     writer.write_checkpoint(
         state, source.folder, target,
@@ -180,12 +194,18 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         },
         probe_tokens=source.tokenizer("def compress(model):\n    return", add_special_tokens=False)["input_ids"],
         device=device,
+        write_beside=write_beside,
     )  # fmt: skip
     log.progress("writing", 1, 1)
 
 
+def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
+    """What a pass learns from: its own text, else the recipe's calibration; None if it looks at none."""
+    return step.needs().text or settings.calibration if step.needs().calibration else None
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of a recipe.
+    """The device of a recipe; ``auto`` gives each process on a machine a GPU of its own.
 
     Raises:
         CompressError: this machine or this build of torch does not have it.
@@ -193,34 +213,60 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
+        if name == "auto" and device.type == "cuda" and (team := processes(device)).num_processes > 1:
+            device = team.device
     except (RuntimeError, AssertionError) as error:
         raise CompressError(f"device {name!r} cannot be used here: {_first_line(error)}.") from error
     return device
 
 
-def make_context(source: Source, device: torch.device, seed: int) -> Context:
-    """What passes may know of the model before any weight is read."""
-    model = StreamedModel(source.state, torch.device("meta"))
+def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
+    """What passes may know of the model before any weight is read; of the source's own unless a later state is given."""
+    state = state or source.state
+    model = StreamedModel(state, torch.device("meta"))
     inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
     outside = {name: linear.shape for name, linear in model.outside().items()}
-    tied = bool(source.state.config.tie_word_embeddings)
-    return Context(model.structure, device, seed, inside, outside, model.head, tied)
+    tied = bool(state.config.tie_word_embeddings)
+    biased = frozenset(name for name in inside if getattr(model.model.get_submodule(name), "bias", None) is not None)
+    parameters = sum(
+        torch.Size(item.shape).numel()
+        for name, item in state.source.info().items()
+        if not tied or name != f"{model.head}.weight"
+    )
+    limit = getattr(state.config, "max_position_embeddings", None)
+    return Context(
+        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters,
+        limit, source.tokenizer,
+    )  # fmt: skip
 
 
-def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context) -> None:
+def check_order(
+    passes: Sequence[Pass[Any]], settings: Recipe, source: Source, device: torch.device
+) -> list[tuple[State, Context]]:
     """Refuse what cannot work before any work is done.
+
+    Returns:
+        For every pass the model it will find, and after them the one they leave; tensors that do not exist yet can only be
+        looked at.
 
     Raises:
         CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
     """
     packed_by, packed = None, dict[str, PackedShape]()
+    state, context = source.state, make_context(source, device, settings.seed)
+    found = [(state, context)]
     for index, step in enumerate(passes):
+        if index and passes[index - 1].needs().beside:
+            raise CompressError(
+                f"passes.{index} ({step.config.kind}) would change the model under what passes.{index - 1} "
+                f"({passes[index - 1].config.kind}) has learned for it; put {passes[index - 1].config.kind} last."
+            )
         if packed_by is not None and not step.needs().whole_model:
             raise CompressError(
                 f"passes.{index} ({step.config.kind}) works on dense weights, but {packed_by} before it has packed "
                 "them; put it earlier."
             )
-        if step.needs().calibration and settings.calibration is None:
+        if step.needs().calibration and text_of(step, settings) is None:
             raise CompressError(
                 f"passes.{index} ({step.config.kind}) looks at text, but the recipe has no calibration."
             )
@@ -234,3 +280,8 @@ def check_order(passes: Sequence[Pass[Any]], settings: Recipe, context: Context)
         if step.needs().packs:
             packed_by = f"passes.{index} ({step.config.kind})"
         step.check(context)
+        if step.needs().changes_shapes:
+            state = foreseen(state, step.shapes_after(context))
+            context = make_context(source, device, settings.seed, state)
+        found.append((state, context))
+    return found

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from compress.passes import Context, Pass, pass_class
-from compress.pipeline import Source, check_order, make_context, open_source
+from compress.passes import Context, Needs, Pass, pass_class
+from compress.pipeline import check_order, open_source
 from compress.quant.linear import PackedShape, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
+from compress.streaming import State
 from compress.structure import block_of
 
 _FLOAT = 4
@@ -22,7 +23,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     """Sizes on disk and peak memory of a run.
 
     Returns:
-        ``{"model", "blocks", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
+        ``{"model", "blocks", "parameters", "parameters_after", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
         "memory_bytes", "workspace_bytes"}]}``. Bytes on disk are those of the tensors, exact if tables fit float16
         (else tables take twice the room) and nothing is stored sparse (pruned weights then take less). Memory is an
         estimate, on top of what Python holds after its imports.
@@ -32,25 +33,31 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     """
     settings = load_recipe(recipe, overrides)
     source = open_source(settings.model, settings.revision)
-    context = make_context(source, torch.device("cpu"), settings.seed)
     steps: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
-    check_order(steps, settings, context)
+    found = check_order(steps, settings, source, torch.device("cpu"))
     packed: dict[str, PackedShape] = {}
-    for step in steps:
+    for step, (_, context) in zip(steps, found, strict=False):
         packed |= step.packed_shapes(context)
-    dense = source.state.source.info()
-    kept = {name: item.nbytes for name, item in dense.items() if name.removesuffix(".weight") not in packed}
+    dense, (last, context) = source.state.source.info(), found[-1]
+    kept = {
+        name: item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in packed
+    }
     if context.tied and context.head in packed:
         kept.pop(f"{context.head}.weight", None)
     at = _bytes_at(packed)
     rest = sum(kept.values())
     return {
         "model": str(source.folder),
-        "blocks": _blocks(source, context),
+        "blocks": found[0][0].config.num_hidden_layers,
+        "parameters": found[0][1].parameters,
+        "parameters_after": context.parameters,
         "dense_bytes": sum(item.nbytes for item in dense.values()),
         "checkpoint_bytes": rest + max(at.values(), default=0),
         "bytes_at_bits": {str(bits): rest + size for bits, size in at.items()},
-        "passes": [{"kind": step.config.kind, **_needs(step, source, context, settings, packed)} for step in steps],
+        "passes": [
+            {"kind": step.config.kind, **_needs(step, *before, settings, packed)}
+            for step, before in zip(steps, found, strict=False)
+        ],
     }
 
 
@@ -61,23 +68,18 @@ def _bytes_at(packed: Mapping[str, PackedShape]) -> dict[int, int]:
     return {bits: sum(packed_bytes(shape, bits) for shape in packed.values()) for bits in range(low, high + 1)}
 
 
-def _blocks(source: Source, context: Context) -> int:
-    places = {block_of(name, context.structure) for name in source.state.source.info()}
-    return len(places - {None})
-
-
 def _needs(
-    step: Pass[Any], source: Source, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
+    step: Pass[Any], state: State, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
 ) -> dict[str, int]:
     """Memory and workspace of one pass, from what it declares."""
     needs, text = step.needs(), settings.calibration
     blocks: dict[int | None, int] = {}
-    for name, item in source.state.source.info().items():
+    for name, item in state.source.info().items():
         place = block_of(name, context.structure)
         blocks[place] = blocks.get(place, 0) + torch.Size(item.shape).numel() * _FLOAT
     outside = blocks.pop(None, 0)
     block = max(blocks.values())
-    config = source.state.config
+    config = state.config
     width = int(getattr(config, "hidden_size", 0))
     hidden = text.samples * text.length * width * _FLOAT if text and needs.calibration else 0
     # Measured by bench_memory: a block in float32, as read, and as written; with gradients also their sum.
@@ -88,8 +90,10 @@ def _needs(
     memory += len(needs.variants) * hidden + (
         block if needs.variants else 0
     )  # carried streams, and the block as it was
-    if needs.whole_model:  # both models and, in a step, a dense weight per packed one; activations come on top
-        memory = _LATE_CODE + 3 * (outside + sum(blocks.values()))
+    if needs.whole_model:
+        memory = _LATE_CODE + _whole_bytes(needs, outside + sum(blocks.values()), state, packed)
+    if needs.model_survey:  # the model, and with gradients as much again; activations come on top
+        memory = _LATE_CODE + (3 if needs.backward else 2) * (outside + sum(blocks.values()))
     if needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
         memory += block + 3 * _hessians(context)
     units = (
@@ -100,6 +104,17 @@ def _needs(
     kept = sum(blocks.values()) if needs.squared_gradients else 0
     hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * (1 + len(needs.variants)) * hidden
     return {"memory_bytes": memory, "workspace_bytes": units + kept + hidden_kept}
+
+
+def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, PackedShape]) -> int:
+    """Bytes of the model in memory, float32 or packed, and of the dense one beside it; activations come on top."""
+    if needs.teacher:  # and, in a step, a dense weight per packed one
+        return 3 * dense
+    info = state.source.info()
+    replaced = sum(
+        torch.Size(info[f"{name}.weight"].shape).numel() * _FLOAT for name in packed if f"{name}.weight" in info
+    )
+    return dense - replaced + sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
 
 
 def _hessians(context: Context) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from compress.calibration import Samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, Whole
+from compress.processes import processes
 from compress.quant.sparse import shape_of, smaller_form
-from compress.streaming import Call, State, StreamedModel
+from compress.shapes import BlockShape, block_shape
+from compress.streaming import Call, State, StreamedModel, reshaped
 from compress.structure import block_prefix
 from compress.version import __version__
 from compress.weights import Overlay
@@ -61,11 +65,13 @@ class Runner:
         text = self.samples.key if self.samples else None
         settings = step.config.model_dump(mode="json")
         self.stage: Stage = work.stage(
-            self.kind, state.key, settings, text, context.seed, str(context.device), __version__
+            self.kind, state.key, settings, text, context.seed, context.device.type, __version__
         )
         self.outside = step.outside(context)
-        self.fisher = work.stage("fisher", state.key, text, self.outside, str(context.device), __version__)
+        self.fisher = work.stage("fisher", state.key, text, self.outside, context.device.type, __version__)
+        self.processes = processes(context.device)
         self.surveys: list[list[Record]] = []
+        self.beside: dict[str, dict[str, Tensor]] = {}
         self._model: StreamedModel | None = None
 
     @property
@@ -82,8 +88,9 @@ class Runner:
             self._run_whole(units)
         else:
             units = [f"block-{i}" for i in range(self._block_count())] + (["outside"] if self.outside else [])
-            if any(self.stage.record(unit) is None for unit in units):
+            if self.processes.is_main_process and any(self.stage.record(unit) is None for unit in units):
                 self._run_blocks()
+        self.processes.wait_for_everyone()
         self._report("done", len(units), len(units))
         return self._after(units)
 
@@ -93,6 +100,8 @@ class Runner:
             started = time.perf_counter()
             squared_gradients(self.model, self.samples, self.fisher, self.outside, self._report)
             self.log.unit(self.kind, "squared gradients", time.perf_counter() - started, {})
+        if self.needs.model_survey and self.stage.record("model-survey") is None:
+            self._survey_model()
         count = self._block_count()
         self._survey(count)
         self._walk("block", "inputs", count, self._block)
@@ -102,18 +111,36 @@ class Runner:
     def _run_whole(self, units: Sequence[str]) -> None:
         """Units of a pass that has the whole model in memory, beside the dense model the recipe began with."""
         open_units = [unit for unit in units if self.stage.record(unit) is None]
+        self.processes.wait_for_everyone()  # before any is finished: all must see the same
         if not open_units:
             return
         assert self.samples is not None
         device = self.context.device
-        teacher = StreamedModel(self.origin, device).whole()
-        whole = Whole(StreamedModel(self.state, device).whole(), teacher, self.samples.tokens)
+        whole = Whole(
+            StreamedModel(self.state, device).whole(),
+            lambda: StreamedModel(self.origin, device).whole(),
+            self.samples.tokens,
+            self.stage.folder / "scratch",
+        )
         for unit in open_units:
             started = time.perf_counter()
             tensors, record = self.step.run_model(unit, whole, self.context, self._report)
             self._check_finite(tensors)
+            if not self.processes.is_main_process:
+                continue
             self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
+            shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)
+
+    def _survey_model(self) -> None:
+        """One look at the whole model, whose findings are a unit like any other."""
+        assert self.samples is not None
+        started = time.perf_counter()
+        model = StreamedModel(self.state, self.context.device).whole()
+        found = self.step.survey_model(model, self.samples.tokens, self.context, self._report)
+        self._check_finite(found)
+        self.stage.save("model-survey", found)
+        self.log.unit(self.kind, "model survey", time.perf_counter() - started, {})
 
     def _survey(self, count: int) -> None:
         """Rounds over all blocks before any is changed, for as long as the pass wants another."""
@@ -146,7 +173,12 @@ class Runner:
     def _open(self, i: int, module: nn.Module, inputs: str) -> Block:
         name = block_prefix(self.context.structure, i)
         samples, variants = self._samples(i, inputs)
-        return Block(i, name, module, self.model.linears(i), self._fisher(i), samples, variants, self.surveys)
+        findings = self.stage.load("model-survey") if self.needs.model_survey else {}
+        shape = (
+            None if self.context.structure.groups is None else block_shape(self.state.config, self.state.shapes, name)
+        )
+        linears = self.model.linears(i)
+        return Block(i, name, module, linears, self._fisher(i), samples, variants, self.surveys, findings, shape)
 
     def _survey_block(self, i: int, unit: str, inputs: str) -> None:
         started = time.perf_counter()
@@ -165,10 +197,12 @@ class Runner:
             outputs = self._outputs(module, block.samples) if unchanged else {}
             record = self.step.run_block(block, self.context)
             tensors = self._collect(block)
-            if not unchanged:
+            if block.removed:
+                outputs, tensors = self.stage.load(f"{inputs}-{i}") if self.needs.inputs else {}, {}
+            elif not unchanged:
                 self._restore(module, tensors, block.name)
                 outputs = self._outputs(module, block.samples)
-            for name, calls in block.variants.items():
+            for name, calls in ({} if block.removed else block.variants).items():
                 assert block.show is not None
                 block.show(name)
                 outputs |= self._outputs(module, calls, f"{name}-")
@@ -242,6 +276,8 @@ class Runner:
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
             shapes[name], storage[name] = vars(shape), note
         whole = {**record, "packed": shapes, "skipped": block.skipped}
+        if self.needs.changes_shapes:
+            whole["shape"] = None if block.removed or block.shape is None else asdict(block.shape)
         if any(storage.values()):  # units without a pruned weight are as they always were
             whole["storage"] = {name: note for name, note in storage.items() if note}
         self.stage.save(unit, tensors, whole)
@@ -259,6 +295,14 @@ class Runner:
         config = self.state.config
         if self.context.head in packed and config.tie_word_embeddings:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+        if self.needs.beside:
+            self.beside = {unit: self.stage.load(unit) for unit in units}
+            return State(self.state.source, config, packed, self.stage.key, self.state.shapes), records
         removed = [f"{name}.weight" for name in new]
         source = Overlay(self.state.source, [self.stage.path(unit) for unit in units], removed)
-        return State(source, config, packed, self.stage.key), records
+        state = State(source, config, packed, self.stage.key, self.state.shapes)
+        if self.needs.changes_shapes:
+            names = [block_prefix(self.context.structure, i) for i in range(self._block_count())]
+            found = {name: records[f"block-{i}"].get("shape") for i, name in enumerate(names)}
+            state = reshaped(state, {name: shape and BlockShape(**shape) for name, shape in found.items()})
+        return state, records

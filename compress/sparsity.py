@@ -13,6 +13,7 @@ from compress.errors import CompressError
 from compress.hf import packed_modules, replace_packed
 from compress.manifest import read_settings
 from compress.pipeline import read_config
+from compress.shapes import replace_shapes
 from compress.streaming import State, StreamedModel, empty_model, tensor_names
 from compress.structure import architecture, block_prefix, linears_of
 from compress.weights import Checkpoint
@@ -50,8 +51,11 @@ def _streamed(folder: Path) -> StreamedModel:
     rename = architecture(config).stored_name
     running = {rename(name): name for name, _ in empty.named_modules()}
     packed = {running[name]: shape for name, shape in (settings.shapes() if settings else {}).items()}
+    shapes = settings.block_shapes() if settings else {}
+    replace_shapes(empty, shapes)
     replace_packed(empty, packed)
-    return StreamedModel(State(Checkpoint(folder, tensor_names(empty)), config, packed, ""), torch.device("cpu"))
+    state = State(Checkpoint(folder, tensor_names(empty)), config, packed, "", shapes)
+    return StreamedModel(state, torch.device("cpu"))
 
 
 def _matrices(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

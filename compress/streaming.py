@@ -8,9 +8,9 @@ pass is written again here, so a new transformers release or architecture needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from compress.errors import CompressError
 from compress.hf import packed_modules, rebuild, replace_packed
 from compress.quant.linear import PackedShape
+from compress.shapes import (
+    BlockShape,
+    Shapes,
+    block_shape,
+    fewer_blocks,
+    head_dim,
+    replace_shapes,
+    settled,
+    shape_block,
+)
 from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, head_name, linears_of
-from compress.weights import TensorSource
+from compress.weights import Renamed, TensorInfo, TensorSource
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,14 @@ class State:
         config: its configuration.
         packed: matrices that are bit planes by now.
         key: digest of all that led here.
+        shapes: blocks that are not as large as the config says.
     """
 
     source: TensorSource
     config: PretrainedConfig
     packed: Mapping[str, PackedShape]
     key: str
+    shapes: Shapes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,58 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
+    """The same tensors as a model of smaller and fewer blocks.
+
+    Args:
+        state: whose tensors have their new sizes already.
+        shapes: block -> its shape; None if it is no longer there.
+    """
+    structure = architecture(state.config)
+    count = int(state.config.num_hidden_layers)
+    names = [block_prefix(structure, index) for index in range(count)]
+    gone = {name for name, shape in shapes.items() if shape is None}
+    kept = [index for index in range(count) if names[index] not in gone]
+    whole = {**state.shapes, **{name: shape for name, shape in shapes.items() if shape is not None}}
+    source, config = state.source, state.config
+    if len(kept) < count:
+        moved = {index: block_prefix(structure, place) for place, index in enumerate(kept)}
+        renamed: dict[str, str] = {}
+        for name in source.info():
+            place = block_of(name, structure)
+            if place is None:
+                renamed[name] = name
+            elif place in moved:
+                renamed[moved[place] + name.removeprefix(names[place])] = name
+        source, config = Renamed(source, renamed), fewer_blocks(config, kept)
+        whole = {moved[index]: whole[names[index]] for index in kept if names[index] in whole}
+    config, records = settled(config, whole, structure)
+    return State(source, config, state.packed, state.key, records)
+
+
+class _Foreseen:
+    """Tensors that are not there yet: shapes and types only."""
+
+    def __init__(self, info: Mapping[str, TensorInfo]) -> None:
+        self._info = info
+
+    def info(self) -> Mapping[str, TensorInfo]:
+        return self._info
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        raise NotImplementedError("tensors of a plan cannot be read")
+
+
+def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
+    """What :func:`reshaped` will give once a pass has done its work, with tensors that can only be looked at."""
+    after = reshaped(state, shapes)
+    model = empty_model(after.config)
+    replace_shapes(model, after.shapes)
+    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    info = {name: replace(item, shape=sizes.get(name, item.shape)) for name, item in after.source.info().items()}
+    return State(_Foreseen(info), after.config, after.packed, after.key, after.shapes)
+
+
 class StreamedModel:
     """A model whose blocks are in memory one at a time.
 
@@ -86,6 +150,7 @@ class StreamedModel:
         self.structure: Architecture = architecture(state.config)
         self.model = empty_model(state.config)
         self.head = head_name(self.model)
+        replace_shapes(self.model, state.shapes)
         replace_packed(self.model, state.packed)
         for packed in packed_modules(self.model).values():
             packed.keep_dense = False  # a dense copy would outlive its block
@@ -142,7 +207,7 @@ class StreamedModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """A block with its weights, for the length of a ``with``."""
+        """A block with its weights, for the length of a ``with``; whoever prunes it may leave it smaller."""
         module, prefix = self.blocks[index], block_prefix(self.structure, index)
         empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
         stored = {name: packed.shape for name, packed in packed_modules(module).items()}
@@ -152,6 +217,9 @@ class StreamedModel:
         finally:
             for name, packed in packed_modules(module).items():
                 packed.hold(stored[name], {inner: empty[f"{name}.{inner}"] for inner in stored[name].specification()})
+            if any(empty[name].shape != tensor.shape for name, tensor in module.state_dict().items()):
+                config = self.state.config
+                shape_block(module, self.structure, block_shape(config, self.state.shapes, prefix), head_dim(config))
             module.load_state_dict(empty, assign=True)
 
     def whole(self) -> PreTrainedModel:
@@ -166,10 +234,10 @@ class StreamedModel:
         return linears_of(self.blocks[index], block_prefix(self.structure, index))
 
     def outside(self) -> dict[str, Linear]:
-        """Embedding and head, as matrices."""
+        """Embedding and head, as matrices, unless they are packed."""
         names = (self.structure.embedding, self.head)
         modules = {name: self.model.get_submodule(name) for name in names}
-        return {name: Linear(name, module) for name, module in modules.items() if hasattr(module, "weight")}
+        return {name: Linear(name, module) for name, module in modules.items() if name not in self.state.packed}
 
     def head_weight(self) -> Tensor:
         """The head's parameter, [vocabulary, hidden] (the embedding's own where they are tied)."""

@@ -9,12 +9,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What structured pruning may remove from a family's blocks, and how a model is told.
+
+    Attributes:
+        layout: how heads lie in the attention linears: ``separate`` query, key and value; ``stacked``, all queries, then
+            all keys, then all values in one; None where heads cannot be removed; ``interleaved``, each head's three together.
+        attributes: attribute of the attention module -> what it holds: ``heads``, ``width`` (heads times their
+            dimension) or ``queries`` (query heads per key-value head).
+        config_heads: whether ``config.json`` can give any number of heads of an unchanged dimension.
+        config_channels: its key for the number of channels of an MLP; None where it has none.
+        heads_divide: whether the model's own class insists that the number of heads divides the hidden size.
+        heads_fixed: why heads cannot be removed.
+        depth_fixed: config key that, if set, makes a block depend on its position.
+    """
+
+    layout: Literal["separate", "stacked", "interleaved"] | None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    config_heads: bool = False
+    config_channels: str | None = None
+    heads_divide: tuple[str, ...] = ()
+    heads_fixed: str = ""
+    depth_fixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,6 +54,7 @@ class Architecture:
         attention: linears of one attention group, inputs first, output projection last.
         mlp: linears of one MLP group, the one that leads back to the residual stream last.
         fused: linears that servers merge into one matrix, and that must share a width there.
+        groups: what structured pruning may remove; None where that is not declared.
         renamed: module names of newer transformers releases -> the name checkpoints are stored under.
     """
 
@@ -37,6 +64,7 @@ class Architecture:
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...] = ()
+    groups: Groups | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def stored_name(self, name: str) -> str:
@@ -56,6 +84,13 @@ ARCHITECTURES = (
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             ("mlp.gate_proj", "mlp.up_proj"),
         ),
+        groups=Groups(
+            "separate",
+            {"num_key_value_groups": "queries"},
+            config_heads=True,
+            config_channels="intermediate_size",
+            heads_divide=("llama", "gemma2", "gemma3_text"),
+        ),
     ),
     Architecture(
         model_types=("opt",),
@@ -64,6 +99,7 @@ ARCHITECTURES = (
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         mlp=("fc1", "fc2"),
         fused=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+        groups=Groups("separate", {"num_heads": "heads"}, config_channels="ffn_dim"),
     ),
     Architecture(
         model_types=("gpt2",),
@@ -71,6 +107,12 @@ ARCHITECTURES = (
         embedding="transformer.wte",
         attention=("attn.c_attn", "attn.c_proj"),
         mlp=("mlp.c_fc", "mlp.c_proj"),
+        groups=Groups(
+            "stacked",
+            {"num_heads": "heads", "split_size": "width"},
+            config_channels="n_inner",
+            depth_fixed="scale_attn_by_inverse_layer_idx",
+        ),
     ),
     Architecture(
         model_types=("bloom",),
@@ -78,6 +120,7 @@ ARCHITECTURES = (
         embedding="transformer.word_embeddings",
         attention=("self_attention.query_key_value", "self_attention.dense"),
         mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        groups=Groups(None, heads_fixed="its position slopes (ALiBi) are made for one number of heads in all blocks"),
     ),
     Architecture(
         model_types=("gpt_neox",),
@@ -85,6 +128,7 @@ ARCHITECTURES = (
         embedding="gpt_neox.embed_in",
         attention=("attention.query_key_value", "attention.dense"),
         mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        groups=Groups("interleaved", config_channels="intermediate_size"),
         renamed={"lm_head": "embed_out"},
     ),
 )

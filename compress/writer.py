@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _COPIED = (
 def write_checkpoint(
     state: State, source: Path, target: Path,
     manifest: dict[str, Any], probe_tokens: Sequence[int], device: torch.device,
+    write_beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
     """Write a state as an ordinary Hugging Face folder.
 
@@ -44,6 +46,7 @@ def write_checkpoint(
         manifest: what the run knows; files, sizes and a probe are added.
         probe_tokens: a few tokens; what the model makes of them at every width is kept for ``verify``.
         device: where the probe is computed.
+        write_beside: adds files that are not the model's own.
 
     Raises:
         CompressError: there is not enough room on the disk.
@@ -62,9 +65,10 @@ def write_checkpoint(
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, partial / path.name)
-    files = {path.name: path for path in sorted(partial.iterdir())}
+    write_beside(partial)
+    files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
     whole = {
-        "format_version": format_version(state.packed.values()),
+        "format_version": format_version(state.packed.values(), state.shapes),
         "compress_version": __version__,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},
@@ -85,7 +89,7 @@ def stored_state(state: State) -> State:
     rename = architecture(state.config).stored_name
     names = {rename(name): name for name in state.source.info()}
     packed = {rename(name): shape for name, shape in state.packed.items()}
-    return State(Renamed(state.source, names), state.config, packed, state.key)
+    return State(Renamed(state.source, names), state.config, packed, state.key, state.shapes)
 
 
 def _check_room(needed: int, folder: Path) -> None:
@@ -184,13 +188,15 @@ def _write_config(folder: Path, state: State) -> None:
     state.config.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    if state.packed:
+    if state.packed or state.shapes:
         config["quantization_config"] = {
             "quant_method": METHOD,
-            "format_version": format_version(state.packed.values()),
+            "format_version": format_version(state.packed.values(), state.shapes),
             "bits": None,
             "modules": records(state.packed),
         }
+    if state.shapes:
+        config["quantization_config"]["pruned"] = {name: asdict(shape) for name, shape in state.shapes.items()}
     write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -212,7 +218,7 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     """What a written checkpoint makes of a few tokens at every width: loss, and the last position's largest logits."""
     structure = architecture(running.config)
     names = {name: (structure.stored_name(name),) for name in running.source.info()}
-    state = State(Checkpoint(folder, names), running.config, running.packed, "")
+    state = State(Checkpoint(folder, names), running.config, running.packed, "", running.shapes)
     model = StreamedModel(state, device)
     widths = widths_of(state)
     ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])

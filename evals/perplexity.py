@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.calibration import bos_tokens, token_ids
 from compress.errors import CompressError
+from compress.prompts.adapter import text_length, virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Score:
         bits_per_byte: summed negative log-likelihood in bits over the UTF-8 bytes that were predicted.
         tokens: number of predicted tokens.
         bytes: number of predicted bytes.
+        virtual: places that a soft prompt took in all windows together; they are not among ``tokens``.
     """
 
     loss: float
@@ -31,10 +33,21 @@ class Score:
     bits_per_byte: float
     tokens: int
     bytes: int
+    virtual: int = 0
+
+    @property
+    def diluted_perplexity(self) -> float:
+        """Perplexity with the prompt's own places counted as predicted without loss, as some published figures are.
+
+        A prompt that changes nothing lowers it; it is here to compare with such figures, and for nothing else.
+        """
+        return math.exp(min(700.0, self.loss * self.tokens / (self.tokens + self.virtual)))
 
     def json(self) -> dict[str, float | int]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data; with a prompt also its places and the diluted perplexity."""
+        plain = asdict(self)
+        virtual = plain.pop("virtual")
+        return plain | ({"virtual": virtual, "diluted_perplexity": self.diluted_perplexity} if virtual else {})
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Text:
 
 def prepare(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int,
-    stride: int | None = None, truncate: bool = False,
+    stride: int | None = None, truncate: bool = False, disjoint: bool = False,
 ) -> Text:  # fmt: skip
     """Cut documents into windows.
 
@@ -74,6 +87,8 @@ def prepare(
         length: tokens in a window, BOS included.
         stride: half of ``length`` if None.
         truncate: score only the first window of each document.
+        disjoint: the papers' way: windows of ``length`` side by side, each without the others' tokens, its first token not
+            predicted; what is left over is not scored.
 
     Raises:
         CompressError: no document has anything to score, or the window is too short.
@@ -91,11 +106,17 @@ def prepare(
         tokens = [*start, *ids][: length if truncate else None]
         if len(tokens) < 2:
             continue
+        if disjoint:
+            ends = range(length, len(tokens) + 1, length)
+            windows += [Window(tokens[end - length : end], length - 1) for end in ends]
+            size += _bytes_of(text, ids, tokenizer, [(end - length + 1 - len(start), end - len(start)) for end in ends])
+            continue
         windows += _cut(tokens, length, step)
         first = 1 - len(start)  # without BOS the first token is context only
-        size += _bytes_of(text, ids, tokenizer, first, len(tokens) - len(start))
+        size += _bytes_of(text, ids, tokenizer, [(first, len(tokens) - len(start))])
     if not windows:
-        raise CompressError("the text has no document with a token to predict.")
+        what = f"a window of {length} tokens" if disjoint else "a token to predict"
+        raise CompressError(f"the text has no document with {what}.")
     return Text(windows, size)
 
 
@@ -108,15 +129,18 @@ def _cut(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
         yield Window(tokens[max(0, end - length) : end], scored)
 
 
-def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, first: int, last: int) -> int:
-    """UTF-8 bytes of a document's tokens ``first`` to ``last``."""
-    if first == 0 and last == len(ids):
+def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, scored: Sequence[tuple[int, int]]) -> int:
+    """UTF-8 bytes of a document's tokens from ``first`` to ``last``, summed over stretches."""
+    if list(scored) == [(0, len(ids))]:
         return len(text.encode())
     if not tokenizer.is_fast:
-        return len(str(tokenizer.decode(ids[first:last])).encode())
+        return sum(len(str(tokenizer.decode(ids[first:last])).encode()) for first, last in scored)
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    start = spans[first - 1][1] if first else 0  # some tokenizers leave a token's leading space out of its span
-    return len(text[start : len(text) if last == len(ids) else spans[last - 1][1]].encode())
+    size = 0
+    for first, last in scored:
+        start = spans[first - 1][1] if first else 0  # some tokenizers leave a token's leading space out of its span
+        size += len(text[start : len(text) if last == len(ids) else spans[last - 1][1]].encode())
+    return size
 
 
 @torch.no_grad()
@@ -129,7 +153,7 @@ def score(
     the right from changing what is scored.
 
     Args:
-        model: causal LM in evaluation mode.
+        model: causal LM in evaluation mode, with or without a soft prompt, which stands before every window.
         text: from :func:`prepare`.
         batch_tokens: tokens in a batch, padding included.
         report: called with (windows done, windows in all).
@@ -146,7 +170,8 @@ def score(
             report(done, len(ordered))
     loss = total / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes)
+    virtual = virtual_tokens(model) * len(ordered)
+    return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes, virtual)
 
 
 def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
@@ -160,11 +185,11 @@ def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
         ids[row, :size] = torch.tensor(window.tokens)
         wanted[row, size - 1 - window.scored : size - 1] = True
     ids = ids.to(device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, use_cache=False).logits[:, -width:-1].float()  # without those of a prompt
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return losses.masked_fill(~wanted.to(device), 0.0)
 
 
 def context_length(model: PreTrainedModel, cap: int = 2048) -> int:
-    """Tokens in a window unless told otherwise: the model's context, at most ``cap``."""
-    return int(min(getattr(model.config, "max_position_embeddings", None) or cap, cap))
+    """Tokens in a window unless told otherwise: the model's context, at most ``cap``, less what a prompt takes."""
+    return text_length(model, cap) or cap

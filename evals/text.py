@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 import compress
 from compress.calibration import read_documents
 from compress.demo import corpus
-from compress.errors import CompressError
+from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
+from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.loading import bits_for
+from compress.prompts.adapter import virtual_tokens
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
@@ -34,6 +36,9 @@ class Protocol:
         length: tokens in a window; the model's context (at most 2048) if None.
         stride: tokens a window advances by; half of ``length`` if None.
         truncate: score only the first window of each document.
+        join: put between the documents, which become one text.
+        characters: of the joined text, from the first; all if None.
+        disjoint: windows side by side, each scored on its own but for its first token; the rest of the text is left out.
     """
 
     separator: str | None = None
@@ -42,6 +47,50 @@ class Protocol:
     length: int | None = None
     stride: int | None = None
     truncate: bool = False
+    join: str | None = None
+    characters: int | None = None
+    disjoint: bool = False
+
+
+PRESETS: Mapping[str, tuple[Protocol, str]] = {
+    "2048": (
+        Protocol(join="\n\n", length=2048, disjoint=True),
+        "GPTQ, SparseGPT, Wanda, OWL: the documents as one text, windows of 2048 tokens side by side",
+    ),
+    "llm-pruner": (
+        Protocol(join="\n\n", length=128, disjoint=True),
+        "LLM-Pruner, MINI-LLM: the same in windows of 128 tokens",
+    ),
+    "any-precision": (
+        Protocol(join="\n\n", length=2048, disjoint=True),
+        "Any-Precision LLM on WikiText-2 (the same as 2048)",
+    ),
+    "any-precision-c4": (
+        Protocol(join=" ", limit=1100, characters=2_088_528, length=2048, disjoint=True),
+        "Any-Precision LLM on C4: the first 1100 documents of the validation split, joined by spaces, 2,088,528 characters",
+    ),
+    "any-precision-ptb": (
+        Protocol(join=" ", length=2048, disjoint=True),
+        "Any-Precision LLM on PTB: sentences joined by spaces; write <unk> as < u n k > in the file, as there",
+    ),
+    "compress-then-prompt": (
+        Protocol(join="\n\n", length=1024, disjoint=True),
+        "Compress, then Prompt: windows of 1024 tokens; averaged over text tokens, which its code did not",
+    ),
+}
+"""Protocols of papers by name, and what they are. The text is given as a file, or as documents by ``separator`` or JSON lines."""
+
+
+def protocol_of(preset: str | None, **changes: Any) -> Protocol:
+    """A protocol by name, with changes; None values change nothing.
+
+    Raises:
+        CompressError: there is no preset of that name.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise CompressError(f"--protocol: there is no {preset!r}. {did_you_mean(preset, PRESETS)}")
+    start = PRESETS[preset][0] if preset else Protocol()
+    return replace(start, **{name: value for name, value in changes.items() if value})
 
 
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
@@ -51,8 +100,15 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
         documents, digest = list(texts.values()), " ".join(corpus.fingerprint(texts).values())
     else:
         documents, digest = read_documents(Path(source), protocol.separator), sha256_of(Path(source))
-    kept = [text for text in documents if len(text) > protocol.min_characters]
-    return kept[: protocol.limit], digest
+    kept = [text for text in documents if len(text) > protocol.min_characters][: protocol.limit]
+    if protocol.join is not None:
+        kept = [protocol.join.join(kept)[: protocol.characters]]
+    return kept, digest
+
+
+def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
+    """What else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
+    return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
@@ -78,6 +134,8 @@ def evaluate_text(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     report: Report | None = None,
+    prompt: bool | str | Path = False,
+    store: Results | None = None,
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte at several widths, from one load.
 
@@ -89,38 +147,81 @@ def evaluate_text(
         dtype: to compute in.
         device: to compute on.
         report: called with (width, windows done, windows in all).
+        prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every window. Windows are
+            shorter by as much unless ``protocol.length`` says otherwise: give it to compare with and without.
+        store: widths that it has are not measured again; new ones are added.
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
-        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
+        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 
     Raises:
-        CompressError: the text is the checkpoint's own calibration text, or nothing in it can be scored.
+        CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
+            can be scored, or a window and the prompt are longer than the context.
     """
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
+    if isinstance(prompt, str | Path):
+        for place in (Path(prompt), *Path(prompt).parents[:2]):  # of a checkpoint, or within one
+            refuse_calibration_text(str(place), digest)
     chosen = {str(width): bits_for(folder, width) for width in bits or ()}  # 4 and 4.0 are not the same
     whole = [width for width in bits or () if isinstance(width, int)]
     model = compress.load(
-        folder, bits=max(whole) if len(whole) == len(chosen) and whole else None, dtype=dtype, device_map=device
+        folder,
+        bits=max(whole) if len(whole) == len(chosen) and whole else None,
+        dtype=dtype,
+        device_map=device,
+        prompt=prompt,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    length = protocol.length or context_length(model)
-    text: Text = prepare(documents, tokenizer, length, protocol.stride, protocol.truncate)
+    protocol = replace(protocol, length=window_length(model, protocol.length))
+    text: Text = prepare(
+        documents, tokenizer, protocol.length or 2, protocol.stride, protocol.truncate, protocol.disjoint
+    )
+    store, settings = store or Results(None), settings_of(digest, protocol, dtype)
+    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, settings))
     results = {}
     for width in widths_to_measure(model, bits):
         label = "dense" if width is None else str(width)
-        if width is not None:
-            compress.set_bits(model, chosen.get(label) or int(width))
-        results[label] = score(model, text, report=report and _labelled(report, label)).json()
-    cut = {"length": length, "stride": protocol.stride or max(1, length // 2), "truncate": protocol.truncate}
+        row = store.find(replace(key, width=label))
+        if row is None:
+            if width is not None:
+                compress.set_bits(model, chosen.get(label) or int(width))
+            found = score(model, text, report=report and _labelled(report, label)).json()
+            row = store.add(replace(key, width=label), found)
+        results[label] = row["metrics"]
+    virtual = virtual_tokens(model)
+    cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
     return {
         "model": folder,
         "text": {"source": source, "sha256": digest, "documents": len(documents)},
         "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+        **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
         "bits": results,
     }
+
+
+def window_length(model: PreTrainedModel, wanted: int | None) -> int:
+    """Tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
+
+    Raises:
+        CompressError: more than there is room for.
+    """
+    longest = context_length(model, cap=1 << 30)
+    if wanted is not None and wanted > longest:
+        room = (
+            f"beside the soft prompt there is room for {longest}"
+            if virtual_tokens(model)
+            else f"the context holds {longest}"
+        )
+        raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
+    return wanted or min(longest, context_length(model))
+
+
+def _stride(protocol: Protocol) -> int:
+    length = protocol.length or 2
+    return length if protocol.disjoint else protocol.stride or max(1, length // 2)
 
 
 def _labelled(report: Report, label: str) -> Callable[[int, int], None]:
@@ -131,8 +232,9 @@ def refuse_calibration_text(folder: str, digest: str) -> None:
     """A text that shaped the model says nothing about it.
 
     Raises:
-        CompressError: the manifest names this very text as the calibration text.
+        CompressError: the manifest names this very text as one the model was calibrated or trained on.
     """
-    calibration = (read_manifest(Path(folder)) or {}).get("calibration") or {}
-    if calibration.get("sha256") == digest:
-        raise CompressError("this is the text the checkpoint was calibrated on; measure on another.")
+    manifest = read_manifest(Path(folder)) or {}
+    texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
+    if any(text and text.get("sha256") == digest for text in texts):
+        raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")

@@ -1,1 +1,1 @@
-"""Soft prompts that recover a compressed model."""
+"""Soft prompts: virtual tokens trained on a compressed model to win back what compression cost."""

@@ -88,7 +88,7 @@ class TuneTables(Pass[TuneTablesConfig]):
 
     def needs(self) -> Needs:
         """The whole model, packed, and the dense one."""
-        return Needs(packed=True, whole_model=True)
+        return Needs(packed=True, whole_model=True, teacher=True)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """A unit per width.

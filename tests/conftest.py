@@ -123,6 +123,22 @@ def compressed(tiny_llama, text_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def prompted(tiny_llama, text_file, tmp_path_factory):
+    """A finished checkpoint of 3 and 4 bits with a prompt for each, for tests that only read."""
+    import compress
+
+    prompt = {"kind": "soft_prompt", "tokens": 5, "steps": 6, "batch": 2, "validate_every": 2, "per_width": True}
+    return compress.run(
+        {
+            "model": str(tiny_llama),
+            "calibration": {"text": str(text_file), "samples": 6, "length": 32},
+            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}, prompt],
+        },
+        tmp_path_factory.mktemp("prompted") / "model",
+    )
+
+
+@pytest.fixture(scope="session")
 def fresh_python():
     """Run code in a new process; returns what it printed. With ``fails=True`` returns what it complained of."""
 

@@ -6,7 +6,8 @@ import sys
 
 from rich.markup import escape
 
-from compress.cli import kernels, making, measuring, serving  # noqa: F401  (each adds its commands to the application)
+# Each adds its commands to the application.
+from compress.cli import kernels, making, measuring, reporting, serving  # noqa: F401
 from compress.cli.common import app, err
 from compress.errors import CompressError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,11 @@ BitsOption = Annotated[
 ]
 JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
 
+PromptFlag = Annotated[bool, typer.Option("--prompt", help="Put the checkpoint's own soft prompt before the text.")]
+PromptFrom = Annotated[
+    Optional[Path],
+    typer.Option(help="The same with the soft prompt of this folder, of another checkpoint say.", metavar="DIR"),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -68,6 +74,8 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # at what peft asks it
+    warnings.filterwarnings("ignore", message="Position ids are not supported")  # nor needed: prompts come first
 
 
 def write_json(result: Any, target: str | None) -> bool:

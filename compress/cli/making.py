@@ -38,6 +38,10 @@ def run(
     with progress_bar() as report:
         target = pipeline.run(recipe, output, assignments or (), workspace, report)
     from compress.inspect import inspect as look
+    from compress.processes import is_main
+
+    if not is_main():
+        return
 
     found = look(target)
     out.print(f"{escape(str(target))}: {found['bytes'] / 1e6:.2f} MB of tensors" + _at_widths(found["bytes_at_bits"]))
@@ -109,6 +113,8 @@ def inspect(
         out.print(line)
     if modules and "sparsity" in found:
         out.print(_sparsity_table(found["sparsity"]))
+    for width, prompt in found["prompts"].items():
+        out.print(f"soft prompt for {width}: {prompt['tokens']} virtual tokens, {prompt['numbers']} numbers")
     dense = sum(found["dense"].values())
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():

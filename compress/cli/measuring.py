@@ -2,55 +2,276 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from compress.cli.common import (
     BitsOption,
     JsonOption,
+    PromptFlag,
+    PromptFrom,
     app,
+    err,
     out,
     parse_widths,
     progress_bar,
     quiet_transformers,
     write_json,
 )
+from compress.errors import CompressError
+
+_TEXT, _TASKS, _MORE = "Text", "Tasks (lm-eval)", "Beyond accuracy"
+ResultsOption = Annotated[
+    Optional[Path],
+    typer.Option("--results", help="Keep measurements here (JSON lines); DIR/report/results.jsonl if absent."),
+]
 
 
 @app.command(name="eval")
 def evaluate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
-    text: Annotated[str, typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.")],
+    text: Annotated[
+        Optional[str],
+        typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.", rich_help_panel=_TEXT),
+    ] = None,
+    tasks: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Comma-separated: lm-eval's task names, names from --include, builtin_line, builtin_name.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
     bits: BitsOption = None,
+    protocol: Annotated[
+        Optional[str],
+        typer.Option(
+            help="How a paper cuts text: 2048, llm-pruner, any-precision, any-precision-c4, any-precision-ptb, compress-then-prompt.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
     separator: Annotated[
         Optional[str],
-        typer.Option(help="Divides the text into documents, each scored alone with BOS in front."),
+        typer.Option(
+            help="Divides the text into documents, each scored alone with BOS in front.", rich_help_panel=_TEXT
+        ),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Score the first so many documents.", min=1)] = None,
-    min_characters: Annotated[int, typer.Option(help="Pass over documents of this length or less.", min=0)] = 0,
+    limit: Annotated[
+        Optional[int], typer.Option(help="Take the first so many documents, and items of each task.", min=1)
+    ] = None,
+    min_characters: Annotated[
+        int, typer.Option(help="Pass over documents of this length or less.", min=0, rich_help_panel=_TEXT)
+    ] = 0,
     length: Annotated[
-        Optional[int], typer.Option(help="Tokens in a window; the context, at most 2048, if absent.")
+        Optional[int],
+        typer.Option(help="Tokens in a window; the context, at most 2048, if absent.", rich_help_panel=_TEXT),
     ] = None,
     stride: Annotated[
-        Optional[int], typer.Option(help="Tokens a window advances by; half its length if absent.")
+        Optional[int],
+        typer.Option(help="Tokens a window advances by; half its length if absent.", rich_help_panel=_TEXT),
     ] = None,
-    truncate: Annotated[bool, typer.Option(help="Score only the first window of each document.")] = False,
+    truncate: Annotated[
+        bool, typer.Option(help="Score only the first window of each document.", rich_help_panel=_TEXT)
+    ] = False,
+    include: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder of task YAML files. They may bring Python code: only folders you trust.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    fewshot: Annotated[
+        Optional[int], typer.Option(help="Examples in front; as the task says if absent.", rich_help_panel=_TASKS)
+    ] = None,
+    batch: Annotated[
+        Optional[int],
+        typer.Option(help="Rows in a batch; by the memory there is if absent.", min=1, rich_help_panel=_TASKS),
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(help="Write results_<width>.json in lm-eval's own schema here.", rich_help_panel=_TASKS),
+    ] = None,
+    table: Annotated[
+        Optional[Path],
+        typer.Option(help="Write one tidy table: .csv, or JSON lines.", rich_help_panel=_TASKS),
+    ] = None,
+    agreement: Annotated[
+        bool,
+        typer.Option(
+            help="Compare with the dense model on --text: KL, top-1 agreement, flips, calibration.",
+            rich_help_panel=_MORE,
+        ),
+    ] = False,
+    robustness: Annotated[bool, typer.Option(help="What typing errors in --text cost.", rich_help_panel=_MORE)] = False,
+    reference: Annotated[
+        Optional[str], typer.Option(help="Dense model; the recipe's if absent.", rich_help_panel=_MORE)
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option(help="Measure the dense model it was made from too.", rich_help_panel=_MORE)
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    prompt: PromptFlag = False,
+    prompt_from: PromptFrom = None,
+    kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
-    """Measure perplexity and bits per byte of a text at one or several widths, in one load."""
-    from compress.evals.text import Protocol, evaluate_text
+    """Measure text, lm-eval tasks and more at one or several widths, in one load.
 
+    What is measured is kept and not measured again: an interrupted evaluation continues.
+    """
+    from compress.evals.suite import Suite, evaluate_all
+    from compress.evals.tasks import Tasks, tidy, write_lm_eval, write_table
+    from compress.evals.text import protocol_of
+
+    if text is None and tasks is None:
+        raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
+    if text is None and (agreement or robustness):
+        raise CompressError("--agreement and --robustness look at text: give --text FILE too.")
     quiet_transformers()
-    protocol = Protocol(separator, limit, min_characters, length, stride, truncate)
+    cut = protocol_of(
+        protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, stride=stride,
+        truncate=truncate,
+    )  # fmt: skip
+    names = tuple(tasks.split(",")) if tasks else ()
+    suite = Suite(
+        text,
+        cut,
+        Tasks(names, include, limit, fewshot),
+        prompt_from or prompt,
+        agreement,
+        robustness,
+        dense,
+        reference,
+        batch,
+    )
     with progress_bar() as report:
-        result = evaluate_text(folder, text, parse_widths(bits), protocol, device=device, report=report)
+        result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, report)
+    if table is not None:
+        write_table(tidy(rows), table)
+    if output is not None:
+        write_lm_eval(rows, output)
     if write_json(result, target) and target == "-":
         return
-    table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
-    for width, score in result["bits"].items():
-        figures = (f"{score['loss']:.5f}", f"{score['perplexity']:.4f}", f"{score['bits_per_byte']:.4f}")
-        table.add_row(width, *figures, str(score["tokens"]))
-    out.print(table)
+    _print_evaluation(result, rows)
+
+
+def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
+    """One table per thing that was measured."""
+    if "bits" in result:
+        table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
+        for width, score in result["bits"].items():
+            figures = (f"{score['loss']:.5f}", f"{score['perplexity']:.4f}", f"{score['bits_per_byte']:.4f}")
+            table.add_row(width, *figures, str(score["tokens"]))
+        out.print(table)
+    if rows:
+        out.print(_task_table(rows))
+        if cut := sum(row["truncated"] for tasks in rows.values() for row in tasks.values()):
+            err.print(f"{cut} requests were longer than the context and were cut on the left.")
+    for kind, columns in (
+        ("agreement", ("kl", "top1_agreement", "flipped", "accuracy", "ece")),
+        ("robustness", ("bits_per_byte", "bits_per_byte_typos", "increase")),
+    ):
+        if kind in result:
+            table = Table("bits", *columns)
+            for width, metrics in result[kind].items():
+                table.add_row(width, *(f"{metrics[name]:.4f}" for name in columns))
+            out.print(table)
+
+
+def _task_table(rows: dict[str, Any]) -> Table:
+    names = list(next(iter(rows.values())))
+    table = Table("bits")
+    for name in names:
+        table.add_column(escape(name), justify="right")
+    for width, found in rows.items():
+        cells = []
+        for name in names:
+            metrics = found[name]["metrics"]
+            main = next((metric for metric in ("acc_norm", "acc") if metric in metrics), next(iter(metrics), None))
+            error = metrics.get(f"{main}_stderr")
+            tail = f" ± {error:.4f}" if error is not None else ""
+            cells.append(f"{main} {metrics[main]:.4f}{tail}" if main else "")
+        table.add_row(width, *cells)
+    return table
+
+
+@app.command()
+def bench(
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    bits: BitsOption = None,
+    reference: Annotated[Optional[str], typer.Option(help="Dense model; the recipe's if absent.")] = None,
+    prompt: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.", min=1)] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns of every candidate.", min=1)] = 7,
+    loads: Annotated[int, typer.Option(help="Fresh processes per candidate.", min=1)] = 3,
+    threads: Annotated[
+        Optional[int], typer.Option(help="CPU threads; on one, processor time is counted.", min=1)
+    ] = None,
+    exact: Annotated[bool, typer.Option(help="Exact float32 sums, or 8-bit activations (CPU).")] = True,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    kept: ResultsOption = None,
+    target: JsonOption = None,
+) -> None:
+    """Measure decoding, prefill, time to first token, loading, memory and size, per width and dense, in turn."""
+    import torch
+
+    from compress.evals.bench import Load
+    from compress.evals.bench import bench as measure
+    from compress.evals.store import results_of
+    from compress.pipeline import pick_device
+
+    quiet_transformers()
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
+    pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    store = results_of(folder, kept)
+    with progress_bar() as report:
+        found = measure(
+            folder, parse_widths(bits), reference, Load(prompt, tokens, rounds, loads), getattr(torch, dtype), device,
+            exact, store, report,
+        )  # fmt: skip
+    if write_json(found, target) and target == "-":
+        return
+    out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
+    if found["dense"].startswith("not measured"):
+        out.print(f"dense {escape(found['dense'])}")
+    out.print(_bench_table(found))
+
+
+def _bench_table(found: dict[str, Any]) -> Table:
+    """Medians, with quartiles where they matter."""
+
+    def cell(figure: dict[str, float], scale: float = 1.0) -> str:
+        low, middle, high = (f"{figure[name] * scale:.3g}" for name in ("low", "median", "high"))
+        return f"{middle} ({low}–{high})"
+
+    table = Table("bits", title="median (quartiles)")
+    heads = (
+        "decode tok/s",
+        "× dense",
+        "prefill tok/s",
+        "× dense",
+        "first token, ms",
+        "load, s",
+        "resident, MB",
+        "disk, MB",
+    )
+    for head in heads:
+        table.add_column(head, justify="right")
+    for width, figures in found["widths"].items():
+        versus = [figures.get(f"{what}_versus_dense") for what in ("decode", "prefill")]
+        ratios = [f"{figure['median']:.2f}" if figure else "–" for figure in versus]
+        size = figures["disk_bytes"]
+        table.add_row(
+            width, cell(figures["decode_tokens_per_second"]), ratios[0],
+            cell(figures["prefill_tokens_per_second"]), ratios[1],
+            f"{1e3 * figures['time_to_first_token_seconds']['median']:.3g}", cell(figures["load_seconds"]),
+            f"{figures['resident_bytes']['median'] / 1e6:.1f}", "–" if size is None else f"{size / 1e6:.2f}",
+        )  # fmt: skip
+    return table

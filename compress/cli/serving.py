@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
-from compress.cli.common import app, parse_widths, quiet_transformers
+from compress.cli.common import Folder, PromptFlag, PromptFrom, app, out, parse_widths, quiet_transformers
 from compress.errors import CompressError
 
 
 @app.command()
 def generate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    text: Annotated[str, typer.Argument(help="Text to continue.", metavar="TEXT")],
     bits: Annotated[
         Optional[str], typer.Option(help="Width, or a mean width such as 3.5; all that is stored if absent.")
     ] = None,
@@ -23,24 +25,54 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    prompt: PromptFlag = False,
+    prompt_from: PromptFrom = None,
 ) -> None:
     """Continue a text at a width."""
     import torch
     from transformers import AutoTokenizer, TextStreamer
 
     from compress.loading import load
+    from compress.prompts.adapter import text_length, virtual_tokens
 
     quiet_transformers()
     widths = parse_widths(bits)
     if widths is not None and len(widths) > 1:
         raise CompressError(f"--bits {bits!r}: give one width to generate at.")
-    model: Any = load(folder, bits=widths[0] if widths else None, memory=memory, dtype=torch.float32)
+    model: Any = load(
+        folder, bits=widths[0] if widths else None, memory=memory, prompt=prompt_from or prompt, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
-        raise CompressError("the prompt has no tokens; give some text.")
+        raise CompressError("the text has no tokens; give some words.")
+    if virtual_tokens(model):  # which take places of the context
+        room = text_length(model)
+        left = max_new_tokens if room is None else room - inputs["input_ids"].shape[1]
+        if left < 1:
+            raise CompressError(
+                f"the text has {inputs['input_ids'].shape[1]} tokens; beside the soft prompt there is room for {room}."
+            )
+        max_new_tokens = min(max_new_tokens, left)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling)
+
+
+@app.command(name="bake-prompt")
+def bake_prompt(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    bits: Annotated[Optional[int], typer.Option(help="Whose prompt, where there is one for each width.")] = None,
+    prompt_from: PromptFrom = None,
+) -> None:
+    """Write the soft prompt into the vocabulary, as special tokens, for servers that know no adapters."""
+    from compress.prompts.baked import bake
+
+    quiet_transformers()
+    added = bake(folder, output, bits, prompt_from or True)
+    out.print(
+        f"{escape(str(output))}: {len(added)} special tokens, {added[0]} to {added[-1]}, which its tokenizer puts first"
+    )

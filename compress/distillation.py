@@ -1,0 +1,78 @@
+"""What the dense model says of a text, kept as its largest logits, and the loss that asks a student to say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from compress.training import Batch, Loss, predictions
+from compress.workspace import save_atomic
+
+
+@torch.no_grad()
+def cache_teacher(
+    load: Callable[[], PreTrainedModel], samples: Sequence[Tensor], count: int, file: Path,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
+    """Write the teacher's ``count`` likeliest next tokens at every place of every sample, if that is not done yet.
+
+    Args:
+        load: gives the teacher; not called where the file is there.
+        samples: int64 [T] each.
+        count: tokens kept per place; the whole vocabulary where that is smaller.
+        file: gets ``logs.i`` (float32 [T - 1, count], log-probabilities over the whole vocabulary) and
+            ``tokens.i`` (int32, the same shape) for sample i. It must belong to this teacher and these samples.
+        report: called with (samples done, samples in all).
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            if len(handle.keys()) == 2 * len(samples):
+                return
+    except (FileNotFoundError, SafetensorError):
+        pass
+    teacher = load()
+    kept: dict[str, Tensor] = {}
+    for place, sample in enumerate(samples):
+        report(place, len(samples))
+        logs = predictions(teacher, sample[None].to(teacher.device))[0].log_softmax(-1)
+        largest = logs.topk(min(count, logs.shape[-1]))
+        kept[f"logs.{place}"] = largest.values.cpu()
+        kept[f"tokens.{place}"] = largest.indices.int().cpu()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_atomic(file, kept, {"format": "pt"})
+
+
+def distillation_loss(file: Path) -> Loss:
+    """Divergence of the student's next-token distribution from the cached one, summed over tokens, in nats.
+
+    ``KL(teacher || student)`` with all tokens outside the teacher's list taken as one event: never more than the
+    divergence over the whole vocabulary, and equal to it where the list is the vocabulary.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with safe_open(file, framework="pt") as handle:
+            logs = [handle.get_tensor(f"logs.{place}") for place in batch.places]
+            tokens = [handle.get_tensor(f"tokens.{place}").long() for place in batch.places]
+        device = batch.tokens.device
+        wanted = pad_sequence(logs, batch_first=True).to(device)
+        found = predictions(model, batch.tokens).log_softmax(-1)
+        listed = found.gather(-1, pad_sequence(tokens, batch_first=True).to(device))
+        apart = (wanted.exp() * (wanted - listed)).sum(-1)
+        if wanted.shape[-1] < found.shape[-1]:
+            rest, left = _rest(wanted), _rest(listed)
+            apart = apart + rest.exp() * (rest - left)
+        return apart[batch.scored].sum()
+
+    return loss
+
+
+def _rest(logs: Tensor) -> Tensor:
+    """Log-probability of all tokens that are not listed; logs [..., count] -> [...]."""
+    listed = logs.exp().sum(-1).clamp(max=1 - 1e-6)  # the largest may take up all that float32 can tell from 1
+    return torch.log1p(-listed)

@@ -1,0 +1,259 @@
+"""Sizes of pruned blocks: what they are, how a model of them is built, and whether a plain config can say so.
+
+Heads keep their dimension; what changes is how many there are, and how many channels an MLP has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compress.errors import CompressError
+from compress.structure import Architecture, Groups, Linear, architecture, block_prefix
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """How large one block is: what ``quantization_config.pruned`` records of it.
+
+    Attributes:
+        heads: query heads.
+        key_value_heads: heads of keys and values; ``heads`` is a multiple.
+        channels: of the MLP, between its first and last linears.
+    """
+
+    heads: int
+    key_value_heads: int
+    channels: int
+
+    @property
+    def queries(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.key_value_heads
+
+
+Shapes = Mapping[str, BlockShape]
+"""Block name -> its shape, for blocks that are not as the config says."""
+
+
+def groups_of(structure: Architecture) -> Groups:
+    """The declaration of a family's groups.
+
+    Raises:
+        CompressError: it has none.
+    """
+    if structure.groups is None:
+        raise CompressError(
+            f"architecture {structure.model_types[0]!r} declares no groups, so nothing of it can be removed as a whole; "
+            "give its Architecture a Groups (compress/structure.py)."
+        )
+    return structure.groups
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Values per head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def config_shape(config: PretrainedConfig) -> BlockShape:
+    """The shape that a config gives to every block.
+
+    Raises:
+        CompressError: query heads that are no multiple of the key-value heads.
+    """
+    heads = int(config.num_attention_heads)
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    if heads % shared:
+        raise CompressError(
+            f"config.json: {heads} query heads are not a multiple of {shared} key-value heads, so there are no equal groups of "
+            "heads to remove."
+        )
+    key = groups_of(architecture(config)).config_channels
+    channels = getattr(config, key, None) if key else None
+    return BlockShape(heads, shared, int(channels or 4 * config.hidden_size))
+
+
+def block_shape(config: PretrainedConfig, shapes: Shapes, name: str) -> BlockShape:
+    """The shape of a block, recorded or the config's."""
+    return shapes.get(name) or config_shape(config)
+
+
+def attribute_values(shape: BlockShape, dimension: int) -> dict[str, int]:
+    """What attributes of an attention module may hold, by the words of :attr:`Groups.attributes`."""
+    return {"heads": shape.heads, "width": shape.heads * dimension, "queries": shape.queries}
+
+
+def linear_sizes(
+    structure: Architecture, shape: BlockShape, dimension: int
+) -> dict[str, tuple[int | None, int | None]]:
+    """(outputs, inputs) of the linears of a block of some shape; None where it is the hidden size, by inner name."""
+    width, shared = shape.heads * dimension, shape.key_value_heads * dimension
+    sizes: dict[str, tuple[int | None, int | None]] = {}
+    *first, last = structure.attention
+    layout = groups_of(structure).layout
+    for position, name in enumerate(first):
+        outputs = (width if position == 0 else shared) if layout == "separate" else 3 * width
+        sizes[name] = (outputs, None)
+    sizes[last] = (None, width)
+    *first, last = structure.mlp
+    return sizes | dict.fromkeys(first, (shape.channels, None)) | {last: (None, shape.channels)}
+
+
+def shape_block(block: nn.Module, structure: Architecture, shape: BlockShape, dimension: int) -> None:
+    """Give a block's linears empty parameters of a shape, on the meta device, and tell its modules.
+
+    What has that size already stays as it is.
+    """
+    for name, (outputs, inputs) in linear_sizes(structure, shape, dimension).items():
+        module = block.get_submodule(name)
+        rows, columns = Linear(name, module).shape
+        size = (outputs or rows, inputs or columns)
+        if size != (rows, columns):
+            weight = torch.empty(size, dtype=module.get_parameter("weight").dtype, device="meta")
+            bias = getattr(module, "bias", None)
+            set_linear(module, weight, None if bias is None else bias.new_empty(size[0], device="meta"))
+    tell_block(block, structure, shape, dimension)
+
+
+def tell_block(block: nn.Module, structure: Architecture, shape: BlockShape, dimension: int) -> None:
+    """Set the attributes from which a block's forward pass knows its heads."""
+    attention = block.get_submodule(structure.attention[0].rpartition(".")[0])
+    values = attribute_values(shape, dimension)
+    for attribute, word in groups_of(structure).attributes.items():
+        setattr(attention, attribute, values[word])
+
+
+def set_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Put other parameters into a linear.
+
+    Args:
+        module: ``nn.Linear`` or ``Conv1D``.
+        weight: [out_features, in_features] whatever the class.
+        bias: [out_features].
+    """
+    rows, columns = weight.shape
+    stored = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+    module.weight = nn.Parameter(stored, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    names = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    for name, size in zip(names, (rows, columns), strict=True):
+        setattr(module, name, size)
+
+
+def replace_shapes(model: PreTrainedModel, shapes: Shapes) -> None:
+    """Give blocks of a model on the meta device their recorded shapes.
+
+    Raises:
+        CompressError: a recorded block that the model does not have, or one larger than the config's.
+    """
+    structure, dimension = architecture(model.config), head_dim(model.config)
+    whole = config_shape(model.config) if shapes else None
+    for name, shape in shapes.items():
+        try:
+            block = model.get_submodule(name)
+        except AttributeError:
+            raise CompressError(f"config.json records a pruned block {name!r} that this model does not have.") from None
+        assert whole is not None
+        if any(value > getattr(whole, field) for field, value in asdict(shape).items()):
+            raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is larger than the model: {shape}.")
+        shape_block(block, structure, shape, dimension)
+
+
+def read_shapes(records: Any) -> dict[str, BlockShape]:
+    """The shapes of ``quantization_config.pruned``.
+
+    Raises:
+        CompressError: a record with missing or unknown fields, or values that make no sense.
+    """
+    try:
+        shapes = {str(name): BlockShape(**fields) for name, fields in dict(records).items()}
+    except (TypeError, ValueError) as error:
+        raise CompressError(f"config.json: quantization_config.pruned is malformed: {error}.") from error
+    for name, shape in shapes.items():
+        values = asdict(shape).values()
+        if any(type(value) is not int or value < 1 for value in values) or shape.heads % shape.key_value_heads:
+            raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is out of range: {shape}.")
+    return shapes
+
+
+def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedConfig | None:
+    """A config with which plain transformers builds every block at a shape; None where no config can say it.
+
+    A Llama whose number of heads no longer divides its hidden size, which its class refuses, becomes the same network under
+    the name Mistral, where that is possible.
+    """
+    groups, now = groups_of(architecture(config)), config_shape(config)
+    fields: dict[str, Any] = {}
+    if shape.channels != now.channels:
+        if groups.config_channels is None:
+            return None
+        fields[groups.config_channels] = shape.channels
+    kind = str(config.model_type)
+    if (shape.heads, shape.key_value_heads) != (now.heads, now.key_value_heads):
+        if not groups.config_heads:
+            return None
+        fields |= {
+            "num_attention_heads": shape.heads, "num_key_value_heads": shape.key_value_heads,
+            "head_dim": head_dim(config),
+        }  # fmt: skip
+        if kind in groups.heads_divide and config.hidden_size % shape.heads:
+            if kind != "llama" or config.attention_bias or config.mlp_bias:
+                return None
+            return _as_mistral(config, fields)
+    return type(config).from_dict({**config.to_dict(), **fields}) if fields else config
+
+
+def _as_mistral(config: PretrainedConfig, fields: Mapping[str, Any]) -> PretrainedConfig:
+    dropped = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version")
+    kept = {key: value for key, value in config.to_dict().items() if key not in dropped}
+    return AutoConfig.for_model(
+        "mistral", **{**kept, **fields, "sliding_window": None, "architectures": ["MistralForCausalLM"]}
+    )
+
+
+def fewer_blocks(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """The config of a model that has only some of its blocks left."""
+    fields = {"num_hidden_layers": len(kept)}
+    data = {**config.to_dict()}
+    types = getattr(config, "layer_types", None)
+    if types:
+        data["layer_types"] = [types[index] for index in kept]
+    key = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    data[key] = fields["num_hidden_layers"]
+    return type(config).from_dict(data)
+
+
+def common_shape(config: PretrainedConfig, shapes: Shapes, blocks: Sequence[str]) -> BlockShape | None:
+    """The one shape that all blocks have, or None."""
+    found = {block_shape(config, shapes, name) for name in blocks}
+    return found.pop() if len(found) == 1 else None
+
+
+def settled(config: PretrainedConfig, shapes: Shapes, structure: Architecture) -> tuple[PretrainedConfig, Shapes]:
+    """Say as much as possible in the config: where all blocks have one shape that it can express, records are not needed."""
+    if not shapes:
+        return config, {}
+    names = [block_prefix(structure, index) for index in range(config.num_hidden_layers)]
+    one = common_shape(config, shapes, names)
+    plain = ordinary_config(config, one) if one is not None else None
+    if plain is not None:
+        return plain, {}
+    whole = config_shape(config)
+    return config, {name: shape for name, shape in shapes.items() if shape != whole}
+
+
+def without(shape: BlockShape, heads: int = 0, key_value_heads: int = 0, channels: int = 0) -> BlockShape:
+    """A shape with some fewer of each."""
+    return replace(
+        shape,
+        heads=shape.heads - heads,
+        key_value_heads=shape.key_value_heads - key_value_heads,
+        channels=shape.channels - channels,
+    )

@@ -1,0 +1,365 @@
+"""One training loop for whatever is trained after compression: prompts, adapters, weights that were left.
+
+It trains every parameter that requires a gradient and touches nothing else. The learning rate, the order of samples, the
+state drawn for a step and the random numbers of dropout depend on the seed and the number of the step only, so a run
+that was killed continues from its last checkpoint and ends with the same bits. Under ``torchrun`` or ``accelerate launch`` every
+process takes its share of each step's samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import broadcast, reduce
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from compress.errors import CompressError
+from compress.passes import PassConfig
+from compress.processes import processes
+from compress.recipe import Calibration
+from compress.weights import read_tensors
+from compress.workspace import digest, save_atomic
+
+Report = Callable[[str, int, int], None]
+
+
+class TrainingConfig(PassConfig):
+    """Settings of every pass that trains; subclasses fix ``kind``."""
+
+    text: Calibration | None = Field(None, description="Text to train on; the recipe's calibration if absent.")
+    steps: int = Field(500, ge=1, description="Steps of AdamW.")
+    batch: int = Field(16, ge=1, description="Samples per step, over all processes.")
+    micro_batch: int = Field(
+        16, ge=1, description="Samples in memory at once in a process; gradients are accumulated over the rest."
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
+    warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
+    validate_every: int = Field(50, ge=1, description="Steps between validations, each of which is a checkpoint.")
+    held_out: int = Field(
+        8, ge=2, description="One sample of so many is not trained on; the best state on those stays."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="To compute in, by autocast; what is trained stays float32."
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples side by side.
+
+    Attributes:
+        tokens: int64 [B, T], padded on the right (out of sight of what comes before, so no mask is needed).
+        scored: bool [B, T - 1], which of ``tokens[:, 1:]`` are to be predicted: all but the padding.
+        places: where the samples are in the list that was given to :func:`train`.
+    """
+
+    tokens: Tensor
+    scored: Tensor
+    places: Sequence[int]
+
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""The loss of a batch, summed (not averaged) over the tokens to be predicted, in nats."""
+
+
+def predictions(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits for ``tokens[:, 1:]``, float32 [B, T - 1, vocabulary]; those of a prompt's virtual tokens are dropped."""
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits[:, -tokens.shape[1] : -1].float()
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed cross-entropy of the tokens after each sample's first."""
+    losses = cross_entropy(predictions(model, batch.tokens).transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+    return losses[batch.scored].sum()
+
+
+@dataclass
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        history: a row per validation: ``step``, ``learning_rate``, ``loss`` (mean over the tokens trained on since the
+            row before, None at step 0), ``held_out`` (mean loss by state), all in nats per token.
+        best: the row whose parameters the model was left with.
+        trained: numbers that were trained.
+        samples: ``{"trained", "held_out"}``.
+    """
+
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+    trained: int
+    samples: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """As plain data for the manifest, without times: equal work, equal bytes."""
+        return dict(vars(self))
+
+
+def hold_out(count: int, share: int) -> tuple[list[int], list[int]]:
+    """Places of the samples to train on, and of those held out: one of ``share``, at least one.
+
+    Raises:
+        CompressError: there are not two samples.
+    """
+    if count < 2:
+        raise CompressError("training needs at least two samples, one of them to hold out; give more text.")
+    held = list(range(0, count, share))
+    return [place for place in range(count) if place % share], held
+
+
+def train(
+    model: nn.Module, samples: Sequence[Tensor], config: TrainingConfig, seed: int, *,
+    loss: Loss = next_token_loss, states: Mapping[str, Callable[[], object]] | None = None,
+    folder: Path | None = None, report: Report | None = None,
+) -> Trained:  # fmt: skip
+    """Train the parameters of a model that require a gradient.
+
+    Modules stay in training or evaluation mode as they are (dropout is the caller's choice), all are in evaluation mode
+    while the held-out samples are scored. The model is left with the parameters that were best on those, which may be
+    those it came with.
+
+    Args:
+        model: causal LM, possibly within an adapter, on its device; what is trained must be float32.
+        samples: int64 [T] each, T at least 2.
+        config: how.
+        seed: of everything random.
+        loss: what a step minimises; the validation is in its terms too.
+        states: label -> call that brings the model into a state to be trained in, a width for example. One is drawn for
+            every step; the held-out loss is the mean over all. None trains it as it is.
+        folder: for checkpoints, which an interrupted training continues from; deleted by the caller.
+        report: called with (what, steps done, steps in all).
+
+    Raises:
+        CompressError: nothing to train, too few samples, a loss that is not finite.
+    """
+    loop = _Loop(model, samples, config, seed, loss, states or {"loss": lambda: None}, folder)
+    return loop.run(report or (lambda *_: None))
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds beside tensors."""
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+
+class _Loop:
+    def __init__(
+        self, model: nn.Module, samples: Sequence[Tensor], config: TrainingConfig, seed: int, loss: Loss,
+        states: Mapping[str, Callable[[], object]], folder: Path | None,
+    ) -> None:  # fmt: skip
+        self.model, self.samples, self.config, self.seed = model, samples, config, seed
+        self.loss, self.states = loss, states
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise CompressError("training: no parameter of the model requires a gradient.")
+        self.device = next(iter(self.parameters.values())).device
+        self.trained_on, self.held_out = hold_out(len(samples), config.held_out)
+        self.processes = processes(self.device)
+        for parameter in self.parameters.values():
+            parameter.data.copy_(broadcast(parameter.data))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.progress, self.best = _Progress(), self._copy()
+        start = [[name, _sha256(tensor)] for name, tensor in self.best.items()]
+        tokens = [sample.tolist() for sample in samples]
+        self.key = digest(config.model_dump(mode="json"), seed, list(states), tokens, start)
+        self.path = folder / "training.safetensors" if folder else None
+        self._epochs: dict[int, list[int]] = {}
+
+    def run(self, report: Report) -> Trained:
+        total, scored = self.config.steps, (0.0, 0)
+        if not self._resume():
+            self._validate(None)
+        while self.progress.step < total:
+            best = self.progress.best or {}
+            report(f"held-out loss {_mean(best['held_out']):.4f} at step {best['step']}", self.progress.step, total)
+            summed, tokens = self._step(self.progress.step)
+            scored = scored[0] + summed, scored[1] + tokens
+            self.progress.step += 1
+            if self.progress.step % self.config.validate_every == 0 or self.progress.step == total:
+                self._validate(scored[0] / scored[1])
+                self._save()
+                scored = 0.0, 0
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+        assert self.progress.best is not None
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        samples = {"trained": len(self.trained_on), "held_out": len(self.held_out)}
+        return Trained(self.progress.history, self.progress.best, count, samples)
+
+    def _step(self, step: int) -> tuple[float, int]:
+        """One step; returns the summed loss and the tokens it is over, of all processes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        places = self._places(step)
+        count = sum(len(self.samples[place]) - 1 for place in places)
+        labels = list(self.states)
+        self.states[labels[int(torch.randint(len(labels), (), generator=self._generator(1, step)))]]()
+        self.optimizer.zero_grad()
+        summed = torch.zeros((), dtype=torch.float64, device=self.device)
+        mine = places[self.processes.process_index :: self.processes.num_processes]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # dropout's numbers are the step's own
+            torch.manual_seed(int(torch.randint(1 << 62, (), generator=self._generator(2, step))))
+            for batch in _batches(self.samples, mine, self.config.micro_batch, self.device):
+                loss = _loss(self.loss, self.model, batch, self.config)
+                (loss / count).backward()  # type: ignore[no-untyped-call]
+                summed += loss.detach()
+        value = float(reduce(summed, "sum"))
+        if not math.isfinite(value):
+            raise CompressError(f"training: the loss at step {step} is not finite; lower learning_rate.")
+        self._share_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        self.optimizer.step()
+        return value, count
+
+    def _share_gradients(self) -> None:
+        """Sum the gradients over processes, in one message."""
+        if self.processes.num_processes == 1:
+            return
+        values = list(self.parameters.values())
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in values])
+        parts = reduce(flat, "sum").split([p.numel() for p in values])
+        for parameter, part in zip(values, parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def learning_rate(self, step: int) -> float:
+        """Linear up, then linear down."""
+        config = self.config
+        rising = min(1.0, (step + 1) / (config.warmup + 1))
+        return config.learning_rate * min(rising, (config.steps - step) / max(1, config.steps - config.warmup))
+
+    def _generator(self, *place: int) -> torch.Generator:
+        state = self.seed
+        for part in place:
+            state = (state * 1_000_003 + part + 1) % (1 << 63)
+        return torch.Generator().manual_seed(state)
+
+    def _places(self, step: int) -> list[int]:
+        """Samples of a step: epoch after epoch, each in an order of its own."""
+        chosen, count = [], len(self.trained_on)
+        for position in range(step * self.config.batch, (step + 1) * self.config.batch):
+            epoch = position // count
+            if epoch not in self._epochs:
+                self._epochs = {epoch: torch.randperm(count, generator=self._generator(0, epoch)).tolist()}
+            chosen.append(self.trained_on[self._epochs[epoch][position % count]])
+        return chosen
+
+    def _validate(self, loss: float | None) -> None:
+        """Add a row to the history; keep the parameters if they are the best so far."""
+        config, states = self.config, self.states
+        found = held_out_losses(self.model, self.samples, config, self.device, loss=self.loss, states=states)
+        step = self.progress.step
+        if not step and not math.isfinite(_mean(found)):
+            raise CompressError("training: the loss of the held-out samples is not finite before the first step.")
+        rate = self.learning_rate(step - 1) if step else 0.0
+        row = {"step": step, "learning_rate": rate, "loss": loss, "held_out": found}
+        self.progress.history.append(row)
+        if self.progress.best is None or _mean(found) < _mean(self.progress.best["held_out"]):
+            self.progress.best, self.best = row, self._copy()
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def _save(self) -> None:
+        if self.path is None or not self.processes.is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.parameters.items():
+            tensors[f"now/{name}"] = parameter.detach()
+            for kind, value in self.optimizer.state[parameter].items():
+                tensors[f"{kind}/{name}"] = value
+        on_cpu = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        save_atomic(self.path, on_cpu, {"key": self.key, "progress": json.dumps(vars(self.progress))})
+
+    def _resume(self) -> bool:
+        """Continue from a checkpoint of this very training, if there is one that can be read."""
+        try:
+            assert self.path is not None
+            with safe_open(self.path, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+            if metadata.get("key") != self.key:
+                return False
+            tensors = read_tensors(self.path)
+        except (AssertionError, FileNotFoundError, SafetensorError):
+            return False
+        self.progress = _Progress(**json.loads(metadata["progress"]))
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors.pop(f"now/{name}"))
+                self.best[name] = tensors.pop(f"best/{name}").to(self.device)
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            self.optimizer.state[self.parameters[name]][kind] = tensor if kind == "step" else tensor.to(self.device)
+        return True
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: nn.Module, samples: Sequence[Tensor], config: TrainingConfig, device: torch.device, *,
+    loss: Loss = next_token_loss, states: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Mean loss per token of the held-out samples in every state, all modules in evaluation mode; for arguments see :func:`train`."""
+    team = processes(device)
+    _, held = hold_out(len(samples), config.held_out)
+    mine = held[team.process_index :: team.num_processes]
+    tokens = sum(len(samples[place]) - 1 for place in held)
+    modes, found = {module: module.training for module in model.modules()}, {}
+    model.eval()
+    try:
+        for label, enter in (states or {"loss": lambda: None}).items():
+            enter()
+            summed = torch.zeros((), dtype=torch.float64, device=device)
+            for batch in _batches(samples, mine, config.micro_batch, device):
+                summed += _loss(loss, model, batch, config)
+            found[label] = float(reduce(summed, "sum")) / tokens
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return found
+
+
+def _batches(samples: Sequence[Tensor], places: Sequence[int], size: int, device: torch.device) -> Iterator[Batch]:
+    """Micro-batches; samples of like length go together."""
+    ordered = sorted(places, key=lambda place: -len(samples[place]))
+    for start in range(0, len(ordered), size):
+        chosen = [samples[place] for place in ordered[start : start + size]]
+        scored = [torch.ones(len(tokens) - 1, dtype=torch.bool) for tokens in chosen]
+        yield Batch(
+            pad_sequence(chosen, batch_first=True).to(device),
+            pad_sequence(scored, batch_first=True).to(device),
+            ordered[start : start + size],
+        )
+
+
+def _loss(loss: Loss, model: nn.Module, batch: Batch, config: TrainingConfig) -> Tensor:
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return loss(model, batch)
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,313 @@
+"""Beyond accuracy: calibration, agreement with the dense model, robustness.
+
+Two models can have the same perplexity or accuracy and still answer differently. What is measured here, over the scored
+tokens of a text (every one of them once, as in :mod:`compress.evals.perplexity`):
+
+* ``kl``: mean Kullback-Leibler divergence KL(dense || compressed) of the next-token distribution, in nats.
+* ``top1_agreement``: share of tokens where both models' likeliest next token is the same.
+* ``flipped``: share of tokens where one model's likeliest token is right and the other's is wrong.
+* ``accuracy``: share of tokens where the likeliest token is right.
+* ``ece``: expected calibration error of the likeliest token's probability (:func:`calibration_error`).
+* ``increase`` (robustness): bits per byte of the text with typing errors (:func:`with_typos`), less those of the text itself.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import compress
+from compress.errors import CompressError
+from compress.evals.perplexity import Text, Window, prepare, score
+from compress.evals.store import Key, Results, dense_identity, identity
+from compress.evals.text import (
+    Protocol,
+    documents_of,
+    refuse_calibration_text,
+    settings_of,
+    widths_to_measure,
+    window_length,
+)
+from compress.loading import bits_for, load
+from compress.pipeline import model_folder
+from compress.weights import read_manifest
+
+Report = Callable[[str, int, int], None]
+BINS = 15
+_CHUNK = 1 << 28  # bytes of the dense model's log-probabilities held while all widths are compared with them
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
+
+    Predictions are sorted into ``bins`` equal intervals (m/bins, (m+1)/bins] of confidence; the result is the mean over
+    predictions of |share that is right - mean confidence| in their bin: 0 for a model that knows how sure to be.
+
+    Args:
+        confidence: probability given to each prediction, [N].
+        right: whether it was right, [N].
+        bins: number of intervals.
+    """
+    place = (confidence.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
+    return float(gap.abs().sum() / max(1, len(confidence)))
+
+
+def with_typos(text: str, rate: float = 0.05, seed: int = 0) -> str:
+    """Swap two neighbouring inner letters in a share of the words of at least four letters.
+
+    The number of bytes stays the same where letters are ASCII, so bits per byte compare.
+
+    Args:
+        text: any text.
+        rate: share of those words that get an error.
+        seed: the same seed gives the same errors.
+    """
+    generator = random.Random(seed)
+
+    def spoil(match: re.Match[str]) -> str:
+        word = match.group()
+        if generator.random() >= rate:
+            return word
+        place = generator.randrange(1, len(word) - 2)
+        return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
+
+    return re.sub(r"[A-Za-z]{4,}", spoil, text)
+
+
+@dataclass
+class Comparison:
+    """Sums over scored tokens of one model beside the dense one."""
+
+    kl: float = 0.0
+    agreeing: int = 0
+    flipped: int = 0
+    confidence: list[Tensor] = field(default_factory=list)
+    right: list[Tensor] = field(default_factory=list)
+
+    def add(self, dense: Tensor, other: Tensor, target: Tensor) -> None:
+        """Take tokens in.
+
+        Args:
+            dense: log-probabilities of the dense model, [T, vocabulary].
+            other: of the compressed model, the same shape.
+            target: the next tokens, [T].
+        """
+        likeliest, choice = dense.argmax(-1), other.argmax(-1)
+        self.kl += float((dense.exp() * (dense - other)).sum(dtype=torch.float64))
+        self.agreeing += int((likeliest == choice).sum())
+        self.flipped += int(((likeliest == target) != (choice == target)).sum())
+        self.confidence.append(other.max(-1).values.exp().cpu())
+        self.right.append((choice == target).cpu())
+
+    def metrics(self) -> dict[str, float]:
+        """Means over all tokens."""
+        confidence, right = torch.cat(self.confidence), torch.cat(self.right)
+        tokens = len(right)
+        return {
+            "kl": self.kl / tokens,
+            "top1_agreement": self.agreeing / tokens,
+            "flipped": self.flipped / tokens,
+            "accuracy": float(right.double().mean()),
+            "ece": calibration_error(confidence, right),
+            "tokens": tokens,
+        }
+
+
+def dense_model_of(folder: str, reference: str | None = None) -> str:
+    """Where the dense model of a checkpoint is.
+
+    Args:
+        folder: the checkpoint.
+        reference: dense model to take instead of the recipe's.
+
+    Raises:
+        CompressError: a folder without a manifest, or the dense model is not there or no longer the same.
+    """
+    if reference is not None:
+        return str(model_folder(reference))
+    manifest = read_manifest(Path(folder))
+    if manifest is None:
+        raise CompressError(f"{folder}: has no manifest that names its dense model; give --reference.")
+    try:
+        found = str(model_folder(manifest["recipe"]["model"], manifest["recipe"].get("revision")))
+    except CompressError as error:
+        raise CompressError(f"the dense model of {folder} is not there ({error}) Give --reference.") from error
+    if identity(found) != dense_identity(manifest):
+        raise CompressError(f"{found}: is not the model that {folder} was made from; give --reference.")
+    return found
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What both measurements of one call share."""
+
+    folder: str
+    source: str
+    documents: list[str]
+    settings: dict[str, Any]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    widths: dict[str, Any]
+    protocol: Protocol
+    store: Results
+    report: Report | None
+
+    def text(self, documents: Sequence[str]) -> Text:
+        cut = self.protocol
+        return prepare(documents, self.tokenizer, cut.length or 2, cut.stride, cut.truncate, cut.disjoint)
+
+    def key(self, kind: str, model: str, width: str, **more: Any) -> Key:
+        return Key(kind, self.source, model, width, None, {**self.settings, **more})
+
+    def watch(self, what: str) -> Callable[[int, int], None] | None:
+        report = self.report
+        return None if report is None else lambda done, total: report(what, done, total)
+
+
+def _open(
+    folder: str, source: str, bits: Sequence[int | float] | None, protocol: Protocol | None, store: Results | None,
+    dtype: torch.dtype, device: str, report: Report | None,
+) -> _Setting:  # fmt: skip
+    protocol = protocol or Protocol()
+    documents, digest = documents_of(source, protocol)
+    refuse_calibration_text(folder, digest)
+    chosen = {str(width): bits_for(folder, width) for width in bits or ()}
+    model = load(folder, dtype=dtype, device_map=device)
+    widths = {
+        "dense" if width is None else str(width): chosen.get(str(width)) or width
+        for width in widths_to_measure(model, bits)
+    }
+    protocol = replace(protocol, length=window_length(model, protocol.length))
+    settings = settings_of(digest, protocol, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return _Setting(
+        folder, source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report
+    )
+
+
+@torch.no_grad()
+def evaluate_agreement(
+    folder: str, source: str, reference: str | None = None, bits: Sequence[int | float] | None = None,
+    protocol: Protocol | None = None, store: Results | None = None, dtype: torch.dtype = torch.float32,
+    device: str = "cpu", report: Report | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Compare every width with the dense model, token by token; both are loaded once.
+
+    Args:
+        folder: checkpoint.
+        source: text file, or ``builtin``.
+        reference: dense model; the recipe's if None.
+        bits: widths; all there are if None.
+        protocol: how the text is cut.
+        store: measurements that are in it are not made again; new ones are added.
+        dtype: to compute in.
+        device: to compute on.
+        report: called with (what, windows done, windows in all).
+
+    Returns:
+        ``{width: {"kl", "top1_agreement", "flipped", "accuracy", "ece", "tokens"}}``, and the dense model as ``"dense"``.
+
+    Raises:
+        CompressError: no dense model, or nothing to score.
+    """
+    original = dense_model_of(folder, reference)
+    work = _open(folder, source, bits, protocol, store, dtype, device, report)
+    digests = {width: identity(folder) for width in work.widths} | {"dense": identity(original)}
+    keys = {width: work.key("agreement", model, width, dense=digests["dense"]) for width, model in digests.items()}
+    missing = [width for width in keys if work.store.find(keys[width]) is None]
+    if missing:
+        dense = load(original, dtype=dtype, device_map=device)
+        sums = {width: Comparison() for width in missing}
+        text, watch, done = work.text(work.documents), work.watch("agreement"), 0
+        for chunk in _chunks(text.windows, int(dense.config.vocab_size)):
+            expected = [_log_probabilities(dense, window) for window in chunk]
+            for width, comparison in sums.items():
+                if width != "dense":
+                    compress.set_bits(work.model, work.widths[width])
+                for window, truth in zip(chunk, expected, strict=True):
+                    got = truth if width == "dense" else _log_probabilities(work.model, window)
+                    comparison.add(truth, got, torch.tensor(window.tokens[-window.scored :], device=truth.device))
+            done += len(chunk)
+            if watch is not None:
+                watch(done, len(text.windows))
+        for width in missing:
+            work.store.add(keys[width], sums[width].metrics())
+    found = {width: work.store.find(key) for width, key in keys.items()}
+    return {width: row["metrics"] for width, row in found.items() if row is not None}
+
+
+def _chunks(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
+    """Windows whose log-probabilities fit together in ``_CHUNK`` bytes."""
+    chunk: list[Window] = []
+    held = 0
+    for window in windows:
+        size = 4 * window.scored * vocabulary
+        if chunk and held + size > _CHUNK:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(window)
+        held += size
+    yield chunk
+
+
+def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
+    """Of what follows each position that predicts a scored token: [scored, vocabulary], float32."""
+    ids = torch.tensor([window.tokens], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, -window.scored - 1 : -1]
+    return logits.float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def evaluate_robustness(
+    folder: str, source: str, bits: Sequence[int | float] | None = None, protocol: Protocol | None = None,
+    rate: float = 0.05, store: Results | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    report: Report | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """What typing errors in a text cost, at every width of one load.
+
+    Args:
+        folder: checkpoint, or a dense model.
+        source: text file, or ``builtin``.
+        bits: widths; all there are if None.
+        protocol: how the text is cut.
+        rate: share of words with an error, :func:`with_typos`.
+        store: measurements that are in it are not made again; new ones are added.
+        dtype: to compute in.
+        device: to compute on.
+        report: called with (what, windows done, windows in all).
+
+    Returns:
+        ``{width: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
+    """
+    work = _open(folder, source, bits, protocol, store, dtype, device, report)
+    clean: Text | None = None
+    spoilt: Text | None = None
+    model = identity(folder)
+    found: dict[str, dict[str, float]] = {}
+    for width, value in work.widths.items():
+        key = work.key("robustness", model, width, rate=rate)
+        row: Mapping[str, Any] | None = work.store.find(key)
+        if row is None:
+            spoilt = spoilt or work.text([with_typos(document, rate) for document in work.documents])
+            if value is not None:
+                compress.set_bits(work.model, value)
+            known = work.store.find(work.key("text", model, width))
+            if known is None:
+                clean = clean or work.text(work.documents)
+                found_clean = score(work.model, clean, report=work.watch(f"as it is, {width}")).json()
+                known = work.store.add(work.key("text", model, width), found_clean)
+            before = known["metrics"]["bits_per_byte"]
+            after = score(work.model, spoilt, report=work.watch(f"with typos, {width}")).bits_per_byte
+            row = work.store.add(
+                key, {"bits_per_byte": before, "bits_per_byte_typos": after, "increase": after - before}
+            )
+        found[width] = row["metrics"]
+    return found

@@ -1,0 +1,185 @@
+"""Multiple-choice tasks in the built-in model's own domain: ``python -m compress.evals.cloze FOLDER``.
+
+Items are cut from held-out modules of the running Python's standard library, which neither training nor calibration
+sees. What stands in the file is right; distractors are other lines and other names of the same file, so
+that knowing Python is not enough. Four choices each, so chance is 25 %.
+
+* ``builtin_line``: after some lines of code, which line comes next? The distractors are as deeply indented and as long.
+* ``builtin_name``: after the beginning of a line, which name comes next? The distractors are names of the lines before.
+
+The same Python gives the same items. ``compress eval DIR --tasks builtin_line,builtin_name`` makes them in memory; the
+command above writes them as a task folder for lm-eval's own ``--include_path``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import keyword
+import random
+import tokenize
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.demo import corpus
+from compress.workspace import digest
+
+Item = dict[str, Any]
+"""``query`` (text before), ``choices`` (four texts), ``gold`` (index of the right one)."""
+
+CHOICES = 4
+_CONTEXT_LINES = 6
+_ITEMS = 200
+
+
+def line_items(source: str, generator: random.Random) -> list[Item]:
+    """Every line of code in a module that has three rivals: indented alike, of like length, elsewhere in the file.
+
+    Comments and docstrings are neither asked for nor offered.
+
+    Args:
+        source: of a module.
+        generator: draws rivals and the order of choices.
+    """
+    lines = source.splitlines()
+    code = {row: _split(lines[row]) for row in _rows_of_code(source)}
+    items: list[Item] = []
+    for place, (wanted, indent) in code.items():
+        if place < _CONTEXT_LINES or not 12 <= len(wanted) <= 72:
+            continue
+        before = lines[place - _CONTEXT_LINES : place]
+        rivals = {
+            text
+            for text, depth in code.values()
+            if depth == indent and abs(len(text) - len(wanted)) <= len(wanted) // 4 and text != wanted
+        } - {_split(line)[0] for line in before}
+        if len(rivals) >= CHOICES - 1:
+            query = "\n".join(before) + "\n" + " " * indent
+            items.append(_item(query, wanted, generator.sample(sorted(rivals), CHOICES - 1), generator))
+    return items
+
+
+def _split(line: str) -> tuple[str, int]:
+    text = line.strip()
+    return text, len(line) - len(line.lstrip())
+
+
+def _rows_of_code(source: str) -> list[int]:
+    """Rows, from 0, where a logical line begins with a word."""
+    rows, fresh = [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if fresh and token.type == tokenize.NAME:
+            rows.append(token.start[0] - 1)
+        if token.type not in (tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT):
+            fresh = token.type == tokenize.NEWLINE
+    return rows
+
+
+def name_items(source: str, generator: random.Random) -> list[Item]:
+    """Every name of a module that stands in the lines before too, with three rivals from those lines.
+
+    Args:
+        source: of a module.
+        generator: draws rivals and the order of choices.
+    """
+    lines = source.splitlines()
+    names: list[tuple[int, int, str]] = [
+        (token.start[0] - 1, token.start[1], token.string)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.NAME and len(token.string) >= 3 and not keyword.iskeyword(token.string)
+    ]
+    inside: dict[int, set[str]] = {}
+    for row, _, name in names:
+        inside.setdefault(row, set()).add(name)
+    items: list[Item] = []
+    for row, column, wanted in names:
+        if row < _CONTEXT_LINES or not lines[row][:column].strip():
+            continue
+        near = set().union(*(inside.get(row - back, ()) for back in range(1, _CONTEXT_LINES + 1)))
+        rivals = {
+            name for name in near if name != wanted and not wanted.startswith(name) and not name.startswith(wanted)
+        }
+        if wanted in near and len(rivals) >= CHOICES - 1:
+            query = "\n".join(lines[row - _CONTEXT_LINES : row]) + "\n" + lines[row][:column]
+            items.append(_item(query, wanted, generator.sample(sorted(rivals), CHOICES - 1), generator))
+    return items
+
+
+def _item(query: str, right: str, wrong: list[str], generator: random.Random) -> Item:
+    choices = [right, *wrong]
+    generator.shuffle(choices)
+    return {"query": query, "choices": choices, "gold": choices.index(right)}
+
+
+MAKERS: Mapping[str, Callable[[str, random.Random], list[Item]]] = {
+    "builtin_line": line_items,
+    "builtin_name": name_items,
+}
+
+
+def builtin_items(task: str, count: int = _ITEMS) -> list[Item]:
+    """Items of a built-in task, drawn evenly from all held-out modules and always the same.
+
+    Args:
+        task: ``builtin_line`` or ``builtin_name``.
+        count: how many.
+    """
+    generator = random.Random(0)
+    found = [
+        item
+        for source in corpus.read_modules(corpus.HELDOUT).values()
+        for item in MAKERS[task](source.expandtabs(), generator)
+    ]
+    return generator.sample(found, min(count, len(found)))
+
+
+def task_settings(task: str) -> dict[str, Any]:
+    """The task in lm-eval's terms, without its data. Names are too short for a metric by length."""
+    metrics = ("acc", "acc_norm") if task == "builtin_line" else ("acc",)
+    return {
+        "task": task,
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
+        "metadata": {"version": 1.0},
+    }
+
+
+def fingerprint(task: str) -> str:
+    """Digest of a task's items, which depend on the running Python's library."""
+    return digest(builtin_items(task))
+
+
+def write(folder: Path) -> list[Path]:
+    """Write both tasks as YAML and JSON lines; returns the files."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for task in MAKERS:
+        data, settings = folder / f"{task}.jsonl", folder / f"{task}.yaml"
+        data.write_text("".join(json.dumps(item) + "\n" for item in builtin_items(task)), encoding="utf-8")
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data.resolve())}}}
+        settings.write_text(yaml.safe_dump({**task_settings(task), **source}, sort_keys=False), encoding="utf-8")
+        written += [data, settings]
+    return written
+
+
+def main() -> None:
+    """Write the task folder and say what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    for path in write(parser.parse_args().folder):
+        print(path)
+    for task in MAKERS:
+        print(f"{task}: {len(builtin_items(task))} items, sha256 {fingerprint(task)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The model in lm-eval's harness. Imports lm-eval, so it is itself imported where tasks are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from compress.errors import CompressError
+from compress.prompts.adapter import virtual_tokens
+
+_LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothing tells that memory runs out
+
+
+class Harness(HFLM):
+    """A loaded model, or one with a soft prompt in front, as lm-eval sees it.
+
+    Args:
+        model: causal LM, or a peft model whose virtual tokens take a part of the context.
+        tokenizer: of the model.
+        batch: rows in a batch; chosen by the machine's memory if None.
+        report: called with (requests done, requests in all).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: int | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        self.virtual_tokens = virtual_tokens(model)
+        self.report, self.truncated = report, 0
+        self._done = self._total = 0
+        if batch is not None:
+            self.batch_size_per_gpu = batch
+        elif self.device.type == "cpu":
+            row = 4 * self.max_length * len(tokenizer)
+            self.batch_size_per_gpu = min(32, max(1, _LOGITS // row))
+        else:
+            self.batch_size_per_gpu = "auto"  # type: ignore[assignment]  # lm-eval tries, and halves at out of memory
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of text that fit; virtual tokens take their part."""
+        return int(super().max_length) - getattr(self, "virtual_tokens", 0)
+
+    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+        longest = max((len(after) for _, _, after in requests), default=0)
+        if longest > self.max_length:
+            raise CompressError(
+                f"an answer has {longest} tokens, but the context holds {self.max_length}; this model can not take the task."
+            )
+        self.truncated += sum(len(before) + len(after) > self.max_length + 1 for _, before, after in requests)
+        self._done, self._total = 0, len(requests)
+        return list(super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs))
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.inference_mode():
+            logits = super()._model_call(inps, *args, **kwargs)
+        self._done = min(self._done + len(inps), self._total)
+        if self.report is not None and self._total:
+            self.report(self._done, self._total)
+        return logits  # type: ignore[no-any-return]

@@ -1,0 +1,169 @@
+"""Where measurements are kept: one JSON line each, in ``DIR/report/results.jsonl`` of a checkpoint.
+
+``eval``, ``bench`` and whatever else measures append to it; ``report`` and ``compare`` only read it. A measurement that is
+there is not made again, so an interrupted evaluation continues. The manifest does not cover the file: ``verify`` is
+about what was written, not about what was found out later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from compress.errors import CompressError
+from compress.prompts.adapter import WEIGHTS, find_prompts
+from compress.version import __version__
+from compress.weights import Checkpoint, read_manifest, sha256_of
+from compress.workspace import digest
+
+FOLDER, FILE = "report", "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes two measurements the same.
+
+    Attributes:
+        kind: ``text``, ``task``, ``agreement``, ``robustness``, ``bench``, ``sample`` or another word.
+        name: of the text, the task, …
+        model: digest of the model's files, :func:`identity`.
+        width: ``"4"``, ``"3.5"``, or ``"dense"``.
+        prompt: name of the soft prompt in front; None without one.
+        settings: everything else that changes the figures (digest of the data, protocol, dtype).
+    """
+
+    kind: str
+    name: str
+    model: str
+    width: str
+    prompt: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """As plain data, the beginning of a line."""
+        return {
+            "kind": self.kind, "name": self.name, "model": self.model, "width": self.width, "prompt": self.prompt,
+            "settings": dict(self.settings),
+        }  # fmt: skip
+
+
+def _same(row: Mapping[str, Any]) -> str:
+    return json.dumps([row[name] for name in ("kind", "name", "model", "width", "prompt", "settings")], sort_keys=True)
+
+
+class Results:
+    """The measurements of one file, by key; the last of equal keys counts.
+
+    Args:
+        path: JSON lines, created with the first measurement; None keeps them in memory alone.
+
+    Raises:
+        CompressError: a line is not one of ours. A last line without its end, as a kill leaves it, is passed over.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._whole: int | None = None  # bytes up to a last line that a kill left unfinished
+        if path is not None and path.is_file():
+            text = path.read_bytes()
+            if text and not text.endswith(b"\n"):
+                self._whole = text.rfind(b"\n") + 1
+            for number, line in enumerate(text[: self._whole].splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    self._rows[_same(row)] = row
+                except (ValueError, KeyError, TypeError) as error:
+                    raise CompressError(f"{path}, line {number}: is not a measurement; delete that line.") from error
+
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """All measurements, or those of a kind, oldest first."""
+        return [row for row in self._rows.values() if kind in (None, row["kind"])]
+
+    def find(self, key: Key) -> dict[str, Any] | None:
+        """An earlier measurement of the same."""
+        return self._rows.get(_same(key.json()))
+
+    def add(self, key: Key, metrics: Mapping[str, Any], **details: Any) -> dict[str, Any]:
+        """Keep a measurement: in memory, and as a line of the file.
+
+        Args:
+            key: what was measured.
+            metrics: name -> figure.
+            **details: anything else that is plain data (answers, units, the label in a table).
+        """
+        row = {**key.json(), "metrics": dict(metrics), **details, "compress_version": __version__}
+        self._rows[_same(row)] = row
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    if self._whole is not None:
+                        file.truncate(self._whole)
+                        self._whole = None
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise CompressError(
+                    f"{self.path}: cannot be written ({error.strerror}); say where results are to be kept with --results FILE."
+                ) from error
+        return row
+
+
+def results_of(folder: str | Path, path: Path | None = None) -> Results:
+    """The results of a model: the file that is named, a checkpoint's own, or memory for a dense model."""
+    if path is None and read_manifest(Path(folder)) is not None:
+        path = Path(folder) / FOLDER / FILE
+    return Results(path)
+
+
+def identity(folder: str | Path) -> str:
+    """Digest of what a model is: of its manifest's files, of a dense folder's files, or a hub id's commit."""
+    manifest = read_manifest(Path(folder))
+    if manifest is not None:
+        return digest(manifest["files"])
+    if Path(folder).is_dir():
+        return digest(Checkpoint(Path(folder)).sha256())
+    return str(getattr(AutoConfig.from_pretrained(str(folder)), "_commit_hash", None) or folder)
+
+
+def prompt_key(
+    folder: str | Path, prompt: bool | str | Path, settings: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Name and settings of a measurement with soft prompts in front, for :class:`Key`.
+
+    Args:
+        folder: checkpoint.
+        prompt: True for its own prompts, a folder for others, False for none.
+        settings: of the measurement; digests of the prompts are added.
+
+    Raises:
+        CompressError: there are no prompts.
+    """
+    if not prompt:
+        return None, dict(settings)
+    found = find_prompts(folder, prompt)
+    name = "soft prompt"
+    if prompt is not True:
+        place = Path(prompt)
+        name = f"prompt of {place.resolve().parent.name if place.name == 'soft_prompt' else place.name}"
+    digests = {str(width or "all"): sha256_of(path / WEIGHTS) for width, path in found.items()}
+    return name, {**settings, "prompt": digests}
+
+
+def dense_identity(manifest: Mapping[str, Any]) -> str:
+    """:func:`identity` of the dense model that a checkpoint was made from."""
+    return digest(manifest["model_sha256"])
+
+
+def versions(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, str]:
+    """Versions of installed packages, for the record."""
+    return {package: version(package) for package in packages}

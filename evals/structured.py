@@ -1,0 +1,207 @@
+"""Structured pruning, score by score: ``python -m compress.evals.structured OUT --help``.
+
+Every cell is a whole run: a checkpoint is written, then loaded and measured. Rows go to ``OUT/rows.json`` as they come: a
+stopped evaluation continues. Random pruning is run with several seeds; all other rows are deterministic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compress
+from compress.errors import CompressError
+from compress.evals.pruning import Rows, calibration_of, protocol_of
+from compress.evals.text import evaluate_text
+from compress.weights import Checkpoint
+
+RATIOS = (0.1, 0.2, 0.3, 0.5)
+SCORES: dict[str, dict[str, Any]] = {
+    "output error (default)": {"score": "output"},
+    "FMS, one SPSA draw (paper)": {"score": "fms"},
+    "FMS, true gradient": {"score": "fms", "estimator": "backprop"},
+    "gates, residual gradient": {"score": "gates"},
+    "gates, SPSA": {"score": "gates", "estimator": "spsa", "draws": 2, "step": 0.01},
+    "gates, backprop (Fisher)": {"score": "gates", "estimator": "backprop"},
+    "Taylor, backprop": {"score": "taylor"},
+    "Taylor of the group, backprop": {"score": "taylor", "variant": "vector"},
+    "|W| |X|, no gradient": {"score": "no_gradient"},
+    "|W| |X| |noise|": {"score": "noise"},
+    "magnitude (L2)": {"score": "magnitude"},
+    "random": {"score": "random"},
+}
+"""What is compared: label -> settings of ``mini_llm``."""
+SEEDS = {"random": (0, 1, 2), "|W| |X| |noise|": (0, 1, 2), "FMS, one SPSA draw (paper)": (0, 1, 2)}
+
+
+class Bench:
+    """One model and one way to calibrate and to measure.
+
+    Args:
+        given: the command line's.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.work: Path = given.out / "work"
+        self.protocol = protocol_of(given)
+
+    def recipe(self, passes: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+        """A whole recipe."""
+        return {"model": self.given.model, "calibration": calibration_of(self.given), "passes": passes, "seed": seed}
+
+    def cell(self, passes: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+        """Run a recipe and measure what it wrote."""
+        folder = self.given.out / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        started = time.perf_counter()
+        compress.run(self.recipe(passes, seed), folder, workspace=self.work)
+        seconds = time.perf_counter() - started
+        return {**self.measure(folder), "seconds": seconds}
+
+    def measure(self, folder: Path) -> dict[str, Any]:
+        """Perplexity at every width asked for, parameters, bytes and tokens per second."""
+        found = evaluate_text(str(folder), self.given.text, self.given.bits, self.protocol)["bits"]
+        best = next(iter(found.values()))
+        info = Checkpoint(folder).info()
+        return {
+            "perplexity": best["perplexity"],
+            "bits_per_byte": best["bits_per_byte"],
+            "at_bits": {bits: score["perplexity"] for bits, score in found.items()},
+            "parameters": sum(torch.Size(item.shape).numel() for item in info.values()),
+            "bytes": sum(item.nbytes for item in info.values()),
+        }
+
+
+@torch.no_grad()
+def speed(folders: Mapping[str, Path], tokens: int = 64, rounds: int = 5) -> dict[str, float]:
+    """Tokens per second of several models generating one sequence, the best of some rounds taken in turn."""
+    models: dict[str, Any] = {label: compress.load(path, dtype=torch.float32) for label, path in folders.items()}
+    best = dict.fromkeys(models, 0.0)
+    for _ in range(rounds):
+        for label, model in models.items():
+            prompt = torch.ones(1, 4, dtype=torch.long)
+            started = time.perf_counter()
+            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            best[label] = max(best[label], tokens / (time.perf_counter() - started))
+    return best
+
+
+def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
+    """Every score at every ratio, with and without refitting, before and after recovery."""
+    rows.get({"label": "dense"}, lambda: bench.measure(dense_folder(given.model)))
+    recovery = [{"kind": "lora_recovery", **_settings(given.recovery)}] if given.recovery is not None else []
+    for ratio in given.ratios:
+        for label in given.scores:
+            for seed in SEEDS.get(label, (0,)):
+                for compensate in (False, True):
+                    for after in (False, True) if recovery else (False,):
+                        step = {"kind": "mini_llm", "ratio": ratio, **SCORES[label], "compensate": compensate}
+                        step |= _settings(given.settings)
+                        key = {
+                            "label": label,
+                            "ratio": ratio,
+                            "seed": seed,
+                            "compensate": compensate,
+                            "recovered": after,
+                        }
+                        passes = [step, *(recovery if after else [])]
+                        rows.get(key, lambda p=passes, s=seed: bench.cell(p, s))  # type: ignore[misc]
+
+
+def dense_folder(model: str) -> Path:
+    """Where a model is."""
+    from compress.pipeline import model_folder
+
+    return model_folder(model)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """``mode=local,attention=0`` as a mapping."""
+    import yaml
+
+    pairs = (part.partition("=") for part in text.split(",") if part)
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], value: str) -> str:
+    """One table: scores down; ratios across, each as it is cut, refitted, and after recovery."""
+    dense = next((row[value] for row in rows if row["label"] == "dense"), None)
+    cells = [row for row in rows if "ratio" in row]
+    ratios = sorted({row["ratio"] for row in cells})
+    kinds = sorted({(row["recovered"], row["compensate"]) for row in cells})
+    names = {
+        (False, False): "cut",
+        (False, True): "refitted",
+        (True, False): "cut, recovered",
+        (True, True): "refitted, recovered",
+    }
+    columns = [(ratio, kind) for ratio in ratios for kind in kinds]
+    lines = [f"dense: {dense:.4f}" if dense else "", ""]
+    lines.append("| score | " + " | ".join(f"{ratio:.0%} {names[kind]}" for ratio, kind in columns) + " |")
+    lines.append("|---|" + "---|" * len(columns))
+    for label in dict.fromkeys(row["label"] for row in cells):
+        figures = []
+        for ratio, kind in columns:
+            place = (label, ratio, *kind)
+            found = [r[value] for r in cells if (r["label"], r["ratio"], r["recovered"], r["compensate"]) == place]
+            figures.append(_figure(found))
+        lines.append(f"| {label} | " + " | ".join(figures) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(found: Sequence[float]) -> str:
+    if not found:
+        return ""
+    if len(found) == 1:
+        return f"{found[0]:.2f}"
+    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def arguments_of() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m compress.evals.structured", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for rows.json and table.md")
+    parser.add_argument("--model", default="builtin", help="dense model (default: builtin)")
+    parser.add_argument("--calibration", help="text file to calibrate on; built-in modules if absent")
+    parser.add_argument("--text", default="builtin", help="text to measure on; 'builtin' for held-out modules")
+    parser.add_argument("--separator", help="divides both texts into documents")
+    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
+    parser.add_argument("--length", type=int, default=128, help="tokens per calibration sample")
+    parser.add_argument("--min-calibration-characters", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="measure on the first so many documents")
+    parser.add_argument("--min-characters", type=int, default=0, help="pass over documents of this length or less")
+    parser.add_argument("--stride", type=int, help="tokens a window advances by; half its length if absent")
+    parser.add_argument("--truncate", action="store_true", help="score only the first window of each document")
+    parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], help="of packed models")
+    parser.add_argument("--ratios", type=lambda text: [float(part) for part in text.split(",")], default=RATIOS)
+    parser.add_argument("--scores", type=lambda text: text.split(";"), default=list(SCORES), help="labels, between ;")
+    parser.add_argument("--settings", default="", help="further settings of mini_llm: mode=local,attention=0")
+    parser.add_argument("--recovery", help="also recover, with these settings of lora_recovery ('' for none)")
+    return parser
+
+
+def main() -> None:
+    """Fill the table."""
+    from compress.cli.common import quiet_transformers
+
+    quiet_transformers()
+    given = arguments_of().parse_args()
+    rows = Rows(given.out / "rows.json")
+    table(Bench(given), rows, given)
+    value = "bits_per_byte" if given.text == "builtin" else "perplexity"
+    (given.out / "table.md").write_text(markdown(rows.rows, value))
+    print((given.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CompressError as error:
+        raise SystemExit(f"error: {error}") from error

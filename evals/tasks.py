@@ -1,0 +1,293 @@
+"""``compress eval --tasks``: lm-eval in process, several widths in one load, resumable by (model, width, task)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+import compress
+from compress.errors import CompressError, did_you_mean
+from compress.evals import cloze
+from compress.evals.agreement import calibration_error
+from compress.evals.store import Key, Results, identity, prompt_key, versions
+from compress.evals.text import widths_to_measure
+from compress.loading import bits_for
+from compress.weights import sha256_of
+from compress.workspace import digest
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+Report = Callable[[str, int, int], None]
+_KEPT = (
+    "results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config",
+    "git_hash", "date", "transformers_version", "lm_eval_version", "max_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What to run.
+
+    Attributes:
+        names: lm-eval's task names, names from ``include``, ``builtin_line`` and ``builtin_name``.
+        include: folder of task YAML files; what is in it is lm-eval's to interpret, Python functions among it.
+        limit: items of each task, from the first; all if None.
+        fewshot: examples in front; as the task says if None.
+    """
+
+    names: tuple[str, ...]
+    include: Path | None = None
+    limit: int | None = None
+    fewshot: int | None = None
+
+
+def evaluate_tasks(
+    folder: str,
+    tasks: Tasks,
+    bits: Sequence[int | float] | None = None,
+    store: Results | None = None,
+    prompt: bool | str | Path = False,
+    batch: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    report: Report | None = None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Run lm-eval tasks at several widths of one load.
+
+    Args:
+        folder: checkpoint, or a dense model.
+        tasks: what to run.
+        bits: widths, or mean widths such as 3.5; all there are if None.
+        store: measurements that are in it are not made again; new ones are added.
+        prompt: put the checkpoint's own soft prompts (True), or those of a folder, in front.
+        batch: rows in a batch; chosen automatically if None.
+        dtype: to compute in.
+        device: to compute on.
+        report: called with (what, requests done, requests in all). lm-eval's own bars are silenced if given.
+
+    Returns:
+        ``{width: {task: row}}``; a row as :class:`compress.evals.store.Results` keeps it, with ``lm_eval``, the
+        result in lm-eval's own schema, and for multiple choice ``answers`` (the choice of every item) and the
+        metric ``ece`` (:func:`compress.evals.agreement.calibration_error` over items). A dense model's width is ``dense``.
+
+    Raises:
+        CompressError: lm-eval is absent, a task is unknown, or its data can not be had.
+    """
+    store = store or Results(None)
+    manager = task_manager(tasks)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chosen = {str(width): bits_for(folder, width) for width in bits or ()}
+    whole = [width for width in bits or () if isinstance(width, int)]
+    stored = max(whole) if whole and len(whole) == len(chosen) else None
+    model: Any = compress.load(folder, bits=stored, dtype=dtype, device_map=device, prompt=prompt)
+    widths, origin = widths_to_measure(model, bits), identity(folder)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for width in widths:
+        label = "dense" if width is None else str(width)
+        if width is not None:
+            compress.set_bits(model, chosen.get(label) or int(width))
+        for name in tasks.names:
+            settings = {**_settings(name, tasks), "dtype": str(dtype).removeprefix("torch.")}
+            key = Key("task", name, origin, label, *prompt_key(folder, prompt, settings))
+            row = store.find(key)
+            if row is None:
+                watch = _labelled(report, f"{name} at {label}")
+                row = _measure(key, tasks, manager, model, tokenizer, batch, watch, store)
+            found.setdefault(label, {})[name] = row
+    return found
+
+
+def task_manager(tasks: Tasks) -> TaskManager:
+    """Where lm-eval looks tasks up; its own are indexed only where one of them is asked for, as that takes seconds.
+
+    Raises:
+        CompressError: lm-eval is absent, the folder is not there, or it knows no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise CompressError("--tasks needs lm-eval: pip install 'compress-llm[eval]'.") from error
+    if tasks.include is not None and not tasks.include.is_dir():
+        raise CompressError(f"--include {tasks.include}: there is no such folder.")
+    include = str(tasks.include) if tasks.include else None
+    wanted = set(tasks.names) - cloze.MAKERS.keys()
+    with redirect_stderr(io.StringIO()):
+        manager = TaskManager(include_path=include, include_defaults=False)
+        if not wanted <= set(manager.all_tasks):
+            manager = TaskManager(include_path=include)
+    if unknown := sorted(wanted - set(manager.all_tasks)):
+        raise CompressError(
+            f"--tasks: there is no task {unknown[0]!r}. {did_you_mean(unknown[0], [*manager.all_tasks, *cloze.MAKERS])}"
+            if len(manager.all_tasks) < 50 or did_you_mean(unknown[0], manager.all_tasks).startswith("Did")
+            else f"--tasks: lm-eval has no task {unknown[0]!r}, nor is it in --include or built in."
+        )
+    return manager
+
+
+def _settings(name: str, tasks: Tasks) -> dict[str, Any]:
+    """What else decides the figures: data, number of items, examples in front, lm-eval's release."""
+    data = {"builtin": cloze.fingerprint(name)} if name in cloze.MAKERS else {}
+    if tasks.include is not None and name not in cloze.MAKERS:
+        files = [path for path in sorted(tasks.include.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+        data = {"include": digest({str(path.relative_to(tasks.include)): sha256_of(path) for path in files})}
+    return {"limit": tasks.limit, "fewshot": tasks.fewshot, "data": data, **versions(["lm_eval"])}
+
+
+def _labelled(report: Report | None, label: str) -> Callable[[int, int], None] | None:
+    return None if report is None else lambda done, total: report(label, done, total)
+
+
+def _measure(
+    key: Key, tasks: Tasks, manager: TaskManager, model: nn.Module, tokenizer: Any, batch: int | None,
+    report: Callable[[int, int], None] | None, store: Results,
+) -> dict[str, Any]:  # fmt: skip
+    """One task at one width, kept."""
+    from lm_eval import simple_evaluate
+
+    from compress.evals.harness import Harness
+
+    with _silent(report is not None):
+        harness = Harness(model, tokenizer, batch, report)
+        try:
+            found: Any = simple_evaluate(
+                model=harness, tasks=[_definition(key.name)], task_manager=manager, num_fewshot=tasks.fewshot,
+                limit=tasks.limit, bootstrap_iters=1000, log_samples=True,
+            )  # fmt: skip
+        except (OSError, ValueError, FileNotFoundError, ConnectionError) as error:
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CompressError(
+                f"task {key.name}: cannot be run ({type(error).__name__}: {line}); its data must be in the datasets "
+                "cache, within reach, or named by a local file."
+            ) from error
+    metrics = {
+        name.removesuffix(",none"): value
+        for name, value in found["results"][key.name].items()
+        if isinstance(value, float) and not isinstance(value, bool)
+    }
+    details: dict[str, Any] = {"n": len(found["samples"].get(key.name, ())), "truncated": harness.truncated}
+    answers = multiple_choice(found["samples"].get(key.name, ()))
+    if answers is not None:
+        metrics["ece"] = answers.pop("ece")
+        details |= answers
+    kept = json.loads(json.dumps({name: found[name] for name in _KEPT if name in found}, default=str))
+    return store.add(key, metrics, **details, lm_eval=kept)
+
+
+def _definition(name: str) -> str | dict[str, Any]:
+    """A name for lm-eval to look up, or a built-in task with its items."""
+    if name not in cloze.MAKERS:
+        return name
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(cloze.builtin_items(name))}
+
+    return {**cloze.task_settings(name), "custom_dataset": dataset}
+
+
+@contextmanager
+def _silent(quiet: bool) -> Iterator[None]:
+    """Without lm-eval's bars and advice, where ours are drawn."""
+    if not quiet:
+        yield
+        return
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+def multiple_choice(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Answers and their calibration, from lm-eval's own samples; None where they are not of one choice each.
+
+    Returns:
+        ``answers``, the likeliest choice of every item; ``right``, whether lm-eval's ``acc`` counts it; ``ece``, the expected
+        calibration error of the softmax over the choices' summed log-likelihoods.
+    """
+    answers, right, confidence = [], [], []
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        scores = [response[0] for response in sample["filtered_resps"] if isinstance(response, (list, tuple))]
+        if len(scores) < 2 or len(scores) != len(sample["filtered_resps"]) or "acc" not in sample:
+            return None
+        share = torch.tensor(scores, dtype=torch.float64).softmax(0)
+        answers.append(int(share.argmax()))
+        confidence.append(float(share.max()))
+        right.append(int(sample["acc"]))
+    if not answers:
+        return None
+    ece = calibration_error(torch.tensor(confidence, dtype=torch.float64), torch.tensor(right))
+    return {"answers": answers, "right": right, "ece": ece}
+
+
+def tidy(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One record per (width, prompt, task, metric) with its value, standard error and number of items."""
+    return [
+        {
+            "model": row["model"][:12], "width": width, "prompt": row["prompt"] or "", "task": task, "metric": metric,
+            "value": value, "stderr": row["metrics"].get(metric + "_stderr"), "n": row["n"],
+        }
+        for width, rows in found.items()
+        for task, row in rows.items()
+        for metric, value in row["metrics"].items()
+        if not metric.endswith("_stderr")
+    ]  # fmt: skip
+
+
+def write_table(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write tidy records as ``.csv``, or as JSON lines.
+
+    Raises:
+        CompressError: the file cannot be written.
+    """
+    text = io.StringIO()
+    if path.suffix == ".csv":
+        writer = csv.DictWriter(text, fieldnames=list(records[0]) if records else [])
+        writer.writeheader()
+        writer.writerows(records)
+    else:
+        text.writelines(json.dumps(record) + "\n" for record in records)
+    try:
+        path.write_text(text.getvalue(), encoding="utf-8")
+    except OSError as error:
+        raise CompressError(f"--table {path}: {error.strerror}.") from error
+
+
+def merged(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The results of several tasks at one width as one object of lm-eval's schema."""
+    whole: dict[str, Any] = {}
+    for row in rows.values():
+        for name, value in row["lm_eval"].items():
+            if isinstance(value, dict) and name != "config":
+                whole.setdefault(name, {}).update(value)
+            else:
+                whole.setdefault(name, value)
+    return whole
+
+
+def write_lm_eval(found: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Path) -> list[Path]:
+    """Write ``results_<width>.json`` in lm-eval's own schema, one per width.
+
+    Raises:
+        CompressError: the folder cannot be written.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for width, rows in found.items():
+            label = width if width == "dense" else f"{width}bit"
+            path = folder / f"results_{label}.json"
+            path.write_text(json.dumps(merged(rows), indent=2) + "\n", encoding="utf-8")
+            written.append(path)
+    except OSError as error:
+        raise CompressError(f"--output {folder}: {error.strerror}.") from error
+    return written

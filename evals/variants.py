@@ -1,0 +1,103 @@
+"""Stages and controls of a checkpoint: the same recipe cut short, or with a plainer method in a pass's place.
+
+Each is made, measured and removed again; finished units are shared, so a stage costs little more than its evaluation.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import pipeline
+from compress.errors import CompressError
+from compress.evals.store import Key, Results, identity
+from compress.evals.text import Protocol, documents_of, evaluate_text
+from compress.inspect import inspect
+from compress.weights import read_manifest
+
+Report = Callable[[str, int, int], None]
+Passes = list[dict[str, Any]]
+CONTROLS = {"rtn": "round to nearest", "kmeans": "k-means, not nested"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe to measure beside the checkpoint's own.
+
+    Attributes:
+        group: ``stage`` or ``control``.
+        label: its name in tables.
+        passes: instead of the recipe's.
+    """
+
+    group: str
+    label: str
+    passes: Passes
+
+
+def stages(passes: Sequence[Mapping[str, Any]]) -> Iterator[Variant]:
+    """The recipe after each of its passes but the last."""
+    for count in range(1, len(passes)):
+        yield Variant(
+            "stage", "after " + " → ".join(step["kind"] for step in passes[:count]), [*map(dict, passes[:count])]
+        )
+
+
+def controls(passes: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> Iterator[Variant]:
+    """Round-to-nearest and k-means at every width for any-precision; uniform and random for another allocation."""
+    for place, step in enumerate(passes):
+        before, after = [*map(dict, passes[:place])], [*map(dict, passes[place + 1 :])]
+        if step["kind"] == "any_precision":
+            shared = {name: step[name] for name in ("include", "ignore") if step.get(name)}
+            for kind, label in CONTROLS.items():
+                for bits in widths:
+                    yield Variant("control", label, [*before, {"kind": kind, "bits": bits, **shared}])
+        if step["kind"] == "prune" and step.get("allocation") not in (None, "uniform"):
+            for allocation in ("uniform", "random"):
+                yield Variant(
+                    "control", f"{allocation} allocation", [*before, {**step, "allocation": allocation}, *after]
+                )
+
+
+def measure_variants(
+    folder: Path, source: str, protocol: Protocol, widths: Sequence[int], store: Results, device: str = "cpu",
+    report: Report | None = None,
+) -> None:  # fmt: skip
+    """Make every stage and control of a checkpoint, measure it on a text, keep the figures.
+
+    Args:
+        folder: the checkpoint, whose manifest names model, calibration and passes.
+        source: text to measure on.
+        protocol: how it is cut.
+        widths: of the controls.
+        store: what it has is not made again. Rows are of the kind ``variant``, under the checkpoint's own digest.
+        device: to measure on.
+        report: called with (what, done, total).
+
+    Raises:
+        CompressError: the folder has no manifest, or its model or calibration text is no longer there.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CompressError(f"{folder}: has no manifest, so its stages and controls are not known.")
+    recipe = manifest["recipe"]
+    work = folder.with_name(folder.name + ".variants")
+    found = [*stages(recipe["passes"]), *controls(recipe["passes"], widths)]
+    digest, settings = documents_of(source, protocol)[1], {"protocol": asdict(protocol)}
+    origin = identity(folder)
+    for variant in found:
+        key = Key("variant", source, origin, "", settings={**settings, "sha256": digest, "passes": variant.passes})
+        if store.find(key) is not None:
+            continue
+        made = work / "model"
+        shutil.rmtree(made, ignore_errors=True)
+        pipeline.run({**recipe, "passes": variant.passes}, made, workspace=work / "units", report=report)
+        scores = evaluate_text(str(made), source, protocol=protocol, device=device, report=report)["bits"]
+        looked = inspect(made)
+        sizes = looked["bytes_at_bits"] or {"dense": looked["bytes"]}
+        figures = {width: {**score, "disk_bytes": sizes[width]} for width, score in scores.items()}
+        store.add(key, {}, group=variant.group, label=variant.label, widths=figures)
+    shutil.rmtree(work, ignore_errors=True)

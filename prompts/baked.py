@@ -1,0 +1,161 @@
+"""A prompt as words of the vocabulary, for servers that know no prompt adapters: ``compress bake-prompt``.
+
+Every virtual token becomes a special token with an embedding of its own, and the tokenizer puts all of them in front of every text.
+The logits of the old vocabulary are those of the model behind its prompt. A tied head is untied for it: the new
+tokens' logits are 0, and ``generation_config.json`` names them among those never to be generated.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from compress import writer
+from compress.errors import CompressError
+from compress.hf import replace_packed
+from compress.manifest import read_settings
+from compress.pipeline import read_config
+from compress.prompts.adapter import CONFIG, WEIGHTS, find_prompts
+from compress.shapes import replace_shapes
+from compress.streaming import State, empty_model, tensor_names
+from compress.structure import architecture, head_name
+from compress.weights import MANIFEST, Checkpoint, Overlay, read_manifest, sha256_of
+from compress.workspace import digest
+
+
+def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Path = True) -> list[str]:
+    """Write a checkpoint whose vocabulary holds a prompt.
+
+    Args:
+        folder: checkpoint, or a dense model.
+        output: folder to create; it has no prompt adapters.
+        bits: whose prompt, where there is one for each width; the others are served behind it too.
+        prompt: the checkpoint's own, or the folder of another.
+
+    Returns:
+        The new tokens, in order.
+
+    Raises:
+        CompressError: no prompt, a prefix, a packed embedding or head, or a tokenizer without a fast form.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CompressError(f"output {output}: exists already and is not an empty folder; choose another or remove it.")
+    tensor = _prompt(folder, bits, prompt)
+    state = checkpoint_state(folder)
+    structure = architecture(state.config)
+    model = empty_model(state.config)
+    names = (structure.embedding, head_name(model))
+    for name in names:
+        if name in state.packed:
+            raise CompressError(f"{folder}: {name} is packed, so no token can be added to it; leave it out of include.")
+    vocabulary = int(state.config.vocab_size)
+    tokenizer, added = _tokenizer(folder, len(tensor), vocabulary)
+    scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "vocabulary.safetensors"
+        save_file(_tables(state, names, tensor / scale), file)
+        config = type(state.config).from_dict(
+            {
+                **state.config.to_dict(),
+                "vocab_size": vocabulary + len(tensor),
+                "tie_word_embeddings": False,
+            }
+        )
+        source = Overlay(state.source, [file])
+        larger = State(source, config, state.packed, digest(state.key, added), state.shapes)
+
+        def write_beside(target: Path) -> None:
+            tokenizer.save_pretrained(target)
+            _never_generate(target, list(range(vocabulary, vocabulary + len(added))))
+
+        manifest = read_manifest(folder) or {"recipe": None, "model_sha256": None, "calibration": None, "passes": []}
+        kept = {key: manifest[key] for key in ("recipe", "model_sha256", "calibration", "passes")}
+        baked = {"from": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None, "tokens": added}
+        ids = tokenizer("def compress(model):\n    return")["input_ids"]
+        writer.write_checkpoint(
+            larger, folder, output, manifest={**kept, "baked": baked}, probe_tokens=ids, device=torch.device("cpu"),
+            write_beside=write_beside,
+        )  # fmt: skip
+    return added
+
+
+def _prompt(folder: Path, bits: int | None, prompt: bool | Path) -> Tensor:
+    """The embeddings to bake, float32 [tokens, hidden]."""
+    found = find_prompts(folder, prompt)
+    path = found.get(bits, found.get(None))
+    if path is None:
+        widths = ", ".join(str(width) for width in sorted(width for width in found if width is not None))
+        raise CompressError(f"{folder}: has a prompt for each of {widths} bits; say with --bits whose to bake.")
+    if json.loads((path / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "PROMPT_TUNING":
+        raise CompressError(f"{path}: is a prefix; only a prompt can be written as tokens.")
+    return load_file(path / WEIGHTS)["prompt_embeddings"].float()
+
+
+def checkpoint_state(folder: Path) -> State:
+    """A checkpoint, or a dense model, as passes see it: nothing is read but headers."""
+    settings = read_settings(folder)
+    config = read_config(folder)
+    packed = settings.shapes() if settings else {}
+    shapes = settings.block_shapes() if settings else {}
+    if settings is not None:
+        del config.quantization_config
+    model = empty_model(config)
+    replace_shapes(model, shapes)
+    replace_packed(model, packed)
+    modules = dict(model.named_modules())
+    structure = architecture(config)
+    running = {name: next(new for new in modules if name in (new, structure.stored_name(new))) for name in packed}
+    return State(
+        Checkpoint(folder, tensor_names(model)), config, {running[name]: shape for name, shape in packed.items()},
+        digest(str(folder)), shapes,
+    )  # fmt: skip
+
+
+def _tables(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, Tensor]:
+    """Embedding and head with rows for the new tokens, in the dtypes they had."""
+    embedding, head = (f"{name}.weight" for name in names)
+    stored = state.source.info()
+    table = state.source.read([embedding])[embedding]
+    rows = table if head not in stored else state.source.read([head])[head]
+    return {
+        embedding: torch.cat([table, prompt.to(table.dtype)]).contiguous(),
+        head: torch.cat([rows, rows.new_zeros(len(prompt), rows.shape[1])]).contiguous(),
+    }
+
+
+def _tokenizer(folder: Path, count: int, vocabulary: int) -> tuple[PreTrainedTokenizerFast, list[str]]:
+    """A tokenizer that puts new special tokens in front of every text."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CompressError(
+            f"{folder}: its tokenizer has no fast form, which is what can put tokens in front of a text."
+        )
+    if len(tokenizer) > vocabulary:
+        raise CompressError(f"{folder}: its tokenizer has more tokens than the model, so no new one would be its next.")
+    fillers = [f"<|unused_{place}|>" for place in range(vocabulary - len(tokenizer))]  # ids follow the embedding's rows
+    added = [f"<|prompt_{place}|>" for place in range(count)]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*fillers, *added]})
+    ids = tokenizer.convert_tokens_to_ids(added)
+    if ids != list(range(vocabulary, vocabulary + count)):
+        raise CompressError(f"{folder}: its tokenizer has a token {added[0]} already; the model holds a prompt.")
+    engine: Any = tokenizer.backend_tokenizer
+    front = processors.TemplateProcessing(
+        single=[*added, "$A"], pair=[*added, "$A", "$B"], special_tokens=list(zip(added, ids, strict=True))
+    )
+    engine.post_processor = processors.Sequence([engine.post_processor, front] if engine.post_processor else [front])
+    return tokenizer, added
+
+
+def _never_generate(folder: Path, ids: list[int]) -> None:
+    path = folder / "generation_config.json"
+    settings = GenerationConfig.from_pretrained(folder) if path.exists() else GenerationConfig()  # type: ignore[no-untyped-call]
+    settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), *ids})
+    settings.save_pretrained(folder)

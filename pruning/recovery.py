@@ -1,0 +1,166 @@
+"""Recovery: train what pruning has left, by low-rank adapters or as a whole, to say again what the text says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from compress.errors import CompressError
+from compress.passes import Context, Needs, Pass, Whole
+from compress.pruning.adapter import FOLDER, adapter_model, write_adapter
+from compress.pruning.instructions import answer_loss, read_instructions
+from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.structure import block_prefix
+from compress.training import Loss, TrainingConfig, hold_out, next_token_loss, train
+from compress.workspace import Record
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+LLM_PRUNER: dict[str, Any] = {
+    "rank": 8, "alpha": 16.0, "dropout": 0.05, "learning_rate": 1e-4, "batch": 64, "micro_batch": 4, "warmup": 100,
+    "epochs": 2, "validate_every": 200, "precision": "bfloat16",
+}  # fmt: skip
+"""LLM-Pruner's (arXiv 2305.11627): two epochs of alpaca-cleaned, 256 tokens at most, which is for ``text`` to say."""
+
+
+class LoraRecoveryConfig(TrainingConfig):
+    """Train the model on text after pruning: low-rank adapters on every linear inside the blocks, or all of its weights.
+
+    Adapters are merged into dense weights. On a quantised model, whose weights are frozen, or where ``merge`` is false, they
+    stay an ordinary peft adapter in ``adapter/`` beside the model, and the pass comes last. The best state on
+    held-out samples is kept, which may be the one before the first step.
+    """
+
+    kind: Literal["lora_recovery"] = Field("lora_recovery", description="Name of the pass.")
+    preset: Literal["llm_pruner"] | None = Field(
+        None, description="'llm_pruner' takes that paper's settings for every key that is not given."
+    )
+    full: bool = Field(False, description="Train all dense weights instead of adapters: for small models.")
+    rank: int = Field(8, ge=1, description="Of the adapters.")
+    alpha: float = Field(16.0, gt=0, description="Their output is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapters' inputs while training.")
+    merge: bool = Field(True, description="Add the adapters to the weights; false keeps them beside the model.")
+    instructions: bool = Field(
+        False,
+        description="text.text is a JSON lines file of instruction, input and output: only outputs are learned.",
+    )
+    epochs: float | None = Field(None, gt=0, description="Passes over the samples, in place of steps.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        return {**LLM_PRUNER, **data} if isinstance(data, Mapping) and data.get("preset") == "llm_pruner" else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LoraRecoveryConfig:
+        if self.full and not self.merge:
+            raise ValueError(
+                "full trains the weights themselves, so nothing is left to keep beside them; leave merge true"
+            )
+        if self.instructions and (self.text is None or self.text.text is None):
+            raise ValueError("instructions needs text: {text: FILE.jsonl, column: output, samples: …}")
+        return self
+
+
+class LoraRecovery(Pass[LoraRecoveryConfig]):
+    """One training, one unit."""
+
+    Config = LoraRecoveryConfig
+
+    def needs(self) -> Needs:
+        """The whole model; its backward pass."""
+        return Needs(whole_model=True, backward=True, beside=not self.config.merge, text=self.config.text)
+
+    def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
+        """One.
+
+        Raises:
+            CompressError: weights that are to change are packed.
+        """
+        if packed and self.config.merge:
+            what = "full trains weights" if self.config.full else "adapters cannot be added to packed weights"
+            raise CompressError(
+                f"lora_recovery: {what}, but a pass before has quantised them; put it before that pass, or set merge: false."
+            )
+        return [FOLDER if not self.config.merge else "model"]
+
+    def run_model(
+        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
+    ) -> tuple[dict[str, Tensor], Record]:
+        """Train; return the changed weights, or the adapter's own."""
+        config, model = self._resolved(len(whole.samples)), whole.model
+        model.requires_grad_(False)
+        targets = _targets(model, context)
+        if self.config.full:
+            trained: Any = model
+            model.requires_grad_(True)
+        else:
+            trained = adapter_model(model, targets, config.rank, config.alpha, config.dropout, context.seed)
+            trained.train(config.dropout > 0)
+        samples, loss = self._samples(whole, context)
+        result = train(trained, samples, config, context.seed, loss=loss, folder=whole.scratch, report=report)
+        record = result.record()
+        if self.config.full:
+            names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            return _stored(model, names), record
+        return self._adapter(trained, context, record)
+
+    def _adapter(self, trained: PeftModel, context: Context, record: Record) -> tuple[dict[str, Tensor], Record]:
+        """Merge, or take the adapter's tensors."""
+        from peft import get_peft_model_state_dict
+
+        if not self.config.merge:
+            tensors = get_peft_model_state_dict(trained)
+            settings = trained.peft_config["default"].to_dict()
+            kept = {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+            plain = {
+                key: v for key, v in kept.items() if isinstance(v, (str, int, float, bool, list, dict, type(None)))
+            }
+            return {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}, {**record, "adapter": plain}
+        merged: Any = trained.merge_and_unload()
+        names = {f"{name}.weight" for name in _targets(merged, context)}
+        return _stored(merged, names), record
+
+    def _samples(self, whole: Whole, context: Context) -> tuple[Sequence[Tensor], Loss]:
+        """What is trained on, and what of it is learned."""
+        if not self.config.instructions:
+            return whole.samples, next_token_loss
+        assert self.config.text is not None
+        assert context.tokenizer is not None
+        found = read_instructions(self.config.text, context.tokenizer)
+        return [sample.tokens for sample in found], answer_loss(found)
+
+    def _resolved(self, samples: int) -> LoraRecoveryConfig:
+        """Epochs as steps."""
+        if self.config.epochs is None:
+            return self.config
+        seen = len(hold_out(samples, self.config.held_out)[0])
+        return self.config.model_copy(update={"steps": max(1, round(self.config.epochs * seen / self.config.batch))})
+
+    def write_files(
+        self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Record]
+    ) -> None:
+        """The adapter, in peft's own form."""
+        for unit, tensors in units.items():
+            write_adapter(folder / FOLDER, tensors, records[unit]["adapter"])
+
+
+def _targets(model: nn.Module, context: Context) -> list[str]:
+    """Names of all linears inside the blocks, packed or not."""
+    blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(int(context.config.num_hidden_layers)))
+    kinds = (nn.Linear, Conv1D, BitPlaneLinear)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)]
+
+
+def _stored(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
+    """Some parameters, on the CPU."""
+    state = model.state_dict()
+    with torch.no_grad():
+        return {name: state[name].to("cpu", copy=True) for name in sorted(names)}

@@ -1,0 +1,158 @@
+"""How many heads and channels every block loses, so that a share of the parameters goes."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compress.errors import CompressError
+from compress.pruning.groups import Kind, Part
+from compress.pruning.scores import shares
+
+Counts = Mapping[Kind, int]
+"""Units that a block loses, by part."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached.
+
+    Attributes:
+        parameters: that are to go, over the whole model.
+        parts: of every block, in order; empty for a protected one.
+        share: that a part loses at most under the layer-ratio convention; None where parameters are counted.
+        attention: what attention loses in proportion to the MLP.
+        multiple: the channels that stay are a multiple of this.
+    """
+
+    parameters: int
+    parts: Sequence[Mapping[Kind, Part]]
+    share: float | None
+    attention: float
+    multiple: int
+
+    @property
+    def open(self) -> list[int]:
+        """Blocks that may lose something."""
+        return [index for index, parts in enumerate(self.parts) if parts]
+
+
+def protected_blocks(blocks: int, first: int, last: int) -> set[int]:
+    """The first and last few blocks."""
+    return {*range(min(first, blocks)), *range(max(0, blocks - last), blocks)}
+
+
+def equal_counts(target: Target, allowed: Callable[[int], bool], exact: bool) -> list[Counts]:
+    """The same from every open block (all have the same size): the nearest possible number of attention units, channels for the rest.
+
+    Args:
+        target: what to reach.
+        allowed: whether a block may lose so many attention units.
+        exact: let the channels differ by one between blocks, so that the target is met to within one channel.
+
+    Raises:
+        CompressError: it cannot be met.
+    """
+    open_blocks = target.open
+    parts = target.parts[open_blocks[0]]
+    mlp, heads = parts["mlp"], parts.get("attention")
+    wanted = _attention_units(target, len(open_blocks))
+    options = sorted(range(0, heads.units, heads.step), key=lambda n: abs(n - wanted)) if heads else [0]
+    possible = [units for units in options if allowed(units)]
+    total = 0
+    for units in possible:
+        rest = target.parameters - len(open_blocks) * units * (heads.cost if heads else 0)
+        if target.share is not None:
+            rest = round(target.share * mlp.units) * mlp.cost * len(open_blocks)
+        total = round(rest / mlp.cost)
+        if rest >= -0.5 * mlp.cost and total <= len(open_blocks) * (mlp.units - target.multiple):
+            channels = [round(total / len(open_blocks))] * len(open_blocks)
+            if exact:
+                channels = shares(total, len(open_blocks))
+            channels = [_multiple(count, mlp.units, target.multiple) for count in channels]
+            found = dict(zip(open_blocks, channels, strict=True))
+            counts = [{"attention": units, "mlp": found[i]} if i in found else {} for i in range(len(target.parts))]
+            return [{kind: n for kind, n in count.items() if n} for count in counts]  # type: ignore[misc]
+    raise _too_much(target)
+
+
+def _attention_units(target: Target, blocks: int) -> float:
+    """How many attention units the target's share amounts to."""
+    parts = target.parts[target.open[0]]
+    heads, mlp = parts.get("attention"), parts["mlp"]
+    if heads is None:
+        return 0.0
+    if target.share is not None:
+        return target.share * target.attention * heads.units
+    weighted = target.attention * heads.units * heads.cost + mlp.units * mlp.cost
+    return target.parameters / blocks / weighted * target.attention * heads.units
+
+
+def _multiple(count: int, units: int, multiple: int) -> int:
+    kept = max(multiple, round((units - count) / multiple) * multiple)
+    return max(0, units - kept) if multiple > 1 else count
+
+
+def _too_much(target: Target) -> CompressError:
+    most = sum(
+        sum((part.units - part.step) * part.cost for part in parts.values()) for parts in target.parts
+    )  # one unit of each stays
+    return CompressError(
+        f"mini_llm: {target.parameters} parameters are to go, but with one head and a few channels left in each of the "
+        f"{len(target.open)} blocks that may lose something, at most {most} can; lower ratio, or protect fewer blocks."
+    )
+
+
+def ranked_counts(target: Target, prices: Sequence[Mapping[Kind, Sequence[float]]]) -> list[Counts]:
+    """Take the cheapest unit per parameter, wherever it is, until the target is met.
+
+    Args:
+        target: what to reach.
+        prices: of every block and part, what each further unit costs, in the order in which they go.
+
+    Raises:
+        CompressError: too little can go.
+    """
+    taken = [dict.fromkeys(parts, 0) for parts in target.parts]
+    heap: list[tuple[float, int, Kind]] = []
+
+    def offer(block: int, kind: Kind) -> None:
+        part, done = target.parts[block][kind], taken[block][kind]
+        step = part.step
+        if done + step < part.units:
+            price = sum(prices[block][kind][done : done + step]) / (step * part.cost)
+            heapq.heappush(heap, (price / (target.attention if kind == "attention" else 1.0), block, kind))
+
+    for block, parts in enumerate(target.parts):
+        for kind in parts:
+            if kind == "mlp" or target.attention > 0:
+                offer(block, kind)
+    left = target.parameters
+    smallest = min(part.cost * part.step for parts in target.parts for part in parts.values())
+    while left >= smallest / 2:
+        if not heap:
+            raise _too_much(target)
+        _, block, kind = heapq.heappop(heap)
+        part = target.parts[block][kind]
+        if part.cost * part.step > left + smallest / 2:
+            continue  # a head too many: channels fill what is left
+        taken[block][kind] += part.step
+        left -= part.cost * part.step
+        offer(block, kind)
+    return [{kind: count for kind, count in counts.items() if count} for counts in taken]
+
+
+def depth_count(ratio: float, parameters: int, block: int, blocks: int) -> int:
+    """How many blocks come nearest to a share of the parameters.
+
+    Raises:
+        CompressError: none would be left, or less than half a block is to go.
+    """
+    count = round(ratio * parameters / block)
+    if not 1 <= count < blocks:
+        raise CompressError(
+            f"mini_llm: ratio {ratio} of {parameters} parameters is {ratio * parameters / block:.2f} blocks of {block}; "
+            f"1 to {blocks - 1} blocks can go."
+        )
+    return count

@@ -1,0 +1,56 @@
+"""Several checkpoints in one table and one plot, on text that all were measured on."""
+
+import shutil
+
+import pytest
+
+import compress
+from compress.errors import CompressError
+from compress.evals.report import compare, comparison_page, comparison_table
+from compress.evals.store import results_of
+from compress.evals.text import Protocol
+
+TEXT = "the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5
+
+
+@pytest.fixture(scope="module")
+def two(compressed, tiny_llama, tmp_path_factory):
+    place = tmp_path_factory.mktemp("compare")
+    text = place / "held_out.txt"
+    text.write_text(TEXT)
+    first = shutil.copytree(compressed, place / "nested")
+    second = compress.run({"model": str(tiny_llama), "passes": [{"kind": "rtn", "bits": 3}]}, place / "rounded")
+    return first, second, str(text)
+
+
+def test_nothing_in_common_is_said(two):
+    first, second, _ = two
+    with pytest.raises(CompressError, match="not measured on the same text in the same way; give --text"):
+        compare([first, second])
+    with pytest.raises(CompressError, match="the same folder is there twice"):
+        compare([first, first])
+
+
+def test_the_table_says_which_are_best_at_their_size(two):
+    first, second, text = two
+    rivals, common, dense = compare([first, second], text)
+    assert dense is None  # no dense model was asked for
+    assert [rival.name for rival in rivals] == ["nested", "rounded"]
+    table = comparison_table(rivals, dense)
+    assert sorted((row[0], row[1]) for row in table.rows) == [*(("nested", w) for w in "3456"), ("rounded", "3")]
+    losses = {(row[0], row[1]): float(row[3]) for row in table.rows}
+    best = {(row[0], row[1]): row[-1] for row in table.rows}
+    assert losses["nested", "3"] < losses["rounded", "3"]
+    assert best["nested", "3"] == "yes"
+    text_of_page = comparison_page(rivals, common, dense)
+    assert text_of_page.count("<circle") >= 5
+    assert compare([first, second])[0] == rivals  # what was measured is there the next time
+
+
+def test_protocols_are_not_mixed(two):
+    first, second, text = two
+    compare([first, second], text, Protocol(length=32))
+    lengths = {row["settings"]["protocol"]["length"] for row in results_of(first).rows("text")}
+    assert lengths == {32, 64}
+    common = compare([first, second], text, Protocol(length=32))[1]
+    assert common["settings"]["protocol"]["length"] == 32

@@ -1,0 +1,74 @@
+"""A prompt in the vocabulary says what it says as an adapter."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compress
+from compress.errors import CompressError
+from compress.manifest import verify
+from compress.prompts.baked import bake
+
+
+@pytest.fixture(scope="module")
+def baked(prompted, tmp_path_factory):
+    output = tmp_path_factory.mktemp("baked") / "model"
+    assert bake(prompted, output, bits=3) == [f"<|prompt_{place}|>" for place in range(5)]
+    return output
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_logits_are_those_behind_the_prompt(baked, prompted, bits):
+    """The tokenizer puts the tokens in front by itself; with BOS after them, where the old one had it."""
+    text = "the quick brown fox"
+    tokens = AutoTokenizer.from_pretrained(prompted)(text, return_tensors="pt")["input_ids"]
+    inputs = AutoTokenizer.from_pretrained(baked)(text, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == tokens.shape[1] + 5
+    expected = compress.load(prompted, bits=bits, prompt=prompted / "soft_prompt" / "3bit")(tokens).logits
+    found = compress.load(baked, bits=bits)(**inputs).logits
+    torch.testing.assert_close(found[..., :300], expected, atol=1e-5, rtol=1e-5)
+    assert not found[..., 300:].any()
+
+
+def test_it_is_a_checkpoint_like_any_other(baked, prompted):
+    assert len(verify(baked)) == 3
+    assert not (baked / "soft_prompt").exists()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(baked), AutoTokenizer.from_pretrained(baked)
+    inputs = tokenizer("the quick", return_tensors="pt", return_token_type_ids=False)
+    generated = model.generate(**inputs, max_new_tokens=20, do_sample=True, temperature=5.0)
+    assert int(generated[0, inputs["input_ids"].shape[1] :].max()) < 300
+    assert tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True) == "the quick"
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "opt"])
+def test_dense_models_of_other_kinds(make_model, recipe, tmp_path, kind):
+    recipe |= {"model": str(make_model(kind)), "passes": [{"kind": "soft_prompt", "tokens": 4, "steps": 1, "batch": 2}]}
+    output = compress.run(recipe, tmp_path / "model")
+    added = bake(output, tmp_path / "baked")
+    tokens = torch.arange(3, 20)[None]
+    with_prompt = torch.cat([torch.arange(300, 304)[None], tokens], 1)
+    assert len(added) == 4
+    found = compress.load(tmp_path / "baked")(with_prompt).logits
+    torch.testing.assert_close(
+        found[..., :300], compress.load(output, prompt=True)(tokens).logits, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_what_cannot_be_baked_is_refused(prompted, compressed, baked, recipe, make_model, tmp_path):
+    with pytest.raises(CompressError, match="a prompt for each of 3, 4 bits; say with --bits"):
+        bake(prompted, tmp_path / "no")
+    with pytest.raises(CompressError, match="holds no soft prompt"):
+        bake(compressed, tmp_path / "no")
+    with pytest.raises(CompressError, match="exists already"):
+        bake(prompted, baked, bits=3)
+    with pytest.raises(CompressError, match="already; the model holds a prompt"):
+        bake(baked, tmp_path / "no", prompt=prompted / "soft_prompt" / "3bit")
+    recipe["model"] = str(make_model("llama", tie_word_embeddings=False))
+    prefix = {"kind": "soft_prompt", "method": "prefix", "tokens": 3, "steps": 1, "batch": 2}
+    recipe["passes"] = [{"kind": "rtn", "include": ["lm_head"]}, prefix]
+    output = compress.run(recipe, tmp_path / "packed")
+    with pytest.raises(CompressError, match="is a prefix"):
+        bake(output, tmp_path / "no")
+    with pytest.raises(CompressError, match="lm_head is packed"):
+        bake(output, tmp_path / "no", prompt=prompted / "soft_prompt" / "3bit")
+    assert not (tmp_path / "no").exists()

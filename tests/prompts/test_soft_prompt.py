@@ -1,0 +1,276 @@
+"""The pass: what it trains and on what, what it leaves behind, and that a kill changes nothing."""
+
+import filecmp
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+import compress
+from compress.errors import CompressError
+from compress.hf import packed_modules
+from compress.inspect import inspect
+from compress.manifest import verify
+from compress.passes import Whole
+from compress.plan import plan
+from compress.prompts.adapter import WEIGHTS, embedding, new_prompt
+from compress.prompts.soft_prompt import PAPER, SoftPrompt, SoftPromptConfig
+from compress.recipe import parse_pass
+
+TOKENS = torch.arange(3, 20)[None]
+
+
+def assert_same_files(left, right):
+    names = sorted(str(path.relative_to(left)) for path in left.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(right)) for path in right.rglob("*") if path.is_file())
+    assert filecmp.cmpfiles(left, right, names, shallow=False)[1:] == ([], [])
+
+
+def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, fresh_python):
+    """One folder; a fresh process loads it at any width with its prompt, with our help or with peft alone."""
+    output = compress.run(prompt_recipe, tmp_path / "small")
+    files = json.loads((output / "compression.json").read_text())["files"]
+    assert {"soft_prompt/adapter_config.json", "soft_prompt/adapter_model.safetensors"} < files.keys()
+    assert any("1 soft prompt can be read" in line for line in verify(output))
+    assert inspect(output)["prompts"] == {"all widths": {"tokens": 5, "numbers": 240}}
+    code = (
+        "import sys, torch, compress; from peft import PeftModel; tokens = torch.arange(3, 20)[None]\n"
+        "for bits in (3, 4):\n"
+        "    ours = compress.load(sys.argv[1], bits=bits, prompt=True)(tokens).logits\n"
+        "    theirs = PeftModel.from_pretrained(compress.load(sys.argv[1], bits=bits), sys.argv[1] + '/soft_prompt')\n"
+        "    assert torch.equal(ours, theirs(tokens).logits)\n"
+        "    print(float(ours[0, -1].float().logsumexp(0)))\n"
+    )
+    found = [float(line) for line in fresh_python(code, output).splitlines()]
+    for bits, value in zip((3, 4), found, strict=True):
+        here = compress.load(output, bits=bits, prompt=True)(TOKENS).logits[0, -1]
+        assert value == pytest.approx(float(here.logsumexp(0)), abs=1e-4)
+    adapter = output / "soft_prompt" / "adapter_model.safetensors"
+    damaged = bytearray(adapter.read_bytes())
+    damaged[-1] ^= 1
+    adapter.write_bytes(damaged)
+    with pytest.raises(CompressError, match=r"soft_prompt.adapter_model.safetensors: its content has changed"):
+        verify(output)
+
+
+@pytest.fixture
+def whole(compressed):
+    samples = [torch.arange(first, first + 17) % 7 for first in (0, 1, 2)]  # so alike that one teaches another
+    model = compress.load(compressed, dtype=torch.float32).requires_grad_(False)
+    return Whole(model, lambda: compress.load(compressed, bits=6), samples, compressed.parent / "scratch")
+
+
+@pytest.fixture
+def context():
+    generator = torch.Generator().manual_seed(0)
+    return SimpleNamespace(context_length=64, seed=0, generator=lambda *_: generator, tokenizer=None)
+
+
+def run_pass(whole, context, **settings):
+    config = SoftPromptConfig(**{"tokens": 4, "steps": 3, "batch": 2, "warmup": 0, "validate_every": 3, **settings})
+    return SoftPrompt(config).run_model("prompt", whole, context, lambda *_: None)
+
+
+def test_steps_are_those_of_a_plain_loop(whole, context):
+    """Embeddings put together by hand, next-token loss over the text's tokens after its first, AdamW, clipping."""
+    compress.set_bits(whole.model, 4)
+    found, record = run_pass(whole, context, widths=(4,), relative=False, learning_rate=0.01, clip=0.1)
+    table = whole.model.get_input_embeddings()
+    prompt = nn.Parameter(table(whole.samples[1][:4]).clone())
+    optimizer = torch.optim.AdamW([prompt], weight_decay=0.0)
+    for rate in (0.01, 0.01 * 2 / 3, 0.01 / 3):
+        total, tokens = 0.0, 0
+        for sample in whole.samples[1:]:  # the first is held out
+            states = torch.cat([prompt, table(sample)])[None]
+            logits = whole.model(inputs_embeds=states).logits[0, 4:-1]
+            total += nn.functional.cross_entropy(logits, sample[1:], reduction="sum")
+            tokens += len(sample) - 1
+        (prompt.grad,) = torch.autograd.grad(total / tokens, [prompt])
+        prompt.grad *= min(1.0, 0.1 / float(prompt.grad.norm()))
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    assert record["best"]["step"] == 3
+    torch.testing.assert_close(found["prompt_embeddings"], prompt.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_model_stays_packed_and_as_it_was(whole, context):
+    """No dense copy of a weight outlives its product, and the width in use comes back."""
+    for module in packed_modules(whole.model).values():
+        module.keep_dense = False
+    before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+    compress.set_bits(whole.model, 5)
+    run_pass(whole, context, widths=(3, 4))
+    assert compress.get_bits(whole.model) == 5
+    assert all(module._dense is None for module in packed_modules(whole.model).values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole.model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_prompt_begins_as_real_tokens(whole, context, method):
+    """Untrained, it says what those tokens would have said: for a prefix they are the keys and values."""
+    step = SoftPrompt(SoftPromptConfig(tokens=6, method=method))
+    start = whole.samples[1][:6]
+    prompted = new_prompt(whole.model, method, step._begin(whole, context))
+    logits = prompted(TOKENS, use_cache=False).logits[:, -17:]
+    torch.testing.assert_close(
+        logits, whole.model(torch.cat([start[None], TOKENS], 1)).logits[:, 6:], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_other_beginnings(whole, context, tiny_llama):
+    from transformers import AutoTokenizer
+
+    table = whole.model.get_input_embeddings().weight
+    begin = lambda **settings: SoftPrompt(SoftPromptConfig(tokens=4, **settings))._begin(whole, context)  # noqa: E731
+    assert torch.equal(begin(start="vocabulary"), table[:4])
+    assert len({*map(float, begin(start="words")[:, 0])}) == 4
+    context.tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    (dog,) = context.tokenizer(" dog", add_special_tokens=False)["input_ids"]
+    assert torch.equal(begin(start_text=" dog"), table[dog].expand(4, -1))
+    paper = parse_pass({"kind": "soft_prompt", "preset": "paper", "steps": 7}, 0)
+    assert {**PAPER, "steps": 7}.items() <= paper.model_dump().items()
+
+
+def test_a_prompt_learned_at_several_widths(whole, context):
+    _, record = run_pass(whole, context, widths=(3, 5), steps=4, validate_every=2)
+    assert record["widths"] == [3, 5]
+    assert [list(row["held_out"]) for row in record["history"]] == [["3", "5"]] * 3
+    assert list(record["without"]) == ["3", "5"]
+
+
+def test_it_trains_in_bfloat16(whole, context):
+    """What is trained stays float32, through packed layers too."""
+    found, record = run_pass(whole, context, widths=(3,), precision="bfloat16")
+    assert found["prompt_embeddings"].dtype == torch.float32
+    assert record["best"]["held_out"]["3"] < record["history"][0]["held_out"]["3"]
+
+
+def test_it_can_learn_from_the_dense_model(whole, context):
+    """The held-out loss is then a divergence from it, without a prompt and with one."""
+    from compress.quant.tune import divergence
+
+    _, record = run_pass(whole, context, widths=(3,), distill=300, steps=1)
+    compress.set_bits(whole.model, 3)
+    expected = divergence(whole.model, whole.dense, whole.samples[:1])
+    assert record["without"]["3"] == pytest.approx(float(expected), rel=1e-4)
+    assert record["history"][0]["held_out"]["3"] > 0
+    shutil.rmtree(whole.scratch)
+
+
+def test_samples_make_room_for_the_prompt(whole, context):
+    context.context_length = 14
+    assert [len(SoftPrompt(SoftPromptConfig(tokens=4))._cut(sample, context)) for sample in whole.samples] == [10] * 3
+    run_pass(whole, context, widths=(3,))
+
+
+@pytest.mark.parametrize(
+    ("passes", "complaint"),
+    [
+        ([{"kind": "soft_prompt", "tokens": 63}], "63 virtual tokens leave no room for text in a context of 64"),
+        ([{"kind": "soft_prompt", "tokens": 4, "widths": [4]}], "width 4 is not among .* no pass before has quantised"),
+        ([{"kind": "soft_prompt", "tokens": 4, "per_width": True}], "per_width needs a quantised model"),
+        ([{"kind": "soft_prompt", "tokens": 4, "start_text": ""}], "start_text has no tokens"),
+        ([{"kind": "soft_prompt", "start": "words", "start_text": "a"}], "start_text goes with start: text"),
+        ([{"kind": "soft_prompt", "tokens": 4}, {"kind": "rtn"}], r"passes.1 \(rtn\) .* put soft_prompt last"),
+        ([{"kind": "rtn", "bits": 4}, {"kind": "soft_prompt", "tokens": 4, "widths": [3]}], r"width 3 .* \(4 to 4\)"),
+    ],
+)
+def test_mistakes_are_refused_before_any_work(recipe, tmp_path, passes, complaint):
+    with pytest.raises(CompressError, match=complaint):
+        compress.run(recipe | {"passes": passes}, tmp_path / "model")
+    assert not (tmp_path / "model.work").exists() or not any((tmp_path / "model.work").glob("*/*"))
+
+
+def test_the_text_of_a_prompt_is_no_text_to_measure_on(recipe, tmp_path, text_file):
+    """Its own, beside the recipe's; both are in the manifest by their digests."""
+    from compress.evals.text import evaluate_text
+
+    own = tmp_path / "own.txt"
+    own.write_text("a lazy fox and a quick dog sleep in the brown den. " * 60)
+    text = {"text": str(own), "samples": 4, "length": 24}
+    recipe["passes"] = [{"kind": "rtn"}, {"kind": "soft_prompt", "tokens": 4, "steps": 1, "text": text}]
+    del recipe["calibration"]
+    output = compress.run(recipe, tmp_path / "model")
+    with pytest.raises(CompressError, match="calibrated or trained on"):
+        evaluate_text(str(output), str(own))
+
+
+def test_the_plan_counts_the_packed_model_once(prompt_recipe):
+    needed = plan(prompt_recipe)["passes"][2]["memory_bytes"]
+    prompt_recipe["passes"][2]["distill"] = 8
+    assert plan(prompt_recipe)["passes"][2]["memory_bytes"] > needed
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_training_ends_with_the_same_bytes(prompt_recipe, tmp_path):
+    prompt_recipe["passes"][2] |= {"per_width": True, "distill": 16}
+    seen = []
+
+    def stop(what, done, total):
+        seen.append(what)
+        if "3bit, held-out" in what and done == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        compress.run(prompt_recipe, tmp_path / "stopped", report=stop)
+    seen.clear()
+    compress.run(prompt_recipe, tmp_path / "stopped", report=lambda what, done, total: seen.append((what[:31], done)))
+    assert ("soft_prompt: 3bit, held-out los", 2) in seen
+    assert ("soft_prompt: 3bit, held-out los", 1) not in seen
+    assert not any("dense model says" in what for what, _ in seen)
+    compress.run(prompt_recipe, tmp_path / "whole")
+    assert_same_files(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_killed_run_ends_with_the_same_bytes(prompt_recipe, tmp_path):
+    """The whole recipe by the command line, killed once in the middle of the training."""
+    prompt_recipe["passes"][2] |= {"steps": 60, "validate_every": 5}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(prompt_recipe))
+    command = [sys.executable, "-m", "compress.cli", "run", str(path), "-o", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed.work").glob("soft_prompt-*/scratch/*")):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, capture_output=True)
+    compress.run(prompt_recipe, tmp_path / "whole")
+    assert_same_files(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_two_processes_make_one_checkpoint(prompt_recipe, tmp_path):
+    """The main one compresses and writes; the training is shared, so sums come in another order."""
+    prompt_recipe["passes"][2] |= {"distill": 16, "per_width": True}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(prompt_recipe))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *launch, "-m", "compress.cli", "run", str(path), "-o", str(tmp_path / "two")]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count(str(tmp_path)) == 1
+    compress.run(prompt_recipe, tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "soft_prompt" / "3bit" / WEIGHTS) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+    assert not (tmp_path / "two.work").exists()
+
+
+def test_prompts_train_on_a_dense_model(recipe, tmp_path):
+    recipe["passes"] = [{"kind": "soft_prompt", "tokens": 4, "steps": 2, "batch": 2}]
+    output = compress.run(recipe, tmp_path / "model")
+    model = compress.load(output, prompt=True)
+    assert isinstance(model, PeftModel)
+    assert embedding(model).shape == (4, 48)
