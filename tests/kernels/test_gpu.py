@@ -65,13 +65,9 @@ def test_the_number_of_rows_chooses_the_kernel():
     assert {count: Problem(4096, 4096, 3, count, "fp16").operation for count in counts} == counts
 
 
-def test_by_rule_matrix_instructions_serve_three_rows_and_in_bfloat16_two():
-    chosen = {
-        (kind, count): heuristic(Problem(4096, 4096, 3, count, kind), 132, 227 << 10).matrix
-        for kind in ("fp16", "bf16")
-        for count in (1, 2, 3)
-    }
-    assert [key for key, matrix in chosen.items() if matrix] == [("fp16", 3), ("bf16", 2), ("bf16", 3)]
+def test_by_rule_matrix_instructions_serve_two_rows():
+    chosen = [heuristic(Problem(4096, 4096, 3, count, "fp16"), 132, 227 << 10).matrix for count in (1, 2, 4)]
+    assert chosen == [False, True, True]
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 64, 300])
