@@ -153,7 +153,7 @@ def _matrix(problem: Problem) -> Config:
     tile, bits = problem.operation == "tile", problem.bits
     bn = 128 if tile and bits <= 6 else 32 if bits == 8 or (problem.capability >= 100 and not tile) else 64
     bm = max(16, min(problem.bucket, 128 if bits <= 4 else 64))
-    return Config(bn // 16, 8, 1, bm, bn, 2)
+    return Config(4 if bm == 64 and bn == 32 else bn // 16, 8, 1, bm, bn, 2)
 
 
 def shared_bytes(config: Config, bits: int) -> int:
