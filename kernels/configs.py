@@ -1,10 +1,10 @@
 """How the kernels divide their work: measured for a GPU where somebody has, a rule elsewhere. Nothing is measured in a request.
 
-Which kernel serves how many rows of activations: ``gemv`` 1 or 2 by rule and to 4 where that was measured to be faster, ``dot`` to
-64, ``tile`` (the same with larger tiles) to 512, and above that the weights are looked up once for cuBLAS.
+Which kernel serves how many rows of activations: ``gemv`` 1 by rule and to 4 where that was measured to be faster, ``dot`` to 64,
+``tile`` (the same with larger tiles) to 512, and above that the weights are looked up once for cuBLAS.
 
 A tuning file is JSON, one for every GPU, by the name torch gives it: ``{"gpu": …, "triton": …, "configs": {key: fields of Config}}``
-with keys as :func:`key` makes them. Those that come with the package lie in ``kernels/tuning``; ``compress tune`` makes more, in
+with keys as :attr:`Problem.key` makes them. Those that come with the package lie in ``kernels/tuning``; ``compress tune`` makes more, in
 ``~/.cache/compress/tuning`` (``XDG_CACHE_HOME`` is heeded).
 """
 
@@ -34,6 +34,7 @@ class Problem:
         count: rows of activations.
         kind: of the activations.
         assembly: whether the kernels are those with assembly.
+        capability: 90 for sm_90; not part of the key, as files are by GPU.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Problem:
     count: int
     kind: Kind
     assembly: bool = True
+    capability: int = 90
 
     @property
     def span(self) -> int:
@@ -109,12 +111,12 @@ def heuristic(problem: Problem, processors: int, shared: int) -> Config:
 def _words(problem: Problem) -> tuple[int, ...]:
     """Words that a warp takes at a time in ``gemv``, the best guess first.
 
-    With one, a lane has one row: above 4 bits, where each lane then has a bank of its own, and for more than two rows of
-    activations, which fill the registers. With two, two rows share what is done to activations; with four, four do.
+    With one, a lane has one row: above 4 bits, where each lane then has a bank of its own, and for more than one row of
+    activations, as they fill the registers. With two, two rows share what is done to activations; with four, four do.
     """
     if problem.bits > 4:
         return 1, 4
-    if problem.count > 2:
+    if problem.count > 1:
         return (1,)
     return (4, 8) if problem.kind == "bf16" else (2, 8)
 
@@ -122,10 +124,10 @@ def _words(problem: Problem) -> tuple[int, ...]:
 def _gemv(problem: Problem, processors: int) -> Config:
     """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up.
 
-    Every further row of activations adds instructions, and widening bfloat16 more of them; the matrix instructions take several
-    for what one costs. By the counts of the static proof they win from three rows on, in bfloat16 from two.
+    Every further row of activations adds instructions, and the matrix instructions take several for what one costs: by the
+    counts of the static proof they win from two rows on.
     """
-    if problem.count > (1 if problem.kind == "bf16" else 2):
+    if problem.count > 1:
         config = _few_by_matrix(problem)
         programs = -(-problem.rows // config.bn)
         return replace(config, split=_split(programs, processors, problem.span, config.step))
@@ -142,11 +144,16 @@ def _few_by_matrix(problem: Problem) -> Config:
 
 
 def _matrix(problem: Problem) -> Config:
-    """Four warps to 64 rows of weights, which is what the matrix instructions of sm_90 work on; what spills nothing."""
+    """What keeps weights in registers and spills nothing.
+
+    The instructions of sm_90 work on 64 rows of weights by four warps. Those of sm_100 take weights from elsewhere than
+    registers, so few rows of activations go through the older ones there, with 32 rows of weights. Tables of 8 bits leave
+    room for 32.
+    """
     tile, bits = problem.operation == "tile", problem.bits
-    bn = 32 if bits == 8 else 128 if tile and bits <= 6 else 64  # tables of wider widths fill the shared memory
+    bn = 128 if tile and bits <= 6 else 32 if bits == 8 or (problem.capability >= 100 and not tile) else 64
     bm = max(16, min(problem.bucket, 128 if bits <= 4 else 64))
-    return Config(8 if bn == 128 else 4, 8, 1, bm, bn, 2)
+    return Config(4 if bm == 64 and bn == 32 else bn // 16, 8, 1, bm, bn, 2)
 
 
 def shared_bytes(config: Config, bits: int) -> int:

@@ -38,12 +38,14 @@ class Device:
         processors: streaming multiprocessors.
         assembly: whether it runs PTX that needs sm_80.
         shared: bytes of shared memory that one program may use.
+        capability: 90 for sm_90; 0 where it means nothing.
     """
 
     name: str
     processors: int
     assembly: bool
     shared: int
+    capability: int
 
 
 @torch.compiler.assume_constant_result
@@ -66,11 +68,11 @@ def missing() -> str | None:
 def device_of(index: int) -> Device:
     """The GPU of an index; -1 is the interpreter."""
     if index < 0:
-        return Device("interpreter", 1, False, 1 << 30)
+        return Device("interpreter", 1, False, 1 << 30, 0)
     properties = torch.cuda.get_device_properties(index)
-    nvidia = torch.version.hip is None
+    capability = 10 * properties.major + properties.minor if torch.version.hip is None else 0
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return Device(properties.name, properties.multi_processor_count, nvidia and properties.major >= 8, shared)
+    return Device(properties.name, properties.multi_processor_count, capability >= 80, shared, capability)
 
 
 @torch.compiler.assume_constant_result
@@ -187,7 +189,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     count, kind = x.shape[0], KINDS[x.dtype]
     device = device_of(_index(x))
     assembly = packed.assembly(kind, device)
-    problem = Problem(packed.rows, packed.columns, packed.bits, count, kind, assembly)
+    problem = Problem(packed.rows, packed.columns, packed.bits, count, kind, assembly, device.capability)
     chosen = config or choose(problem, device.name, device.processors, device.shared)
     if problem.operation == "look_up":
         return _by_matrix_product(x, packed, bias)

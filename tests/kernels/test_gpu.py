@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,6 @@ from compress.kernels import configs, gpu
 from compress.kernels.configs import Problem, candidates, choose, heuristic
 from compress.kernels.layout import random_tiled
 from compress.kernels.variants import Config
-
-triton = pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
 
 
 def operands(tiled, bits):
@@ -65,13 +64,9 @@ def test_the_number_of_rows_chooses_the_kernel():
     assert {count: Problem(4096, 4096, 3, count, "fp16").operation for count in counts} == counts
 
 
-def test_by_rule_matrix_instructions_serve_three_rows_and_in_bfloat16_two():
-    chosen = {
-        (kind, count): heuristic(Problem(4096, 4096, 3, count, kind), 132, 227 << 10).matrix
-        for kind in ("fp16", "bf16")
-        for count in (1, 2, 3)
-    }
-    assert [key for key, matrix in chosen.items() if matrix] == [("fp16", 3), ("bf16", 2), ("bf16", 3)]
+def test_by_rule_matrix_instructions_serve_two_rows():
+    chosen = [heuristic(Problem(4096, 4096, 3, count, "fp16"), 132, 227 << 10).matrix for count in (1, 2, 4)]
+    assert chosen == [False, True, True]
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 64, 300])
@@ -145,6 +140,11 @@ def test_a_checkpoints_own_layers_are_tuned_for(compressed):
 
 # In the interpreter: a process of its own, as Triton decides when it is imported
 
+interpreter = pytest.mark.skipif(
+    gpu.missing() is not None or version("triton").startswith("3.6"),
+    reason=gpu.missing() or "the interpreter of Triton 3.6 does not work with NumPy 2.4",
+)
+
 
 def interpret(script, *arguments):
     path = Path(__file__).with_name(script)
@@ -156,12 +156,12 @@ def interpret(script, *arguments):
     return process.stdout
 
 
-@triton
+@interpreter
 def test_plain_kernels_against_float64():
     assert interpret("interpreted.py").count(": ok") == 6
 
 
-@triton
+@interpreter
 def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path):
     model = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2)
     calibration = {"text": str(text_file), "samples": 2, "length": 16}
@@ -171,6 +171,6 @@ def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path):
     assert interpret("served.py", folder, tmp_path / "saved").count(": ok") == 6
 
 
-@triton
+@interpreter
 def test_the_benchmark_and_the_tuner_run_end_to_end(tmp_path):
     assert interpret("measured.py", tmp_path).count(": ok") == 3
