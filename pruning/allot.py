@@ -58,13 +58,12 @@ def _target(config: MiniLlmConfig, context: Context) -> Target:
     parts = all_parts(config, context)
     if not any(parts):
         raise CompressError("mini_llm: protect leaves no block from which anything may go; protect fewer.")
-    attention = 1.0 if config.attention is None else config.attention
     if config.ratio_of != "layers":
         whole = inside(context) if config.ratio_of == "blocks" else context.parameters
-        return Target(round(config.ratio * whole), parts, None, attention, config.multiple)
-    weights = {"attention": attention, "mlp": 1.0}
+        return Target(round(config.ratio * whole), parts, None, config.attention, config.multiple)
+    weights = {"attention": config.attention, "mlp": 1.0}
     count = sum(weights[kind] * part.units * part.cost for block in parts for kind, part in block.items())
-    return Target(round(config.ratio * count), parts, config.ratio, attention, config.multiple)
+    return Target(round(config.ratio * count), parts, config.ratio, config.attention, config.multiple)
 
 
 def block_counts(config: MiniLlmConfig, context: Context, survey: Sequence[Record] | None) -> list[Counts]:
@@ -73,7 +72,7 @@ def block_counts(config: MiniLlmConfig, context: Context, survey: Sequence[Recor
     Args:
         config: of the pass.
         context: of the run.
-        survey: prices of every block's units, where the settings ask for a look at them; None before it, for an estimate.
+        survey: in mode global, prices of every block's units; None before there are any, for an estimate.
 
     Raises:
         CompressError: the target cannot be met, or not in this mode.
@@ -98,16 +97,7 @@ def block_counts(config: MiniLlmConfig, context: Context, survey: Sequence[Recor
             f"mini_llm: the config of model type {context.config.model_type!r} cannot say how many channels an MLP has, so "
             "uniform pruning would give a model that plain transformers cannot build; use mode local."
         )
-
-    def price(counts: Counts) -> float:
-        assert survey is not None
-        return sum(sum(found[: counts.get(kind, 0)]) for record in survey for kind, found in _parts(record))
-
-    return equal_counts(target, allowed, config.mode == "local", None if survey is None else price)
-
-
-def _parts(record: Record) -> list[tuple[Kind, Sequence[float]]]:
-    return list(record["prices"].items())
+    return equal_counts(target, allowed, config.mode == "local")
 
 
 def _common_shape(config: MiniLlmConfig, context: Context) -> BlockShape:

@@ -85,11 +85,8 @@ class MiniLlmConfig(PassConfig):
     protect: Literal["none", "llm_pruner"] | tuple[int, int] = Field(
         "none", description="Blocks left whole: the first and last so many; llm_pruner: 4 and 2 of every 32."
     )
-    attention: float | None = Field(
-        None,
-        ge=0,
-        description="Share that attention loses, as a multiple of what MLPs lose; 0 leaves all heads. If absent, score output looks "
-        "at all blocks for the cheapest split, others take 1.",
+    attention: float = Field(
+        1.0, ge=0, description="Share that attention loses, as a multiple of what MLPs lose; 0 leaves all heads."
     )
     unit: Unit = Field(
         "groups",
@@ -165,7 +162,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
             block_counts(self.config, context, None)
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """Exact in modes uniform and local with a given split; else what goes is yet to be found, and its size estimated."""
+        """Exact in modes uniform and local; in mode global, and of blocks, what goes is yet to be found."""
         names = block_names(context)
         if self.config.remove == "blocks":
             return dict.fromkeys(names[-depth_of(self.config, context) :])
@@ -188,9 +185,8 @@ class MiniLlm(Pass[MiniLlmConfig]):
         return whole_model_scores(self.config, model, samples, context, parts, counts, report)
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """Comparing blocks, or heads with channels, needs a look at all of them."""
-        split = self.config.score == "output" and self.config.attention is None
-        return not surveys and (split or self.config.mode == "global" or self.config.remove == "blocks")
+        """Comparing blocks needs a look at all of them."""
+        return not surveys and (self.config.mode == "global" or self.config.remove == "blocks")
 
     def survey_block(self, block: Block, context: Context) -> Record:
         """Prices of units in the order in which they would go; or of the whole block."""

@@ -43,16 +43,13 @@ def protected_blocks(blocks: int, first: int, last: int) -> set[int]:
     return {*range(min(first, blocks)), *range(max(0, blocks - last), blocks)}
 
 
-def equal_counts(
-    target: Target, allowed: Callable[[int], bool], exact: bool, price: Callable[[Counts], float] | None = None
-) -> list[Counts]:
-    """The same from every open block (all have the same size): some attention units, and channels for the rest.
+def equal_counts(target: Target, allowed: Callable[[int], bool], exact: bool) -> list[Counts]:
+    """The same from every open block (all have the same size): attention units as near to the share as can be, and channels for the rest.
 
     Args:
         target: what to reach.
         allowed: whether a block may lose so many attention units.
         exact: let the channels differ by one between blocks, so that the target is met to within one channel.
-        price: of a split; the cheapest is taken. Without it, the one nearest to the target's share for attention.
 
     Raises:
         CompressError: it cannot be met.
@@ -70,8 +67,7 @@ def equal_counts(
         total = round(rest / mlp.cost)
         if rest >= -0.5 * mlp.cost and total <= blocks * (mlp.units - target.multiple):
             even = _multiple(round(total / blocks), mlp.units, target.multiple)
-            cost = abs(units - wanted) if price is None else price({"attention": units, "mlp": even})
-            splits.append((cost, units, total, even))
+            splits.append((abs(units - wanted), units, total, even))
     if not splits:
         raise _too_much(target)
     _, units, total, even = min(splits)
