@@ -37,7 +37,8 @@ SCORES: dict[str, dict[str, Any]] = {
     "random": {"score": "random"},
 }
 """What is compared: label -> settings of ``mini_llm``."""
-SEEDS = {"random": (0, 1, 2), "|W| |X| |noise|": (0, 1, 2), "FMS, one SPSA draw (paper)": (0, 1, 2)}
+SEEDS = {"random": (0, 1, 2)}
+REFIT = {"no": (False,), "yes": (True,), "both": (False, True)}
 
 
 class Bench:
@@ -97,10 +98,12 @@ def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
     """Every score at every ratio, with and without refitting, before and after recovery."""
     rows.get({"label": "dense"}, lambda: bench.measure(dense_folder(given.model)))
     recovery = [{"kind": "lora_recovery", **_settings(given.recovery)}] if given.recovery is not None else []
+    if recovery:
+        rows.get({"label": "dense, trained as long"}, lambda: bench.cell(recovery))
     for ratio in given.ratios:
         for label in given.scores:
             for seed in SEEDS.get(label, (0,)):
-                for compensate in (False, True):
+                for compensate in REFIT[given.refit]:
                     for after in (False, True) if recovery else (False,):
                         step = {"kind": "mini_llm", "ratio": ratio, **SCORES[label], "compensate": compensate}
                         step |= _settings(given.settings)
@@ -182,6 +185,7 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], help="of packed models")
     parser.add_argument("--ratios", type=lambda text: [float(part) for part in text.split(",")], default=RATIOS)
     parser.add_argument("--scores", type=lambda text: text.split(";"), default=list(SCORES), help="labels, between ;")
+    parser.add_argument("--refit", choices=list(REFIT), default="both", help="refit what stays")
     parser.add_argument("--settings", default="", help="further settings of mini_llm: mode=local,attention=0")
     parser.add_argument("--recovery", help="also recover, with these settings of lora_recovery ('' for none)")
     return parser
