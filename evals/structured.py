@@ -80,20 +80,6 @@ class Bench:
         }
 
 
-@torch.no_grad()
-def speed(folders: Mapping[str, Path], tokens: int = 64, rounds: int = 5) -> dict[str, float]:
-    """Tokens per second of several models generating one sequence, the best of some rounds taken in turn."""
-    models: dict[str, Any] = {label: compress.load(path, dtype=torch.float32) for label, path in folders.items()}
-    best = dict.fromkeys(models, 0.0)
-    for _ in range(rounds):
-        for label, model in models.items():
-            prompt = torch.ones(1, 4, dtype=torch.long)
-            started = time.perf_counter()
-            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-            best[label] = max(best[label], tokens / (time.perf_counter() - started))
-    return best
-
-
 def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
     """Every score at every ratio, with and without refitting, before and after recovery."""
     rows.get({"label": "dense"}, lambda: bench.measure(dense_folder(given.model)))
