@@ -86,22 +86,19 @@ def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
     recovery = [{"kind": "lora_recovery", **_settings(given.recovery)}] if given.recovery is not None else []
     if recovery:
         rows.get({"label": "dense, trained as long"}, lambda: bench.cell(recovery))
-    for ratio in given.ratios:
-        for label in given.scores:
-            for seed in SEEDS.get(label, (0,)):
-                for compensate in REFIT[given.refit]:
-                    for after in (False, True) if recovery else (False,):
-                        step = {"kind": "mini_llm", "ratio": ratio, **SCORES[label], "compensate": compensate}
-                        step |= _settings(given.settings)
-                        key = {
-                            "label": label,
-                            "ratio": ratio,
-                            "seed": seed,
-                            "compensate": compensate,
-                            "recovered": after,
-                        }
-                        passes = [step, *(recovery if after else [])]
-                        rows.get(key, lambda p=passes, s=seed: bench.cell(p, s))  # type: ignore[misc]
+    stages = ([], recovery) if recovery else ([],)
+    places = [
+        (ratio, label, seed) for ratio in given.ratios for label in given.scores for seed in SEEDS.get(label, (0,))
+    ]
+    for ratio, label, seed in places:
+        for compensate in REFIT[given.refit]:
+            for after in stages:
+                step = {"kind": "mini_llm", "ratio": ratio, **SCORES[label], "compensate": compensate}
+                step |= _settings(given.settings)
+                name = f"{label}, {given.settings}" if given.settings else label
+                key = {"label": name, "ratio": ratio, "seed": seed, "compensate": compensate, "recovered": bool(after)}
+                passes = [step, *after]
+                rows.get(key, lambda p=passes, s=seed: bench.cell(p, s))  # type: ignore[misc]
 
 
 def dense_folder(model: str) -> Path:
