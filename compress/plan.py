@@ -95,7 +95,8 @@ def _needs(
     if needs.model_survey:  # the model, and with gradients as much again; activations come on top
         memory = _LATE_CODE + (3 if needs.backward else 2) * (outside + sum(blocks.values()))
     if needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
-        memory += block + 3 * _hessians(context)
+        double = 2 if needs.changes_shapes else 1  # which are float64 there
+        memory += block + 3 * double * _hessians(context)
     units = (
         sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
         if needs.packs

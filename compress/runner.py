@@ -122,6 +122,8 @@ class Runner:
             started = time.perf_counter()
             tensors, record = self.step.run_model(unit, whole, self.context, self._report)
             self._check_finite(tensors)
+            stored = {} if self.needs.beside else self.state.source.info()
+            tensors = {n: t.to(stored[n].dtype) if n in stored else t for n, t in tensors.items()}
             self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
             shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)
