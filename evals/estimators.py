@@ -37,10 +37,8 @@ ESTIMATORS: dict[str, tuple[dict[str, Any], str]] = {
     "output error": ({"score": "output"}, "1"),
     "gates, residual gradient": ({"score": "gates"}, "2"),
     "gates, SPSA, 1 draw": ({"score": "gates", "estimator": "spsa", "draws": 1, "step": 0.01}, "gates 1"),
-    "gates, SPSA, 10 draws": ({"score": "gates", "estimator": "spsa", "draws": 10, "step": 0.01}, "gates 10"),
     "FMS, SPSA, 1 draw": ({"score": "fms", "draws": 1}, "2 + 1"),
     "FMS, SPSA, 10 draws": ({"score": "fms", "draws": 10}, "20 + 1"),
-    "FMS, SPSA, 100 draws": ({"score": "fms", "draws": 100}, "200 + 1"),
     "|W| |X|, no gradient": ({"score": "no_gradient"}, "1"),
     "|W| |X| |noise|": ({"score": "noise"}, "1"),
     "magnitude (L2)": ({"score": "magnitude"}, "0"),
@@ -48,6 +46,8 @@ ESTIMATORS: dict[str, tuple[dict[str, Any], str]] = {
     "FMS, true gradient": ({"score": "fms", "estimator": "backprop"}, "backward"),
     "Taylor, backprop": ({"score": "taylor"}, "backward"),
     "gates, backprop (Fisher)": ({"score": "gates", "estimator": "backprop"}, "backward"),
+    "gates, SPSA, 10 draws": ({"score": "gates", "estimator": "spsa", "draws": 10, "step": 0.01}, "gates 10"),
+    "FMS, SPSA, 100 draws": ({"score": "fms", "draws": 100}, "200 + 1"),
 }
 """Label -> settings of ``mini_llm``, forward passes."""
 REFERENCES = ("Taylor, backprop", "gates, backprop (Fisher)")
