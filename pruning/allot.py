@@ -97,7 +97,19 @@ def block_counts(config: MiniLlmConfig, context: Context, survey: Sequence[Recor
             f"mini_llm: the config of model type {context.config.model_type!r} cannot say how many channels an MLP has, so "
             "uniform pruning would give a model that plain transformers cannot build; use mode local."
         )
-    return equal_counts(target, allowed, config.mode == "local")
+    fixed = config.mode == "uniform" and bool(kept_whole(config, context))
+    hint = " Mode local can also remove heads, which this model's config cannot say in mode uniform." if fixed else ""
+    return equal_counts(target, allowed, config.mode == "local", hint)
+
+
+def kept_whole(config: MiniLlmConfig, context: Context) -> str:
+    """Why no heads go from any block; empty where they may."""
+    groups = groups_of(context.structure)
+    if groups.heads_fixed or config.attention == 0:
+        return groups.heads_fixed or "attention is 0"
+    if config.mode == "uniform" and not groups.config_heads:
+        return "mode uniform: config.json cannot say fewer heads of the same size"
+    return ""
 
 
 def _common_shape(config: MiniLlmConfig, context: Context) -> BlockShape:

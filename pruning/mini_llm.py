@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.passes import Block, Context, Needs, Pass, PassConfig
-from compress.pruning.allot import all_parts, block_counts, block_names, cheapest_blocks, depth_of
+from compress.pruning.allot import all_parts, block_counts, block_names, cheapest_blocks, depth_of, kept_whole
 from compress.pruning.criteria import Variant, lowest
 from compress.pruning.groups import Part, Unit, cut, remaining
 from compress.pruning.least_squares import compensated, output_error, removal_order
@@ -211,7 +211,9 @@ class MiniLlm(Pass[MiniLlmConfig]):
             if counts.get(kind):
                 removed[kind], errors[kind] = self._remove(block, part, counts[kind], context)
         after = sum(parameter.numel() for parameter in block.module.parameters())
-        return {"parameters": {"before": before, "after": after}, "removed": removed, "output_error": errors}
+        record = {"parameters": {"before": before, "after": after}, "removed": removed, "output_error": errors}
+        reason = kept_whole(self.config, context)
+        return record | ({"heads_kept": reason} if reason else {})
 
     def _remove(self, block: Block, part: Part, count: int, context: Context) -> tuple[list[int], float | None]:
         """Returns the units, lowest first, and the relative output error that remains, where it was measured."""
