@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import compress
 from compress.errors import CompressError
@@ -83,7 +84,11 @@ class Bench:
 def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
     """Every score at every ratio, with and without refitting, before and after recovery."""
     rows.get({"label": "dense"}, lambda: bench.measure(dense_folder(given.model)))
-    recovery = [{"kind": "lora_recovery", **_settings(given.recovery)}] if given.recovery is not None else []
+    recovery = (
+        [{"kind": "lora_recovery", **_settings(given.recovery, calibration_of(given))}]
+        if given.recovery is not None
+        else []
+    )
     if recovery:
         rows.get({"label": "dense, trained as long"}, lambda: bench.cell(recovery))
     stages = ([], recovery) if recovery else ([],)
@@ -108,12 +113,16 @@ def dense_folder(model: str) -> Path:
     return model_folder(model)
 
 
-def _settings(text: str) -> dict[str, Any]:
-    """``mode=local,attention=0`` as a mapping."""
-    import yaml
-
-    pairs = (part.partition("=") for part in text.split(",") if part)
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+def _settings(text: str, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``mode=local,attention=0`` as a mapping; ``text.samples=500`` is the calibration with another number of samples."""
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key.startswith("text.") and calibration is not None:
+            found.setdefault("text", dict(calibration))[key.removeprefix("text.")] = yaml.safe_load(value)
+        else:
+            found[key] = yaml.safe_load(value)
+    return found
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], value: str) -> str:
