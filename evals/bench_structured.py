@@ -53,7 +53,7 @@ def bench_memory(dense: Path, settings: Mapping[str, Any]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def bench_speed(folders: Mapping[str, Path], tokens: int = 96, rounds: int = 7) -> dict[str, float]:
+def bench_speed(folders: Mapping[str, Path], tokens: int = 64, rounds: int = 5) -> dict[str, float]:
     """Tokens per second of models generating one sequence, taken in turn; the best of all rounds."""
     models: dict[str, Any] = {label: compress.load(path, dtype=torch.float32) for label, path in folders.items()}
     best = dict.fromkeys(models, 0.0)
@@ -84,9 +84,9 @@ def prune_to(dense: str, ratios: list[float], folder: Path) -> dict[str, Path]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m compress.evals.bench_structured", description=__doc__)
-    parser.add_argument("--hidden", type=int, default=384, help="of the random model whose memory is measured")
+    parser.add_argument("--hidden", type=int, default=384, help="of the random model")
     parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--model", default="builtin", help="whose speed is measured")
+    parser.add_argument("--model", default="builtin", help="whose speed is measured; 'random' for the random one")
     parser.add_argument("--ratios", default="0.1,0.2,0.3,0.5")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -94,15 +94,17 @@ def main() -> None:
     console, found = Console(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if not given.no_memory:
+        if not given.no_memory or given.model == "random":
             random_model(folder / "dense", given.hidden, given.blocks)
+        if not given.no_memory:
             found["memory"] = {label: bench_memory(folder / "dense", s) for label, s in SCORES.items()}
             table = Table("score", "as float32 MB", "peak above start MB", "planned MB", "s")
             for label, row in found["memory"].items():
                 sizes = (f"{row[key] / 1e6:.0f}" for key in ("float32", "peak", "planned"))
                 table.add_row(label, *sizes, f"{row['seconds']:.0f}")
             console.print(table)
-        models = prune_to(given.model, [float(part) for part in given.ratios.split(",")], folder)
+        dense = str(folder / "dense") if given.model == "random" else given.model
+        models = prune_to(dense, [float(part) for part in given.ratios.split(",")], folder)
         found["bytes"] = {
             label: sum(item.nbytes for item in Checkpoint(path).info().values()) for label, path in models.items()
         }
