@@ -51,7 +51,7 @@ def verify(folder: Path) -> list[str]:
     for name, recorded in manifest["files"].items():
         _check_file(folder / name, recorded)
     passed = [f"{len(manifest['files'])} files have their recorded size and SHA-256"]
-    if settings is not None:
+    if settings is not None and settings.modules:
         count = check_tensors(folder, settings)
         passed.append(f"{count} tensors of {len(settings.modules)} packed modules have their recorded shape and type")
     from compress.prompts.adapter import stored_prompts

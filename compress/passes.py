@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from compress.recipe import Calibration
 
 GROUP = "compress.passes"
+SURVEY_TOKENS = 4096
+"""Tokens that a survey of the whole model runs at once, which the plan counts on."""
 
 
 class PassConfig(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compress.passes import Context, Needs, Pass, pass_class
+from compress.passes import SURVEY_TOKENS, Context, Needs, Pass, pass_class
 from compress.pipeline import check_order, open_source
 from compress.quant.linear import PackedShape, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
@@ -92,10 +92,14 @@ def _needs(
     )  # carried streams, and the block as it was
     if needs.whole_model:
         memory = _LATE_CODE + _whole_bytes(needs, outside + sum(blocks.values()), state, packed)
-    if needs.model_survey:  # the model, and with gradients as much again; activations come on top
+    if needs.model_survey:  # the model and one forward pass; with gradients as much again, and all activations
         memory = _LATE_CODE + (3 if needs.backward else 2) * (outside + sum(blocks.values()))
+        tokens = min(SURVEY_TOKENS, text.samples * text.length) if text else 0
+        width = sum(rows + columns for rows, columns in context.linears.values())
+        memory += tokens * width * _FLOAT if needs.backward else 0
     if needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
-        memory += block + 3 * _hessians(context)
+        double = 2 if needs.changes_shapes else 1  # which are float64 there
+        memory += block + 3 * double * _hessians(context)
     units = (
         sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
         if needs.packs

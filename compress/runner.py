@@ -128,6 +128,8 @@ class Runner:
             self._check_finite(tensors)
             if not self.processes.is_main_process:
                 continue
+            stored = {} if self.needs.beside else self.state.source.info()
+            tensors = {n: t.to(stored[n].dtype) if n in stored else t for n, t in tensors.items()}
             self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
             shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)

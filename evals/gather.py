@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from compress.evals.variants import measure_variants
 from compress.inspect import inspect
 from compress.prompts.adapter import stored_prompts
 from compress.sparsity import sparsity
-from compress.weights import Checkpoint, read_manifest
+from compress.weights import Checkpoint, TensorInfo, read_manifest
 
 Report = Callable[[str, int, int], None]
 
@@ -71,6 +72,7 @@ class Facts:
         bench: the latest result, or None.
         samples: ``[{"prompt", "width", "text"}]``.
         sparsity: :func:`compress.sparsity.sparsity`, or None where nothing is pruned.
+        kept: linear -> share of the dense model's weights that its smaller shape has; empty where all shapes are the same.
         matrices: from ``report/*.json``: ``{"title", "rows", "columns", "values", …}``.
         notes: what is not in it, and why.
     """
@@ -88,6 +90,7 @@ class Facts:
     bench: dict[str, Any] | None
     samples: list[dict[str, str]]
     sparsity: dict[str, Any] | None
+    kept: dict[str, float]
     matrices: list[dict[str, Any]]
     notes: list[str]
 
@@ -157,10 +160,11 @@ def _benched(folder: Path, load: bench.Load, store: Results) -> bool:
 
 
 def _beginning(folder: Path, source: str, protocol: Protocol, tokens: int = 24) -> str:
-    """The first tokens of the first document, as text."""
+    """The first tokens of the first document as text, up to the end of a word."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     document = documents_of(source, protocol)[0][0]
-    return str(tokenizer.decode(tokenizer(document[:2000], add_special_tokens=False)["input_ids"][:tokens]))
+    text = str(tokenizer.decode(tokenizer(document[:2000], add_special_tokens=False)["input_ids"][:tokens]))
+    return text.rpartition(" ")[0] or text
 
 
 def _continue(folder: Path, prompts: Sequence[str], wanted: Wanted, store: Results, report: Report) -> None:
@@ -223,12 +227,12 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
     measured = {row["width"] for row in mine if row["kind"] in ("text", "task") and "." in row["width"]}
     widths = sorted({*inspected["bytes_at_bits"], *measured}, key=float, reverse=True) or ["dense"]
     try:
-        source = Path(dense_model_of(str(folder)))
-        dense_bytes: int | None = sum(item.nbytes for item in Checkpoint(source).info().values())
+        original = Checkpoint(Path(dense_model_of(str(folder)))).info()
     except CompressError:
-        dense_bytes = None
+        original = {}
     return Facts(
-        folder=folder, inspected=inspected, manifest=manifest, dense_bytes=dense_bytes, widths=widths,
+        folder=folder, inspected=inspected, manifest=manifest, widths=widths,
+        dense_bytes=sum(item.nbytes for item in original.values()) or None, kept=_kept(folder, inspected, original),
         texts=sorted(texts.values(), key=lambda text: -len(text["rows"])), tasks=tasks,
         agreement={row["width"]: row["metrics"] for row in mine if row["kind"] == "agreement"},
         robustness={row["width"]: row["metrics"] for row in mine if row["kind"] == "robustness"},
@@ -238,6 +242,18 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
         sparsity=sparsity(folder) if inspected["pruned"] else None,
         matrices=read_matrices(folder / FOLDER), notes=list(notes),
     )  # fmt: skip
+
+
+def _kept(folder: Path, inspected: Mapping[str, Any], original: Mapping[str, TensorInfo]) -> dict[str, float]:
+    """Size of every matrix of a block beside the dense model's matrix of the same name."""
+    ours = {name: item.shape for name, item in Checkpoint(folder).info().items() if len(item.shape) == 2}
+    ours |= {f"{name}.weight": tuple(module["shape"]) for name, module in inspected["modules"].items()}
+    shares = {
+        name.removesuffix(".weight"): math.prod(shape) / math.prod(original[name].shape)
+        for name, shape in ours.items()
+        if name in original
+    }
+    return shares if any(share != 1 for share in shares.values()) else {}
 
 
 _TRANSFER = {"prompt", "model", "text", "perplexity"}

@@ -22,7 +22,7 @@ _FLOOR = 1e-5  # relative added loss below which a point sits on the lower edge 
 def page(facts: Facts) -> str:
     """The whole page."""
     sections = [
-        _quality(facts), _tasks(facts), _agreement(facts), _speed(facts), _errors(facts), _zeros(facts),
+        _quality(facts), _tasks(facts), _agreement(facts), _speed(facts), _errors(facts), _zeros(facts), _sizes(facts),
         *(_matrix(item) for item in facts.matrices), _samples(facts), _made(facts),
     ]  # fmt: skip
     return document(f"{title(facts)} · compress report", _head(facts) + "".join(sections))
@@ -295,13 +295,33 @@ def _zeros(facts: Facts) -> str:
     whole = [100 * counted["sparsity"] for counted in facts.sparsity["blocks"].values()]
     form: Callable[[float], str] = lambda value: f"{value:.0f}"  # noqa: E731
     picture = svg.heat_map(
-        [*matrix, [*whole]], [*kinds, "all"], blocks, "Share of zeros in each matrix", form=form, axes=("", "block")
+        [*matrix, [*whole]],
+        [*kinds, "all"],
+        blocks,
+        "Share of zeros in each matrix",
+        form=form,
+        axes=("", "block"),
+        limits=(0, 100),
     )
     caption = (
         f"Zeros in %, counted in the files: {facts.sparsity['zeros']:,} of {facts.sparsity['parameters']:,} weights in the blocks. "
         "A mask alone makes nothing faster; what it saves on disk is in the sizes above."
     )
     return section("Allocation per block", figure(picture, caption))
+
+
+def _sizes(facts: Facts) -> str:
+    if not facts.kept:
+        return ""
+    kinds, blocks, matrix = _grid({name: 100 * share for name, share in facts.kept.items()})
+    form: Callable[[float], str] = lambda value: f"{value:.0f}"  # noqa: E731
+    picture = svg.heat_map(
+        matrix, kinds, blocks, "Share of weights left in each matrix", form=form, axes=("", "block"), limits=(0, 100)
+    )
+    caption = (
+        "Weights that each matrix has left, in % of the dense model's matrix of that name: these are gone, not zero."
+    )
+    return section("Sizes per block", figure(picture, caption))
 
 
 def _matrix(item: Mapping[str, Any]) -> str:

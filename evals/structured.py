@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import compress
 from compress.errors import CompressError
@@ -37,7 +38,8 @@ SCORES: dict[str, dict[str, Any]] = {
     "random": {"score": "random"},
 }
 """What is compared: label -> settings of ``mini_llm``."""
-SEEDS = {"random": (0, 1, 2), "|W| |X| |noise|": (0, 1, 2), "FMS, one SPSA draw (paper)": (0, 1, 2)}
+SEEDS = {"random": (0, 1, 2)}
+REFIT = {"no": (False,), "yes": (True,), "both": (False, True)}
 
 
 class Bench:
@@ -79,40 +81,29 @@ class Bench:
         }
 
 
-@torch.no_grad()
-def speed(folders: Mapping[str, Path], tokens: int = 64, rounds: int = 5) -> dict[str, float]:
-    """Tokens per second of several models generating one sequence, the best of some rounds taken in turn."""
-    models: dict[str, Any] = {label: compress.load(path, dtype=torch.float32) for label, path in folders.items()}
-    best = dict.fromkeys(models, 0.0)
-    for _ in range(rounds):
-        for label, model in models.items():
-            prompt = torch.ones(1, 4, dtype=torch.long)
-            started = time.perf_counter()
-            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-            best[label] = max(best[label], tokens / (time.perf_counter() - started))
-    return best
-
-
 def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
     """Every score at every ratio, with and without refitting, before and after recovery."""
     rows.get({"label": "dense"}, lambda: bench.measure(dense_folder(given.model)))
-    recovery = [{"kind": "lora_recovery", **_settings(given.recovery)}] if given.recovery is not None else []
-    for ratio in given.ratios:
-        for label in given.scores:
-            for seed in SEEDS.get(label, (0,)):
-                for compensate in (False, True):
-                    for after in (False, True) if recovery else (False,):
-                        step = {"kind": "mini_llm", "ratio": ratio, **SCORES[label], "compensate": compensate}
-                        step |= _settings(given.settings)
-                        key = {
-                            "label": label,
-                            "ratio": ratio,
-                            "seed": seed,
-                            "compensate": compensate,
-                            "recovered": after,
-                        }
-                        passes = [step, *(recovery if after else [])]
-                        rows.get(key, lambda p=passes, s=seed: bench.cell(p, s))  # type: ignore[misc]
+    recovery = (
+        [{"kind": "lora_recovery", **_settings(given.recovery, calibration_of(given))}]
+        if given.recovery is not None
+        else []
+    )
+    if recovery:
+        rows.get({"label": "dense, trained as long"}, lambda: bench.cell(recovery))
+    stages = ([], recovery) if recovery else ([],)
+    places = [
+        (ratio, label, seed) for ratio in given.ratios for label in given.scores for seed in SEEDS.get(label, (0,))
+    ]
+    for ratio, label, seed in places:
+        for compensate in REFIT[given.refit]:
+            for after in stages:
+                step = {"kind": "mini_llm", "ratio": ratio, **SCORES[label], "compensate": compensate}
+                step |= _settings(given.settings)
+                name = f"{label}, {given.settings}" if given.settings else label
+                key = {"label": name, "ratio": ratio, "seed": seed, "compensate": compensate, "recovered": bool(after)}
+                passes = [step, *after]
+                rows.get(key, lambda p=passes, s=seed: bench.cell(p, s))  # type: ignore[misc]
 
 
 def dense_folder(model: str) -> Path:
@@ -122,12 +113,16 @@ def dense_folder(model: str) -> Path:
     return model_folder(model)
 
 
-def _settings(text: str) -> dict[str, Any]:
-    """``mode=local,attention=0`` as a mapping."""
-    import yaml
-
-    pairs = (part.partition("=") for part in text.split(",") if part)
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+def _settings(text: str, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``mode=local,attention=0`` as a mapping; ``text.samples=500`` is the calibration with another number of samples."""
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key.startswith("text.") and calibration is not None:
+            found.setdefault("text", dict(calibration))[key.removeprefix("text.")] = yaml.safe_load(value)
+        else:
+            found[key] = yaml.safe_load(value)
+    return found
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], value: str) -> str:
@@ -182,6 +177,7 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], help="of packed models")
     parser.add_argument("--ratios", type=lambda text: [float(part) for part in text.split(",")], default=RATIOS)
     parser.add_argument("--scores", type=lambda text: text.split(";"), default=list(SCORES), help="labels, between ;")
+    parser.add_argument("--refit", choices=list(REFIT), default="both", help="refit what stays")
     parser.add_argument("--settings", default="", help="further settings of mini_llm: mode=local,attention=0")
     parser.add_argument("--recovery", help="also recover, with these settings of lora_recovery ('' for none)")
     return parser

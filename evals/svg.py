@@ -49,7 +49,8 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Round values within the axis."""
-        return _log_ticks(self.low, self.high) if self.log else _even_ticks(self.low, self.high)
+        ticks = _log_ticks(self.low, self.high) if self.log else []
+        return ticks if len(ticks) > 1 else _even_ticks(self.low, self.high)
 
 
 def axis(name: str, values: Iterable[float], log: bool, form: Callable[[float], str] = "{:g}".format) -> Axis:
@@ -78,7 +79,7 @@ def _even_ticks(low: float, high: float) -> list[float]:
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough)
-    return [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [round(step * index, 12) for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def scatter(lines: Sequence[Line], x: Axis, y: Axis, describe: str, width: int = 720, height: int = 400) -> str:
@@ -141,7 +142,7 @@ def _legend(lines: Sequence[Line], right: float, top: float) -> list[str]:
 def heat_map(
     values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], describe: str,
     log: bool = False, form: Callable[[float], str] = "{:.2g}".format, axes: tuple[str, str] = ("", ""),
-    numbers: bool | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> str:  # fmt: skip
     """A matrix as shades of one colour, darker is more; figures are in the cells where there is room.
 
@@ -153,15 +154,15 @@ def heat_map(
         log: shade by the logarithm.
         form: of a figure.
         axes: names of what goes down and across.
-        numbers: whether figures are written into cells; if they fit when None.
+        limits: of the shades; the least and the largest value if None.
     """
     known = [value for row in values for value in row if value is not None and (value > 0 or not log)]
-    scale = axis("", known, log) if known else Axis("", 0, 1, False)
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    scale = axis("", [*known, *(limits or ())], log) if known else Axis("", 0, 1, False)
+    low, high = limits or ((min(known), max(known)) if known else (0.0, 1.0))
     left = 14 + 7 * max(map(len, rows), default=0) + (16 if axes[0] else 0)
     cell = max(14.0, min(64.0, (720 - left) / max(1, len(columns))))
     tall = 24.0
-    written = cell >= 34 if numbers is None else numbers
+    written = cell >= 34
     width, height = int(left + cell * len(columns) + 8), int(tall * len(rows) + 40 + (18 if axes[1] else 0))
     parts = [_open(width, height, describe)]
     for r, row in enumerate(values):
@@ -224,7 +225,7 @@ def bars(rows: Sequence[tuple[str, float, float, float]], describe: str, form: C
 
 def _open(width: int, height: int, describe: str) -> str:
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(describe)}" '
+        f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" aria-label="{escape(describe)}" '
         'xmlns="http://www.w3.org/2000/svg">'
     )
 

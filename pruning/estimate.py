@@ -15,18 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
+from compress.passes import SURVEY_TOKENS
 from compress.structure import Linear
 
 Progress = Callable[[int, int], None]
-BATCH_TOKENS = 4096
-"""Tokens of calibration text in one forward pass."""
 
 
 def batches(samples: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens [B, T], which of ``tokens[:, 1:]`` count [B, T - 1]); samples of like length together."""
     ordered = sorted(samples, key=len, reverse=True)
     while ordered:
-        count = max(1, BATCH_TOKENS // len(ordered[0]))
+        count = max(1, SURVEY_TOKENS // len(ordered[0]))
         chosen, ordered = ordered[:count], ordered[count:]
         scored = pad_sequence([torch.ones(len(sample) - 1, dtype=torch.bool) for sample in chosen], batch_first=True)
         yield pad_sequence(list(chosen), batch_first=True).to(device), scored.to(device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from compress.passes import Block
@@ -61,7 +61,7 @@ class Part:
 
 
 def parts_of(
-    structure: Architecture, config: PretrainedConfig, shape: BlockShape, unit: Unit, bias: bool
+    structure: Architecture, config: PretrainedConfig, shape: BlockShape, unit: Unit, biased: Collection[str]
 ) -> dict[Kind, Part]:
     """The parts of a block of some shape; attention is left out where the architecture's heads are fixed.
 
@@ -71,21 +71,23 @@ def parts_of(
         shape: of the block.
         unit: what an attention unit is: a key-value head with its query heads, or a query head, of which every key-value
             head then loses as many.
-        bias: whether rows carry a bias, for the cost.
+        biased: inner names of linears with a bias, for the cost.
     """
     dimension, hidden = head_dim(config), int(config.hidden_size)
     found: dict[Kind, Part] = {}
     if groups_of(structure).layout is not None:
-        found["attention"] = _attention(structure, shape, unit, dimension, hidden, bias)
+        found["attention"] = _attention(structure, shape, unit, dimension, hidden, biased)
     *first, last = structure.mlp
     channels = torch.arange(shape.channels)[:, None]
-    cost = (len(first) + 1) * hidden + (len(first) if bias else 0)
+    cost = (len(first) + 1) * hidden + sum(name in biased for name in first)
     zeros = torch.zeros(shape.channels, dtype=torch.long)
     found["mlp"] = Part("mlp", last, channels, dict.fromkeys(first, channels), zeros, cost, {"channels": 1})
     return found
 
 
-def _attention(structure: Architecture, shape: BlockShape, unit: Unit, dimension: int, hidden: int, bias: bool) -> Part:
+def _attention(
+    structure: Architecture, shape: BlockShape, unit: Unit, dimension: int, hidden: int, biased: Collection[str]
+) -> Part:
     *first, last = structure.attention
     layout, width = groups_of(structure).layout, shape.heads * dimension
     heads = torch.arange(width).view(shape.heads, dimension)
@@ -107,19 +109,16 @@ def _attention(structure: Architecture, shape: BlockShape, unit: Unit, dimension
             shared = torch.arange(shape.key_value_heads * dimension).view(-1, dimension)
             rows = {first[0]: columns, **dict.fromkeys(first[1:], shared)}
     lost = sum(index.shape[1] for index in rows.values())
-    cost = (lost + columns.shape[1]) * hidden + (lost if bias else 0)
+    cost = (lost + columns.shape[1]) * hidden + sum(index.shape[1] for name, index in rows.items() if name in biased)
     return Part("attention", last, columns, rows, classes, cost, each)
 
 
 def block_parts(block: Block, structure: Architecture, config: PretrainedConfig, unit: Unit) -> dict[Kind, Part]:
     """The parts of a block in memory."""
     assert block.shape is not None
-    return parts_of(structure, config, block.shape, unit, has_bias(block.module, structure))
-
-
-def has_bias(block: nn.Module, structure: Architecture) -> bool:
-    """Whether the linears of a block have biases (for costs; attention and MLP may differ, which is rare and small)."""
-    return getattr(block.get_submodule(structure.mlp[0]), "bias", None) is not None
+    names = [*structure.attention, *structure.mlp]
+    biased = {name for name in names if getattr(block.module.get_submodule(name), "bias", None) is not None}
+    return parts_of(structure, config, block.shape, unit, biased)
 
 
 def remaining(size: int, gone: Tensor) -> Tensor:

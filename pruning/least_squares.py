@@ -110,7 +110,7 @@ def removal_order(
             order.append(unit)
             errors.append(total)
         gone[chosen] = True
-        quota[classes[chosen]] -= 1
+        quota -= torch.bincount(classes[chosen], minlength=len(quota))
         _take_out(weight, inverse, columns[chosen].flatten())
     return order, errors
 

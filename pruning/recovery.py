@@ -103,7 +103,8 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
             model.requires_grad_(True)
         else:
             trained = adapter_model(model, targets, config.rank, config.alpha, config.dropout, context.seed)
-            trained.train(config.dropout > 0)
+            for name, module in trained.named_modules():
+                module.train("lora_dropout" in name)  # the model's own dropout stays off
         samples, loss = self._samples(whole, context)
         result = train(trained, samples, config, context.seed, loss=loss, folder=whole.scratch, report=report)
         record = result.record()

@@ -43,38 +43,43 @@ def protected_blocks(blocks: int, first: int, last: int) -> set[int]:
     return {*range(min(first, blocks)), *range(max(0, blocks - last), blocks)}
 
 
-def equal_counts(target: Target, allowed: Callable[[int], bool], exact: bool) -> list[Counts]:
-    """The same from every open block (all have the same size): the nearest possible number of attention units, channels for the rest.
+def equal_counts(target: Target, allowed: Callable[[int], bool], exact: bool, hint: str = "") -> list[Counts]:
+    """The same from every open block (all have the same size): attention units as near to the share as can be, and channels for the rest.
 
     Args:
         target: what to reach.
         allowed: whether a block may lose so many attention units.
         exact: let the channels differ by one between blocks, so that the target is met to within one channel.
+        hint: what else to do where it cannot be met.
 
     Raises:
         CompressError: it cannot be met.
     """
-    open_blocks = target.open
-    parts = target.parts[open_blocks[0]]
+    blocks = len(target.open)
+    parts = target.parts[target.open[0]]
     mlp, heads = parts["mlp"], parts.get("attention")
-    wanted = _attention_units(target, len(open_blocks))
-    options = sorted(range(0, heads.units, heads.step), key=lambda n: abs(n - wanted)) if heads else [0]
-    possible = [units for units in options if allowed(units)]
-    total = 0
-    for units in possible:
-        rest = target.parameters - len(open_blocks) * units * (heads.cost if heads else 0)
+    wanted = _attention_units(target, blocks)
+    options = range(0, heads.units, heads.step) if heads else range(1)
+    splits = []
+    most = 0
+    for units in filter(allowed, options):
+        rest = target.parameters - blocks * units * (heads.cost if heads else 0)
         if target.share is not None:
-            rest = round(target.share * mlp.units) * mlp.cost * len(open_blocks)
+            rest = round(target.share * mlp.units) * mlp.cost * blocks
         total = round(rest / mlp.cost)
-        if rest >= -0.5 * mlp.cost and total <= len(open_blocks) * (mlp.units - target.multiple):
-            channels = [round(total / len(open_blocks))] * len(open_blocks)
-            if exact:
-                channels = shares(total, len(open_blocks))
-            channels = [_multiple(count, mlp.units, target.multiple) for count in channels]
-            found = dict(zip(open_blocks, channels, strict=True))
-            counts = [{"attention": units, "mlp": found[i]} if i in found else {} for i in range(len(target.parts))]
-            return [{kind: n for kind, n in count.items() if n} for count in counts]  # type: ignore[misc]
-    raise _too_much(target)
+        most = max(most, blocks * (units * (heads.cost if heads else 0) + (mlp.units - target.multiple) * mlp.cost))
+        if rest >= -0.5 * mlp.cost and total <= blocks * (mlp.units - target.multiple):
+            even = _multiple(round(total / blocks), mlp.units, target.multiple)
+            splits.append((abs(units - wanted), units, total, even))
+    if not splits:
+        raise _too_much(target, most, hint)
+    _, units, total, even = min(splits)
+    channels = shares(total, blocks) if exact and target.multiple == 1 else [even] * blocks
+    found: list[Counts] = [{} for _ in target.parts]
+    for index, count in zip(target.open, channels, strict=True):
+        lost: dict[Kind, int] = {"attention": units, "mlp": count}
+        found[index] = {kind: number for kind, number in lost.items() if number}
+    return found
 
 
 def _attention_units(target: Target, blocks: int) -> float:
@@ -94,13 +99,10 @@ def _multiple(count: int, units: int, multiple: int) -> int:
     return max(0, units - kept) if multiple > 1 else count
 
 
-def _too_much(target: Target) -> CompressError:
-    most = sum(
-        sum((part.units - part.step) * part.cost for part in parts.values()) for parts in target.parts
-    )  # one unit of each stays
+def _too_much(target: Target, most: int, hint: str = "") -> CompressError:
     return CompressError(
         f"mini_llm: {target.parameters} parameters are to go, but with one head and a few channels left in each of the "
-        f"{len(target.open)} blocks that may lose something, at most {most} can; lower ratio, or protect fewer blocks."
+        f"{len(target.open)} blocks that may lose something, at most {most} can; lower ratio, or protect fewer blocks.{hint}"
     )
 
 
@@ -132,7 +134,8 @@ def ranked_counts(target: Target, prices: Sequence[Mapping[Kind, Sequence[float]
     smallest = min(part.cost * part.step for parts in target.parts for part in parts.values())
     while left >= smallest / 2:
         if not heap:
-            raise _too_much(target)
+            free = [part for parts in target.parts for part in parts.values()]
+            raise _too_much(target, sum((part.units - part.step) * part.cost for part in free))
         _, block, kind = heapq.heappop(heap)
         part = target.parts[block][kind]
         if part.cost * part.step > left + smallest / 2:

@@ -20,6 +20,8 @@ TESTS = (
     "tests/compress/test_sparse_checkpoint.py",
     "tests/compress/test_streaming.py",
     "tests/kernels/test_bitplane.py",
+    "tests/pruning/test_groups.py",
+    "tests/pruning/test_mini_llm.py",
     "tests/quant/test_linear.py",
 )
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

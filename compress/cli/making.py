@@ -66,6 +66,9 @@ def plan(
         print(json.dumps(found, indent=1))
         return
     out.print(f"{escape(found['model'])}: {found['blocks']} blocks, {found['dense_bytes'] / 1e6:.2f} MB of tensors")
+    if found["parameters_after"] != found["parameters"]:
+        gone = 1 - found["parameters_after"] / found["parameters"]
+        out.print(f"parameters: {found['parameters']}, {found['parameters_after']} after pruning ({gone:.1%} fewer)")
     out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_widths(found["bytes_at_bits"]))
     for step in found["passes"]:
         memory, room = step["memory_bytes"] / 1e6, step["workspace_bytes"] / 1e6
@@ -109,7 +112,7 @@ def inspect(
     )
     if modules and found["modules"]:
         out.print(_module_table(found))
-    for line in _pruned_lines(found["modules"]):
+    for line in (*_pruned_lines(found["modules"]), *_block_lines(found["blocks"])):
         out.print(line)
     if modules and "sparsity" in found:
         out.print(_sparsity_table(found["sparsity"]))
@@ -133,6 +136,13 @@ def _pruned_lines(modules: dict[str, Any]) -> Iterator[str]:
             share = storage["zeros"] / math.prod(modules[name]["shape"])
             sizes = f"{storage['bytes']['dense']} bytes, sparse {storage['bytes']['sparse']}"
             yield f"stored dense, as that is smaller: {escape(name)}, {share:.1%} zeros, {sizes}"
+
+
+def _block_lines(blocks: dict[str, dict[str, int]]) -> Iterator[str]:
+    """Sizes of blocks that are not as the config says."""
+    for name, sizes in blocks.items():
+        heads = f"{sizes['heads']} heads, {sizes['key_value_heads']} of keys and values"
+        yield f"{escape(name)}: {heads}, {sizes['channels']} channels"
 
 
 def _module_table(found: dict[str, Any]) -> Table:

@@ -10,7 +10,9 @@ from compress.errors import CompressError
 from compress.passes import kinds, pass_class
 from compress.recipe import Calibration, Recipe, json_schema, load_recipe
 
-INSTALLED = ["any_precision", "joint", "kmeans", "prune", "rtn", "tune_tables"]
+INSTALLED = [
+    "any_precision", "joint", "kmeans", "lora_recovery", "mini_llm", "prune", "rtn", "soft_prompt", "tune_tables",
+]  # fmt: skip
 
 
 def recipe(**changes):

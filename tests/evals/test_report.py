@@ -198,3 +198,17 @@ def test_a_soft_prompt_is_measured_with_and_without_and_on_the_dense_model(compr
     assert names == [
         "dense", "dense + prompt of model", "4 bits", "4 bits + soft prompt", "3 bits", "3 bits + soft prompt",
     ]  # fmt: skip
+
+
+def test_smaller_shapes_are_shown_block_by_block(tiny_llama, text_file, tmp_path):
+    import compress
+
+    recipe = {
+        "model": str(tiny_llama),
+        "calibration": {"text": str(text_file), "samples": 4, "length": 32},
+        "passes": [{"kind": "mini_llm", "ratio": 0.3, "ratio_of": "blocks", "mode": "local", "score": "magnitude"}],
+    }
+    facts = collect(compress.run(recipe, tmp_path / "model"), Results(None))
+    assert facts.kept["model.embed_tokens"] == 1
+    assert any(share < 1 for share in facts.kept.values())
+    assert "<h2>Sizes per block</h2>" in page(facts)

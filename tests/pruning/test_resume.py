@@ -15,7 +15,10 @@ from tests.compress.test_resume import assert_same_files, command, units
 REFRESHED = {"kind": "prune", "score": "sparsegpt", "allocation": "mrp", "refresh": 5, "step": 0.02, "spread": 0.1}
 
 
-@pytest.mark.parametrize("settings", [REFRESHED, {"kind": "joint", "bits": 3, "allocation": "hessian"}])
+SHAPED = {"kind": "mini_llm", "mode": "global", "ratio": 0.3, "score": "gates"}
+
+
+@pytest.mark.parametrize("settings", [REFRESHED, {"kind": "joint", "bits": 3, "allocation": "hessian"}, SHAPED])
 def test_killed_runs_end_with_the_same_bytes(recipe, tmp_path, settings):
     recipe["passes"] = [settings]
     path = tmp_path / "recipe.yaml"

@@ -1,0 +1,153 @@
+"""What one block in memory tells of its groups: inputs, scores, and the prices at which groups go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.passes import Block, Context
+from compress.pruning.criteria import element_scores, group_scores, lowest
+from compress.pruning.groups import Kind, Part
+from compress.pruning.least_squares import Moments, removal_order
+from compress.structure import Linear
+
+if TYPE_CHECKING:
+    from compress.pruning.mini_llm import MiniLlmConfig
+
+WHOLE_MODEL = ("fms", "taylor", "gates")
+"""Scores that are found on the whole model, not on a block."""
+
+
+def last_linear(block: Block, part: Part) -> Linear:
+    """The linear that leads a part back to the residual stream."""
+    return Linear(part.last, block.module.get_submodule(part.last))
+
+
+def moments_of(block: Block, part: Part, centred: bool) -> Moments:
+    """Second moments of the inputs of a part's last linear, as the block is now.
+
+    Args:
+        block: with samples.
+        part: of it.
+        centred: whether a bias, if there is one, will take up the means.
+
+    Raises:
+        CompressError: inputs that are not finite.
+    """
+    last = last_linear(block, part)
+    biased = getattr(last.module, "bias", None) is not None
+    moments = Moments.empty(last.shape[1], centred and biased, last.weight.device)
+    _watch(block, {part.last: moments.add})
+    moments.finish()
+    if not torch.isfinite(moments.gram).all():
+        raise CompressError(
+            f"{block.name}.{part.last}: its inputs on the calibration text are not finite; check the model's weights."
+        )
+    return moments
+
+
+def prices(block: Block, part: Part, config: MiniLlmConfig, context: Context) -> list[float]:
+    """What each further unit costs, in the order in which units go: sums over blocks and parts may be compared.
+
+    An output error counts in proportion to the energy of the residual stream that the block leaves.
+    """
+    if config.score == "output":
+        weight = last_linear(block, part).weight
+        moments = moments_of(block, part, config.compensate)
+        _, errors = removal_order(weight, moments, part.columns, part.classes, part.units - part.step)
+        scale = stream_energy(block)
+        return [(after - before) / scale for before, after in zip([0.0, *errors], errors, strict=False)]
+    scores = block_scores(block, part, config, context)
+    return [float(scores[unit]) for unit in lowest(scores, part.classes, part.units)]
+
+
+@torch.no_grad()
+def stream_energy(block: Block) -> float:
+    """Mean square, summed over the hidden size, of what the block leaves in the residual stream."""
+    outputs = [run(block.module).flatten(0, -2) for run in block.samples]
+    total = sum(float(output.double().square().sum()) for output in outputs)
+    return total / sum(len(output) for output in outputs) or 1.0
+
+
+def block_price(block: Block, parts: Mapping[Kind, Part], config: MiniLlmConfig, context: Context) -> float:
+    """Of a whole block: how far it turns the stream (ShortGPT, arXiv 2403.03853), or the sum of its groups' scores."""
+    if config.score == "random":
+        return float(torch.rand(1, generator=context.generator(block.index)))
+    if config.score == "output":
+        return _turn(block)
+    return sum(float(block_scores(block, part, config, context).sum()) for part in parts.values())
+
+
+@torch.no_grad()
+def _turn(block: Block) -> float:
+    """One minus the mean cosine between what enters a block and what leaves it."""
+    inputs: list[Tensor] = []
+    handle = block.module.register_forward_pre_hook(
+        lambda _module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        turns = [_cosine(run(block.module), inputs.pop()) for run in block.samples]
+    finally:
+        handle.remove()
+    return 1 - sum(turns) / len(turns)
+
+
+def _cosine(left: Tensor, right: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(left.float(), right.float(), dim=-1).mean())
+
+
+def block_scores(block: Block, part: Part, config: MiniLlmConfig, context: Context) -> Tensor:
+    """Scores of a part's units, [U]; not for ``output``, where an order is found instead."""
+    generator = context.generator(block.index, part.kind == "mlp")
+    if config.score == "random":
+        return torch.rand(part.units, generator=generator)
+    if config.score in WHOLE_MODEL:
+        return block.findings[f"{block.index}.{part.kind}"]
+    members = {name: Linear(name, block.module.get_submodule(name)).weight for name in part.members}
+    if config.score == "magnitude":
+        return group_scores(part, {name: weight.square() for name, weight in members.items()}, config.aggregate)
+    norms = _input_norms(block, part)
+    elements = {}
+    for name, weight in members.items():
+        elements[name] = element_scores(weight, norms[name], norms[name], None, "F1")
+        if config.score == "noise":
+            elements[name] *= torch.randn(weight.shape, generator=generator).abs().to(weight.device)
+    return group_scores(part, elements, config.aggregate)
+
+
+def _watch(block: Block, visits: Mapping[str, Callable[[Tensor], None]]) -> None:
+    """Run the samples; show each named linear's inputs, [tokens, K]."""
+
+    def hook(visit: Callable[[Tensor], None]) -> Callable[..., None]:
+        return lambda _module, inputs: visit(inputs[0].flatten(0, -2))
+
+    handles = [
+        block.module.get_submodule(name).register_forward_pre_hook(hook(visit)) for name, visit in visits.items()
+    ]
+    try:
+        with torch.no_grad():
+            for run in block.samples:
+                run(block.module)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_norms(block: Block, part: Part) -> dict[str, Tensor]:
+    """Root mean square of every member's inputs, [K]."""
+    sums: dict[str, Tensor] = {}
+    tokens = dict.fromkeys(part.members, 0)
+
+    def visit(name: str) -> Callable[[Tensor], None]:
+        def add(x: Tensor) -> None:
+            sums[name] = sums.get(name, torch.zeros(x.shape[1], device=x.device)) + x.square().sum(0)
+            tokens[name] += x.shape[0]
+
+        return add
+
+    _watch(block, {name: visit(name) for name in part.members})
+    return {name: (total / tokens[name]).sqrt() for name, total in sums.items()}
