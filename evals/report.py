@@ -15,7 +15,7 @@ import yaml
 from compress.errors import CompressError
 from compress.evals import page, svg, tables
 from compress.evals.gather import Facts, Wanted, collect, measure_missing
-from compress.evals.store import FOLDER, results_of
+from compress.evals.store import FOLDER, dense_identity, results_of
 from compress.evals.text import Protocol, evaluate_text, settings_of
 from compress.workspace import write_atomic
 
@@ -136,14 +136,15 @@ def compare(
     """Bring several checkpoints together on one text.
 
     Args:
-        folders: checkpoints, and dense models where ``text`` is given.
+        folders: checkpoints.
         text: measured where a checkpoint's results do not have it; None takes a text that all have in common.
         protocol: how it is cut.
         device: to measure on.
         watch: called with (what, done, total).
 
     Returns:
-        The rivals; the common ``{"name", "settings", "rows"}`` of the first; the dense model's metrics if known.
+        The rivals; the common ``{"name", "settings", "rows"}`` of the first; the dense model's metrics, where all were made
+        from one and it was measured.
 
     Raises:
         CompressError: nothing was measured on the same text in the same way, or a folder twice.
@@ -166,10 +167,12 @@ def compare(
         raise CompressError("compare: these were not measured on the same text in the same way; give --text FILE.")
     key = max(common, key=lambda key: sum(len(texts[key]["rows"]) for _, texts in found))
     names = _names(folders)
+    origins = {dense_identity(facts.manifest) for facts, _ in found}
     rivals, dense = [], None
     for name, (facts, texts) in zip(names, found, strict=True):
         rows = texts[key]["rows"]
-        dense = dense or rows.get(("dense", None))
+        if len(origins) == 1:
+            dense = dense or rows.get(("dense", None))
         widths = [width for width in facts.widths if (width, None) in rows]
         rivals.append(Rival(name, [(width, facts.bytes_at(width) or 0, rows[width, None]) for width in widths]))
     return rivals, found[0][1][key], dense
@@ -193,14 +196,14 @@ def comparison_lines(rivals: Sequence[Rival], dense: Mapping[str, float] | None)
         points = [
             svg.Point(
                 size / 1e6,
-                100 * page.added(metrics["loss"], dense["loss"]) if dense else metrics["perplexity"],
+                100 * page.added(metrics["loss"], dense["loss"]) if dense else metrics["bits_per_byte"],
                 "" if width == "dense" else width,
                 f"{rival.name}, {tables.label(width)}: {tables.megabytes(size)}, perplexity {metrics['perplexity']:.4g}",
             )
             for width, size, metrics in rival.rows
         ]
         lines.append(svg.Line(rival.name, points))
-    return lines, "loss above the dense model's, %" if dense else "perplexity"
+    return lines, "loss above the dense model's, %" if dense else "bits per byte"
 
 
 def comparison_table(rivals: Sequence[Rival], dense: Mapping[str, float] | None) -> tables.Table:
@@ -209,9 +212,10 @@ def comparison_table(rivals: Sequence[Rival], dense: Mapping[str, float] | None)
         ["checkpoint", "bits", "read", "loss, nats", "vs dense", "perplexity", "bits per byte", "best at its size"]
     )
     rows = sorted(((size, rival.name, width, metrics) for rival in rivals for width, size, metrics in rival.rows), key=lambda row: row[0])  # fmt: skip
+    by = "bits_per_byte"  # means the same for every tokenizer
     for size, name, width, metrics in rows:
         beaten = any(
-            other <= size and theirs["loss"] <= metrics["loss"] and (other < size or theirs["loss"] < metrics["loss"])
+            other <= size and theirs[by] <= metrics[by] and (other < size or theirs[by] < metrics[by])
             for other, _, _, theirs in rows
         )
         above = f"{100 * (metrics['loss'] / dense['loss'] - 1):+.2f} %" if dense else "–"

@@ -102,7 +102,7 @@ def _controls(facts: Facts, text: Mapping[str, Any]) -> dict[str, dict[str, floa
     found: dict[str, dict[str, float]] = {}
     for row in _variants(facts, text, "control"):
         for width, metrics in row["widths"].items():
-            found.setdefault(f"control: {row['label']}, loss", {})[width] = metrics["loss"]
+            found.setdefault(f"control loss: {row['label']}", {})[width] = metrics["loss"]
     return found
 
 

@@ -20,7 +20,7 @@ from compress.weights import read_manifest
 
 Report = Callable[[str, int, int], None]
 Passes = list[dict[str, Any]]
-CONTROLS = {"rtn": "round to nearest", "kmeans": "k-means, not nested"}
+CONTROLS = {"rtn": "round to nearest", "kmeans": "k-means"}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import pytest
 
 import compress
 from compress.errors import CompressError
-from compress.evals.report import compare, comparison_page, comparison_table
+from compress.evals.report import compare, comparison_lines, comparison_page, comparison_table
 from compress.evals.store import results_of
+from compress.evals.suite import Suite, evaluate_all
 from compress.evals.text import Protocol
 
 TEXT = "the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5
@@ -54,3 +55,16 @@ def test_protocols_are_not_mixed(two):
     assert lengths == {32, 64}
     common = compare([first, second], text, Protocol(length=32))[1]
     assert common["settings"]["protocol"]["length"] == 32
+
+
+def test_checkpoints_of_different_models_are_compared_by_bits_per_byte(two, make_model, tmp_path):
+    """One model's loss above its own dense one says nothing about another's."""
+    first, _, text = two
+    other = compress.run({"model": str(make_model("opt")), "passes": [{"kind": "rtn", "bits": 4}]}, tmp_path / "opt")
+    for folder in (first, other):
+        evaluate_all(str(folder), Suite(text, dense=True))
+    rivals, _, dense = compare([first, other], text)
+    assert dense is None
+    lines, name = comparison_lines(rivals, dense)
+    assert name == "bits per byte"
+    assert lines[1].points[0].y == rivals[1].rows[0][2]["bits_per_byte"]

@@ -106,7 +106,7 @@ def test_the_tables_have_the_figures_that_were_measured(measured):
     assert last["vs dense"] == f"{100 * (rows['3']['loss'] / rows['dense']['loss'] - 1):+.2f} %"
     assert last["read"] == f"{at['3'] / 1e6:.2f} MB"
     control = next(row for row in store.rows("variant") if row["label"] == "round to nearest")
-    assert last["control: round to nearest, loss"] == f"{control['widths']['3']['loss']:.4f}"
+    assert last["control loss: round to nearest"] == f"{control['widths']['3']['loss']:.4f}"
     found = tasks(facts)
     assert found.rows[0][0] == "dense"
     changed = found.heads.index("answers changed")
@@ -154,7 +154,7 @@ def test_stages_and_controls_of_a_recipe():
     assert [(v.label, v.passes) for v in stages([prune, pack])] == [("after prune", [prune])]
     found = list(controls([prune, pack], [3, 4]))
     assert [variant.label for variant in found] == [
-        "uniform allocation", "random allocation", *["round to nearest"] * 2, *["k-means, not nested"] * 2,
+        "uniform allocation", "random allocation", *["round to nearest"] * 2, *["k-means"] * 2,
     ]  # fmt: skip
     assert found[0].passes == [{**prune, "allocation": "uniform"}, pack]
     assert found[2].passes == [prune, {"kind": "rtn", "bits": 3, "include": ["lm_head"]}]
