@@ -4,7 +4,7 @@ Linears are done in the order in which the block calls them. For every width up 
 the original model makes them (``x``) and as the model does whose earlier matrices are at that width already (``x'``). The
 metric is the mean of ``x' x'^T``. What the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that is
 ``W`` plus the least-squares correction ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv
-2504.02692). A share of it is what each width's tables aim at. The codes aim at ``W``: they are common to all widths, and
+2504.02692). A share of it is what each width's tables aim at. Codes of several widths aim at ``W``: they are common to all, and
 the correction that 3 bits want moves a weight by whole cells of 6. Above 5 bits the two runs are taken for the same:
 measured, the correction's own error is larger there than what it corrects.
 """
@@ -159,7 +159,8 @@ def sweep(
             shift = torch.linalg.solve(_damped(moment, _CORRECTION_DAMPING), drift @ weight.t()).t()
             corrected[int(variant)] = (weight + correction * shift).contiguous()
             metrics[int(variant)] = _damped(moment, _DAMPING)
-        tree = nested_output_codebooks(weight, metrics, corrected, focus, weight == 0 if keep_zeros else None)
+        target = weight if len(widths) > 1 else corrected.get(widths[0], weight)
+        tree = nested_output_codebooks(target, metrics, corrected, focus, weight == 0 if keep_zeros else None)
         rows = 0
         for name in chosen:
             count = block.linears[name].shape[0]
