@@ -178,9 +178,9 @@ def fill_all(bench: Bench, texts: Mapping[str, Text]) -> None:
     for place in bench.places:
         own[place.label] = bench.prompt("prompt", place)
         fill(bench.rows, bench.models, [place, bench.dense], {place.label: own[place.label]}, text)
-    for place in bench.places:
-        bench.lora(place, texts["text"])
     fill(bench.rows, bench.models, bench.places, own, text)
+    for place in reversed(bench.places):  # where most is lost comes first
+        bench.lora(place, texts["text"])
     widths = tuple(place.bits or 0 for place in bench.packed)
     shared = bench.prompt("all widths", bench.packed[0], widths=widths)
     fill(bench.rows, bench.models, bench.packed, {"all widths": shared}, text)

@@ -40,7 +40,7 @@ def test_it_is_a_checkpoint_like_any_other(baked, prompted):
     assert tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True) == "the quick"
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "opt"])
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "bloom", "gemma3_text"])
 def test_dense_models_of_other_kinds(make_model, recipe, tmp_path, kind):
     recipe |= {"model": str(make_model(kind)), "passes": [{"kind": "soft_prompt", "tokens": 4, "steps": 1, "batch": 2}]}
     output = compress.run(recipe, tmp_path / "model")

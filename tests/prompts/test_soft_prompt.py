@@ -27,6 +27,7 @@ from compress.plan import plan
 from compress.prompts.adapter import WEIGHTS, embedding, new_prompt
 from compress.prompts.soft_prompt import PAPER, SoftPrompt, SoftPromptConfig
 from compress.recipe import parse_pass
+from tests.conftest import CONFIGS
 
 TOKENS = torch.arange(3, 20)[None]
 
@@ -116,16 +117,17 @@ def test_the_model_stays_packed_and_as_it_was(whole, context):
     assert all(torch.equal(tensor, before[name]) for name, tensor in whole.model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [*CONFIGS])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_a_prompt_begins_as_real_tokens(whole, context, method):
+def test_a_prompt_begins_as_real_tokens(make_model, kind, method):
     """Untrained, it says what those tokens would have said: for a prefix they are the keys and values."""
+    model = compress.load(make_model(kind), dtype=torch.float32)
     step = SoftPrompt(SoftPromptConfig(tokens=6, method=method))
-    start = whole.samples[1][:6]
-    prompted = new_prompt(whole.model, method, step._begin(whole, context))
+    start = torch.arange(50, 56)
+    whole = Whole(model, lambda: model, [start, start], None)
+    prompted = new_prompt(model, method, step._begin(whole, None))
     logits = prompted(TOKENS, use_cache=False).logits[:, -17:]
-    torch.testing.assert_close(
-        logits, whole.model(torch.cat([start[None], TOKENS], 1)).logits[:, 6:], atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits, model(torch.cat([start[None], TOKENS], 1)).logits[:, 6:], atol=1e-4, rtol=1e-4)
 
 
 def test_other_beginnings(whole, context, tiny_llama):
