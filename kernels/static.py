@@ -166,6 +166,7 @@ def quick() -> list[Case]:
     narrow = [(2, 1), (2, 2), (3, 1), (4, 1), (4, 4), (8, 4)]
     cases = [_case(Variant("gemv", bits, head, "fp16"), "sm_90", 1) for bits, head in narrow]
     cases += [_case(Variant("gemv", 3, 1, "bf16"), "sm_80", 1), _case(Variant("gemv", 3, 1, "fp16"), "sm_100", 1)]
+    cases += [Case(Variant("gemv", 3, 1, "fp16", 4, even=False), Config(8, 8), "sm_90")]
     cases += [_case(Variant("dot", bits, 1, "fp16"), "sm_90", 16) for bits in (3, 4)]
     cases += [_case(Variant("dot", 3, 1, "bf16"), "sm_80", 16), _case(Variant("look_up", 3, 1, "fp16"), "sm_90", 1024)]
     plain = [("gemv", 1), ("dot", 16), ("look_up", 1024)]
@@ -209,7 +210,11 @@ def judge(case: Case) -> dict[str, Any]:
     """
     variant, config = case.variant, case.config
     found: dict[str, Any] = {"target": case.target, **asdict(variant), "config": config.json(), "faults": []}
-    kernel = compiled(variant, config, case.target)
+    try:
+        kernel = compiled(variant, config, case.target)
+    except Exception as error:  # whatever it is, the other cases are worth seeing
+        found["faults"].append(f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}")
+        return found
     if not case.target.startswith("sm_"):
         return found
     seen = report(kernel, variant, config)
