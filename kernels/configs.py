@@ -144,7 +144,7 @@ def _few_by_matrix(problem: Problem) -> Config:
 
 
 def _matrix(problem: Problem) -> Config:
-    """What keeps weights in registers and spills nothing.
+    """What keeps weights in registers and spills none of them.
 
     The instructions of sm_90 work on 64 rows of weights by four warps. Those of sm_100 take weights from elsewhere than
     registers, so few rows of activations go through the older ones there, with 32 rows of weights. Tables of 8 bits leave

@@ -31,6 +31,7 @@ INTEGER = frozenset(
 BUDGETS = {("plain", 2): 2.0, ("plain", 3): 2.2, ("plain", 4): 4.0, ("seed-packed", 2): 2.0, ("seed-packed", 4): 3.2}
 """Integer instructions per weight: planes alone, and crumbs or nibbles first."""
 WIDE_BUDGET = 4.4  # 5 to 8 bits: what an H100 has time for at 8
+_ONE_ADDRESS = 8  # bytes that may be spilled: ptxas puts one aside where more warps then find room
 _KINDS: tuple[Kind, ...] = ("fp16", "bf16")
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 _ALIGNED = ("x", "codes", "tables", "bias", "y", "out", "plane_stride", "table_stride", "x_stride", "y_stride")
@@ -165,6 +166,7 @@ def quick() -> list[Case]:
     narrow = [(2, 1), (2, 2), (3, 1), (4, 1), (4, 4), (8, 4)]
     cases = [_case(Variant("gemv", bits, head, "fp16"), "sm_90", 1) for bits, head in narrow]
     cases += [_case(Variant("gemv", 3, 1, "bf16"), "sm_80", 1), _case(Variant("gemv", 3, 1, "fp16"), "sm_100", 1)]
+    cases += [Case(Variant("gemv", 3, 1, "fp16", 4, even=False), Config(8, 8), "sm_90")]
     cases += [_case(Variant("dot", bits, 1, "fp16"), "sm_90", 16) for bits in (3, 4)]
     cases += [_case(Variant("dot", 3, 1, "bf16"), "sm_80", 16), _case(Variant("look_up", 3, 1, "fp16"), "sm_90", 1024)]
     plain = [("gemv", 1), ("dot", 16), ("look_up", 1024)]
@@ -189,7 +191,7 @@ def full() -> list[Case]:
             _case(Variant("tile", bits, 1, "fp16"), target, 512),
         ]
         cases += [_case(Variant("look_up", bits, 1, kind), target, 1024) for kind in _KINDS]
-    for bits, count in itertools.product((3, 4, 6), (1, 2, 4, 16)):
+    for bits, count in itertools.product((3, 6), (1, 4, 16)):
         problem = Problem(14336, 4096, bits, count, "fp16")
         variant = Variant(problem.operation, bits, 1, "fp16", count, even=False)
         found = candidates(problem)
@@ -208,12 +210,16 @@ def judge(case: Case) -> dict[str, Any]:
     """
     variant, config = case.variant, case.config
     found: dict[str, Any] = {"target": case.target, **asdict(variant), "config": config.json(), "faults": []}
-    kernel = compiled(variant, config, case.target)
+    try:
+        kernel = compiled(variant, config, case.target)
+    except Exception as error:  # whatever it is, the other cases are worth seeing
+        found["faults"].append(f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}")
+        return found
     if not case.target.startswith("sm_"):
         return found
     seen = report(kernel, variant, config)
     found |= {**asdict(seen), "budget": case.budget}
-    if seen.spilled and case.variant.assembly:
+    if seen.spilled > _ONE_ADDRESS and case.variant.assembly:
         found["faults"].append(f"{seen.spilled} bytes are spilled")
     if case.budget is not None and seen.integer > case.budget:
         found["faults"].append(f"{seen.integer:.2f} integer instructions per weight, of {case.budget}")

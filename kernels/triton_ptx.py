@@ -54,11 +54,13 @@ def _sums(TEXT: tl.constexpr, IO: tl.constexpr, given, M: tl.constexpr):
     elif M == 2:
         return tl.inline_asm_elementwise(TEXT, IO, given, dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
     elif M == 3:
-        three = (tl.float32, tl.float32, tl.float32)
-        return tl.inline_asm_elementwise(TEXT, IO, given, dtype=three, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            TEXT, IO, given, dtype=(tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+        )
     else:
-        four = (tl.float32, tl.float32, tl.float32, tl.float32)
-        return tl.inline_asm_elementwise(TEXT, IO, given, dtype=four, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            TEXT, IO, given, dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+        )
 
 
 @triton.jit
