@@ -114,10 +114,10 @@ def _words(problem: Problem) -> tuple[int, ...]:
     With one, a lane has one row: above 4 bits, where each lane then has a bank of its own, and for more than one row of
     activations, as they fill the registers. With two, two rows share what is done to activations; with four, four do.
     """
-    if problem.bits > 4:
-        return 1, 4
     if problem.count > 1:
         return (1,)
+    if problem.bits > 4:
+        return 1, 4
     return (4, 8) if problem.kind == "bf16" else (2, 8)
 
 
