@@ -28,7 +28,7 @@ TOGETHER = 6  # widths up to here are optimised together; above, errors are so s
 _POWERS = (1.0, 0.5, 0.0)
 _COLUMNS = 128  # between two updates of the columns further right by one matrix product
 _CG_STEPS = 3
-_LAST_FITS = 2
+_LAST_FITS = 5
 _SPLIT_STEPS = 6
 
 

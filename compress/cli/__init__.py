@@ -7,7 +7,7 @@ import sys
 from rich.markup import escape
 
 # Each adds its commands to the application.
-from compress.cli import kernels, making, measuring, reporting, serving  # noqa: F401
+from compress.cli import making, measuring, reporting, serving, tuning  # noqa: F401
 from compress.cli.common import app, err
 from compress.errors import CompressError
 

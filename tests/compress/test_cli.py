@@ -72,7 +72,7 @@ def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file):
     result = json.loads((tmp_path / "eval.json").read_text())
     assert set(result["bits"]) == {"3", "5"}
     assert {"loss", "perplexity", "bits_per_byte", "tokens"} <= result["bits"]["3"].keys()
-    assert "calibrated on" in complaint("eval", output, "--text", text_file)
+    assert "calibrated or trained on" in complaint("eval", output, "--text", text_file)
     text = said("generate", output, "the quick", "--bits", "4", "--max-new-tokens", "5")
     assert text.startswith("the quick")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compress
-from compress import cli
+from compress.cli import making
 from compress.errors import CompressError
 from compress.hf import CompressConfig, CompressQuantizer, packed_modules
 from compress.inspect import inspect
@@ -243,7 +243,7 @@ def test_inspect_and_verify_know_the_form(sparse):
 
 
 def test_the_command_says_what_was_saved(sparse, capsys):
-    cli.inspect(sparse, as_json=False, modules=True)
+    making.inspect(sparse, as_json=False, modules=True)
     modules = inspect(sparse)["modules"].values()
     stored, instead = (
         sum(module["storage"]["bytes"][form] for module in modules) / 1e6 for form in ("sparse", "dense")
@@ -262,7 +262,7 @@ def test_where_it_does_not_pay_the_dense_form_is_stored_and_that_is_said(make_mo
         assert module["storage"]["form"] == "dense"
         assert module["storage"]["bytes"]["dense"] <= module["storage"]["bytes"]["sparse"]
         assert 0 < module["storage"]["zeros"] < 0.1 * module["shape"][0] * module["shape"][1]
-    cli.inspect(stored, as_json=False, modules=True)
+    making.inspect(stored, as_json=False, modules=True)
     assert capsys.readouterr().out.count("stored dense, as that is smaller: model.layers.") == 21
 
 

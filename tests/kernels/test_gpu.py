@@ -130,7 +130,7 @@ def test_what_cannot_be_measured_is_one_sentence(arguments, said, monkeypatch, c
 
 
 def test_a_checkpoints_own_layers_are_tuned_for(compressed):
-    from compress.cli.kernels import _layers, _problems
+    from compress.cli.tuning import _layers, _problems
 
     assert (100, 48) in _layers(str(compressed))
     problems = _problems(str(compressed), None, "3,4", "1,2,20,30", "bf16")
