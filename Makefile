@@ -15,7 +15,7 @@ demo: .venv/ready
 	.venv/bin/compress demo
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 check: .venv/ready
 	.venv/bin/ruff check .
