@@ -57,5 +57,8 @@ def test_with_few_tokens_it_is_the_divergence_of_the_coarser_distribution(models
 
 def test_a_finished_cache_is_not_made_again(models, tmp_path):
     teacher, _ = models
-    cache_teacher(lambda: teacher, SAMPLES, 2, tmp_path / "teacher.safetensors")
-    cache_teacher(lambda: pytest.fail("not needed"), SAMPLES, 2, tmp_path / "teacher.safetensors")
+    file = tmp_path / "teacher.safetensors"
+    cache_teacher(lambda: teacher, SAMPLES, 2, file)
+    made = file.stat().st_mtime_ns
+    cache_teacher(lambda: pytest.fail("not needed"), SAMPLES, 2, file)
+    assert file.stat().st_mtime_ns == made
