@@ -203,6 +203,12 @@ def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbed
     }
 
 
+def join_layers(model: PreTrainedModel) -> None:
+    """Let the layers of a model that multiply the same input be launched together where GPU kernels serve them."""
+    linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
+    join(linears, architecture(model.config).fused)
+
+
 def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
     """The version of the format that modules and blocks need."""
     if pruned:
@@ -282,10 +288,10 @@ class CompressQuantizer(HfQuantizer):
                 f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."
             )
         rebuild(model)
-        linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
-        for module in linears.values():
-            module.tile()
-        join(linears, architecture(model.config).fused)
+        for module in packed_modules(model).values():
+            if isinstance(module, BitPlaneLinear):
+                module.tile()
+        join_layers(model)
         return model
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:

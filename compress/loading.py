@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from compress.budget import as_number, widths_for_budget
 from compress.errors import CompressError
-from compress.hf import METHOD, Bits, CompressConfig, matching, packed_modules, widths_for
+from compress.hf import METHOD, Bits, CompressConfig, join_layers, matching, packed_modules, widths_for
 from compress.quant.linear import width_of
 from compress.structure import architecture
 from compress.weights import INDEX, MANIFEST, Checkpoint
@@ -37,8 +37,9 @@ def load(
         keep_dense: whether each layer's looked-up weight is kept between calls: as much memory as the dense model.
             None keeps it only where no backend multiplies by the planes themselves (:func:`compress.backend`), as
             looking it up again every time is many times slower.
-        exact: whether sums are of float32 products; if not, the C library rounds activations (64 at a time) and
-            table entries to 8 bits, which is faster.
+        exact: whether tables are used as they are stored, and sums on a CPU are of float32 products; if not, the C
+            library rounds activations (64 at a time) and table entries to 8 bits, and the GPU kernels round entries to
+            8 bits at width 4 (no other): both are faster.
         prompt: put the checkpoint's own soft prompts before the model (True), or those of a folder; the result is then
             a ``PeftModel`` around it.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
@@ -83,6 +84,8 @@ def load(
     model = _from_pretrained(name, config=config, **kwargs)
     for module in packed_modules(model).values():
         module.keep_dense, module.exact = keep_dense, exact
+    if not exact:
+        join_layers(model)
     return model
 
 

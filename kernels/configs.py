@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from compress.kernels.ptx import REGISTER_BITS
 from compress.kernels.variants import Config, Kind, Operation
 
 GEMV_ROWS, DOT_ROWS, TILE_ROWS = 4, 64, 512
@@ -74,7 +75,7 @@ def candidates(problem: Problem) -> list[Config]:
         words = _words(problem)
         found = [Config(warps, warps * w, split) for warps in (4, 8, 16) for w in words for split in (1, 2)]
         found = [config for config in found if config.step * config.split <= max(config.step, problem.span)]
-        return found + ([_few_by_matrix(problem)] if problem.count > 1 else [])
+        return found + ([_matrix(problem)] if problem.count > 1 else [])
     if problem.operation == "look_up" or not problem.assembly:
         return [heuristic(problem, 1, 1 << 30)]
     base = _matrix(problem)
@@ -84,7 +85,8 @@ def candidates(problem: Problem) -> list[Config]:
         for split in (1, 2, 4)
         for stages in (1, 2, 3)
     ]
-    return [config for config in found if config.split * config.step <= max(config.step, problem.span)]
+    found = [config for config in found if config.split * config.step <= max(config.step, problem.span)]
+    return [config for config in found if launches(config, problem)]
 
 
 def heuristic(problem: Problem, processors: int, shared: int) -> Config:
@@ -99,11 +101,9 @@ def heuristic(problem: Problem, processors: int, shared: int) -> Config:
         return _plain(problem)
     if problem.operation == "look_up":
         return Config(4, 4 if problem.bits > 4 else 16)
-    if problem.operation == "gemv":
+    if problem.operation == "gemv" and problem.count == 1:
         return _gemv(problem, processors)
-    config = _matrix(problem)
-    if shared_bytes(config, problem.bits) > shared:
-        config = replace(config, stages=1)
+    config = _matrix(problem, shared)
     programs = -(-problem.rows // config.bn) * -(-problem.count // config.bm)
     return replace(config, split=_split(programs, processors, problem.span, config.step))
 
@@ -122,15 +122,7 @@ def _words(problem: Problem) -> tuple[int, ...]:
 
 
 def _gemv(problem: Problem, processors: int) -> Config:
-    """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up.
-
-    Every further row of activations adds instructions, and the matrix instructions take several for what one costs: by the
-    counts of the static proof they win from two rows on.
-    """
-    if problem.count > 1:
-        config = _few_by_matrix(problem)
-        programs = -(-problem.rows // config.bn)
-        return replace(config, split=_split(programs, processors, problem.span, config.step))
+    """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up."""
     tiles, words = -(-problem.rows // 32), _words(problem)[0]
     warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
     while warps > 4 and warps * words > problem.span:
@@ -139,27 +131,42 @@ def _gemv(problem: Problem, processors: int) -> Config:
     return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step))
 
 
-def _few_by_matrix(problem: Problem) -> Config:
-    return replace(_matrix(problem), matrix=True)
+def _matrix(problem: Problem, shared: int = 1 << 30) -> Config:
+    """What keeps weights in registers and spills none of them, also for few rows of activations.
 
-
-def _matrix(problem: Problem) -> Config:
-    """What keeps weights in registers and spills none of them.
-
-    The instructions of sm_90 work on 64 rows of weights by four warps. Those of sm_100 take weights from elsewhere than
-    registers, so few rows of activations go through the older ones there, with 32 rows of weights. Tables of 8 bits leave
-    room for 32.
+    Every further row in ``gemv`` adds instructions, and the matrix instructions take several for what one costs: by the
+    counts of the static proof they win from two rows on. Those of sm_90 work on 64 rows of weights by four warps. Those of
+    sm_100 take weights from elsewhere than registers, so few rows of activations go through the older ones there, with 32
+    rows of weights. Tables of 7 and 8 bits leave room for 32.
     """
     tile, bits = problem.operation == "tile", problem.bits
-    bn = 128 if tile and bits <= 6 else 32 if bits == 8 or (problem.capability >= 100 and not tile) else 64
+    bn = 128 if tile and bits <= 6 else 32 if bits >= 7 or (problem.capability >= 100 and not tile) else 64
     bm = max(16, min(problem.bucket, 128 if bits <= 4 else 64))
-    return Config(4 if bm == 64 and bn == 32 else bn // 16, 8, 1, bm, bn, 2)
+    warps = 4 if bm == 64 and bn == 32 else bn // 16
+    flat = Config(warps, 8, 1, bm, bn, 1, matrix=problem.operation == "gemv")
+    deep = (replace(flat, stages=stages) for stages in (2, 3))
+    return next((config for config in deep if launches(config, problem, shared)), flat)
 
 
-def shared_bytes(config: Config, bits: int) -> int:
-    """About what ``dot`` takes of shared memory: the pipeline's activations and codes, and tables above 4 bits."""
-    pipeline = config.stages * config.step * config.bm * 64 if config.stages > 1 else 0
-    return pipeline + bits * config.bn * config.step * 4 + (2**bits * config.bn * 4 if bits > 4 else 0) + 2048
+def shared_bytes(config: Config, problem: Problem) -> tuple[int, int]:
+    """What ``dot`` takes of shared memory: Triton's own part, for its pipeline and results, and tables above 4 bits."""
+    codes = problem.bits * config.bn * config.step * 4 * (config.stages - 1)
+    new = config.stages > 1 and 90 <= problem.capability < 120 and config.bn >= 64  # activations are read in place
+    activations = config.step * config.bm * 64 * (config.stages - 1 + int(new))
+    results = 2 * config.bn * (config.bm if config.stages == 1 else 16)
+    return activations + codes + results, 2**problem.bits * config.bn * 4 if problem.bits > REGISTER_BITS else 0
+
+
+def launches(config: Config, problem: Problem, shared: int = 1 << 30) -> bool:
+    """Whether the driver gives ``dot`` its shared memory, of which a program may have so many bytes.
+
+    More than 48 KiB have to be asked for, and Triton does so only where its own part is larger: tables beside a smaller part
+    must not bring the sum above. 2 KiB are left free on either side, as another Triton may take a little more or less.
+    """
+    own, tables = shared_bytes(config, problem)
+    if own + tables + 2048 <= 48 << 10:
+        return True
+    return own + tables + 2048 <= shared and (tables == 0 or own - 2048 > 48 << 10)
 
 
 def _split(programs: int, wanted: int, span: int, step: int) -> int:

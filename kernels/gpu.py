@@ -22,8 +22,8 @@ from torch import Tensor
 from compress.kernels.configs import Problem, choose, tuned
 from compress.kernels.layout import ROWS, Tiled
 from compress.kernels.packing import words
-from compress.kernels.ptx import REGISTER_BITS
-from compress.kernels.variants import Config, Kind, Variant
+from compress.kernels.ptx import REGISTER_BITS, Entries
+from compress.kernels.variants import Config, Kind, Operation, Variant
 
 KINDS: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 LOOKED_UP_BYTES = 256 << 20
@@ -128,23 +128,42 @@ class Packed:
         """The kernel for a problem."""
         even = self.span % (config.split * config.step) == 0
         operation = "dot" if config.matrix else problem.operation
-        return Variant(operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias)
+        entries = self.entries(operation, problem.kind)
+        return Variant(
+            operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias, entries
+        )
 
     def assembly(self, kind: Kind, device: Device) -> bool:
         """Whether the kernels with assembly serve it; those in plain Triton serve all."""
         held = self.registers is not None or self.bits > 4
         return device.assembly and kind != "fp32" and held and self.bits >= 2
 
-    def operands(self, assembly: bool, kind: Kind, single: bool = False) -> dict[str, Any]:
+    def entries(self, operation: Operation, kind: Kind) -> Entries:
+        """Bits of the entries that a kernel with assembly reads."""
+        rounded = self.registers is not None and self.registers.dim() == 2
+        return 8 if rounded and not _in_bfloat16(operation, kind) else 16
+
+    def operands(self, assembly: bool, operation: Operation, kind: Kind) -> dict[str, Any]:
         """Arguments that all kernels share."""
         found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
         if assembly:
             found["table_stride"] = self.codes.shape[1] * ROWS
         if assembly and self.bits <= REGISTER_BITS and self.registers is not None:
-            # Matrix instructions want both factors of one type; single products are made of float16 entries.
-            entries = self.registers[int(kind == "bf16" and not single)]
-            found |= {"tables": entries, "table_stride": entries.stride(0)}
+            other = _in_bfloat16(operation, kind)
+            if self.registers.dim() == 3:
+                held = self.registers[int(other)]
+            else:
+                held = self.registers[-(2**self.bits // 2) :] if other else self.registers
+            found |= {"tables": held, "table_stride": held.stride(0)}
         return found
+
+
+def _in_bfloat16(operation: Operation, kind: Kind) -> bool:
+    """Whether entries are wanted in bfloat16: matrix instructions take factors of one type, and what is written is as asked for.
+
+    Single products are made of float16 entries.
+    """
+    return kind == "bf16" and operation != "gemv"
 
 
 def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:
@@ -197,7 +216,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     variant = packed.variant(problem, chosen, bias is not None)
     y, target = _allocate(x, count, packed.rows, chosen.split)
     steps = -(-packed.span // (chosen.split * chosen.step))
-    arguments = packed.operands(assembly, kind, variant.operation == "gemv") | {
+    arguments = packed.operands(assembly, variant.operation, kind) | {
         "x": x, "bias": bias, "y": target, "rows": packed.rows, "chunk": steps * chosen.step,
         "x_stride": x.stride(0) if count > 1 else packed.columns, "y_stride": packed.rows,
     }  # fmt: skip
@@ -224,8 +243,8 @@ def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
     problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, KINDS[dtype], assembly)
     config = choose(problem, device.name, device.processors, device.shared)
     out = torch.empty(len(tiles) * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
-    variant = Variant("look_up", packed.bits, packed.head, problem.kind, 1, assembly, packed.span % config.step == 0)
-    arguments = packed.operands(assembly, problem.kind) | {"out": out, "first_tile": tiles.start}
+    variant = packed.variant(problem, config, False)
+    arguments = packed.operands(assembly, "look_up", problem.kind) | {"out": out, "first_tile": tiles.start}
     _launch(variant, config, (len(tiles), -(-packed.span // config.step)), arguments)
     return out
 
@@ -293,7 +312,7 @@ def tiled_linear(
     Args:
         x: floating [..., K], any strides.
         codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
-        table: floating [ceil(N / 32), 2**bits, 32].
+        table: floating [ceil(N / 32), 2**bits, 32], as :meth:`Tiled.read` gives it.
         registers: as :attr:`Tiled.registers` has for the width, or None.
         bias: [N], or None.
         rows: N.
@@ -341,7 +360,7 @@ def linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Te
     """``x @ W.T + bias`` at one width: floating [..., K] to [..., N]; differentiable in ``x``."""
     registers = tiled.registers.get(bits)
     facts = tiled.rows, tiled.columns, bits, tiled.head
-    y: Tensor = tiled_linear(x, tiled.codes, tiled.tables[bits], registers, bias, *facts)
+    y: Tensor = tiled_linear(x, tiled.codes, tiled.read(bits), registers, bias, *facts)
     return y
 
 
@@ -349,5 +368,5 @@ def weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
     """Every weight at one width: [N, K]."""
     registers = tiled.registers.get(bits)
     facts = tiled.rows, tiled.columns, bits, tiled.head
-    found: Tensor = tiled_weight(tiled.codes, tiled.tables[bits], registers, *facts, dtype)
+    found: Tensor = tiled_weight(tiled.codes, tiled.read(bits), registers, *facts, dtype)
     return found

@@ -7,6 +7,9 @@ columns of 8 neighbouring nibbles come out in their natural order, and activatio
 
 The first ``head`` planes may lie together: as crumbs (2 planes) or nibbles (4), ready to look up, where the seed width is at
 least that. A code's bit t, from the least significant, is plane t; tables are in that order of codes.
+
+On request the tables of width 4 are read with entries of 8 bits (:func:`rounded`). At 3 bits and less that would save the kernels
+nothing they wait for, and above 4 a table is small beside its planes, or the next lower width is the better bargain.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 from compress.kernels.packing import unpack_planes, words
 
 ROWS = 32  # of one tile
+ROUNDED = 4  # the width whose entries can be read with 8 bits
 _AT_ONCE = 1 << 22  # codes in one go: their single bits are p times as many bytes
 
 
@@ -110,6 +114,52 @@ def _byte_tables(codebook: Tensor, kind: torch.dtype) -> Tensor:
     return torch.cat(halves, 1).t().contiguous()
 
 
+def _eight_bits(codebook: Tensor) -> tuple[Tensor, ...]:
+    """Entries as (byte - zero) * unit * factor: bytes [N, 2**b]; zero, unit and factor [N, 1], all float64.
+
+    The bytes of a row are spread evenly from its smallest entry or zero to its largest or zero, so that zero stays zero (the
+    other way, around zero alike on both sides, has a coarser step unless both ends are equally far). Units are powers of
+    two and factors have 11 bits, so every step of the kernels but the sums is exact in float16.
+    """
+    table = codebook.detach().double()
+    low, high = table.amin(1, keepdim=True).clamp(max=0), table.amax(1, keepdim=True).clamp(min=0)
+    step = ((high - low) / 254.9).clamp(min=2.0**-38)  # not quite 255, so that no rounding leads above it
+    exponent = step.log2().floor().clamp(-24, 5)
+    unit = exponent.exp2()
+    factor = (step / unit).half().double()
+    zero = (-low / (unit * factor)).round()
+    return (table / (unit * factor) + zero).round().clamp(0, 255), zero, unit, factor
+
+
+def rounded(codebook: Tensor) -> Tensor:
+    """A codebook [N, 2**b] with entries of 8 bits, as float32: exactly what the kernels then compute with."""
+    byte, zero, unit, factor = _eight_bits(codebook)
+    return ((byte - zero) * unit * factor).float()
+
+
+def _twice(values: Tensor) -> Tensor:
+    """float64 [N, 1] as words of the same float16 twice: int32 [1, tiles * 32]."""
+    pairs = torch.nn.functional.pad(values.half().expand(-1, 2), (0, 0, 0, -len(values) % ROWS))
+    return pairs.contiguous().view(torch.int32).t()
+
+
+def _rounded_words(codebook: Tensor) -> Tensor:
+    """What the kernels read of entries of 8 bits: int32 [15, tiles * 32] at width 4.
+
+    4 words of bytes; unit, -(1024 + zero) * unit, and factor, each twice; 8 words of the same entries in bfloat16, for the matrix
+    instructions that want it.
+    """
+    byte, zero, unit, factor = _eight_bits(codebook)
+    octets = _padded(byte).to(torch.uint8).view(torch.int32).t()
+    facts = [_twice(values) for values in (unit, -(1024 + zero) * unit, factor)]
+    return torch.cat([octets, *facts, _byte_tables(rounded(codebook), torch.bfloat16)]).contiguous()
+
+
+def _tiled_table(codebook: Tensor) -> Tensor:
+    """A codebook [N, 2**b] as [tiles, 2**b, 32]."""
+    return _padded(codebook).view(-1, ROWS, codebook.shape[1]).transpose(1, 2).contiguous()
+
+
 @dataclass
 class Tiled:
     """A packed matrix in the layout of the kernels.
@@ -121,7 +171,9 @@ class Tiled:
         codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
         tables: width -> floating [ceil(N / 32), 2**width, 32].
         registers: width -> int32 [2, 2**width / 2, 32 * ceil(N / 32)], the bytes of float16 and of bfloat16 entries, for
-            widths 2 to 4 if the codebooks are float16.
+            widths 2 to 4 if the codebooks are float16. With entries of 8 bits those of width 4 are int32
+            [15, 32 * ceil(N / 32)] instead, whatever the codebooks are.
+        rounded: float32 [ceil(N / 32), 16, 32], what those entries are worth; None if entries are exact.
     """
 
     rows: int
@@ -130,32 +182,46 @@ class Tiled:
     codes: Tensor
     tables: dict[int, Tensor]
     registers: dict[int, Tensor]
+    rounded: Tensor | None = None
 
     @classmethod
-    def build(cls, planes: Sequence[Tensor], codebooks: Mapping[int, Tensor], columns: int) -> Tiled:
+    def build(
+        cls, planes: Sequence[Tensor], codebooks: Mapping[int, Tensor], columns: int, exact: bool = True
+    ) -> Tiled:
         """Make the layout on the device of the planes.
 
         Args:
             planes: p int32 tensors [N, ceil(K / 32)], most significant first.
             codebooks: width -> floating [N, 2**width] for the widths to be read.
             columns: K.
+            exact: whether entries are read as they are, or with 8 bits at width 4.
         """
-        return cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns)
+        return cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns, exact)
 
     @classmethod
-    def around(cls, codes: Tensor, codebooks: Mapping[int, Tensor], columns: int) -> Tiled:
+    def around(cls, codes: Tensor, codebooks: Mapping[int, Tensor], columns: int, exact: bool = True) -> Tiled:
         """Put codes that are in the layout already together with canonical codebooks."""
         widths = {bits: codebooks[bits] for bits in sorted(codebooks)}
         rows = widths[min(widths)].shape[0]
-        tables = {
-            bits: _padded(book).view(-1, ROWS, 1 << bits).transpose(1, 2).contiguous() for bits, book in widths.items()
-        }
+        tables = {bits: _tiled_table(book) for bits, book in widths.items()}
         registers = {
             bits: torch.stack([_byte_tables(book, kind) for kind in (torch.float16, torch.bfloat16)])
             for bits, book in widths.items()
             if 2 <= bits <= 4 and book.dtype == torch.float16
         }
-        return cls(rows, columns, head_for(min(widths)), codes, tables, registers)
+        made = cls(rows, columns, head_for(min(widths)), codes, tables, registers)
+        if not exact and ROUNDED in widths:
+            registers[ROUNDED] = _rounded_words(widths[ROUNDED])
+            made.rounded = _tiled_table(rounded(widths[ROUNDED]))
+        return made
+
+    def with_entries(self, exact: bool) -> Tiled:
+        """The same codes, with entries exact or of 8 bits."""
+        return Tiled.around(self.codes, {bits: self.codebook(bits) for bits in self.tables}, self.columns, exact)
+
+    def read(self, bits: int) -> Tensor:
+        """The table that products of a width are made with, in the form of ``tables``."""
+        return self.rounded if bits == ROUNDED and self.rounded is not None else self.tables[bits]
 
     def canonical(self) -> tuple[Tensor, dict[int, Tensor]]:
         """The planes, int32 [p, N, ceil(K / 32)], and codebooks that this was made of, bit for bit."""
@@ -164,29 +230,28 @@ class Tiled:
 
     def codebook(self, bits: int) -> Tensor:
         """The canonical codebook of a width, [N, 2**bits]."""
-        order = torch.tensor(_reversed(bits), device=self.codes.device)
-        return self.tables[bits].transpose(1, 2).flatten(0, 1)[: self.rows, order].contiguous()
+        return self._untiled(self.tables[bits])
+
+    def _untiled(self, table: Tensor) -> Tensor:
+        order = torch.tensor(_reversed(table.shape[1].bit_length() - 1), device=table.device)
+        return table.transpose(1, 2).flatten(0, 1)[: self.rows, order].contiguous()
 
     def dense(self, bits: int, dtype: torch.dtype) -> Tensor:
         """Every weight looked up in plain torch, [N, K], on any device: what the kernels are measured against."""
         planes = _untile_codes(self.codes[: max(bits, self.head)], self.rows, self.head)[:bits]
         codes = unpack_planes(list(planes), self.columns)
-        return self.codebook(bits).to(dtype).gather(1, codes.long())
+        return self._untiled(self.read(bits)).to(dtype).gather(1, codes.long())
 
     @property
     def widths(self) -> list[int]:
         """Widths it can be read at."""
         return sorted(self.tables)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes it holds."""
-        return self.codes.nbytes + sum(t.nbytes for group in (self.tables, self.registers) for t in group.values())
-
 
 def random_tiled(
-    rows: int, columns: int, bits: int, seed_bits: int | None = None, device: str | torch.device = "cpu", seed: int = 0
-) -> Tiled:
+    rows: int, columns: int, bits: int, seed_bits: int | None = None, device: str | torch.device = "cpu", seed: int = 0,
+    exact: bool = True,
+) -> Tiled:  # fmt: skip
     """Random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
     generator = torch.Generator(device).manual_seed(seed)
     tiles, first = -(-rows // ROWS), bits if seed_bits is None else seed_bits
@@ -196,4 +261,4 @@ def random_tiled(
         width: (0.02 * torch.randn(rows, 2**width, device=device, generator=generator)).half()
         for width in range(first, bits + 1)
     }
-    return Tiled.around(codes, books, columns)
+    return Tiled.around(codes, books, columns, exact)

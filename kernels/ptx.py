@@ -20,6 +20,9 @@ Form = Literal["half", "single", "bfloat16"]
 """How activations come and products are added: float16 pairs in float16 chains of four; the same in float32; bfloat16
 pairs in float32."""
 
+Entries = Literal[8, 16]
+"""Bits of a table's entries."""
+
 REGISTER_BITS = 4  # widest table that is held in registers
 SHARED_ROWS = 32  # rows of one table in shared memory, one to a bank
 SHARED_STRIDE = 4 * SHARED_ROWS  # bytes from one entry to the next
@@ -138,31 +141,40 @@ def _first_nibbles(w: _Writer, head: int, codes: list[str], planes: int) -> list
     return _nibbles(w, codes[:planes], [])
 
 
-def _pairs_of_eight(w: _Writer, tables: list[str], selector: str, chooser: str | None) -> list[str]:
+def _four_bytes(w: _Writer, table: list[str], selector: str, chooser: str | None) -> str:
+    """Four bytes of a table of up to 16, by the low four nibbles of a selector word."""
+    found = w.word("prmt.b32", table[0], table[1 % len(table)], selector)
+    if chooser is None:
+        return found
+    # the other eight entries, and one of the two byte by byte
+    return w.word("prmt.b32", found, w.word("prmt.b32", table[2], table[3], selector), chooser)
+
+
+def _pairs_of_eight(w: _Writer, entries: Entries, tables: list[str], selector: str, chooser: str | None) -> list[str]:
     """Four words of two 16-bit weights each, for the eight nibbles of a selector word."""
-    half = len(tables) // 2
-    low, high = tables[:half], tables[half:]
+    size = len(tables) // 2 if entries == 16 else len(tables) - 2
     pairs = []
     for part in range(2):
         if part:
             selector = w.shift(selector, 16)
             chooser = chooser and w.shift(chooser, 16)
-        picked = []
-        for table in (low, high):
-            entries = [*table, table[0]][:2] if half < 4 else table
-            bytes_ = w.word("prmt.b32", entries[0], entries[1], selector)
-            if chooser is not None:  # the other eight entries, and one of the two byte by byte
-                bytes_ = w.word("prmt.b32", bytes_, w.word("prmt.b32", entries[2], entries[3], selector), chooser)
-            picked.append(bytes_)
-        pairs += [w.word("prmt.b32", *picked, order) for order in (0x5140, 0x7362)]
+        low = _four_bytes(w, tables[:size], selector, chooser)
+        if entries == 16:
+            high = _four_bytes(w, tables[size:], selector, chooser)
+            pairs += [w.word("prmt.b32", low, high, order) for order in (0x5140, 0x7362)]
+        else:  # float16 with the high byte 0x64 is 1024 more than its low byte
+            wide = [w.word("prmt.b32", low, 0x64646464, order) for order in (0x4140, 0x4342)]
+            pairs += [w.word("fma.rn.f16x2", pair, *tables[size:]) for pair in wide]
     return pairs
 
 
-def _register_weights(w: _Writer, bits: int, head: int, codes: list[str], tables: list[str]) -> list[str]:
+def _register_weights(
+    w: _Writer, bits: int, head: int, entries: Entries, codes: list[str], tables: list[str]
+) -> list[str]:
     """16 words of two 16-bit weights, in the order of the columns, from tables in registers."""
     if bits < 4:
         nibbles = _first_nibbles(w, head, codes, bits)
-        return [pair for word in nibbles for pair in _pairs_of_eight(w, tables, word, None)]
+        return [pair for word in nibbles for pair in _pairs_of_eight(w, entries, tables, word, None)]
     pairs = []
     identity = w.word("mov.b32", 0x32103210)
     nibbles = _first_nibbles(w, head, codes, 4 if head == 4 else 3)
@@ -170,7 +182,7 @@ def _register_weights(w: _Writer, bits: int, head: int, codes: list[str], tables
         top = w.shift(word, 1) if head == 4 else w.shift(codes[3], j - 2)
         chooser = w.word("lop3.b32", top, identity, 0x44444444, _MASK_OR)
         selector = w.word("and.b32", word, 0x77777777) if head == 4 else word
-        pairs += _pairs_of_eight(w, tables, selector, chooser)
+        pairs += _pairs_of_eight(w, entries, tables, selector, chooser)
     return pairs
 
 
@@ -190,8 +202,11 @@ def _shared_weights(w: _Writer, bits: int, head: int, codes: list[str], row: str
     return weights
 
 
-def _table_words(bits: int) -> int:
-    return 2**bits // 2 if bits <= REGISTER_BITS else 1
+def table_words(bits: int, entries: Entries) -> int:
+    """Inputs of the assembly that say what codes mean."""
+    if bits > REGISTER_BITS:
+        return 1
+    return 2**bits // 2 if entries == 16 else 2**bits // 4 + 2
 
 
 def _singles(w: _Writer, pairs: list[str], form: Form) -> list[str]:
@@ -231,23 +246,25 @@ def _dot_singles(w: _Writer, weights: list[str], x: list[str]) -> str:
 
 
 @cache
-def product(bits: int, head: int, rows: int, form: Form) -> Assembly:
+def product(bits: int, head: int, rows: int, form: Form, entries: Entries = 16) -> Assembly:
     """Multiply 32 weights with 32 activations of each of so many rows.
 
-    Inputs: ``bits`` words of codes; the tables (low bytes, then high bytes, four to a word) or, above 4 bits, the address of the
-    row's column in shared memory; 16 words of activations, two to a word, for every row.
+    Inputs: ``bits`` words of codes; the tables (low bytes, then high bytes, four to a word; with entries of 8 bits those bytes,
+    then the factor and the summand that make 1024 + entry a weight, twice each) or, above 4 bits, the address of
+    the row's column in shared memory; 16 words of activations, two to a word, for every row.
 
     Args:
         bits: width, 2 to 8.
         head: 1, 2 or 4: the first planes are planes, crumbs or nibbles (:mod:`compress.kernels.layout`).
         rows: of activations, and outputs (float32).
         form: of the activations and sums.
+        entries: bits of a table's entries.
     """
     w = _Writer(rows)
-    codes, tables = w.inputs(bits), w.inputs(_table_words(bits))
+    codes, tables = w.inputs(bits), w.inputs(table_words(bits, entries))
     x = [w.inputs(16) for _ in range(rows)]
     if bits <= REGISTER_BITS:
-        pairs = _register_weights(w, bits, head, codes, tables)
+        pairs = _register_weights(w, bits, head, entries, codes, tables)
         if form == "half":
             sums = [_dot_halves(w, pairs, row) for row in x]
         else:
@@ -260,15 +277,21 @@ def product(bits: int, head: int, rows: int, form: Form) -> Assembly:
 
 
 @cache
-def weights(bits: int, head: int, kind: Literal["fp16", "bf16"]) -> Assembly:
+def weights(
+    bits: int, head: int, kind: Literal["fp16", "bf16"], entries: Entries = 16, final: bool = False
+) -> Assembly:
     """Look 32 weights up: 16 words of two each, in the order of the columns.
 
-    Inputs as for :func:`product` without the activations; tables in registers hold entries of that kind already.
+    Inputs as for :func:`product` without the activations; tables in registers hold entries of that kind already, and those with
+    entries of 8 bits give float16. With ``final`` one more input, a float16 twice, multiplies all of them.
     """
     w = _Writer(16)
-    codes, tables = w.inputs(bits), w.inputs(_table_words(bits))
+    codes, tables = w.inputs(bits), w.inputs(table_words(bits, entries))
     if bits <= REGISTER_BITS:
-        pairs = _register_weights(w, bits, head, codes, tables)
+        pairs = _register_weights(w, bits, head, entries, codes, tables)
+        if final:
+            factor = w.input()
+            pairs = [w.word("mul.rn.f16x2", pair, factor) for pair in pairs]
     else:
         singles = _shared_weights(w, bits, head, codes, tables[0])
         name = f"cvt.rn.{'f16x2' if kind == 'fp16' else 'bf16x2'}.f32"
@@ -286,9 +309,9 @@ def activations() -> Assembly:
 
 
 @cache
-def stored(bits: int, head: int, kind: Literal["fp16", "bf16"]) -> Assembly:
-    """:func:`weights`, and then the address, a multiple of 16 bytes, to write them to. The output means nothing."""
-    made = weights(bits, head, kind)
+def stored(bits: int, head: int, kind: Literal["fp16", "bf16"], entries: Entries = 16) -> Assembly:
+    """:func:`weights`, final, and then the address, a multiple of 16 bytes, to write them to. The output means nothing."""
+    made = weights(bits, head, kind, entries, entries == 8)
     inputs = made.constraints.split(",")[16:]
     text = re.sub(r"\$(\d+)", lambda found: _renamed(int(found[1])), made.text)
     address = f"${len(inputs) + 1}"

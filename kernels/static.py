@@ -30,8 +30,10 @@ INTEGER = frozenset(
 """Counted against the budget. IMAD runs in another unit than the others; counting it too is the stricter reading."""
 BUDGETS = {("plain", 2): 2.0, ("plain", 3): 2.2, ("plain", 4): 4.0, ("seed-packed", 2): 2.0, ("seed-packed", 4): 3.2}
 """Integer instructions per weight: planes alone, and crumbs or nibbles first."""
+ROUNDED_BUDGETS = {("plain", 4): 2.6, ("seed-packed", 4): 2.3}  # with entries of 8 bits
 WIDE_BUDGET = 4.4  # 5 to 8 bits: what an H100 has time for at 8
 _ONE_ADDRESS = 8  # bytes that may be spilled: ptxas puts one aside where more warps then find room
+_UNASKED = 48 << 10  # bytes of shared memory that a program gets without being allowed more
 _KINDS: tuple[Kind, ...] = ("fp16", "bf16")
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 _ALIGNED = ("x", "codes", "tables", "bias", "y", "out", "plane_stride", "table_stride", "x_stride", "y_stride")
@@ -44,7 +46,8 @@ class Report:
     Attributes:
         registers: of one thread.
         spilled: bytes of one thread's stack and local memory.
-        shared: bytes of one program's shared memory.
+        shared: bytes of one program's shared memory that Triton lays out.
+        tables: bytes that the assembly reserves beside them.
         instructions: in the inner loop, per weight.
         integer: integer instructions there, per weight.
         matrix: matrix instructions in the inner loop.
@@ -53,6 +56,7 @@ class Report:
     registers: int
     spilled: int
     shared: int
+    tables: int
     instructions: float
     integer: float
     matrix: int
@@ -68,7 +72,7 @@ def compiled(variant: Variant, config: Config, target: str) -> Any:
     if variant.operation in ("dot", "tile") and not variant.assembly:
         constants["UPCAST"] = False
     activations = _POINTERS[variant.kind]
-    wide = variant.bits > 4 or not variant.assembly
+    wide = variant.entries == 16 and (variant.bits > 4 or not variant.assembly)
     types = {"x": activations, "y": "*fp32" if config.split > 1 else activations, "out": activations}
     types |= {"bias": activations, "codes": "*i32", "tables": "*fp16" if wide else "*i32"}
     names = list(kernel.arg_names)
@@ -106,7 +110,7 @@ def report(kernel: Any, variant: Variant, config: Config) -> Report:
     integer = sum(count for name, count in names.items() if name in INTEGER)
     matrix = sum(count for name, count in names.items() if name in ("HMMA", "HGMMA", "UTCHMMA"))
     return Report(
-        found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"] + kernel.metadata.shared,
+        found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, found["SHARED"],
         len(loop) / weights, integer / weights, matrix,
     )  # fmt: skip
 
@@ -146,7 +150,8 @@ class Case:
         if not variant.assembly or not slim or widened:
             return None
         packed = variant.head == 4 or (variant.head == 2 and variant.bits == 2)
-        return BUDGETS.get(("seed-packed" if packed else "plain", variant.bits), WIDE_BUDGET)
+        budgets = ROUNDED_BUDGETS if variant.entries == 8 else BUDGETS
+        return budgets.get(("seed-packed" if packed else "plain", variant.bits), WIDE_BUDGET)
 
 
 def _case(variant: Variant, target: str, count: int) -> Case:
@@ -167,6 +172,8 @@ def quick() -> list[Case]:
     cases = [_case(Variant("gemv", bits, head, "fp16"), "sm_90", 1) for bits, head in narrow]
     cases += [_case(Variant("gemv", 3, 1, "bf16"), "sm_80", 1), _case(Variant("gemv", 3, 1, "fp16"), "sm_100", 1)]
     cases += [Case(Variant("gemv", 3, 1, "fp16", 4, even=False), Config(8, 8), "sm_90")]
+    cases += [_case(Variant("gemv", 4, head, "fp16", entries=8), "sm_90", 1) for head in (1, 4)]
+    cases += [_case(Variant("dot", 4, 4, "fp16", entries=8), "sm_90", 16)]
     cases += [_case(Variant("dot", bits, 1, "fp16"), "sm_90", 16) for bits in (3, 4)]
     cases += [_case(Variant("dot", 3, 1, "bf16"), "sm_80", 16), _case(Variant("look_up", 3, 1, "fp16"), "sm_90", 1024)]
     plain = [("gemv", 1), ("dot", 16), ("look_up", 1024)]
@@ -191,6 +198,12 @@ def full() -> list[Case]:
             _case(Variant("tile", bits, 1, "fp16"), target, 512),
         ]
         cases += [_case(Variant("look_up", bits, 1, kind), target, 1024) for kind in _KINDS]
+    for target, head in itertools.product(("sm_80", "sm_90", "sm_100"), (1, 2, 4)):
+        rounded = Variant("gemv", 4, head, "fp16", entries=8)
+        cases += [_case(rounded, target, 1), _case(replace(rounded, kind="bf16"), target, 1)]
+        cases += [_case(replace(rounded, operation="dot"), target, count) for count in (16, 64)]
+        cases += [_case(replace(rounded, operation="tile"), target, 512)]
+        cases += [_case(replace(rounded, operation="look_up"), target, 1024)]
     for bits, count in itertools.product((3, 6), (1, 4, 16)):
         problem = Problem(14336, 4096, bits, count, "fp16")
         variant = Variant(problem.operation, bits, 1, "fp16", count, even=False)
@@ -221,6 +234,8 @@ def judge(case: Case) -> dict[str, Any]:
     found |= {**asdict(seen), "budget": case.budget}
     if seen.spilled > _ONE_ADDRESS and case.variant.assembly:
         found["faults"].append(f"{seen.spilled} bytes are spilled")
+    if seen.shared <= _UNASKED < seen.shared + seen.tables:
+        found["faults"].append(f"{seen.shared} + {seen.tables} bytes of shared memory, and Triton asks for neither")
     if case.budget is not None and seen.integer > case.budget:
         found["faults"].append(f"{seen.integer:.2f} integer instructions per weight, of {case.budget}")
     return found
@@ -229,12 +244,12 @@ def judge(case: Case) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     """One case as one line of text."""
     config = found["config"]
-    body = "assembly" if found["assembly"] else "plain"
+    body = "plain" if not found["assembly"] else "assembly" if found["entries"] == 16 else "8-bit entries"
     size = f"{config['warps']} warps, {config['step']} words"
     if found["operation"] in ("dot", "tile"):
         size += f", {config['bn']} x {config['bm']}, {config['stages']} stages"
     name = (
-        f"{found['target']:7}{found['operation']:8}{body:9}{found['bits']} bits, head {found['head']}, {found['kind']}"
+        f"{found['target']:7}{found['operation']:8}{body:14}{found['bits']} bits, head {found['head']}, {found['kind']}"
     )
     text = f"{name:44} {found['rows']} rows, {size:38}"
     if "registers" in found:

@@ -12,12 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def _tables(
-    tables, table_stride, tile, n, BITS: tl.constexpr, TILES: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr
-):
+    tables, table_stride, tile, n, BITS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
+    RESERVE: tl.constexpr, PUT: tl.constexpr,
+):  # fmt: skip
     """The inputs that say what codes mean: registers, or the address of each row's column in shared memory."""
     given = ()
     if BITS <= 4:
-        for i in tl.static_range(2**BITS // 2):
+        for i in tl.static_range(WORDS):
             given = given + (tl.load(tables + i * table_stride + n),)
     else:
         base = tl.inline_asm_elementwise(RESERVE, "=r,r", [table_stride], dtype=tl.int32, is_pure=False, pack=1)
@@ -32,6 +33,13 @@ def _tables(
             tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1),
         )
     return given
+
+
+@triton.jit
+def _factor(tables, table_stride, n, WORDS: tl.constexpr):
+    """What sums of rows n over entries of 8 bits have to be multiplied by: a float16, twice in the word after theirs."""
+    word = tl.load(tables + WORDS * table_stride + n)
+    return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -66,8 +74,8 @@ def _sums(TEXT: tl.constexpr, IO: tl.constexpr, given, M: tl.constexpr):
 @triton.jit
 def gemv(
     x, codes, tables, bias, y, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
-    M: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, LOAD_TEXT: tl.constexpr,
+    M: tl.constexpr, BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, LOAD_TEXT: tl.constexpr,
     LOAD_IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """M rows of activations with 32 rows of weights; as :func:`compress.kernels.triton_plain.gemv`.
@@ -79,7 +87,7 @@ def gemv(
     lane = tl.arange(0, 32)
     place = tl.arange(0, STEP)
     n = tile * 32 + lane
-    given = _tables(tables, table_stride, tile, n[None, :], BITS, 1, RESERVE, PUT)
+    given = _tables(tables, table_stride, tile, n[None, :], BITS, WORDS, 1, RESERVE, PUT)
     totals = ()
     for _ in tl.static_range(M):
         totals = totals + (tl.zeros([STEP, 32], tl.float32),)
@@ -102,6 +110,8 @@ def gemv(
         totals = new
     for m in tl.static_range(M):
         total = tl.sum(totals[m], 0)
+        if ENTRIES == 8:
+            total *= _factor(tables, table_stride, n, WORDS)
         if SPLIT == 1:
             if BIAS:
                 total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
@@ -113,9 +123,9 @@ def gemv(
 @triton.jit
 def dot(
     x, codes, tables, bias, y, count, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, RESERVE: tl.constexpr,
-    PUT: tl.constexpr,
+    BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STEP: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr,
+    RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Many rows of activations by matrix instructions; as :func:`compress.kernels.triton_plain.dot`.
 
@@ -128,7 +138,7 @@ def dot(
     pair = tl.arange(0, 2 * STEP)
     held = tl.minimum(n, (rows + 31) // 32 * 32 - 1)
     tile = tl.program_id(0).to(tl.int64) * (BN // 32)
-    given = _tables(tables, table_stride, tile, held[:, None], BITS, BN // 32, RESERVE, PUT)
+    given = _tables(tables, table_stride, tile, held[:, None], BITS, WORDS, BN // 32, RESERVE, PUT)
     total = tl.zeros([BN, BM], tl.float32)
     end = tl.minimum((part + 1) * chunk, words)
     first = codes + (held // 32 * words * 32 + held % 32)[:, None]
@@ -147,6 +157,8 @@ def dot(
             high = (found[j] >> 16).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
             left = tl.reshape(tl.join(low, high), [BN, 2 * STEP])
             total = tl.dot(left, right, total)
+    if ENTRIES == 8:
+        total *= _factor(tables, table_stride, held, WORDS)[:, None]
     keep = (n < rows)[:, None] & (m < count)[None, :]
     if SPLIT == 1:
         if BIAS:
@@ -159,8 +171,8 @@ def dot(
 @triton.jit
 def look_up(
     codes, tables, out, first_tile, words, plane_stride, table_stride,
-    BITS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr,
-    RESERVE: tl.constexpr, PUT: tl.constexpr,
+    BITS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, TEXT: tl.constexpr,
+    IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """The weights of 32 rows, [rows, 32 * words]: every lane writes whole words of columns."""
     tile = tl.program_id(0).to(tl.int64)
@@ -168,7 +180,7 @@ def look_up(
     w = tl.program_id(1) * STEP + tl.arange(0, STEP)
     at = (w if EVEN else tl.minimum(w, words - 1))[:, None]  # what is written twice is written the same
     n = (first_tile + tile) * 32 + lane[None, :]
-    given = _tables(tables, table_stride, first_tile + tile, n, BITS, 1, RESERVE, PUT)
+    given = _tables(tables, table_stride, first_tile + tile, n, BITS, WORDS, 1, RESERVE, PUT)
     first = codes + (first_tile + tile) * words * 32 + lane[None, :]
     here = ()
     for plane in tl.static_range(BITS):

@@ -52,6 +52,7 @@ class Variant:
         assembly: whether the assembly is used, or plain Triton.
         even: whether every iteration is whole (assembly only).
         bias: whether one is added.
+        entries: bits of the tables' entries: 16, or at width 4 also 8 (assembly only: plain Triton reads any table).
     """
 
     operation: Operation
@@ -62,6 +63,7 @@ class Variant:
     assembly: bool = True
     even: bool = True
     bias: bool = False
+    entries: ptx.Entries = 16
 
     def constants(self, config: Config) -> dict[str, Any]:
         """The arguments that are known when the kernel is compiled."""
@@ -78,17 +80,21 @@ class Variant:
     def _assembly(self, config: Config, matrix: bool) -> dict[str, Any]:
         kind: Literal["fp16", "bf16"] = "bf16" if self.kind == "bf16" else "fp16"
         tiles = config.bn // 32 if matrix else 1
-        found: dict[str, Any] = {"RESERVE": ptx.reserve(self.bits, tiles).text, "PUT": ptx.put().text}
+        entries = self.entries
+        words = ptx.table_words(self.bits, entries) + int(self.operation == "look_up" and entries == 8)
+        found: dict[str, Any] = {"RESERVE": ptx.reserve(self.bits, tiles).text, "PUT": ptx.put().text, "WORDS": words}
+        if self.operation != "look_up":
+            found["ENTRIES"] = entries
         if not matrix:
             found["EVEN"] = self.even
         if self.operation == "gemv":
             load = ptx.activations()
-            text = ptx.product(self.bits, self.head, self.rows, self.form)
+            text = ptx.product(self.bits, self.head, self.rows, self.form, entries)
             found |= {"LOAD_TEXT": load.text, "LOAD_IO": load.constraints}
         elif matrix:
-            text = ptx.weights(self.bits, self.head, kind)
+            text = ptx.weights(self.bits, self.head, kind, entries)
         else:
-            text = ptx.stored(self.bits, self.head, kind)
+            text = ptx.stored(self.bits, self.head, kind, entries)
         return found | {"TEXT": text.text, "IO": text.constraints}
 
     @property

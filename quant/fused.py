@@ -8,7 +8,7 @@ width, computes its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
         sum(tiled.rows for tiled in tiles), first.columns, first.head,
         torch.cat([tiled.codes for tiled in tiles], 1),
         {bits: torch.cat([tiled.tables[bits] for tiled in tiles]) for bits in first.tables},
-        {bits: torch.cat([tiled.registers[bits] for tiled in tiles], 2) for bits in first.registers},
+        {bits: torch.cat([tiled.registers[bits] for tiled in tiles], -1) for bits in first.registers},
+        None if first.rounded is None else torch.cat([cast(Tensor, tiled.rounded) for tiled in tiles]),
     )  # fmt: skip
 
 
@@ -80,7 +81,8 @@ def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
         rows = slice(start * ROWS, (start + count) * ROWS)
         registers = {bits: words[..., rows] for bits, words in joined.registers.items()}
         codes = joined.codes[:, start : start + count]
-        found.append(Tiled(tiled.rows, tiled.columns, tiled.head, codes, tables, registers))
+        rounded = None if joined.rounded is None else joined.rounded[start : start + count]
+        found.append(Tiled(tiled.rows, tiled.columns, tiled.head, codes, tables, registers, rounded))
         start += count
     return found
 
@@ -93,6 +95,7 @@ def _alike(members: Sequence[BitPlaneLinear]) -> bool:
         member.in_features == first.in_features
         and member.shape.widths == first.shape.widths
         and member.shape.codebook_dtype == first.shape.codebook_dtype
+        and member.exact == first.exact
         and (member.bias is None) == (first.bias is None)
         and member.get_buffer("tiled_codes").device == first.get_buffer("tiled_codes").device
         for member in members

@@ -105,7 +105,8 @@ class _Packed(nn.Module):
         keep_dense: whether the looked-up weight is kept between calls, as large as the dense layer's; None keeps it
             only where nothing multiplies by the planes themselves.
         exact: whether sums are of float32 products; if not, a CPU may round activations and table entries to
-            8 bits where no gradient is asked for and nothing is compiled.
+            8 bits where no gradient is asked for and nothing is compiled, and the kernels of a GPU read 4-bit tables
+            with entries of 8 bits (:meth:`BitPlaneLinear.tiled`).
     """
 
     def __init__(self, shape: PackedShape) -> None:
@@ -180,7 +181,8 @@ class _Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         self._forget()  # it would stay on the old device
-        tables = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(("codebook_", "tiled_table_"))}
+        kinds = "codebook_", "tiled_table_", "tiled_rounded"
+        tables = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
             """Tables move but are never cast: ``model.to(torch.bfloat16)`` must not cost precision."""
@@ -207,10 +209,27 @@ class BitPlaneLinear(_Packed):
     asked for (``state_dict``, ``planes``, moving to another kind of device).
     """
 
+    _exact = True
+
     def __init__(self, shape: PackedShape, bias: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(shape)
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.bias = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @property
+    def exact(self) -> bool:
+        """As for every packed module. Setting it in the layout of the kernels parts a group (:func:`fused.join`)."""
+        return self._exact
+
+    @exact.setter
+    def exact(self, value: bool) -> None:
+        if value == self._exact:
+            return
+        self._exact = value
+        if self.is_tiled:
+            made = self.tiled().with_entries(value)
+            self._part()
+            self._take(made)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``; differentiable in ``x``."""
@@ -238,7 +257,15 @@ class BitPlaneLinear(_Packed):
             bits: named[f"tiled_registers_{bits}"] for bits in self.shape.widths if f"tiled_registers_{bits}" in named
         }
         head = head_for(self.shape.seed_bits)
-        return Tiled(self.out_features, self.in_features, head, named["tiled_codes"], tables, registers)
+        return Tiled(
+            self.out_features,
+            self.in_features,
+            head,
+            named["tiled_codes"],
+            tables,
+            registers,
+            named.get("tiled_rounded"),
+        )
 
     def tile(self) -> None:
         """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""
@@ -249,8 +276,7 @@ class BitPlaneLinear(_Packed):
         shape = self.shape
         extra = [self.get_buffer(f"plane_{bits}") for bits in shape.widths[1:]]
         books = {bits: self.get_buffer(f"codebook_{bits}") for bits in shape.widths}
-        made = Tiled.build([*self.get_buffer("weight").unbind(0), *extra], books, shape.in_features)
-        self._take(made)
+        self._take(Tiled.build([*self.get_buffer("weight").unbind(0), *extra], books, shape.in_features, self.exact))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
@@ -260,6 +286,8 @@ class BitPlaneLinear(_Packed):
             self.register_buffer(f"tiled_table_{bits}", table, persistent=False)
         for bits, packed in made.registers.items():
             self.register_buffer(f"tiled_registers_{bits}", packed, persistent=False)
+        if made.rounded is not None:
+            self.register_buffer("tiled_rounded", made.rounded, persistent=False)
         self.is_tiled = True
 
     def share(self, part: Tiled, group: Group) -> None:
@@ -271,10 +299,13 @@ class BitPlaneLinear(_Packed):
         """Be alone again."""
         self._group = None
 
-    def untile(self) -> None:
-        """Hold the stored tensors again."""
+    def _part(self) -> None:
         if self._group is not None:
             self._group.part()
+
+    def untile(self) -> None:
+        """Hold the stored tensors again."""
+        self._part()
         if self.is_tiled:
             self.hold(self.shape, self._stored())
 
@@ -301,8 +332,7 @@ class BitPlaneLinear(_Packed):
         return super().dense(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
-        if self._group is not None:
-            self._group.part()
+        self._part()
         super()._apply(fn, recurse)
         if self.is_tiled and not gpu.serves(self.get_buffer("tiled_codes").device):
             self.untile()

@@ -10,14 +10,13 @@ import torch
 
 from compress.kernels import configs, gpu
 from compress.kernels.layout import random_tiled
+from compress.kernels.tune import packed_of
 from compress.kernels.variants import Config
 
 
 def worst(tiled, bits, x, bias=None, config=None):
     """The largest error, relative to the sum of the magnitudes of the products."""
-    packed = gpu.Packed(
-        tiled.codes, tiled.tables[bits], tiled.registers.get(bits), tiled.rows, tiled.columns, bits, tiled.head
-    )
+    packed = packed_of(tiled, bits)
     flat = x.reshape(-1, tiled.columns)
     if config is None:
         parts = (packed.codes, packed.table, packed.registers, bias, tiled.rows, tiled.columns, bits, tiled.head)
@@ -75,6 +74,15 @@ for count in (2, 20):  # a split sum is the same every time
         config = Config(4, 2, split, 16, 32, 1)
         assert worst(tiled, 3, x, bias, config) < 1e-3
 print("sums split between programs: ok")
+
+exact, tiled = (random_tiled(40, 72, 4, 3, exact=exact) for exact in (True, False))
+assert worst(tiled, 4, activations(3, 72)) < 2e-6  # against the rounded entries
+x = activations(3, 72)
+found, stored = gpu.linear(x, tiled, 4), gpu.linear(x, exact, 4)
+assert 1e-4 < float((found - stored).norm() / stored.norm()) < 1e-2
+assert torch.equal(gpu.linear(x, tiled, 3), gpu.linear(x, exact, 3))
+assert torch.equal(gpu.weight(tiled, 4, torch.float32), tiled.dense(4, torch.float32))
+print("entries of 8 bits: ok")
 
 configs.TILE_ROWS, gpu.LOOKED_UP_BYTES = 8, 32 * 96 * 4  # a tile at a time
 tiled = random_tiled(70, 90, 5, 3)

@@ -8,6 +8,7 @@ import torch
 import compress
 from compress.hf import packed_modules
 from compress.kernels import gpu
+from compress.kernels.layout import rounded
 from compress.quant.linear import BitPlaneLinear
 
 folder, saved = sys.argv[1:]
@@ -90,3 +91,18 @@ assert sum(buffer.nbytes for buffer in fresh.buffers()) == bytes_before
 compress.set_bits(fresh, 4)
 assert torch.equal(logits(fresh, 4), result)
 print("layers of one input are launched together: ok")
+
+calls.clear()
+fast = compress.load(folder, dtype=torch.float32, exact=False)
+found = logits(fast, 4)
+assert calls[:4] == [128, 64, 192, 64]  # still together
+assert torch.equal(logits(fast, 3), logits(fresh, 3))  # at width 4 alone
+assert not torch.allclose(found, result, rtol=1e-4, atol=1e-4)
+assert all(torch.equal(tensor, second[name]) for name, tensor in fast.state_dict().items())
+for module in linears(stored):
+    module.register_buffer("codebook_4", rounded(module.get_buffer("codebook_4")))
+assert torch.allclose(found, logits(stored, 4), rtol=1e-4, atol=1e-4)
+for module in linears(fast):
+    module.exact = True
+assert torch.equal(logits(fast, 4), result)
+print("entries of 8 bits: ok")

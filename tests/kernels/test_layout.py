@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.kernels.bitplane import reference_weight
-from compress.kernels.layout import Tiled, head_for, random_tiled
+from compress.kernels.layout import Tiled, head_for, random_tiled, rounded
 from compress.kernels.packing import pack_planes
 
 
@@ -73,3 +73,34 @@ def test_tables_in_registers_are_the_bytes_of_the_entries():
 
 def test_seeds_of_two_and_four_bits_are_packed_together():
     assert [head_for(seed) for seed in range(1, 9)] == [1, 2, 1, 4, 4, 4, 4, 4]
+
+
+# Entries of 8 bits, at width 4
+
+
+def test_entries_of_eight_bits_are_the_nearest_of_256_even_steps_and_zero_stays_zero():
+    book = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)).half()
+    book[0], book[1], book[2, 3], book[3] = 0.0, book[1].abs() + 3, 0.0, book[3] * 2.0**-22
+    step = (book.double().amax(1).clamp(min=0) - book.double().amin(1).clamp(max=0)) / 255
+    error = (rounded(book).double() - book.double()).abs().amax(1)
+    assert (error <= 0.51 * step + 2.0**-40).all()
+    assert (rounded(book)[book == 0] == 0).all()
+
+
+@pytest.mark.parametrize("table", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 33, 64])
+def test_rounded_entries_change_width_four_alone_and_the_stored_tables_come_back(rows, table):
+    planes, books = packed(rows, 40, 3, 6, table)
+    exact, tiled = (Tiled.build(list(planes), books, 40, exact) for exact in (True, False))
+    again, tables = tiled.canonical()
+    assert torch.equal(again, planes)
+    assert all(torch.equal(tables[bits], book) for bits, book in books.items())
+    for bits, book in books.items():
+        worth = rounded(book) if bits == 4 else book
+        assert torch.equal(
+            tiled.dense(bits, torch.float64), reference_weight(list(planes[:bits]), worth, 40, torch.float64)
+        )
+    back = tiled.with_entries(True)
+    assert back.rounded is None
+    assert back.registers.keys() == exact.registers.keys()
+    assert all(torch.equal(back.registers[bits], words) for bits, words in exact.registers.items())

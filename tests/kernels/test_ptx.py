@@ -6,7 +6,7 @@ import torch
 from emulator import Machine, as_float, bfloat16, pair, prmt
 
 from compress.kernels import ptx
-from compress.kernels.layout import random_tiled
+from compress.kernels.layout import Tiled, random_tiled
 
 # (width, seed width): all widths with planes alone, crumbs first, nibbles first
 CASES = [(bits, seed) for bits in range(2, 9) for seed in (2, 3, 4) if seed <= bits] + [(2, 2)]
@@ -87,6 +87,69 @@ def test_float16_chains_keep_a_long_product_within_a_thousandth():
         )
         totals, exact = totals + as_float(total).astype(np.float64), exact + dense[mixed] @ worth
     assert np.linalg.norm(totals - exact) < 5e-4 * np.linalg.norm(exact)
+
+
+def rounded_layer(seed, scale):
+    """As :func:`layer`, at 4 bits with entries of 8; and all the words the kernels have of them."""
+    tiled = random_tiled(LANES, 32, 4, seed)
+    tiled = Tiled.around(
+        tiled.codes,
+        {4: scale * tiled.codebook(4).float()} | dict.fromkeys(range(seed, 4), tiled.codebook(4)),
+        32,
+        False,
+    )
+    codes = [tiled.codes[plane, :, 0].flatten().numpy().view(np.uint32) for plane in range(4)]
+    return tiled, codes, list(tiled.registers[4].numpy().view(np.uint32)), tiled.dense(4, torch.float64).numpy()
+
+
+SCALES = [1.0, 2.0**-20, 3e3]  # of tables around 0.02: small ones, and some that float16 does not hold
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("scale", SCALES)
+def test_entries_of_eight_bits_times_the_rows_factor_are_exact(seed, scale):
+    tiled, codes, words, dense = rounded_layer(seed, scale)
+    found = Machine().run(ptx.weights(4, tiled.head, "fp16", 8), [*codes, *words[:6]])
+    factor = pair(words[6])[:, :1]
+    assert np.array_equal(np.concatenate([pair(word) for word in found], 1) * factor, dense)
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+@pytest.mark.parametrize("form", ["half", "bfloat16"])
+def test_products_with_entries_of_eight_bits(seed, form):
+    tiled, codes, words, dense = rounded_layer(seed, 1.0)
+    row, worth = words_of(
+        np.random.default_rng(0).standard_normal(32).astype(np.float32), {"half": "fp16"}.get(form, "bf16")
+    )
+    (total,) = Machine().run(ptx.product(4, tiled.head, 1, form, 8), [*codes, *words[:6], *row])
+    error = np.abs(as_float(total) * pair(words[6])[:, 0] - dense @ worth) / (np.abs(dense) @ np.abs(worth))
+    assert error.max() < (1e-3 if form == "half" else 3e-7)
+
+
+def test_large_activations_do_not_overflow_with_entries_of_eight_bits():
+    """Entries are counted in units of about a weight's size, not in whole numbers to 255: 255 x 1000 is no float16."""
+    tiled, codes, words, dense = rounded_layer(3, 1.0)
+    row, worth = words_of(np.full(32, 1000.0, np.float32), "fp16")
+    (total,) = Machine().run(ptx.product(4, tiled.head, 1, "half", 8), [*codes, *words[:6], *row])
+    assert (
+        np.abs(as_float(total) * pair(words[6])[:, 0] - dense @ worth).max()
+        < 1e-3 * (np.abs(dense) @ np.abs(worth)).max()
+    )
+
+
+def test_matrix_instructions_in_bfloat16_have_the_rounded_entries_too():
+    _, codes, words, dense = rounded_layer(4, 1.0)
+    found = Machine().run(ptx.weights(4, 4, "bf16"), [*codes, *words[7:]])
+    halves = np.stack([half for word in found for half in (word & 0xFFFF, word >> 16)], 1)
+    assert np.array_equal(halves, bfloat16(dense.astype(np.float32).reshape(-1)).reshape(dense.shape))
+
+
+def test_looked_up_weights_of_eight_bits_are_written_as_float16():
+    _, codes, words, dense = rounded_layer(4, 1.0)
+    memory = np.zeros(LANES * 64, np.uint8)
+    places = np.arange(LANES, dtype=np.uint32) * 64
+    Machine(None, memory).run(ptx.stored(4, 4, "fp16", 8), [*codes, *words[:7], places])
+    assert np.array_equal(memory.view(np.float16).reshape(LANES, 32), dense.astype(np.float16))
 
 
 @pytest.mark.parametrize(("bits", "seed"), [(3, 3), (4, 4), (7, 2)])
