@@ -51,14 +51,18 @@ class Plan:
     Attributes:
         shapes: (N, K) of the layers.
         rows: of activations.
-        widths: (bits, seed bits); a seed of 2 or of 4 and more is packed together.
+        widths: (bits, seed bits, bits of table entries); a seed of 2 or of 4 and more is packed together, and entries have
+            16 bits or, at width 4, also 8.
         decode: sizes of the decoder, or None.
         device: a GPU.
     """
 
     shapes: Sequence[tuple[int, int]] = tuple(dict.fromkeys(shape for group in SHAPES.values() for shape in group))
     rows: Sequence[int] = ROWS
-    widths: Sequence[tuple[int, int]] = ((2, 2), (3, 3), (4, 3), (4, 4), (5, 4), (6, 4), (7, 4), (8, 4))
+    widths: Sequence[tuple[int, int, int]] = (
+        (2, 2, 16), (3, 3, 16), (4, 3, 16), (4, 3, 8), (4, 4, 16), (4, 4, 8),
+        (5, 4, 16), (6, 4, 16), (7, 4, 16), (8, 4, 16),
+    )  # fmt: skip
     decode: Shape | None = field(default_factory=Shape)
     device: str = "cuda"
 
@@ -93,9 +97,9 @@ def products(plan: Plan, timer: Timer, rate: float, report: Report) -> list[dict
     for done, (rows, columns) in enumerate(plan.shapes):
         report(f"{rows} x {columns}", done, len(plan.shapes))
         reference = _dense_times((rows, columns), plan, timer)
-        for bits, seed in plan.widths:
+        for bits, seed, kept in plan.widths:
             sets = copies(rows * columns * bits // 8, cache_bytes())
-            layers = [random_tiled(rows, columns, bits, seed, plan.device, seed=i) for i in range(sets)]
+            layers = [random_tiled(rows, columns, bits, seed, plan.device, i, kept == 16) for i in range(sets)]
             matrices = [packed_of(layer, bits) for layer in layers]
             weight = gpu.weight(layers[0], bits, torch.float32)
             for count in plan.rows:
@@ -103,7 +107,7 @@ def products(plan: Plan, timer: Timer, rate: float, report: Report) -> list[dict
                 seconds = timer([partial(gpu.multiply, x, matrix, None) for matrix in matrices])
                 least = _floor(rows, columns, bits, count, rate)
                 found.append({
-                    "rows": rows, "columns": columns, "bits": bits, "seed_bits": seed, "count": count,
+                    "rows": rows, "columns": columns, "bits": bits, "seed_bits": seed, "entries": kept, "count": count,
                     "seconds": seconds, "cublas_seconds": reference[count], "speedup": reference[count] / seconds,
                     "roofline": least / seconds, "error": _error(gpu.multiply(x, matrices[0], None), x, weight),
                 })  # fmt: skip
@@ -118,13 +122,13 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _decode_seconds(shape: Shape, bits: int | None, seed: int, device: str, timer: Timer) -> float:
+def _decode_seconds(shape: Shape, bits: int | None, seed: int, exact: bool, device: str, timer: Timer) -> float:
     """Seconds of one step at a width; of float16 if there is none."""
 
     def project(rows: int, columns: int) -> nn.Module:
         if bits is None:
             return dense(rows, columns, torch.float16, device)
-        return PackedLinear(rows, columns, bits, seed, device)
+        return PackedLinear(rows, columns, bits, seed, exact, device)
 
     model = Decoder(shape, project, torch.float16, device)
     step = torch.compile(model, fullgraph=True, backend="inductor" if device == "cuda" else "eager")
@@ -137,11 +141,11 @@ def decode(plan: Plan, timer: Timer, report: Report) -> list[dict[str, Any]]:
     """Tokens per second of a whole decode step, in float16 and at every width."""
     assert plan.decode is not None
     found: list[dict[str, Any]] = []
-    choices: list[tuple[int | None, int]] = [(None, 0), *plan.widths]
-    for done, (bits, seed) in enumerate(choices):
+    choices: list[tuple[int | None, int, int]] = [(None, 0, 16), *plan.widths]
+    for done, (bits, seed, kept) in enumerate(choices):
         report("decode, float16" if bits is None else f"decode, {bits} bits", done, len(choices))
-        seconds = _decode_seconds(plan.decode, bits, seed, plan.device, timer)
-        found.append({"bits": bits or 16, "seed_bits": seed, "tokens_per_second": 1 / seconds})
+        seconds = _decode_seconds(plan.decode, bits, seed, kept == 16, plan.device, timer)
+        found.append({"bits": bits or 16, "seed_bits": seed, "entries": kept, "tokens_per_second": 1 / seconds})
         torch.compiler.reset()
         _free()
     base = found[0]["tokens_per_second"]
@@ -169,7 +173,7 @@ def run(plan: Plan, timer: Timer, report: Report = lambda *_: None) -> dict[str,
 def _name(entry: dict[str, Any]) -> str:
     if entry["bits"] == 16:
         return "float16"
-    return f"{entry['bits']}, seed {entry['seed_bits']}"
+    return f"{entry['bits']}, seed {entry['seed_bits']}" + (", 8-bit entries" if entry["entries"] == 8 else "")
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -185,7 +189,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             *(str(count) for count in counts),
             title=f"{rows} x {columns}: × cuBLAS float16 (% of the memory's speed), by rows",
         )
-        for group in _by(entries, "bits", "seed_bits").values():
+        for group in _by(entries, "bits", "seed_bits", "entries").values():
             cells = [f"{entry['speedup']:.2f} ({100 * entry['roofline']:.0f})" for entry in group]
             table.add_row(_name(group[0]), *cells)
         console.print(table)

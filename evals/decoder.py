@@ -40,12 +40,12 @@ class Shape:
 class PackedLinear(nn.Module):
     """A linear of random codes, in the layout of the kernels."""
 
-    def __init__(self, rows: int, columns: int, bits: int, seed_bits: int, device: str) -> None:
+    def __init__(self, rows: int, columns: int, bits: int, seed_bits: int, exact: bool, device: str) -> None:
         super().__init__()
-        tiled = random_tiled(rows, columns, bits, seed_bits, device)
+        tiled = random_tiled(rows, columns, bits, seed_bits, device, exact=exact)
         self.facts = rows, columns, bits, tiled.head
         self.register_buffer("codes", tiled.codes)
-        self.register_buffer("table", tiled.tables[bits])
+        self.register_buffer("table", tiled.read(bits))
         self.register_buffer("registers", tiled.registers.get(bits))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from compress.kernels.ptx import REGISTER_BITS
@@ -89,6 +89,7 @@ def candidates(problem: Problem) -> list[Config]:
     return [config for config in found if launches(config, problem)]
 
 
+@lru_cache(4096)  # it is asked at every call
 def heuristic(problem: Problem, processors: int, shared: int) -> Config:
     """A configuration from the sizes alone.
 

@@ -260,10 +260,11 @@ def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 
 def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    y = torch.empty(x.shape[0], packed.rows, dtype=x.dtype, device=x.device)
-    for rows, weight in _parts(packed, x.dtype):
-        y[:, rows] = torch.nn.functional.linear(x, weight, None if bias is None else bias[rows])
-    return y
+    parts = [
+        torch.nn.functional.linear(x, weight, None if bias is None else bias[rows])
+        for rows, weight in _parts(packed, x.dtype)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @torch.library.custom_op("compress::tiled_weight", mutates_args=())
@@ -322,7 +323,12 @@ def tiled_linear(
 
     Returns:
         [..., N] in ``x``'s dtype. On a device without the kernels plain torch computes it.
+
+    Raises:
+        ValueError: ``x`` is on another device than the codes: a kernel would read what is not its own.
     """
+    if x.device != codes.device:
+        raise ValueError(f"activations are on {x.device}, and the packed layer is on {codes.device}")
     if not serves(x.device) or x.dtype not in KINDS:
         weight = Tiled(rows, columns, head, codes, {bits: table}, {}).dense(bits, x.dtype)
         return torch.nn.functional.linear(x, weight, bias)

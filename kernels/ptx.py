@@ -206,7 +206,7 @@ def table_words(bits: int, entries: Entries) -> int:
     """Inputs of the assembly that say what codes mean."""
     if bits > REGISTER_BITS:
         return 1
-    return 2**bits // 2 if entries == 16 else 2**bits // 4 + 2
+    return (1 << bits) // 2 if entries == 16 else (1 << bits) // 4 + 2
 
 
 def _singles(w: _Writer, pairs: list[str], form: Form) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,9 @@ def tune(
         device: a GPU.
         report: is told (what, done, total).
     """
-    wanted = [problem for problem in problems if len(configs.candidates(problem)) > 1]
+    place = gpu.device_of(torch.cuda.current_device() if torch.cuda.is_available() else -1)
+    here = (replace(problem, assembly=place.assembly, capability=place.capability) for problem in problems)
+    wanted = [problem for problem in here if len(configs.candidates(problem)) > 1]
     chosen: dict[str, dict[str, int | bool]] = {}
     for done, problem in enumerate(wanted):
         if report is not None:
@@ -67,8 +70,7 @@ def tune(
         seconds = measure(problem, device, timer)
         if seconds:
             chosen[problem.key] = min(seconds, key=lambda config: seconds[config]).json()
-    name = gpu.device_of(torch.cuda.current_device() if torch.cuda.is_available() else -1).name
-    return {"gpu": name, "triton": version("triton"), "torch": torch.__version__, "configs": chosen}
+    return {"gpu": place.name, "triton": version("triton"), "torch": torch.__version__, "configs": chosen}
 
 
 def write(result: dict[str, Any], path: Path | None = None) -> Path:

@@ -31,15 +31,15 @@ class Stub:
 
 
 small = Shape(hidden=64, intermediate=96, layers=2, heads=4, key_heads=2, vocabulary=50, length=8)
-plan = bench_kernels.Plan([(64, 96), (40, 64)], (1, 6, 520), ((3, 3), (4, 4), (6, 4)), small, "cpu")
+plan = bench_kernels.Plan([(64, 96), (40, 64)], (1, 6, 520), ((3, 3, 16), (4, 4, 16), (4, 4, 8)), small, "cpu")
 result = bench_kernels.run(plan, Stub())
 assert len(result["products"]) == 2 * 3 * 3
 assert all(0 < entry["error"] < 1e-3 for entry in result["products"])
-assert [entry["bits"] for entry in result["decode"]] == [16, 3, 4, 6]
+assert [entry["bits"] for entry in result["decode"]] == [16, 3, 4, 4]
 assert json.loads(json.dumps(result)) == result
 page = io.StringIO()
 bench_kernels.show(result, Console(file=page, width=160))
-assert all(text in page.getvalue() for text in ("64 x 96", "4, seed 4", "decode step", "273", "AnyBCQ"))
+assert all(text in page.getvalue() for text in ("64 x 96", "4, seed 4, 8-bit entries", "decode step", "273", "AnyBCQ"))
 print("benchmark: ok")
 
 problems = [Problem(64, 512, 3, count, "fp16") for count in (1, 6, 600)]  # of the last there is nothing to choose
