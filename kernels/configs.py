@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
-from compress.kernels.ptx import REGISTER_BITS
+from compress.kernels.ptx import PAIRED, REGISTER_BITS
 from compress.kernels.variants import Config, Kind, Operation
 
 GEMV_ROWS, DOT_ROWS, TILE_ROWS = 4, 64, 512
+PAIRED_WORDS = 128  # of a row, from which on a program is worth its table of pairs: that takes as long as 10 of them
 SHIPPED = Path(__file__).with_name("tuning")
 
 
@@ -74,6 +75,8 @@ def candidates(problem: Problem) -> list[Config]:
     if problem.operation == "gemv" and problem.assembly:
         words = _words(problem)
         found = [Config(warps, warps * w, split) for warps in (4, 8, 16) for w in words for split in (1, 2)]
+        if problem.bits == PAIRED and problem.count == 1:
+            found += [Config(warps, warps, split, pairs=True) for warps in (4, 8, 16) for split in (1, 2)]
         found = [config for config in found if config.step * config.split <= max(config.step, problem.span)]
         return found + ([_matrix(problem)] if problem.count > 1 else [])
     if problem.operation == "look_up" or not problem.assembly:
@@ -103,7 +106,9 @@ def heuristic(problem: Problem, processors: int, shared: int) -> Config:
     if problem.operation == "look_up":
         return Config(4, 4 if problem.bits > 4 else 16)
     if problem.operation == "gemv" and problem.count == 1:
-        return _gemv(problem, processors)
+        paired = by_warps(problem, processors, True)
+        worth = problem.bits == PAIRED and problem.span >= PAIRED_WORDS * paired.split
+        return paired if worth else by_warps(problem, processors, False)
     config = _matrix(problem, shared)
     programs = -(-problem.rows // config.bn) * -(-problem.count // config.bm)
     return replace(config, split=_split(programs, processors, problem.span, config.step))
@@ -122,14 +127,17 @@ def _words(problem: Problem) -> tuple[int, ...]:
     return (4, 8) if problem.kind == "bf16" else (2, 8)
 
 
-def _gemv(problem: Problem, processors: int) -> Config:
-    """Enough warps to keep the memory busy, in one program if it can be: then no second kernel has to add up."""
-    tiles, words = -(-problem.rows // 32), _words(problem)[0]
+def by_warps(problem: Problem, processors: int, pairs: bool) -> Config:
+    """For ``gemv``: enough warps to keep the memory busy, in one program if it can be, as then no second kernel adds up.
+
+    Where weights are looked up in pairs a lane has one row, so that each lane of a warp has a bank of its own.
+    """
+    tiles, words = -(-problem.rows // 32), 1 if pairs else _words(problem)[0]
     warps = next((w for w in (4, 8) if tiles * w >= 16 * processors), 16)
     while warps > 4 and warps * words > problem.span:
         warps //= 2
     step = warps * words
-    return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step))
+    return Config(warps, step, _split(tiles * warps, 8 * processors, problem.span, step), pairs=pairs)
 
 
 def _matrix(problem: Problem, shared: int = 1 << 30) -> Config:
@@ -138,15 +146,20 @@ def _matrix(problem: Problem, shared: int = 1 << 30) -> Config:
     Every further row in ``gemv`` adds instructions, and the matrix instructions take several for what one costs: by the
     counts of the static proof they win from two rows on. Those of sm_90 work on 64 rows of weights by four warps. Those of
     sm_100 take weights from elsewhere than registers, so few rows of activations go through the older ones there, with 32
-    rows of weights. Tables of 7 and 8 bits leave room for 32.
+    rows of weights. Tables of 8 bits leave room for 32, and those of 7 too where activations are few.
     """
     tile, bits = problem.operation == "tile", problem.bits
-    bn = 128 if tile and bits <= 6 else 32 if bits >= 7 or (problem.capability >= 100 and not tile) else 64
     bm = max(16, min(problem.bucket, 128 if bits <= 4 else 64))
+    few = bits == 8 or (bits == 7 and bm < 64) or (problem.capability >= 100 and not tile)
+    bn = 128 if tile and bits <= 6 else 32 if few else 64
+    sizes = [(n, stages) for n in ((64, 32) if bn == 64 and bits == 7 else (bn,)) for stages in (2, 3)]
+    every = [_of_size(problem, bm, n, stages) for n, stages in [*sizes, (sizes[-1][0], 1)]]
+    return next((config for config in every if launches(config, problem, shared)), every[-1])
+
+
+def _of_size(problem: Problem, bm: int, bn: int, stages: int) -> Config:
     warps = 4 if bm == 64 and bn == 32 else bn // 16
-    flat = Config(warps, 8, 1, bm, bn, 1, matrix=problem.operation == "gemv")
-    deep = (replace(flat, stages=stages) for stages in (2, 3))
-    return next((config for config in deep if launches(config, problem, shared)), flat)
+    return Config(warps, 8, 1, bm, bn, stages, problem.operation == "gemv")
 
 
 def shared_bytes(config: Config, problem: Problem) -> tuple[int, int]:

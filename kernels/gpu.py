@@ -22,7 +22,7 @@ from torch import Tensor
 from compress.kernels.configs import Problem, choose, tuned
 from compress.kernels.layout import ROWS, Tiled
 from compress.kernels.packing import words
-from compress.kernels.ptx import REGISTER_BITS, Entries
+from compress.kernels.ptx import PAIRED, REGISTER_BITS, Entries
 from compress.kernels.variants import Config, Kind, Operation, Variant
 
 KINDS: dict[torch.dtype, Kind] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -128,32 +128,34 @@ class Packed:
         """The kernel for a problem."""
         even = self.span % (config.split * config.step) == 0
         operation = "dot" if config.matrix else problem.operation
-        entries = self.entries(operation, problem.kind)
+        entries: Entries = 8 if self.rounded and not _in_bfloat16(operation, problem.kind) else 16
+        if config.pairs and self.bits == PAIRED and self.table.dtype == torch.float16:
+            entries = 32
         return Variant(
             operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias, entries
         )
+
+    @property
+    def rounded(self) -> bool:
+        """Whether entries have 8 bits."""
+        return self.registers is not None and self.registers.dim() == 2
 
     def assembly(self, kind: Kind, device: Device) -> bool:
         """Whether the kernels with assembly serve it; those in plain Triton serve all."""
         held = self.registers is not None or self.bits > 4
         return device.assembly and kind != "fp32" and held and self.bits >= 2
 
-    def entries(self, operation: Operation, kind: Kind) -> Entries:
-        """Bits of the entries that a kernel with assembly reads."""
-        rounded = self.registers is not None and self.registers.dim() == 2
-        return 8 if rounded and not _in_bfloat16(operation, kind) else 16
-
-    def operands(self, assembly: bool, operation: Operation, kind: Kind) -> dict[str, Any]:
+    def operands(self, variant: Variant) -> dict[str, Any]:
         """Arguments that all kernels share."""
         found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
-        if assembly:
+        if variant.assembly:
             found["table_stride"] = self.codes.shape[1] * ROWS
-        if assembly and self.bits <= REGISTER_BITS and self.registers is not None:
-            other = _in_bfloat16(operation, kind)
-            if self.registers.dim() == 3:
-                held = self.registers[int(other)]
-            else:
+        if variant.assembly and variant.entries < 32 and self.bits <= REGISTER_BITS and self.registers is not None:
+            other = _in_bfloat16(variant.operation, variant.kind)
+            if self.rounded:
                 held = self.registers[-(2**self.bits // 2) :] if other else self.registers
+            else:
+                held = self.registers[int(other)]
             found |= {"tables": held, "table_stride": held.stride(0)}
         return found
 
@@ -216,7 +218,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     variant = packed.variant(problem, chosen, bias is not None)
     y, target = _allocate(x, count, packed.rows, chosen.split)
     steps = -(-packed.span // (chosen.split * chosen.step))
-    arguments = packed.operands(assembly, variant.operation, kind) | {
+    arguments = packed.operands(variant) | {
         "x": x, "bias": bias, "y": target, "rows": packed.rows, "chunk": steps * chosen.step,
         "x_stride": x.stride(0) if count > 1 else packed.columns, "y_stride": packed.rows,
     }  # fmt: skip
@@ -244,7 +246,7 @@ def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
     config = choose(problem, device.name, device.processors, device.shared)
     out = torch.empty(len(tiles) * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
     variant = packed.variant(problem, config, False)
-    arguments = packed.operands(assembly, "look_up", problem.kind) | {"out": out, "first_tile": tiles.start}
+    arguments = packed.operands(variant) | {"out": out, "first_tile": tiles.start}
     _launch(variant, config, (len(tiles), -(-packed.span // config.step)), arguments)
     return out
 

@@ -20,10 +20,11 @@ Form = Literal["half", "single", "bfloat16"]
 """How activations come and products are added: float16 pairs in float16 chains of four; the same in float32; bfloat16
 pairs in float32."""
 
-Entries = Literal[8, 16]
-"""Bits of a table's entries."""
+Entries = Literal[8, 16, 32]
+"""Bits of what one look-up gives: of a weight, to be converted or not, or of two neighbouring weights (:data:`PAIRED`)."""
 
 REGISTER_BITS = 4  # widest table that is held in registers
+PAIRED = 4  # the width whose table may also lie in shared memory, with an entry for every two codes
 SHARED_ROWS = 32  # rows of one table in shared memory, one to a bank
 SHARED_STRIDE = 4 * SHARED_ROWS  # bytes from one entry to the next
 TABLE = "compress_table"  # the array's name in the assembly
@@ -202,11 +203,24 @@ def _shared_weights(w: _Writer, bits: int, head: int, codes: list[str], row: str
     return weights
 
 
+def _paired_weights(w: _Writer, head: int, codes: list[str], row: str) -> list[str]:
+    """16 words of two 16-bit weights, by two neighbouring nibbles at a time from a table in shared memory.
+
+    One load for two weights, with its address: no register holds a table, and nothing is put together.
+    """
+    pairs = []
+    for word in _first_nibbles(w, head, codes, 4):
+        for byte in range(4):
+            address = w.word("mad.lo.u32", w.word("bfe.u32", word, 8 * byte, 8), SHARED_STRIDE, row)
+            pairs.append(w.word("ld.shared.b32", f"[{address}]"))
+    return pairs
+
+
 def table_words(bits: int, entries: Entries) -> int:
     """Inputs of the assembly that say what codes mean."""
     if bits > REGISTER_BITS:
         return 1
-    return (1 << bits) // 2 if entries == 16 else (1 << bits) // 4 + 2
+    return {8: (1 << bits) // 4 + 2, 16: (1 << bits) // 2, 32: 1}[entries]
 
 
 def _singles(w: _Writer, pairs: list[str], form: Form) -> list[str]:
@@ -250,21 +264,24 @@ def product(bits: int, head: int, rows: int, form: Form, entries: Entries = 16) 
     """Multiply 32 weights with 32 activations of each of so many rows.
 
     Inputs: ``bits`` words of codes; the tables (low bytes, then high bytes, four to a word; with entries of 8 bits those bytes,
-    then the factor and the summand that make 1024 + entry a weight, twice each) or, above 4 bits, the address of
-    the row's column in shared memory; 16 words of activations, two to a word, for every row.
+    then the factor and the summand that make 1024 + entry a weight, twice each) or, above 4 bits and for
+    pairs, the address of the row's column in shared memory; 16 words of activations, two to a word, for every row.
 
     Args:
         bits: width, 2 to 8.
         head: 1, 2 or 4: the first planes are planes, crumbs or nibbles (:mod:`compress.kernels.layout`).
         rows: of activations, and outputs (float32).
         form: of the activations and sums.
-        entries: bits of a table's entries.
+        entries: bits of what one look-up gives.
     """
     w = _Writer(rows)
     codes, tables = w.inputs(bits), w.inputs(table_words(bits, entries))
     x = [w.inputs(16) for _ in range(rows)]
     if bits <= REGISTER_BITS:
-        pairs = _register_weights(w, bits, head, entries, codes, tables)
+        if entries == 32:
+            pairs = _paired_weights(w, head, codes, tables[0])
+        else:
+            pairs = _register_weights(w, bits, head, entries, codes, tables)
         if form == "half":
             sums = [_dot_halves(w, pairs, row) for row in x]
         else:
@@ -328,9 +345,10 @@ def _renamed(operand: int) -> str:
 
 
 @cache
-def reserve(bits: int, tiles: int = 1) -> Assembly:
+def reserve(bits: int, tiles: int = 1, entries: Entries = 16) -> Assembly:
     """Make tables of so many tiles in shared memory; gives their address. Input: anything (the instruction needs one)."""
-    text = f".shared .align 128 .b8 {TABLE}[{tiles * 2**bits * SHARED_STRIDE}];\nmov.u32 $0, {TABLE};"
+    size = 2 ** (2 * bits if entries == 32 else bits)
+    text = f".shared .align 128 .b8 {TABLE}[{tiles * size * SHARED_STRIDE}];\nmov.u32 $0, {TABLE};"
     return Assembly(text, "=r,r", 1)
 
 

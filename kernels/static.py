@@ -21,7 +21,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from compress.kernels.configs import Problem, candidates, heuristic
+from compress.kernels.configs import Problem, by_warps, candidates, heuristic
+from compress.kernels.ptx import Entries
 from compress.kernels.variants import Config, Kind, Operation, Variant
 
 INTEGER = frozenset(
@@ -30,9 +31,10 @@ INTEGER = frozenset(
 """Counted against the budget. IMAD runs in another unit than the others; counting it too is the stricter reading."""
 BUDGETS = {("plain", 2): 2.0, ("plain", 3): 2.2, ("plain", 4): 4.0, ("seed-packed", 2): 2.0, ("seed-packed", 4): 3.2}
 """Integer instructions per weight: planes alone, and crumbs or nibbles first."""
-ROUNDED_BUDGETS = {("plain", 4): 2.6, ("seed-packed", 4): 2.3}  # with entries of 8 bits
+OTHER_BUDGETS = {("plain", 8): 2.6, ("seed-packed", 8): 2.3, ("plain", 32): 2.0, ("seed-packed", 32): 1.6}
+"""The same at 4 bits where a look-up gives 8 or 32 bits (:data:`compress.kernels.ptx.Entries`)."""
 WIDE_BUDGET = 4.4  # 5 to 8 bits: what an H100 has time for at 8
-_ONE_ADDRESS = 8  # bytes that may be spilled: ptxas puts one aside where more warps then find room
+_TWO_ADDRESSES = 16  # bytes that may be spilled: ptxas puts them aside where more warps then find room
 _UNASKED = 48 << 10  # bytes of shared memory that a program gets without being allowed more
 _KINDS: tuple[Kind, ...] = ("fp16", "bf16")
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
@@ -72,7 +74,7 @@ def compiled(variant: Variant, config: Config, target: str) -> Any:
     if variant.operation in ("dot", "tile") and not variant.assembly:
         constants["UPCAST"] = False
     activations = _POINTERS[variant.kind]
-    wide = variant.entries == 16 and (variant.bits > 4 or not variant.assembly)
+    wide = variant.bits > 4 or variant.entries == 32 or not variant.assembly
     types = {"x": activations, "y": "*fp32" if config.split > 1 else activations, "out": activations}
     types |= {"bias": activations, "codes": "*i32", "tables": "*fp16" if wide else "*i32"}
     names = list(kernel.arg_names)
@@ -146,19 +148,26 @@ class Case:
         slim = variant.operation == "gemv" or (
             variant.operation == "dot" and self.config.bm == 16 and variant.bits <= 4
         )
-        widened = variant.kind == "bf16" and variant.operation == "gemv" and variant.bits > 4  # one row to a lane
+        alone = variant.bits > 4 or variant.entries == 32  # one row to a lane, which converts its activations itself
+        widened = variant.kind == "bf16" and variant.operation == "gemv" and alone
         if not variant.assembly or not slim or widened:
             return None
         packed = variant.head == 4 or (variant.head == 2 and variant.bits == 2)
-        budgets = ROUNDED_BUDGETS if variant.entries == 8 else BUDGETS
-        return budgets.get(("seed-packed" if packed else "plain", variant.bits), WIDE_BUDGET)
+        name = "seed-packed" if packed else "plain"
+        if variant.entries != 16:
+            return OTHER_BUDGETS[name, variant.entries]
+        return BUDGETS.get((name, variant.bits), WIDE_BUDGET)
 
 
 def _case(variant: Variant, target: str, count: int) -> Case:
     """With the configuration that the rule gives for a layer of 14336 x 4096 on a GPU of 132 processors."""
     capability = int(target[3:]) if target.startswith("sm_") else 0
     problem = Problem(14336, 4096, variant.bits, count, variant.kind, variant.assembly, capability)
-    config = replace(heuristic(problem, 132, 227 << 10), split=1)
+    if variant.operation == "gemv" and variant.assembly and count == 1:
+        config = by_warps(problem, 132, variant.entries == 32)
+    else:
+        config = heuristic(problem, 132, 227 << 10)
+    config = replace(config, split=1)
     return Case(replace(variant, operation="dot", rows=1) if config.matrix else variant, config, target)
 
 
@@ -168,14 +177,17 @@ def _heads(bits: int) -> list[int]:
 
 def quick() -> list[Case]:
     """A case of every kind, for continuous integration."""
-    narrow = [(2, 1), (2, 2), (3, 1), (4, 1), (4, 4), (8, 4)]
-    cases = [_case(Variant("gemv", bits, head, "fp16"), "sm_90", 1) for bits, head in narrow]
-    cases += [_case(Variant("gemv", 3, 1, "bf16"), "sm_80", 1), _case(Variant("gemv", 3, 1, "fp16"), "sm_100", 1)]
-    cases += [Case(Variant("gemv", 3, 1, "fp16", 4, even=False), Config(8, 8), "sm_90")]
-    cases += [_case(Variant("gemv", 4, head, "fp16", entries=8), "sm_90", 1) for head in (1, 4)]
+    heads = [(2, 1), (2, 2), (3, 1), (4, 1), (4, 4), (5, 4), (6, 4), (7, 4), (8, 4)]
+    cases = [_case(Variant("gemv", bits, head, "fp16"), "sm_90", 1) for bits, head in heads]
+    cases += [_case(Variant("dot", bits, head, "fp16"), "sm_90", 16) for bits, head in heads]
+    other: tuple[Entries, ...] = (8, 32)
+    cases += [_case(Variant("gemv", 4, head, "fp16", entries=n), "sm_90", 1) for head in (1, 4) for n in other]
     cases += [_case(Variant("dot", 4, 4, "fp16", entries=8), "sm_90", 16)]
-    cases += [_case(Variant("dot", bits, 1, "fp16"), "sm_90", 16) for bits in (3, 4)]
-    cases += [_case(Variant("dot", 3, 1, "bf16"), "sm_80", 16), _case(Variant("look_up", 3, 1, "fp16"), "sm_90", 1024)]
+    cases += [_case(Variant("look_up", bits, 1, "fp16"), "sm_90", 1024) for bits in (3, 8)]
+    cases += [_case(Variant("tile", 8, 4, "fp16"), "sm_90", 512), _case(Variant("dot", 7, 4, "fp16"), "sm_80", 64)]
+    cases += [_case(Variant("gemv", 3, 1, "bf16"), "sm_80", 1), _case(Variant("dot", 3, 1, "bf16"), "sm_80", 16)]
+    cases += [_case(Variant("gemv", 3, 1, "fp16"), "sm_100", 1)]
+    cases += [Case(Variant("gemv", 3, 1, "fp16", 4, even=False), Config(8, 8), "sm_90")]
     plain = [("gemv", 1), ("dot", 16), ("look_up", 1024)]
     return cases + [
         _case(Variant(cast(Operation, name), 3, 1, "fp16", assembly=False), "gfx942", count) for name, count in plain
@@ -200,15 +212,18 @@ def full() -> list[Case]:
         cases += [_case(Variant("look_up", bits, 1, kind), target, 1024) for kind in _KINDS]
     for target, head in itertools.product(("sm_80", "sm_90", "sm_100"), (1, 2, 4)):
         rounded = Variant("gemv", 4, head, "fp16", entries=8)
-        cases += [_case(rounded, target, 1), _case(replace(rounded, kind="bf16"), target, 1)]
+        pairs = replace(rounded, entries=32)
+        cases += [_case(replace(v, kind=kind), target, 1) for v in (rounded, pairs) for kind in _KINDS]
         cases += [_case(replace(rounded, operation="dot"), target, count) for count in (16, 64)]
         cases += [_case(replace(rounded, operation="tile"), target, 512)]
         cases += [_case(replace(rounded, operation="look_up"), target, 1024)]
-    for bits, count in itertools.product((3, 6), (1, 4, 16)):
+    cases += [_case(Variant("dot", bits, 1, "fp16"), "sm_90", 32) for bits in range(2, 9)]
+    for bits, count in [*itertools.product((3, 6), (1, 4, 16)), (4, 1)]:
         problem = Problem(14336, 4096, bits, count, "fp16")
-        variant = Variant(problem.operation, bits, 1, "fp16", count, even=False)
-        found = candidates(problem)
-        cases += [Case(replace(variant, operation="dot") if c.matrix else variant, c, "sm_90") for c in found]
+        for config in candidates(problem):
+            operation = "dot" if config.matrix else problem.operation
+            entries: Entries = 32 if config.pairs else 16
+            cases.append(Case(Variant(operation, bits, 1, "fp16", count, True, False, False, entries), config, "sm_90"))
     plain: list[tuple[Operation, int]] = [("gemv", 4), ("dot", 16), ("look_up", 1024)]
     for target, bits, (name, count) in itertools.product(("gfx942", "sm_90"), (1, 3, 8), plain):
         cases.append(_case(Variant(name, bits, _heads(bits)[-1], "bf16", count, assembly=False), target, count))
@@ -232,7 +247,7 @@ def judge(case: Case) -> dict[str, Any]:
         return found
     seen = report(kernel, variant, config)
     found |= {**asdict(seen), "budget": case.budget}
-    if seen.spilled > _ONE_ADDRESS and case.variant.assembly:
+    if seen.spilled > _TWO_ADDRESSES and case.variant.assembly:
         found["faults"].append(f"{seen.spilled} bytes are spilled")
     if seen.shared <= _UNASKED < seen.shared + seen.tables:
         found["faults"].append(f"{seen.shared} + {seen.tables} bytes of shared memory, and Triton asks for neither")
@@ -244,7 +259,7 @@ def judge(case: Case) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     """One case as one line of text."""
     config = found["config"]
-    body = "plain" if not found["assembly"] else "assembly" if found["entries"] == 16 else "8-bit entries"
+    body = {8: "8-bit entries", 16: "assembly", 32: "pairs"}[found["entries"]] if found["assembly"] else "plain"
     size = f"{config['warps']} warps, {config['step']} words"
     if found["operation"] in ("dot", "tile"):
         size += f", {config['bn']} x {config['bm']}, {config['stages']} stages"

@@ -12,20 +12,31 @@ import triton.language as tl
 
 @triton.jit
 def _tables(
-    tables, table_stride, tile, n, BITS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
+    tables, table_stride, tile, n, BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
     RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """The inputs that say what codes mean: registers, or the address of each row's column in shared memory."""
     given = ()
-    if BITS <= 4:
+    if BITS <= 4 and ENTRIES < 32:
         for i in tl.static_range(WORDS):
             given = given + (tl.load(tables + i * table_stride + n),)
     else:
         base = tl.inline_asm_elementwise(RESERVE, "=r,r", [table_stride], dtype=tl.int32, is_pure=False, pack=1)
-        entry = tl.arange(0, TILES * 2**BITS * 32)
-        present = tile * (2**BITS * 32) + entry < table_stride * 2**BITS
-        value = tl.load(tables + tile * (2**BITS * 32) + entry, mask=present, other=0.0).to(tl.float32)
-        tl.inline_asm_elementwise(PUT, "=r,r,f", [base + 4 * entry, value], dtype=tl.int32, is_pure=False, pack=1)
+        if ENTRIES == 32:  # two neighbouring codes are a byte, the first in its low half
+            row = tl.arange(0, 32)[None, :]
+            one = tl.arange(0, 16)[:, None] * 32 + row
+            held = tables + tile * 512
+            low = tl.load(held + one).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            for two in tl.static_range(16):
+                high = tl.load(held + two * 32 + row).to(tl.int16, bitcast=True).to(tl.int32) << 16
+                pair = (low | high).to(tl.float32, bitcast=True)
+                place = base + 4 * (two * 512 + one)
+                tl.inline_asm_elementwise(PUT, "=r,r,f", [place, pair], dtype=tl.int32, is_pure=False, pack=1)
+        else:
+            entry = tl.arange(0, TILES * 2**BITS * 32)
+            present = tile * (2**BITS * 32) + entry < table_stride * 2**BITS
+            value = tl.load(tables + tile * (2**BITS * 32) + entry, mask=present, other=0.0).to(tl.float32)
+            tl.inline_asm_elementwise(PUT, "=r,r,f", [base + 4 * entry, value], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
         address = base + ((n // 32 - tile) * (2**BITS * 128) + n % 32 * 4).to(tl.int32)
         # What reads the table has no side effects, so nothing but its input keeps it behind the barrier.
@@ -87,7 +98,7 @@ def gemv(
     lane = tl.arange(0, 32)
     place = tl.arange(0, STEP)
     n = tile * 32 + lane
-    given = _tables(tables, table_stride, tile, n[None, :], BITS, WORDS, 1, RESERVE, PUT)
+    given = _tables(tables, table_stride, tile, n[None, :], BITS, ENTRIES, WORDS, 1, RESERVE, PUT)
     totals = ()
     for _ in tl.static_range(M):
         totals = totals + (tl.zeros([STEP, 32], tl.float32),)
@@ -138,7 +149,7 @@ def dot(
     pair = tl.arange(0, 2 * STEP)
     held = tl.minimum(n, (rows + 31) // 32 * 32 - 1)
     tile = tl.program_id(0).to(tl.int64) * (BN // 32)
-    given = _tables(tables, table_stride, tile, held[:, None], BITS, WORDS, BN // 32, RESERVE, PUT)
+    given = _tables(tables, table_stride, tile, held[:, None], BITS, ENTRIES, WORDS, BN // 32, RESERVE, PUT)
     total = tl.zeros([BN, BM], tl.float32)
     end = tl.minimum((part + 1) * chunk, words)
     first = codes + (held // 32 * words * 32 + held % 32)[:, None]
@@ -180,7 +191,7 @@ def look_up(
     w = tl.program_id(1) * STEP + tl.arange(0, STEP)
     at = (w if EVEN else tl.minimum(w, words - 1))[:, None]  # what is written twice is written the same
     n = (first_tile + tile) * 32 + lane[None, :]
-    given = _tables(tables, table_stride, first_tile + tile, n, BITS, WORDS, 1, RESERVE, PUT)
+    given = _tables(tables, table_stride, first_tile + tile, n, BITS, 16, WORDS, 1, RESERVE, PUT)
     first = codes + (first_tile + tile) * words * 32 + lane[None, :]
     here = ()
     for plane in tl.static_range(BITS):

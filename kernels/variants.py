@@ -24,6 +24,7 @@ class Config:
         bn: rows of weights per program.
         stages: of the software pipeline (``dot``).
         matrix: whether ``dot`` serves, where the number of rows alone would say ``gemv``.
+        pairs: whether ``gemv`` looks two weights up at once, at the width that can (:data:`ptx.PAIRED`).
     """
 
     warps: int = 4
@@ -33,6 +34,7 @@ class Config:
     bn: int = 32
     stages: int = 2
     matrix: bool = False
+    pairs: bool = False
 
     def json(self) -> dict[str, int | bool]:
         """As stored in tuning files."""
@@ -52,7 +54,8 @@ class Variant:
         assembly: whether the assembly is used, or plain Triton.
         even: whether every iteration is whole (assembly only).
         bias: whether one is added.
-        entries: bits of the tables' entries: 16, or at width 4 also 8 (assembly only: plain Triton reads any table).
+        entries: bits of what a look-up gives: 16, or at width 4 also 8, and 32 in ``gemv`` (assembly only: plain Triton
+            reads any table).
     """
 
     operation: Operation
@@ -82,7 +85,11 @@ class Variant:
         tiles = config.bn // 32 if matrix else 1
         entries = self.entries
         words = ptx.table_words(self.bits, entries) + int(self.operation == "look_up" and entries == 8)
-        found: dict[str, Any] = {"RESERVE": ptx.reserve(self.bits, tiles).text, "PUT": ptx.put().text, "WORDS": words}
+        found: dict[str, Any] = {
+            "RESERVE": ptx.reserve(self.bits, tiles, entries).text,
+            "PUT": ptx.put().text,
+            "WORDS": words,
+        }
         if self.operation != "look_up":
             found["ENTRIES"] = entries
         if not matrix:

@@ -89,6 +89,24 @@ def test_float16_chains_keep_a_long_product_within_a_thousandth():
     assert np.linalg.norm(totals - exact) < 5e-4 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("form", ["half", "bfloat16"])
+def test_two_weights_at_once_from_a_table_of_pairs(seed, form):
+    """Entry 16 b + a of a row is the weights of the codes a and b, the first in the low half, as the kernel puts them."""
+    tiled, codes, dense = layer(4, seed)
+    entries = tiled.tables[4].numpy().view(np.uint16).astype(np.uint32)  # [tiles, 16, 32]
+    pairs = (entries[:, :, None] << np.uint32(16) | entries[:, None]).reshape(2, 256, 32)
+    rows = np.arange(LANES, dtype=np.uint32)
+    shared = np.ascontiguousarray(pairs).view(np.uint8).reshape(-1)
+    row, worth = words_of(np.random.default_rng(0).standard_normal(32), "fp16" if form == "half" else "bf16")
+    place = rows // 32 * (256 * ptx.SHARED_STRIDE) + rows % 32 * 4
+    (total,) = Machine(shared).run(ptx.product(4, tiled.head, 1, form, 32), [*codes, place, *row])
+    error = np.abs(as_float(total) - dense @ worth) / (np.abs(dense) @ np.abs(worth))
+    assert error.max() < (1e-3 if form == "half" else 3e-7)
+    (same,) = Machine().run(ptx.product(4, tiled.head, 1, form), [*codes, *tables(tiled, 4)[0], *row])
+    assert np.array_equal(total, same)
+
+
 def rounded_layer(seed, scale):
     """As :func:`layer`, at 4 bits with entries of 8; and all the words the kernels have of them."""
     tiled = random_tiled(LANES, 32, 4, seed)
