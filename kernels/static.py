@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from compress.kernels.configs import Problem, by_warps, candidates, heuristic
-from compress.kernels.ptx import Entries
+from compress.kernels.ptx import REGISTER_BITS, Entries
 from compress.kernels.variants import Config, Kind, Operation, Variant
 
 INTEGER = frozenset(
@@ -115,6 +115,13 @@ def report(kernel: Any, variant: Variant, config: Config) -> Report:
         found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, found["SHARED"],
         len(loop) / weights, integer / weights, matrix,
     )  # fmt: skip
+
+
+def rows_of_a_warp(ttgir: str) -> int:
+    """Rows of a tile that lie beside each other in the lanes of a warp, where ``gemv`` adds products up."""
+    name = re.findall(r"-> tensor<\d+x32xf32, #(\w+)>", ttgir)[-1]
+    found = re.search(rf"#{name} = .*sizePerThread = \[1, 1\], threadsPerWarp = \[\d+, (\d+)\]", ttgir)
+    return int(found[1]) if found else 0
 
 
 def inner_loop(sass: str) -> list[str]:
@@ -251,6 +258,10 @@ def judge(case: Case) -> dict[str, Any]:
         found["faults"].append(f"{seen.spilled} bytes are spilled")
     if seen.shared <= _UNASKED < seen.shared + seen.tables:
         found["faults"].append(f"{seen.shared} + {seen.tables} bytes of shared memory, and Triton asks for neither")
+    shared = variant.assembly and (variant.bits > REGISTER_BITS or variant.entries == 32)
+    if shared and variant.operation == "gemv" and config.warps == config.step:
+        lanes = rows_of_a_warp(kernel.asm["ttgir"])
+        found["faults"] += [] if lanes == 32 else [f"{lanes} rows beside each other in a warp, not 32: banks conflict"]
     if case.budget is not None and seen.integer > case.budget:
         found["faults"].append(f"{seen.integer:.2f} integer instructions per weight, of {case.budget}")
     return found
