@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from compress.kernels import gpu
-from compress.kernels.static import inner_loop
+from compress.kernels.static import Case, inner_loop, judge
+from compress.kernels.variants import Config, Variant
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;                        /* 0x00 */
@@ -34,11 +35,23 @@ def test_every_kind_of_kernel_compiles_and_keeps_its_budget(tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert {case["target"] for case in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {case["operation"] for case in found} == {"gemv", "dot", "look_up"}
+    for operation in ("gemv", "dot"):
+        assert {case["bits"] for case in found if (case["operation"], case["target"]) == (operation, "sm_90")} == {
+            *range(2, 9)
+        }
+    assert {case["operation"] for case in found} == {"gemv", "dot", "tile", "look_up"}
     slim = {
-        (case["bits"], case["head"]): case["integer"]
+        (case["bits"], case["head"], case["entries"]): case["integer"]
         for case in found
-        if case.get("budget") and case["operation"] == "gemv"
+        if case.get("budget") and case["operation"] == "gemv" and case["kind"] == "fp16" and case["rows"] == 1
     }
-    limits = {(2, 1): 2.0, (2, 2): 2.0, (3, 1): 2.2, (4, 1): 4.0, (4, 4): 3.2}
+    limits = {(2, 1, 16): 2.0, (2, 2, 16): 2.0, (3, 1, 16): 2.2, (4, 1, 16): 4.0, (4, 4, 16): 3.2}
+    limits |= {(4, 1, 8): 2.6, (4, 4, 8): 2.3, (4, 1, 32): 2.1, (4, 4, 32): 1.6}
     assert all(slim[key] <= limit for key, limit in limits.items())
+
+
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+def test_shared_memory_that_nobody_asks_for_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = judge(Case(Variant("dot", 7, 4, "fp16"), Config(4, 8, 1, 64, 64, 2), "sm_80"))
+    assert found["faults"] == ["49152 + 32768 bytes of shared memory, and Triton asks for neither"]
