@@ -21,7 +21,7 @@ from compress.kernels.ptx import PAIRED, REGISTER_BITS
 from compress.kernels.variants import Config, Kind, Operation
 
 GEMV_ROWS, DOT_ROWS, TILE_ROWS = 4, 64, 512
-PAIRED_WORDS = 128  # of a row, from which on a program is worth its table of pairs: that takes as long as 10 of them
+PAIRED_WORDS = 128  # of a row, from which on a program is worth its table of pairs: a tenth of what it then does
 SHIPPED = Path(__file__).with_name("tuning")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,12 @@ def test_shared_memory_that_nobody_asks_for_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = judge(Case(Variant("dot", 7, 4, "fp16"), Config(4, 8, 1, 64, 64, 2), "sm_80"))
     assert found["faults"] == ["49152 + 32768 bytes of shared memory, and Triton asks for neither"]
+
+
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+def test_every_launch_is_bound_and_compiled_as_on_a_gpu(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("bound.py"))]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr

@@ -1,0 +1,59 @@
+"""Runs in a process without the interpreter: what the launcher passes is bound and compiled as on an H100, up to the launch.
+
+Triton's own binder takes the arguments, so a name that a kernel does not have, a size of 1 (which becomes a constant) or a missing bias
+is found here and not on the first GPU.
+"""
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from compress.kernels import gpu, triton_plain
+from compress.kernels.layout import random_tiled
+from compress.kernels.tune import packed_of
+
+
+class NoGpu:
+    """As much of a driver as compiling needs."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+class Warm:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def compiled(*arguments, **named):
+            launches.append(self.kernel.fn.__name__)
+            assert all(size < 1 << 16 for size in grid[1:])
+            assert "cubin" in self.kernel.warmup(*arguments, grid=grid, **named).asm
+
+        return compiled
+
+
+driver.set_active(NoGpu())
+gpu.device_of = lambda index: gpu.Device("H100", 132, True, 227 << 10, 90)
+kernel_of = gpu._compiled_for
+gpu._compiled_for = lambda variant, config: (Warm(kernel_of(variant, config)[0]), kernel_of(variant, config)[1])
+triton_plain.reduce = Warm(triton_plain.reduce)
+
+launches = []
+for rows, columns, bits, exact in [(1, 1, 3, True), (100, 330, 4, False), (64, 4096, 4, True), (40, 100, 8, True)]:
+    packed = packed_of(random_tiled(rows, columns, bits, exact=exact), bits)
+    for count, kind in [(1, "float16"), (1, "bfloat16"), (5, "float16"), (70, "bfloat16"), (513, "float16")]:
+        x = torch.zeros(count, columns, dtype=getattr(torch, kind))
+        bias = torch.zeros(rows, dtype=x.dtype) if count == 5 else None
+        assert gpu.multiply(x, packed, bias).shape == (count, rows)
+gpu.multiply(torch.zeros(2, 330), packed_of(random_tiled(100, 330, 3), 3), None)  # float32: plain
+assert set(launches) == {"gemv", "dot", "look_up", "reduce"}
+print(f"{len(launches)} launches: ok")
