@@ -12,7 +12,7 @@ Everything is torch on whole columns of rows, on any device, but for one compile
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ CARRIED = 5  # widths up to here see the errors of the layers before; above, cor
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
 # A sweep's weight for a width is its error (4**-bits, say) to the power of minus this: first all widths count by how far they
 # could still come, in the end by what they cost.
-_POWERS = (1.0, 0.5, 0.0)
+_POWERS = (0.5, 0.35, 0.2, 0.05)
 _COLUMNS = 128  # between two updates of the columns further right by one matrix product
-_CG_STEPS = 3
-_LAST_FITS = 5
+_LEADING = 16  # directions of the metric that the least-squares fits are preconditioned with
+_STEPS = 12  # of conjugate gradients at most
+# A fit ends when its error is about this share from the least possible: between sweeps, and in the end.
+_NEAR, _NEAREST = 1e-2, 1e-3
 _SPLIT_STEPS = 6
 
 
@@ -49,6 +51,9 @@ class Tree:
     ) -> None:  # fmt: skip
         self.target, self.metrics, self.zeros = target, metrics, zeros
         self.codes, self.tables = codes.long(), dict(tables)
+        leading, rest = leading_directions(metrics[max(metrics)], _LEADING)
+        self._spread = torch.cat([leading, rest[:, None]], dim=1)
+        self._gathered: Tensor | None = None
 
     @property
     def parent(self) -> int:
@@ -68,12 +73,13 @@ class Tree:
         error = self.dense(bits) - self.target
         return float(((error @ self.metrics[bits]) * error).sum(dtype=torch.float64))
 
-    def fit(self, bits: int, target: Tensor | None = None) -> None:
+    def fit(self, bits: int, target: Tensor | None = None, near: float = _NEAR) -> None:
         """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem.
 
         Args:
             bits: the width.
             target: float32 [N, K], what the rows should be at this width; the dense ones if None.
+            near: share of the error that may be left to gain.
         """
         codes, table, metric = self.codes_at(bits), self.tables[bits], self.metrics[bits]
         target = self.target if target is None else target
@@ -82,20 +88,43 @@ class Tree:
             return torch.zeros_like(table).scatter_add_(1, codes, values)
 
         free = (summed(torch.ones_like(target)) > 0) & ~self._held(codes, table)
-        scale = summed(metric.diagonal().expand_as(target)).clamp_min(1e-30)
-        residual = -summed((self.dense(bits) - target) @ metric) * free
-        conditioned = residual / scale
-        direction, power = conditioned, (residual * conditioned).sum(1, keepdim=True)
-        for _ in range(min(_CG_STEPS, table.shape[1])):
+        solve = self._preconditioner(bits, free)
+        error = self.dense(bits) - target
+        gradient = error @ metric
+        enough = near * (error * gradient).sum()
+        residual, direction, before = -summed(gradient) * free, torch.zeros_like(table), torch.ones_like(table[:, :1])
+        for _ in range(_STEPS):
+            conditioned = solve(residual)
+            power = (residual * conditioned).sum(1, keepdim=True)  # about what is left to gain
+            if power.sum() <= enough:
+                break
+            direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
             image = summed(direction.gather(1, codes) @ metric) * free
             curvature = (direction * image).sum(1, keepdim=True)
-            step = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
-            table = table + step * direction
-            residual = residual - step * image
-            conditioned = residual / scale
-            before, power = power, (residual * conditioned).sum(1, keepdim=True)
-            direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
+            length = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
+            table, residual, before = table + length * direction, residual - length * image, power
         self.tables[bits] = table
+
+    def _preconditioner(self, bits: int, free: Tensor) -> Callable[[Tensor], Tensor]:
+        """What solves every row's problem for a metric of its leading directions and a diagonal (Woodbury)."""
+        if self._gathered is None:
+            spread = self._spread.expand(len(self.codes), -1, -1)
+            empty = torch.zeros(len(self.codes), 2**self.parent, spread.shape[2], device=self.codes.device)
+            self._gathered = empty.scatter_add_(1, self.codes[..., None].expand_as(spread), spread)
+        gathered = self._gathered.unflatten(1, (2**bits, -1)).sum(2) * free[..., None]
+        gathered, diagonal = gathered[..., :-1], gathered[..., -1]
+        inverse = free / diagonal.clamp_min(1e-30)
+        scaled = gathered * inverse[..., None]
+        # In float64, as inputs with a few very large directions leave nothing of the identity in float32.
+        inner = torch.eye(gathered.shape[2], device=free.device) + gathered.mT.double() @ scaled.double()
+        factor = torch.linalg.cholesky(inner)
+
+        def solve(values: Tensor) -> Tensor:
+            values = values * inverse
+            inside = torch.cholesky_solve((gathered.mT @ values[..., None]).double(), factor)
+            return values - (scaled @ inside.float())[..., 0]
+
+        return solve
 
     def descend(self, share: Mapping[int, float], below: int | None = None) -> None:
         """Choose every weight's path anew, column by column, given the tables and all other weights.
@@ -104,6 +133,7 @@ class Tree:
             share: width -> what its error counts; the largest is the parent's.
             below: keep the codes of this width, so that only the bits under it are chosen.
         """
+        self._gathered = None
         widths = sorted(share)
         dense = torch.stack([self.dense(bits) for bits in widths])
         metric = torch.stack([self.metrics[bits] for bits in widths])
@@ -199,7 +229,7 @@ class Tree:
             table = table.masked_fill(self._held(codes, table), 0.0)
             low, high = table.gather(1, 2 * self.codes), table.gather(1, 2 * self.codes + 1)
             upper = (target - high).abs() < (target - low).abs()
-        self.codes, self.tables[bits] = codes, table
+        self.codes, self.tables[bits], self._gathered = codes, table, None
 
     def _held(self, codes: Tensor, table: Tensor) -> Tensor:
         """Bool like ``table``: the entries that must stay 0."""
@@ -244,6 +274,28 @@ def nested_output_codebooks(
         tree.fit(bits)
         tree.descend({bits: 1.0}, below=bits - 1)
     for bits in tree.tables:
-        for _ in range(_LAST_FITS):
-            tree.fit(bits, (corrected or {}).get(bits))
+        tree.fit(bits, (corrected or {}).get(bits), _NEAREST)
     return tree
+
+
+def leading_directions(metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Split a metric into ``U U^T``, its largest part by subspace iteration (Nyström), and the diagonal of what remains.
+
+    Args:
+        metric: float32 [K, K], symmetric and positive definite.
+        rank: columns of ``U``, K at most.
+
+    Returns:
+        float32 [K, rank] and [K], positive.
+    """
+    start = torch.randn(len(metric), min(rank, len(metric)), generator=torch.Generator().manual_seed(0))
+    basis = start.to(metric.device)
+    for _ in range(2):
+        basis = torch.linalg.qr(metric @ basis).Q
+    image = metric @ basis
+    inner = (basis.t() @ image).double()
+    inner.diagonal().add_(1e-5 * inner.diagonal().max())  # what float32 leaves uncertain
+    factor = torch.linalg.cholesky(inner).float()
+    leading = torch.linalg.solve_triangular(factor, image.t(), upper=False).t()
+    diagonal = metric.diagonal()
+    return leading, (diagonal - leading.square().sum(1)).clamp_min(1e-4 * diagonal.mean())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.tree import Tree, nested_output_codebooks
+from compress.quant.tree import Tree, leading_directions, nested_output_codebooks
 
 
 def problem(rows=6, columns=24, seed=0, mixing=1.0):
@@ -40,13 +40,38 @@ def test_fitted_table_is_the_least_squares_solution(bits):
     weight, metric = problem()
     tree = started(weight, metric, 2, 4)
     root = torch.linalg.cholesky(metric.double())
-    for _ in range(20):  # few conjugate-gradient steps at a time
-        tree.fit(bits)
+    tree.fit(bits, near=1e-4)
     for row in range(len(weight)):
         one_hot = torch.nn.functional.one_hot(tree.codes_at(bits)[row], 2**bits).double()
         best = torch.linalg.lstsq(root.t() @ one_hot, root.t() @ weight[row].double(), driver="gelsd").solution
         found = plain_error(weight[row : row + 1], metric, tree.dense(bits)[row : row + 1])
         assert found == pytest.approx(plain_error(weight[row : row + 1], metric, (one_hot @ best)[None]), rel=1e-3)
+
+
+def test_fits_hold_with_massive_and_dead_inputs():
+    """One input a thousand times the others, as language models have, and one that never occurs."""
+    weight, metric = problem(columns=64)
+    scale = torch.ones(64)
+    scale[5], scale[7] = 1000.0, 0.0
+    metric = metric * scale * scale[:, None]
+    metric += 1e-3 * metric.diagonal().mean() * torch.eye(64) * (scale == 0)
+    tree = nested(weight, metric, 3, 5)
+    for bits in tree.tables:
+        before = plain_error(weight, metric, tree.dense(bits))
+        for _ in range(10):
+            tree.fit(bits, near=0.0)
+        assert plain_error(weight, metric, tree.dense(bits)) == pytest.approx(before, rel=0.02)
+
+
+def test_leading_directions_of_a_metric():
+    _, metric = problem(columns=40, mixing=0.1)
+    spikes = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    metric = metric + 100 * spikes @ spikes.t()
+    leading, rest = leading_directions(metric, 3)
+    values, vectors = torch.linalg.eigh(metric.double())
+    best = vectors[:, -3:] * values[-3:] @ vectors[:, -3:].t()
+    assert torch.dist((leading @ leading.t()).double(), best) < 0.01 * best.norm()
+    assert torch.allclose(rest, (metric - leading @ leading.t()).diagonal(), rtol=1e-3)
 
 
 def test_descent_changes_one_column_at_a_time_for_the_best():
