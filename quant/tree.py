@@ -88,7 +88,7 @@ class Tree:
             return torch.zeros_like(table).scatter_add_(1, codes, values)
 
         free = (summed(torch.ones_like(target)) > 0) & ~self._held(codes, table)
-        solve = self._preconditioner(bits, free)
+        solve = self._preconditioner(free)
         error = self.dense(bits) - target
         gradient = error @ metric
         enough = near * (error * gradient).sum()
@@ -105,13 +105,14 @@ class Tree:
             table, residual, before = table + length * direction, residual - length * image, power
         self.tables[bits] = table
 
-    def _preconditioner(self, bits: int, free: Tensor) -> Callable[[Tensor], Tensor]:
+    def _preconditioner(self, free: Tensor) -> Callable[[Tensor], Tensor]:
         """What solves every row's problem for a metric of its leading directions and a diagonal (Woodbury)."""
         if self._gathered is None:
             spread = self._spread.expand(len(self.codes), -1, -1)
             empty = torch.zeros(len(self.codes), 2**self.parent, spread.shape[2], device=self.codes.device)
             self._gathered = empty.scatter_add_(1, self.codes[..., None].expand_as(spread), spread)
-        gathered = self._gathered.unflatten(1, (2**bits, -1)).sum(2) * free[..., None]
+        apart = self._gathered.view(len(free), free.shape[1], -1, self._gathered.shape[2])
+        gathered = apart.sum(2) * free[..., None]
         gathered, diagonal = gathered[..., :-1], gathered[..., -1]
         inverse = free / diagonal.clamp_min(1e-30)
         scaled = gathered * inverse[..., None]
@@ -121,7 +122,7 @@ class Tree:
 
         def solve(values: Tensor) -> Tensor:
             values = values * inverse
-            inside = torch.cholesky_solve((gathered.mT @ values[..., None]).double(), factor)
+            inside: Tensor = torch.cholesky_solve((gathered.mT @ values[..., None]).double(), factor)
             return values - (scaled @ inside.float())[..., 0]
 
         return solve
