@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from compress.recipe import Calibration
 
 GROUP = "compress.passes"
+Report = Callable[[str, int, int], None]
+"""Called as work proceeds, with (what, steps done, steps in all)."""
 SURVEY_TOKENS = 4096
 """Tokens that a survey of the whole model runs at once, which the plan counts on."""
 
@@ -262,7 +264,7 @@ class Pass(Generic[ConfigT]):
         model: PreTrainedModel,
         samples: Sequence[Tensor],
         context: Context,
-        report: Callable[[str, int, int], None],
+        report: Report,
     ) -> dict[str, Tensor]:
         """Look at the whole model, float32 on the context's device; what is returned is every block's ``findings``.
 
@@ -304,9 +306,7 @@ class Pass(Generic[ConfigT]):
         """The units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
         return ["model"]
 
-    def run_model(
-        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
-    ) -> tuple[dict[str, Tensor], Record]:
+    def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
         """Work on the whole model.
 
         Returns:

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from compress import writer
 from compress.calibration import draw_samples
-from compress.errors import CompressError
-from compress.passes import Context, Pass, pass_class
+from compress.errors import CompressError, first_line
+from compress.loading import load_tokenizer
+from compress.passes import Context, Pass, Report, pass_class
 from compress.processes import processes
 from compress.quant.linear import PackedShape
 from compress.recipe import Calibration, Overrides, Recipe, load_recipe
-from compress.runner import Log, Report, Runner
+from compress.runner import Log, Runner
 from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
 from compress.structure import architecture
 from compress.weights import Checkpoint
@@ -114,10 +115,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
     architecture(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizer classes fail in many ways
-        raise CompressError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+    tokenizer = load_tokenizer(folder)
     empty = empty_model(config)
     checkpoint = Checkpoint(folder, tensor_names(empty))
     sha256 = checkpoint.sha256()
@@ -140,7 +138,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, absence: the hub's own types change between releases
         raise CompressError(
-            f"model {model!r}: there is no such folder, and the hub did not deliver it ({_first_line(error)})."
+            f"model {model!r}: there is no such folder, and the hub did not deliver it ({first_line(error)})."
         ) from error
 
 
@@ -151,12 +149,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
-        raise CompressError(f"{folder}: config.json cannot be used ({_first_line(error)}).") from error
+        raise CompressError(f"{folder}: config.json cannot be used ({first_line(error)}).") from error
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
@@ -216,7 +210,7 @@ def pick_device(name: str) -> torch.device:
         if name == "auto" and device.type == "cuda" and (team := processes(device)).num_processes > 1:
             device = team.device
     except (RuntimeError, AssertionError) as error:
-        raise CompressError(f"device {name!r} cannot be used here: {_first_line(error)}.") from error
+        raise CompressError(f"device {name!r} cannot be used here: {first_line(error)}.") from error
     return device
 
 

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.hf import packed_modules, replace_packed
-from compress.manifest import read_settings
-from compress.pipeline import read_config
-from compress.shapes import replace_shapes
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
-from compress.structure import architecture, block_prefix, linears_of
-from compress.weights import Checkpoint
+from compress.hf import packed_modules
+from compress.inspect import checkpoint_state
+from compress.streaming import StreamedModel
+from compress.structure import block_prefix, linears_of
 
 
 def sparsity(folder: Path) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def sparsity(folder: Path) -> dict[str, Any]:
     Raises:
         CompressError: not a model folder, or an undeclared architecture.
     """
-    model = _streamed(folder)
+    model = StreamedModel(checkpoint_state(folder), torch.device("cpu"))
     linears: dict[str, dict[str, float]] = {}
     blocks: dict[str, dict[str, float]] = {}
     for index in range(len(model.blocks)):
@@ -41,21 +38,6 @@ def sparsity(folder: Path) -> dict[str, Any]:
         linears |= inside
         blocks[prefix] = _total(inside)
     return {**_total(linears), "blocks": blocks, "linears": linears}
-
-
-def _streamed(folder: Path) -> StreamedModel:
-    settings, config = read_settings(folder), read_config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # ours, read above; the model is built dense and then replaced
-    empty = empty_model(config)
-    rename = architecture(config).stored_name
-    running = {rename(name): name for name, _ in empty.named_modules()}
-    packed = {running[name]: shape for name, shape in (settings.shapes() if settings else {}).items()}
-    shapes = settings.block_shapes() if settings else {}
-    replace_shapes(empty, shapes)
-    replace_packed(empty, packed)
-    state = State(Checkpoint(folder, tensor_names(empty)), config, packed, "", shapes)
-    return StreamedModel(state, torch.device("cpu"))
 
 
 def _matrices(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -99,4 +81,7 @@ def draw(found: Mapping[str, Any], target: Path) -> None:
     axes.set_xlabel("block")
     axes.set_ylabel("zeros, % (bar: block; points: its linears)")
     axes.set_ylim(0, 100)
-    figure.savefig(target)
+    try:
+        figure.savefig(target)
+    except (OSError, ValueError) as error:  # no such folder, or no such format
+        raise CompressError(f"--plot {target}: cannot be drawn ({error}).") from error

@@ -25,13 +25,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from compress.errors import CompressError
-from compress.passes import PassConfig
+from compress.passes import PassConfig, Report
 from compress.processes import processes
 from compress.recipe import Calibration
 from compress.weights import read_tensors
 from compress.workspace import digest, save_atomic
-
-Report = Callable[[str, int, int], None]
 
 
 class TrainingConfig(PassConfig):

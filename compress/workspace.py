@@ -73,7 +73,7 @@ class Stage:
         try:
             with safe_open(self.path(unit), framework="pt") as handle:
                 return json.loads(handle.metadata()["record"])  # type: ignore[no-any-return]
-        except (FileNotFoundError, SafetensorError, TypeError, KeyError):
+        except (FileNotFoundError, SafetensorError, TypeError, KeyError, ValueError):
             return None
 
     def load(self, unit: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
 from compress.errors import CompressError
@@ -36,11 +36,11 @@ from compress.evals.text import (
     widths_to_measure,
     window_length,
 )
-from compress.loading import bits_for, load
+from compress.loading import bits_for, load, load_tokenizer
+from compress.passes import Report
 from compress.pipeline import model_folder
 from compress.weights import read_manifest
 
-Report = Callable[[str, int, int], None]
 BINS = 15
 _CHUNK = 1 << 28  # bytes of the dense model's log-probabilities held while all widths are compared with them
 
@@ -188,7 +188,7 @@ def _open(
     }
     protocol = replace(protocol, length=window_length(model, protocol.length))
     settings = settings_of(digest, protocol, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     return _Setting(
         folder, source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report
     )

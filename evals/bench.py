@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from compress.evals.store import Key, Results, identity, versions
 from compress.evals.text import widths_to_measure
 from compress.inspect import inspect
 from compress.loading import bits_for
+from compress.passes import Report
 from compress.weights import Checkpoint
 
-Report = Callable[[str, int, int], None]
 Times = dict[str, list[float]]
 DENSE = "dense"
 

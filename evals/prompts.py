@@ -21,7 +21,7 @@ from compress.evals.perplexity import Score, Text, score
 from compress.evals.pruning import Rows
 from compress.evals.text import Protocol
 from compress.evals.transfer import NONE, Models, Place, fill, heat_map, markdown, matrix, measure, read_text
-from compress.passes import Whole
+from compress.passes import Report, Whole
 from compress.pipeline import make_context, open_source, pick_device
 from compress.prompts.adapter import write_prompt
 from compress.prompts.soft_prompt import SoftPrompt, SoftPromptConfig
@@ -40,7 +40,6 @@ PACKED: dict[str, Any] = {"kind": "any_precision", "seed_bits": 2, "parent_bits"
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "quantised": [PACKED], "sparse": [SPARSE], "both": [SPARSE, {**PACKED, "keep_zeros": True}],
 }  # fmt: skip
-Report = Callable[[str, int, int], None]
 
 
 class Bench:

@@ -7,7 +7,7 @@ sensitivities are computed once; all recipes share a workspace.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -19,9 +19,9 @@ from compress import pipeline
 from compress.errors import CompressError
 from compress.evals.text import Protocol, evaluate_text
 from compress.inspect import inspect
+from compress.passes import Report
 from compress.weights import Checkpoint
 
-Report = Callable[[str, int, int], None]
 CONTROLS = ("kmeans", "rtn")
 
 

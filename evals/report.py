@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -17,9 +17,8 @@ from compress.evals import page, svg, tables
 from compress.evals.gather import Facts, Wanted, collect, measure_missing
 from compress.evals.store import FOLDER, dense_identity, results_of
 from compress.evals.text import Protocol, evaluate_text, settings_of
+from compress.passes import Report
 from compress.workspace import write_atomic
-
-Report = Callable[[str, int, int], None]
 
 
 def report(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import compress
 from compress.calibration import read_documents
@@ -17,12 +17,12 @@ from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
-from compress.loading import bits_for
+from compress.loading import bits_for, load_tokenizer
+from compress.passes import Report
 from compress.prompts.adapter import virtual_tokens
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ PRESETS: Mapping[str, tuple[Protocol, str]] = {
 
 
 def protocol_of(preset: str | None, **changes: Any) -> Protocol:
-    """A protocol by name, with changes; None values change nothing.
+    """A protocol by name, with changes; those that are None or False change nothing.
 
     Raises:
         CompressError: there is no preset of that name.
@@ -90,7 +90,9 @@ def protocol_of(preset: str | None, **changes: Any) -> Protocol:
     if preset is not None and preset not in PRESETS:
         raise CompressError(f"--protocol: there is no {preset!r}. {did_you_mean(preset, PRESETS)}")
     start = PRESETS[preset][0] if preset else Protocol()
-    return replace(start, **{name: value for name, value in changes.items() if value})
+    return replace(
+        start, **{name: value for name, value in changes.items() if value is not None and value is not False}
+    )
 
 
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
@@ -115,7 +117,7 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
     """Largest first; ``[None]`` for a dense model.
 
     Raises:
-        CompressError: widths asked of a dense model.
+        CompressError: widths asked of a dense model, or one that it does not have.
     """
     modules = packed_modules(model).values()
     if not modules:
@@ -123,6 +125,11 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
             raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
         return [None]
     low, high = min(m.shape.seed_bits for m in modules), max(m.shape.parent_bits for m in modules)
+    for width in asked or ():
+        if not low <= width <= high:
+            raise CompressError(
+                f"--bits: width {width} is not available; this model can be read at {low} to {high} bits."
+            )
     return [*sorted(asked or range(low, high + 1), reverse=True)]
 
 
@@ -174,7 +181,7 @@ def evaluate_text(
         device_map=device,
         prompt=prompt,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     protocol = replace(protocol, length=window_length(model, protocol.length))
     text: Text = prepare(
         documents, tokenizer, protocol.length or 2, protocol.stride, protocol.truncate, protocol.disjoint
@@ -216,7 +223,7 @@ def window_length(model: PreTrainedModel, wanted: int | None) -> int:
             else f"the context holds {longest}"
         )
         raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
-    return wanted or min(longest, context_length(model))
+    return min(longest, context_length(model)) if wanted is None else wanted
 
 
 def _stride(protocol: Protocol) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import compress
 from compress.errors import CompressError
@@ -25,6 +25,7 @@ from compress.evals.perplexity import Score, Text, prepare, score
 from compress.evals.pruning import Rows
 from compress.evals.tasks import Tasks, evaluate_tasks
 from compress.evals.text import Protocol, documents_of, refuse_calibration_text
+from compress.loading import load_tokenizer
 from compress.prompts.adapter import attach, stored_prompts, text_length
 
 NONE = "none"
@@ -107,7 +108,7 @@ def read_text(source: str, folder: str, length: int, protocol: Protocol) -> Text
     """
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     return prepare(documents, tokenizer, length, protocol.stride, protocol.truncate, protocol.disjoint)
 
 

@@ -138,6 +138,21 @@ def prompted(tiny_llama, text_file, tmp_path_factory):
     )
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``compress`` in this process: (exit code, standard output, standard error)."""
+
+    from compress.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def fresh_python():
     """Run code in a new process; returns what it printed. With ``fails=True`` returns what it complained of."""

@@ -39,6 +39,33 @@ PromptFrom = Annotated[
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def _device(name: str) -> str:
+    """Refuse a device that is not there before any work."""
+    from compress.pipeline import pick_device
+
+    pick_device(name)
+    return name
+
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …", callback=_device)]
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """``a, b`` to names; none for an absent option."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def refuse_unwritable(*targets: str | Path | None) -> None:
+    """Refuse files to be written at the end whose folder is not there, before what takes long.
+
+    Raises:
+        CompressError: the first of them.
+    """
+    for target in targets:
+        if target is not None and str(target) != "-" and not Path(target).parent.is_dir():
+            raise CompressError(f"{target}: cannot be written, as there is no folder {Path(target).parent}.")
+
+
 def parse_widths(text: str | None) -> list[int | float] | None:
     """``3,4,8`` to numbers; one with a point is a mean width.
 

@@ -105,8 +105,8 @@ def inspect(
     origin = found["manifest"]
     if origin:
         recipe = origin["recipe"]
-        kinds = " → ".join(step["kind"] for step in recipe["passes"])
-        out.print(f"{escape(recipe['model'])} → {kinds}, seed {recipe['seed']}, compress {origin['compress_version']}")
+        steps = " → ".join([recipe["model"], *(step["kind"] for step in recipe["passes"])])
+        out.print(f"{escape(steps)}, seed {recipe['seed']}, compress {origin['compress_version']}")
     out.print(
         f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_widths(found['bytes_at_bits'])}"
     )

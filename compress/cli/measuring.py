@@ -11,15 +11,18 @@ from rich.table import Table
 
 from compress.cli.common import (
     BitsOption,
+    DeviceOption,
     JsonOption,
     PromptFlag,
     PromptFrom,
     app,
     err,
     out,
+    parse_names,
     parse_widths,
     progress_bar,
     quiet_transformers,
+    refuse_unwritable,
     write_json,
 )
 from compress.errors import CompressError
@@ -67,11 +70,11 @@ def evaluate(
     ] = 0,
     length: Annotated[
         Optional[int],
-        typer.Option(help="Tokens in a window; the context, at most 2048, if absent.", rich_help_panel=_TEXT),
+        typer.Option(help="Tokens in a window; the context, at most 2048, if absent.", min=2, rich_help_panel=_TEXT),
     ] = None,
     stride: Annotated[
         Optional[int],
-        typer.Option(help="Tokens a window advances by; half its length if absent.", rich_help_panel=_TEXT),
+        typer.Option(help="Tokens a window advances by; half its length if absent.", min=1, rich_help_panel=_TEXT),
     ] = None,
     truncate: Annotated[
         bool, typer.Option(help="Score only the first window of each document.", rich_help_panel=_TEXT)
@@ -112,7 +115,7 @@ def evaluate(
     dense: Annotated[
         bool, typer.Option(help="Measure the dense model it was made from too.", rich_help_panel=_MORE)
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
     kept: ResultsOption = None,
@@ -130,16 +133,16 @@ def evaluate(
         raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
     if text is None and (agreement or robustness):
         raise CompressError("--agreement and --robustness look at text: give --text FILE too.")
+    refuse_unwritable(target, table)
     quiet_transformers()
     cut = protocol_of(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, stride=stride,
         truncate=truncate,
     )  # fmt: skip
-    names = tuple(tasks.split(",")) if tasks else ()
     suite = Suite(
         text,
         cut,
-        Tasks(names, include, limit, fewshot),
+        Tasks(parse_names(tasks), include, limit, fewshot),
         prompt_from or prompt,
         agreement,
         robustness,
@@ -212,7 +215,7 @@ def bench(
     ] = None,
     exact: Annotated[bool, typer.Option(help="Exact float32 sums, or 8-bit activations (CPU).")] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -222,12 +225,11 @@ def bench(
     from compress.evals.bench import Load
     from compress.evals.bench import bench as measure
     from compress.evals.store import results_of
-    from compress.pipeline import pick_device
 
+    refuse_unwritable(target)
     quiet_transformers()
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
-    pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     store = results_of(folder, kept)

@@ -9,7 +9,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from compress.cli.common import BitsOption, Folder, app, err, out, parse_widths, progress_bar, quiet_transformers
+from compress.cli.common import (
+    BitsOption,
+    DeviceOption,
+    Folder,
+    app,
+    err,
+    out,
+    parse_names,
+    parse_widths,
+    progress_bar,
+    quiet_transformers,
+    refuse_unwritable,
+)
 from compress.cli.measuring import ResultsOption
 from compress.errors import CompressError
 
@@ -21,7 +33,7 @@ ProtocolOption = Annotated[Optional[str], typer.Option(help="How a paper cuts te
 SeparatorOption = Annotated[Optional[str], typer.Option(help="Divides the text into documents.")]
 LimitOption = Annotated[Optional[int], typer.Option(help="Take the first so many documents.", min=1)]
 MinimumOption = Annotated[int, typer.Option(help="Pass over documents of this length or less.", min=0)]
-LengthOption = Annotated[Optional[int], typer.Option(help="Tokens in a window.")]
+LengthOption = Annotated[Optional[int], typer.Option(help="Tokens in a window.", min=2)]
 TruncateOption = Annotated[bool, typer.Option(help="Score only the first window of each document.")]
 
 
@@ -49,7 +61,7 @@ def report(
     samples: Annotated[
         Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
     kept: ResultsOption = None,
 ) -> None:
     """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality of every width, controls, errors, samples.
@@ -66,7 +78,7 @@ def report(
     cut = protocol_of(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, truncate=truncate
     )
-    chosen = Tasks(tuple(tasks.split(",")), include) if tasks else None
+    chosen = Tasks(parse_names(tasks), include) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
     wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(samples or ()), device)
     with progress_bar() as watch:
@@ -90,7 +102,7 @@ def compare(
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Write .html, or a plot as .png, .svg, .pdf.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Put several checkpoints, at all their widths, into one table and one Pareto plot."""
     from compress.evals import report as reports
@@ -99,6 +111,9 @@ def compare(
 
     if len(folders) < 2:
         raise CompressError("compare: give two checkpoints or more.")
+    if output is not None and output.suffix not in (".html", ".png", ".svg", ".pdf"):
+        raise CompressError(f"-o {output}: give a name that ends in .html, .png, .svg or .pdf.")
+    refuse_unwritable(output)
     quiet_transformers()
     cut = protocol_of(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, truncate=truncate
@@ -109,11 +124,9 @@ def compare(
         try:
             if output.suffix == ".html":
                 write_atomic(output, reports.comparison_page(rivals, common, dense))
-            elif output.suffix in (".png", ".svg", ".pdf"):
+            else:
                 lines, name = reports.comparison_lines(rivals, dense)
                 reports.draw(lines, output, name)
-            else:
-                raise CompressError(f"-o {output}: give a name that ends in .html, .png, .svg or .pdf.")
         except OSError as error:
             raise CompressError(f"-o {output}: {error.strerror}.") from error
     found = reports.comparison_table(rivals, dense)

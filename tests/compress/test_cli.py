@@ -1,6 +1,7 @@
 """The command line through its real entry point: every verb, and every mistake in one line without a traceback."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress import cli
+from compress import manifest
+from compress.cli import app
+from compress.errors import CompressError
+from compress.weights import read_manifest
 
 COMMAND = Path(sys.executable).with_name("compress")
 
@@ -37,19 +41,6 @@ def complaint(*arguments, cwd=None):
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr
     return lines[0]
-
-
-@pytest.fixture
-def in_process(monkeypatch, capsys):
-    """The same without a new process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -83,12 +74,12 @@ def test_a_dense_model_can_be_measured_and_inspected(tiny_llama, text_file):
     assert "MB of tensors" in said("inspect", tiny_llama)
 
 
-def test_passes_and_schema(in_process):
-    code, listing, _ = in_process("passes")
+def test_passes_and_schema(command):
+    code, listing, _ = command("passes")
     assert code == 0
     assert all(kind in listing for kind in ("any_precision", "kmeans", "rtn"))
-    assert "seed_bits" in in_process("passes", "any_precision")[1]
-    assert "any_precision" in json.dumps(json.loads(in_process("schema")[1]))
+    assert "seed_bits" in command("passes", "any_precision")[1]
+    assert "any_precision" in json.dumps(json.loads(command("schema")[1]))
 
 
 def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path):
@@ -99,9 +90,9 @@ def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path):
     assert "MB of memory" in said("plan", recipe_file)
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "inspect", "verify", "eval", "generate", "passes", "schema", "demo"])
-def test_every_verb_has_help(in_process, verb):
-    code, text, _ = in_process(verb, "--help")
+@pytest.mark.parametrize("verb", [item.name or item.callback.__name__ for item in app.registered_commands])
+def test_every_verb_has_help(command, verb):
+    code, text, _ = command(verb, "--help")
     assert code == 0
     assert f"compress {verb}" in text
 
@@ -131,16 +122,90 @@ def test_every_verb_has_help(in_process, verb):
         (["generate", "{model}", "hello", "--bits", "2"], "width 2 is not available"),
         (["generate", "nowhere", "hello"], "not a model folder"),
         (["passes", "any"], "there is no pass 'any'"),
+        (["eval", "{model}", "--text", "builtin", "--bits", "2,4"], "width 2 is not available"),
+        (["eval", "{model}", "--text", "builtin", "--device", "tpu"], "device 'tpu' cannot be used here"),
+        (["eval", "{model}", "--text", "builtin", "--json", "no/x.json"], "as there is no folder no"),
+        (["generate", "{model}", "{long}"], "the context has room for 64"),
+        (["demo", "-o", "{recipe}"], "was not made by an earlier demo"),
+        (["inspect", "{model}", "--plot", "no/x.png"], "cannot be drawn"),
+        (["inspect", "{model}", "--plot", "x.nope"], "x.nope: cannot be drawn"),
+        (["eval", "{model}"], "give --text FILE, --tasks NAMES, or both"),
+        (["eval", "{model}", "--tasks", "x", "--agreement"], "give --text FILE too"),
+        (["eval", "{model}", "--text", "builtin", "--prompt"], "holds no soft prompt"),
+        (["eval", "{model}", "--text", "builtin", "--prompt", "--agreement"], "measured without a soft prompt"),
+        (["eval", "{model}", "--text", "builtin", "--protocol", "2049"], "Did you mean '2048'?"),
+        (["eval", "{model}", "--text", "builtin", "--protocol", "2048"], "the context holds 64; give --length"),
+        (["eval", "{dense}", "--text", "builtin", "--dense"], "give --reference"),
+        (["bench", "{model}", "--bits", "9", "--prompt-tokens", "8"], "width 9 is not available"),
+        (["bench", "{model}", "--prompt-tokens", "99"], "the context holds 64; lower --prompt-tokens"),
+        (["bench", "{model}", "--dtype", "int8"], "give float32, bfloat16 or float16"),
+        (["bench", "nowhere"], "not a model folder or hub id"),
+        (["report", "{dense}"], "has no compression.json"),
+        (["compare", "{model}"], "give two checkpoints or more"),
+        (["compare", "{model}", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_end_in_one_clear_line(arguments, message, recipe_file, compressed, tmp_path, in_process, monkeypatch):
+def test_mistakes_end_in_one_clear_line(
+    arguments, message, recipe_file, compressed, tiny_llama, tmp_path, command, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    code, _, text = in_process(*(argument.format(recipe=recipe_file, model=compressed) for argument in arguments))
+    places = {"recipe": recipe_file, "model": compressed, "dense": tiny_llama, "long": "the dog " * 70}
+    code, _, text = command(*(argument.format(**places) for argument in arguments))
     assert code == 1
     assert message in text
     assert text.startswith("error: ")
+    assert "unexpected" not in text
     assert text.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_demo_deletes_no_folder_that_it_has_not_made(tmp_path, command):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "was not made by an earlier demo" in command("demo", "-o", tmp_path)[2]
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def _without(*names):
+    def damage(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def _with(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (_with("compression.json", "{}"), ["verify", "{}"], "has no 'compress_version', as every manifest has"),
+        (_with("compression.json", "[1]"), ["inspect", "{}"], "as every manifest has"),
+        (_without("compression.json"), ["generate", "{}", "the", "--bits", "3.5"], "give a whole width, or patterns"),
+        (_without("tokenizer.json", "tokenizer_config.json"), ["generate", "{}", "the"], "its tokenizer cannot be"),
+        (
+            _with("model.safetensors.index.json", '{"weight_map": {"a": "../../secret.safetensors"}}'),
+            ["inspect", "{}"],
+            "which is not in its folder",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(damage, arguments, message, compressed, tmp_path, command):
+    folder = shutil.copytree(compressed, tmp_path / "model")
+    damage(folder)
+    code, _, text = command(*(argument.format(folder) for argument in arguments))
+    assert code == 1
+    assert message in text
+    assert "unexpected" not in text
+
+
+def test_logits_that_are_not_numbers_are_no_match(compressed):
+    recorded = read_manifest(compressed)["probe"]["at_bits"]["3"]
+    for found in (recorded | {"loss": math.nan}, recorded | {"top": [[i, math.nan] for i, _ in recorded["top"]]}):
+        with pytest.raises(CompressError, match="computes other logits"):
+            manifest._compare("3", recorded, found)
 
 
 def test_a_flipped_bit_is_found(compressed, tmp_path):
