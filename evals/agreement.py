@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
 from compress.errors import CompressError
-from compress.evals.perplexity import Text, Window, prepare, score
+from compress.evals.perplexity import Text, Window, score
 from compress.evals.store import Key, Results, dense_identity, identity
 from compress.evals.text import (
     Protocol,
@@ -35,6 +35,7 @@ from compress.evals.text import (
     settings_of,
     widths_to_measure,
     window_length,
+    windows,
 )
 from compress.loading import bits_for, load, load_tokenizer
 from compress.passes import Report
@@ -162,8 +163,7 @@ class _Setting:
     report: Report | None
 
     def text(self, documents: Sequence[str]) -> Text:
-        cut = self.protocol
-        return prepare(documents, self.tokenizer, cut.length or 2, cut.stride, cut.truncate, cut.disjoint)
+        return windows(documents, self.tokenizer, self.protocol)
 
     def key(self, kind: str, model: str, width: str, **more: Any) -> Key:
         return Key(kind, self.source, model, width, None, {**self.settings, **more})

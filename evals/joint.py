@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import pipeline
-from compress.errors import CompressError
-from compress.evals.pruning import arguments_of, calibration_of, protocol_of
+from compress.evals import experiments, tables
 from compress.evals.text import Protocol, evaluate_text
 from compress.inspect import inspect
 from compress.sparsity import sparsity
@@ -75,23 +74,15 @@ def compare(
 
 def main() -> None:
     """Measure and print a table."""
-    from compress.cli.common import quiet_transformers
-
-    quiet_transformers()
-    given = arguments_of().parse_args()
-    rows = compare(given.model, calibration_of(given), given.text, given.out, protocol_of(given))
-    value = "bits_per_byte" if given.text == "builtin" else "perplexity"
-    print(f"| | bits | zeros | MB | {value.replace('_', ' ')} |\n|---|---|---|---|---|")
+    given = experiments.arguments_of("joint", __doc__, 100, 512).parse_args()
+    calibration, value = experiments.calibration_of(given), experiments.value_of(given)
+    rows = compare(given.model, calibration, given.text, given.out, experiments.protocol_of(given))
+    table = tables.Table(["", "bits", "zeros", "MB", value.replace("_", " ")])
     for row in rows:
-        zeros, size = row.get("sparsity"), row.get("model_bytes")
-        print(
-            f"| {row['label']} | {row['bits']} | {'' if zeros is None else f'{zeros:.1%}'} | "
-            f"{'' if size is None else f'{size / 1e6:.3f}'} | {row[value]:.4f} |"
-        )
+        zeros, size = (f"{row['sparsity']:.1%}", f"{row['model_bytes'] / 1e6:.3f}") if "sparsity" in row else ("", "")
+        table.add("", row["label"], row["bits"], zeros, size, f"{row[value]:.4f}")
+    print(tables.markdown(table))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from error
+    experiments.run(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
 from compress.calibration import read_documents
@@ -108,6 +108,12 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     return kept, digest
 
 
+def windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Text:
+    """Documents cut as a protocol says, whose ``length`` is given."""
+    assert protocol.length is not None
+    return prepare(documents, tokenizer, protocol.length, protocol.stride, protocol.truncate, protocol.disjoint)
+
+
 def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
     """What else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
     return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
@@ -183,9 +189,7 @@ def evaluate_text(
     )
     tokenizer = load_tokenizer(folder)
     protocol = replace(protocol, length=window_length(model, protocol.length))
-    text: Text = prepare(
-        documents, tokenizer, protocol.length or 2, protocol.stride, protocol.truncate, protocol.disjoint
-    )
+    text = windows(documents, tokenizer, protocol)
     store, settings = store or Results(None), settings_of(digest, protocol, dtype)
     key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, settings))
     results = {}

@@ -7,19 +7,16 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress import cli
 from compress.errors import CompressError
 from compress.sparsity import draw, sparsity
 
 
 @pytest.fixture
-def said(monkeypatch, capsys):
+def said(command):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert ended.value.code == 0
-        return capsys.readouterr().out
+        code, text, _ = command(*arguments)
+        assert code == 0
+        return text
 
     return run
 
