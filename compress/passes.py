@@ -215,10 +215,14 @@ class Context:
 
     def generator(self, *place: int) -> torch.Generator:
         """A random generator that depends on the seed and a place (pass, block, …) only."""
-        state = self.seed
-        for part in place:
-            state = (state * 1_000_003 + part + 1) % (1 << 63)
-        return torch.Generator().manual_seed(state)
+        return derived_generator(self.seed, *place)
+
+
+def derived_generator(seed: int, *place: int) -> torch.Generator:
+    """A random generator that depends on a seed and a place (pass, block, step, …) only."""
+    for part in place:
+        seed = (seed * 1_000_003 + part + 1) % (1 << 63)
+    return torch.Generator().manual_seed(seed)
 
 
 ConfigT = TypeVar("ConfigT", bound=PassConfig)

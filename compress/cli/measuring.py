@@ -12,9 +12,19 @@ from rich.table import Table
 from compress.cli.common import (
     BitsOption,
     DeviceOption,
+    IncludeOption,
     JsonOption,
+    LengthOption,
+    LimitOption,
+    MinimumOption,
     PromptFlag,
     PromptFrom,
+    ProtocolOption,
+    ResultsOption,
+    SeparatorOption,
+    TasksOption,
+    TextOption,
+    TruncateOption,
     app,
     err,
     out,
@@ -24,68 +34,29 @@ from compress.cli.common import (
     quiet_transformers,
     refuse_unwritable,
     write_json,
-)
+)  # fmt: skip
 from compress.errors import CompressError
 
-_TEXT, _TASKS, _MORE = "Text", "Tasks (lm-eval)", "Beyond accuracy"
-ResultsOption = Annotated[
-    Optional[Path],
-    typer.Option("--results", help="Keep measurements here (JSON lines); DIR/report/results.jsonl if absent."),
-]
+_TASKS, _MORE = "Tasks (lm-eval)", "Beyond accuracy"
 
 
 @app.command(name="eval")
 def evaluate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
-    text: Annotated[
-        Optional[str],
-        typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.", rich_help_panel=_TEXT),
-    ] = None,
-    tasks: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Comma-separated: lm-eval's task names, names from --include, builtin_line, builtin_name.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
+    text: TextOption = None,
+    tasks: TasksOption = None,
     bits: BitsOption = None,
-    protocol: Annotated[
-        Optional[str],
-        typer.Option(
-            help="How a paper cuts text: 2048, llm-pruner, any-precision, any-precision-c4, any-precision-ptb, compress-then-prompt.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    separator: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Divides the text into documents, each scored alone with BOS in front.", rich_help_panel=_TEXT
-        ),
-    ] = None,
-    limit: Annotated[
-        Optional[int], typer.Option(help="Take the first so many documents, and items of each task.", min=1)
-    ] = None,
-    min_characters: Annotated[
-        int, typer.Option(help="Pass over documents of this length or less.", min=0, rich_help_panel=_TEXT)
-    ] = 0,
-    length: Annotated[
-        Optional[int],
-        typer.Option(help="Tokens in a window; the context, at most 2048, if absent.", min=2, rich_help_panel=_TEXT),
-    ] = None,
+    protocol: ProtocolOption = None,
+    separator: SeparatorOption = None,
+    limit: LimitOption = None,
+    min_characters: MinimumOption = 0,
+    length: LengthOption = None,
     stride: Annotated[
         Optional[int],
-        typer.Option(help="Tokens a window advances by; half its length if absent.", min=1, rich_help_panel=_TEXT),
+        typer.Option(help="Tokens a window advances by; half its length if absent.", min=1, rich_help_panel="Text"),
     ] = None,
-    truncate: Annotated[
-        bool, typer.Option(help="Score only the first window of each document.", rich_help_panel=_TEXT)
-    ] = False,
-    include: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Folder of task YAML files. They may bring Python code: only folders you trust.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
+    truncate: TruncateOption = False,
+    include: IncludeOption = None,
     fewshot: Annotated[
         Optional[int], typer.Option(help="Examples in front; as the task says if absent.", rich_help_panel=_TASKS)
     ] = None,

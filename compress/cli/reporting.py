@@ -13,6 +13,16 @@ from compress.cli.common import (
     BitsOption,
     DeviceOption,
     Folder,
+    IncludeOption,
+    LengthOption,
+    LimitOption,
+    MinimumOption,
+    ProtocolOption,
+    ResultsOption,
+    SeparatorOption,
+    TasksOption,
+    TextOption,
+    TruncateOption,
     app,
     err,
     out,
@@ -21,20 +31,8 @@ from compress.cli.common import (
     progress_bar,
     quiet_transformers,
     refuse_unwritable,
-)
-from compress.cli.measuring import ResultsOption
+)  # fmt: skip
 from compress.errors import CompressError
-
-TextOption = Annotated[
-    Optional[str],
-    typer.Option(help="Text file to measure on where results are missing; 'builtin' for held-out modules."),
-]
-ProtocolOption = Annotated[Optional[str], typer.Option(help="How a paper cuts text; see `compress eval --help`.")]
-SeparatorOption = Annotated[Optional[str], typer.Option(help="Divides the text into documents.")]
-LimitOption = Annotated[Optional[int], typer.Option(help="Take the first so many documents.", min=1)]
-MinimumOption = Annotated[int, typer.Option(help="Pass over documents of this length or less.", min=0)]
-LengthOption = Annotated[Optional[int], typer.Option(help="Tokens in a window.", min=2)]
-TruncateOption = Annotated[bool, typer.Option(help="Score only the first window of each document.")]
 
 
 @app.command()
@@ -51,8 +49,8 @@ def report(
     min_characters: MinimumOption = 0,
     length: LengthOption = None,
     truncate: TruncateOption = False,
-    tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, comma-separated.")] = None,
-    include: Annotated[Optional[Path], typer.Option(help="Folder of task YAML files.")] = None,
+    tasks: TasksOption = None,
+    include: IncludeOption = None,
     bits: BitsOption = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Make and measure stages and controls too: runs of their own.")
@@ -78,7 +76,7 @@ def report(
     cut = protocol_of(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, truncate=truncate
     )
-    chosen = Tasks(parse_names(tasks), include) if tasks else None
+    chosen = Tasks(parse_names(tasks), include, limit) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
     wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(samples or ()), device)
     with progress_bar() as watch:
