@@ -26,13 +26,6 @@ def compress_command(*arguments, cwd=None):
     )
 
 
-def said(*arguments, cwd=None):
-    """Standard output of a command that succeeds."""
-    result = compress_command(*arguments, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def complaint(*arguments, cwd=None):
     """The one line of a command that fails."""
     result = compress_command(*arguments, cwd=cwd)
@@ -44,15 +37,29 @@ def complaint(*arguments, cwd=None):
 
 
 @pytest.fixture
+def said(command):
+    """Standard output of a command that succeeds, without a new process."""
+
+    def run(*arguments):
+        code, text, error = command(*arguments)
+        assert code == 0, error
+        return text
+
+    return run
+
+
+@pytest.fixture
 def recipe_file(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
 
 
-def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file):
+def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file, said, command):
     output = tmp_path / "model"
-    assert "read at 3 bits" in said("run", recipe_file, "-o", output, "--set", "passes.0.parent_bits=5")
+    made = compress_command("run", recipe_file, "-o", output, "--set", "passes.0.parent_bits=5")
+    assert made.returncode == 0, made.stderr
+    assert "read at 3 bits" in made.stdout
     found = json.loads(said("inspect", output, "--json"))
     assert list(found["bytes_at_bits"]) == ["3", "4", "5"]
     assert "0.mlp.down_proj" in said("inspect", output)
@@ -63,12 +70,12 @@ def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file):
     result = json.loads((tmp_path / "eval.json").read_text())
     assert set(result["bits"]) == {"3", "5"}
     assert {"loss", "perplexity", "bits_per_byte", "tokens"} <= result["bits"]["3"].keys()
-    assert "calibrated or trained on" in complaint("eval", output, "--text", text_file)
+    assert "calibrated or trained on" in command("eval", output, "--text", text_file)[2]
     text = said("generate", output, "the quick", "--bits", "4", "--max-new-tokens", "5")
     assert text.startswith("the quick")
 
 
-def test_a_dense_model_can_be_measured_and_inspected(tiny_llama, text_file):
+def test_a_dense_model_can_be_measured_and_inspected(tiny_llama, text_file, said):
     result = json.loads(said("eval", tiny_llama, "--text", text_file, "--json", "-"))
     assert set(result["bits"]) == {"dense"}
     assert "MB of tensors" in said("inspect", tiny_llama)
@@ -82,7 +89,7 @@ def test_passes_and_schema(command):
     assert "any_precision" in json.dumps(json.loads(command("schema")[1]))
 
 
-def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path):
+def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path, said):
     """Only headers: the data may even be missing."""
     folder = shutil.copytree(tiny_llama, tmp_path / "headers")
     foreseen = json.loads(said("plan", recipe_file, "--set", f"model={folder}", "--json"))
@@ -208,16 +215,16 @@ def test_logits_that_are_not_numbers_are_no_match(compressed):
             manifest._compare("3", recorded, found)
 
 
-def test_a_flipped_bit_is_found(compressed, tmp_path):
+def test_a_flipped_bit_is_found(compressed, tmp_path, command):
     folder = shutil.copytree(compressed, tmp_path / "model")
     file = next(folder.glob("model-4bit-*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    assert "model-4bit-00001-of-00001.safetensors: its content has changed" in complaint("verify", folder)
+    assert "model-4bit-00001-of-00001.safetensors: its content has changed" in command("verify", folder)[2]
 
 
-def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compressed, tmp_path):
+def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compressed, tmp_path, command):
     """Someone rewrote a table and the manifest with it: the recorded logits still tell."""
     import hashlib
 
@@ -232,7 +239,7 @@ def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compresse
     data = file.read_bytes()
     manifest["files"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "compression.json").write_text(json.dumps(manifest))
-    assert "at 3 bits a fresh process computes other logits" in complaint("verify", folder)
+    assert "at 3 bits a fresh process computes other logits" in command("verify", folder)[2]
 
 
 def test_a_full_disk(recipe_file, tmp_path):
