@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from compress import writer
@@ -84,6 +85,8 @@ def _target(output: str | Path | None) -> Path:
     if output is None:
         raise CompressError("no output folder: give -o, or output in the recipe.")
     target = Path(output)
+    if not target.name:
+        raise CompressError(f"output {target}: give the name of a folder to create.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CompressError(f"output {target}: exists already and is not an empty folder; choose another or remove it.")
     return target
@@ -161,6 +164,8 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     drawn = {
         text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
     }
+    for samples in drawn.values():
+        _check_tokens(samples.tokens, source)
     state, history, beside = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
         context = make_context(source, device, settings.seed, state)
@@ -171,7 +176,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         beside.append((step, runner.beside, units))
     if not processes(device).is_main_process:
         return
-    samples = drawn.get(settings.calibration) if settings.calibration else None
+    calibration = drawn.get(settings.calibration) if settings.calibration else None
 
     def write_beside(folder: Path) -> None:
         for step, tensors, records in beside:
@@ -183,7 +188,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         manifest={
             "recipe": settings.model_dump(mode="json", exclude={"output"}),
             "model_sha256": source.sha256,
-            "calibration": samples.source if samples else None,
+            "calibration": calibration.source if calibration else None,
             "passes": history,
         },
         probe_tokens=source.tokenizer("def compress(model):\n    return", add_special_tokens=False)["input_ids"],
@@ -191,6 +196,16 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         write_beside=write_beside,
     )  # fmt: skip
     log.progress("writing", 1, 1)
+
+
+def _check_tokens(samples: Sequence[Tensor], source: Source) -> None:
+    """The tokenizer belongs to the model: it knows no token beyond the embedding."""
+    largest = max(int(tokens.max()) for tokens in samples)
+    if largest >= source.state.config.vocab_size:
+        raise CompressError(
+            f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
+            f"{source.state.config.vocab_size} tokens; the two do not belong together."
+        )
 
 
 def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:

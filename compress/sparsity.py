@@ -1,4 +1,4 @@
-"""Zeros of a checkpoint, counted in its files block by block, and a plot of them."""
+"""Zeros of a checkpoint, counted in its files block by block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.inspect import checkpoint_state
 from compress.streaming import StreamedModel
@@ -54,34 +53,3 @@ def _counted(zeros: float, parameters: float) -> dict[str, float]:
 
 def _total(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return _counted(sum(p["zeros"] for p in parts.values()), sum(p["parameters"] for p in parts.values()))
-
-
-def draw(found: Mapping[str, Any], target: Path) -> None:
-    """Plot the sparsity of every block as a bar, and of its linears as points.
-
-    Args:
-        found: from :func:`sparsity`.
-        target: .svg, .png, …
-
-    Raises:
-        CompressError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError("--plot needs matplotlib: pip install 'compress-llm[plots]'.") from error
-    names = list(found["blocks"])
-    figure = Figure(figsize=(max(5.0, 0.3 * len(names)), 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar(range(len(names)), [100 * block["sparsity"] for block in found["blocks"].values()], color="lightsteelblue")
-    for place, block in enumerate(names):
-        inside = [100 * v["sparsity"] for name, v in found["linears"].items() if name.startswith(block + ".")]
-        axes.plot([place] * len(inside), inside, ".", color="black", markersize=4)
-    axes.axhline(100 * found["sparsity"], color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("block")
-    axes.set_ylabel("zeros, % (bar: block; points: its linears)")
-    axes.set_ylim(0, 100)
-    try:
-        figure.savefig(target)
-    except (OSError, ValueError) as error:  # no such folder, or no such format
-        raise CompressError(f"--plot {target}: cannot be drawn ({error}).") from error

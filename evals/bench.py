@@ -26,9 +26,8 @@ from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, versions
-from compress.evals.text import widths_to_measure
+from compress.evals.text import load_widths
 from compress.inspect import inspect
-from compress.loading import bits_for
 from compress.passes import Report
 from compress.weights import Checkpoint
 
@@ -124,9 +123,8 @@ def bench(
     load = load or Load()
     if load.rounds < 1 or load.loads < 1:
         raise CompressError("bench: at least one round and one load are needed.")
-    model = compress.load(folder, dtype=dtype, device_map=device, exact=exact)
-    chosen = {str(width): bits_for(folder, width) for width in bits or ()}
-    widths = {str(w): chosen.get(str(w)) or int(w) for w in widths_to_measure(model, bits) if w is not None}
+    model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact)
+    widths = {label: width for label, width in found.items() if width is not None}
     for value in widths.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
     dense, note = _dense(folder, reference, bool(widths))
@@ -142,12 +140,12 @@ def bench(
     first, decode = _speed(models, widths, load, device, report)
     fresh = _fresh_loads(places, widths, load.loads, str(dtype)[6:], device, report)
     sizes = {width: _disk_bytes(place, width) for width, place in places.items()}
-    found = {
+    figures = {
         width: _figures(width, first, decode, fresh[width], load) | {"disk_bytes": sizes[width]} for width in models
     }
     result = {
         "model": folder, "backend": compress.backend(), "device": _device_name(device), "dtype": str(dtype)[6:],
-        "exact": exact, "threads": torch.get_num_threads(), "load": asdict(load), "dense": note, "widths": found,
+        "exact": exact, "threads": torch.get_num_threads(), "load": asdict(load), "dense": note, "widths": figures,
         "versions": versions(),
     }  # fmt: skip
     if store is not None:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress import pipeline
 from compress.evals import experiments, tables
-from compress.evals.text import Protocol, evaluate_text
-from compress.inspect import inspect
+from compress.evals.quality import measured
+from compress.evals.text import Protocol
 from compress.sparsity import sparsity
+from compress.workspace import write_atomic
 
 SPARSITIES = (0.5, 0.7)
 
@@ -56,19 +56,12 @@ def compare(
         Rows of ``label, bits, sparsity, model_bytes, loss, perplexity, bits_per_byte, tokens, bytes``; ``model_bytes`` are
         those of the tensors that loading at the width reads.
     """
-    dense = str(pipeline.model_folder(model))
-    rows = [{"label": "dense", "bits": "dense", **evaluate_text(dense, text, protocol=protocol)["bits"]["dense"]}]
+    rows: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
-    for label, passes in recipes().items():
-        target = folder / label.replace(", ", "-").replace(" ", "-").replace("%", "")
-        if not (target / "config.json").exists():
-            recipe = {"model": model, "calibration": dict(calibration), "passes": passes}
-            pipeline.run(recipe, target, workspace=folder / "work")
-        found = evaluate_text(str(target), text, protocol=protocol)["bits"]
-        sizes, zeros = inspect(target)["bytes_at_bits"], sparsity(target)["sparsity"]
-        for bits, score in found.items():
-            rows.append({"label": label, "bits": bits, "sparsity": zeros, "model_bytes": sizes[bits], **score})
-        (folder / "joint.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for label, target, found in measured(recipes(), model, calibration, text, folder, protocol):
+        zeros = {} if label == "dense" else {"sparsity": sparsity(target)["sparsity"]}
+        rows += [{"label": label, **zeros, **row} for row in found]
+        write_atomic(folder / "joint.json", json.dumps(rows, indent=1) + "\n")
     return rows
 
 

@@ -19,8 +19,8 @@ from compress.errors import CompressError, did_you_mean, first_line
 from compress.evals import cloze
 from compress.evals.agreement import calibration_error
 from compress.evals.store import Key, Results, identity, prompt_key, versions
-from compress.evals.text import widths_to_measure
-from compress.loading import bits_for, load_tokenizer
+from compress.evals.text import load_widths
+from compress.loading import load_tokenizer
 from compress.passes import Report
 from compress.weights import sha256_of
 from compress.workspace import digest
@@ -86,16 +86,12 @@ def evaluate_tasks(
     store = store or Results(None)
     manager = task_manager(tasks)
     tokenizer = load_tokenizer(folder)
-    chosen = {str(width): bits_for(folder, width) for width in bits or ()}
-    whole = [width for width in bits or () if isinstance(width, int)]
-    stored = max(whole) if whole and len(whole) == len(chosen) else None
-    model: Any = compress.load(folder, bits=stored, dtype=dtype, device_map=device, prompt=prompt)
-    widths, origin = widths_to_measure(model, bits), identity(folder)
+    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
+    origin = identity(folder)
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for width in widths:
-        label = "dense" if width is None else str(width)
+    for label, width in widths.items():
         if width is not None:
-            compress.set_bits(model, chosen.get(label) or int(width))
+            compress.set_bits(model, width)
         for name in tasks.names:
             settings = {**_settings(name, tasks), "dtype": str(dtype).removeprefix("torch.")}
             key = Key("task", name, origin, label, *prompt_key(folder, prompt, settings))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import compress
 from compress.errors import CompressError
-from compress.evals import experiments, tables
+from compress.evals import experiments, plots, tables
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Score, Text, score
 from compress.evals.tasks import Tasks, evaluate_tasks
@@ -153,43 +153,6 @@ def matrix(
     return [[found.get((prompt, place, text), {}).get(value) for place in places] for prompt in prompts]
 
 
-def heat_map(
-    values: list[list[float | None]], down: Sequence[str], across: Sequence[str], title: str, file: Path,
-    reverse: bool = False,
-) -> None:  # fmt: skip
-    """Draw a matrix; colours tell each column's better and worse, as models differ more than prompts do.
-
-    Args:
-        values: [rows][columns]; None where nothing was measured.
-        down: labels of the rows.
-        across: labels of the columns.
-        title: above it.
-        file: SVG or PNG.
-        reverse: more is better.
-
-    Raises:
-        CompressError: matplotlib is not there.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError("heat maps need matplotlib: pip install 'compress-llm[plots]'.") from error
-    table = torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
-    low = table.nan_to_num(float("inf")).amin(0)
-    high = table.nan_to_num(float("-inf")).amax(0)
-    figure = Figure(figsize=(1.6 + 1.1 * len(across), 1.2 + 0.5 * len(down)), layout="constrained")
-    axes = figure.subplots()
-    shade = ((table - low) / (high - low).clamp_min(1e-9)).numpy()
-    axes.imshow(shade, cmap="RdYlGn" if reverse else "RdYlGn_r", vmin=-0.6, vmax=1.6, aspect="auto")
-    axes.set_xticks(range(len(across)), across, rotation=20, ha="right")
-    axes.set_yticks(range(len(down)), down)
-    axes.set(xlabel="evaluated at", ylabel="prompt learned at", title=title)
-    for y, row in enumerate(values):
-        for x, entry in enumerate(row):
-            axes.text(x, y, "–" if entry is None else f"{entry:.4g}", ha="center", va="center", fontsize=9)
-    figure.savefig(file, metadata={"Date": None})
-
-
 def markdown(values: list[list[float | None]], down: Sequence[str], across: Sequence[str], corner: str) -> str:
     """The same as a table."""
     rows = [[label, *("–" if v is None else f"{v:.4g}" for v in row)] for label, row in zip(down, values, strict=True)]
@@ -221,7 +184,7 @@ def main() -> None:
     across = [place.label for place in places]
     for name, value in [(name, given.value) for name in prepared] + [(name, "acc") for name in tasks.names]:
         values, title = matrix(rows.rows, list(prompts), across, name, value), f"{name}: {value.replace('_', ' ')}"
-        heat_map(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
+        plots.heat_map(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
         print(markdown(values, list(prompts), across, title))
     print(json.dumps({"windows": length, "rows": str(rows.path)}))
 

@@ -90,7 +90,6 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint: modules, bytes by width, errors, sparsity, where it came from."""
     from compress.inspect import inspect as look
-    from compress.sparsity import draw
     from compress.sparsity import sparsity as count
 
     found = look(folder)
@@ -98,7 +97,9 @@ def inspect(
         quiet_transformers()
         found["sparsity"] = count(folder)
         if plot is not None:
-            draw(found["sparsity"], plot)
+            from compress.evals import plots
+
+            plots.sparsity(found["sparsity"], plot)
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -103,6 +103,7 @@ def compare(
     device: DeviceOption = "cpu",
 ) -> None:
     """Put several checkpoints, at all their widths, into one table and one Pareto plot."""
+    from compress.evals import plots
     from compress.evals import report as reports
     from compress.evals.text import protocol_of
     from compress.workspace import write_atomic
@@ -124,7 +125,7 @@ def compare(
                 write_atomic(output, reports.comparison_page(rivals, common, dense))
             else:
                 lines, name = reports.comparison_lines(rivals, dense)
-                reports.draw(lines, output, name)
+                plots.pareto(lines, output, name)
         except OSError as error:
             raise CompressError(f"-o {output}: {error.strerror}.") from error
     found = reports.comparison_table(rivals, dense)

@@ -107,6 +107,18 @@ def test_an_existing_output_is_never_overwritten(recipe, tmp_path):
     assert (tmp_path / "model" / "precious").exists()
 
 
+def test_a_tokenizer_of_another_model_is_named(recipe, make_model, tmp_path):
+    recipe["model"] = str(make_model("llama", vocab_size=200))
+    with pytest.raises(CompressError, match="an embedding for 200 tokens; the two do not belong together"):
+        compress.run(recipe, tmp_path / "model")
+
+
+def test_an_output_needs_a_name(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CompressError, match="give the name of a folder to create"):
+        compress.run(recipe, ".")
+
+
 def test_a_compressed_model_is_no_starting_point(recipe, compressed, tmp_path):
     with pytest.raises(CompressError, match="already quantised"):
         compress.run({**recipe, "model": str(compressed)}, tmp_path / "model")

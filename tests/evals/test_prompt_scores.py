@@ -10,6 +10,7 @@ import compress
 from compress.errors import CompressError
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Text, Window, context_length, score
+from compress.evals.plots import heat_map
 from compress.evals.tasks import Tasks
 from compress.evals.transfer import (
     NONE,
@@ -18,7 +19,6 @@ from compress.evals.transfer import (
     common_length,
     fill,
     fill_tasks,
-    heat_map,
     main,
     markdown,
     matrix,

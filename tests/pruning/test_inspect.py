@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.errors import CompressError
-from compress.sparsity import draw, sparsity
+from compress.evals import plots
+from compress.sparsity import sparsity
 
 
 @pytest.fixture
@@ -75,4 +76,4 @@ def test_a_plot(pruned, tmp_path, said, monkeypatch):
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(CompressError, match="needs matplotlib"):
-        draw(sparsity(pruned), tmp_path / "other.svg")
+        plots.sparsity(sparsity(pruned), tmp_path / "other.svg")
