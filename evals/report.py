@@ -73,7 +73,10 @@ def markdown(facts: Facts, picture: Path | None) -> str:
     if facts.tasks:
         parts += ["## Tasks", tables.markdown(tables.tasks(facts))]
     if facts.agreement or facts.robustness:
-        parts += ["## How alike it is to the dense model", tables.markdown(tables.agreement(facts))]
+        parts += [
+            "## How alike it is to the dense model",
+            tables.markdown(tables.agreement(facts.agreement, facts.robustness)),
+        ]
     if facts.bench:
         parts += ["## Speed and memory", f"{facts.bench['device']}; {facts.bench['backend']}", tables.markdown(tables.speed(facts.bench))]  # fmt: skip
     for item in facts.matrices:

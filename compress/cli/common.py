@@ -7,14 +7,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.evals import tables
 
 app = typer.Typer(
     help="Compress Hugging Face causal LMs after training: one checkpoint, every bit-width, measured cost.",
@@ -149,6 +153,16 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # at what peft asks it
     warnings.filterwarnings("ignore", message="Position ids are not supported")  # nor needed: prompts come first
+
+
+def print_table(table: tables.Table) -> None:
+    """A report's table on the terminal."""
+    drawn = Table()
+    for place, head in enumerate(table.heads):
+        drawn.add_column(escape(head), justify="right" if place else "left")
+    for row in table.rows:
+        drawn.add_row(*map(escape, row))
+    out.print(drawn)
 
 
 def write_json(result: Any, target: str | None) -> bool:

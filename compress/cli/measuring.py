@@ -30,11 +30,12 @@ from compress.cli.common import (
     out,
     parse_names,
     parse_widths,
+    print_table,
     progress_bar,
     quiet_transformers,
     refuse_unwritable,
     write_json,
-)  # fmt: skip
+)
 from compress.errors import CompressError
 
 _TASKS, _MORE = "Tasks (lm-eval)", "Beyond accuracy"
@@ -134,6 +135,8 @@ def evaluate(
 
 def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
     """One table per thing that was measured."""
+    from compress.evals import tables
+
     if "bits" in result:
         table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
         for width, score in result["bits"].items():
@@ -141,35 +144,11 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
             table.add_row(width, *figures, str(score["tokens"]))
         out.print(table)
     if rows:
-        out.print(_task_table(rows))
-        if cut := sum(row["truncated"] for tasks in rows.values() for row in tasks.values()):
+        print_table(tables.task_table({(width, None): found for width, found in rows.items()}))
+        if cut := sum(row["truncated"] for found in rows.values() for row in found.values()):
             err.print(f"{cut} requests were longer than the context and were cut on the left.")
-    for kind, columns in (
-        ("agreement", ("kl", "top1_agreement", "flipped", "accuracy", "ece")),
-        ("robustness", ("bits_per_byte", "bits_per_byte_typos", "increase")),
-    ):
-        if kind in result:
-            table = Table("bits", *columns)
-            for width, metrics in result[kind].items():
-                table.add_row(width, *(f"{metrics[name]:.4f}" for name in columns))
-            out.print(table)
-
-
-def _task_table(rows: dict[str, Any]) -> Table:
-    names = list(next(iter(rows.values())))
-    table = Table("bits")
-    for name in names:
-        table.add_column(escape(name), justify="right")
-    for width, found in rows.items():
-        cells = []
-        for name in names:
-            metrics = found[name]["metrics"]
-            main = next((metric for metric in ("acc_norm", "acc") if metric in metrics), next(iter(metrics), None))
-            error = metrics.get(f"{main}_stderr")
-            tail = f" ± {error:.4f}" if error is not None else ""
-            cells.append(f"{main} {metrics[main]:.4f}{tail}" if main else "")
-        table.add_row(width, *cells)
-    return table
+    if "agreement" in result or "robustness" in result:
+        print_table(tables.agreement(result.get("agreement", {}), result.get("robustness", {})))
 
 
 @app.command()
@@ -193,6 +172,7 @@ def bench(
     """Measure decoding, prefill, time to first token, loading, memory and size, per width and dense, in turn."""
     import torch
 
+    from compress.evals import tables
     from compress.evals.bench import Load
     from compress.evals.bench import bench as measure
     from compress.evals.store import results_of
@@ -214,37 +194,4 @@ def bench(
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
     if found["dense"].startswith("not measured"):
         out.print(f"dense {escape(found['dense'])}")
-    out.print(_bench_table(found))
-
-
-def _bench_table(found: dict[str, Any]) -> Table:
-    """Medians, with quartiles where they matter."""
-
-    def cell(figure: dict[str, float], scale: float = 1.0) -> str:
-        low, middle, high = (f"{figure[name] * scale:.3g}" for name in ("low", "median", "high"))
-        return f"{middle} ({low}–{high})"
-
-    table = Table("bits", title="median (quartiles)")
-    heads = (
-        "decode tok/s",
-        "× dense",
-        "prefill tok/s",
-        "× dense",
-        "first token, ms",
-        "load, s",
-        "resident, MB",
-        "disk, MB",
-    )
-    for head in heads:
-        table.add_column(head, justify="right")
-    for width, figures in found["widths"].items():
-        versus = [figures.get(f"{what}_versus_dense") for what in ("decode", "prefill")]
-        ratios = [f"{figure['median']:.2f}" if figure else "–" for figure in versus]
-        size = figures["disk_bytes"]
-        table.add_row(
-            width, cell(figures["decode_tokens_per_second"]), ratios[0],
-            cell(figures["prefill_tokens_per_second"]), ratios[1],
-            f"{1e3 * figures['time_to_first_token_seconds']['median']:.3g}", cell(figures["load_seconds"]),
-            f"{figures['resident_bytes']['median'] / 1e6:.1f}", "–" if size is None else f"{size / 1e6:.2f}",
-        )  # fmt: skip
-    return table
+    print_table(tables.speed(found))

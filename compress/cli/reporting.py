@@ -7,7 +7,6 @@ from typing import Annotated, Optional
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from compress.cli.common import (
     BitsOption,
@@ -28,10 +27,11 @@ from compress.cli.common import (
     out,
     parse_names,
     parse_widths,
+    print_table,
     progress_bar,
     quiet_transformers,
     refuse_unwritable,
-)  # fmt: skip
+)
 from compress.errors import CompressError
 
 
@@ -128,8 +128,4 @@ def compare(
                 plots.pareto(lines, output, name)
         except OSError as error:
             raise CompressError(f"-o {output}: {error.strerror}.") from error
-    found = reports.comparison_table(rivals, dense)
-    table = Table(*found.heads)
-    for row in found.rows:
-        table.add_row(*map(escape, row))
-    out.print(table)
+    print_table(reports.comparison_table(rivals, dense))
