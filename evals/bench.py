@@ -76,21 +76,10 @@ class Load:
     loads: int = 3
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Median and quartiles of some rounds."""
-
-    median: float
-    low: float
-    high: float
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles, as plain data."""
-    if len(values) < 2:
-        return asdict(Figure(values[0], values[0], values[0]))
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return asdict(Figure(middle, low, high))
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+    return {"median": middle, "low": low, "high": high}
 
 
 def bench(

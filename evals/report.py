@@ -40,11 +40,13 @@ def report(
     Raises:
         CompressError: no checkpoint that compress wrote, or what was asked for can not be had.
     """
+    target = output or folder / FOLDER
+    if target.exists() and not target.is_dir():
+        raise CompressError(f"{target}: is a file; give a folder with -o.")
     store = results_of(folder, results)
     collect(folder, store)  # refuses what is no checkpoint before any long work
     notes = [] if wanted is None else measure_missing(folder, wanted, store, watch or (lambda *_: None))
     facts = collect(folder, store, notes)
-    target = output or folder / FOLDER
     written, missing = [target / "index.html", target / "report.md"], list(notes)
     try:
         target.mkdir(parents=True, exist_ok=True)
