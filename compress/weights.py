@@ -121,11 +121,11 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            _refuse_elsewhere(index, names)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CompressError(f"{index}: not a safetensors index ({error}).") from error
         if not names:
             raise CompressError(f"{index}: names no file; fetch or write the model again.")
-        _refuse_elsewhere(index, names)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CompressError(f"{folder}: {index.name} names {missing[0]}, which is not there; fetch it again.")

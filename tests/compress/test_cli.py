@@ -193,6 +193,11 @@ def _with(name, text):
         (_without("compression.json"), ["generate", "{}", "the", "--bits", "3.5"], "give a whole width, or patterns"),
         (_without("tokenizer.json", "tokenizer_config.json"), ["generate", "{}", "the"], "its tokenizer cannot be"),
         (
+            _with("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+            ["inspect", "{}"],
+            "not a safetensors index",
+        ),
+        (
             _with("model.safetensors.index.json", '{"weight_map": {"a": "../../secret.safetensors"}}'),
             ["inspect", "{}"],
             "which is not in its folder",
