@@ -151,6 +151,16 @@ def test_weights_that_are_not_finite_are_named(recipe, tiny_llama, tmp_path, val
     assert not (tmp_path / "model").exists()
 
 
+def test_a_model_that_computes_no_number_is_not_written(tiny_llama, tmp_path):
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"].fill_(torch.nan)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match="at 4 bits the model's loss on a few tokens is not finite"):
+        compress.run({"model": str(source), "passes": [{"kind": "rtn"}]}, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_ignored_linears_are_listed_with_the_reason(recipe, tmp_path):
     recipe["passes"][0]["ignore"] = [r"re:.*\.v_proj", "model.layers.1.mlp.up_proj"]
     target = compress.run(recipe, tmp_path / "model")
