@@ -150,4 +150,4 @@ def test_generation_ends_where_the_context_does(prompted):
     assert torch.equal(cached, states)
     result = CliRunner().invoke(app, ["generate", str(prompted), "the " * 70, "--prompt"])
     assert isinstance(result.exception, CompressError)
-    assert "beside the soft prompt there is room for 59" in str(result.exception)
+    assert "room for 59 beside the soft prompt" in str(result.exception)
