@@ -10,6 +10,11 @@ class CompressError(Exception):
     """One clear sentence: what is wrong, where, which rule it breaks, what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``Did you mean 'x'?`` for the nearest known name, else the list of what there is."""
     names = sorted(known)

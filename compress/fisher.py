@@ -8,17 +8,14 @@ forward, one recomputation, one backward. Memory: one block, its gradients, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from compress.calibration import Samples
 from compress.errors import CompressError
+from compress.passes import Report
 from compress.streaming import StreamedModel
 from compress.workspace import Stage
-
-Report = Callable[[str, int, int], None]
 
 
 def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report) -> None:

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.hf import CompressConfig
+from compress.hf import CompressConfig, replace_packed
 from compress.loading import check_tensors
 from compress.manifest import read_settings
+from compress.pipeline import read_config
 from compress.prompts.adapter import prompt_sizes
 from compress.quant.linear import PackedShape, width_of
 from compress.quant.sparse import SparseShape
+from compress.shapes import replace_shapes
+from compress.streaming import State, empty_model, tensor_names
+from compress.structure import architecture
 from compress.weights import Checkpoint, TensorInfo, read_manifest
+from compress.workspace import digest
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -103,3 +108,21 @@ def _noted(manifest: Mapping[str, Any], field: str) -> dict[str, Any]:
         for unit in step["units"].values()
         for name, note in unit.get(field, {}).items()
     }
+
+
+def checkpoint_state(folder: Path) -> State:
+    """A checkpoint, or a dense model, as passes see it: nothing is read but headers.
+
+    Raises:
+        CompressError: not a model folder, or an undeclared architecture.
+    """
+    settings, config = read_settings(folder), read_config(folder)
+    if settings is not None:
+        del config.quantization_config  # the model is built dense and then replaced
+    model, rename = empty_model(config), architecture(config).stored_name
+    running = {rename(name): name for name, _ in model.named_modules()}
+    packed = {running.get(name, name): shape for name, shape in (settings.shapes() if settings else {}).items()}
+    shapes = settings.block_shapes() if settings else {}
+    replace_shapes(model, shapes)
+    replace_packed(model, packed)
+    return State(Checkpoint(folder, tensor_names(model)), config, packed, digest(str(folder)), shapes)

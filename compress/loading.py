@@ -8,11 +8,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from compress.budget import as_number, widths_for_budget
-from compress.errors import CompressError
+from compress.errors import CompressError, first_line
 from compress.hf import METHOD, Bits, CompressConfig, join_layers, matching, packed_modules, widths_for
 from compress.quant.linear import width_of
 from compress.structure import architecture
@@ -60,7 +60,7 @@ def load(
         raise
     except Exception as error:  # transformers raises many types for what is not a model folder
         raise CompressError(
-            f"{name}: is not a model folder or hub id that can be read ({_first_line(error)})."
+            f"{name}: is not a model folder or hub id that can be read ({first_line(error)})."
         ) from error
     settings = getattr(config, "quantization_config", None)
     if settings is None or settings.get("quant_method") != METHOD:
@@ -89,6 +89,18 @@ def load(
     return model
 
 
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint or dense model.
+
+    Raises:
+        CompressError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # tokenizer classes fail in many ways
+        raise CompressError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from error
+
+
 def bits_for(
     folder: str | Path, bits: Bits | float | str | None, memory: str | int | None = None, revision: str | None = None
 ) -> Bits | None:
@@ -108,7 +120,12 @@ def bits_for(
         return bits  # type: ignore[return-value]
     if memory is not None and bits is not None:
         raise CompressError("bits and memory are two ways to choose widths; give one of them.")
-    manifest = cached_file(str(folder), MANIFEST, revision=revision)
+    try:
+        manifest = cached_file(str(folder), MANIFEST, revision=revision)
+    except OSError as error:
+        raise CompressError(
+            f"{folder}: has no {MANIFEST} with measured errors, by which widths are chosen; give a whole width, or patterns."
+        ) from error
     assert manifest is not None  # it raises where it finds nothing
     config = AutoConfig.from_pretrained(str(folder), revision=revision)
     shapes = CompressConfig(**config.quantization_config).shapes()
@@ -152,12 +169,8 @@ def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
     except SafetensorError as error:
         raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
     except OSError as error:
-        raise CompressError(f"{name}: cannot be loaded ({_first_line(error)}).") from error
+        raise CompressError(f"{name}: cannot be loaded ({first_line(error)}).") from error
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def set_bits(model: nn.Module, bits: Bits) -> None:

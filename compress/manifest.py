@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -113,12 +114,8 @@ def _widths(settings: CompressConfig | None) -> list[int]:
 def _compare(width: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
     scale = max(abs(value) for _, value in expected["top"])
     values = dict(map(tuple, found["top"]))
-    apart = [
-        abs(value - values[token]) if token in values else None for token, value in expected["top"][: len(values) // 2]
-    ]
-    if abs(expected["loss"] - found["loss"]) > _TOLERANCE * scale or any(
-        difference is None or difference > _TOLERANCE * scale for difference in apart
-    ):
+    apart = [abs(value - values.get(token, math.nan)) for token, value in expected["top"][: len(values) // 2]]
+    if not all(difference <= _TOLERANCE * scale for difference in [abs(expected["loss"] - found["loss"]), *apart]):
         raise CompressError(
             f"at {width} bits a fresh process computes other logits (loss {found['loss']:.6f}) than were recorded when it "
             f"was written (loss {expected['loss']:.6f}); the checkpoint or the installation is damaged."

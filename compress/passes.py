@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from compress.recipe import Calibration
 
 GROUP = "compress.passes"
+Report = Callable[[str, int, int], None]
+"""Called as work proceeds, with (what, steps done, steps in all)."""
 SURVEY_TOKENS = 4096
 """Tokens that a survey of the whole model runs at once, which the plan counts on."""
 
@@ -213,10 +215,14 @@ class Context:
 
     def generator(self, *place: int) -> torch.Generator:
         """A random generator that depends on the seed and a place (pass, block, …) only."""
-        state = self.seed
-        for part in place:
-            state = (state * 1_000_003 + part + 1) % (1 << 63)
-        return torch.Generator().manual_seed(state)
+        return derived_generator(self.seed, *place)
+
+
+def derived_generator(seed: int, *place: int) -> torch.Generator:
+    """A random generator that depends on a seed and a place (pass, block, step, …) only."""
+    for part in place:
+        seed = (seed * 1_000_003 + part + 1) % (1 << 63)
+    return torch.Generator().manual_seed(seed)
 
 
 ConfigT = TypeVar("ConfigT", bound=PassConfig)
@@ -262,7 +268,7 @@ class Pass(Generic[ConfigT]):
         model: PreTrainedModel,
         samples: Sequence[Tensor],
         context: Context,
-        report: Callable[[str, int, int], None],
+        report: Report,
     ) -> dict[str, Tensor]:
         """Look at the whole model, float32 on the context's device; what is returned is every block's ``findings``.
 
@@ -304,9 +310,7 @@ class Pass(Generic[ConfigT]):
         """The units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
         return ["model"]
 
-    def run_model(
-        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
-    ) -> tuple[dict[str, Tensor], Record]:
+    def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
         """Work on the whole model.
 
         Returns:

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from compress import writer
 from compress.calibration import draw_samples
-from compress.errors import CompressError
-from compress.passes import Context, Pass, pass_class
+from compress.errors import CompressError, first_line
+from compress.loading import load_tokenizer
+from compress.passes import Context, Pass, Report, pass_class
 from compress.processes import processes
 from compress.quant.linear import PackedShape
 from compress.recipe import Calibration, Overrides, Recipe, load_recipe
-from compress.runner import Log, Report, Runner
+from compress.runner import Log, Runner
 from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
 from compress.structure import architecture
 from compress.weights import Checkpoint
@@ -83,6 +85,8 @@ def _target(output: str | Path | None) -> Path:
     if output is None:
         raise CompressError("no output folder: give -o, or output in the recipe.")
     target = Path(output)
+    if not target.name:
+        raise CompressError(f"output {target}: give the name of a folder to create.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CompressError(f"output {target}: exists already and is not an empty folder; choose another or remove it.")
     return target
@@ -114,10 +118,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
     architecture(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizer classes fail in many ways
-        raise CompressError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+    tokenizer = load_tokenizer(folder)
     empty = empty_model(config)
     checkpoint = Checkpoint(folder, tensor_names(empty))
     sha256 = checkpoint.sha256()
@@ -140,7 +141,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, absence: the hub's own types change between releases
         raise CompressError(
-            f"model {model!r}: there is no such folder, and the hub did not deliver it ({_first_line(error)})."
+            f"model {model!r}: there is no such folder, and the hub did not deliver it ({first_line(error)})."
         ) from error
 
 
@@ -151,12 +152,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
-        raise CompressError(f"{folder}: config.json cannot be used ({_first_line(error)}).") from error
+        raise CompressError(f"{folder}: config.json cannot be used ({first_line(error)}).") from error
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
@@ -167,6 +164,8 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     drawn = {
         text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
     }
+    for samples in drawn.values():
+        _check_tokens(samples.tokens, source)
     state, history, beside = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
         context = make_context(source, device, settings.seed, state)
@@ -177,7 +176,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         beside.append((step, runner.beside, units))
     if not processes(device).is_main_process:
         return
-    samples = drawn.get(settings.calibration) if settings.calibration else None
+    calibration = drawn.get(settings.calibration) if settings.calibration else None
 
     def write_beside(folder: Path) -> None:
         for step, tensors, records in beside:
@@ -189,7 +188,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         manifest={
             "recipe": settings.model_dump(mode="json", exclude={"output"}),
             "model_sha256": source.sha256,
-            "calibration": samples.source if samples else None,
+            "calibration": calibration.source if calibration else None,
             "passes": history,
         },
         probe_tokens=source.tokenizer("def compress(model):\n    return", add_special_tokens=False)["input_ids"],
@@ -197,6 +196,16 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         write_beside=write_beside,
     )  # fmt: skip
     log.progress("writing", 1, 1)
+
+
+def _check_tokens(samples: Sequence[Tensor], source: Source) -> None:
+    """The tokenizer belongs to the model: it knows no token beyond the embedding."""
+    largest = max(int(tokens.max()) for tokens in samples)
+    if largest >= source.state.config.vocab_size:
+        raise CompressError(
+            f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
+            f"{source.state.config.vocab_size} tokens; the two do not belong together."
+        )
 
 
 def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
@@ -216,7 +225,7 @@ def pick_device(name: str) -> torch.device:
         if name == "auto" and device.type == "cuda" and (team := processes(device)).num_processes > 1:
             device = team.device
     except (RuntimeError, AssertionError) as error:
-        raise CompressError(f"device {name!r} cannot be used here: {_first_line(error)}.") from error
+        raise CompressError(f"device {name!r} cannot be used here: {first_line(error)}.") from error
     return device
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.calibration import Samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
-from compress.passes import Block, Context, Pass, Whole
+from compress.passes import Block, Context, Pass, Report, Whole
 from compress.processes import processes
 from compress.quant.sparse import shape_of, smaller_form
 from compress.shapes import BlockShape, block_shape
@@ -27,8 +27,6 @@ from compress.weights import Overlay
 from compress.workspace import Record, Stage, Workspace
 
 Run = Callable[[nn.Module], Tensor]
-Report = Callable[[str, int, int], None]
-"""Called with (what, steps done, steps in all)."""
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""Zeros of a checkpoint, counted in its files block by block, and a plot of them."""
+"""Zeros of a checkpoint, counted in its files block by block."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
-from compress.hf import packed_modules, replace_packed
-from compress.manifest import read_settings
-from compress.pipeline import read_config
-from compress.shapes import replace_shapes
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
-from compress.structure import architecture, block_prefix, linears_of
-from compress.weights import Checkpoint
+from compress.hf import packed_modules
+from compress.inspect import checkpoint_state
+from compress.streaming import StreamedModel
+from compress.structure import block_prefix, linears_of
 
 
 def sparsity(folder: Path) -> dict[str, Any]:
@@ -30,7 +26,7 @@ def sparsity(folder: Path) -> dict[str, Any]:
     Raises:
         CompressError: not a model folder, or an undeclared architecture.
     """
-    model = _streamed(folder)
+    model = StreamedModel(checkpoint_state(folder), torch.device("cpu"))
     linears: dict[str, dict[str, float]] = {}
     blocks: dict[str, dict[str, float]] = {}
     for index in range(len(model.blocks)):
@@ -41,21 +37,6 @@ def sparsity(folder: Path) -> dict[str, Any]:
         linears |= inside
         blocks[prefix] = _total(inside)
     return {**_total(linears), "blocks": blocks, "linears": linears}
-
-
-def _streamed(folder: Path) -> StreamedModel:
-    settings, config = read_settings(folder), read_config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # ours, read above; the model is built dense and then replaced
-    empty = empty_model(config)
-    rename = architecture(config).stored_name
-    running = {rename(name): name for name, _ in empty.named_modules()}
-    packed = {running[name]: shape for name, shape in (settings.shapes() if settings else {}).items()}
-    shapes = settings.block_shapes() if settings else {}
-    replace_shapes(empty, shapes)
-    replace_packed(empty, packed)
-    state = State(Checkpoint(folder, tensor_names(empty)), config, packed, "", shapes)
-    return StreamedModel(state, torch.device("cpu"))
 
 
 def _matrices(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -72,31 +53,3 @@ def _counted(zeros: float, parameters: float) -> dict[str, float]:
 
 def _total(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return _counted(sum(p["zeros"] for p in parts.values()), sum(p["parameters"] for p in parts.values()))
-
-
-def draw(found: Mapping[str, Any], target: Path) -> None:
-    """Plot the sparsity of every block as a bar, and of its linears as points.
-
-    Args:
-        found: from :func:`sparsity`.
-        target: .svg, .png, …
-
-    Raises:
-        CompressError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError("--plot needs matplotlib: pip install 'compress-llm[plots]'.") from error
-    names = list(found["blocks"])
-    figure = Figure(figsize=(max(5.0, 0.3 * len(names)), 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar(range(len(names)), [100 * block["sparsity"] for block in found["blocks"].values()], color="lightsteelblue")
-    for place, block in enumerate(names):
-        inside = [100 * v["sparsity"] for name, v in found["linears"].items() if name.startswith(block + ".")]
-        axes.plot([place] * len(inside), inside, ".", color="black", markersize=4)
-    axes.axhline(100 * found["sparsity"], color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("block")
-    axes.set_ylabel("zeros, % (bar: block; points: its linears)")
-    axes.set_ylim(0, 100)
-    figure.savefig(target)

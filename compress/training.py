@@ -25,13 +25,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from compress.errors import CompressError
-from compress.passes import PassConfig
+from compress.passes import PassConfig, Report, derived_generator
 from compress.processes import processes
 from compress.recipe import Calibration
 from compress.weights import read_tensors
 from compress.workspace import digest, save_atomic
-
-Report = Callable[[str, int, int], None]
 
 
 class TrainingConfig(PassConfig):
@@ -213,13 +211,13 @@ class _Loop:
         places = self._places(step)
         count = sum(len(self.samples[place]) - 1 for place in places)
         labels = list(self.states)
-        self.states[labels[int(torch.randint(len(labels), (), generator=self._generator(1, step)))]]()
+        self.states[labels[int(torch.randint(len(labels), (), generator=derived_generator(self.seed, 1, step)))]]()
         self.optimizer.zero_grad()
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
         mine = places[self.processes.process_index :: self.processes.num_processes]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout's numbers are the step's own
-            torch.manual_seed(int(torch.randint(1 << 62, (), generator=self._generator(2, step))))
+            torch.manual_seed(int(torch.randint(1 << 62, (), generator=derived_generator(self.seed, 2, step))))
             for batch in _batches(self.samples, mine, self.config.micro_batch, self.device):
                 loss = _loss(self.loss, self.model, batch, self.config)
                 (loss / count).backward()  # type: ignore[no-untyped-call]
@@ -248,19 +246,13 @@ class _Loop:
         rising = min(1.0, (step + 1) / (config.warmup + 1))
         return config.learning_rate * min(rising, (config.steps - step) / max(1, config.steps - config.warmup))
 
-    def _generator(self, *place: int) -> torch.Generator:
-        state = self.seed
-        for part in place:
-            state = (state * 1_000_003 + part + 1) % (1 << 63)
-        return torch.Generator().manual_seed(state)
-
     def _places(self, step: int) -> list[int]:
         """Samples of a step: epoch after epoch, each in an order of its own."""
         chosen, count = [], len(self.trained_on)
         for position in range(step * self.config.batch, (step + 1) * self.config.batch):
             epoch = position // count
             if epoch not in self._epochs:
-                self._epochs = {epoch: torch.randperm(count, generator=self._generator(0, epoch)).tolist()}
+                self._epochs = {epoch: torch.randperm(count, generator=derived_generator(self.seed, 0, epoch)).tolist()}
             chosen.append(self.trained_on[self._epochs[epoch][position % count]])
         return chosen
 

@@ -22,6 +22,9 @@ from compress.errors import CompressError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "compression.json"
+_IN_A_MANIFEST = frozenset(
+    {"compress_version", "files", "not_quantised", "passes", "probe", "recipe", "sizes", "versions"}
+)
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -59,15 +62,27 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest, or None where a folder has none (a dense model, or one saved by ``save_pretrained``).
 
     Raises:
-        CompressError: it is not JSON.
+        CompressError: it is not JSON, lacks what every manifest has, or names files elsewhere.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CompressError(f"{path}: is not JSON ({error}); the checkpoint is damaged.") from error
+    missing = _IN_A_MANIFEST - found.keys() if isinstance(found, dict) else _IN_A_MANIFEST
+    if missing:
+        raise CompressError(f"{path}: has no {min(missing)!r}, as every manifest has; the checkpoint is damaged.")
+    _refuse_elsewhere(path, found["files"])
+    return found  # type: ignore[no-any-return]
+
+
+def _refuse_elsewhere(path: Path, names: Iterable[str]) -> None:
+    """A file of a checkpoint names no file outside its folder."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CompressError(f"{path}: names {name!r}, which is not in its folder; do not trust this checkpoint.")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -106,6 +121,7 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            _refuse_elsewhere(index, names)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CompressError(f"{index}: not a safetensors index ({error}).") from error
         if not names:

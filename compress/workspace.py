@@ -73,7 +73,7 @@ class Stage:
         try:
             with safe_open(self.path(unit), framework="pt") as handle:
                 return json.loads(handle.metadata()["record"])  # type: ignore[no-any-return]
-        except (FileNotFoundError, SafetensorError, TypeError, KeyError):
+        except (FileNotFoundError, SafetensorError, TypeError, KeyError, ValueError):
             return None
 
     def load(self, unit: str) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the workspace.
+        """Hold the workspace; one without a unit in it does not outlive that.
 
         Raises:
             CompressError: another process holds it.
@@ -116,7 +116,11 @@ class Workspace:
                 raise CompressError(
                     f"{self.folder}: another run is working there; wait for it, or choose another --workspace."
                 ) from None
-            yield
+            try:
+                yield
+            finally:
+                if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["lock"]:
+                    self.remove()
 
     def remove(self) -> None:
         """Delete it with all its units."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -215,7 +216,11 @@ def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str
 
 @torch.no_grad()
 def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What a written checkpoint makes of a few tokens at every width: loss, and the last position's largest logits."""
+    """What a written checkpoint makes of a few tokens at every width: loss, and the last position's largest logits.
+
+    Raises:
+        CompressError: a loss that is not finite.
+    """
     structure = architecture(running.config)
     names = {name: (structure.stored_name(name),) for name in running.source.info()}
     state = State(Checkpoint(folder, names), running.config, running.packed, "", running.shapes)
@@ -234,7 +239,12 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     results = {}
     for bits, value in hidden.items():
         set_widths(model.model, state, bits)
-        results[str(bits) if bits else "dense"] = describe(model.logits(ids, value), ids)
+        label = str(bits) if bits else "dense"
+        results[label] = describe(model.logits(ids, value), ids)
+        if not math.isfinite(results[label]["loss"]):
+            raise CompressError(
+                f"at {label}{' bits' * bool(bits)} the model's loss on a few tokens is not finite; check the dense model's weights."
+            )
     return {"tokens": ids.tolist(), "at_bits": results}
 
 

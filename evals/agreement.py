@@ -15,32 +15,25 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import compress
 from compress.errors import CompressError
-from compress.evals.perplexity import Text, Window, prepare, score
+from compress.evals.perplexity import Text, Window, score
 from compress.evals.store import Key, Results, dense_identity, identity
-from compress.evals.text import (
-    Protocol,
-    documents_of,
-    refuse_calibration_text,
-    settings_of,
-    widths_to_measure,
-    window_length,
-)
-from compress.loading import bits_for, load
+from compress.evals.text import OpenText, Protocol, open_text
+from compress.loading import load
+from compress.passes import Report
 from compress.pipeline import model_folder
 from compress.weights import read_manifest
 
-Report = Callable[[str, int, int], None]
 BINS = 15
 _CHUNK = 1 << 28  # bytes of the dense model's log-probabilities held while all widths are compared with them
 
@@ -146,52 +139,8 @@ def dense_model_of(folder: str, reference: str | None = None) -> str:
     return found
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """What both measurements of one call share."""
-
-    folder: str
-    source: str
-    documents: list[str]
-    settings: dict[str, Any]
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    widths: dict[str, Any]
-    protocol: Protocol
-    store: Results
-    report: Report | None
-
-    def text(self, documents: Sequence[str]) -> Text:
-        cut = self.protocol
-        return prepare(documents, self.tokenizer, cut.length or 2, cut.stride, cut.truncate, cut.disjoint)
-
-    def key(self, kind: str, model: str, width: str, **more: Any) -> Key:
-        return Key(kind, self.source, model, width, None, {**self.settings, **more})
-
-    def watch(self, what: str) -> Callable[[int, int], None] | None:
-        report = self.report
-        return None if report is None else lambda done, total: report(what, done, total)
-
-
-def _open(
-    folder: str, source: str, bits: Sequence[int | float] | None, protocol: Protocol | None, store: Results | None,
-    dtype: torch.dtype, device: str, report: Report | None,
-) -> _Setting:  # fmt: skip
-    protocol = protocol or Protocol()
-    documents, digest = documents_of(source, protocol)
-    refuse_calibration_text(folder, digest)
-    chosen = {str(width): bits_for(folder, width) for width in bits or ()}
-    model = load(folder, dtype=dtype, device_map=device)
-    widths = {
-        "dense" if width is None else str(width): chosen.get(str(width)) or width
-        for width in widths_to_measure(model, bits)
-    }
-    protocol = replace(protocol, length=window_length(model, protocol.length))
-    settings = settings_of(digest, protocol, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return _Setting(
-        folder, source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report
-    )
+def _key(work: OpenText, kind: str, model: str, width: str, **more: Any) -> Key:
+    return Key(kind, work.source, model, width, None, {**work.settings, **more})
 
 
 @torch.no_grad()
@@ -220,9 +169,9 @@ def evaluate_agreement(
         CompressError: no dense model, or nothing to score.
     """
     original = dense_model_of(folder, reference)
-    work = _open(folder, source, bits, protocol, store, dtype, device, report)
+    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
     digests = {width: identity(folder) for width in work.widths} | {"dense": identity(original)}
-    keys = {width: work.key("agreement", model, width, dense=digests["dense"]) for width, model in digests.items()}
+    keys = {width: _key(work, "agreement", model, width, dense=digests["dense"]) for width, model in digests.items()}
     missing = [width for width in keys if work.store.find(keys[width]) is None]
     if missing:
         dense = load(original, dtype=dtype, device_map=device)
@@ -287,23 +236,23 @@ def evaluate_robustness(
     Returns:
         ``{width: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
     """
-    work = _open(folder, source, bits, protocol, store, dtype, device, report)
+    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
     clean: Text | None = None
     spoilt: Text | None = None
     model = identity(folder)
     found: dict[str, dict[str, float]] = {}
     for width, value in work.widths.items():
-        key = work.key("robustness", model, width, rate=rate)
+        key = _key(work, "robustness", model, width, rate=rate)
         row: Mapping[str, Any] | None = work.store.find(key)
         if row is None:
             spoilt = spoilt or work.text([with_typos(document, rate) for document in work.documents])
             if value is not None:
                 compress.set_bits(work.model, value)
-            known = work.store.find(work.key("text", model, width))
+            known = work.store.find(_key(work, "text", model, width))
             if known is None:
                 clean = clean or work.text(work.documents)
                 found_clean = score(work.model, clean, report=work.watch(f"as it is, {width}")).json()
-                known = work.store.add(work.key("text", model, width), found_clean)
+                known = work.store.add(_key(work, "text", model, width), found_clean)
             before = known["metrics"]["bits_per_byte"]
             after = score(work.model, spoilt, report=work.watch(f"with typos, {width}")).bits_per_byte
             row = work.store.add(

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,11 @@ from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, versions
-from compress.evals.text import widths_to_measure
+from compress.evals.text import load_widths
 from compress.inspect import inspect
-from compress.loading import bits_for
+from compress.passes import Report
 from compress.weights import Checkpoint
 
-Report = Callable[[str, int, int], None]
 Times = dict[str, list[float]]
 DENSE = "dense"
 
@@ -77,21 +76,10 @@ class Load:
     loads: int = 3
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Median and quartiles of some rounds."""
-
-    median: float
-    low: float
-    high: float
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles, as plain data."""
-    if len(values) < 2:
-        return asdict(Figure(values[0], values[0], values[0]))
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return asdict(Figure(middle, low, high))
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+    return {"median": middle, "low": low, "high": high}
 
 
 def bench(
@@ -124,9 +112,8 @@ def bench(
     load = load or Load()
     if load.rounds < 1 or load.loads < 1:
         raise CompressError("bench: at least one round and one load are needed.")
-    model = compress.load(folder, dtype=dtype, device_map=device, exact=exact)
-    chosen = {str(width): bits_for(folder, width) for width in bits or ()}
-    widths = {str(w): chosen.get(str(w)) or int(w) for w in widths_to_measure(model, bits) if w is not None}
+    model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact)
+    widths = {label: width for label, width in found.items() if width is not None}
     for value in widths.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
     dense, note = _dense(folder, reference, bool(widths))
@@ -142,12 +129,12 @@ def bench(
     first, decode = _speed(models, widths, load, device, report)
     fresh = _fresh_loads(places, widths, load.loads, str(dtype)[6:], device, report)
     sizes = {width: _disk_bytes(place, width) for width, place in places.items()}
-    found = {
+    figures = {
         width: _figures(width, first, decode, fresh[width], load) | {"disk_bytes": sizes[width]} for width in models
     }
     result = {
         "model": folder, "backend": compress.backend(), "device": _device_name(device), "dtype": str(dtype)[6:],
-        "exact": exact, "threads": torch.get_num_threads(), "load": asdict(load), "dense": note, "widths": found,
+        "exact": exact, "threads": torch.get_num_threads(), "load": asdict(load), "dense": note, "widths": figures,
         "versions": versions(),
     }  # fmt: skip
     if store is not None:

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 import compress
 from compress.evals.perplexity import context_length, prepare, score
@@ -23,6 +22,7 @@ from compress.evals.text import Protocol, documents_of, widths_to_measure
 from compress.hf import packed_modules
 from compress.kernels.cpu import FUSED_ROWS, Prepared
 from compress.kernels.layout import rounded
+from compress.loading import load_tokenizer
 from compress.quant.linear import BitPlaneLinear
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args()
     model: Any = compress.load(arguments.folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    tokenizer = load_tokenizer(arguments.folder)
     documents, _ = documents_of(arguments.text, Protocol(arguments.separator, arguments.limit, 100))
     text = prepare(documents, tokenizer, min(arguments.length, context_length(model)), truncate=True)
     table = Table("bits", "loss, exact", "loss, int8", "of the loss", "loss, entries", "of the loss")

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress.cli.common import write_json
 from compress.pipeline import model_folder
 from compress.plan import plan
 
-_CHILD = r"""
+_RESIDENT = r"""
 import json, re, sys, time
-import compress, compress.pipeline, compress.quant.any_precision
 
 def resident(key):
     return 1024 * int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1])
+"""
+_CHILD = r"""
+import compress, compress.pipeline, compress.quant.any_precision
 
 start, begun = resident("VmRSS"), time.perf_counter()
 compress.run(json.loads(sys.argv[1]), sys.argv[2])
@@ -35,10 +39,11 @@ print(json.dumps({"start": start, "peak": resident("VmHWM"), "seconds": time.per
 """
 
 
+CALIBRATION: dict[str, Any] = {"builtin": "stdlib", "samples": 8, "length": 256}
+
+
 def random_model(folder: Path, hidden: int, blocks: int) -> None:
     """Write a random bfloat16 Llama with the built-in model's tokenizer."""
-    import shutil
-
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=hidden,
@@ -50,19 +55,40 @@ def random_model(folder: Path, hidden: int, blocks: int) -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     for path in model_folder("builtin").glob("tokenizer*"):
         shutil.copy(path, folder / path.name)
 
 
-def measure(recipe: dict[str, Any], output: Path) -> dict[str, float]:
-    """Run a recipe in a fresh process; bytes resident after the imports and at the peak, and seconds."""
-    process = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(recipe), str(output)], check=True, stdout=subprocess.PIPE, text=True
-    )
+def in_fresh_process(code: str, *arguments: str) -> dict[str, float]:
+    """What a script prints as JSON; ``resident("VmRSS")`` and ``resident("VmHWM")`` are there for it, in bytes."""
+    command = [sys.executable, "-c", _RESIDENT + code, *arguments]
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(process.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def beside_plan(recipe: dict[str, Any], output: Path) -> dict[str, float]:
+    """Run a recipe of one pass in a fresh process.
+
+    Returns:
+        Bytes: ``float32``, of the dense weights; ``planned``; ``start``, resident after the imports; ``peak``, above that.
+        And ``seconds``.
+    """
+    foreseen = plan(recipe)
+    found = in_fresh_process(_CHILD, json.dumps(recipe), str(output))
+    return {
+        "float32": 4.0 * foreseen["parameters"], "planned": foreseen["passes"][0]["memory_bytes"], "start": found["start"],
+        "peak": found["peak"] - found["start"], "seconds": found["seconds"],
+    }  # fmt: skip
+
+
+def memory_table(rows: Sequence[Mapping[str, Any]], *names: str) -> Table:
+    """Rows of :func:`beside_plan` behind what they are called by."""
+    table = Table(*names, "as float32 MB", "peak above start MB", "planned MB", "start MB", "s")
+    for row in rows:
+        sizes = (f"{row[key] / 1e6:.0f}" for key in ("float32", "peak", "planned", "start"))
+        table.add_row(*(str(row[name]) for name in names), *sizes, f"{row['seconds']:.0f}")
+    return table
 
 
 def main() -> None:
@@ -70,38 +96,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_model(folder / "dense", arguments.hidden, arguments.blocks)
         for sensitivity in ("none", "activation", "fisher"):
-            recipe: dict[str, Any] = {
+            recipe = {
                 "model": str(folder / "dense"),
-                "calibration": {"builtin": "stdlib", "samples": 8, "length": 256},
+                "calibration": CALIBRATION,
                 "passes": [{"kind": "any_precision", "objective": "weight", "sensitivity": sensitivity}],
             }
-            foreseen = plan(recipe)
-            found = measure(recipe, folder / sensitivity)
-            rows.append(
-                {
-                    "sensitivity": sensitivity,
-                    "dense_bytes": foreseen["dense_bytes"],
-                    "float32_bytes": foreseen["dense_bytes"] * 2,
-                    "peak_above_start_bytes": found["peak"] - found["start"],
-                    "planned_bytes": foreseen["passes"][0]["memory_bytes"],
-                    "start_bytes": found["start"],
-                    "seconds": found["seconds"],
-                }
-            )
-    table = Table("sensitivity", "dense bf16 MB", "as float32 MB", "peak above start MB", "planned MB", "start MB", "s")
-    for row in rows:
-        keys = ("dense_bytes", "float32_bytes", "peak_above_start_bytes", "planned_bytes", "start_bytes")
-        table.add_row(row["sensitivity"], *(f"{row[key] / 1e6:.0f}" for key in keys), f"{row['seconds']:.0f}")
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            rows.append({"sensitivity": sensitivity, **beside_plan(recipe, folder / sensitivity)})
+    Console().print(memory_table(rows, "sensitivity"))
+    write_json(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 import compress
-from compress.evals.bench_memory import random_model
+from compress.cli.common import write_json
+from compress.evals.bench_memory import in_fresh_process, random_model
 
 _CHILD = r"""
-import json, re, sys, torch, compress
+import torch, compress
 from compress.hf import packed_modules
 from compress.prompts.adapter import new_prompt
 from compress.prompts.soft_prompt import SoftPromptConfig
 from compress.training import train
-
-def resident(key):
-    return 1024 * int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1])
 
 found = {"imports": resident("VmRSS")}
 model = compress.load(sys.argv[1], dtype=torch.float32, keep_dense=json.loads(sys.argv[2]))
@@ -44,19 +40,12 @@ print(json.dumps(found | {"peak": resident("VmHWM")}))
 """
 
 
-def measure(folder: Path, keep_dense: bool | None) -> dict[str, int]:
-    """Two steps in a fresh process; bytes."""
-    command = [sys.executable, "-c", _CHILD, str(folder), json.dumps(keep_dense)]
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(process.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
 def main() -> None:
     """Measure the three and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", help="also write the figures to this file")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -69,14 +58,13 @@ def main() -> None:
             "dense": ("dense", None),
         }
         for label, (place, keep) in cases.items():
-            rows.append({"model": label, **measure(folder / place, keep)})
+            rows.append({"model": label, **in_fresh_process(_CHILD, str(folder / place), json.dumps(keep))})
     table = Table("model", "tensors MB", "imports MB", "loaded MB", "peak above the imports MB")
     for row in rows:
         figures = (row["tensors"], row["imports"], row["loaded"], row["peak"] - row["imports"])
         table.add_row(row["model"], *(f"{figure / 1e6:.0f}" for figure in figures))
     Console().print(table)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(rows, given.json)
 
 
 if __name__ == "__main__":

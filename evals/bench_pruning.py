@@ -7,7 +7,7 @@ depths, in a process of its own, beside the plan.
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from compress.evals.bench_memory import measure, random_model
-from compress.plan import plan
+from compress.cli.common import write_json
+from compress.evals.bench_memory import CALIBRATION, beside_plan, memory_table, random_model
+from compress.evals.experiments import listed
 from compress.pruning.allocation import Budget
 from compress.pruning.mrp import curve, grid, search
 from compress.pruning.scores import removal
@@ -55,36 +55,14 @@ def bench_search(blocks: int, repeats: int = 5) -> float:
     return statistics.median(seconds)
 
 
-def bench_memory(score: str, blocks: int, hidden: int) -> dict[str, Any]:
-    """Peak resident bytes of a run above the imports, the plan's figure, and the size of the weights in float32."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        random_model(folder / "dense", hidden, blocks)
-        recipe: dict[str, Any] = {
-            "model": str(folder / "dense"),
-            "calibration": {"builtin": "stdlib", "samples": 8, "length": 256},
-            "passes": [{"kind": "prune", "score": score, "allocation": "mrp", "sparsity": 0.5}],
-        }
-        foreseen = plan(recipe)
-        found = measure(recipe, folder / "out")
-    return {
-        "score": score,
-        "blocks": blocks,
-        "peak": found["peak"] - found["start"],
-        "planned": foreseen["passes"][0]["memory_bytes"],
-        "float32": foreseen["dense_bytes"] * 2,
-        "seconds": found["seconds"],
-    }
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m compress.evals.bench_pruning", description=__doc__)
     parser.add_argument("--size", type=int, default=4096, help="of the matrix")
     parser.add_argument("--hidden", type=int, default=512, help="of the random models whose memory is measured")
-    parser.add_argument("--depths", default="8,24", help="blocks of those")
-    parser.add_argument("--scores", default="wanda,sparsegpt")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--depths", type=listed(int), default=(8, 24), help="blocks of those")
+    parser.add_argument("--scores", type=listed(str), default=("wanda", "sparsegpt"))
+    parser.add_argument("--json", help="also write the figures to this file")
     given = parser.parse_args()
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "size": given.size, **bench_sweep(given.size)}
     found["search_32_blocks"] = bench_search(32)
@@ -93,17 +71,19 @@ def main() -> None:
         f"{given.size} x {given.size}, {found['threads']} threads: factorise {found['factorise']:.1f} s, sweep "
         f"{found['sweep']:.1f} s, curve {found['curve']:.1f} s; search over 32 blocks: {found['search_32_blocks']:.3f} s"
     )
-    depths = [int(part) for part in given.depths.split(",")]
-    found["memory"] = [
-        bench_memory(score, depth, given.hidden) for score in given.scores.split(",") for depth in depths
-    ]
-    table = Table("score", "blocks", "as float32 MB", "peak above start MB", "planned MB", "s")
-    for row in found["memory"]:
-        sizes = (f"{row[key] / 1e6:.0f}" for key in ("float32", "peak", "planned"))
-        table.add_row(row["score"], str(row["blocks"]), *sizes, f"{row['seconds']:.0f}")
-    console.print(table)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    found["memory"] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for depth in given.depths:
+            random_model(folder / str(depth), given.hidden, depth)
+            for score in given.scores:
+                step = {"kind": "prune", "score": score, "allocation": "mrp", "sparsity": 0.5}
+                recipe = {"model": str(folder / str(depth)), "calibration": CALIBRATION, "passes": [step]}
+                row = {"score": score, "blocks": depth, **beside_plan(recipe, folder / "pruned")}
+                found["memory"].append(row)
+                shutil.rmtree(folder / "pruned")
+    console.print(memory_table(found["memory"], "score", "blocks"))
+    write_json(found, given.json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from compress.quant.kmeans import kmeans_codebook, nested_codebooks, weighted_error
+from compress.quant.kmeans import kmeans_codebook, nested_codebooks
 
 Matrix = NDArray[np.float32]
 Result = dict[str, float | str]
@@ -73,7 +73,9 @@ def milliseconds_per_row(function: Callable[[], object], rows: int) -> tuple[flo
 def our_errors(weight: Matrix, sensitivity: Matrix, bits: int) -> NDArray[np.float64]:
     """Weighted squared error of each row at the seed, by the library."""
     seed = kmeans_codebook(weight, sensitivity, bits)
-    return weighted_error(weight, sensitivity, seed.codes, seed.codebooks[bits])
+    error = weight.astype(np.float64) - np.take_along_axis(seed.codebooks[bits], seed.codes.astype(np.int64), 1)
+    errors: NDArray[np.float64] = (sensitivity * error**2).sum(1)
+    return errors
 
 
 def flash_seed(flash: Any, x: Matrix, w: Matrix, bits: int) -> tuple[NDArray[Any], NDArray[Any]]:

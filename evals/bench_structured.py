@@ -7,7 +7,7 @@ memory (VmHWM) above the imports stands beside the plan. Then one model is prune
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 import compress
-from compress.evals.bench_memory import measure, random_model
-from compress.plan import plan
+from compress.cli.common import write_json
+from compress.evals.bench_memory import CALIBRATION, beside_plan, memory_table, random_model
+from compress.pipeline import model_folder
 from compress.weights import Checkpoint
 
 SCORES: dict[str, dict[str, Any]] = {
@@ -32,24 +33,6 @@ SCORES: dict[str, dict[str, Any]] = {
     "gates, backprop (Fisher)": {"score": "gates", "estimator": "backprop"},
     "Taylor, backprop": {"score": "taylor"},
 }
-
-
-def bench_memory(dense: Path, settings: Mapping[str, Any]) -> dict[str, float]:
-    """Peak resident bytes of a run above the imports, and the plan's figure."""
-    step = {"kind": "mini_llm", "ratio": 0.2, "compensate": False, **settings}
-    recipe: dict[str, Any] = {
-        "model": str(dense),
-        "calibration": {"builtin": "stdlib", "samples": 8, "length": 256},
-        "passes": [step],
-    }
-    with tempfile.TemporaryDirectory() as name:
-        foreseen, found = plan(recipe), measure(recipe, Path(name) / "out")
-    return {
-        "float32": 4.0 * foreseen["parameters"],
-        "peak": found["peak"] - found["start"],
-        "planned": foreseen["passes"][0]["memory_bytes"],
-        "seconds": found["seconds"],
-    }
 
 
 @torch.no_grad()
@@ -68,8 +51,6 @@ def bench_speed(folders: Mapping[str, Path], tokens: int = 64, rounds: int = 5) 
 
 def prune_to(dense: str, ratios: list[float], folder: Path) -> dict[str, Path]:
     """The dense model, and others with a share of the parameters removed."""
-    from compress.pipeline import model_folder
-
     found = {"dense": model_folder(dense)}
     for ratio in ratios:
         recipe = {
@@ -89,7 +70,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin", help="whose speed is measured; 'random' for the random one")
     parser.add_argument("--ratios", default="0.1,0.2,0.3,0.5")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", help="also write the figures to this file")
     given = parser.parse_args()
     console, found = Console(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as name:
@@ -97,12 +78,13 @@ def main() -> None:
         if not given.no_memory or given.model == "random":
             random_model(folder / "dense", given.hidden, given.blocks)
         if not given.no_memory:
-            found["memory"] = {label: bench_memory(folder / "dense", s) for label, s in SCORES.items()}
-            table = Table("score", "as float32 MB", "peak above start MB", "planned MB", "s")
-            for label, row in found["memory"].items():
-                sizes = (f"{row[key] / 1e6:.0f}" for key in ("float32", "peak", "planned"))
-                table.add_row(label, *sizes, f"{row['seconds']:.0f}")
-            console.print(table)
+            found["memory"] = []
+            for label, settings in SCORES.items():
+                step = {"kind": "mini_llm", "ratio": 0.2, "compensate": False, **settings}
+                recipe = {"model": str(folder / "dense"), "calibration": CALIBRATION, "passes": [step]}
+                found["memory"].append({"score": label, **beside_plan(recipe, folder / "pruned")})
+                shutil.rmtree(folder / "pruned")
+            console.print(memory_table(found["memory"], "score"))
         dense = str(folder / "dense") if given.model == "random" else given.model
         models = prune_to(dense, [float(part) for part in given.ratios.split(",")], folder)
         found["bytes"] = {
@@ -115,8 +97,7 @@ def main() -> None:
                 label, f"{found['bytes'][label] / 1e6:.2f}", f"{speed:.0f}", f"{speed / found['speed']['dense']:.2f}"
             )
         console.print(table)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(found, given.json)
 
 
 if __name__ == "__main__":

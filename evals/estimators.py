@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import draw_samples
-from compress.evals.perplexity import context_length, prepare, score
-from compress.evals.pruning import Rows, calibration_of, protocol_of
-from compress.evals.structured import arguments_of as common_arguments
-from compress.evals.text import documents_of
+from compress.evals import experiments, tables
+from compress.evals.perplexity import context_length, score
+from compress.evals.text import documents_of, windows
 from compress.passes import Block
 from compress.pipeline import make_context, open_source, pick_device
 from compress.pruning.allot import all_parts
@@ -64,12 +63,12 @@ class Bench:
         self.source = open_source(given.model)
         self.device = pick_device("cpu")
         self.context = make_context(self.source, self.device, 0)
-        calibration = Calibration(**calibration_of(given))
+        calibration = Calibration(**experiments.calibration_of(given))
         self.samples = draw_samples(calibration, self.source.tokenizer, self.context.context_length).tokens
-        protocol = protocol_of(given)
-        documents, _ = documents_of(given.text, protocol)
         length = context_length(StreamedModel(self.source.state, torch.device("meta")).model)
-        self.text = prepare(documents, self.source.tokenizer, length, protocol.stride, protocol.truncate)
+        protocol = experiments.protocol_of(given, length)
+        documents, _ = documents_of(given.text, protocol)
+        self.text = windows(documents, self.source.tokenizer, protocol)
         self.blocks = int(self.context.config.num_hidden_layers)
 
     def walk(self, findings: Mapping[str, Tensor], visit: Callable[[Block], None]) -> nn.Module:
@@ -145,14 +144,10 @@ def forwards(text: str, blocks: int) -> str:
 
 def main() -> None:
     """Fill the table and print it."""
-    from compress.cli.common import quiet_transformers
-
-    quiet_transformers()
-    parser = common_arguments()
-    parser.prog, parser.description = "python -m compress.evals.estimators", __doc__
+    parser = experiments.arguments_of("estimators", __doc__, 64, 128)
     parser.add_argument("--ratio", type=float, default=0.2)
     given = parser.parse_args()
-    bench, rows = Bench(given), Rows(given.out / "rows.json")
+    bench, rows = Bench(given), experiments.rows_of(given)
     references: dict[str, list[Tensor]] = {}
     for label in REFERENCES:
         config = MiniLlmConfig.model_validate({"kind": "mini_llm", **ESTIMATORS[label][0]})
@@ -180,15 +175,11 @@ def main() -> None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Scores down."""
-    lines = [
-        "| score | forward passes | Spearman, Taylor | Spearman, gate Fisher | cut | refitted |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        figures = (f"{row[key]:.2f}" for key in (*REFERENCES, "cut", "refitted"))
-        lines.append(f"| {row['label']} | {row['forwards']} | " + " | ".join(figures) + " |")
-    return "\n".join(lines) + "\n"
+    heads = ["score", "forward passes", "Spearman, Taylor", "Spearman, gate Fisher", "cut", "refitted"]
+    columns = (*REFERENCES, "cut", "refitted")
+    found = [[row["label"], row["forwards"], *(f"{row[key]:.2f}" for key in columns)] for row in rows]
+    return tables.markdown(tables.Table(heads, found)) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    experiments.run(main)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 import compress
 from compress.errors import CompressError
@@ -22,11 +21,11 @@ from compress.evals.tasks import Tasks
 from compress.evals.text import BUILTIN, Protocol, documents_of, widths_to_measure, window_length
 from compress.evals.variants import measure_variants
 from compress.inspect import inspect
+from compress.loading import load_tokenizer
+from compress.passes import Report
 from compress.prompts.adapter import stored_prompts
 from compress.sparsity import sparsity
 from compress.weights import Checkpoint, TensorInfo, read_manifest
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _benched(folder: Path, load: bench.Load, store: Results) -> bool:
 
 def _beginning(folder: Path, source: str, protocol: Protocol, tokens: int = 24) -> str:
     """The first tokens of the first document as text, up to the end of a word."""
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = load_tokenizer(folder)
     document = documents_of(source, protocol)[0][0]
     text = str(tokenizer.decode(tokenizer(document[:2000], add_special_tokens=False)["input_ids"][:tokens]))
     return text.rpartition(" ")[0] or text
@@ -179,7 +178,7 @@ def _continue(folder: Path, prompts: Sequence[str], wanted: Wanted, store: Resul
         origin = identity(place)
         dense = place != str(folder)
         model = compress.load(place, dtype=torch.float32, device_map=wanted.device)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = load_tokenizer(place)
         for width in widths_to_measure(
             model, None if dense else [w for w in wanted.bits or () if isinstance(w, int)] or None
         ):

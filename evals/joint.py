@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress import pipeline
-from compress.errors import CompressError
-from compress.evals.pruning import arguments_of, calibration_of, protocol_of
-from compress.evals.text import Protocol, evaluate_text
-from compress.inspect import inspect
+from compress.evals import experiments, tables
+from compress.evals.quality import measured
+from compress.evals.text import Protocol
 from compress.sparsity import sparsity
+from compress.workspace import write_atomic
 
 SPARSITIES = (0.5, 0.7)
 
@@ -57,41 +56,26 @@ def compare(
         Rows of ``label, bits, sparsity, model_bytes, loss, perplexity, bits_per_byte, tokens, bytes``; ``model_bytes`` are
         those of the tensors that loading at the width reads.
     """
-    dense = str(pipeline.model_folder(model))
-    rows = [{"label": "dense", "bits": "dense", **evaluate_text(dense, text, protocol=protocol)["bits"]["dense"]}]
+    rows: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
-    for label, passes in recipes().items():
-        target = folder / label.replace(", ", "-").replace(" ", "-").replace("%", "")
-        if not (target / "config.json").exists():
-            recipe = {"model": model, "calibration": dict(calibration), "passes": passes}
-            pipeline.run(recipe, target, workspace=folder / "work")
-        found = evaluate_text(str(target), text, protocol=protocol)["bits"]
-        sizes, zeros = inspect(target)["bytes_at_bits"], sparsity(target)["sparsity"]
-        for bits, score in found.items():
-            rows.append({"label": label, "bits": bits, "sparsity": zeros, "model_bytes": sizes[bits], **score})
-        (folder / "joint.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for label, target, found in measured(recipes(), model, calibration, text, folder, protocol):
+        zeros = {} if label == "dense" else {"sparsity": sparsity(target)["sparsity"]}
+        rows += [{"label": label, **zeros, **row} for row in found]
+        write_atomic(folder / "joint.json", json.dumps(rows, indent=1) + "\n")
     return rows
 
 
 def main() -> None:
     """Measure and print a table."""
-    from compress.cli.common import quiet_transformers
-
-    quiet_transformers()
-    given = arguments_of().parse_args()
-    rows = compare(given.model, calibration_of(given), given.text, given.out, protocol_of(given))
-    value = "bits_per_byte" if given.text == "builtin" else "perplexity"
-    print(f"| | bits | zeros | MB | {value.replace('_', ' ')} |\n|---|---|---|---|---|")
+    given = experiments.arguments_of("joint", __doc__, 100, 512).parse_args()
+    calibration, value = experiments.calibration_of(given), experiments.value_of(given)
+    rows = compare(given.model, calibration, given.text, given.out, experiments.protocol_of(given))
+    table = tables.Table(["", "bits", "zeros", "MB", value.replace("_", " ")])
     for row in rows:
-        zeros, size = row.get("sparsity"), row.get("model_bytes")
-        print(
-            f"| {row['label']} | {row['bits']} | {'' if zeros is None else f'{zeros:.1%}'} | "
-            f"{'' if size is None else f'{size / 1e6:.3f}'} | {row[value]:.4f} |"
-        )
+        zeros, size = (f"{row['sparsity']:.1%}", f"{row['model_bytes'] / 1e6:.3f}") if "sparsity" in row else ("", "")
+        table.add("", row["label"], row["bits"], zeros, size, f"{row[value]:.4f}")
+    print(tables.markdown(table))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from error
+    experiments.run(main)

@@ -214,7 +214,9 @@ def _agreement(facts: Facts) -> str:
         "error: of the likeliest token’s probability, in 15 bins. Typos: two inner letters swapped in 5 % of the words of four letters or more."
     )
     return section(
-        "How alike it is to the dense model", html_table(tables.agreement(facts)), f'<p class="note">{note}</p>'
+        "How alike it is to the dense model",
+        html_table(tables.agreement(facts.agreement, facts.robustness)),
+        f'<p class="note">{note}</p>',
     )
 
 

@@ -169,6 +169,8 @@ def score(
         if report is not None:
             report(done, len(ordered))
     loss = total / tokens
+    if math.isnan(loss):
+        raise CompressError("the model's loss on this text is not a number; its weights or its arithmetic are damaged.")
     perplexity = math.exp(loss) if loss < 700 else math.inf
     virtual = virtual_tokens(model) * len(ordered)
     return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes, virtual)

@@ -17,16 +17,17 @@ from typing import Any
 import compress
 from compress.calibration import draw_samples
 from compress.errors import CompressError
+from compress.evals import experiments, plots
+from compress.evals.experiments import Rows
 from compress.evals.perplexity import Score, Text, score
-from compress.evals.pruning import Rows
 from compress.evals.text import Protocol
-from compress.evals.transfer import NONE, Models, Place, fill, heat_map, markdown, matrix, measure, read_text
-from compress.passes import Whole
+from compress.evals.transfer import NONE, Models, Place, fill, markdown, matrix, measure, read_text
+from compress.passes import Report, Whole
 from compress.pipeline import make_context, open_source, pick_device
 from compress.prompts.adapter import write_prompt
 from compress.prompts.soft_prompt import SoftPrompt, SoftPromptConfig
 from compress.pruning.adapter import adapter_model
-from compress.recipe import Calibration
+from compress.recipe import Calibration, plain
 from compress.training import train
 
 DENSE = "dense"
@@ -40,7 +41,6 @@ PACKED: dict[str, Any] = {"kind": "any_precision", "seed_bits": 2, "parent_bits"
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "quantised": [PACKED], "sparse": [SPARSE], "both": [SPARSE, {**PACKED, "keep_zeros": True}],
 }  # fmt: skip
-Report = Callable[[str, int, int], None]
 
 
 class Bench:
@@ -70,7 +70,8 @@ class Bench:
             ]
             for name, text in training.items()
         }
-        self.rows, self.models = Rows(out / "rows.json"), Models()
+        about = {"model": model, "calibration": calibration, "settings": settings, **training}
+        self.rows, self.models = Rows(out / "rows.json", plain(about)), Models()
         for name, passes in RECIPES.items():
             if not (out / name).exists():
                 recipe = {"model": model, "calibration": calibration.model_dump(), "passes": passes}
@@ -218,7 +219,7 @@ def tables(bench: Bench, value: str) -> str:
     parts = [f"## {value}\n", markdown(list(lines.values()), list(lines), labels, value)]
     parts += ["\n## Share of the gap to the dense model that closes, in loss\n", _shares(line, own, labels)]
     transfer = matrix(rows, [NONE, *labels], labels, "text", value)
-    heat_map(transfer, [NONE, *labels], labels, value.replace("_", " "), bench.out / "transfer.svg")
+    plots.heat_map(transfer, [NONE, *labels], labels, value.replace("_", " "), bench.out / "transfer.svg")
     parts += [
         "\n## Transfer: learned at (down), evaluated at (across)\n",
         markdown(transfer, [NONE, *labels], labels, value),
@@ -266,7 +267,6 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="builtin", help="dense model (default: builtin)")
     parser.add_argument("--train", help="text file to calibrate and train on; built-in modules if absent")
     parser.add_argument("--text", default="builtin", help="text to measure on; 'builtin' for held-out modules")
-    parser.add_argument("--separator", help="divides both texts into documents")
     parser.add_argument("--other-train", help="another text to train on, for the exchange of texts")
     parser.add_argument("--other-text", help="and to measure on; a part of it that is not trained on")
     parser.add_argument("--other-limit", type=int, help="measure on the first so many of its documents")
@@ -277,10 +277,7 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--levels", help="comma-separated: 4 bits,3 bits,2 bits,50 %%,50 %% + 4 bits; all if absent")
-    parser.add_argument("--limit", type=int, help="measure on the first so many documents")
-    parser.add_argument("--min-characters", type=int, default=0, help="pass over documents of this length or less")
-    parser.add_argument("--stride", type=int, help="tokens a window advances by; half its length if absent")
-    parser.add_argument("--truncate", action="store_true", help="score only the first window of each document")
+    experiments.protocol_arguments(parser)
     return parser
 
 
@@ -292,9 +289,8 @@ def text_settings(source: str | None, separator: str | None, samples: int, lengt
 
 def main() -> None:
     """Fill all tables."""
-    from compress.cli.common import progress_bar, quiet_transformers
+    from compress.cli.common import progress_bar
 
-    quiet_transformers()
     given = arguments_of().parse_args()
     training = {"text": text_settings(given.train, given.separator, given.train_samples, given.length)}
     if given.other_train:
@@ -310,19 +306,15 @@ def main() -> None:
     with progress_bar() as report:
         bench = Bench(given.out, given.model, calibration, training, settings, levels, report)
         length = (bench.context.context_length or 2048) - given.tokens
-        protocol = Protocol(given.separator, given.limit, given.min_characters, length, given.stride, given.truncate)
-        texts = {"text": read_text(given.text, bench.places[1].folder, length, protocol)}
+        texts = {"text": read_text(given.text, bench.places[1].folder, experiments.protocol_of(given, length))}
         if given.other_text:
             other = Protocol(None, given.other_limit, 0, length, given.stride, given.truncate)
-            texts["other"] = read_text(given.other_text, bench.places[1].folder, length, other)
+            texts["other"] = read_text(given.other_text, bench.places[1].folder, other)
         fill_all(bench, texts)
-    found = tables(bench, "bits_per_byte" if given.text == "builtin" else "perplexity")
+    found = tables(bench, experiments.value_of(given))
     (given.out / "tables.md").write_text(found)
     print(found)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from error
+    experiments.run(main)

@@ -12,7 +12,6 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compress.calibration import Samples, draw_samples
-from compress.errors import CompressError
-from compress.evals.perplexity import Score, Text, Window, context_length, prepare, score
-from compress.evals.text import Protocol, documents_of
+from compress.evals import experiments, tables
+from compress.evals.experiments import Rows
+from compress.evals.perplexity import Score, Text, Window, context_length, score
+from compress.evals.text import Protocol, documents_of, windows
 from compress.passes import Block, Context, Pass, pass_class
 from compress.pipeline import make_context, open_source, pick_device
 from compress.recipe import Calibration, parse_pass
 from compress.streaming import StreamedModel
 from compress.structure import block_prefix
-from compress.workspace import Record, write_atomic
+from compress.workspace import Record
 
 SCORES = ("magnitude", "wanda", "sparsegpt")
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
@@ -70,8 +70,7 @@ class Bench:
         self.context = make_context(source, pick_device("cpu"), 0)
         self.model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
         documents, _ = documents_of(text, protocol)
-        length = protocol.length or context_length(self.model)
-        self.text = prepare(documents, source.tokenizer, length, protocol.stride, protocol.truncate)
+        self.text = windows(documents, source.tokenizer, replace(protocol, length=context_length(self.model)))
         with torch.no_grad():
             self.captured = [self.streamed.capture(tokens) for tokens in self.samples.tokens]
         self._surveys: dict[str, list[Record]] = {}
@@ -132,24 +131,6 @@ class Bench:
 def settings_of(metric: str, sparsity: float, allocation: str, **others: Any) -> dict[str, Any]:
     """A ``prune`` entry of a recipe."""
     return {"kind": "prune", "score": metric, "sparsity": sparsity, "allocation": allocation, **others}
-
-
-class Rows:
-    """Results in a JSON file that grows row by row; one that is there already is not made again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-
-    def get(self, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The row of a key."""
-        for row in self.rows:
-            if all(row.get(name) == value for name, value in key.items()):
-                return row
-        self.rows.append({**key, **make()})
-        write_atomic(self.path, json.dumps(self.rows, indent=1) + "\n")
-        return self.rows[-1]
 
 
 def tuned_spread(bench: Bench, rows: Rows, metric: str, sparsity: float, allocation: str) -> float:
@@ -230,16 +211,15 @@ def defaults(
 
 def markdown(rows: Sequence[Mapping[str, Any]], value: str) -> str:
     """Tables of a measure, one per score: allocations down, sparsities across; random as mean (least to largest)."""
+    rows = [row for row in rows if value in row]  # the dense model has no ratios of its own
     dense = next((row for row in rows if row.get("allocation") == "dense"), None)
     lines = [f"dense: {dense[value]:.4f}"] if dense else []
     cells = [row for row in rows if "label" in row]
     for metric in dict.fromkeys(row["score"] for row in cells):
         sparsities = sorted({row["sparsity"] for row in cells if row["score"] == metric})
-        lines += ["", f"| {metric} | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |"]
-        lines.append("|---|" + "---|" * len(sparsities))
-        for label in dict.fromkeys(row["label"] for row in cells if row["score"] == metric):
-            found = [_figure(cells, metric, sparsity, label, value) for sparsity in sparsities]
-            lines.append(f"| {label} | " + " | ".join(found) + " |")
+        labels = dict.fromkeys(row["label"] for row in cells if row["score"] == metric)
+        found = [[label, *(_figure(cells, metric, s, label, value) for s in sparsities)] for label in labels]
+        lines += ["", tables.markdown(tables.Table([metric, *(f"{s:.0%}" for s in sparsities)], found))]
     return "\n".join(lines) + "\n"
 
 
@@ -258,69 +238,34 @@ def _short(value: float) -> str:
 
 def arguments_of() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m compress.evals.pruning", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for rows.json and tables.md")
-    parser.add_argument("--model", default="builtin", help="dense model (default: builtin)")
-    parser.add_argument("--calibration", help="text file to calibrate on; built-in modules if absent")
-    parser.add_argument("--text", default="builtin", help="text to measure on; 'builtin' for held-out modules")
-    parser.add_argument("--separator", help="divides both texts into documents")
-    parser.add_argument("--samples", type=int, default=100, help="calibration samples")
+    parser = experiments.arguments_of("pruning", __doc__, 100, 512)
     parser.add_argument("--select", type=int, default=40, help="further samples, to choose settings on")
-    parser.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
-    parser.add_argument("--min-calibration-characters", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="measure on the first so many documents")
-    parser.add_argument("--min-characters", type=int, default=0, help="pass over documents of this length or less")
-    parser.add_argument("--stride", type=int, help="tokens a window advances by; half its length if absent")
-    parser.add_argument("--truncate", action="store_true", help="score only the first window of each document")
-    parser.add_argument("--scores", default=",".join(SCORES))
-    parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)))
+    parser.add_argument("--scores", type=experiments.listed(str), default=SCORES)
+    parser.add_argument("--sparsities", type=experiments.listed(float), default=SPARSITIES)
     parser.add_argument("--defaults", action="store_true", help="only try M and width of MRP on calibration text")
-    parser.add_argument("--outliers", default="3,5,7,10", help="values of M for --defaults")
-    parser.add_argument("--spreads", default="0.1,0.15,0.2,0.25", help="widths for --defaults")
+    parser.add_argument(
+        "--outliers", type=experiments.listed(float), default=(3, 5, 7, 10), help="values of M for --defaults"
+    )
+    parser.add_argument(
+        "--spreads", type=experiments.listed(float), default=(0.1, 0.15, 0.2, 0.25), help="widths for --defaults"
+    )
     return parser
-
-
-def calibration_of(given: argparse.Namespace) -> dict[str, Any]:
-    """A recipe's ``calibration`` from the command line."""
-    source: dict[str, Any] = {"text": given.calibration} if given.calibration else {"builtin": "stdlib"}
-    if given.calibration:
-        source |= {"separator": given.separator, "min_characters": given.min_calibration_characters}
-    return {**source, "samples": given.samples, "length": given.length}
-
-
-def protocol_of(given: argparse.Namespace) -> Protocol:
-    """How the text is cut, from the command line."""
-    return Protocol(given.separator, given.limit, given.min_characters, stride=given.stride, truncate=given.truncate)
 
 
 def main() -> None:
     """Fill the table, or try MRP's settings."""
-    from compress.cli.common import quiet_transformers
-
-    quiet_transformers()
     given = arguments_of().parse_args()
-    calibration = Calibration(**calibration_of(given))
-    bench = Bench(given.model, calibration, given.select, given.text, protocol_of(given))
-    rows = Rows(given.out / "rows.json")
-    metrics, sparsities = given.scores.split(","), [float(part) for part in given.sparsities.split(",")]
+    calibration = Calibration(**experiments.calibration_of(given))
+    rows = experiments.rows_of(given)
+    bench = Bench(given.model, calibration, given.select, given.text, experiments.protocol_of(given))
     if given.defaults:
-        outliers, spreads = ([float(p) for p in text.split(",")] for text in (given.outliers, given.spreads))
-        defaults(bench, rows, outliers, spreads, metrics, sparsities)
+        defaults(bench, rows, given.outliers, given.spreads, given.scores, given.sparsities)
         return
-    table(bench, rows, metrics, sparsities)
-    values = ("bits_per_byte" if given.text == "builtin" else "perplexity", "nor_after")
-    (given.out / "tables.md").write_text("\n\n".join(f"## {v}\n\n{markdown_of(rows, v)}" for v in values))
+    table(bench, rows, given.scores, given.sparsities)
+    values = (experiments.value_of(given), "nor_after")
+    (given.out / "tables.md").write_text("\n\n".join(f"## {v}\n\n{markdown(rows.rows, v)}" for v in values))
     print((given.out / "tables.md").read_text())
 
 
-def markdown_of(rows: Rows, value: str) -> str:
-    """The tables of one measure; the dense model has no ratios of its own."""
-    kept = [row for row in rows.rows if value in row]
-    return markdown(kept, value)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from error
+    experiments.run(main)

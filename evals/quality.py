@@ -6,22 +6,20 @@ sensitivities are computed once; all recipes share a workspace.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from compress import pipeline
-from compress.errors import CompressError
+from compress.evals import experiments, page, plots
+from compress.evals.svg import Line, Point
 from compress.evals.text import Protocol, evaluate_text
 from compress.inspect import inspect
-from compress.weights import Checkpoint
+from compress.passes import Report
 
-Report = Callable[[str, int, int], None]
 CONTROLS = ("kmeans", "rtn")
 
 
@@ -56,31 +54,48 @@ def compare(
         if control_widths:
             recipes[f"weight objective, seed {seed}"] = [{**ours, "objective": "weight"}]
     recipes |= {f"{kind} {bits}": [{"kind": kind, "bits": bits}] for kind in CONTROLS for bits in control_widths}
-    rows = _rows("dense", str(pipeline.model_folder(model)), text, protocol, report)
-    for label, passes in recipes.items():
-        target = folder / label.replace(", ", "-").replace(" ", "-")
-        if not (target / "config.json").exists():
-            recipe = {"model": model, "calibration": dict(calibration), "passes": passes}
-            pipeline.run(recipe, target, workspace=folder / "work", report=report)
-        kind = passes[0]["kind"]
-        method = label if kind == "any_precision" else kind
-        rows += _rows(method, str(target), text, protocol, report)
+    rows: list[dict[str, Any]] = []
+    for label, _, found in measured(recipes, model, calibration, text, folder, protocol, report):
+        kind = label.split()[0]
+        rows += [{"method": kind if kind in CONTROLS else label, **row} for row in found]
     return rows
 
 
-def _rows(
-    method: str, folder: str, text: str, protocol: Protocol | None, report: Report | None
-) -> list[dict[str, Any]]:
-    def measuring(width: str, done: int, total: int) -> None:
-        if report is not None:
-            report(f"measuring {method} at {width}", done, total)
+def measured(
+    recipes: Mapping[str, Sequence[Mapping[str, Any]]], model: str, calibration: Mapping[str, Any], text: str,
+    folder: Path, protocol: Protocol | None = None, report: Report | None = None,
+) -> Iterator[tuple[str, Path, list[dict[str, Any]]]]:  # fmt: skip
+    """The dense model and what recipes make of it, measured one after another at every width.
 
-    found = evaluate_text(folder, text, protocol=protocol, report=measuring)["bits"]
-    if method == "dense":
-        sizes = {"dense": sum(item.nbytes for item in Checkpoint(Path(folder)).info().values())}
-    else:
-        sizes = inspect(Path(folder))["bytes_at_bits"]
-    return [{"method": method, "bits": width, "model_bytes": sizes[width], **score} for width, score in found.items()]
+    Args:
+        recipes: label -> passes.
+        model: dense model.
+        calibration: the recipes' ``calibration``.
+        text: what to measure on.
+        folder: checkpoints are written under it; those already there are measured again, not made again.
+        protocol: how the text is cut.
+        report: called with (what, done, total).
+
+    Yields:
+        Label, folder, and a row per width: ``bits``, ``model_bytes`` (of the tensors that loading at the width reads) and the
+        score.
+    """
+    for label, passes in {"dense": [], **recipes}.items():
+        target = folder / label.replace(", ", "-").replace(" ", "-").replace("%", "")
+        if label == "dense":
+            target = pipeline.model_folder(model)
+        elif not (target / "config.json").exists():
+            recipe = {"model": model, "calibration": dict(calibration), "passes": passes}
+            pipeline.run(recipe, target, workspace=folder / "work", report=report)
+
+        def measuring(width: str, done: int, total: int, label: str = label) -> None:
+            if report is not None:
+                report(f"measuring {label} at {width}", done, total)
+
+        found = evaluate_text(str(target), text, protocol=protocol, report=measuring)["bits"]
+        looked = inspect(target)
+        sizes = looked["bytes_at_bits"] or {"dense": looked["bytes"]}
+        yield label, target, [{"bits": bits, "model_bytes": sizes[bits], **score} for bits, score in found.items()]
 
 
 def as_table(rows: Sequence[Mapping[str, Any]], value: str = "loss") -> Table:
@@ -98,88 +113,41 @@ def as_table(rows: Sequence[Mapping[str, Any]], value: str = "loss") -> Table:
     return table
 
 
-def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """Plot the loss above the dense model's against bytes read, one line per method.
-
-    Raises:
-        CompressError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError("--plot needs matplotlib: pip install 'compress-llm[plots]'.") from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Loss above the dense model's against bytes read, one line per method."""
     dense = next(row for row in rows if row["method"] == "dense")
-    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "dense"]
-    for method in methods:
-        points = sorted(
-            (row["model_bytes"] / 1e6, row["loss"] / dense["loss"] - 1, row["bits"])
-            for row in rows
-            if row["method"] == method
-        )
-        axes.plot(
-            [x for x, _, _ in points], [100 * max(y, 1e-5) for _, y, _ in points], "o-", markersize=4, label=method
-        )
-        for x, y, bits in points if method == methods[0] else []:
-            place = (x, 100 * max(y, 1e-5))
-            axes.annotate(f"{bits} bit", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.axvline(
-        dense["model_bytes"] / 1e6, color="black", linewidth=0.8, linestyle=":", label="size of the dense model"
-    )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("MB of tensors read at the width")
-    axes.set_ylabel("loss above the dense model's, % (0.001 = none)")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
-    figure.savefig(target)
+    points: dict[str, list[Point]] = {}
+    for row in sorted(rows, key=lambda row: row["bits"]):
+        share = 100 * page.added(row["loss"], dense["loss"])
+        points.setdefault(row["method"], []).append(Point(row["model_bytes"] / 1e6, share, row["bits"]))
+    del points["dense"]
+    return [Line(method, found, method in CONTROLS) for method, found in points.items()]
 
 
-def main(
-    folder: Annotated[Path, typer.Argument(help="Where checkpoints are kept.")],
-    model: Annotated[str, typer.Option(help="Dense model.")] = "builtin",
-    calibration: Annotated[
-        Optional[Path], typer.Option(help="Text file to calibrate on; built-in modules if absent.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="Text to measure on; 'builtin' for held-out modules.")] = "builtin",
-    separator: Annotated[Optional[str], typer.Option(help="Divides both texts into documents.")] = None,
-    samples: int = 100,
-    min_calibration_characters: int = 0,
-    limit: Optional[int] = None,
-    min_characters: int = 0,
-    truncate: bool = False,
-    seeds: Annotated[str, typer.Option(help="Seed widths of any-precision.")] = "3,2",
-    tuned: Annotated[bool, typer.Option(help="Measure any-precision with tuned tables too.")] = False,
-    target: Annotated[Optional[Path], typer.Option("--json", help="Write the rows here.")] = None,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw added loss against size here (.svg, .png).")] = None,
-) -> None:
+def main() -> None:
     """Measure any-precision beside the weight objective, non-nested k-means, round-to-nearest and the dense model."""
-    from compress.cli.common import progress_bar, quiet_transformers
+    from compress.cli.common import progress_bar, write_json
 
-    quiet_transformers()
-    source: dict[str, Any] = {"text": str(calibration)} if calibration else {"builtin": "stdlib"}
-    if calibration:
-        source |= {"separator": separator, "min_characters": min_calibration_characters}
-    widths = [int(part) for part in seeds.split(",")]
-    protocol = Protocol(separator, limit, min_characters, truncate=truncate)
+    parser = experiments.arguments_of("quality", __doc__, 100, 512)
+    parser.add_argument("--seeds", type=experiments.listed(int), default=(3, 2), help="seed widths of any-precision")
+    parser.add_argument("--tuned", action="store_true", help="measure any-precision with tuned tables too")
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw added loss against size here (.svg, .png)")
+    given = parser.parse_args()
+    calibration, protocol = experiments.calibration_of(given), experiments.protocol_of(given)
+    controls = range(min(given.seeds), 9)
     with progress_bar() as report:
         rows = compare(
-            model, {**source, "samples": samples}, text, folder, protocol, widths, range(min(widths), 9), tuned, report
+            given.model, calibration, given.text, given.out, protocol, given.seeds, controls, given.tuned, report
         )
     console = Console()
     for value in ("loss", "perplexity", "bits_per_byte"):
         console.print(as_table(rows, value))
-    if target:
-        target.write_text(json.dumps(rows, indent=1) + "\n")
-    if plot:
-        draw(rows, plot)
+    write_json(rows, given.json)
+    if given.plot:
+        dense = next(row for row in rows if row["method"] == "dense")
+        plots.pareto(lines_of(rows), given.plot, dense=dense["model_bytes"] / 1e6)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from error
+    experiments.run(main)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -13,13 +13,12 @@ import torch
 import yaml
 
 from compress.errors import CompressError
-from compress.evals import page, svg, tables
+from compress.evals import page, plots, svg, tables
 from compress.evals.gather import Facts, Wanted, collect, measure_missing
 from compress.evals.store import FOLDER, dense_identity, results_of
 from compress.evals.text import Protocol, evaluate_text, settings_of
+from compress.passes import Report
 from compress.workspace import write_atomic
-
-Report = Callable[[str, int, int], None]
 
 
 def report(
@@ -41,11 +40,13 @@ def report(
     Raises:
         CompressError: no checkpoint that compress wrote, or what was asked for can not be had.
     """
+    target = output or folder / FOLDER
+    if target.exists() and not target.is_dir():
+        raise CompressError(f"{target}: is a file; give a folder with -o.")
     store = results_of(folder, results)
     collect(folder, store)  # refuses what is no checkpoint before any long work
     notes = [] if wanted is None else measure_missing(folder, wanted, store, watch or (lambda *_: None))
     facts = collect(folder, store, notes)
-    target = output or folder / FOLDER
     written, missing = [target / "index.html", target / "report.md"], list(notes)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def report(
         lines = page.pareto_lines(facts, facts.texts[0]) if facts.texts else []
         if lines:
             try:
-                draw(lines, picture)
+                plots.pareto(lines, picture)
                 written.append(picture)
             except CompressError as error:
                 missing.append(str(error))
@@ -74,7 +75,10 @@ def markdown(facts: Facts, picture: Path | None) -> str:
     if facts.tasks:
         parts += ["## Tasks", tables.markdown(tables.tasks(facts))]
     if facts.agreement or facts.robustness:
-        parts += ["## How alike it is to the dense model", tables.markdown(tables.agreement(facts))]
+        parts += [
+            "## How alike it is to the dense model",
+            tables.markdown(tables.agreement(facts.agreement, facts.robustness)),
+        ]
     if facts.bench:
         parts += ["## Speed and memory", f"{facts.bench['device']}; {facts.bench['backend']}", tables.markdown(tables.speed(facts.bench))]  # fmt: skip
     for item in facts.matrices:
@@ -88,37 +92,6 @@ def markdown(facts: Facts, picture: Path | None) -> str:
         parts.append(f"{tables.label(sample['width'])}:\n\n```\n{sample['prompt']}▸{sample['text']}\n```")
     recipe = yaml.safe_dump(page.given(facts.manifest["recipe"]), sort_keys=False, allow_unicode=True)
     return "\n\n".join([*parts, "## Recipe", f"```yaml\n{recipe}```"]) + "\n"
-
-
-def draw(lines: Sequence[svg.Line], target: Path, name: str = "loss above the dense model's, %") -> None:
-    """The Pareto plot as a picture (.png, .svg, .pdf), by matplotlib.
-
-    Raises:
-        CompressError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError(f"{target.name} needs matplotlib: pip install 'compress-llm[plots]'.") from error
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained", dpi=160)
-    axes = figure.add_subplot()
-    colours = ("#1f5fa8", "#b4532a", "#4f7a3a", "#7a4b94", "#8a6d1c", "#2f7f80")
-    for order, line in enumerate(lines):
-        style = {"linestyle": "--", "linewidth": 1.0, "markersize": 3} if line.control else {"markersize": 5}
-        xs, ys = [point.x for point in line.points], [point.y for point in line.points]
-        axes.plot(xs, ys, marker="o", color=colours[order % len(colours)], label=line.name, **style)
-        for point in () if line.control else line.points:
-            axes.annotate(point.word, (point.x, point.y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="MB read", ylabel=name)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="both", labelsize=8)
-    axes.grid(which="both", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(target)
 
 
 @dataclass(frozen=True)

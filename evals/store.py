@@ -7,6 +7,7 @@ about what was written, not about what was found out later.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,11 @@ def _same(row: Mapping[str, Any]) -> str:
     return json.dumps([row[name] for name in ("kind", "name", "model", "width", "prompt", "settings")], sort_keys=True)
 
 
+def _end_of_lines(text: bytes) -> int:
+    """Bytes up to a last line that a kill left unfinished."""
+    return text.rfind(b"\n") + 1
+
+
 class Results:
     """The measurements of one file, by key; the last of equal keys counts.
 
@@ -71,12 +77,9 @@ class Results:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._rows: dict[str, dict[str, Any]] = {}
-        self._whole: int | None = None  # bytes up to a last line that a kill left unfinished
         if path is not None and path.is_file():
             text = path.read_bytes()
-            if text and not text.endswith(b"\n"):
-                self._whole = text.rfind(b"\n") + 1
-            for number, line in enumerate(text[: self._whole].splitlines(), 1):
+            for number, line in enumerate(text[: _end_of_lines(text)].splitlines(), 1):
                 try:
                     row = json.loads(line)
                     self._rows[_same(row)] = row
@@ -104,11 +107,11 @@ class Results:
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    if self._whole is not None:
-                        file.truncate(self._whole)
-                        self._whole = None
-                    file.write(json.dumps(row) + "\n")
+                with self.path.open("a+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # another process may be measuring for the same file
+                    file.seek(0)
+                    file.truncate(_end_of_lines(file.read()))
+                    file.write(json.dumps(row).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:

@@ -17,9 +17,10 @@ import torch
 import yaml
 
 import compress
-from compress.errors import CompressError
-from compress.evals.pruning import Rows, calibration_of, protocol_of
+from compress.evals import experiments, tables
+from compress.evals.experiments import Rows, calibration_of, protocol_of
 from compress.evals.text import evaluate_text
+from compress.pipeline import model_folder
 from compress.weights import Checkpoint
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -83,7 +84,7 @@ class Bench:
 
 def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
     """Every score at every ratio, with and without refitting, before and after recovery."""
-    rows.get({"label": "dense"}, lambda: bench.measure(dense_folder(given.model)))
+    rows.get({"label": "dense"}, lambda: bench.measure(model_folder(given.model)))
     recovery = (
         [{"kind": "lora_recovery", **_settings(given.recovery, calibration_of(given))}]
         if given.recovery is not None
@@ -104,13 +105,6 @@ def table(bench: Bench, rows: Rows, given: argparse.Namespace) -> None:
                 key = {"label": name, "ratio": ratio, "seed": seed, "compensate": compensate, "recovered": bool(after)}
                 passes = [step, *after]
                 rows.get(key, lambda p=passes, s=seed: bench.cell(p, s))  # type: ignore[misc]
-
-
-def dense_folder(model: str) -> Path:
-    """Where a model is."""
-    from compress.pipeline import model_folder
-
-    return model_folder(model)
 
 
 def _settings(text: str, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -138,17 +132,16 @@ def markdown(rows: Sequence[Mapping[str, Any]], value: str) -> str:
         (True, True): "refitted, recovered",
     }
     columns = [(ratio, kind) for ratio in ratios for kind in kinds]
-    lines = [f"dense: {dense:.4f}" if dense else "", ""]
-    lines.append("| score | " + " | ".join(f"{ratio:.0%} {names[kind]}" for ratio, kind in columns) + " |")
-    lines.append("|---|" + "---|" * len(columns))
+    found = []
     for label in dict.fromkeys(row["label"] for row in cells):
         figures = []
         for ratio, kind in columns:
             place = (label, ratio, *kind)
-            found = [r[value] for r in cells if (r["label"], r["ratio"], r["recovered"], r["compensate"]) == place]
-            figures.append(_figure(found))
-        lines.append(f"| {label} | " + " | ".join(figures) + " |")
-    return "\n".join(lines) + "\n"
+            each = [r[value] for r in cells if (r["label"], r["ratio"], r["recovered"], r["compensate"]) == place]
+            figures.append(_figure(each))
+        found.append([label, *figures])
+    heads = ["score", *(f"{ratio:.0%} {names[kind]}" for ratio, kind in columns)]
+    return (f"dense: {dense:.4f}\n\n" if dense else "") + tables.markdown(tables.Table(heads, found)) + "\n"
 
 
 def _figure(found: Sequence[float]) -> str:
@@ -161,21 +154,9 @@ def _figure(found: Sequence[float]) -> str:
 
 def arguments_of() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m compress.evals.structured", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for rows.json and table.md")
-    parser.add_argument("--model", default="builtin", help="dense model (default: builtin)")
-    parser.add_argument("--calibration", help="text file to calibrate on; built-in modules if absent")
-    parser.add_argument("--text", default="builtin", help="text to measure on; 'builtin' for held-out modules")
-    parser.add_argument("--separator", help="divides both texts into documents")
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
-    parser.add_argument("--length", type=int, default=128, help="tokens per calibration sample")
-    parser.add_argument("--min-calibration-characters", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="measure on the first so many documents")
-    parser.add_argument("--min-characters", type=int, default=0, help="pass over documents of this length or less")
-    parser.add_argument("--stride", type=int, help="tokens a window advances by; half its length if absent")
-    parser.add_argument("--truncate", action="store_true", help="score only the first window of each document")
-    parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], help="of packed models")
-    parser.add_argument("--ratios", type=lambda text: [float(part) for part in text.split(",")], default=RATIOS)
+    parser = experiments.arguments_of("structured", __doc__, 64, 128)
+    parser.add_argument("--bits", type=experiments.listed(int), help="of packed models")
+    parser.add_argument("--ratios", type=experiments.listed(float), default=RATIOS)
     parser.add_argument("--scores", type=lambda text: text.split(";"), default=list(SCORES), help="labels, between ;")
     parser.add_argument("--refit", choices=list(REFIT), default="both", help="refit what stays")
     parser.add_argument("--settings", default="", help="further settings of mini_llm: mode=local,attention=0")
@@ -185,19 +166,12 @@ def arguments_of() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Fill the table."""
-    from compress.cli.common import quiet_transformers
-
-    quiet_transformers()
     given = arguments_of().parse_args()
-    rows = Rows(given.out / "rows.json")
+    rows = experiments.rows_of(given)
     table(Bench(given), rows, given)
-    value = "bits_per_byte" if given.text == "builtin" else "perplexity"
-    (given.out / "table.md").write_text(markdown(rows.rows, value))
+    (given.out / "table.md").write_text(markdown(rows.rows, experiments.value_of(given)))
     print((given.out / "table.md").read_text())
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from error
+    experiments.run(main)

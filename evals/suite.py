@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluat
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Tasks, evaluate_tasks
 from compress.evals.text import Protocol, evaluate_text
+from compress.passes import Report
 
-Report = Callable[[str, int, int], None]
 Rows = dict[str, dict[str, dict[str, Any]]]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.evals.gather import Facts
+if TYPE_CHECKING:
+    from compress.evals.gather import Facts
 
 METRICS = ("acc_norm", "acc", "exact_match")
 """What a task is shown by: the first of these that it has."""
@@ -116,20 +117,24 @@ def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tupl
 
 
 def tasks(facts: Facts) -> Table:
-    """One column per task: its main metric with standard error, and answers that differ from the dense model's."""
-    names = list(facts.tasks)
-    heads = [""]
-    for name in names:
-        row = next(iter(facts.tasks[name].values()))
-        heads += [f"{name}, {main_metric(row['metrics'])}", "answers changed", "ece"]
-    table = Table(heads)
-    keys = {key for rows in facts.tasks.values() for key in rows}
+    """What lm-eval found, at every width and with every prompt."""
     order = ["dense", *(width for width in facts.widths if width != "dense")]
-    for width, prompt in sorted(keys, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key[1] or "")):
-        cells: list[str] = []
-        for name in names:
-            found = facts.tasks[name].get((width, prompt))
-            cells += _task_cells(found, facts.tasks[name].get(("dense", None)))
+    keys = {key for rows in facts.tasks.values() for key in rows}
+    ranked = sorted(keys, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key[1] or ""))
+    return task_table({key: {name: rows[key] for name, rows in facts.tasks.items() if key in rows} for key in ranked})
+
+
+def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, Any]]]) -> Table:
+    """One column per task: its main metric with standard error, and answers that differ from the dense model's.
+
+    Args:
+        found: (width, prompt) -> task -> row.
+    """
+    metrics = {name: main_metric(row["metrics"]) for rows in found.values() for name, row in rows.items()}
+    table = Table(["", *(head for name in metrics for head in (f"{name}, {metrics[name]}", "answers changed", "ece"))])
+    dense = found.get(("dense", None), {})
+    for (width, prompt), rows in found.items():
+        cells = [cell for name in metrics for cell in _task_cells(rows.get(name), dense.get(name))]
         table.add("dense" if width == "dense" else "prompt" if prompt else "width", label(width, prompt), *cells)
     return table.without_empty()
 
@@ -158,15 +163,16 @@ def flipped(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> float | 
     return float(sum(ours != theirs for ours, theirs in pairs) / len(row["answers"]))
 
 
-def agreement(facts: Facts) -> Table:
-    """KL, top-1 agreement, flips, calibration and robustness at every width."""
+def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[str, Mapping[str, float]]) -> Table:
+    """KL, top-1 agreement, flips, calibration and robustness: width -> metrics, each."""
     heads = [
         "", "KL to dense, nats", "same top token", "right ↔ wrong", "top token right", "calibration error",
         "bits per byte with typos", "added by typos",
     ]  # fmt: skip
     table = Table(heads)
-    for width in ["dense", *(width for width in facts.widths if width != "dense")]:
-        found, typos = facts.agreement.get(width, {}), facts.robustness.get(width, {})
+    widths = (compared.keys() | robustness.keys()) - {"dense"}
+    for width in ["dense", *sorted(widths, key=float, reverse=True)]:
+        found, typos = compared.get(width, {}), robustness.get(width, {})
         if not found and not typos:
             continue
         kl = found.get("kl")

@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 import compress
-from compress.errors import CompressError, did_you_mean
+from compress.errors import CompressError, did_you_mean, first_line
 from compress.evals import cloze
 from compress.evals.agreement import calibration_error
 from compress.evals.store import Key, Results, identity, prompt_key, versions
-from compress.evals.text import widths_to_measure
-from compress.loading import bits_for
+from compress.evals.text import load_widths
+from compress.loading import load_tokenizer
+from compress.passes import Report
 from compress.weights import sha256_of
 from compress.workspace import digest
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-Report = Callable[[str, int, int], None]
 _KEPT = (
     "results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config",
     "git_hash", "date", "transformers_version", "lm_eval_version", "max_length",
@@ -86,17 +85,13 @@ def evaluate_tasks(
     """
     store = store or Results(None)
     manager = task_manager(tasks)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    chosen = {str(width): bits_for(folder, width) for width in bits or ()}
-    whole = [width for width in bits or () if isinstance(width, int)]
-    stored = max(whole) if whole and len(whole) == len(chosen) else None
-    model: Any = compress.load(folder, bits=stored, dtype=dtype, device_map=device, prompt=prompt)
-    widths, origin = widths_to_measure(model, bits), identity(folder)
+    tokenizer = load_tokenizer(folder)
+    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
+    origin = identity(folder)
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for width in widths:
-        label = "dense" if width is None else str(width)
+    for label, width in widths.items():
         if width is not None:
-            compress.set_bits(model, chosen.get(label) or int(width))
+            compress.set_bits(model, width)
         for name in tasks.names:
             settings = {**_settings(name, tasks), "dtype": str(dtype).removeprefix("torch.")}
             key = Key("task", name, origin, label, *prompt_key(folder, prompt, settings))
@@ -165,9 +160,8 @@ def _measure(
                 limit=tasks.limit, bootstrap_iters=1000, log_samples=True,
             )  # fmt: skip
         except (OSError, ValueError, FileNotFoundError, ConnectionError) as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise CompressError(
-                f"task {key.name}: cannot be run ({type(error).__name__}: {line}); its data must be in the datasets "
+                f"task {key.name}: cannot be run ({type(error).__name__}: {first_line(error)}); its data must be in the datasets "
                 "cache, within reach, or named by a local file."
             ) from error
     metrics = {

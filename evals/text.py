@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
 from compress.calibration import read_documents
@@ -17,12 +17,12 @@ from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
-from compress.loading import bits_for
+from compress.loading import bits_for, load_tokenizer
+from compress.passes import Report
 from compress.prompts.adapter import virtual_tokens
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ PRESETS: Mapping[str, tuple[Protocol, str]] = {
 
 
 def protocol_of(preset: str | None, **changes: Any) -> Protocol:
-    """A protocol by name, with changes; None values change nothing.
+    """A protocol by name, with changes; those that are None or False change nothing.
 
     Raises:
         CompressError: there is no preset of that name.
@@ -90,7 +90,9 @@ def protocol_of(preset: str | None, **changes: Any) -> Protocol:
     if preset is not None and preset not in PRESETS:
         raise CompressError(f"--protocol: there is no {preset!r}. {did_you_mean(preset, PRESETS)}")
     start = PRESETS[preset][0] if preset else Protocol()
-    return replace(start, **{name: value for name, value in changes.items() if value})
+    return replace(
+        start, **{name: value for name, value in changes.items() if value is not None and value is not False}
+    )
 
 
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
@@ -106,6 +108,12 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     return kept, digest
 
 
+def windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Text:
+    """Documents cut as a protocol says, whose ``length`` is given."""
+    assert protocol.length is not None
+    return prepare(documents, tokenizer, protocol.length, protocol.stride, protocol.truncate, protocol.disjoint)
+
+
 def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
     """What else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
     return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
@@ -115,7 +123,7 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
     """Largest first; ``[None]`` for a dense model.
 
     Raises:
-        CompressError: widths asked of a dense model.
+        CompressError: widths asked of a dense model, or one that it does not have.
     """
     modules = packed_modules(model).values()
     if not modules:
@@ -123,6 +131,11 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
             raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
         return [None]
     low, high = min(m.shape.seed_bits for m in modules), max(m.shape.parent_bits for m in modules)
+    for width in asked or ():
+        if not low <= width <= high:
+            raise CompressError(
+                f"--bits: width {width} is not available; this model can be read at {low} to {high} bits."
+            )
     return [*sorted(asked or range(low, high + 1), reverse=True)]
 
 
@@ -159,47 +172,99 @@ def evaluate_text(
         CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
             can be scored, or a window and the prompt are longer than the context.
     """
+    work = open_text(folder, source, bits, protocol, store, dtype, device, report, prompt)
+    text = work.text(work.documents)
+    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, work.settings))
+    results = {}
+    for width, value in work.widths.items():
+        row = work.store.find(replace(key, width=width))
+        if row is None:
+            if value is not None:
+                compress.set_bits(work.model, value)
+            row = work.store.add(replace(key, width=width), score(work.model, text, report=work.watch(width)).json())
+        results[width] = row["metrics"]
+    protocol, virtual = work.protocol, virtual_tokens(work.model)
+    cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
+    return {
+        "model": folder,
+        "text": {"source": source, "sha256": work.settings["sha256"], "documents": len(work.documents)},
+        "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+        **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
+        "bits": results,
+    }
+
+
+@dataclass(frozen=True)
+class OpenText:
+    """A loaded model and a text, ready to be measured at several widths.
+
+    Attributes:
+        source: the text's name.
+        documents: of the text.
+        settings: :func:`settings_of` it.
+        model: with its prompt.
+        tokenizer: of the model.
+        widths: label -> what :func:`compress.set_bits` takes; None for the one of a dense model.
+        protocol: with the length in use.
+        store: for results.
+        report: called with (what, windows done, windows in all).
+    """
+
+    source: str
+    documents: list[str]
+    settings: dict[str, Any]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    widths: dict[str, Any]
+    protocol: Protocol
+    store: Results
+    report: Report | None
+
+    def text(self, documents: Sequence[str]) -> Text:
+        """Documents cut into windows."""
+        return windows(documents, self.tokenizer, self.protocol)
+
+    def watch(self, what: str) -> Callable[[int, int], None] | None:
+        """The report of one part of the work."""
+        report = self.report
+        return None if report is None else lambda done, total: report(what, done, total)
+
+
+def open_text(
+    folder: str, source: str, bits: Sequence[int | float] | None, protocol: Protocol | None, store: Results | None,
+    dtype: torch.dtype, device: str, report: Report | None, prompt: bool | str | Path = False,
+) -> OpenText:  # fmt: skip
+    """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
     if isinstance(prompt, str | Path):
         for place in (Path(prompt), *Path(prompt).parents[:2]):  # of a checkpoint, or within one
             refuse_calibration_text(str(place), digest)
+    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
+    protocol = replace(protocol, length=window_length(model, protocol.length))
+    settings, tokenizer = settings_of(digest, protocol, dtype), load_tokenizer(folder)
+    return OpenText(source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report)
+
+
+def load_widths(
+    folder: str, bits: Sequence[int | float] | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """One load for several widths.
+
+    Args:
+        folder: checkpoint, or a dense model.
+        bits: widths, or mean widths such as 3.5; all there are if None.
+        **options: for :func:`compress.load`.
+
+    Returns:
+        The model, and label -> what :func:`compress.set_bits` takes, widest first; ``{"dense": None}`` for a dense model.
+    """
     chosen = {str(width): bits_for(folder, width) for width in bits or ()}  # 4 and 4.0 are not the same
     whole = [width for width in bits or () if isinstance(width, int)]
-    model = compress.load(
-        folder,
-        bits=max(whole) if len(whole) == len(chosen) and whole else None,
-        dtype=dtype,
-        device_map=device,
-        prompt=prompt,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    protocol = replace(protocol, length=window_length(model, protocol.length))
-    text: Text = prepare(
-        documents, tokenizer, protocol.length or 2, protocol.stride, protocol.truncate, protocol.disjoint
-    )
-    store, settings = store or Results(None), settings_of(digest, protocol, dtype)
-    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, settings))
-    results = {}
-    for width in widths_to_measure(model, bits):
-        label = "dense" if width is None else str(width)
-        row = store.find(replace(key, width=label))
-        if row is None:
-            if width is not None:
-                compress.set_bits(model, chosen.get(label) or int(width))
-            found = score(model, text, report=report and _labelled(report, label)).json()
-            row = store.add(replace(key, width=label), found)
-        results[label] = row["metrics"]
-    virtual = virtual_tokens(model)
-    cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
-    return {
-        "model": folder,
-        "text": {"source": source, "sha256": digest, "documents": len(documents)},
-        "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
-        **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
-        "bits": results,
-    }
+    model = compress.load(folder, bits=max(whole) if whole and len(whole) == len(chosen) else None, **options)
+    widths = widths_to_measure(model, bits)
+    return model, {"dense" if w is None else str(w): chosen.get(str(w)) or w for w in widths}
 
 
 def window_length(model: PreTrainedModel, wanted: int | None) -> int:
@@ -216,16 +281,12 @@ def window_length(model: PreTrainedModel, wanted: int | None) -> int:
             else f"the context holds {longest}"
         )
         raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
-    return wanted or min(longest, context_length(model))
+    return min(longest, context_length(model)) if wanted is None else wanted
 
 
 def _stride(protocol: Protocol) -> int:
     length = protocol.length or 2
     return length if protocol.disjoint else protocol.stride or max(1, length // 2)
-
-
-def _labelled(report: Report, label: str) -> Callable[[int, int], None]:
-    return lambda done, total: report(label, done, total)
 
 
 def refuse_calibration_text(folder: str, digest: str) -> None:

@@ -11,20 +11,22 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import compress
 from compress.errors import CompressError
-from compress.evals.perplexity import Score, Text, prepare, score
-from compress.evals.pruning import Rows
+from compress.evals import experiments, plots, tables
+from compress.evals.experiments import Rows
+from compress.evals.perplexity import Score, Text, score
 from compress.evals.tasks import Tasks, evaluate_tasks
-from compress.evals.text import Protocol, documents_of, refuse_calibration_text
+from compress.evals.text import Protocol, documents_of, refuse_calibration_text, windows
+from compress.loading import load_tokenizer
 from compress.prompts.adapter import attach, stored_prompts, text_length
 
 NONE = "none"
@@ -99,7 +101,7 @@ def common_length(prompts: Mapping[str, Path | None], model: PreTrainedModel, le
     return length or min(rooms)
 
 
-def read_text(source: str, folder: str, length: int, protocol: Protocol) -> Text:
+def read_text(source: str, folder: str, protocol: Protocol) -> Text:
     """A text cut into windows for the model of a folder.
 
     Raises:
@@ -107,8 +109,7 @@ def read_text(source: str, folder: str, length: int, protocol: Protocol) -> Text
     """
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return prepare(documents, tokenizer, length, protocol.stride, protocol.truncate, protocol.disjoint)
+    return windows(documents, load_tokenizer(folder), protocol)
 
 
 def fill(
@@ -152,56 +153,14 @@ def matrix(
     return [[found.get((prompt, place, text), {}).get(value) for place in places] for prompt in prompts]
 
 
-def heat_map(
-    values: list[list[float | None]], down: Sequence[str], across: Sequence[str], title: str, file: Path,
-    reverse: bool = False,
-) -> None:  # fmt: skip
-    """Draw a matrix; colours tell each column's better and worse, as models differ more than prompts do.
-
-    Args:
-        values: [rows][columns]; None where nothing was measured.
-        down: labels of the rows.
-        across: labels of the columns.
-        title: above it.
-        file: SVG or PNG.
-        reverse: more is better.
-
-    Raises:
-        CompressError: matplotlib is not there.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CompressError("heat maps need matplotlib: pip install 'compress-llm[plots]'.") from error
-    table = torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
-    low = table.nan_to_num(float("inf")).amin(0)
-    high = table.nan_to_num(float("-inf")).amax(0)
-    figure = Figure(figsize=(1.6 + 1.1 * len(across), 1.2 + 0.5 * len(down)), layout="constrained")
-    axes = figure.subplots()
-    shade = ((table - low) / (high - low).clamp_min(1e-9)).numpy()
-    axes.imshow(shade, cmap="RdYlGn" if reverse else "RdYlGn_r", vmin=-0.6, vmax=1.6, aspect="auto")
-    axes.set_xticks(range(len(across)), across, rotation=20, ha="right")
-    axes.set_yticks(range(len(down)), down)
-    axes.set(xlabel="evaluated at", ylabel="prompt learned at", title=title)
-    for y, row in enumerate(values):
-        for x, entry in enumerate(row):
-            axes.text(x, y, "–" if entry is None else f"{entry:.4g}", ha="center", va="center", fontsize=9)
-    figure.savefig(file, metadata={"Date": None})
-
-
 def markdown(values: list[list[float | None]], down: Sequence[str], across: Sequence[str], corner: str) -> str:
     """The same as a table."""
-    lines = [f"| {corner} | " + " | ".join(across) + " |", "|---" * (len(across) + 1) + "|"]
-    for label, row in zip(down, values, strict=True):
-        lines.append(f"| {label} | " + " | ".join("–" if v is None else f"{v:.4g}" for v in row) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [[label, *("–" if v is None else f"{v:.4g}" for v in row)] for label, row in zip(down, values, strict=True)]
+    return tables.markdown(tables.Table([corner, *across], rows)) + "\n"
 
 
 def main() -> None:
     """Fill the matrix of the command line."""
-    from compress.cli.common import quiet_transformers
-
-    quiet_transformers()
     given = arguments_of().parse_args()
     places = [Place.parse(item) for item in given.model]
     if not given.text and not given.tasks:
@@ -213,20 +172,19 @@ def main() -> None:
         if not stored_prompts(path):
             raise CompressError(f"prompt {item!r}: {path} holds no soft prompt.")
         prompts[label] = path
-    protocol = Protocol(
-        given.separator, given.limit, given.min_characters, stride=given.stride, truncate=given.truncate
-    )
-    models, rows = Models(), Rows(given.out / "transfer.json")
+    models = Models()
     length = common_length(prompts, models.open(places[0]), given.length)
+    protocol = experiments.protocol_of(given, length)
+    rows = Rows(given.out / "transfer.json", {"protocol": asdict(protocol)})
     texts = dict(item.partition("=")[::2] if "=" in item else (Path(item).stem, item) for item in given.text)
-    prepared = {name: read_text(source, places[0].folder, length, protocol) for name, source in texts.items()}
+    prepared = {name: read_text(source, places[0].folder, protocol) for name, source in texts.items()}
     fill(rows, models, places, prompts, prepared)
     tasks = Tasks(tuple(given.tasks.split(",")) if given.tasks else (), given.include, given.limit)
     fill_tasks(rows, places, prompts, tasks)
     across = [place.label for place in places]
     for name, value in [(name, given.value) for name in prepared] + [(name, "acc") for name in tasks.names]:
         values, title = matrix(rows.rows, list(prompts), across, name, value), f"{name}: {value.replace('_', ' ')}"
-        heat_map(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
+        plots.heat_map(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
         print(markdown(values, list(prompts), across, title))
     print(json.dumps({"windows": length, "rows": str(rows.path)}))
 
@@ -242,18 +200,11 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="what to score; or builtin")
     parser.add_argument("--tasks", help="lm-eval tasks, as for compress eval; their accuracy is another matrix")
     parser.add_argument("--include", type=Path, help="folder of task YAML files; only folders you trust")
-    parser.add_argument("--separator", help="divides texts into documents")
-    parser.add_argument("--limit", type=int, help="the first so many documents of each text, items of each task")
-    parser.add_argument("--min-characters", type=int, default=0, help="pass over documents of this length or less")
+    experiments.protocol_arguments(parser)
     parser.add_argument("--length", type=int, help="tokens in a window; what the longest prompt leaves if absent")
-    parser.add_argument("--stride", type=int, help="tokens a window advances by; half its length if absent")
-    parser.add_argument("--truncate", action="store_true", help="score only the first window of each document")
     parser.add_argument("--value", default="perplexity", choices=("perplexity", "loss", "bits_per_byte"))
     return parser
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from error
+    experiments.run(main)

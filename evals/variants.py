@@ -6,7 +6,7 @@ Each is made, measured and removed again; finished units are shared, so a stage 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from compress.errors import CompressError
 from compress.evals.store import Key, Results, identity
 from compress.evals.text import Protocol, documents_of, evaluate_text
 from compress.inspect import inspect
+from compress.passes import Report
 from compress.weights import read_manifest
 
-Report = Callable[[str, int, int], None]
 Passes = list[dict[str, Any]]
 CONTROLS = {"rtn": "round to nearest", "kmeans": "k-means"}
 

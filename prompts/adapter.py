@@ -58,10 +58,10 @@ def prompt_sizes(folder: str | Path) -> dict[int | None, tuple[int, int]]:
 def _check(folder: Path) -> tuple[str, int, int]:
     """An adapter's two files belong together: its type, virtual tokens, and numbers for each."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with safe_open(folder / WEIGHTS, framework="pt") as handle:
             shape = handle.get_slice("prompt_embeddings").get_shape()
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CompressError(f"{folder}: is not a soft prompt that can be read ({error}).") from error
     if config.get("peft_type") not in ("PROMPT_TUNING", "PREFIX_TUNING") or config.get("task_type") != "CAUSAL_LM":
         raise CompressError(

@@ -16,16 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from compress import writer
 from compress.errors import CompressError
-from compress.hf import replace_packed
-from compress.manifest import read_settings
-from compress.pipeline import read_config
+from compress.inspect import checkpoint_state
+from compress.loading import load_tokenizer
 from compress.prompts.adapter import CONFIG, WEIGHTS, find_prompts
-from compress.shapes import replace_shapes
-from compress.streaming import State, empty_model, tensor_names
+from compress.streaming import State, empty_model
 from compress.structure import architecture, head_name
 from compress.weights import MANIFEST, Checkpoint, Overlay, read_manifest, sha256_of
 from compress.workspace import digest
@@ -76,7 +74,10 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
             tokenizer.save_pretrained(target)
             _never_generate(target, list(range(vocabulary, vocabulary + len(added))))
 
-        manifest = read_manifest(folder) or {"recipe": None, "model_sha256": None, "calibration": None, "passes": []}
+        manifest = read_manifest(folder) or {
+            "recipe": {"model": str(folder), "passes": [], "seed": 0}, "model_sha256": Checkpoint(folder).sha256(),
+            "calibration": None, "passes": [],
+        }  # fmt: skip
         kept = {key: manifest[key] for key in ("recipe", "model_sha256", "calibration", "passes")}
         baked = {"from": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None, "tokens": added}
         ids = tokenizer("def compress(model):\n    return")["input_ids"]
@@ -99,26 +100,6 @@ def _prompt(folder: Path, bits: int | None, prompt: bool | Path) -> Tensor:
     return load_file(path / WEIGHTS)["prompt_embeddings"].float()
 
 
-def checkpoint_state(folder: Path) -> State:
-    """A checkpoint, or a dense model, as passes see it: nothing is read but headers."""
-    settings = read_settings(folder)
-    config = read_config(folder)
-    packed = settings.shapes() if settings else {}
-    shapes = settings.block_shapes() if settings else {}
-    if settings is not None:
-        del config.quantization_config
-    model = empty_model(config)
-    replace_shapes(model, shapes)
-    replace_packed(model, packed)
-    modules = dict(model.named_modules())
-    structure = architecture(config)
-    running = {name: next(new for new in modules if name in (new, structure.stored_name(new))) for name in packed}
-    return State(
-        Checkpoint(folder, tensor_names(model)), config, {running[name]: shape for name, shape in packed.items()},
-        digest(str(folder)), shapes,
-    )  # fmt: skip
-
-
 def _tables(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, Tensor]:
     """Embedding and head with rows for the new tokens, in the dtypes they had."""
     embedding, head = (f"{name}.weight" for name in names)
@@ -133,7 +114,7 @@ def _tables(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, T
 
 def _tokenizer(folder: Path, count: int, vocabulary: int) -> tuple[PreTrainedTokenizerFast, list[str]]:
     """A tokenizer that puts new special tokens in front of every text."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CompressError(
             f"{folder}: its tokenizer has no fast form, which is what can put tokens in front of a text."

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.quant.linear import BitPlaneLinear
+from compress.weights import read_header
 from compress.workspace import save_atomic, write_atomic
 
 if TYPE_CHECKING:
@@ -99,13 +100,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         folder: the checkpoint, or the adapter's own folder.
 
     Raises:
-        CompressError: there is no adapter.
+        CompressError: there is no adapter, or it cannot be read.
     """
     root = Path(folder)
     root = root if (root / CONFIG).exists() else root / FOLDER
     if not (root / CONFIG).exists():
         raise CompressError(f"{folder}: has no {FOLDER}/{CONFIG}, so there is no adapter to load.")
-    fields = json.loads((root / CONFIG).read_text(encoding="utf-8"))
+    read_header(root / WEIGHTS)  # refuses pickled weights, for which peft would look next
+    try:
+        fields = dict(json.loads((root / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CompressError(f"{root / CONFIG}: cannot be read ({error}); fetch or write it again.") from error
     used = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "bias")
     config = lora_config(**{key: fields[key] for key in used if key in fields}, inference_mode=True)
     from peft import PeftModel

@@ -113,14 +113,6 @@ def _attention(
     return Part("attention", last, columns, rows, classes, cost, each)
 
 
-def block_parts(block: Block, structure: Architecture, config: PretrainedConfig, unit: Unit) -> dict[Kind, Part]:
-    """The parts of a block in memory."""
-    assert block.shape is not None
-    names = [*structure.attention, *structure.mlp]
-    biased = {name for name in names if getattr(block.module.get_submodule(name), "bias", None) is not None}
-    return parts_of(structure, config, block.shape, unit, biased)
-
-
 def remaining(size: int, gone: Tensor) -> Tensor:
     """Indices 0 … size - 1 without some, in order."""
     keep = torch.ones(size, dtype=torch.bool)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.passes import Context
+from compress.passes import Context, Report
 from compress.pruning.criteria import element_scores, group_scores, lowest
 from compress.pruning.estimate import (
     batches,
@@ -27,7 +27,6 @@ from compress.structure import Linear, block_prefix
 if TYPE_CHECKING:
     from compress.pruning.mini_llm import MiniLlmConfig
 
-Report = Callable[[str, int, int], None]
 Parts = Mapping[str, tuple[str, Part]]
 """``<block>.<part>`` -> the block's name and the part."""
 

@@ -175,23 +175,6 @@ def _nest_rows(
 
 
 @compiled
-def _row_errors(
-    weight: NDArray[np.float32],
-    sensitivity: NDArray[np.float32],
-    codes: NDArray[np.uint8],
-    codebook: NDArray[np.float32],
-    errors: Floats,
-) -> None:
-    for r in range(weight.shape[0]):
-        f = sensitivity[r % sensitivity.shape[0]]
-        total = 0.0
-        for i in range(weight.shape[1]):
-            d = np.float64(weight[r, i]) - np.float64(codebook[r, codes[r, i]])
-            total += f[i] * d * d
-        errors[r] = total
-
-
-@compiled
 def _first_bad_row(values: NDArray[np.float32], lowest: float) -> int:
     """Index of the first row with a value that is not finite or is below `lowest`; -1 if there is none."""
     for r in range(values.shape[0]):
@@ -280,26 +263,3 @@ def kmeans_codebook(
 ) -> Nested:
     """Codes and codebook of a single width: `nested_codebooks` whose seed is its parent. Same arguments and errors."""
     return nested_codebooks(weight, sensitivity, bits, bits, keep_zeros, threads)
-
-
-def weighted_error(
-    weight: NDArray[np.float32],
-    sensitivity: NDArray[np.float32] | None,
-    codes: NDArray[np.uint8],
-    codebook: NDArray[np.float32],
-) -> Floats:
-    """float64 [N]: sum_j F_ij (w_ij - codebook[i, codes_ij])^2 (arXiv 2306.07629, equation 4), F = 1 for None.
-
-    weight and sensitivity as in `nested_codebooks`; codes: uint8 [N, K], already shifted to the codebook's width;
-    codebook: float32 [N, C]. Raises ValueError for shapes that do not fit or codes of C or more.
-    """
-    weight, sensitivity = _checked(weight, sensitivity)
-    if codes.shape != weight.shape or codebook.ndim != 2 or codebook.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"weight {weight.shape}, codes {codes.shape} and codebook {codebook.shape} do not fit together"
-        )
-    if codes.size and int(codes.max()) >= codebook.shape[1]:
-        raise ValueError(f"code {codes.max()} is outside a codebook of {codebook.shape[1]} entries")
-    errors = np.empty(weight.shape[0], np.float64)
-    _row_errors(weight, sensitivity, codes, codebook, errors)
-    return errors

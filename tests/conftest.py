@@ -6,8 +6,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import filecmp
+import multiprocessing
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -136,6 +141,65 @@ def prompted(tiny_llama, text_file, tmp_path_factory):
         },
         tmp_path_factory.mktemp("prompted") / "model",
     )
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``compress`` in this process: (exit code, standard output, standard error)."""
+
+    from compress.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def assert_same_files(left, right):
+    names = sorted(str(path.relative_to(left)) for path in left.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(right)) for path in right.rglob("*") if path.is_file())
+    assert filecmp.cmpfiles(left, right, names, shallow=False)[1:] == ([], [])
+
+
+@pytest.fixture(scope="session")
+def kill_and_finish():
+    """Run a recipe in processes that are killed at random moments, each once a new unit is there, until one finishes.
+
+    The processes come from a server that has imported the library and done nothing else.
+    """
+    import compress
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "compress.pipeline",
+            "compress.quant.any_precision",
+            "compress.pruning.mini_llm",
+            "compress.prompts.soft_prompt",
+        ]
+    )
+
+    def run(recipe, output, kills, unit="*/*.safetensors", pause=0.1):
+        work, draw, killed = output.with_name(output.name + ".work"), random.Random(0), 0
+        while not output.exists():
+            process = context.Process(target=compress.run, args=(recipe, output))
+            before = set(work.glob(unit))
+            process.start()
+            if killed < kills:
+                while process.is_alive() and not set(work.glob(unit)) - before:
+                    time.sleep(0.001)
+                time.sleep(draw.random() * pause)
+                process.kill()
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+            assert output.exists() == (process.exitcode == 0)
+        assert killed
+        assert not work.exists()
+
+    return run
 
 
 @pytest.fixture(scope="session")

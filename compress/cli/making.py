@@ -90,7 +90,6 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint: modules, bytes by width, errors, sparsity, where it came from."""
     from compress.inspect import inspect as look
-    from compress.sparsity import draw
     from compress.sparsity import sparsity as count
 
     found = look(folder)
@@ -98,15 +97,17 @@ def inspect(
         quiet_transformers()
         found["sparsity"] = count(folder)
         if plot is not None:
-            draw(found["sparsity"], plot)
+            from compress.evals import plots
+
+            plots.sparsity(found["sparsity"], plot)
     if as_json:
         print(json.dumps(found, indent=1))
         return
     origin = found["manifest"]
     if origin:
         recipe = origin["recipe"]
-        kinds = " → ".join(step["kind"] for step in recipe["passes"])
-        out.print(f"{escape(recipe['model'])} → {kinds}, seed {recipe['seed']}, compress {origin['compress_version']}")
+        steps = " → ".join([recipe["model"], *(step["kind"] for step in recipe["passes"])])
+        out.print(f"{escape(steps)}, seed {recipe['seed']}, compress {origin['compress_version']}")
     out.print(
         f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_widths(found['bytes_at_bits'])}"
     )

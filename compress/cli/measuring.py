@@ -11,78 +11,53 @@ from rich.table import Table
 
 from compress.cli.common import (
     BitsOption,
+    DeviceOption,
+    IncludeOption,
     JsonOption,
+    LengthOption,
+    LimitOption,
+    MinimumOption,
     PromptFlag,
     PromptFrom,
+    ProtocolOption,
+    ResultsOption,
+    SeparatorOption,
+    TasksOption,
+    TextOption,
+    TruncateOption,
     app,
     err,
     out,
+    parse_names,
     parse_widths,
+    print_table,
     progress_bar,
     quiet_transformers,
+    refuse_unwritable,
     write_json,
 )
 from compress.errors import CompressError
 
-_TEXT, _TASKS, _MORE = "Text", "Tasks (lm-eval)", "Beyond accuracy"
-ResultsOption = Annotated[
-    Optional[Path],
-    typer.Option("--results", help="Keep measurements here (JSON lines); DIR/report/results.jsonl if absent."),
-]
+_TASKS, _MORE = "Tasks (lm-eval)", "Beyond accuracy"
 
 
 @app.command(name="eval")
 def evaluate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
-    text: Annotated[
-        Optional[str],
-        typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.", rich_help_panel=_TEXT),
-    ] = None,
-    tasks: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Comma-separated: lm-eval's task names, names from --include, builtin_line, builtin_name.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
+    text: TextOption = None,
+    tasks: TasksOption = None,
     bits: BitsOption = None,
-    protocol: Annotated[
-        Optional[str],
-        typer.Option(
-            help="How a paper cuts text: 2048, llm-pruner, any-precision, any-precision-c4, any-precision-ptb, compress-then-prompt.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    separator: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Divides the text into documents, each scored alone with BOS in front.", rich_help_panel=_TEXT
-        ),
-    ] = None,
-    limit: Annotated[
-        Optional[int], typer.Option(help="Take the first so many documents, and items of each task.", min=1)
-    ] = None,
-    min_characters: Annotated[
-        int, typer.Option(help="Pass over documents of this length or less.", min=0, rich_help_panel=_TEXT)
-    ] = 0,
-    length: Annotated[
-        Optional[int],
-        typer.Option(help="Tokens in a window; the context, at most 2048, if absent.", rich_help_panel=_TEXT),
-    ] = None,
+    protocol: ProtocolOption = None,
+    separator: SeparatorOption = None,
+    limit: LimitOption = None,
+    min_characters: MinimumOption = 0,
+    length: LengthOption = None,
     stride: Annotated[
         Optional[int],
-        typer.Option(help="Tokens a window advances by; half its length if absent.", rich_help_panel=_TEXT),
+        typer.Option(help="Tokens a window advances by; half its length if absent.", min=1, rich_help_panel="Text"),
     ] = None,
-    truncate: Annotated[
-        bool, typer.Option(help="Score only the first window of each document.", rich_help_panel=_TEXT)
-    ] = False,
-    include: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Folder of task YAML files. They may bring Python code: only folders you trust.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
+    truncate: TruncateOption = False,
+    include: IncludeOption = None,
     fewshot: Annotated[
         Optional[int], typer.Option(help="Examples in front; as the task says if absent.", rich_help_panel=_TASKS)
     ] = None,
@@ -112,7 +87,7 @@ def evaluate(
     dense: Annotated[
         bool, typer.Option(help="Measure the dense model it was made from too.", rich_help_panel=_MORE)
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
     kept: ResultsOption = None,
@@ -130,16 +105,16 @@ def evaluate(
         raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
     if text is None and (agreement or robustness):
         raise CompressError("--agreement and --robustness look at text: give --text FILE too.")
+    refuse_unwritable(target, table)
     quiet_transformers()
     cut = protocol_of(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, stride=stride,
         truncate=truncate,
     )  # fmt: skip
-    names = tuple(tasks.split(",")) if tasks else ()
     suite = Suite(
         text,
         cut,
-        Tasks(names, include, limit, fewshot),
+        Tasks(parse_names(tasks), include, limit, fewshot),
         prompt_from or prompt,
         agreement,
         robustness,
@@ -160,6 +135,8 @@ def evaluate(
 
 def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
     """One table per thing that was measured."""
+    from compress.evals import tables
+
     if "bits" in result:
         table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
         for width, score in result["bits"].items():
@@ -167,35 +144,11 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
             table.add_row(width, *figures, str(score["tokens"]))
         out.print(table)
     if rows:
-        out.print(_task_table(rows))
-        if cut := sum(row["truncated"] for tasks in rows.values() for row in tasks.values()):
+        print_table(tables.task_table({(width, None): found for width, found in rows.items()}))
+        if cut := sum(row["truncated"] for found in rows.values() for row in found.values()):
             err.print(f"{cut} requests were longer than the context and were cut on the left.")
-    for kind, columns in (
-        ("agreement", ("kl", "top1_agreement", "flipped", "accuracy", "ece")),
-        ("robustness", ("bits_per_byte", "bits_per_byte_typos", "increase")),
-    ):
-        if kind in result:
-            table = Table("bits", *columns)
-            for width, metrics in result[kind].items():
-                table.add_row(width, *(f"{metrics[name]:.4f}" for name in columns))
-            out.print(table)
-
-
-def _task_table(rows: dict[str, Any]) -> Table:
-    names = list(next(iter(rows.values())))
-    table = Table("bits")
-    for name in names:
-        table.add_column(escape(name), justify="right")
-    for width, found in rows.items():
-        cells = []
-        for name in names:
-            metrics = found[name]["metrics"]
-            main = next((metric for metric in ("acc_norm", "acc") if metric in metrics), next(iter(metrics), None))
-            error = metrics.get(f"{main}_stderr")
-            tail = f" ± {error:.4f}" if error is not None else ""
-            cells.append(f"{main} {metrics[main]:.4f}{tail}" if main else "")
-        table.add_row(width, *cells)
-    return table
+    if "agreement" in result or "robustness" in result:
+        print_table(tables.agreement(result.get("agreement", {}), result.get("robustness", {})))
 
 
 @app.command()
@@ -212,22 +165,22 @@ def bench(
     ] = None,
     exact: Annotated[bool, typer.Option(help="Exact float32 sums, or 8-bit activations (CPU).")] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
     """Measure decoding, prefill, time to first token, loading, memory and size, per width and dense, in turn."""
     import torch
 
+    from compress.evals import tables
     from compress.evals.bench import Load
     from compress.evals.bench import bench as measure
     from compress.evals.store import results_of
-    from compress.pipeline import pick_device
 
+    refuse_unwritable(target)
     quiet_transformers()
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
-    pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     store = results_of(folder, kept)
@@ -241,37 +194,4 @@ def bench(
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
     if found["dense"].startswith("not measured"):
         out.print(f"dense {escape(found['dense'])}")
-    out.print(_bench_table(found))
-
-
-def _bench_table(found: dict[str, Any]) -> Table:
-    """Medians, with quartiles where they matter."""
-
-    def cell(figure: dict[str, float], scale: float = 1.0) -> str:
-        low, middle, high = (f"{figure[name] * scale:.3g}" for name in ("low", "median", "high"))
-        return f"{middle} ({low}–{high})"
-
-    table = Table("bits", title="median (quartiles)")
-    heads = (
-        "decode tok/s",
-        "× dense",
-        "prefill tok/s",
-        "× dense",
-        "first token, ms",
-        "load, s",
-        "resident, MB",
-        "disk, MB",
-    )
-    for head in heads:
-        table.add_column(head, justify="right")
-    for width, figures in found["widths"].items():
-        versus = [figures.get(f"{what}_versus_dense") for what in ("decode", "prefill")]
-        ratios = [f"{figure['median']:.2f}" if figure else "–" for figure in versus]
-        size = figures["disk_bytes"]
-        table.add_row(
-            width, cell(figures["decode_tokens_per_second"]), ratios[0],
-            cell(figures["prefill_tokens_per_second"]), ratios[1],
-            f"{1e3 * figures['time_to_first_token_seconds']['median']:.3g}", cell(figures["load_seconds"]),
-            f"{figures['resident_bytes']['median'] / 1e6:.1f}", "–" if size is None else f"{size / 1e6:.2f}",
-        )  # fmt: skip
-    return table
+    print_table(tables.speed(found))

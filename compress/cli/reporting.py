@@ -7,22 +7,32 @@ from typing import Annotated, Optional
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from compress.cli.common import BitsOption, Folder, app, err, out, parse_widths, progress_bar, quiet_transformers
-from compress.cli.measuring import ResultsOption
+from compress.cli.common import (
+    BitsOption,
+    DeviceOption,
+    Folder,
+    IncludeOption,
+    LengthOption,
+    LimitOption,
+    MinimumOption,
+    ProtocolOption,
+    ResultsOption,
+    SeparatorOption,
+    TasksOption,
+    TextOption,
+    TruncateOption,
+    app,
+    err,
+    out,
+    parse_names,
+    parse_widths,
+    print_table,
+    progress_bar,
+    quiet_transformers,
+    refuse_unwritable,
+)
 from compress.errors import CompressError
-
-TextOption = Annotated[
-    Optional[str],
-    typer.Option(help="Text file to measure on where results are missing; 'builtin' for held-out modules."),
-]
-ProtocolOption = Annotated[Optional[str], typer.Option(help="How a paper cuts text; see `compress eval --help`.")]
-SeparatorOption = Annotated[Optional[str], typer.Option(help="Divides the text into documents.")]
-LimitOption = Annotated[Optional[int], typer.Option(help="Take the first so many documents.", min=1)]
-MinimumOption = Annotated[int, typer.Option(help="Pass over documents of this length or less.", min=0)]
-LengthOption = Annotated[Optional[int], typer.Option(help="Tokens in a window.")]
-TruncateOption = Annotated[bool, typer.Option(help="Score only the first window of each document.")]
 
 
 @app.command()
@@ -39,8 +49,8 @@ def report(
     min_characters: MinimumOption = 0,
     length: LengthOption = None,
     truncate: TruncateOption = False,
-    tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, comma-separated.")] = None,
-    include: Annotated[Optional[Path], typer.Option(help="Folder of task YAML files.")] = None,
+    tasks: TasksOption = None,
+    include: IncludeOption = None,
     bits: BitsOption = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Make and measure stages and controls too: runs of their own.")
@@ -49,7 +59,7 @@ def report(
     samples: Annotated[
         Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
     kept: ResultsOption = None,
 ) -> None:
     """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality of every width, controls, errors, samples.
@@ -66,7 +76,7 @@ def report(
     cut = protocol_of(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, truncate=truncate
     )
-    chosen = Tasks(tuple(tasks.split(",")), include) if tasks else None
+    chosen = Tasks(parse_names(tasks), include, limit) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
     wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(samples or ()), device)
     with progress_bar() as watch:
@@ -90,15 +100,19 @@ def compare(
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Write .html, or a plot as .png, .svg, .pdf.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Put several checkpoints, at all their widths, into one table and one Pareto plot."""
+    from compress.evals import plots
     from compress.evals import report as reports
     from compress.evals.text import protocol_of
     from compress.workspace import write_atomic
 
     if len(folders) < 2:
         raise CompressError("compare: give two checkpoints or more.")
+    if output is not None and output.suffix not in (".html", ".png", ".svg", ".pdf"):
+        raise CompressError(f"-o {output}: give a name that ends in .html, .png, .svg or .pdf.")
+    refuse_unwritable(output)
     quiet_transformers()
     cut = protocol_of(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, truncate=truncate
@@ -109,15 +123,9 @@ def compare(
         try:
             if output.suffix == ".html":
                 write_atomic(output, reports.comparison_page(rivals, common, dense))
-            elif output.suffix in (".png", ".svg", ".pdf"):
-                lines, name = reports.comparison_lines(rivals, dense)
-                reports.draw(lines, output, name)
             else:
-                raise CompressError(f"-o {output}: give a name that ends in .html, .png, .svg or .pdf.")
+                lines, name = reports.comparison_lines(rivals, dense)
+                plots.pareto(lines, output, name)
         except OSError as error:
             raise CompressError(f"-o {output}: {error.strerror}.") from error
-    found = reports.comparison_table(rivals, dense)
-    table = Table(*found.heads)
-    for row in found.rows:
-        table.add_row(*map(escape, row))
-    out.print(table)
+    print_table(reports.comparison_table(rivals, dense))

@@ -30,9 +30,9 @@ def generate(
 ) -> None:
     """Continue a text at a width."""
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    from compress.loading import load
+    from compress.loading import load, load_tokenizer
     from compress.prompts.adapter import text_length, virtual_tokens
 
     quiet_transformers()
@@ -42,18 +42,16 @@ def generate(
     model: Any = load(
         folder, bits=widths[0] if widths else None, memory=memory, prompt=prompt_from or prompt, dtype=torch.float32
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         raise CompressError("the text has no tokens; give some words.")
-    if virtual_tokens(model):  # which take places of the context
-        room = text_length(model)
-        left = max_new_tokens if room is None else room - inputs["input_ids"].shape[1]
-        if left < 1:
-            raise CompressError(
-                f"the text has {inputs['input_ids'].shape[1]} tokens; beside the soft prompt there is room for {room}."
-            )
-        max_new_tokens = min(max_new_tokens, left)
+    room, given = text_length(model), inputs["input_ids"].shape[1]
+    if room is not None:
+        if given >= room:
+            beside = " beside the soft prompt" if virtual_tokens(model) else ""
+            raise CompressError(f"the text has {given} tokens, but the context has room for {room}{beside}.")
+        max_new_tokens = min(max_new_tokens, room - given)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

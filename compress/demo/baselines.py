@@ -11,12 +11,11 @@ import lzma
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from compress.demo import corpus
 from compress.demo.train import builtin_model
 from compress.evals.perplexity import prepare, score
-from compress.loading import load
+from compress.loading import load, load_tokenizer
 from compress.pipeline import model_folder
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     texts = list(corpus.read_modules(corpus.HELDOUT).values())
     data = "".join(texts).encode()
     folder = str(model_folder("builtin"))
-    prepared = prepare(texts, AutoTokenizer.from_pretrained(folder), 512)
+    prepared = prepare(texts, load_tokenizer(folder), 512)
     torch.manual_seed(0)
     table = Table("what", "bits per byte of held-out modules")
     table.add_row("the built-in model", f"{score(load(folder, dtype=torch.float32), prepared).bits_per_byte:.4f}")

@@ -12,6 +12,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress.errors import CompressError
+
 SEPARATOR = "<|endoftext|>"
 
 HELDOUT = ("configparser", "fractions", "heapq", "sched", "shelve", "textwrap")
@@ -32,9 +34,14 @@ def read_modules(names: Sequence[str]) -> dict[str, str]:
     """Read top-level modules of the standard library.
 
     Raises:
-        FileNotFoundError: a module's source file is not there (a stripped interpreter).
+        CompressError: a module's source file is not there.
     """
-    return {name: (stdlib() / f"{name}.py").read_text(encoding="utf-8") for name in names}
+    try:
+        return {name: (stdlib() / f"{name}.py").read_text(encoding="utf-8") for name in names}
+    except OSError as error:
+        raise CompressError(
+            f"{error.filename}: cannot be read; the built-in text needs Python with its sources."
+        ) from error
 
 
 def training_files() -> list[Path]:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
-from transformers import AutoTokenizer
 
 from compress.errors import CompressError
 from compress.evals.quality import as_table, compare
-from compress.loading import load
+from compress.loading import load, load_tokenizer
 from compress.manifest import verify
 
 CHECKPOINT = "any-precision-seed-3"
+MARK = "made-by-compress-demo"
+"""File that tells a folder that the next demo may delete."""
 PROMPT = "def __init__(self"
 
 
@@ -33,10 +34,13 @@ def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], 
     Returns:
         What to print.
     """
+    mark = output / MARK
     if output.exists():
-        if any(output.iterdir()) and not (output / "quality.json").exists() and not (output / "work").exists():
+        if not output.is_dir() or (any(output.iterdir()) and not mark.exists()):
             raise CompressError(f"{output}: exists and was not made by an earlier demo; choose another with -o.")
         shutil.rmtree(output)
+    output.mkdir(parents=True)
+    mark.touch()
     calibration = {"builtin": "stdlib", "samples": 64}
     widths = (3, 4) if controls else ()
     rows = compare("builtin", calibration, "builtin", output, control_widths=widths, report=report)
@@ -53,7 +57,7 @@ def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], 
 def continuation(checkpoint: Path, prompt: str) -> str:
     """What the checkpoint writes at 4 bits, greedily."""
     model: Any = load(checkpoint, bits=4, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

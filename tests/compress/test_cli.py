@@ -1,6 +1,7 @@
 """The command line through its real entry point: every verb, and every mistake in one line without a traceback."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress import cli
+from compress import manifest
+from compress.cli import app
+from compress.errors import CompressError
+from compress.weights import read_manifest
 
 COMMAND = Path(sys.executable).with_name("compress")
 
@@ -20,13 +24,6 @@ def compress_command(*arguments, cwd=None):
     return subprocess.run(
         [COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, check=False
     )
-
-
-def said(*arguments, cwd=None):
-    """Standard output of a command that succeeds."""
-    result = compress_command(*arguments, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def complaint(*arguments, cwd=None):
@@ -40,14 +37,13 @@ def complaint(*arguments, cwd=None):
 
 
 @pytest.fixture
-def in_process(monkeypatch, capsys):
-    """The same without a new process: (exit code, standard output, standard error)."""
+def said(command):
+    """Standard output of a command that succeeds, without a new process."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
+        code, text, error = command(*arguments)
+        assert code == 0, error
+        return text
 
     return run
 
@@ -59,9 +55,11 @@ def recipe_file(recipe, tmp_path):
     return path
 
 
-def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file):
+def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file, said, command):
     output = tmp_path / "model"
-    assert "read at 3 bits" in said("run", recipe_file, "-o", output, "--set", "passes.0.parent_bits=5")
+    made = compress_command("run", recipe_file, "-o", output, "--set", "passes.0.parent_bits=5")
+    assert made.returncode == 0, made.stderr
+    assert "read at 3 bits" in made.stdout
     found = json.loads(said("inspect", output, "--json"))
     assert list(found["bytes_at_bits"]) == ["3", "4", "5"]
     assert "0.mlp.down_proj" in said("inspect", output)
@@ -72,26 +70,26 @@ def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file):
     result = json.loads((tmp_path / "eval.json").read_text())
     assert set(result["bits"]) == {"3", "5"}
     assert {"loss", "perplexity", "bits_per_byte", "tokens"} <= result["bits"]["3"].keys()
-    assert "calibrated or trained on" in complaint("eval", output, "--text", text_file)
+    assert "calibrated or trained on" in command("eval", output, "--text", text_file)[2]
     text = said("generate", output, "the quick", "--bits", "4", "--max-new-tokens", "5")
     assert text.startswith("the quick")
 
 
-def test_a_dense_model_can_be_measured_and_inspected(tiny_llama, text_file):
+def test_a_dense_model_can_be_measured_and_inspected(tiny_llama, text_file, said):
     result = json.loads(said("eval", tiny_llama, "--text", text_file, "--json", "-"))
     assert set(result["bits"]) == {"dense"}
     assert "MB of tensors" in said("inspect", tiny_llama)
 
 
-def test_passes_and_schema(in_process):
-    code, listing, _ = in_process("passes")
+def test_passes_and_schema(command):
+    code, listing, _ = command("passes")
     assert code == 0
     assert all(kind in listing for kind in ("any_precision", "kmeans", "rtn"))
-    assert "seed_bits" in in_process("passes", "any_precision")[1]
-    assert "any_precision" in json.dumps(json.loads(in_process("schema")[1]))
+    assert "seed_bits" in command("passes", "any_precision")[1]
+    assert "any_precision" in json.dumps(json.loads(command("schema")[1]))
 
 
-def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path):
+def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path, said):
     """Only headers: the data may even be missing."""
     folder = shutil.copytree(tiny_llama, tmp_path / "headers")
     foreseen = json.loads(said("plan", recipe_file, "--set", f"model={folder}", "--json"))
@@ -99,9 +97,9 @@ def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path):
     assert "MB of memory" in said("plan", recipe_file)
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "inspect", "verify", "eval", "generate", "passes", "schema", "demo"])
-def test_every_verb_has_help(in_process, verb):
-    code, text, _ = in_process(verb, "--help")
+@pytest.mark.parametrize("verb", [item.name or item.callback.__name__ for item in app.registered_commands])
+def test_every_verb_has_help(command, verb):
+    code, text, _ = command(verb, "--help")
     assert code == 0
     assert f"compress {verb}" in text
 
@@ -131,28 +129,107 @@ def test_every_verb_has_help(in_process, verb):
         (["generate", "{model}", "hello", "--bits", "2"], "width 2 is not available"),
         (["generate", "nowhere", "hello"], "not a model folder"),
         (["passes", "any"], "there is no pass 'any'"),
+        (["eval", "{model}", "--text", "builtin", "--bits", "2,4"], "width 2 is not available"),
+        (["eval", "{model}", "--text", "builtin", "--device", "tpu"], "device 'tpu' cannot be used here"),
+        (["eval", "{model}", "--text", "builtin", "--json", "no/x.json"], "as there is no folder no"),
+        (["generate", "{model}", "{long}"], "the context has room for 64"),
+        (["demo", "-o", "{recipe}"], "was not made by an earlier demo"),
+        (["inspect", "{model}", "--plot", "no/x.png"], "cannot be drawn"),
+        (["inspect", "{model}", "--plot", "x.nope"], "x.nope: cannot be drawn"),
+        (["eval", "{model}"], "give --text FILE, --tasks NAMES, or both"),
+        (["eval", "{model}", "--tasks", "x", "--agreement"], "give --text FILE too"),
+        (["eval", "{model}", "--text", "builtin", "--prompt"], "holds no soft prompt"),
+        (["eval", "{model}", "--text", "builtin", "--prompt", "--agreement"], "measured without a soft prompt"),
+        (["eval", "{model}", "--text", "builtin", "--protocol", "2049"], "Did you mean '2048'?"),
+        (["eval", "{model}", "--text", "builtin", "--protocol", "2048"], "the context holds 64; give --length"),
+        (["eval", "{dense}", "--text", "builtin", "--dense"], "give --reference"),
+        (["bench", "{model}", "--bits", "9", "--prompt-tokens", "8"], "width 9 is not available"),
+        (["bench", "{model}", "--prompt-tokens", "99"], "the context holds 64; lower --prompt-tokens"),
+        (["bench", "{model}", "--dtype", "int8"], "give float32, bfloat16 or float16"),
+        (["bench", "nowhere"], "not a model folder or hub id"),
+        (["report", "{dense}"], "has no compression.json"),
+        (["compare", "{model}"], "give two checkpoints or more"),
+        (["compare", "{model}", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_end_in_one_clear_line(arguments, message, recipe_file, compressed, tmp_path, in_process, monkeypatch):
+def test_mistakes_end_in_one_clear_line(
+    arguments, message, recipe_file, compressed, tiny_llama, tmp_path, command, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    code, _, text = in_process(*(argument.format(recipe=recipe_file, model=compressed) for argument in arguments))
+    places = {"recipe": recipe_file, "model": compressed, "dense": tiny_llama, "long": "the dog " * 70}
+    code, _, text = command(*(argument.format(**places) for argument in arguments))
     assert code == 1
     assert message in text
     assert text.startswith("error: ")
+    assert "unexpected" not in text
     assert text.count("\n") == 1
-    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob("x*"))
 
 
-def test_a_flipped_bit_is_found(compressed, tmp_path):
+def test_a_demo_deletes_no_folder_that_it_has_not_made(tmp_path, command):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "was not made by an earlier demo" in command("demo", "-o", tmp_path)[2]
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def _without(*names):
+    def damage(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def _with(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (_with("compression.json", "{}"), ["verify", "{}"], "has no 'compress_version', as every manifest has"),
+        (_with("compression.json", "[1]"), ["inspect", "{}"], "as every manifest has"),
+        (_without("compression.json"), ["generate", "{}", "the", "--bits", "3.5"], "give a whole width, or patterns"),
+        (_without("tokenizer.json", "tokenizer_config.json"), ["generate", "{}", "the"], "its tokenizer cannot be"),
+        (
+            _with("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+            ["inspect", "{}"],
+            "not a safetensors index",
+        ),
+        (
+            _with("model.safetensors.index.json", '{"weight_map": {"a": "../../secret.safetensors"}}'),
+            ["inspect", "{}"],
+            "which is not in its folder",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(damage, arguments, message, compressed, tmp_path, command):
+    folder = shutil.copytree(compressed, tmp_path / "model")
+    damage(folder)
+    code, _, text = command(*(argument.format(folder) for argument in arguments))
+    assert code == 1
+    assert message in text
+    assert "unexpected" not in text
+
+
+def test_logits_that_are_not_numbers_are_no_match(compressed):
+    recorded = read_manifest(compressed)["probe"]["at_bits"]["3"]
+    for found in (recorded | {"loss": math.nan}, recorded | {"top": [[i, math.nan] for i, _ in recorded["top"]]}):
+        with pytest.raises(CompressError, match="computes other logits"):
+            manifest._compare("3", recorded, found)
+
+
+def test_a_flipped_bit_is_found(compressed, tmp_path, command):
     folder = shutil.copytree(compressed, tmp_path / "model")
     file = next(folder.glob("model-4bit-*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    assert "model-4bit-00001-of-00001.safetensors: its content has changed" in complaint("verify", folder)
+    assert "model-4bit-00001-of-00001.safetensors: its content has changed" in command("verify", folder)[2]
 
 
-def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compressed, tmp_path):
+def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compressed, tmp_path, command):
     """Someone rewrote a table and the manifest with it: the recorded logits still tell."""
     import hashlib
 
@@ -167,7 +244,7 @@ def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compresse
     data = file.read_bytes()
     manifest["files"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "compression.json").write_text(json.dumps(manifest))
-    assert "at 3 bits a fresh process computes other logits" in complaint("verify", folder)
+    assert "at 3 bits a fresh process computes other logits" in command("verify", folder)[2]
 
 
 def test_a_full_disk(recipe_file, tmp_path):

@@ -107,6 +107,18 @@ def test_an_existing_output_is_never_overwritten(recipe, tmp_path):
     assert (tmp_path / "model" / "precious").exists()
 
 
+def test_a_tokenizer_of_another_model_is_named(recipe, make_model, tmp_path):
+    recipe["model"] = str(make_model("llama", vocab_size=200))
+    with pytest.raises(CompressError, match="an embedding for 200 tokens; the two do not belong together"):
+        compress.run(recipe, tmp_path / "model")
+
+
+def test_an_output_needs_a_name(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CompressError, match="give the name of a folder to create"):
+        compress.run(recipe, ".")
+
+
 def test_a_compressed_model_is_no_starting_point(recipe, compressed, tmp_path):
     with pytest.raises(CompressError, match="already quantised"):
         compress.run({**recipe, "model": str(compressed)}, tmp_path / "model")
@@ -136,6 +148,16 @@ def test_weights_that_are_not_finite_are_named(recipe, tiny_llama, tmp_path, val
     recipe["passes"][0]["sensitivity"] = "fisher"
     with pytest.raises(CompressError, match="loss is nan"):
         compress.run({**recipe, "model": str(folder)}, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_computes_no_number_is_not_written(tiny_llama, tmp_path):
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"].fill_(torch.nan)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match="at 4 bits the model's loss on a few tokens is not finite"):
+        compress.run({"model": str(source), "passes": [{"kind": "rtn"}]}, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 

@@ -1,69 +1,20 @@
 """Kill a run at any moment, run again: it continues, and the bytes are those of an undisturbed run."""
 
-import filecmp
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
-import yaml
 
 import compress
-
-
-def command(recipe_file, output):
-    return [sys.executable, "-m", "compress.cli", "run", str(recipe_file), "-o", str(output)]
-
-
-def assert_same_files(left, right):
-    names = sorted(path.name for path in left.iterdir())
-    assert names == sorted(path.name for path in right.iterdir())
-    _, different, unreadable = filecmp.cmpfiles(left, right, names, shallow=False)
-    assert not different
-    assert not unreadable
-
-
-@pytest.fixture
-def slow_recipe(recipe, tmp_path):
-    """A run that takes a second or two after its imports, on inputs carried from block to block."""
-    recipe["calibration"] |= {"samples": 8, "length": 48}
-    recipe["passes"][0] |= {"parent_bits": 8, "include": []}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def units(work):
-    return len(list(work.glob("*/*.safetensors"))) if work.exists() else 0
+from tests.conftest import assert_same_files
 
 
 @pytest.mark.parametrize(("objective", "sensitivity"), [("output", "fisher"), ("weight", "activation")])
-def test_killed_runs_end_with_the_same_bytes(slow_recipe, tmp_path, objective, sensitivity):
-    arguments = ["--set", f"passes.0.objective={objective}", "--set", f"passes.0.sensitivity={sensitivity}"]
-    subprocess.run([*command(slow_recipe, tmp_path / "whole"), *arguments], check=True, capture_output=True)
-    target, work = tmp_path / "killed", tmp_path / "killed.work"
-    draw = random.Random(sensitivity)
-    kills = 0
-    while not target.exists():
-        process = subprocess.Popen([*command(slow_recipe, target), *arguments], stdout=subprocess.DEVNULL)
-        if kills < 3:  # let it finish a unit or more, then a random moment later pull the plug
-            before = units(work)
-            while process.poll() is None and units(work) <= before:
-                time.sleep(0.002)
-            time.sleep(draw.random() * 0.1)
-            os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
-            kills += 1
-        process.wait()
-        assert target.exists() == (process.returncode == 0)
-    assert kills >= 1
-    assert_same_files(tmp_path / "whole", target)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "recipe.yaml", "whole", "whole.log.jsonl", "killed", "killed.log.jsonl",
-    }  # fmt: skip
+def test_killed_runs_end_with_the_same_bytes(recipe, tmp_path, objective, sensitivity, kill_and_finish):
+    recipe["calibration"] |= {"samples": 8, "length": 48}
+    recipe["passes"][0] |= {"parent_bits": 8, "objective": objective, "sensitivity": sensitivity}
+    compress.run(recipe, tmp_path / "whole")
+    kill_and_finish(recipe, tmp_path / "killed", kills=3)
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_finished_unit_is_not_done_again(recipe, tmp_path):

@@ -2,25 +2,10 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from compress import cli
 from compress.evals import bench as bench_module
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -33,13 +18,6 @@ def held_out(tmp_path):
     path = tmp_path / "held_out.txt"
     path.write_text("the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5)
     return path
-
-
-@pytest.mark.parametrize("verb", ["eval", "bench", "report", "compare"])
-def test_every_verb_has_help(command, verb):
-    code, text, _ = command(verb, "--help")
-    assert code == 0
-    assert f"compress {verb}" in text
 
 
 def test_text_tasks_and_more_in_one_call(command, checkpoint, held_out, task_folder, tmp_path):
@@ -91,31 +69,3 @@ def test_bench_report_and_compare(command, checkpoint, compressed, held_out, tmp
     assert command(*arguments, "-o", tmp_path / "two.png")[0] == 0
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
     assert "ends in .html, .png, .svg or .pdf" in command(*arguments, "-o", tmp_path / "two.txt")[2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["eval", "{model}"], "give --text FILE, --tasks NAMES, or both"),
-        (["eval", "{model}", "--tasks", "x", "--agreement"], "give --text FILE too"),
-        (["eval", "{model}", "--text", "builtin", "--prompt"], "holds no soft prompt"),
-        (["eval", "{model}", "--text", "builtin", "--prompt", "--agreement"], "measured without a soft prompt"),
-        (["eval", "{model}", "--text", "builtin", "--protocol", "2049"], "Did you mean '2048'?"),
-        (["eval", "{model}", "--text", "builtin", "--protocol", "2048"], "the context holds 64; give --length"),
-        (["eval", "{dense}", "--text", "builtin", "--dense"], "give --reference"),
-        (["bench", "{model}", "--bits", "9", "--prompt-tokens", "8"], "width 9 is not available"),
-        (["bench", "{model}", "--prompt-tokens", "99"], "the context holds 64; lower --prompt-tokens"),
-        (["bench", "{model}", "--dtype", "int8"], "give float32, bfloat16 or float16"),
-        (["bench", "nowhere"], "not a model folder or hub id"),
-        (["report", "{dense}"], "has no compression.json"),
-        (["compare", "{model}"], "give two checkpoints or more"),
-        (["compare", "{model}", "nowhere"], "nowhere"),
-    ],
-)
-def test_mistakes_end_in_one_clear_line(command, compressed, tiny_llama, arguments, message):
-    code, _, text = command(*(argument.format(model=compressed, dense=tiny_llama) for argument in arguments))
-    assert code == 1
-    assert message in text
-    assert text.startswith("error: ")
-    assert "unexpected" not in text
-    assert text.count("\n") == 1

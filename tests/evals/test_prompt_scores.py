@@ -8,8 +8,9 @@ import torch
 
 import compress
 from compress.errors import CompressError
+from compress.evals.experiments import Rows
 from compress.evals.perplexity import Text, Window, context_length, score
-from compress.evals.pruning import Rows
+from compress.evals.plots import heat_map
 from compress.evals.tasks import Tasks
 from compress.evals.transfer import (
     NONE,
@@ -18,7 +19,6 @@ from compress.evals.transfer import (
     common_length,
     fill,
     fill_tasks,
-    heat_map,
     main,
     markdown,
     matrix,
@@ -84,7 +84,7 @@ def test_a_matrix_is_filled_once(prompted, tmp_path):
         assert found[1][column] == score(other, Text(WINDOWS, 100)).loss
     heat_map(found, list(prompts), ["three", "four"], "loss", tmp_path / "map.svg")
     assert (tmp_path / "map.svg").read_text().startswith("<?xml")
-    assert markdown([[1.23456, None]], ["a"], ["x", "y"], "") == "|  | x | y |\n|---|---|---|\n| a | 1.235 | – |\n"
+    assert markdown([[1.23456, None]], ["a"], ["x", "y"], "") == "|  | x | y |\n|---|---:|---:|\n| a | 1.235 | – |\n"
 
 
 def test_tasks_are_rows_too(prompted, task_folder, tmp_path):

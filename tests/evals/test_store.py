@@ -45,6 +45,17 @@ def test_a_line_cut_by_a_kill_is_dropped_and_any_other_damage_named(tmp_path):
         Results(path)
 
 
+def test_a_line_that_another_process_finished_is_kept(tmp_path):
+    path = tmp_path / "r.jsonl"
+    Results(path).add(KEY, {"loss": 1.0})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])  # the other process is in the middle of its line
+    ours = Results(path)
+    path.write_bytes(whole)
+    ours.add(Key("text", "b.txt", "0123", "4"), {"loss": 3.0})
+    assert len(Results(path).rows()) == 2
+
+
 def test_a_folder_that_can_not_be_written_says_what_to_do(tmp_path):
     (tmp_path / "report").write_text("a file where the folder should be")
     with pytest.raises(CompressError, match="--results FILE"):

@@ -92,6 +92,7 @@ def test_room(prompted):
     [
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "is not a soft prompt that can be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not a soft prompt that can be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[3]"), "is not a soft prompt that can be read"),
         (lambda folder: change(folder, peft_type="LORA"), "is a LORA adapter; a prompt or prefix"),
         (lambda folder: change(folder, num_virtual_tokens=6), "6 virtual tokens, its tensor 5"),
         (shutil.rmtree, "holds no soft prompt"),
@@ -149,4 +150,4 @@ def test_generation_ends_where_the_context_does(prompted):
     assert torch.equal(cached, states)
     result = CliRunner().invoke(app, ["generate", str(prompted), "the " * 70, "--prompt"])
     assert isinstance(result.exception, CompressError)
-    assert "beside the soft prompt there is room for 59" in str(result.exception)
+    assert "room for 59 beside the soft prompt" in str(result.exception)

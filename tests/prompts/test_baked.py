@@ -72,3 +72,11 @@ def test_what_cannot_be_baked_is_refused(prompted, compressed, baked, recipe, ma
     with pytest.raises(CompressError, match="lm_head is packed"):
         bake(output, tmp_path / "no", prompt=prompted / "soft_prompt" / "3bit")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_dense_model_behind_the_prompt_of_another_can_be_looked_at(prompted, tiny_llama, tmp_path, command):
+    bake(tiny_llama, tmp_path / "baked", prompt=prompted / "soft_prompt" / "3bit")
+    code, text, _ = command("inspect", tmp_path / "baked")
+    assert code == 0
+    assert text.startswith(f"{tiny_llama}, seed 0")
+    assert command("report", tmp_path / "baked", "--no-run")[0] == 0

@@ -1,13 +1,10 @@
 """The pass: what it trains and on what, what it leaves behind, and that a kill changes nothing."""
 
-import filecmp
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,15 +24,9 @@ from compress.plan import plan
 from compress.prompts.adapter import WEIGHTS, embedding, new_prompt
 from compress.prompts.soft_prompt import PAPER, SoftPrompt, SoftPromptConfig
 from compress.recipe import parse_pass
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, assert_same_files
 
 TOKENS = torch.arange(3, 20)[None]
-
-
-def assert_same_files(left, right):
-    names = sorted(str(path.relative_to(left)) for path in left.rglob("*") if path.is_file())
-    assert names == sorted(str(path.relative_to(right)) for path in right.rglob("*") if path.is_file())
-    assert filecmp.cmpfiles(left, right, names, shallow=False)[1:] == ([], [])
 
 
 def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, fresh_python):
@@ -238,19 +229,11 @@ def test_an_interrupted_training_ends_with_the_same_bytes(prompt_recipe, tmp_pat
     assert_same_files(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_killed_run_ends_with_the_same_bytes(prompt_recipe, tmp_path):
-    """The whole recipe by the command line, killed once in the middle of the training."""
+def test_a_killed_run_ends_with_the_same_bytes(prompt_recipe, tmp_path, kill_and_finish):
+    """The whole recipe, killed once in the middle of the training."""
     prompt_recipe["passes"][2] |= {"steps": 60, "validate_every": 5}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(prompt_recipe))
-    command = [sys.executable, "-m", "compress.cli", "run", str(path), "-o", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "killed.work").glob("soft_prompt-*/scratch/*")):
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True, capture_output=True)
     compress.run(prompt_recipe, tmp_path / "whole")
+    kill_and_finish(prompt_recipe, tmp_path / "killed", kills=1, unit="soft_prompt-*/scratch/*", pause=0)
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
 
 

@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.errors import CompressError
 from compress.evals import pruning
-from compress.evals.pruning import Bench, Rows, markdown, settings_of, table
+from compress.evals.experiments import Rows
+from compress.evals.pruning import Bench, markdown, settings_of, table
 from compress.evals.text import Protocol
 from compress.recipe import Calibration
 
@@ -63,6 +65,17 @@ def test_the_table_continues_where_it_stopped(bench, tmp_path, monkeypatch):
     text = markdown([row for row in rows.rows if "perplexity" in row], "perplexity")
     assert "| wanda | 50% |" in text
     assert "(" in next(line for line in text.splitlines() if line.startswith("| random"))
+
+
+def test_rows_of_other_settings_are_not_mixed(tmp_path):
+    Rows(tmp_path / "rows.json", {"model": "a", "scores": ("x", 1)}).get({"label": "dense"}, lambda: {"loss": 1.0})
+    again = Rows(tmp_path / "rows.json", {"model": "a", "scores": ["x", 1]})
+    assert again.get({"label": "dense"}, dict)["loss"] == 1.0
+    with pytest.raises(CompressError, match="has rows made with model 'a', not 'b'"):
+        Rows(tmp_path / "rows.json", {"model": "b", "scores": ("x", 1)})
+    (tmp_path / "rows.json").write_text("[{")
+    with pytest.raises(CompressError, match="delete it to begin again"):
+        Rows(tmp_path / "rows.json")
 
 
 def test_settings_are_chosen_on_calibration_text(bench, tmp_path, monkeypatch):

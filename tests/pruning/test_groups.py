@@ -5,12 +5,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.passes import Block
-from compress.pruning.groups import block_parts, cut, remaining
+from compress.pruning.groups import cut, parts_of, remaining
 from compress.shapes import block_shape, config_shape, groups_of, head_dim, linear_sizes
 from compress.structure import ARCHITECTURES, Linear, architecture, linears_of
 
 KINDS = [kind for family in ARCHITECTURES for kind in family.model_types]
 TOKENS = torch.tensor([[5, 17, 40, 3, 99, 250, 12, 8]])
+
+
+def block_parts(block, structure, config, unit):
+    names = [*structure.attention, *structure.mlp]
+    biased = {name for name in names if getattr(block.module.get_submodule(name), "bias", None) is not None}
+    return parts_of(structure, config, block.shape, unit, biased)
 
 
 def loaded(folder):

@@ -7,19 +7,17 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress import cli
 from compress.errors import CompressError
-from compress.sparsity import draw, sparsity
+from compress.evals import plots
+from compress.sparsity import sparsity
 
 
 @pytest.fixture
-def said(monkeypatch, capsys):
+def said(command):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert ended.value.code == 0
-        return capsys.readouterr().out
+        code, text, _ = command(*arguments)
+        assert code == 0
+        return text
 
     return run
 
@@ -78,4 +76,4 @@ def test_a_plot(pruned, tmp_path, said, monkeypatch):
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(CompressError, match="needs matplotlib"):
-        draw(sparsity(pruned), tmp_path / "other.svg")
+        plots.sparsity(sparsity(pruned), tmp_path / "other.svg")

@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.calibration import draw_samples
 from compress.errors import CompressError
-from compress.manifest import verify
 from compress.passes import pass_class
 from compress.pipeline import open_source
 from compress.plan import plan
 from compress.pruning.scores import select, select_pattern
 from compress.recipe import Calibration
-from tests.conftest import CONFIGS
+from compress.structure import ARCHITECTURES
 
 SCORES = ("magnitude", "wanda", "sparsegpt")
 
@@ -56,13 +55,12 @@ def test_the_target_is_met_to_the_weight(recipe, tmp_path, score, allocation):
     assert (max(shares) - min(shares) < 1e-3) == (allocation == "uniform")
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_every_architecture(make_model, recipe, tmp_path, kind):
+@pytest.mark.parametrize("kind", [family.model_types[0] for family in ARCHITECTURES])
+def test_every_family(make_model, recipe, tmp_path, kind):
     recipe["model"] = str(make_model(kind))
     target = compress.run(pruning(recipe, score="sparsegpt", allocation="mrp", sparsity=0.5), tmp_path / "model")
     zeros, parameters = (sum(column) for column in zip(*linears_of(target).values(), strict=True))
     assert zeros == round(0.5 * parameters)
-    assert verify(target)
 
 
 @torch.no_grad()
