@@ -118,8 +118,8 @@ class Tree:
         inverse = free / diagonal.clamp_min(1e-30)
         scaled = gathered * inverse[..., None]
         # In float64, as inputs with a few very large directions leave nothing of the identity in float32.
-        parts = zip(gathered.split(_ROWS), scaled.split(_ROWS), strict=True)
-        inner = torch.cat([left.mT.double() @ right.double() for left, right in parts])
+        parts = [slice(start, start + _ROWS) for start in range(0, len(free), _ROWS)]
+        inner = torch.cat([gathered[part].mT.double() @ scaled[part].double() for part in parts])
         factor = torch.linalg.cholesky(inner + torch.eye(inner.shape[1], device=free.device))
 
         def solve(values: Tensor) -> Tensor:

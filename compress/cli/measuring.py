@@ -163,7 +163,9 @@ def bench(
     threads: Annotated[
         Optional[int], typer.Option(help="CPU threads; on one, processor time is counted.", min=1)
     ] = None,
-    exact: Annotated[bool, typer.Option(help="Exact float32 sums, or tables and activations in 8 bits (GPU: tables, at 4 bits).")] = True,
+    exact: Annotated[
+        bool, typer.Option(help="Exact float32 sums, or tables and activations in 8 bits (GPU: tables, at 4 bits).")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
     device: DeviceOption = "cpu",
     kept: ResultsOption = None,
