@@ -54,14 +54,7 @@ def load(
         model = load(folder, bits, memory, keep_dense, exact, **kwargs)
         return attach(model, found)  # type: ignore[return-value]
     name = str(folder)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=kwargs.get("revision"))
-    except CompressError:
-        raise
-    except Exception as error:  # transformers raises many types for what is not a model folder
-        raise CompressError(
-            f"{name}: is not a model folder or hub id that can be read ({first_line(error)})."
-        ) from error
+    config = _read_config(name, kwargs.get("revision"))
     settings = getattr(config, "quantization_config", None)
     if settings is None or settings.get("quant_method") != METHOD:
         if bits is not None or memory is not None:
@@ -87,6 +80,17 @@ def load(
     if not exact:
         join_layers(model)
     return model
+
+
+def _read_config(name: str, revision: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except CompressError:
+        raise
+    except Exception as error:  # transformers raises many types for what is not a model folder
+        raise CompressError(
+            f"{name}: is not a model folder or hub id that can be read ({first_line(error)})."
+        ) from error
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

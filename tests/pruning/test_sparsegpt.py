@@ -37,7 +37,7 @@ def surgery(weight, hessian, choose, damping=0.01, round_to=None):
     return w.float(), pruned, loss
 
 
-def agree(swept, expected):
+def assert_agree(swept, expected):
     weight, pruned, loss = expected
     assert torch.equal(swept.pruned, pruned)
     assert (swept.weight[pruned] == 0).all()
@@ -56,7 +56,7 @@ def test_masks_by_blocks_of_columns_are_chosen_on_updated_weights():
         return [(j + k, mask[:, k]) for k in range(mask.shape[1])]
 
     swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(60, "columns"), width=8)
-    agree(swept, surgery(weight, hessian, choose))
+    assert_agree(swept, surgery(weight, hessian, choose))
 
 
 @pytest.mark.parametrize("group", ["row", "matrix"])
@@ -69,7 +69,7 @@ def test_masks_by_row_and_matrix_are_chosen_beforehand(group):
 
     for width in (1, 7, 128):
         swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(70, group), width=width)
-        agree(swept, surgery(weight, hessian, choose))
+        assert_agree(swept, surgery(weight, hessian, choose))
 
 
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (4, 8)])
@@ -83,7 +83,7 @@ def test_patterns_are_chosen_as_the_sweep_arrives(kept, of):
         return [(j + k, mask[:, k]) for k in range(mask.shape[1])]
 
     swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(0, pattern=(kept, of)), width=8)
-    agree(swept, surgery(weight, hessian, choose))
+    assert_agree(swept, surgery(weight, hessian, choose))
 
 
 def test_rounding_is_part_of_the_error():
@@ -95,7 +95,7 @@ def test_rounding_is_part_of_the_error():
         return [(k, mask[:, k]) for k in range(20)] if j == 0 else []
 
     swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(40, "matrix"), coarse)
-    agree(swept, surgery(weight, hessian, choose, round_to=coarse))
+    assert_agree(swept, surgery(weight, hessian, choose, round_to=coarse))
     assert torch.equal(swept.weight, coarse(swept.weight))
 
 
