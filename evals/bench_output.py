@@ -46,7 +46,7 @@ def main() -> None:
 
     def output(low: int, high: int) -> object:
         widths = range(low, high + 1)
-        return nested_output_codebooks(weight, dict.fromkeys(widths, metric)).codes.cpu()
+        return nested_output_codebooks(dict.fromkeys(widths, weight), dict.fromkeys(widths, metric)).codes.cpu()
 
     factor = factorise(2 * metric, 0.01, "matrix")
     gptq = seconds(lambda: sweep(weight, factor, Rule(0, "matrix"), rounded).weight.cpu())

@@ -16,91 +16,82 @@ Integers = NDArray[np.int64]
 @compiled
 def _descend_rows(
     codes: Integers,
+    fixed: NDArray[np.bool_],
     tables: Floats32,
-    widths: Integers,
     share: Floats32,
     below: int,
-    dense: Floats32,
     gradient: Floats32,
     metric: Floats32,
-    change: Floats32,
-    fixed: NDArray[np.bool_],
 ) -> None:
     """Rows of one block of columns, in place; arguments as for :func:`descend_columns`."""
-    top = widths.shape[0] - 1
-    parent = widths[top]
-    costs, paths = np.empty(2**parent, np.float32), np.empty(2**parent, np.int64)
-    for r in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
+    rows, columns = codes.shape
+    widths = share.shape[0]
+    parent = round(np.log2(tables.shape[1])) - 1
+    seed = parent - widths + 1
+    # Entries and nodes are numbered as in a heap: the children of node n are 2n and 2n + 1.
+    costs = np.empty(tables.shape[1], np.float32)
+    for r in range(rows):
+        for j in range(columns):
             if fixed[r, j]:
-                change[:, r, j] = 0.0
                 continue
+            leaf = 2**parent + codes[r, j]
             # What moving to each entry would change of the error, from the leaves up: the best below every node.
-            for w in range(top, -1, -1):
-                bits = widths[w]
-                first, count = 0, 2**bits
+            for w in range(widths - 1, -1, -1):
+                bits = seed + w
+                first, end = 2**bits, 2 ** (bits + 1)
                 if below >= 0:
-                    first = (codes[r, j] >> (parent - below)) << (bits - below)
-                    count = 2 ** (bits - below)
-                curvature, slope = metric[w, j, j], np.float32(2.0) * gradient[w, r, j]
-                for e in range(count):
-                    moved = tables[r, 2**bits + first + e] - dense[w, r, j]
-                    own = share[w] * moved * (curvature * moved + slope)
-                    if w == top:
-                        costs[e], paths[e] = own, first + e
-                    else:
-                        best = 2 * e + (costs[2 * e + 1] < costs[2 * e])
-                        costs[e], paths[e] = costs[best] + own, paths[best]
-            best = 0
-            for e in range(1, count):
-                if costs[e] < costs[best]:
-                    best = e
-            codes[r, j] = paths[best]
-            for w in range(top + 1):
-                value = tables[r, 2 ** widths[w] + (paths[best] >> (parent - widths[w]))]
-                moved = value - dense[w, r, j]
-                dense[w, r, j], change[w, r, j] = value, moved
+                    first = (leaf >> (parent - below)) << (bits - below)
+                    end = first + 2 ** (bits - below)
+                now = tables[r, leaf >> (parent - bits)]
+                curvature, slope = share[w] * metric[w, j, j], share[w] * np.float32(2.0) * gradient[r, w, j]
+                for node in range(first, end):
+                    moved = tables[r, node] - now
+                    costs[node] = moved * (curvature * moved + slope)
+                if bits < parent:
+                    for node in range(first, end):
+                        costs[node] += min(costs[2 * node], costs[2 * node + 1])
+            node = first
+            for other in range(first + 1, end):
+                if costs[other] < costs[node]:
+                    node = other
+            for _ in range(widths - 1):
+                node = 2 * node + (costs[2 * node + 1] < costs[2 * node])
+            codes[r, j] = node - 2**parent
+            for w in range(widths):
+                up = parent - seed - w
+                moved = tables[r, node >> up] - tables[r, leaf >> up]
                 if moved != 0.0:
-                    for k in range(codes.shape[1]):
-                        gradient[w, r, k] += moved * metric[w, j, k]
+                    for k in range(j + 1, columns):
+                        gradient[r, w, k] += moved * metric[w, j, k]
 
 
 def descend_columns(
     codes: Integers,
+    fixed: NDArray[np.bool_],
     tables: Floats32,
-    widths: Integers,
     share: Floats32,
     below: int,
-    dense: Floats32,
     gradient: Floats32,
     metric: Floats32,
-    change: Floats32,
-    fixed: NDArray[np.bool_],
     threads: int,
 ) -> None:
     """Choose the paths of a block of columns anew, one column after another, in place.
 
     Args:
         codes: [N, B], parent codes; changed.
-        tables: [N, 2**(parent + 1)], the entries of width b from column ``2**b`` on.
-        widths: [W], consecutive and ascending; the last is the parent's.
-        share: [W], what each width's error counts.
-        below: width whose codes are kept, or -1.
-        dense: [W, N, B], weights at each width; changed.
-        gradient: [W, N, B], half the gradient of each width's error; changed within the block.
-        metric: [W, B, B].
-        change: [W, N, B]; by how much the weights were moved.
         fixed: [N, B], weights that stay.
+        tables: [N, 2**(parent + 1)], the entries of width b from column ``2**b`` on.
+        share: [W], what the error of each of the W largest widths counts.
+        below: width whose codes are kept, or -1.
+        gradient: [N, W, B], half the gradient of each width's error; changed.
+        metric: [W, B, B].
         threads: rows are spread over them; the result does not depend on it.
     """
     bounds = [codes.shape[0] * i // threads for i in range(threads + 1)]
 
     def run(first: int, last: int) -> None:
         rows = slice(first, last)
-        _descend_rows(
-            codes[rows], tables[rows], widths, share, below,
-            dense[:, rows], gradient[:, rows], metric, change[:, rows], fixed[rows],
-        )  # fmt: skip
+        _descend_rows(codes[rows], fixed[rows], tables[rows], share, below, gradient[rows], metric)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, bounds[:-1], bounds[1:]))

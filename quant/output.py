@@ -4,9 +4,8 @@ Linears are done in the order in which the block calls them. For every width up 
 the original model makes them (``x``) and as the model does whose earlier matrices are at that width already (``x'``). The
 metric is the mean of ``x' x'^T``. What the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that is
 ``W`` plus the least-squares correction ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv
-2504.02692). A share of it is what each width's tables aim at. Codes of several widths aim at ``W``: they are common to all, and
-the correction that 3 bits want moves a weight by whole cells of 6. Above 5 bits the two runs are taken for the same:
-measured, the correction's own error is larger there than what it corrects.
+2504.02692). A share of it is what each width aims at. Above 5 bits the two runs are taken for the same: measured, the correction's own
+error is larger there than what it corrects.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def sweep(
         block: with original inputs, and those of a variant for every width up to :data:`CARRIED`.
         names: the linears to quantise; the others stay as they are.
         widths: from seed to parent.
-        correction: share of the least-squares correction that the tables aim at, from 0 (``W``) to 1.
+        correction: share of the least-squares correction that is aimed at, from 0 (``W``) to 1.
         focus: width -> how much its error counts (:func:`nested_output_codebooks`).
         keep_zeros: weights that are 0 stay 0 at every width.
 
@@ -152,15 +151,14 @@ def sweep(
                 f"{chosen[0]}: its inputs on the calibration text are not finite; check the model's weights."
             )
         weight = torch.cat([block.linears[name].weight.float() for name in chosen])
-        corrected, metrics = {}, dict.fromkeys(widths, _damped(metric, _DAMPING))
+        targets, metrics = dict.fromkeys(widths, weight), dict.fromkeys(widths, _damped(metric, _DAMPING))
         for variant, calls in block.variants.items():
             show(variant)
             moment, drift = _moments(inputs, calls, (block.module, block.linears[chosen[0]].module))
             shift = torch.linalg.solve(_damped(moment, _CORRECTION_DAMPING), drift @ weight.t()).t()
-            corrected[int(variant)] = (weight + correction * shift).contiguous()
+            targets[int(variant)] = (weight + correction * shift).contiguous()
             metrics[int(variant)] = _damped(moment, _DAMPING)
-        target = weight if len(widths) > 1 else corrected.get(widths[0], weight)
-        tree = nested_output_codebooks(target, metrics, corrected, focus, weight == 0 if keep_zeros else None)
+        tree = nested_output_codebooks(targets, metrics, focus, weight == 0 if keep_zeros else None)
         rows = 0
         for name in chosen:
             count = block.linears[name].shape[0]

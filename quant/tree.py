@@ -24,22 +24,23 @@ from compress.quant.kmeans import nested_codebooks
 CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
 # A sweep's weight for a width is its error (4**-bits, say) to the power of minus this: first all widths count by how far they
-# could still come, in the end nearly by what they cost.
-_POWERS = (0.5, 0.35, 0.2, 0.05)
+# could still come, in the end by what they cost. The bits below every width are then chosen once more given that width's.
+_POWERS = (0.5, 0.25, 0.0)
+_BELOW = 0.3
 _ROWS = 1024  # in float64 at a time
 _COLUMNS = 128  # between two updates of the columns further right by one matrix product
-_LEADING = 16  # directions of the metric that the least-squares fits are preconditioned with
+_LEADING = 8  # directions of the metric that the least-squares fits are preconditioned with
 _STEPS = 12  # of conjugate gradients at most
 # A fit ends when its error is about this share from the least possible: between sweeps, and in the end.
 _NEAR, _NEAREST = 1e-2, 1e-3
-_SPLIT_STEPS = 6
+_SPLIT_STEPS = 3
 
 
 class Tree:
     """Codes and tables of N rows that share one metric.
 
     Args:
-        target: float32 [N, K], the dense rows.
+        targets: width -> float32 [N, K], what the rows should be.
         metrics: width -> float32 [K, K], symmetric and positive definite.
         codes: integer [N, K], codes at the largest width of ``tables``.
         tables: width -> float32 [N, 2**width], for consecutive widths.
@@ -47,74 +48,80 @@ class Tree:
     """
 
     def __init__(
-        self, target: Tensor, metrics: Mapping[int, Tensor], codes: Tensor, tables: Mapping[int, Tensor],
+        self, targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor], codes: Tensor, tables: Mapping[int, Tensor],
         zeros: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.target, self.metrics, self.zeros = target, metrics, zeros
+        self.targets, self.metrics, self.zeros = targets, metrics, zeros
         self.codes, self.tables = codes.long(), dict(tables)
         leading, rest = leading_directions(metrics[max(metrics)], _LEADING)
         self._spread = torch.cat([leading, rest[:, None]], dim=1)
         self._gathered: Tensor | None = None
+        self._gradients: dict[int, Tensor] = {}
 
     @property
     def parent(self) -> int:
         """The largest width so far."""
         return max(self.tables)
 
-    def codes_at(self, bits: int) -> Tensor:
-        """int64 [N, K], codes at one width."""
-        return self.codes >> (self.parent - bits)
-
     def dense(self, bits: int) -> Tensor:
         """float32 [N, K], the weights at one width."""
-        return self.tables[bits].gather(1, self.codes_at(bits))
+        return self._looked_up(self.tables[bits], self.codes)
+
+    def _looked_up(self, table: Tensor, codes: Tensor) -> Tensor:
+        """Entries, of a table of any width, of parent codes."""
+        return table.repeat_interleave(2**self.parent // table.shape[1], dim=1).gather(1, codes)
+
+    def _summed(self, values: Tensor, bits: int) -> Tensor:
+        """[N, 2**bits], sums of [N, K] over the weights of each entry."""
+        sums = torch.zeros(len(values), 2**self.parent, dtype=values.dtype, device=values.device)
+        return sums.scatter_add_(1, self.codes, values).view(len(values), 2**bits, -1).sum(2)
+
+    def gradient(self, bits: int) -> Tensor:
+        """float32 [N, K], half the gradient of one width's error; kept up to date from one change to the next."""
+        if bits not in self._gradients:
+            self._gradients[bits] = (self.dense(bits) - self.targets[bits]) @ self.metrics[bits]
+        return self._gradients[bits]
 
     def error(self, bits: int) -> float:
         """Sum over rows of ``(q - w) H (q - w)^T``."""
-        error = self.dense(bits) - self.target
+        error = self.dense(bits) - self.targets[bits]
         return float(((error @ self.metrics[bits]) * error).sum(dtype=torch.float64))
 
-    def fit(self, bits: int, target: Tensor | None = None, near: float = _NEAR) -> None:
+    def fit(self, bits: int, near: float = _NEAR) -> None:
         """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem.
 
         Args:
             bits: the width.
-            target: float32 [N, K], what the rows should be at this width; the dense ones if None.
             near: share of the error that may be left to gain.
         """
-        codes, table, metric = self.codes_at(bits), self.tables[bits], self.metrics[bits]
-        target = self.target if target is None else target
-
-        def summed(values: Tensor) -> Tensor:
-            return torch.zeros_like(table).scatter_add_(1, codes, values)
-
-        free = (summed(torch.ones_like(target)) > 0) & ~self._held(codes, table)
-        solve = self._preconditioner(free)
-        error = self.dense(bits) - target
-        gradient = error @ metric
-        enough = near * (error * gradient).sum()
-        residual, direction, before = -summed(gradient) * free, torch.zeros_like(table), torch.ones_like(table[:, :1])
+        table, gradient = self.tables[bits], self.gradient(bits)
+        free, solve = self._preconditioner(bits)
+        enough = near * ((self.dense(bits) - self.targets[bits]) * gradient).sum()
+        residual, direction = -self._summed(gradient, bits) * free, torch.zeros_like(table)
+        before = torch.ones_like(table[:, :1])
         for _ in range(_STEPS):
             conditioned = solve(residual)
             power = (residual * conditioned).sum(1, keepdim=True)  # about what is left to gain
             if power.sum() <= enough:
                 break
             direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
-            image = summed(direction.gather(1, codes) @ metric) * free
+            change = self._looked_up(direction, self.codes) @ self.metrics[bits]
+            image = self._summed(change, bits) * free
             curvature = (direction * image).sum(1, keepdim=True)
             length = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
             table, residual, before = table + length * direction, residual - length * image, power
+            gradient.addcmul_(length, change)
         self.tables[bits] = table
 
-    def _preconditioner(self, free: Tensor) -> Callable[[Tensor], Tensor]:
-        """What solves every row's problem for a metric of its leading directions and a diagonal (Woodbury)."""
+    def _preconditioner(self, bits: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Which entries are free, and what solves every row's problem for leading directions and a diagonal (Woodbury)."""
         if self._gathered is None:
             spread = self._spread.expand(len(self.codes), -1, -1)
             empty = torch.zeros(len(self.codes), 2**self.parent, spread.shape[2], device=self.codes.device)
             self._gathered = empty.scatter_add_(1, self.codes[..., None].expand_as(spread), spread)
-        apart = self._gathered.view(len(free), free.shape[1], -1, self._gathered.shape[2])
-        gathered = apart.sum(2) * free[..., None]
-        gathered, diagonal = gathered[..., :-1], gathered[..., -1]
+        gathered = self._gathered.view(len(self.codes), 2**bits, -1, self._gathered.shape[2]).sum(2)
+        free = (gathered[..., -1] > 0) & ~self._held(bits)
+        gathered, diagonal = gathered[..., :-1] * free[..., None], gathered[..., -1]
         inverse = free / diagonal.clamp_min(1e-30)
         scaled = gathered * inverse[..., None]
         # In float64, as inputs with a few very large directions leave nothing of the identity in float32.
@@ -127,7 +134,7 @@ class Tree:
             inside: Tensor = torch.cholesky_solve((gathered.mT @ values[..., None]).double(), factor)
             return values - (scaled @ inside.float())[..., 0]
 
-        return solve
+        return free, solve
 
     def descend(self, share: Mapping[int, float], below: int | None = None) -> None:
         """Choose every weight's path anew, column by column, given the tables and all other weights.
@@ -137,76 +144,87 @@ class Tree:
             below: keep the codes of this width, so that only the bits under it are chosen.
         """
         self._gathered = None
-        widths = sorted(share)
-        dense = torch.stack([self.dense(bits) for bits in widths])
-        metric = torch.stack([self.metrics[bits] for bits in widths])
-        gradient = (dense - self.target) @ metric
+        columns = self._columns_compiled if self.codes.device.type == "cpu" else self._columns
+        self._gradients = gradients = {bits: self.gradient(bits) for bits in sorted(share)}
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
-            views = dense[..., part], gradient[..., part], metric[:, part, part]
-            change = torch.zeros_like(views[0])
-            columns = self._columns_compiled if self.codes.device.type == "cpu" else self._columns
-            columns(part, share, below, *views, change)
-            # The columns further right wait for the whole block, as in GPTQ.
-            gradient[..., part.stop :] += change @ metric[:, part, part.stop :]
+            old = self.codes[:, part].contiguous()
+            fixed = torch.zeros_like(old, dtype=torch.bool) if self.zeros is None else self.zeros[:, part]
+            gradient = torch.stack([gradients[bits][:, part] for bits in gradients], dim=1)
+            metric = torch.stack([self.metrics[bits][part, part] for bits in gradients])
+            new = columns(old, fixed, share, below, gradient, metric)
+            # The other columns learn of a whole block at once, as in GPTQ.
+            for bits in gradients:
+                change = self._looked_up(self.tables[bits], new) - self._looked_up(self.tables[bits], old)
+                gradients[bits].addmm_(change, self.metrics[bits][part])
+            self.codes[:, part] = new
 
     def _columns_compiled(
-        self, part: slice, share: Mapping[int, float], below: int | None,
-        dense: Tensor, gradient: Tensor, metric: Tensor, change: Tensor,
-    ) -> None:  # fmt: skip
+        self, codes: Tensor, fixed: Tensor, share: Mapping[int, float], below: int | None,
+        gradient: Tensor, metric: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Same as :meth:`_columns`, without a dozen small operations per column."""
-        tables = torch.cat([self.tables[bits] for bits in sorted(self.tables)], dim=1)
-        room = torch.zeros(len(tables), 2 ** min(self.tables))
-        fixed = torch.zeros_like(self.codes, dtype=torch.bool) if self.zeros is None else self.zeros
+        first = min(share)
+        room = torch.zeros(len(codes), 2**first)
+        tables = torch.cat([room, *(self.tables[bits] for bits in range(first, self.parent + 1))], dim=1)
+        found = codes.clone()
         descend_columns(
-            self.codes[:, part].numpy(), torch.cat([room, tables], dim=1).numpy(), np.array(sorted(share)),
+            found.numpy(), fixed.contiguous().numpy(), tables.numpy(),
             np.array([share[bits] for bits in sorted(share)], np.float32), -1 if below is None else below,
-            dense.numpy(), gradient.numpy(), metric.numpy(), change.numpy(), fixed[:, part].numpy(),
-            torch.get_num_threads(),
+            gradient.numpy(), metric.numpy(), torch.get_num_threads(),
         )  # fmt: skip
+        return found
 
     def _columns(
-        self, part: slice, share: Mapping[int, float], below: int | None,
-        dense: Tensor, gradient: Tensor, metric: Tensor, change: Tensor,
-    ) -> None:  # fmt: skip
+        self, codes: Tensor, fixed: Tensor, share: Mapping[int, float], below: int | None,
+        gradient: Tensor, metric: Tensor,
+    ) -> Tensor:  # fmt: skip
         """A block of columns, one after another, all rows at once.
 
         Args:
-            part: the columns.
-            share: as for :meth:`descend`.
+            codes: int64 [N, B], parent codes.
+            fixed: bool [N, B], weights that stay.
+            share: as for :meth:`descend`, for W consecutive widths.
             below: as for :meth:`descend`.
-            dense: [W, N, B], weights at each of W widths; changed.
-            gradient: [W, N, B], half the gradient of the errors; changed.
-            metric: [W, B, B].
-            change: [W, N, B], is given what was added to the weights.
+            gradient: float32 [N, W, B], half the gradient of the errors; changed.
+            metric: float32 [W, B, B].
+
+        Returns:
+            The new codes.
         """
-        for column in range(dense.shape[2]):
-            old = self.codes[:, part][:, column, None]
-            path = self._best_path(
-                old, share, below, dense[..., column], gradient[..., column], metric[:, column, column]
-            )
-            if self.zeros is not None:
-                path = torch.where(self.zeros[:, part][:, column, None], old, path)
-            old.copy_(path)
-            for w, bits in enumerate(sorted(share)):
-                value = self.tables[bits].gather(1, path >> (self.parent - bits))[:, 0]
-                change[w, :, column] = value - dense[w, :, column]
-                dense[w, :, column] = value
-            gradient += change[..., column, None] * metric[:, None, column]
+        found = []
+        for column in range(codes.shape[1]):
+            old = codes[:, column, None]
+            dense = torch.cat([self._looked_up(self.tables[bits], old) for bits in sorted(share)], dim=1)
+            path = self._best_path(old, share, below, dense, gradient[..., column], metric[:, column, column])
+            path = torch.where(fixed[:, column, None], old, path)
+            after = torch.cat([self._looked_up(self.tables[bits], path) for bits in sorted(share)], dim=1)
+            gradient += (after - dense)[..., None] * metric[:, column]
+            found.append(path)
+        return torch.cat(found, dim=1)
 
     def _best_path(
         self, old: Tensor, share: Mapping[int, float], below: int | None,
         dense: Tensor, gradient: Tensor, curvature: Tensor,
     ) -> Tensor:  # fmt: skip
-        """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up."""
+        """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up.
+
+        Args:
+            old: int64 [N, 1].
+            share: as for :meth:`descend`.
+            below: as for :meth:`descend`.
+            dense: float32 [N, W], the weights.
+            gradient: float32 [N, W].
+            curvature: float32 [W].
+        """
         codes = costs = old  # of the best leaf under every node of the width at hand
         for w, bits in reversed(list(enumerate(sorted(share)))):
             entries = self.tables[bits]
             if below is not None:
                 first = old >> (self.parent - below) << (bits - below)
                 entries = entries.gather(1, first + torch.arange(2 ** (bits - below), device=old.device))
-            moved = entries - dense[w, :, None]
-            cost = share[bits] * moved * (curvature[w] * moved + 2 * gradient[w, :, None])
+            moved = entries - dense[:, w, None]
+            cost = share[bits] * moved * (curvature[w] * moved + 2 * gradient[:, w, None])
             if bits == self.parent:
                 codes, costs = torch.arange(cost.shape[1], device=old.device).expand_as(cost), cost
             else:
@@ -218,40 +236,37 @@ class Tree:
 
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
-        bits = self.parent + 1
-        target = self.target
+        bits, old = self.parent + 1, self.codes
+        target = self.targets[bits]
         weight = self.metrics[bits].diagonal().expand_as(target)
-        entry = self.tables[self.parent]
-        inherited = entry.repeat_interleave(2, dim=1)
-        upper, table = target > entry.gather(1, self.codes), inherited
+        inherited = self.tables[self.parent].repeat_interleave(2, dim=1)
+        upper = target > self.dense(self.parent)
+        self.tables[bits] = inherited
         for _ in range(_SPLIT_STEPS):
-            codes = 2 * self.codes + (upper if self.zeros is None else upper & ~self.zeros)
-            mass = torch.zeros_like(inherited).scatter_add_(1, codes, weight)
-            total = torch.zeros_like(inherited).scatter_add_(1, codes, weight * target)
+            self.codes = 2 * old + (upper if self.zeros is None else upper & ~self.zeros)
+            mass, total = self._summed(weight, bits), self._summed(weight * target, bits)
             table = torch.where(mass > 0, total / mass.clamp_min(1e-30), inherited)
-            table = table.masked_fill(self._held(codes, table), 0.0)
-            low, high = table.gather(1, 2 * self.codes), table.gather(1, 2 * self.codes + 1)
+            self.tables[bits] = table = table.masked_fill(self._held(bits), 0.0)
+            low, high = table.gather(1, 2 * old), table.gather(1, 2 * old + 1)
             upper = (target - high).abs() < (target - low).abs()
-        self.codes, self.tables[bits], self._gathered = codes, table, None
+        self._gathered, self._gradients = None, {}
 
-    def _held(self, codes: Tensor, table: Tensor) -> Tensor:
-        """Bool like ``table``: the entries that must stay 0."""
+    def _held(self, bits: int) -> Tensor:
+        """Bool [N, 2**bits]: the entries that must stay 0."""
         if self.zeros is None:
-            return torch.zeros_like(table, dtype=torch.bool)
-        return torch.zeros_like(table).scatter_add_(1, codes, self.zeros.to(table.dtype)) > 0
+            return torch.zeros_like(self.tables[bits], dtype=torch.bool)
+        return self._summed(self.zeros.float(), bits) > 0
 
 
 def nested_output_codebooks(
-    target: Tensor, metrics: Mapping[int, Tensor], corrected: Mapping[int, Tensor] | None = None,
-    focus: Mapping[int, float] | None = None, zeros: Tensor | None = None,
+    targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor], focus: Mapping[int, float] | None = None,
+    zeros: Tensor | None = None,
 ) -> Tree:  # fmt: skip
     """Nested codes and tables of rows that share their inputs.
 
     Args:
-        target: float32 [N, K], finite: the dense rows.
-        metrics: for every width from the seed to the parent, float32 [K, K], mean of ``x x^T`` over the inputs at that
-            width, positive definite.
-        corrected: width -> float32 [N, K], what its tables aim at in the end where that is not ``target``.
+        targets: for every width from the seed to the parent, float32 [N, K], finite: what the rows should be.
+        metrics: for the same widths, float32 [K, K], mean of ``x x^T`` over the inputs at that width, positive definite.
         focus: width -> how much its error counts, 1 where not given; for widths up to the larger of 6 and the seed.
         zeros: bool [N, K], weights that must be exactly 0 at every width.
 
@@ -260,24 +275,26 @@ def nested_output_codebooks(
     """
     seed, parent = min(metrics), max(metrics)
     together = max(seed, min(parent, TOGETHER))
-    start = target if zeros is None else target.masked_fill(zeros, 0.0)
+    start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
     rows = metrics[seed].diagonal().expand_as(start).contiguous()
     first = nested_codebooks(
         start.cpu().numpy(), rows.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
     tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
-    tree = Tree(target, metrics, torch.from_numpy(first.codes).to(start.device), tables, zeros)
-    wanted = {bits: (focus or {}).get(bits, 1.0) for bits in tree.tables}
-    for power in _POWERS:
-        for bits in wanted:
+    tree = Tree(targets, metrics, torch.from_numpy(first.codes).to(start.device), tables, zeros)
+    sweeps: list[tuple[int | None, float]] = [(None, power) for power in _POWERS]
+    for below, power in sweeps + [(below, _BELOW) for below in range(seed, together)]:
+        widths = [bits for bits in tree.tables if below is None or bits > below]
+        for bits in widths:
             tree.fit(bits)
-        tree.descend({bits: share * 4 ** (power * (bits - seed)) for bits, share in wanted.items()})
+        tree.descend({bits: (focus or {}).get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
+    for bits in tree.tables:
+        tree.fit(bits, _NEAREST)
     for bits in range(together + 1, parent + 1):
         tree.split()
         tree.fit(bits)
         tree.descend({bits: 1.0}, below=bits - 1)
-    for bits in tree.tables:
-        tree.fit(bits, (corrected or {}).get(bits), _NEAREST)
+        tree.fit(bits, _NEAREST)
     return tree
 
 
