@@ -24,8 +24,8 @@ from compress.quant.kmeans import nested_codebooks
 CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
 # A sweep's weight for a width is its error (4**-bits, say) to the power of minus this: first all widths count by how far they
-# could still come, in the end by what they cost. The bits below every width are then chosen once more given that width's.
-_POWERS = (0.5, 0.25, 0.0)
+# could still come, in the end nearly by what they cost. The bits below every width are then chosen once more given that width's.
+_POWERS = (0.5, 0.25, 0.08)
 _BELOW = 0.3
 _ROWS = 1024  # in float64 at a time
 _COLUMNS = 128  # between two updates of the columns further right by one matrix product
