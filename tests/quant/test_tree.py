@@ -107,6 +107,19 @@ def test_columns_beyond_the_first_block_see_what_it_did():
     assert tree.error(3) < 0.8 * before
 
 
+def test_gradients_are_kept_up_to_date():
+    weight, metric = problem(rows=3, columns=300)
+    tree = started(weight, metric, 3, 5)
+    for below in (None, 3):
+        widths = [bits for bits in tree.tables if below is None or bits > below]
+        for bits in widths:
+            tree.fit(bits)
+        tree.descend(dict.fromkeys(widths, 1.0), below)
+        for bits in widths:
+            expected = (tree.dense(bits) - weight) @ metric
+            assert torch.allclose(tree.gradient(bits), expected, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_descent_below_a_width_keeps_its_codes():
     weight, metric = problem()
     tree = started(weight, metric, 3, 4)
