@@ -5,7 +5,7 @@ weights of a row may cancel on the inputs that occur: ``H`` is the mean of ``x x
 best table of a row is a least-squares problem; given the tables, codes are improved one column at a time (coordinate
 descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one width). What is new is that a weight's whole path through the
 tree is chosen at once, against the sum of the errors of all widths: the b-bit code stays the top b bits of the
-parent's, and no width's choice is taken before another's.
+parent's, and no width's choice is taken before another's. In the end the bits below each width are chosen once more.
 
 Everything is torch on whole columns of rows, on any device, but for one compiled loop on a CPU; deterministic.
 """
@@ -140,7 +140,7 @@ class Tree:
         """Choose every weight's path anew, column by column, given the tables and all other weights.
 
         Args:
-            share: width -> what its error counts; the largest is the parent's.
+            share: width -> what its error counts, for consecutive widths up to the parent's.
             below: keep the codes of this width, so that only the bits under it are chosen.
         """
         self._gathered = None
