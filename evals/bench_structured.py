@@ -27,7 +27,9 @@ from compress.weights import Checkpoint
 SCORES: dict[str, dict[str, Any]] = {
     "output error (default)": {"score": "output"},
     "|W| |X|, no gradient": {"score": "no_gradient"},
+    "|W| |X| |noise|": {"score": "noise"},
     "magnitude (L2)": {"score": "magnitude"},
+    "random": {"score": "random"},
     "gates, residual gradient": {"score": "gates"},
     "FMS, one SPSA draw (paper)": {"score": "fms"},
     "gates, backprop (Fisher)": {"score": "gates", "estimator": "backprop"},

@@ -111,17 +111,8 @@ def evaluate(
         protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, stride=stride,
         truncate=truncate,
     )  # fmt: skip
-    suite = Suite(
-        text,
-        cut,
-        Tasks(parse_names(tasks), include, limit, fewshot),
-        prompt_from or prompt,
-        agreement,
-        robustness,
-        dense,
-        reference,
-        batch,
-    )
+    chosen = Tasks(parse_names(tasks), include, limit, fewshot)
+    suite = Suite(text, cut, chosen, prompt_from or prompt, agreement, robustness, dense, reference, batch)
     with progress_bar() as report:
         result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, report)
     if table is not None:
