@@ -1,6 +1,6 @@
 """How long the output objective takes: ``python -m compress.evals.bench_output [--size 4096]``.
 
-One square matrix from 3 to 8 bits, a single width of 4 bits, and beside them the sweep that GPTQ is (rounding every column
+One square matrix with correlated inputs from 3 to 8 bits, a single width of 4 bits, and beside them the sweep that GPTQ is (rounding every column
 to a 4-bit grid and updating the columns after it), on the same matrix and metric.
 """
 
@@ -27,6 +27,16 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def correlated(size: int, generator: torch.Generator) -> Tensor:
+    """A metric as of a trained model's inputs: a falling spectrum, inputs of unequal sizes, a few of them very large."""
+    x = torch.randn(2 * size, size, generator=generator) * torch.arange(1, size + 1) ** -0.6
+    scale = torch.randn(size, generator=generator).mul(0.7).exp()
+    scale[:3] *= 30
+    x = x @ torch.randn(size, size, generator=generator) * scale
+    metric = x.t() @ x / len(x)
+    return metric + 1e-3 * metric.diagonal().mean() * torch.eye(size)
+
+
 def main() -> None:
     """Time and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -35,8 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     size, generator = arguments.size, torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator)
-    x = torch.randn(2 * size, size, generator=generator)
-    metric = x.t() @ x / (2 * size) + 1e-3 * torch.eye(size)
+    metric = correlated(size, generator)
     nested_codebooks(weight[:2].numpy(), None, 3, 8)  # compile before the clock runs
     weight, metric = weight.to(arguments.device), metric.to(arguments.device)
     step = (weight.amax(1) - weight.amin(1)) / 15

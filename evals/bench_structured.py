@@ -1,7 +1,7 @@
 """Peak memory of scoring, and speed and size of what is left: ``python -m compress.evals.bench_structured`` (Linux).
 
 A random Llama is pruned by every score in a process of its own (half precision on disk, computed in float32); the peak of its resident
-memory (VmHWM) above the imports stands beside the plan. Then one model is pruned to several sizes, and all generate in turn.
+memory (VmHWM) above the imports stands beside the plan and that of one forward pass. Then one model is pruned to several sizes, and all generate in turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.table import Table
 
 import compress
 from compress.cli.common import write_json
-from compress.evals.bench_memory import CALIBRATION, beside_plan, memory_table, random_model
+from compress.evals.bench_memory import CALIBRATION, beside_plan, in_fresh_process, memory_table, random_model
 from compress.pipeline import model_folder
 from compress.weights import Checkpoint
 
@@ -35,6 +35,17 @@ SCORES: dict[str, dict[str, Any]] = {
     "gates, backprop (Fisher)": {"score": "gates", "estimator": "backprop"},
     "Taylor, backprop": {"score": "taylor"},
 }
+
+_FORWARD = r"""
+import compress, compress.pipeline, compress.quant.any_precision, torch
+
+start = resident("VmRSS")
+model = compress.load(sys.argv[1], dtype=torch.float32)
+tokens = torch.arange(int(sys.argv[2])).view(-1, int(sys.argv[3])) % 2048
+with torch.no_grad():
+    model(tokens, labels=tokens, use_cache=False)
+print(json.dumps({"peak": resident("VmHWM") - start}))
+"""
 
 
 @torch.no_grad()
@@ -87,6 +98,12 @@ def main() -> None:
                 found["memory"].append({"score": label, **beside_plan(recipe, folder / "pruned")})
                 shutil.rmtree(folder / "pruned")
             console.print(memory_table(found["memory"], "score"))
+            length = CALIBRATION["length"]
+            sizes = str(CALIBRATION["samples"] * length), str(length)
+            found["forward"] = in_fresh_process(_FORWARD, str(folder / "dense"), *sizes)["peak"]
+            console.print(
+                f"A forward pass of as much text and its loss, nothing else: {found['forward'] / 1e6:.0f} MB."
+            )
         dense = str(folder / "dense") if given.model == "random" else given.model
         models = prune_to(dense, [float(part) for part in given.ratios.split(",")], folder)
         found["bytes"] = {

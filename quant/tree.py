@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compress.quant.descent import descend_columns
 from compress.quant.kmeans import nested_codebooks
+from compress.quant.metric import Follower, Metric
 
 CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
@@ -27,12 +28,12 @@ TOGETHER = 6  # widths up to here are optimised together; above, errors are so s
 # could still come, in the end nearly by what they cost. The bits below every width are then chosen once more given that width's.
 _POWERS = (0.5, 0.25, 0.08)
 _BELOW = 0.3
-_ROWS = 1024  # in float64 at a time
-_COLUMNS = 128  # between two updates of the columns further right by one matrix product
-_LEADING = 8  # directions of the metric that the least-squares fits are preconditioned with
+_ROWS = 1024  # at a time on a CPU, whose cache then holds what is at hand
+_COLUMNS = 128  # in a block: the columns after it learn of its changes in matrix products, as in GPTQ
 _STEPS = 12  # of conjugate gradients at most
-# A fit ends when its error is about this share from the least possible: between sweeps, and in the end.
-_NEAR, _NEAREST = 1e-2, 1e-3
+# The last fit of a width ends when its error is about this share from the least possible; above TOGETHER, where errors are small,
+# less will do. Fits between sweeps take one step: more are worth nothing, measured, as the sweep changes the problem.
+_NEAR, _NEAR_ABOVE = 3e-3, 3e-2
 _SPLIT_STEPS = 3
 
 
@@ -41,20 +42,20 @@ class Tree:
 
     Args:
         targets: width -> float32 [N, K], what the rows should be.
-        metrics: width -> float32 [K, K], symmetric and positive definite.
+        metrics: width -> of [K, K].
         codes: integer [N, K], codes at the largest width of ``tables``.
         tables: width -> float32 [N, 2**width], for consecutive widths.
         zeros: bool [N, K], weights whose path is fixed, and whose entries are 0 at every width; None for none.
     """
 
     def __init__(
-        self, targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor], codes: Tensor, tables: Mapping[int, Tensor],
+        self, targets: Mapping[int, Tensor], metrics: Mapping[int, Metric], codes: Tensor, tables: Mapping[int, Tensor],
         zeros: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.targets, self.metrics, self.zeros = targets, metrics, zeros
         self.codes, self.tables = codes.long(), dict(tables)
-        leading, rest = leading_directions(metrics[max(metrics)], _LEADING)
-        self._spread = torch.cat([leading, rest[:, None]], dim=1)
+        widest = metrics[max(metrics)]
+        self._spread = torch.cat([widest.leading, widest.diagonal[:, None]], dim=1)
         self._gathered: Tensor | None = None
         self._gradients: dict[int, Tensor] = {}
 
@@ -79,33 +80,33 @@ class Tree:
     def gradient(self, bits: int) -> Tensor:
         """float32 [N, K], half the gradient of one width's error; kept up to date from one change to the next."""
         if bits not in self._gradients:
-            self._gradients[bits] = (self.dense(bits) - self.targets[bits]) @ self.metrics[bits]
+            self._gradients[bits] = self.metrics[bits].times(self.dense(bits) - self.targets[bits])
         return self._gradients[bits]
 
     def error(self, bits: int) -> float:
         """Sum over rows of ``(q - w) H (q - w)^T``."""
         error = self.dense(bits) - self.targets[bits]
-        return float(((error @ self.metrics[bits]) * error).sum(dtype=torch.float64))
+        return float(((error @ self.metrics[bits].matrix) * error).sum(dtype=torch.float64))
 
-    def fit(self, bits: int, near: float = _NEAR) -> None:
+    def fit(self, bits: int, near: float | None = None) -> None:
         """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem.
 
         Args:
             bits: the width.
-            near: share of the error that may be left to gain.
+            near: share of the error that may be left to gain; None for one step.
         """
         table, gradient = self.tables[bits], self.gradient(bits)
         free, solve = self._preconditioner(bits)
-        enough = near * ((self.dense(bits) - self.targets[bits]) * gradient).sum()
+        enough = 0.0 if near is None else near * float(((self.dense(bits) - self.targets[bits]) * gradient).sum())
         residual, direction = -self._summed(gradient, bits) * free, torch.zeros_like(table)
         before = torch.ones_like(table[:, :1])
-        for _ in range(_STEPS):
+        for _ in range(1 if near is None else _STEPS):
             conditioned = solve(residual)
             power = (residual * conditioned).sum(1, keepdim=True)  # about what is left to gain
             if power.sum() <= enough:
                 break
             direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
-            change = self._looked_up(direction, self.codes) @ self.metrics[bits]
+            change = self.metrics[bits].times(self._looked_up(direction, self.codes))
             image = self._summed(change, bits) * free
             curvature = (direction * image).sum(1, keepdim=True)
             length = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
@@ -125,8 +126,7 @@ class Tree:
         inverse = free / diagonal.clamp_min(1e-30)
         scaled = gathered * inverse[..., None]
         # In float64, as inputs with a few very large directions leave nothing of the identity in float32.
-        parts = [slice(start, start + _ROWS) for start in range(0, len(free), _ROWS)]
-        inner = torch.cat([gathered[part].mT.double() @ scaled[part].double() for part in parts])
+        inner = gathered.mT.double() @ scaled.double()
         factor = torch.linalg.cholesky(inner + torch.eye(inner.shape[1], device=free.device))
 
         def solve(values: Tensor) -> Tensor:
@@ -143,34 +143,36 @@ class Tree:
             share: width -> what its error counts, for consecutive widths up to the parent's.
             below: keep the codes of this width, so that only the bits under it are chosen.
         """
-        self._gathered = None
         columns = self._columns_compiled if self.codes.device.type == "cpu" else self._columns
-        self._gradients = gradients = {bits: self.gradient(bits) for bits in sorted(share)}
+        followers = {bits: Follower(self.metrics[bits], self.gradient(bits)) for bits in sorted(share)}
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
             old = self.codes[:, part].contiguous()
             fixed = torch.zeros_like(old, dtype=torch.bool) if self.zeros is None else self.zeros[:, part]
-            gradient = torch.stack([gradients[bits][:, part] for bits in gradients], dim=1)
-            metric = torch.stack([self.metrics[bits][part, part] for bits in gradients])
+            gradient = torch.stack([follower.enter(part) for follower in followers.values()], dim=1)
+            metric = torch.stack([self.metrics[bits].matrix[part, part] for bits in followers])
             new = columns(old, fixed, share, below, gradient, metric)
-            # The other columns learn of a whole block at once, as in GPTQ.
-            for bits in gradients:
-                change = self._looked_up(self.tables[bits], new) - self._looked_up(self.tables[bits], old)
-                gradients[bits].addmm_(change, self.metrics[bits][part])
+            for bits, follower in followers.items():
+                follower.leave(part, self._looked_up(self.tables[bits], new) - self._looked_up(self.tables[bits], old))
             self.codes[:, part] = new
+        for follower in followers.values():
+            follower.finish()
+        # Codes of the width that is kept, and of those above it, are what they were.
+        self._gradients = {
+            bits: found for bits, found in self._gradients.items() if bits in share or bits <= (below or 0)
+        }
+        self._gathered = None
 
     def _columns_compiled(
         self, codes: Tensor, fixed: Tensor, share: Mapping[int, float], below: int | None,
         gradient: Tensor, metric: Tensor,
     ) -> Tensor:  # fmt: skip
         """Same as :meth:`_columns`, without a dozen small operations per column."""
-        first = min(share)
-        room = torch.zeros(len(codes), 2**first)
-        tables = torch.cat([room, *(self.tables[bits] for bits in range(first, self.parent + 1))], dim=1)
+        tables = {bits: self.tables[bits].numpy() for bits in sorted(share)}
         found = codes.clone()
         descend_columns(
-            found.numpy(), fixed.contiguous().numpy(), tables.numpy(),
-            np.array([share[bits] for bits in sorted(share)], np.float32), -1 if below is None else below,
+            found.numpy(), fixed.contiguous().numpy(), tables,
+            np.array([share[bits] for bits in sorted(share)], np.float32), 0 if below is None else below,
             gradient.numpy(), metric.numpy(), torch.get_num_threads(),
         )  # fmt: skip
         return found
@@ -238,17 +240,17 @@ class Tree:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
         bits, old = self.parent + 1, self.codes
         target = self.targets[bits]
-        weight = self.metrics[bits].diagonal().expand_as(target)
+        weight = self.metrics[bits].matrix.diagonal().expand_as(target)
         inherited = self.tables[self.parent].repeat_interleave(2, dim=1)
-        upper = target > self.dense(self.parent)
+        border = self.tables[self.parent]
         self.tables[bits] = inherited
         for _ in range(_SPLIT_STEPS):
+            upper = target > border.gather(1, old)
             self.codes = 2 * old + (upper if self.zeros is None else upper & ~self.zeros)
             mass, total = self._summed(weight, bits), self._summed(weight * target, bits)
             table = torch.where(mass > 0, total / mass.clamp_min(1e-30), inherited)
             self.tables[bits] = table = table.masked_fill(self._held(bits), 0.0)
-            low, high = table.gather(1, 2 * old), table.gather(1, 2 * old + 1)
-            upper = (target - high).abs() < (target - low).abs()
+            border = table.view(len(table), -1, 2).mean(2)
         self._gathered, self._gradients = None, {}
 
     def _held(self, bits: int) -> Tensor:
@@ -273,12 +275,31 @@ def nested_output_codebooks(
     Returns:
         The tree; its tables are float32.
     """
+    prepared: dict[int, Metric] = {}
+    for bits, metric in metrics.items():
+        same = [found for found in prepared.values() if found.matrix is metric]  # widths may share one
+        prepared[bits] = same[0] if same else Metric(metric)
+    rows, parts = len(targets[min(targets)]), []
+    step = _ROWS if targets[min(targets)].device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        wanted = {bits: target[part] for bits, target in targets.items()}
+        tree = _grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part])
+        parts.append((tree.codes.to(torch.uint8), tree.tables))
+    tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(metrics)}
+    return Tree(targets, prepared, torch.cat([codes for codes, _ in parts]), tables, zeros)
+
+
+def _grown(
+    targets: Mapping[int, Tensor], metrics: Mapping[int, Metric], focus: Mapping[int, float], zeros: Tensor | None
+) -> Tree:
+    """The tree of a few rows."""
     seed, parent = min(metrics), max(metrics)
     together = max(seed, min(parent, TOGETHER))
     start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
-    rows = metrics[seed].diagonal().expand_as(start).contiguous()
+    weights = metrics[seed].matrix.diagonal().expand_as(start).contiguous()
     first = nested_codebooks(
-        start.cpu().numpy(), rows.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
+        start.cpu().numpy(), weights.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
     tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
     tree = Tree(targets, metrics, torch.from_numpy(first.codes).to(start.device), tables, zeros)
@@ -287,35 +308,12 @@ def nested_output_codebooks(
         widths = [bits for bits in tree.tables if below is None or bits > below]
         for bits in widths:
             tree.fit(bits)
-        tree.descend({bits: (focus or {}).get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
+        tree.descend({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
     for bits in tree.tables:
-        tree.fit(bits, _NEAREST)
+        tree.fit(bits, _NEAR)
     for bits in range(together + 1, parent + 1):
         tree.split()
         tree.fit(bits)
         tree.descend({bits: 1.0}, below=bits - 1)
-        tree.fit(bits, _NEAREST)
+        tree.fit(bits, _NEAR_ABOVE)
     return tree
-
-
-def leading_directions(metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Split a metric into ``U U^T``, its largest part by subspace iteration (Nyström), and the diagonal of what remains.
-
-    Args:
-        metric: float32 [K, K], symmetric and positive definite.
-        rank: columns of ``U``, K at most.
-
-    Returns:
-        float32 [K, rank] and [K], positive.
-    """
-    start = torch.randn(len(metric), min(rank, len(metric)), generator=torch.Generator().manual_seed(0))
-    basis = start.to(metric.device)
-    for _ in range(2):
-        basis = torch.linalg.qr(metric @ basis).Q
-    image = metric @ basis
-    inner = (basis.t() @ image).double()
-    inner.diagonal().add_(1e-5 * inner.diagonal().max())  # what float32 leaves uncertain
-    factor = torch.linalg.cholesky(inner).float()
-    leading = torch.linalg.solve_triangular(factor, image.t(), upper=False).t()
-    diagonal = metric.diagonal()
-    return leading, (diagonal - leading.square().sum(1)).clamp_min(1e-4 * diagonal.mean())

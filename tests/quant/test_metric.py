@@ -1,0 +1,63 @@
+"""Products with a metric, against plain ones in float64; and what bfloat16 does to the errors that are reached."""
+
+import pytest
+import torch
+
+from compress.quant import metric as metrics
+from compress.quant.metric import Follower, Metric, leading_directions, product_dtype
+from compress.quant.tree import nested_output_codebooks
+from tests.quant.test_tree import plain_error, problem
+
+
+def test_leading_directions_of_a_metric():
+    _, metric = problem(columns=40, mixing=0.1)
+    spikes = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    metric = metric + 100 * spikes @ spikes.t()
+    leading, rest = leading_directions(metric, 3)
+    values, vectors = torch.linalg.eigh(metric.double())
+    best = vectors[:, -3:] * values[-3:] @ vectors[:, -3:].t()
+    assert torch.dist((leading @ leading.t()).double(), best) < 0.01 * best.norm()
+    assert torch.allclose(rest, (metric - leading @ leading.t()).diagonal(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_follower_is_a_product_with_what_has_changed(dtype, near, monkeypatch):
+    monkeypatch.setattr(metrics, "product_dtype", lambda device: dtype)
+    values, matrix = problem(rows=5, columns=100)
+    metric, changes = Metric(matrix), torch.randn(5, 100, generator=torch.Generator().manual_seed(3))
+    gradient = metric.times(values)
+    scale = float((values @ matrix).abs().max())
+    assert torch.allclose(gradient, values @ matrix, atol=near * scale)
+    follower = Follower(metric, gradient)
+    for start in range(0, 100, 32):
+        part = slice(start, start + 32)
+        seen = values + changes * (torch.arange(100) < start)
+        assert torch.allclose(follower.enter(part), (seen @ matrix)[:, part], atol=near * scale)
+        follower.leave(part, changes[:, part])
+    follower.finish()
+    assert torch.allclose(gradient, (values + changes) @ matrix, atol=2 * near * scale)
+
+
+def test_bfloat16_reaches_the_errors_of_float32(monkeypatch):
+    """Inputs whose spectrum falls slowly, so that much of the metric is left to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, 300, generator=generator) * torch.arange(1, 301) ** -0.6
+    inputs = inputs @ torch.randn(300, 300, generator=generator)
+    matrix = inputs.t() @ inputs / 600
+    matrix += 1e-3 * matrix.diagonal().mean() * torch.eye(300)
+    weight = torch.randn(96, 300, generator=generator)
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(metrics, "product_dtype", lambda device, dtype=dtype: dtype)
+        tree = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), dict.fromkeys(range(3, 8), matrix))
+        errors[dtype] = {bits: plain_error(weight, matrix, tree.dense(bits)) for bits in tree.tables}
+    for bits, error in errors[torch.bfloat16].items():
+        assert error == pytest.approx(errors[torch.float32][bits], rel=0.02), bits
+
+
+def test_products_are_float32_where_bfloat16_is_not_in_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    assert product_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert product_dtype(torch.device("cpu")) == torch.float32
+    assert product_dtype(torch.device("mps")) == torch.float32
