@@ -21,7 +21,6 @@ from compress.evals.bench_memory import in_fresh_process, random_model
 
 _CHILD = r"""
 import torch, compress
-from compress.hf import packed_modules
 from compress.prompts.adapter import new_prompt
 from compress.prompts.soft_prompt import SoftPromptConfig
 from compress.training import train
@@ -35,7 +34,7 @@ samples = [torch.arange(128) * step % 2048 for step in (1, 3, 5)]
 prompted = new_prompt(model, "prompt", model.get_input_embeddings()(torch.arange(16)).detach())
 config = SoftPromptConfig(steps=2, batch=1, micro_batch=1, validate_every=2, warmup=0)
 result = train(prompted, samples, config, 0)
-assert result.best["step"] == 2
+assert result.history[-1]["step"] == 2
 print(json.dumps(found | {"peak": resident("VmHWM")}))
 """
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_LARGE = 1024
 _LEADING = 16  # directions in float32, and those that least-squares fits are preconditioned with
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware, else float32."""
+def product_dtype(device: torch.device, size: int) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware and K is large enough to take any time, else float32."""
+    if size < _LARGE:
+        return torch.float32
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # newer versions of torch
@@ -39,7 +42,7 @@ class Metric:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.leading, self.diagonal = leading_directions(matrix, _LEADING)
-        self.rest = (matrix - self.leading @ self.leading.t()).to(product_dtype(matrix.device))
+        self.rest = (matrix - self.leading @ self.leading.t()).to(product_dtype(matrix.device, len(matrix)))
 
     def times(self, values: Tensor) -> Tensor:
         """float32 [N, K] times the metric."""

@@ -22,7 +22,7 @@ def test_leading_directions_of_a_metric():
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_follower_is_a_product_with_what_has_changed(dtype, near, monkeypatch):
-    monkeypatch.setattr(metrics, "product_dtype", lambda device: dtype)
+    monkeypatch.setattr(metrics, "product_dtype", lambda device, size: dtype)
     values, matrix = problem(rows=5, columns=100)
     metric, changes = Metric(matrix), torch.randn(5, 100, generator=torch.Generator().manual_seed(3))
     gradient = metric.times(values)
@@ -48,16 +48,19 @@ def test_bfloat16_reaches_the_errors_of_float32(monkeypatch):
     weight = torch.randn(96, 300, generator=generator)
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(metrics, "product_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(metrics, "product_dtype", lambda device, size, dtype=dtype: dtype)
         tree = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), dict.fromkeys(range(3, 8), matrix))
         errors[dtype] = {bits: plain_error(weight, matrix, tree.dense(bits)) for bits in tree.tables}
     for bits, error in errors[torch.bfloat16].items():
         assert error == pytest.approx(errors[torch.float32][bits], rel=0.02), bits
 
 
-def test_products_are_float32_where_bfloat16_is_not_in_hardware(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
-    assert product_dtype(torch.device("cpu")) == torch.float32
+def test_products_are_bfloat16_where_it_pays_and_is_in_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert (product_dtype(cpu, 4096), product_dtype(cpu, 512)) == (torch.bfloat16, torch.float32)
+    assert product_dtype(torch.device("mps"), 4096) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert product_dtype(cpu, 4096) == torch.float32
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert product_dtype(torch.device("cpu")) == torch.float32
-    assert product_dtype(torch.device("mps")) == torch.float32
+    assert product_dtype(cpu, 4096) == torch.float32

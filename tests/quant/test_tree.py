@@ -104,7 +104,7 @@ def test_columns_beyond_the_first_block_see_what_it_did():
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_gradients_are_kept_up_to_date(dtype, near, monkeypatch):
-    monkeypatch.setattr(metrics, "product_dtype", lambda device: dtype)
+    monkeypatch.setattr(metrics, "product_dtype", lambda device, size: dtype)
     weight, metric = problem(rows=3, columns=300)
     tree = started(weight, metric, 3, 5)
     for below in (None, 3):
