@@ -17,6 +17,7 @@ from compress.structure import block_of
 
 _FLOAT = 4
 _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds
+_TREE = 100 << 20  # measured: tables of 1024 rows and what they are fitted with
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
@@ -87,9 +88,6 @@ def _needs(
     memory += (2 if needs.squared_gradients else 1) * hidden
     if text and needs.squared_gradients:
         memory += 2 * text.length * int(getattr(config, "vocab_size", 0)) * _FLOAT  # one sample's logits and gradient
-    memory += len(needs.variants) * hidden + (
-        block if needs.variants else 0
-    )  # carried streams, and the block as it was
     if needs.whole_model:
         memory = _LATE_CODE + _whole_bytes(needs, outside + sum(blocks.values()), state, packed)
     if needs.model_survey:  # the model and one forward pass; with gradients as much again, and all activations
@@ -97,7 +95,9 @@ def _needs(
         tokens = min(SURVEY_TOKENS, text.samples * text.length) if text else 0
         width = sum(rows + columns for rows, columns in context.linears.values())
         memory += tokens * width * _FLOAT if needs.backward else 0
-    if needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
+    if needs.variants and text:
+        memory += len(needs.variants) * hidden + block + _output_bytes(needs, text.length, context)
+    elif needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
         double = 2 if needs.changes_shapes else 1  # which are float64 there
         memory += block + 3 * double * _hessians(context)
     units = (
@@ -119,6 +119,13 @@ def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, Pa
         torch.Size(info[f"{name}.weight"].shape).numel() * _FLOAT for name in packed if f"{name}.weight" in info
     )
     return dense - replaced + sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
+
+
+def _output_bytes(needs: Needs, length: int, context: Context) -> int:
+    """Bytes that choosing codes by output errors takes, for the linear with most inputs."""
+    inputs = max(columns for _, columns in context.linears.values())
+    metrics = 2 * (len(needs.variants) + 1) * inputs * inputs * _FLOAT  # of every variant, as it is and split
+    return metrics + 8 * length * inputs * _FLOAT + 1024 * 60 * inputs + _TREE  # samples, and rows, at a time
 
 
 def _hessians(context: Context) -> int:

@@ -96,24 +96,23 @@ def memory_table(rows: Sequence[Mapping[str, Any]], *names: str) -> Table:
 
 
 def main() -> None:
-    """Measure the three sensitivities and print the table."""
+    """Measure both objectives and all sensitivities, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    cases = ("weight", "none"), ("weight", "activation"), ("weight", "fisher"), ("output", "fisher")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_model(folder / "dense", arguments.hidden, arguments.blocks)
-        for sensitivity in ("none", "activation", "fisher"):
-            recipe = {
-                "model": str(folder / "dense"),
-                "calibration": CALIBRATION,
-                "passes": [{"kind": "any_precision", "objective": "weight", "sensitivity": sensitivity}],
-            }
-            rows.append({"sensitivity": sensitivity, **beside_plan(recipe, folder / sensitivity)})
-    Console().print(memory_table(rows, "sensitivity"))
+        for objective, sensitivity in cases:
+            step = {"kind": "any_precision", "objective": objective, "sensitivity": sensitivity}
+            recipe = {"model": str(folder / "dense"), "calibration": CALIBRATION, "passes": [step]}
+            found = beside_plan(recipe, folder / objective / sensitivity)
+            rows.append({"objective": objective, "sensitivity": sensitivity, **found})
+    Console().print(memory_table(rows, "objective", "sensitivity"))
     write_json(rows, arguments.json)
 
 

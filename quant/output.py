@@ -26,6 +26,7 @@ Run = Callable[[nn.Module], Tensor]
 
 _DAMPING = 1e-3  # share of the metric's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
+_SAMPLES = 8  # whose inputs are in memory at once
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,35 @@ def _damped(metric: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def _moments(
-    inputs: Sequence[Tensor], changed: Sequence[Run], place: tuple[nn.Module, nn.Module]
-) -> tuple[Tensor, Tensor]:
-    """float32 [K, K] each: the means of ``x' x'^T`` and of ``x' (x - x')^T``; ``inputs`` are ``x``, [T, K] per sample."""
-    metric = drift = torch.zeros((), device=inputs[0].device)
-    for x, run in zip(inputs, changed, strict=True):
-        shown = _input(run, *place)
-        metric, drift = metric + shown.t() @ shown, drift + shown.t() @ (x - shown)
-    tokens = sum(len(x) for x in inputs)
-    return metric / tokens, drift / tokens
+    block: Block,
+    original: tuple[nn.Module, nn.Module],
+    changed: tuple[nn.Module, nn.Module],
+    show: Callable[[str], None],
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Second moments of a linear's inputs: ``x`` as the original block makes them, ``x'`` as a variant of it does.
+
+    Args:
+        block: with samples and their variants.
+        original: the block as it was, and the linear in it.
+        changed: the block, and the linear in it.
+        show: puts a variant's weights into it.
+
+    Returns:
+        float32 [K, K], the mean of ``x x^T``; and for every variant the means of ``x' x'^T`` and of ``x' (x - x')^T``.
+    """
+    metric, tokens = torch.zeros(()), 0
+    found = dict.fromkeys(block.variants, (metric, metric))
+    for start in range(0, len(block.samples), _SAMPLES):
+        part = slice(start, start + _SAMPLES)
+        inputs = [_input(run, *original) for run in block.samples[part]]
+        for x in inputs:
+            metric, tokens = x.t() @ x + metric, tokens + len(x)
+        for variant, calls in block.variants.items():
+            show(variant)
+            for x, run in zip(inputs, calls[part], strict=True):
+                shown, (moment, drift) = _input(run, *changed), found[variant]
+                found[variant] = shown.t() @ shown + moment, shown.t() @ (x - shown) + drift
+    return metric / tokens, {name: (moment / tokens, drift / tokens) for name, (moment, drift) in found.items()}
 
 
 @torch.no_grad()
@@ -144,20 +165,19 @@ def sweep(
         if not chosen:
             continue
         twin = original.get_submodule(chosen[0].removeprefix(block.name + "."))
-        inputs = [_input(run, original, twin) for run in block.samples]
-        metric = sum((x.t() @ x for x in inputs[1:]), inputs[0].t() @ inputs[0]) / sum(len(x) for x in inputs)
+        place = (block.module, block.linears[chosen[0]].module)
+        metric, moments = _moments(block, (original, twin), place, show)
         if not torch.isfinite(metric).all():
             raise CompressError(
                 f"{chosen[0]}: its inputs on the calibration text are not finite; check the model's weights."
             )
         weight = torch.cat([block.linears[name].weight.float() for name in chosen])
         targets, metrics = dict.fromkeys(widths, weight), dict.fromkeys(widths, _damped(metric, _DAMPING))
-        for variant, calls in block.variants.items():
-            show(variant)
-            moment, drift = _moments(inputs, calls, (block.module, block.linears[chosen[0]].module))
+        for variant, (moment, drift) in moments.items():
             shift = torch.linalg.solve(_damped(moment, _CORRECTION_DAMPING), drift @ weight.t()).t()
             targets[int(variant)] = (weight + correction * shift).contiguous()
             metrics[int(variant)] = _damped(moment, _DAMPING)
+        del moments  # two [K, K] for every variant
         tree = nested_output_codebooks(targets, metrics, focus, weight == 0 if keep_zeros else None)
         rows = 0
         for name in chosen:

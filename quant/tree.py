@@ -122,11 +122,12 @@ class Tree:
             self._gathered = empty.scatter_add_(1, self.codes[..., None].expand_as(spread), spread)
         gathered = self._gathered.view(len(self.codes), 2**bits, -1, self._gathered.shape[2]).sum(2)
         free = (gathered[..., -1] > 0) & ~self._held(bits)
-        gathered, diagonal = gathered[..., :-1] * free[..., None], gathered[..., -1]
-        inverse = free / diagonal.clamp_min(1e-30)
+        inverse = free / gathered[..., -1].clamp_min(1e-30)
+        gathered = gathered[..., :-1] * free[..., None]
         scaled = gathered * inverse[..., None]
         # In float64, as inputs with a few very large directions leave nothing of the identity in float32.
-        inner = gathered.mT.double() @ scaled.double()
+        parts = [slice(start, start + _ROWS // 8) for start in range(0, len(free), _ROWS // 8)]
+        inner = torch.cat([gathered[part].mT.double() @ scaled[part].double() for part in parts])
         factor = torch.linalg.cholesky(inner + torch.eye(inner.shape[1], device=free.device))
 
         def solve(values: Tensor) -> Tensor:
@@ -284,16 +285,15 @@ def nested_output_codebooks(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         wanted = {bits: target[part] for bits, target in targets.items()}
-        tree = _grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part])
-        parts.append((tree.codes.to(torch.uint8), tree.tables))
+        parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part]))
     tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(metrics)}
     return Tree(targets, prepared, torch.cat([codes for codes, _ in parts]), tables, zeros)
 
 
 def _grown(
     targets: Mapping[int, Tensor], metrics: Mapping[int, Metric], focus: Mapping[int, float], zeros: Tensor | None
-) -> Tree:
-    """The tree of a few rows."""
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Parent codes, uint8, and tables of a few rows."""
     seed, parent = min(metrics), max(metrics)
     together = max(seed, min(parent, TOGETHER))
     start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
@@ -316,4 +316,4 @@ def _grown(
         tree.fit(bits)
         tree.descend({bits: 1.0}, below=bits - 1)
         tree.fit(bits, _NEAR_ABOVE)
-    return tree
+    return tree.codes.to(torch.uint8), tree.tables

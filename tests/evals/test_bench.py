@@ -1,11 +1,15 @@
 """The benchmark's figures are medians of the rounds, in turn, beside the dense model; nothing here asserts how fast anything is."""
 
+from pathlib import Path
+
 import pytest
 
 import compress
 from compress.errors import CompressError
 from compress.evals import bench as module
+from compress.evals import bench_prompt_memory, bench_structured
 from compress.evals.bench import Load, bench, spread
+from compress.evals.bench_memory import in_fresh_process, random_model
 from compress.evals.store import Results
 from compress.hf import packed_modules
 from compress.inspect import inspect
@@ -91,3 +95,13 @@ def test_without_the_dense_model_the_result_says_so(compressed, tmp_path, no_pro
 def test_a_prompt_beyond_the_context_is_refused(compressed):
     with pytest.raises(CompressError, match=r"60 \+ 32 tokens: the context holds 64"):
         bench(str(compressed), [3], load=Load(prompt=60, tokens=32, rounds=1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
+@pytest.mark.parametrize(
+    ("child", "rest"), [(bench_prompt_memory._CHILD, ["null"]), (bench_structured._FORWARD, ["64", "32"])]
+)
+def test_peaks_of_memory_are_measured_in_a_fresh_process(child, rest, tmp_path):
+    random_model(tmp_path / "dense", 128, 1)
+    found = in_fresh_process(child, str(tmp_path / "dense"), *rest)
+    assert found["peak"] > found.get("loaded", 0)
