@@ -155,9 +155,11 @@ def sweep(
     original = copy.deepcopy(block.module)
     fitted: dict[str, Fitted] = {}
 
+    linears = block.linears  # not the block, which would then be kept by what it keeps
+
     def show(variant: str) -> None:
         for name, found in fitted.items():
-            block.linears[name].weight.copy_(found.dense(int(variant)))
+            linears[name].weight.copy_(found.dense(int(variant)))
 
     block.show = show
     for group in groups(block):

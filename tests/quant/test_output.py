@@ -1,6 +1,8 @@
 """The output objective through the ordinary path: recipes in, checkpoints out, errors measured by plain matrix products."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.hf import packed_modules
+from compress.quant import any_precision, output
 from compress.quant.quantise import layer_errors
 from compress.structure import ARCHITECTURES
 
@@ -135,3 +138,22 @@ def test_bad_settings_are_named(tiny_llama, text_file, tmp_path, options, compla
     with pytest.raises(compress.CompressError, match=complaint):
         compress.run(settings(tiny_llama, text_file, **options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_block_is_let_go_before_the_next(tiny_llama, text_file, tmp_path, monkeypatch):
+    """Without the garbage collector, which comes when it likes: what keeps a block must not be kept by it."""
+    seen, alive = [], []
+
+    def watched(block, *rest):
+        alive.append(sum(earlier() is not None for earlier in seen))
+        seen.append(weakref.ref(block))
+        return output.sweep(block, *rest)
+
+    monkeypatch.setattr(any_precision, "sweep", watched)
+    gc.disable()
+    try:
+        compress.run(settings(tiny_llama, text_file), tmp_path / "out")
+    finally:
+        gc.enable()
+    assert len(alive) > 1
+    assert set(alive) == {0}
