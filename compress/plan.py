@@ -17,7 +17,6 @@ from compress.structure import block_of
 
 _FLOAT = 4
 _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds
-_TREE = 100 << 20  # measured: tables of 1024 rows and what they are fitted with
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def _output_bytes(needs: Needs, length: int, context: Context) -> int:
     """Bytes that choosing codes by output errors takes, for the linear with most inputs."""
     inputs = max(columns for _, columns in context.linears.values())
     metrics = 2 * (len(needs.variants) + 1) * inputs * inputs * _FLOAT  # of every variant, as it is and split
-    return metrics + 8 * length * inputs * _FLOAT + 1024 * 60 * inputs + _TREE  # samples, and rows, at a time
+    return metrics + 8 * length * inputs * _FLOAT + 1024 * 60 * inputs  # samples, and rows, at a time
 
 
 def _hessians(context: Context) -> int:
