@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from compress.evals.bench_output import correlated
 from compress.quant import metric as metrics
 from compress.quant.metric import Follower, Metric, leading_directions, product_dtype
 from compress.quant.tree import nested_output_codebooks
@@ -38,14 +39,11 @@ def test_follower_is_a_product_with_what_has_changed(dtype, near, monkeypatch):
     assert torch.allclose(gradient, (values + changes) @ matrix, atol=2 * near * scale)
 
 
-def test_bfloat16_reaches_the_errors_of_float32(monkeypatch):
+@pytest.mark.parametrize("size", [300, 1024])
+def test_bfloat16_reaches_the_errors_of_float32(size, monkeypatch):
     """Inputs whose spectrum falls slowly, so that much of the metric is left to bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(600, 300, generator=generator) * torch.arange(1, 301) ** -0.6
-    inputs = inputs @ torch.randn(300, 300, generator=generator)
-    matrix = inputs.t() @ inputs / 600
-    matrix += 1e-3 * matrix.diagonal().mean() * torch.eye(300)
-    weight = torch.randn(96, 300, generator=generator)
+    weight, matrix = torch.randn(96, size, generator=generator), correlated(size, generator)
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(metrics, "product_dtype", lambda device, size, dtype=dtype: dtype)
