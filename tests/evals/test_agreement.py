@@ -87,17 +87,20 @@ def test_every_width_beside_the_dense_model_equals_a_plain_loop(compressed, tiny
 
     dense, model = (compress.load(folder, dtype=torch.float32) for folder in (tiny_llama, compressed))
     compress.set_bits(model, 3)
-    total, same, count = 0.0, 0, 0
+    total, same, count, ties = 0.0, 0, 0, 0
     for window in prepare([TEXT], AutoTokenizer.from_pretrained(compressed), 64).windows:
         with torch.no_grad():
             p, q = (m(torch.tensor([window.tokens])).logits[0].double().softmax(-1) for m in (dense, model))
         for place in range(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1):
             total += float((p[place] * (p[place] / q[place]).log()).sum())
             same += int(p[place].argmax() == q[place].argmax())
+            first, second = q[place].topk(2).values
+            ties += int(first - second < 1e-7)  # which a batch of windows may round to the other side
             count += 1
     assert found["3"]["tokens"] == count
     assert found["3"]["kl"] == pytest.approx(total / count, rel=1e-3)
-    assert found["3"]["top1_agreement"] == pytest.approx(same / count)
+    assert ties <= 1
+    assert found["3"]["top1_agreement"] == pytest.approx(same / count, abs=ties / count + 1e-6)
     assert evaluate_agreement(str(compressed), text, bits=[6, 3], store=store) == found
 
 
