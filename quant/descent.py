@@ -109,6 +109,7 @@ def descend_columns(
         threads: rows are spread over them; the result does not depend on it.
     """
     place = _places(max(tables), kept)
+    code = np.argsort(place)
     laid = np.zeros((len(codes), 2 * len(place)), np.float32)  # width b from column 2**b on
     for bits, table in tables.items():
         laid[:, 2**bits : 2 ** (bits + 1)] = table[:, np.argsort(_places(bits, kept))]
@@ -116,9 +117,7 @@ def descend_columns(
 
     def run(first: int, last: int) -> None:
         rows = slice(first, last)
-        _descend_rows(
-            codes[rows], fixed[rows], laid[rows], share, kept, gradient[rows], metric, place, np.argsort(place)
-        )
+        _descend_rows(codes[rows], fixed[rows], laid[rows], share, kept, gradient[rows], metric, place, code)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, bounds[:-1], bounds[1:]))

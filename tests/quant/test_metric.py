@@ -1,4 +1,4 @@
-"""Products with a metric, against plain ones in float64; and what bfloat16 does to the errors that are reached."""
+"""Products with a metric, against plain ones; and what bfloat16 does to the errors that are reached."""
 
 import pytest
 import torch
