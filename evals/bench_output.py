@@ -46,7 +46,7 @@ def main() -> None:
     size, generator = arguments.size, torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator)
     metric = correlated(size, generator)
-    nested_codebooks(weight[:2].numpy(), None, 3, 8)  # compile before the clock runs
+    nested_output_codebooks(dict.fromkeys(range(3, 9), weight[:2]), metric)  # compile before the clock runs
     weight, metric = weight.to(arguments.device), metric.to(arguments.device)
     step = (weight.amax(1) - weight.amin(1)) / 15
 
@@ -55,7 +55,7 @@ def main() -> None:
 
     def output(low: int, high: int) -> object:
         widths = range(low, high + 1)
-        return nested_output_codebooks(dict.fromkeys(widths, weight), dict.fromkeys(widths, metric)).codes.cpu()
+        return nested_output_codebooks(dict.fromkeys(widths, weight), metric).codes.cpu()
 
     factor = factorise(2 * metric, 0.01, "matrix")
     gptq = seconds(lambda: sweep(weight, factor, Rule(0, "matrix"), rounded).weight.cpu())

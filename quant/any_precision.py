@@ -71,7 +71,8 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         if self.config.objective == "weight":
             return needs
         seed, parent = self.widths
-        variants = tuple(str(bits) for bits in range(seed, min(parent, CARRIED) + 1))
+        corrected = range(seed, min(parent, CARRIED) + 1) if self.config.correction else ()
+        variants = tuple(str(bits) for bits in corrected)
         return replace(needs, inputs="original", variants=variants, hessians=True)
 
     def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:

@@ -6,6 +6,9 @@ in bfloat16 it takes less than half the time, and the errors reached are the sam
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,50 +45,85 @@ class Metric:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.leading, self.diagonal = leading_directions(matrix, _LEADING)
-        self.rest = (matrix - self.leading @ self.leading.t()).to(product_dtype(matrix.device, len(matrix)))
+        rest = torch.addmm(matrix, self.leading, self.leading.t(), alpha=-1)
+        self.rest = rest.to(product_dtype(matrix.device, len(matrix)))
 
-    def times(self, values: Tensor) -> Tensor:
-        """float32 [N, K] times the metric."""
-        return (values.to(self.rest.dtype) @ self.rest).float().addmm_(values @ self.leading, self.leading.t())
+    def times(
+        self, values: Tensor, leading: Tensor | None = None, buffers: Buffers | None = None, name: str = "times"
+    ) -> Tensor:
+        """float32 [N, K] times the metric.
+
+        Args:
+            values: [N, K], float32 or of the dtype of ``rest``.
+            leading: float32 [N, 16], ``values @ U`` if it is known (more exactly).
+            buffers: whose memory to use; the product is there until the next call with this name.
+            name: of that memory.
+        """
+        buffers = buffers or Buffers(values.device)
+        leading = values @ self.leading if leading is None else leading
+        narrow = buffers("narrow", *values.shape, dtype=self.rest.dtype)
+        product = torch.mm(narrow.copy_(values), self.rest, out=buffers("product", *values.shape, dtype=narrow.dtype))
+        return buffers(name, *values.shape).copy_(product).addmm_(leading, self.leading.t())
+
+
+class Buffers:
+    """Memory that is kept from one use to the next: a CPU takes longer to get some afresh than for most that is done in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._found = device, dict[str, Tensor]()
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor, of any values, whose memory the next call with this name has too."""
+        size = math.prod(shape)
+        if name not in self._found or len(self._found[name]) < size:
+            self._found[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return self._found[name][:size].view(shape)
 
 
 class Follower:
-    """A gradient during a sweep over blocks of columns, kept up to date by one product with the metric in all.
+    """Gradients during a sweep over blocks of columns, kept up to date by one and a half products with the metric in all.
 
-    For every block in order, :meth:`enter` lets its gradient know of all blocks before, and :meth:`leave` takes what has
-    changed in it. :meth:`finish` then lets every block know of itself and those after.
+    For every block in order, :meth:`enter` lets its gradients know of the change of all columns before the sweep and of all
+    blocks done, and :meth:`leave` takes what the sweep has changed in it. :meth:`finish` then lets every block know of
+    what the sweep has changed in itself and after.
 
     Args:
         metric: of [K, K].
-        gradient: float32 [N, K]; changed.
+        gradients: float32 [N, K] each, as before ``changes``; changed.
+        changes: [W, N, K] of the dtype of the metric's rest, what has been added to all columns; changed.
+        leading: float32 [W, N, 16], ``changes @ U``; changed.
+        buffers: whose memory to use.
     """
 
-    def __init__(self, metric: Metric, gradient: Tensor) -> None:
-        self.metric, self.gradient = metric, gradient
-        self._changes = torch.zeros(gradient.shape, dtype=metric.rest.dtype, device=gradient.device)
-        self._leading = gradient.new_zeros(len(gradient), metric.leading.shape[1])
+    def __init__(
+        self, metric: Metric, gradients: Sequence[Tensor], changes: Tensor, leading: Tensor, buffers: Buffers
+    ) -> None:
+        self.metric, self.gradients, self._leading = metric, gradients, leading
+        self._all = changes.flatten(0, 1)
+        self._swept = buffers("swept", *self._all.shape, dtype=changes.dtype)
         self._entered: list[tuple[slice, Tensor]] = []
 
     def enter(self, part: slice) -> Tensor:
-        """The gradient of a block, float32 [N, B], as of now."""
+        """The gradients of a block as of now, float32 [W, N, B]."""
         self._entered.append((part, self._leading.clone()))
-        self._add(part, slice(0, part.start), self._leading)
-        return self.gradient[:, part]
+        self._add(part, self._all, slice(None), self._leading)
+        return torch.stack([gradient[:, part] for gradient in self.gradients])
 
     def leave(self, part: slice, change: Tensor) -> None:
-        """``change``, float32 [N, B], has been added to the block's columns."""
-        self._changes[:, part] = change
-        self._leading.addmm_(change, self.metric.leading[part])
+        """``change``, float32 [W, N, B], has been added to the block's columns."""
+        self._leading.baddbmm_(change, self.metric.leading[part].expand(len(change), -1, -1))
+        self._swept[:, part] = change.flatten(0, 1)
+        self._all[:, part] += self._swept[:, part]
 
     def finish(self) -> None:
-        """Bring the whole gradient up to date."""
+        """Bring the whole gradients up to date."""
         for part, leading in self._entered:
-            self._add(part, slice(part.start, None), self._leading - leading)
+            self._add(part, self._swept, slice(part.start, None), self._leading - leading)
 
-    def _add(self, part: slice, changed: slice, leading: Tensor) -> None:
-        gradient, rest = self.gradient[:, part], self.metric.rest
-        gradient.addmm_(leading, self.metric.leading[part].t())
-        gradient += self._changes[:, changed] @ rest[changed, part]
+    def _add(self, part: slice, changes: Tensor, changed: slice, leading: Tensor) -> None:
+        rest = changes[:, changed] @ self.metric.rest[part, changed].t()  # symmetric
+        for gradient, by, of in zip(self.gradients, rest.view(*leading.shape[:2], -1), leading, strict=True):
+            gradient[:, part].addmm_(of, self.metric.leading[part].t()).add_(by)
 
 
 def leading_directions(metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:

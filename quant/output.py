@@ -1,11 +1,11 @@
 """The sweep over one block for codes that minimise the error of each layer's output.
 
 Linears are done in the order in which the block calls them. For every width up to 5, each sees its inputs in two runs: as
-the original model makes them (``x``) and as the model does whose earlier matrices are at that width already (``x'``). The
-metric is the mean of ``x' x'^T``. What the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that is
-``W`` plus the least-squares correction ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv
-2504.02692). A share of it is what each width aims at. Above 5 bits the two runs are taken for the same: measured, the correction's own
-error is larger there than what it corrects.
+the original model makes them (``x``) and as the model does whose earlier matrices are at that width already (``x'``). What
+the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that is ``W`` plus the least-squares correction
+``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv 2504.02692). A share of it is what each width aims at.
+Above 5 bits the two runs are taken for the same: measured, the correction's own error is larger there than what it corrects.
+All widths share one metric, the mean of ``x x^T``: measured, a metric of ``x'`` for each width is not better.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ Run = Callable[[nn.Module], Tensor]
 
 _DAMPING = 1e-3  # share of the metric's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
-_SAMPLES = 8  # whose inputs are in memory at once
 
 
 @dataclass(frozen=True)
@@ -96,42 +95,45 @@ def _input(run: Run, module: nn.Module, linear: nn.Module) -> Tensor:
     return seen[0]
 
 
-def _damped(metric: Tensor, share: float) -> Tensor:
+def _damp(metric: Tensor, share: float) -> None:
     mean = metric.diagonal().mean()
-    return metric + share * torch.where(mean > 0, mean, 1.0) * torch.eye(len(metric), device=metric.device)
+    metric.diagonal().add_(share * torch.where(mean > 0, mean, 1.0))
+
+
+Calls = tuple[Sequence[Run], nn.Module, nn.Module]  # of a block, the block, and a linear in it whose inputs are wanted
 
 
 @torch.no_grad()
-def _moments(
-    block: Block,
-    original: tuple[nn.Module, nn.Module],
-    changed: tuple[nn.Module, nn.Module],
-    show: Callable[[str], None],
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Second moments of a linear's inputs: ``x`` as the original block makes them, ``x'`` as a variant of it does.
+def _metric(calls: Calls, weight: Tensor) -> Tensor:
+    """float32 [K, K], the mean of ``x x^T`` over a linear's inputs, K as of ``weight`` [N, K]."""
+    runs, block, linear = calls
+    tokens, metric = 0, weight.new_zeros(weight.shape[1], weight.shape[1])
+    for run in runs:
+        x = _input(run, block, linear)
+        metric.addmm_(x.t(), x)
+        tokens += len(x)
+    return metric.div_(tokens)
+
+
+@torch.no_grad()
+def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
+    """float32 [N, K], what rows must be changed by to do to ``x'`` what they do to ``x``, nearest by least squares.
 
     Args:
-        block: with samples and their variants.
-        original: the block as it was, and the linear in it.
-        changed: the block, and the linear in it.
-        show: puts a variant's weights into it.
-
-    Returns:
-        float32 [K, K], the mean of ``x x^T``; and for every variant the means of ``x' x'^T`` and of ``x' (x - x')^T``.
+        original: what gives ``x``.
+        changed: what gives ``x'``.
+        weight: float32 [N, K].
     """
-    metric, tokens = torch.zeros(()), 0
-    found = dict.fromkeys(block.variants, (metric, metric))
-    for start in range(0, len(block.samples), _SAMPLES):
-        part = slice(start, start + _SAMPLES)
-        inputs = [_input(run, *original) for run in block.samples[part]]
-        for x in inputs:
-            metric, tokens = x.t() @ x + metric, tokens + len(x)
-        for variant, calls in block.variants.items():
-            show(variant)
-            for x, run in zip(inputs, calls[part], strict=True):
-                shown, (moment, drift) = _input(run, *changed), found[variant]
-                found[variant] = shown.t() @ shown + moment, shown.t() @ (x - shown) + drift
-    return metric / tokens, {name: (moment / tokens, drift / tokens) for name, (moment, drift) in found.items()}
+    moment, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
+    for run, other in zip(original[0], changed[0], strict=True):
+        x, shown = _input(run, *original[1:]), _input(other, *changed[1:])
+        moment.addmm_(shown.t(), shown)
+        drift.addmm_(shown.t(), x - shown)
+    right = drift @ weight.t()
+    del drift  # as large as the metric
+    _damp(moment, _CORRECTION_DAMPING)
+    shift: Tensor = torch.linalg.solve(moment, right)
+    return shift.t()
 
 
 @torch.no_grad()
@@ -166,21 +168,24 @@ def sweep(
         chosen = [name for name in group if name in names]
         if not chosen:
             continue
+        first = block.linears[chosen[0]].module
         twin = original.get_submodule(chosen[0].removeprefix(block.name + "."))
-        place = (block.module, block.linears[chosen[0]].module)
-        metric, moments = _moments(block, (original, twin), place, show)
+        weight = torch.cat([block.linears[name].weight.float() for name in chosen])
+        dense = (block.samples, original, twin)
+        metric = _metric(dense, weight)
         if not torch.isfinite(metric).all():
             raise CompressError(
                 f"{chosen[0]}: its inputs on the calibration text are not finite; check the model's weights."
             )
-        weight = torch.cat([block.linears[name].weight.float() for name in chosen])
-        targets, metrics = dict.fromkeys(widths, weight), dict.fromkeys(widths, _damped(metric, _DAMPING))
-        for variant, (moment, drift) in moments.items():
-            shift = torch.linalg.solve(_damped(moment, _CORRECTION_DAMPING), drift @ weight.t()).t()
+        targets = dict.fromkeys(widths, weight)
+        for variant, calls in block.variants.items():
+            show(variant)
+            shift = _correction(dense, (calls, block.module, first), weight)
             targets[int(variant)] = (weight + correction * shift).contiguous()
-            metrics[int(variant)] = _damped(moment, _DAMPING)
-        del moments  # two [K, K] for every variant
-        tree = nested_output_codebooks(targets, metrics, focus, weight == 0 if keep_zeros else None)
+        measured = metric.diagonal().clone()
+        _damp(metric, _DAMPING)
+        tree = nested_output_codebooks(targets, metric, focus, weight == 0 if keep_zeros else None)
+        metric.diagonal().copy_(measured)
         rows = 0
         for name in chosen:
             count = block.linears[name].shape[0]

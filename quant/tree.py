@@ -12,29 +12,49 @@ Everything is torch on whole columns of rows, on any device, but for one compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.quant.descent import descend_columns
+from compress.quant.descent import Descent, gather_columns
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.metric import Follower, Metric
+from compress.quant.metric import Buffers, Follower, Metric
 
 CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
 # A sweep's weight for a width is its error (4**-bits, say) to the power of minus this: first all widths count by how far they
 # could still come, in the end nearly by what they cost. The bits below every width are then chosen once more given that width's.
-_POWERS = (0.5, 0.25, 0.08)
+_POWERS = (0.5, 0.25, 0.12)
 _BELOW = 0.3
 _ROWS = 1024  # at a time on a CPU, whose cache then holds what is at hand
 _COLUMNS = 128  # in a block: the columns after it learn of its changes in matrix products, as in GPTQ
 _STEPS = 12  # of conjugate gradients at most
 # The last fit of a width ends when its error is about this share from the least possible; above TOGETHER, where errors are small,
-# less will do. Fits between sweeps take one step: more are worth nothing, measured, as the sweep changes the problem.
-_NEAR, _NEAR_ABOVE = 3e-3, 3e-2
+# less will do. Before a sweep tables take one step: more are worth nothing, measured, as the sweep changes the problem.
+_NEAR, _NEAR_ABOVE = 1e-2, 3e-2
+_SAMPLED, _SAFE = 64, 0.9  # rows that tell how long a step is best, and how much of that is taken
 _SPLIT_STEPS = 3
+
+
+Choice = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is chosen of every weight's path, and by which errors.
+
+    Attributes:
+        share: width -> what its error counts, for consecutive widths up to the parent's.
+        below: keep the codes of this width, so that only the bits under it are chosen; None to choose all.
+    """
+
+    share: Mapping[int, float]
+    below: int | None = None
 
 
 class Tree:
@@ -42,20 +62,21 @@ class Tree:
 
     Args:
         targets: width -> float32 [N, K], what the rows should be.
-        metrics: width -> of [K, K].
+        metric: of [K, K].
         codes: integer [N, K], codes at the largest width of ``tables``.
         tables: width -> float32 [N, 2**width], for consecutive widths.
         zeros: bool [N, K], weights whose path is fixed, and whose entries are 0 at every width; None for none.
+        buffers: whose memory to use, one tree at a time.
     """
 
     def __init__(
-        self, targets: Mapping[int, Tensor], metrics: Mapping[int, Metric], codes: Tensor, tables: Mapping[int, Tensor],
-        zeros: Tensor | None = None,
+        self, targets: Mapping[int, Tensor], metric: Metric, codes: Tensor, tables: Mapping[int, Tensor],
+        zeros: Tensor | None = None, buffers: Buffers | None = None,
     ) -> None:  # fmt: skip
-        self.targets, self.metrics, self.zeros = targets, metrics, zeros
+        self.targets, self.metric, self.zeros = targets, metric, zeros
+        self._buffers = buffers or Buffers(codes.device)
         self.codes, self.tables = codes.long(), dict(tables)
-        widest = metrics[max(metrics)]
-        self._spread = torch.cat([widest.leading, widest.diagonal[:, None]], dim=1)
+        self._spread = torch.cat([metric.leading, metric.diagonal[:, None]], dim=1)
         self._gathered: Tensor | None = None
         self._gradients: dict[int, Tensor] = {}
 
@@ -68,45 +89,57 @@ class Tree:
         """float32 [N, K], the weights at one width."""
         return self._looked_up(self.tables[bits], self.codes)
 
-    def _looked_up(self, table: Tensor, codes: Tensor) -> Tensor:
+    def _looked_up(self, table: Tensor, codes: Tensor, out: Tensor | None = None) -> Tensor:
         """Entries, of a table of any width, of parent codes."""
-        return table.repeat_interleave(2**self.parent // table.shape[1], dim=1).gather(1, codes)
+        entries = table.repeat_interleave(2**self.parent // table.shape[1], dim=1)
+        return torch.gather(entries, 1, codes, out=out)
 
     def _summed(self, values: Tensor, bits: int) -> Tensor:
         """[N, 2**bits], sums of [N, K] over the weights of each entry."""
-        sums = torch.zeros(len(values), 2**self.parent, dtype=values.dtype, device=values.device)
-        return sums.scatter_add_(1, self.codes, values).view(len(values), 2**bits, -1).sum(2)
+        return _sums(values, self.codes, 2**self.parent).view(len(values), 2**bits, -1).sum(2)
+
+    def _missing(self, bits: int) -> Tensor:
+        """float32 [N, K], the error of the weights at one width; overwritten by the next product."""
+        wide = self._buffers("wide", *self.codes.shape)
+        return self._looked_up(self.tables[bits], self.codes, wide).sub_(self.targets[bits])
 
     def gradient(self, bits: int) -> Tensor:
         """float32 [N, K], half the gradient of one width's error; kept up to date from one change to the next."""
         if bits not in self._gradients:
-            self._gradients[bits] = self.metrics[bits].times(self.dense(bits) - self.targets[bits])
+            self._gradients[bits] = self.metric.times(self._missing(bits), None, self._buffers, f"gradient {bits}")
         return self._gradients[bits]
+
+    def _placed(self, table: Tensor, out: Tensor) -> Tensor:
+        """Write a table's entries to the places of the weights, ``out``; return float32 [N, 16], those times U."""
+        self._looked_up(table.to(out.dtype), self.codes, out)
+        leading: Tensor = (self._by_entry(table.shape[1])[..., :-1].mT @ table[..., None])[..., 0]
+        return leading
 
     def error(self, bits: int) -> float:
         """Sum over rows of ``(q - w) H (q - w)^T``."""
         error = self.dense(bits) - self.targets[bits]
-        return float(((error @ self.metrics[bits].matrix) * error).sum(dtype=torch.float64))
+        return float(((error @ self.metric.matrix) * error).sum(dtype=torch.float64))
 
-    def fit(self, bits: int, near: float | None = None) -> None:
-        """Improve one width's tables given its codes: conjugate gradients on each row's least-squares problem.
+    def fit(self, bits: int, near: float) -> None:
+        """The best tables of one width given its codes: conjugate gradients on each row's least-squares problem.
 
         Args:
             bits: the width.
-            near: share of the error that may be left to gain; None for one step.
+            near: share of the error that may be left to gain.
         """
         table, gradient = self.tables[bits], self.gradient(bits)
         free, solve = self._preconditioner(bits)
-        enough = 0.0 if near is None else near * float(((self.dense(bits) - self.targets[bits]) * gradient).sum())
+        enough = near * float(torch.dot(self._missing(bits).flatten(), gradient.flatten()))
+        placed = self._buffers("placed", *gradient.shape, dtype=self.metric.rest.dtype)
         residual, direction = -self._summed(gradient, bits) * free, torch.zeros_like(table)
         before = torch.ones_like(table[:, :1])
-        for _ in range(1 if near is None else _STEPS):
+        for _ in range(_STEPS):
             conditioned = solve(residual)
             power = (residual * conditioned).sum(1, keepdim=True)  # about what is left to gain
             if power.sum() <= enough:
                 break
             direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
-            change = self.metrics[bits].times(self._looked_up(direction, self.codes))
+            change = self.metric.times(placed, self._placed(direction, placed), self._buffers, "wide")
             image = self._summed(change, bits) * free
             curvature = (direction * image).sum(1, keepdim=True)
             length = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
@@ -114,13 +147,25 @@ class Tree:
             gradient.addcmul_(length, change)
         self.tables[bits] = table
 
+    def step(self, bits: int) -> Tensor:
+        """Improve one width's tables by one step, as long as is best for a sample of rows (they share the metric).
+
+        Returns:
+            float32 [N, 2**bits], what has been added to them; :meth:`descend` then brings the gradient up to date.
+        """
+        free, solve = self._preconditioner(bits)
+        residual = -self._summed(self.gradient(bits), bits) * free
+        direction = solve(residual)
+        some = slice(None, None, max(1, len(direction) // _SAMPLED))
+        change = self._looked_up(direction[some], self.codes[some])
+        curvature = float((self.metric.times(change) * change).sum())
+        length = _SAFE * float((residual[some] * direction[some]).sum()) / curvature if curvature > 0 else 0.0
+        self.tables[bits] = self.tables[bits] + length * direction
+        return length * direction
+
     def _preconditioner(self, bits: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Which entries are free, and what solves every row's problem for leading directions and a diagonal (Woodbury)."""
-        if self._gathered is None:
-            spread = self._spread.expand(len(self.codes), -1, -1)
-            empty = torch.zeros(len(self.codes), 2**self.parent, spread.shape[2], device=self.codes.device)
-            self._gathered = empty.scatter_add_(1, self.codes[..., None].expand_as(spread), spread)
-        gathered = self._gathered.view(len(self.codes), 2**bits, -1, self._gathered.shape[2]).sum(2)
+        gathered = self._by_entry(2**bits)
         free = (gathered[..., -1] > 0) & ~self._held(bits)
         inverse = free / gathered[..., -1].clamp_min(1e-30)
         gathered = gathered[..., :-1] * free[..., None]
@@ -137,97 +182,112 @@ class Tree:
 
         return free, solve
 
-    def descend(self, share: Mapping[int, float], below: int | None = None) -> None:
+    def _by_entry(self, entries: int) -> Tensor:
+        """float32 [N, entries, 17], sums of U and of what it leaves of the diagonal over the weights of each entry."""
+        if self._gathered is None:
+            gather = _gathered_compiled if self.codes.device.type == "cpu" else _gathered
+            self._gathered = gather(self.codes, self._spread, 2**self.parent)
+        return self._gathered.view(len(self.codes), entries, -1, self._spread.shape[1]).sum(2)
+
+    def descend(self, passes: Sequence[Pass], steps: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Choose every weight's path anew, column by column, given the tables and all other weights.
 
         Args:
-            share: width -> what its error counts, for consecutive widths up to the parent's.
-            below: keep the codes of this width, so that only the bits under it are chosen.
+            passes: over every block of columns, one after another; the first has all widths of those after it.
+            steps: width of the first -> what :meth:`step` has just added to its tables.
         """
-        columns = self._columns_compiled if self.codes.device.type == "cpu" else self._columns
-        followers = {bits: Follower(self.metrics[bits], self.gradient(bits)) for bits in sorted(share)}
+        choose = self._compiled if self.codes.device.type == "cpu" else self._plain
+        widths, choices = sorted(passes[0].share), [choose(one) for one in passes]
+        follower = self._follower(widths, steps)
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
-            old = self.codes[:, part].contiguous()
+            old = new = self.codes[:, part].contiguous()
             fixed = torch.zeros_like(old, dtype=torch.bool) if self.zeros is None else self.zeros[:, part]
-            gradient = torch.stack([follower.enter(part) for follower in followers.values()], dim=1)
-            metric = torch.stack([self.metrics[bits].matrix[part, part] for bits in followers])
-            new = columns(old, fixed, share, below, gradient, metric)
-            for bits, follower in followers.items():
-                follower.leave(part, self._looked_up(self.tables[bits], new) - self._looked_up(self.tables[bits], old))
+            gradient, metric = follower.enter(part), self.metric.matrix[part, part].contiguous()
+            tables = [self.tables[bits] for bits in widths]
+            change = torch.zeros_like(gradient)
+            for one, choice in zip(passes, choices, strict=True):
+                now = gradient if one is passes[0] else gradient + change @ metric
+                new = choice(new, fixed, now[-len(one.share) :], metric)
+                change = torch.stack([self._looked_up(table, new) - self._looked_up(table, old) for table in tables])
+            follower.leave(part, change)
             self.codes[:, part] = new
-        for follower in followers.values():
-            follower.finish()
+        follower.finish()
         # Codes of the width that is kept, and of those above it, are what they were.
         self._gradients = {
-            bits: found for bits, found in self._gradients.items() if bits in share or bits <= (below or 0)
+            bits: found for bits, found in self._gradients.items() if bits in widths or bits <= (passes[0].below or 0)
         }
         self._gathered = None
 
-    def _columns_compiled(
-        self, codes: Tensor, fixed: Tensor, share: Mapping[int, float], below: int | None,
-        gradient: Tensor, metric: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Same as :meth:`_columns`, without a dozen small operations per column."""
-        tables = {bits: self.tables[bits].numpy() for bits in sorted(share)}
-        found = codes.clone()
-        descend_columns(
-            found.numpy(), fixed.contiguous().numpy(), tables,
-            np.array([share[bits] for bits in sorted(share)], np.float32), 0 if below is None else below,
-            gradient.numpy(), metric.numpy(), torch.get_num_threads(),
-        )  # fmt: skip
-        return found
+    def _follower(self, widths: Sequence[int], steps: Mapping[int, Tensor]) -> Follower:
+        """Of the gradients of some widths, which do not know of steps yet."""
+        gradients = [self.gradient(bits) for bits in widths]
+        changes = self._buffers("changes", len(widths), *self.codes.shape, dtype=self.metric.rest.dtype)
+        leading = [
+            self._placed(steps.get(bits, torch.zeros_like(self.tables[bits])), change)
+            for bits, change in zip(widths, changes, strict=True)
+        ]
+        return Follower(self.metric, gradients, changes, torch.stack(leading), self._buffers)
 
-    def _columns(
-        self, codes: Tensor, fixed: Tensor, share: Mapping[int, float], below: int | None,
-        gradient: Tensor, metric: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """A block of columns, one after another, all rows at once.
+    def _compiled(self, one: Pass) -> Choice:
+        """Same as :meth:`_plain`, without a dozen small operations per column."""
+        share = np.array([one.share[bits] for bits in sorted(one.share)], np.float32)
+        tables = {bits: self.tables[bits].numpy() for bits in one.share}
+        descent = Descent(tables, share, one.below or 0, torch.get_num_threads())
+
+        def choice(codes: Tensor, fixed: Tensor, gradient: Tensor, metric: Tensor) -> Tensor:
+            found = codes.t().clone(memory_format=torch.contiguous_format)
+            descent(found.numpy(), fixed.t().contiguous().numpy(), gradient.mT.contiguous().numpy(), metric.numpy())
+            return found.t().contiguous()
+
+        return choice
+
+    def _plain(self, one: Pass) -> Choice:
+        """What chooses the codes of a block, in torch: ``(codes [N, B], fixed, gradient [W, N, B], metric [B, B])``."""
+        return partial(self._columns, one)
+
+    def _columns(self, one: Pass, codes: Tensor, fixed: Tensor, gradient: Tensor, metric: Tensor) -> Tensor:
+        """A pass over a block of columns, one after another, all rows at once.
 
         Args:
+            one: of W widths.
             codes: int64 [N, B], parent codes.
             fixed: bool [N, B], weights that stay.
-            share: as for :meth:`descend`, for W consecutive widths.
-            below: as for :meth:`descend`.
-            gradient: float32 [N, W, B], half the gradient of the errors; changed.
-            metric: float32 [W, B, B].
+            gradient: float32 [W, N, B], half the gradient of the errors.
+            metric: float32 [B, B].
 
         Returns:
             The new codes.
         """
-        found = []
+        found, gradient = [], gradient.clone()
         for column in range(codes.shape[1]):
             old = codes[:, column, None]
-            dense = torch.cat([self._looked_up(self.tables[bits], old) for bits in sorted(share)], dim=1)
-            path = self._best_path(old, share, below, dense, gradient[..., column], metric[:, column, column])
+            dense = torch.stack([self._looked_up(self.tables[bits], old) for bits in sorted(one.share)])
+            path = self._best_path(old, one, dense, gradient[..., column, None], metric[column, column])
             path = torch.where(fixed[:, column, None], old, path)
-            after = torch.cat([self._looked_up(self.tables[bits], path) for bits in sorted(share)], dim=1)
-            gradient += (after - dense)[..., None] * metric[:, column]
+            after = torch.stack([self._looked_up(self.tables[bits], path) for bits in sorted(one.share)])
+            gradient += (after - dense) * metric[column]
             found.append(path)
         return torch.cat(found, dim=1)
 
-    def _best_path(
-        self, old: Tensor, share: Mapping[int, float], below: int | None,
-        dense: Tensor, gradient: Tensor, curvature: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def _best_path(self, old: Tensor, one: Pass, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
         """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up.
 
         Args:
             old: int64 [N, 1].
-            share: as for :meth:`descend`.
-            below: as for :meth:`descend`.
-            dense: float32 [N, W], the weights.
-            gradient: float32 [N, W].
-            curvature: float32 [W].
+            one: of W widths.
+            dense: float32 [W, N, 1], the weights.
+            gradient: float32 [W, N, 1].
+            curvature: float32, no dimension.
         """
         codes = costs = old  # of the best leaf under every node of the width at hand
-        for w, bits in reversed(list(enumerate(sorted(share)))):
+        for w, bits in reversed(list(enumerate(sorted(one.share)))):
             entries = self.tables[bits]
-            if below is not None:
-                first = old >> (self.parent - below) << (bits - below)
-                entries = entries.gather(1, first + torch.arange(2 ** (bits - below), device=old.device))
-            moved = entries - dense[:, w, None]
-            cost = share[bits] * moved * (curvature[w] * moved + 2 * gradient[:, w, None])
+            if one.below is not None:
+                first = old >> (self.parent - one.below) << (bits - one.below)
+                entries = entries.gather(1, first + torch.arange(2 ** (bits - one.below), device=old.device))
+            moved = entries - dense[w]
+            cost = one.share[bits] * moved * (curvature * moved + 2 * gradient[w])
             if bits == self.parent:
                 codes, costs = torch.arange(cost.shape[1], device=old.device).expand_as(cost), cost
             else:
@@ -235,24 +295,28 @@ class Tree:
                 codes = codes.reshape(len(codes), -1, 2).gather(2, best.indices[..., None])[..., 0]
                 costs = best.values + cost
         path = codes.gather(1, costs.argmin(1, keepdim=True))
-        return path if below is None else path + (old >> (self.parent - below) << (self.parent - below))
+        return path if one.below is None else path + (old >> (self.parent - one.below) << (self.parent - one.below))
 
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
         bits, old = self.parent + 1, self.codes
-        target = self.targets[bits]
-        weight = self.metrics[bits].matrix.diagonal().expand_as(target)
-        inherited = self.tables[self.parent].repeat_interleave(2, dim=1)
-        border = self.tables[self.parent]
-        self.tables[bits] = inherited
-        for _ in range(_SPLIT_STEPS):
-            upper = target > border.gather(1, old)
-            self.codes = 2 * old + (upper if self.zeros is None else upper & ~self.zeros)
-            mass, total = self._summed(weight, bits), self._summed(weight * target, bits)
-            table = torch.where(mass > 0, total / mass.clamp_min(1e-30), inherited)
-            self.tables[bits] = table = table.masked_fill(self._held(bits), 0.0)
-            border = table.view(len(table), -1, 2).mean(2)
+        rows = _ROWS // 8 if old.device.type == "cpu" else len(old)
+        parts = [self._split_rows(slice(start, start + rows)) for start in range(0, len(old), rows)]
+        self.codes, self.tables[bits] = (torch.cat(part) for part in zip(*parts, strict=True))
         self._gathered, self._gradients = None, {}
+
+    def _split_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        old, target, border = self.codes[rows], self.targets[self.parent + 1][rows], self.tables[self.parent][rows]
+        zeros = torch.zeros_like(old, dtype=torch.bool) if self.zeros is None else self.zeros[rows]
+        weight = self.metric.matrix.diagonal().expand_as(target)
+        weighted, inherited = weight * target, border.repeat_interleave(2, dim=1)
+        for _ in range(_SPLIT_STEPS):
+            codes = 2 * old + ((target > border.gather(1, old)) & ~zeros)
+            mass, total = (_sums(values, codes, inherited.shape[1]) for values in (weight, weighted))
+            table = torch.where(mass > 0, total / mass.clamp_min(1e-30), inherited)
+            table = table.masked_fill(_sums(zeros.float(), codes, inherited.shape[1]) > 0, 0.0)
+            border = table.view(len(table), -1, 2).mean(2)
+        return codes, table
 
     def _held(self, bits: int) -> Tensor:
         """Bool [N, 2**bits]: the entries that must stay 0."""
@@ -261,59 +325,73 @@ class Tree:
         return self._summed(self.zeros.float(), bits) > 0
 
 
+def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
+    """[N, entries], sums of [N, K] over the columns with each code."""
+    sums = torch.zeros(len(values), entries, dtype=values.dtype, device=values.device)
+    return sums.scatter_add_(1, codes, values)
+
+
+def _gathered(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
+    """float32 [N, entries, D], sums of [K, D] over the columns with each code."""
+    values = spread.expand(len(codes), -1, -1)
+    empty = torch.zeros(len(codes), entries, spread.shape[1], device=codes.device)
+    return empty.scatter_add_(1, codes[..., None].expand_as(values), values)
+
+
+def _gathered_compiled(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
+    """Same on a CPU, ten times faster."""
+    return torch.from_numpy(gather_columns(codes.numpy(), spread.numpy(), entries, torch.get_num_threads()))
+
+
 def nested_output_codebooks(
-    targets: Mapping[int, Tensor], metrics: Mapping[int, Tensor], focus: Mapping[int, float] | None = None,
-    zeros: Tensor | None = None,
-) -> Tree:  # fmt: skip
+    targets: Mapping[int, Tensor], metric: Tensor, focus: Mapping[int, float] | None = None, zeros: Tensor | None = None
+) -> Tree:
     """Nested codes and tables of rows that share their inputs.
 
     Args:
         targets: for every width from the seed to the parent, float32 [N, K], finite: what the rows should be.
-        metrics: for the same widths, float32 [K, K], mean of ``x x^T`` over the inputs at that width, positive definite.
+        metric: float32 [K, K], mean of ``x x^T`` over the inputs, positive definite.
         focus: width -> how much its error counts, 1 where not given; for widths up to the larger of 6 and the seed.
         zeros: bool [N, K], weights that must be exactly 0 at every width.
 
     Returns:
         The tree; its tables are float32.
     """
-    prepared: dict[int, Metric] = {}
-    for bits, metric in metrics.items():
-        same = [found for found in prepared.values() if found.matrix is metric]  # widths may share one
-        prepared[bits] = same[0] if same else Metric(metric)
-    rows, parts = len(targets[min(targets)]), []
-    step = _ROWS if targets[min(targets)].device.type == "cpu" else rows
+    prepared, buffers, rows, parts = Metric(metric), Buffers(metric.device), len(targets[min(targets)]), []
+    step = _ROWS if metric.device.type == "cpu" else rows
     for start in range(0, rows, step):
         part = slice(start, start + step)
         wanted = {bits: target[part] for bits, target in targets.items()}
-        parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part]))
-    tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(metrics)}
+        parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part], buffers))
+    tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(targets)}
     return Tree(targets, prepared, torch.cat([codes for codes, _ in parts]), tables, zeros)
 
 
 def _grown(
-    targets: Mapping[int, Tensor], metrics: Mapping[int, Metric], focus: Mapping[int, float], zeros: Tensor | None
+    targets: Mapping[int, Tensor], metric: Metric, focus: Mapping[int, float], zeros: Tensor | None, buffers: Buffers
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Parent codes, uint8, and tables of a few rows."""
-    seed, parent = min(metrics), max(metrics)
+    seed, parent = min(targets), max(targets)
     together = max(seed, min(parent, TOGETHER))
     start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
-    weights = metrics[seed].matrix.diagonal().expand_as(start).contiguous()
+    weights = metric.matrix.diagonal().expand_as(start).contiguous()
     first = nested_codebooks(
         start.cpu().numpy(), weights.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
     tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
-    tree = Tree(targets, metrics, torch.from_numpy(first.codes).to(start.device), tables, zeros)
-    sweeps: list[tuple[int | None, float]] = [(None, power) for power in _POWERS]
-    for below, power in sweeps + [(below, _BELOW) for below in range(seed, together)]:
+    tree = Tree(targets, metric, torch.from_numpy(first.codes).to(start.device), tables, zeros, buffers)
+
+    def one(below: int | None, power: float) -> Pass:
         widths = [bits for bits in tree.tables if below is None or bits > below]
-        for bits in widths:
-            tree.fit(bits)
-        tree.descend({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
+        return Pass({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
+
+    for passes in [[one(None, power)] for power in _POWERS] + [[one(b, _BELOW) for b in range(seed, together)]]:
+        if passes:
+            tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
     for bits in tree.tables:
         tree.fit(bits, _NEAR)
     for bits in range(together + 1, parent + 1):
         tree.split()
-        tree.fit(bits)
-        tree.descend({bits: 1.0}, below=bits - 1)
+        tree.descend([Pass({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
         tree.fit(bits, _NEAR_ABOVE)
     return tree.codes.to(torch.uint8), tree.tables

@@ -5,7 +5,7 @@ import torch
 
 from compress.evals.bench_output import correlated
 from compress.quant import metric as metrics
-from compress.quant.metric import Follower, Metric, leading_directions, product_dtype
+from compress.quant.metric import Buffers, Follower, Metric, leading_directions, product_dtype
 from compress.quant.tree import nested_output_codebooks
 from tests.quant.test_tree import plain_error, problem
 
@@ -25,18 +25,20 @@ def test_leading_directions_of_a_metric():
 def test_follower_is_a_product_with_what_has_changed(dtype, near, monkeypatch):
     monkeypatch.setattr(metrics, "product_dtype", lambda device, size: dtype)
     values, matrix = problem(rows=5, columns=100)
-    metric, changes = Metric(matrix), torch.randn(5, 100, generator=torch.Generator().manual_seed(3))
-    gradient = metric.times(values)
+    metric, generator = Metric(matrix), torch.Generator().manual_seed(3)
+    before, swept = (torch.randn(2, 5, 100, generator=generator) for _ in range(2))
+    gradients = [metric.times(values), metric.times(2 * values)]
     scale = float((values @ matrix).abs().max())
-    assert torch.allclose(gradient, values @ matrix, atol=near * scale)
-    follower = Follower(metric, gradient)
-    for start in range(0, 100, 32):
-        part = slice(start, start + 32)
-        seen = values + changes * (torch.arange(100) < start)
-        assert torch.allclose(follower.enter(part), (seen @ matrix)[:, part], atol=near * scale)
-        follower.leave(part, changes[:, part])
+    assert torch.allclose(gradients[0], values @ matrix, atol=near * scale)
+    follower = Follower(metric, gradients, before.to(dtype), before @ metric.leading, Buffers(values.device))
+    start = torch.stack([values, 2 * values]) + before
+    for first in range(0, 100, 32):
+        part = slice(first, first + 32)
+        seen = start + swept * (torch.arange(100) < first)
+        assert torch.allclose(follower.enter(part), (seen @ matrix)[..., part], atol=2 * near * scale)
+        follower.leave(part, swept[..., part])
     follower.finish()
-    assert torch.allclose(gradient, (values + changes) @ matrix, atol=2 * near * scale)
+    assert torch.allclose(torch.stack(gradients), (start + swept) @ matrix, atol=3 * near * scale)
 
 
 @pytest.mark.parametrize("size", [300, 1024])
@@ -47,7 +49,7 @@ def test_bfloat16_reaches_the_errors_of_float32(size, monkeypatch):
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(metrics, "product_dtype", lambda device, size, dtype=dtype: dtype)
-        tree = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), dict.fromkeys(range(3, 8), matrix))
+        tree = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), matrix)
         errors[dtype] = {bits: plain_error(weight, matrix, tree.dense(bits)) for bits in tree.tables}
     for bits, error in errors[torch.bfloat16].items():
         assert error == pytest.approx(errors[torch.float32][bits], rel=0.02), bits

@@ -9,7 +9,7 @@ import torch
 from compress.quant import metric as metrics
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.metric import Metric
-from compress.quant.tree import Tree, nested_output_codebooks
+from compress.quant.tree import Pass, Tree, nested_output_codebooks
 
 
 def problem(rows=6, columns=24, seed=0, mixing=1.0):
@@ -25,18 +25,12 @@ def started(weight, metric, seed, parent, zeros=None):
     sensitivity = metric.diagonal().expand_as(weight).contiguous().numpy()
     first = nested_codebooks(weight.numpy(), sensitivity, seed, parent, zeros is not None)
     tables = {bits: torch.from_numpy(table) for bits, table in first.codebooks.items()}
-    return Tree(
-        dict.fromkeys(tables, weight),
-        dict.fromkeys(tables, Metric(metric)),
-        torch.from_numpy(first.codes),
-        tables,
-        zeros,
-    )
+    return Tree(dict.fromkeys(tables, weight), Metric(metric), torch.from_numpy(first.codes), tables, zeros)
 
 
 def nested(weight, metric, seed, parent, **options):
     widths = range(seed, parent + 1)
-    return nested_output_codebooks(dict.fromkeys(widths, weight), dict.fromkeys(widths, metric), **options)
+    return nested_output_codebooks(dict.fromkeys(widths, weight), metric, **options)
 
 
 def codes_at(tree, bits):
@@ -89,7 +83,7 @@ def test_descent_changes_one_column_at_a_time_for_the_best():
             dense = {bits: tree.tables[bits][row, codes[row] >> (4 - bits)] for bits in share}
             errors.append(sum(s * plain_error(weight[row, None], metric, dense[b][None]) for b, s in share.items()))
         codes[row, column] = int(np.argmin(errors))
-    tree.descend(share)
+    tree.descend([Pass(share)])
     assert torch.equal(tree.codes, codes)
 
 
@@ -97,7 +91,7 @@ def test_columns_beyond_the_first_block_see_what_it_did():
     weight, metric = problem(rows=3, columns=300)
     tree = started(weight, metric, 3, 3)
     before = tree.error(3)
-    tree.descend({3: 1.0})
+    tree.descend([Pass({3: 1.0})])
     assert tree.error(3) == pytest.approx(plain_error(weight, metric, tree.dense(3)), rel=1e-4)
     assert tree.error(3) < 0.8 * before
 
@@ -107,11 +101,8 @@ def test_gradients_are_kept_up_to_date(dtype, near, monkeypatch):
     monkeypatch.setattr(metrics, "product_dtype", lambda device, size: dtype)
     weight, metric = problem(rows=3, columns=300)
     tree = started(weight, metric, 3, 5)
-    for below in (None, 3):
-        widths = [bits for bits in tree.tables if below is None or bits > below]
-        for bits in widths:
-            tree.fit(bits)
-        tree.descend(dict.fromkeys(widths, 1.0), below)
+    for passes in ([Pass({3: 1.0, 4: 1.0, 5: 1.0})], [Pass({4: 1.0, 5: 1.0}, 3), Pass({5: 1.0}, 4)]):
+        tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
         for bits in tree.tables:
             expected = (tree.dense(bits) - weight) @ metric
             assert torch.allclose(tree.gradient(bits), expected, atol=near * float(expected.abs().max()))
@@ -121,7 +112,7 @@ def test_descent_below_a_width_keeps_its_codes():
     weight, metric = problem()
     tree = started(weight, metric, 3, 4)
     kept, before = codes_at(tree, 3).clone(), tree.error(4)
-    tree.descend({4: 1.0}, below=3)
+    tree.descend([Pass({4: 1.0}, below=3)])
     assert torch.equal(codes_at(tree, 3), kept)
     assert tree.error(4) < before
 
@@ -173,7 +164,7 @@ def test_pruned_weights_stay_zero_at_every_width():
     target = weight + 0.05
     zeros = weight == 0
     widths = range(2, 9)
-    tree = nested_output_codebooks(dict.fromkeys(widths, target), dict.fromkeys(widths, metric), zeros=zeros)
+    tree = nested_output_codebooks(dict.fromkeys(widths, target), metric, zeros=zeros)
     for bits in widths:
         assert (tree.dense(bits)[zeros] == 0).all(), bits
     assert tree.error(8) < tree.error(2)
@@ -181,8 +172,8 @@ def test_pruned_weights_stay_zero_at_every_width():
 
 def test_every_width_aims_at_its_own_target():
     weight, metric = problem(rows=4, columns=40)
-    metrics, other = dict.fromkeys((3, 4), metric), 1.1 * weight + 0.2
-    plain, shifted = (nested_output_codebooks({3: third, 4: weight}, metrics) for third in (weight, other))
+    other = 1.1 * weight + 0.2
+    plain, shifted = (nested_output_codebooks({3: third, 4: weight}, metric) for third in (weight, other))
     assert plain_error(other, metric, shifted.dense(3)) < 0.2 * plain_error(other, metric, plain.dense(3))
     assert plain_error(weight, metric, shifted.dense(4)) < 2 * plain_error(weight, metric, plain.dense(4))
 
@@ -199,10 +190,10 @@ def test_the_compiled_loop_does_what_torch_does(below, monkeypatch):
     weight, metric = problem(rows=7, columns=150)
     weight[weight.abs() < 0.3] = 0
     compiled, plain = (started(weight, metric, 3, 5, weight == 0) for _ in range(2))
-    monkeypatch.setattr(plain, "_columns_compiled", plain._columns)
+    monkeypatch.setattr(plain, "_compiled", plain._plain)
     share = {4: 1.0, 5: 4.0} if below else {3: 1.0, 4: 2.0, 5: 4.0}
     for tree in (compiled, plain):
-        tree.descend(share, below)
+        tree.descend([Pass(share, below)])
     assert float((compiled.codes != plain.codes).float().mean()) < 0.01  # near-ties may fall either way
     for bits in share:
         assert compiled.error(bits) == pytest.approx(plain.error(bits), rel=0.02)
