@@ -123,8 +123,9 @@ def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, Pa
 def _output_bytes(needs: Needs, length: int, context: Context) -> int:
     """Bytes that choosing codes by output errors takes, for the linear with most inputs."""
     inputs = max(columns for _, columns in context.linears.values())
-    metrics = 2 * (len(needs.variants) + 1) * inputs * inputs * _FLOAT  # of every variant, as it is and split
-    return metrics + 8 * length * inputs * _FLOAT + 1024 * 60 * inputs  # samples, and rows, at a time
+    matrices = 3 * inputs * inputs * _FLOAT  # the metric, and two more for the correction, or its split
+    targets = (len(needs.variants) + 2) * max(rows * columns for rows, columns in context.linears.values()) * _FLOAT
+    return matrices + targets + 4 * length * inputs * _FLOAT + 1024 * 90 * inputs  # a sample, and rows, at a time
 
 
 def _hessians(context: Context) -> int:

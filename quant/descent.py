@@ -1,4 +1,8 @@
-"""The inner loop of :meth:`compress.quant.tree.Tree.descend` for a CPU: rows by themselves, compiled."""
+"""The inner loop of :meth:`compress.quant.tree.Tree.descend` for a CPU: rows by themselves, compiled.
+
+Rows are taken LANES at a time, in innermost loops without branches, which compile to vector instructions. Indices are
+unsigned, as a check for negative ones would keep them from doing so.
+"""
 
 from __future__ import annotations
 
@@ -12,119 +16,120 @@ from compress.quant.kmeans_seed import compiled
 
 Floats32 = NDArray[np.float32]
 Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Codes = NDArray[np.int32]
 U = np.uint64
 LANES = 64  # rows
 
 
 @compiled
-def _descend_rows(
-    codes: Integers,
-    fixed: NDArray[np.bool_],
-    tables: Floats32,
+def _weigh(
+    entries: Floats32,
+    old: Codes,
+    slope: Floats32,
+    curvature: np.float32,
     share: Floats32,
-    kept: int,
-    gradient: Floats32,
-    metric: Floats32,
-    place: Integers,
-    code: Integers,
+    ideal: Floats32,
+    costs: Floats32,
 ) -> None:
-    """Rows of one block of columns; arguments as for :class:`Descent`, but rows last, and tables laid out by :func:`_places`.
+    """How far every entry of one column's rows is from the ideal weight, and the best of those below it, from the leaves up.
 
-    Rows are taken LANES at a time, in innermost loops without branches, which compilers turn into vector instructions.
-    (Indices are unsigned, as a check for negative ones would keep them from doing so.)
+    Args:
+        entries: [W, C, LANES], those of width w first in its row of C.
+        old: [LANES], codes at the largest width.
+        slope: [W, LANES].
+        curvature: of all.
+        share: [W].
+        ideal: [LANES], overwritten.
+        costs: [W, C, LANES], overwritten.
     """
+    last = U(share.shape[0] - 1)
+    for w in range(last, -1, -1):
+        above = last - U(w)
+        nodes = U(entries.shape[1]) >> above
+        for lane in range(U(LANES)):
+            ideal[lane] = entries[U(w), U(old[lane]) >> above, lane] - slope[U(w), lane] / curvature
+        for node in range(nodes):
+            if above == U(0):
+                for lane in range(U(LANES)):
+                    away = entries[U(w), node, lane] - ideal[lane]
+                    costs[U(w), node, lane] = share[w] * away * away
+            else:
+                left, right = node + node, node + node + U(1)
+                for lane in range(U(LANES)):
+                    away = entries[U(w), node, lane] - ideal[lane]
+                    below = min(costs[U(w) + U(1), left, lane], costs[U(w) + U(1), right, lane])
+                    costs[U(w), node, lane] = share[w] * away * away + below
+
+
+@compiled
+def _choose(costs: Floats32, best: Floats32, new: Codes) -> None:
+    """Codes [LANES] of the best paths."""
+    widths, entries = costs.shape[0], costs.shape[1]
+    for lane in range(U(LANES)):
+        new[lane], best[lane] = 0, costs[0, 0, lane]
+    for node in range(U(1), U(entries) >> U(widths - 1)):
+        for lane in range(U(LANES)):
+            less = costs[0, node, lane] < best[lane]
+            new[lane] = node if less else new[lane]
+            best[lane] = costs[0, node, lane] if less else best[lane]
+    for w in range(U(1), U(widths)):
+        for lane in range(U(LANES)):
+            left = U(new[lane] + new[lane])
+            new[lane] = left + U(1) if costs[w, left + U(1), lane] < costs[w, left, lane] else left
+
+
+@compiled
+def _tell(
+    entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Floats32, j: int, moved: Floats32
+) -> None:
+    """Let the slopes [W, B, LANES] of later columns know of column j's change; ``moved`` [LANES] is overwritten."""
+    last = U(entries.shape[0] - 1)
+    for w in range(U(entries.shape[0])):
+        above = last - w
+        for lane in range(U(LANES)):
+            moved[lane] = entries[w, U(new[lane]) >> above, lane] - entries[w, U(old[lane]) >> above, lane]
+        for k in range(U(j + 1), U(metric.shape[0])):
+            by = metric[j, k]
+            for lane in range(U(LANES)):
+                slope[w, k, lane] += moved[lane] * by
+
+
+@compiled
+def _descend_rows(
+    codes: Integers, fixed: Flags, tables: Floats32, share: Floats32, kept: int, gradient: Floats32, metric: Floats32
+) -> None:
+    """Rows of one block of columns; arguments as for :class:`Descent`, with all widths' tables in one: [W, 2**parent, N]."""
     columns, rows = codes.shape
-    widths = share.shape[0]
-    parent = round(np.log2(place.shape[0]))
-    first, below = parent - widths + 1, parent - kept
-    lanes = U(LANES)
-    table = np.zeros((widths << parent, LANES), np.float32)
-    under = (
-        np.zeros((widths << below, LANES), np.float32) if kept else table
-    )  # the entries that a code's kept bits leave
-    costs = np.empty((widths << below, LANES), np.float32)
-    slope = np.zeros((widths, columns, LANES), np.float32)
-    path, free = np.zeros((columns, LANES), np.int32), np.zeros((columns, LANES), np.int32)  # free: 1 or 0
+    widths, parent = share.shape[0], round(np.log2(tables.shape[1]))
+    below = parent - kept
+    table = np.zeros((widths, 1 << parent, LANES), np.float32)
+    entries = np.zeros((widths, 1 << below, LANES), np.float32) if kept else table  # that the kept bits leave
+    costs, slope = np.zeros_like(entries), np.zeros((widths, columns, LANES), np.float32)
     old, new, top = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
-    best, moved = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    path, free = np.zeros((columns, LANES), np.int32), np.zeros((columns, LANES), np.int32)  # free: 1 or 0
+    room = np.zeros(LANES, np.float32)
     for start in range(0, rows, LANES):
-        filled = min(LANES, rows - start)
-        for w in range(widths):
-            for node in range(1 << (first + w)):
-                for lane in range(filled):
-                    table[(w << parent) + node, lane] = tables[(1 << (first + w)) + node, start + lane]
-            for j in range(columns):
-                for lane in range(filled):
-                    slope[w, j, lane] = gradient[w, j, start + lane]
-        for j in range(U(columns)):
-            for lane in range(U(filled)):
-                path[j, lane] = place[U(codes[j, U(start) + lane])]
-                free[j, lane] = not fixed[j, U(start) + lane]
-        for j in range(U(columns)):
-            for lane in range(lanes):
+        here = slice(start, min(start + LANES, rows))
+        filled = here.stop - start
+        table[:, :, :filled], slope[:, :, :filled] = tables[:, :, here], gradient[:, :, here]
+        path[:, :filled], free[:, :filled] = codes[:, here], ~fixed[:, here]
+        for j in range(columns):
+            for lane in range(U(LANES)):
                 top[lane], old[lane] = path[j, lane] >> below, path[j, lane] & ((1 << below) - 1)
-            # How far every entry is from the ideal weight, from the leaves up: the best below every node.
-            for w in range(widths - 1, -1, -1):
-                nodes, here = U(1 << (first + w - kept)), U(w << below)
-                if kept:
+            if kept:
+                for w in range(U(widths)):
+                    nodes = U(1 << below) >> U(widths - 1 - w)
                     for node in range(nodes):
-                        for lane in range(lanes):
-                            under[here + node, lane] = table[U(w << parent) + U(top[lane]) * nodes + node, lane]
-                for lane in range(lanes):
-                    now = under[here + (U(old[lane]) & (nodes - U(1))), lane]
-                    best[lane] = now - slope[U(w), j, lane] / metric[j, j]
-                for node in range(nodes):
-                    if w == widths - 1:
-                        for lane in range(lanes):
-                            away = under[here + node, lane] - best[lane]
-                            costs[here + node, lane] = share[w] * away * away
-                    else:
-                        left, right = U((w + 1) << below) + node, U((w + 1) << below) + nodes + node
-                        for lane in range(lanes):
-                            away = under[here + node, lane] - best[lane]
-                            costs[here + node, lane] = share[w] * away * away + min(
-                                costs[left, lane], costs[right, lane]
-                            )
-            for lane in range(lanes):
-                new[lane], best[lane] = 0, costs[0, lane]
-            for node in range(U(1), U(1 << (first - kept))):
-                for lane in range(lanes):
-                    less = costs[node, lane] < best[lane]
-                    new[lane] = node if less else new[lane]
-                    best[lane] = costs[node, lane] if less else best[lane]
-            for w in range(1, widths):
-                nodes, here = U(1 << (first + w - 1 - kept)), U(w << below)
-                for lane in range(lanes):
-                    at_left = here + U(new[lane])
-                    new[lane] += nodes if costs[at_left + nodes, lane] < costs[at_left, lane] else U(0)
-            for lane in range(lanes):
+                        for lane in range(U(LANES)):
+                            entries[w, node, lane] = table[w, U(top[lane]) * nodes + node, lane]
+            _weigh(entries, old, slope[:, j], metric[j, j], share, room, costs)
+            _choose(costs, room, new)
+            for lane in range(U(LANES)):
                 new[lane] = old[lane] + free[j, lane] * (new[lane] - old[lane])
                 path[j, lane] = (top[lane] << below) + new[lane]
-            for w in range(widths):
-                inside, here = U((1 << (first + w - kept)) - 1), U(w << below)
-                for lane in range(lanes):
-                    moved[lane] = (
-                        under[here + (U(new[lane]) & inside), lane] - under[here + (U(old[lane]) & inside), lane]
-                    )
-                for k in range(j + U(1), U(columns)):
-                    by = metric[j, k]
-                    for lane in range(lanes):
-                        slope[U(w), k, lane] += moved[lane] * by
-        for j in range(U(columns)):
-            for lane in range(U(filled)):
-                codes[j, U(start) + lane] = code[U(path[j, lane])]
-
-
-def _places(bits: int, kept: int) -> Integers:
-    """Where a width's entries lie: in order of their top ``kept`` bits, then of the others reversed.
-
-    So the children of entry p of the n under a node are p and p + n of the next width, and loops over entries run over neighbours.
-    """
-    codes = np.arange(2**bits)
-    places = codes >> (bits - kept)
-    for bit in range(bits - kept):
-        places = 2 * places + (codes >> bit & 1)
-    return places
+            _tell(entries, old, new, slope, metric, j, room)
+        codes[:, here] = path[:, :filled]
 
 
 class Descent:
@@ -139,14 +144,12 @@ class Descent:
 
     def __init__(self, tables: Mapping[int, Floats32], share: Floats32, kept: int, threads: int) -> None:
         self._share, self._kept, self._threads = share, kept, threads
-        self._place = _places(max(tables), kept)
-        self._tables = np.zeros(
-            (2 * len(self._place), len(tables[max(tables)])), np.float32
-        )  # width b from row 2**b on
-        for bits, table in tables.items():
-            self._tables[2**bits : 2 ** (bits + 1)] = table.T[np.argsort(_places(bits, kept))]
+        rows, entries = tables[max(tables)].shape
+        self._tables = np.zeros((len(tables), entries, rows), np.float32)
+        for w, bits in enumerate(sorted(tables)):
+            self._tables[w, : 2**bits] = tables[bits].T
 
-    def __call__(self, codes: Integers, fixed: NDArray[np.bool_], gradient: Floats32, metric: Floats32) -> None:
+    def __call__(self, codes: Integers, fixed: Flags, gradient: Floats32, metric: Floats32) -> None:
         """Change codes in place.
 
         Args:
@@ -155,13 +158,10 @@ class Descent:
             gradient: [W, B, N], half the gradient of each width's error.
             metric: [B, B].
         """
-        code = np.argsort(self._place)
 
         def run(rows: slice) -> None:
-            _descend_rows(
-                codes[:, rows], fixed[:, rows], self._tables[:, rows], self._share, self._kept,
-                gradient[..., rows], metric, self._place, code,
-            )  # fmt: skip
+            of_rows = codes[:, rows], fixed[:, rows], self._tables[..., rows]
+            _descend_rows(*of_rows, self._share, self._kept, gradient[..., rows], metric)
 
         _in_threads(run, codes.shape[1], self._threads)
 
