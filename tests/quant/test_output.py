@@ -140,6 +140,49 @@ def test_bad_settings_are_named(tiny_llama, text_file, tmp_path, options, compla
     assert not (tmp_path / "out").exists()
 
 
+def test_the_metric_is_of_the_dense_models_inputs(tiny_llama, text_file, tmp_path, monkeypatch):
+    """One for all widths, and as measured: what is added to it for the sweep is taken away again."""
+    checked = []
+
+    def watched(block, *rest):
+        inputs = {name: [] for name in block.linears}
+        handles = [
+            linear.module.register_forward_pre_hook(lambda _m, x, name=name: inputs[name].append(x[0].flatten(0, -2)))
+            for name, linear in block.linears.items()
+        ]
+        with torch.no_grad():
+            for run in block.samples:
+                run(block.module)
+        for handle in handles:
+            handle.remove()
+        fitted = output.sweep(block, *rest)
+        for name, found in fitted.items():
+            x = torch.cat(inputs[name]).double()
+            assert torch.allclose(found.metric.double(), x.t() @ x / len(x), rtol=1e-3, atol=1e-6), name
+            checked.append(name)
+        return fitted
+
+    monkeypatch.setattr(any_precision, "sweep", watched)
+    compress.run(settings(tiny_llama, text_file), tmp_path / "out")
+    assert len(checked) == 21
+
+
+def test_correction_is_the_least_squares_one():
+    """Rows that do to other inputs what the dense ones do to theirs, by a plain regression with the same damping."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 6, generator=generator)
+    other = x + 0.3 * torch.randn(3, 40, 6, generator=generator)
+    linear = torch.nn.Linear(6, 4, bias=False)
+    block = torch.nn.Sequential(linear)
+    runs, changed = ([lambda module, t=t: module(t) for t in inputs] for inputs in (x, other))
+    weight = linear.weight.detach()
+    found = output._correction((runs, block, linear), (changed, block, linear), weight)
+    flat = other.flatten(0, 1)
+    damping = (0.01 * flat.square().sum() / 6).sqrt() * torch.eye(6)
+    wanted = torch.cat([(x.flatten(0, 1) - flat) @ weight.t(), torch.zeros(6, 4)])
+    assert torch.allclose(found, torch.linalg.lstsq(torch.cat([flat, damping]), wanted).solution.t(), atol=1e-5)
+
+
 def test_a_block_is_let_go_before_the_next(tiny_llama, text_file, tmp_path, monkeypatch):
     """Without the garbage collector, which comes when it likes: what keeps a block must not be kept by it."""
     seen, alive = [], []

@@ -9,7 +9,7 @@ import torch
 from compress.quant import metric as metrics
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.metric import Metric
-from compress.quant.tree import Pass, Tree, nested_output_codebooks
+from compress.quant.tree import Pass, Tree, _gathered, nested_output_codebooks
 
 
 def problem(rows=6, columns=24, seed=0, mixing=1.0):
@@ -53,6 +53,29 @@ def test_fitted_table_is_the_least_squares_solution(bits):
         best = torch.linalg.lstsq(root.t() @ one_hot, root.t() @ weight[row].double(), driver="gelsd").solution
         found = plain_error(weight[row : row + 1], metric, tree.dense(bits)[row : row + 1])
         assert found == pytest.approx(plain_error(weight[row : row + 1], metric, (one_hot @ best)[None]), rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_step_of_the_tables_lowers_the_error(rows):
+    """Its length is found on a sample of rows; the sweep that follows tells the gradient of it."""
+    weight, metric = problem(rows=rows)
+    tree = started(weight, metric, 3, 4)
+    before, tables = tree.error(4), tree.tables[4]
+    step = tree.step(4)
+    assert torch.equal(tree.tables[4], tables + step)
+    assert tree.error(4) < before
+    tree.descend([Pass({4: 1.0}, below=3)], {4: step})
+    assert torch.allclose(tree.gradient(4), (tree.dense(4) - weight) @ metric, rtol=1e-3, atol=1e-4)
+
+
+def test_sums_by_entry_are_those_of_a_loop():
+    weight, metric = problem(rows=3, columns=10)
+    tree = started(weight, metric, 2, 3)
+    found = tree._by_entry(4)
+    spread = torch.cat([tree.metric.leading, tree.metric.diagonal[:, None]], dim=1)
+    for row, entry in itertools.product(range(3), range(4)):
+        assert torch.allclose(found[row, entry], spread[codes_at(tree, 2)[row] == entry].sum(0), atol=1e-5)
+    assert torch.allclose(found, _gathered(tree.codes, spread, 8).view(3, 4, 2, -1).sum(2), atol=1e-5)
 
 
 def test_fits_hold_with_massive_and_dead_inputs():
