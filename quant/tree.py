@@ -7,7 +7,7 @@ descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one width). What is n
 tree is chosen at once, against the sum of the errors of all widths: the b-bit code stays the top b bits of the
 parent's, and no width's choice is taken before another's. In the end the bits below each width are chosen once more.
 
-Everything is torch on whole columns of rows, on any device, but for one compiled loop on a CPU; deterministic.
+Everything is torch on whole columns of rows, on any device, but for two compiled loops on a CPU; deterministic.
 """
 
 from __future__ import annotations
@@ -307,14 +307,16 @@ class Tree:
 
     def _split_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         old, target, border = self.codes[rows], self.targets[self.parent + 1][rows], self.tables[self.parent][rows]
-        zeros = torch.zeros_like(old, dtype=torch.bool) if self.zeros is None else self.zeros[rows]
+        zeros = None if self.zeros is None else self.zeros[rows]
         weight = self.metric.matrix.diagonal().expand_as(target)
         weighted, inherited = weight * target, border.repeat_interleave(2, dim=1)
         for _ in range(_SPLIT_STEPS):
-            codes = 2 * old + ((target > border.gather(1, old)) & ~zeros)
+            upper = target > border.gather(1, old)
+            codes = 2 * old + (upper if zeros is None else upper & ~zeros)
             mass, total = (_sums(values, codes, inherited.shape[1]) for values in (weight, weighted))
             table = torch.where(mass > 0, total / mass.clamp_min(1e-30), inherited)
-            table = table.masked_fill(_sums(zeros.float(), codes, inherited.shape[1]) > 0, 0.0)
+            if zeros is not None:
+                table = table.masked_fill(_sums(zeros.float(), codes, inherited.shape[1]) > 0, 0.0)
             border = table.view(len(table), -1, 2).mean(2)
         return codes, table
 
