@@ -94,7 +94,7 @@ def _needs(
         tokens = min(SURVEY_TOKENS, text.samples * text.length) if text else 0
         width = sum(rows + columns for rows, columns in context.linears.values())
         memory += tokens * width * _FLOAT if needs.backward else 0
-    if needs.variants and text:
+    if needs.hessians and needs.packs and needs.inputs == "original" and text:  # codes by output errors
         memory += len(needs.variants) * hidden + block + _output_bytes(needs, text.length, context)
     elif needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
         double = 2 if needs.changes_shapes else 1  # which are float64 there

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.hf import packed_modules
+from compress.plan import plan
 from compress.quant import any_precision, output
 from compress.quant.quantise import layer_errors
 from compress.structure import ARCHITECTURES
@@ -181,6 +182,15 @@ def test_correction_is_the_least_squares_one():
     damping = (0.01 * flat.square().sum() / 6).sqrt() * torch.eye(6)
     wanted = torch.cat([(x.flatten(0, 1) - flat) @ weight.t(), torch.zeros(6, 4)])
     assert torch.allclose(found, torch.linalg.lstsq(torch.cat([flat, damping]), wanted).solution.t(), atol=1e-5)
+
+
+def test_the_plan_counts_the_rows_in_work_with_and_without_correction(tiny_llama, text_file):
+    """Without a correction no width has inputs of its own, so the plan is smaller, but not that of the weight objective."""
+    corrected, plain, by_weight = (
+        plan(settings(tiny_llama, text_file, **options))["passes"][0]["memory_bytes"]
+        for options in ({}, {"correction": 0}, {"objective": "weight"})
+    )
+    assert by_weight + 1024 * 90 * 64 < plain < corrected
 
 
 def test_a_block_is_let_go_before_the_next(tiny_llama, text_file, tmp_path, monkeypatch):
