@@ -80,13 +80,11 @@ def _choose(costs: Floats32, best: Floats32, new: Codes) -> None:
 
 
 @compiled
-def _tell(
-    entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Floats32, j: int, moved: Floats32
-) -> None:
-    """Let the slopes [W, B, LANES] of later columns know of column j's change; ``moved`` [LANES] is overwritten."""
+def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Floats32, j: int) -> None:
+    """Let the slopes [W, B, LANES] of later columns know of column j's change, which takes the place of its own slope."""
     last = U(entries.shape[0] - 1)
     for w in range(U(entries.shape[0])):
-        above = last - w
+        above, moved = last - w, slope[w, j]
         for lane in range(U(LANES)):
             moved[lane] = entries[w, U(new[lane]) >> above, lane] - entries[w, U(old[lane]) >> above, lane]
         for k in range(U(j + 1), U(metric.shape[0])):
@@ -100,7 +98,7 @@ def _descend_rows(
     codes: Integers, fixed: Flags, tables: Floats32, share: Floats32, kept: int, gradient: Floats32, metric: Floats32
 ) -> None:
     """Rows of one block of columns; arguments as for :class:`Descent`, with all widths' tables in one: [W, 2**parent, N]."""
-    columns, rows = codes.shape
+    rows, columns = codes.shape
     widths, parent = share.shape[0], round(np.log2(tables.shape[1]))
     below = parent - kept
     table = np.zeros((widths, 1 << parent, LANES), np.float32)
@@ -112,8 +110,9 @@ def _descend_rows(
     for start in range(0, rows, LANES):
         here = slice(start, min(start + LANES, rows))
         filled = here.stop - start
-        table[:, :, :filled], slope[:, :, :filled] = tables[:, :, here], gradient[:, :, here]
-        path[:, :filled], free[:, :filled] = codes[:, here], ~fixed[:, here]
+        table[:, :, :filled], path[:, :filled], free[:, :filled] = tables[:, :, here], codes[here].T, ~fixed[here].T
+        for w in range(widths):
+            slope[w, :, :filled] = gradient[w, here].T
         for j in range(columns):
             for lane in range(U(LANES)):
                 top[lane], old[lane] = path[j, lane] >> below, path[j, lane] & ((1 << below) - 1)
@@ -128,8 +127,10 @@ def _descend_rows(
             for lane in range(U(LANES)):
                 new[lane] = old[lane] + free[j, lane] * (new[lane] - old[lane])
                 path[j, lane] = (top[lane] << below) + new[lane]
-            _tell(entries, old, new, slope, metric, j, room)
-        codes[:, here] = path[:, :filled]
+            _tell(entries, old, new, slope, metric, j)
+        codes[here] = path[:, :filled].T
+        for w in range(widths):
+            gradient[w, here] = slope[w, :, :filled].T
 
 
 class Descent:
@@ -153,17 +154,17 @@ class Descent:
         """Change codes in place.
 
         Args:
-            codes: [B, N], parent codes.
-            fixed: [B, N], weights that stay.
-            gradient: [W, B, N], half the gradient of each width's error.
+            codes: [N, B], parent codes.
+            fixed: [N, B], weights that stay.
+            gradient: [W, N, B], half the gradient of each width's error; overwritten by the changes of the weights.
             metric: [B, B].
         """
 
         def run(rows: slice) -> None:
-            of_rows = codes[:, rows], fixed[:, rows], self._tables[..., rows]
-            _descend_rows(*of_rows, self._share, self._kept, gradient[..., rows], metric)
+            of_rows = codes[rows], fixed[rows], self._tables[..., rows]
+            _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], metric)
 
-        _in_threads(run, codes.shape[1], self._threads)
+        _in_threads(run, len(codes), self._threads)
 
 
 @compiled
@@ -183,6 +184,58 @@ def gather_columns(codes: Integers, spread: Floats32, entries: int, threads: int
     sums = np.zeros((len(codes), entries, spread.shape[1]), np.float32)
     _in_threads(lambda rows: _gather_rows(codes[rows], spread, sums[rows]), len(codes), threads)
     return sums
+
+
+@compiled
+def _split_rows(
+    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int,
+    new: Integers, found: Floats32,
+) -> None:  # fmt: skip
+    sums = np.zeros((3, found.shape[1]), np.float32)
+    mass, total, held = sums[0], sums[1], sums[2]
+    for r in range(U(codes.shape[0])):
+        border = table[r].copy()
+        held[:] = 0
+        for k in range(U(codes.shape[1])):
+            if zeros[r, k]:
+                held[U(2 * codes[r, k])] = 1
+        for _ in range(steps):
+            mass[:], total[:] = 0, 0
+            for k in range(U(codes.shape[1])):
+                old = U(codes[r, k])
+                code = old + old + U(targets[r, k] > border[old] and not zeros[r, k])
+                new[r, k] = code
+                mass[code] += weight[k]
+                total[code] += weight[k] * targets[r, k]
+            for c in range(U(len(mass))):
+                mean = total[c] / mass[c] if mass[c] > 0 else table[r, c >> U(1)]
+                found[r, c] = np.float32(0) if held[c] > 0 else mean
+            for c in range(U(len(border))):
+                border[c] = (found[r, c + c] + found[r, c + c + U(1)]) / np.float32(2)
+
+
+def split_cells(
+    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int,
+    new: Integers, found: Floats32, threads: int,
+) -> None:  # fmt: skip
+    """Halve every cell of every row by two-means.
+
+    Args:
+        codes: [N, K].
+        targets: [N, K].
+        weight: [K], what the error of a column counts.
+        table: [N, C], the first borders.
+        zeros: [N, K], weights that stay in the lower half of their cell, whose entry is 0.
+        steps: of two-means, 1 or more.
+        new: [N, K], overwritten by the new codes.
+        found: [N, 2 * C], overwritten by the means of the halves; that of an empty one is as in ``table``.
+        threads: rows are spread over them; the result does not depend on it.
+    """
+
+    def run(rows: slice) -> None:
+        _split_rows(codes[rows], targets[rows], weight, table[rows], zeros[rows], steps, new[rows], found[rows])
+
+    _in_threads(run, len(codes), threads)
 
 
 def _in_threads(work: Callable[[slice], None], rows: int, threads: int) -> None:

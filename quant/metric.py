@@ -61,8 +61,9 @@ class Metric:
         """
         buffers = buffers or Buffers(values.device)
         leading = values @ self.leading if leading is None else leading
-        narrow = buffers("narrow", *values.shape, dtype=self.rest.dtype)
-        product = torch.mm(narrow.copy_(values), self.rest, out=buffers("product", *values.shape, dtype=narrow.dtype))
+        dtype = self.rest.dtype
+        narrow = values if values.dtype == dtype else buffers("narrow", *values.shape, dtype=dtype).copy_(values)
+        product = torch.mm(narrow, self.rest, out=buffers("product", *values.shape, dtype=dtype))
         return buffers(name, *values.shape).copy_(product).addmm_(leading, self.leading.t())
 
 
