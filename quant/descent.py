@@ -145,6 +145,7 @@ class Descent:
 
     def __init__(self, tables: Mapping[int, Floats32], share: Floats32, kept: int, threads: int) -> None:
         self._share, self._kept, self._threads = share, kept, threads
+        self._pool = ThreadPoolExecutor(threads)  # its threads end with it
         rows, entries = tables[max(tables)].shape
         self._tables = np.zeros((len(tables), entries, rows), np.float32)
         for w, bits in enumerate(sorted(tables)):
@@ -164,7 +165,7 @@ class Descent:
             of_rows = codes[rows], fixed[rows], self._tables[..., rows]
             _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], metric)
 
-        _in_threads(run, len(codes), self._threads)
+        _in_threads(run, len(codes), self._threads, self._pool)
 
 
 @compiled
@@ -182,7 +183,8 @@ def gather_columns(codes: Integers, spread: Floats32, entries: int, threads: int
     Rows are spread over ``threads``; the result does not depend on them.
     """
     sums = np.zeros((len(codes), entries, spread.shape[1]), np.float32)
-    _in_threads(lambda rows: _gather_rows(codes[rows], spread, sums[rows]), len(codes), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        _in_threads(lambda rows: _gather_rows(codes[rows], spread, sums[rows]), len(codes), threads, pool)
     return sums
 
 
@@ -215,9 +217,8 @@ def _split_rows(
 
 
 def split_cells(
-    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int,
-    new: Integers, found: Floats32, threads: int,
-) -> None:  # fmt: skip
+    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int, threads: int
+) -> tuple[Integers, Floats32]:
     """Halve every cell of every row by two-means.
 
     Args:
@@ -227,18 +228,21 @@ def split_cells(
         table: [N, C], the first borders.
         zeros: [N, K], weights that stay in the lower half of their cell, whose entry is 0.
         steps: of two-means, 1 or more.
-        new: [N, K], overwritten by the new codes.
-        found: [N, 2 * C], overwritten by the means of the halves; that of an empty one is as in ``table``.
         threads: rows are spread over them; the result does not depend on it.
+
+    Returns:
+        The new codes [N, K], and the means of the halves [N, 2 * C]; that of an empty one is as in ``table``.
     """
+    new, found = np.empty_like(codes), np.empty((len(table), 2 * table.shape[1]), np.float32)
 
     def run(rows: slice) -> None:
         _split_rows(codes[rows], targets[rows], weight, table[rows], zeros[rows], steps, new[rows], found[rows])
 
-    _in_threads(run, len(codes), threads)
-
-
-def _in_threads(work: Callable[[slice], None], rows: int, threads: int) -> None:
-    bounds = [rows * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, map(slice, bounds[:-1], bounds[1:])))
+        _in_threads(run, len(codes), threads, pool)
+    return new, found
+
+
+def _in_threads(work: Callable[[slice], None], rows: int, threads: int, pool: ThreadPoolExecutor) -> None:
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    list(pool.map(work, map(slice, bounds[:-1], bounds[1:])))

@@ -34,9 +34,9 @@ _BELOW = 0.3
 _ROWS = 1024  # at a time on a CPU, whose cache then holds what is at hand
 _COLUMNS = 128  # in a block: the columns after it learn of its changes in matrix products, as in GPTQ
 _STEPS = 12  # of conjugate gradients at most
-# The last fit of a width ends when its error is about this share from the least possible; above TOGETHER, where errors are small,
-# less will do. Before a sweep tables take one step: more are worth nothing, measured, as the sweep changes the problem.
-_NEAR, _NEAR_ABOVE = 1e-2, 3e-2
+# The last fit of a width ends when its error is about this share from the least possible; then comes one step, which takes no product.
+# Before a sweep tables take only that: more are worth nothing, measured, as the sweep changes the problem.
+_NEAR = 4e-2
 _SAMPLED, _SAFE = 64, 0.9  # rows that tell how long a step is best, and how much of that is taken
 _SPLIT_STEPS = 3
 
@@ -213,14 +213,20 @@ class Tree:
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
             codes, metric = self.codes[:, part].contiguous(), self.metric.matrix[part, part].contiguous()
-            fixed = torch.zeros_like(codes, dtype=torch.bool) if self.zeros is None else self.zeros[:, part].contiguous()
+            fixed = (
+                torch.zeros_like(codes, dtype=torch.bool) if self.zeros is None else self.zeros[:, part].contiguous()
+            )
             gradient = follower.enter(part)
             change = torch.zeros_like(gradient)
             for one, choice in zip(passes, choices, strict=True):
-                moved = gradient.clone() if one is passes[0] else torch.baddbmm(gradient, change, metric.expand(len(change), -1, -1))
-                moved = moved[-len(one.share):].contiguous()
+                moved = (
+                    gradient.clone()
+                    if one is passes[0]
+                    else torch.baddbmm(gradient, change, metric.expand(len(change), -1, -1))
+                )
+                moved = moved[-len(one.share) :].contiguous()
                 choice(codes, fixed, moved, metric)
-                change[-len(moved):] += moved
+                change[-len(moved) :] += moved
             follower.leave(part, change)
             self.codes[:, part] = codes
         follower.finish()
@@ -308,7 +314,9 @@ class Tree:
         split = split_rows_compiled if self.codes.device.type == "cpu" else split_rows
         fixed = torch.zeros_like(self.codes, dtype=torch.bool) if self.zeros is None else self.zeros
         bits, table = self.parent + 1, self.tables[self.parent]
-        self.codes, self.tables[bits] = split(self.codes, self.targets[bits], self.metric.matrix.diagonal(), table, fixed)
+        self.codes, self.tables[bits] = split(
+            self.codes, self.targets[bits], self.metric.matrix.diagonal(), table, fixed
+        )
         self._gathered, self._gradients = None, {}
 
     def _held(self, bits: int) -> Tensor:
@@ -352,10 +360,10 @@ def split_rows_compiled(
     codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Same on a CPU, ten times faster."""
-    new, found = torch.empty_like(codes), table.repeat_interleave(2, dim=1)
-    given = [tensor.contiguous().numpy() for tensor in (codes, targets, weight, table, zeros)]
-    split_cells(*given, _SPLIT_STEPS, new.numpy(), found.numpy(), torch.get_num_threads())
-    return new, found
+    wanted, weights = targets.contiguous().numpy(), weight.contiguous().numpy()
+    given = codes.numpy(), wanted, weights, table.contiguous().numpy(), zeros.contiguous().numpy()
+    new, found = split_cells(*given, _SPLIT_STEPS, torch.get_num_threads())
+    return torch.from_numpy(new), torch.from_numpy(found)
 
 
 def _gathered(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
@@ -416,11 +424,12 @@ def _grown(
     for passes in [*joint, [one(bits, _BELOW) for bits in range(seed, together)]]:
         if passes:
             tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
-    for bits in range(seed, together):
+    for bits in tree.tables:
+        tree.fit(bits, _NEAR)
         tree.step(bits)
-    tree.fit(together, _NEAR)
     for bits in range(together + 1, parent + 1):
         tree.split()
         tree.descend([Pass({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
-        tree.fit(bits, _NEAR_ABOVE)
+        tree.fit(bits, _NEAR)
+        tree.step(bits)
     return tree.codes.to(torch.uint8), tree.tables
