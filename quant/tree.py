@@ -209,24 +209,18 @@ class Tree:
         """
         choose = self._compiled if self.codes.device.type == "cpu" else self._plain
         widths, choices = sorted(passes[0].share), [choose(one) for one in passes]
-        follower = self._follower(widths, steps)
+        follower, fixed = self._follower(widths, steps), self._fixed()
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
             codes, metric = self.codes[:, part].contiguous(), self.metric.matrix[part, part].contiguous()
-            fixed = (
-                torch.zeros_like(codes, dtype=torch.bool) if self.zeros is None else self.zeros[:, part].contiguous()
-            )
-            gradient = follower.enter(part)
+            gradient, held = follower.enter(part), fixed[:, part].contiguous()
             change = torch.zeros_like(gradient)
             for one, choice in zip(passes, choices, strict=True):
-                moved = (
-                    gradient.clone()
-                    if one is passes[0]
-                    else torch.baddbmm(gradient, change, metric.expand(len(change), -1, -1))
-                )
-                moved = moved[-len(one.share) :].contiguous()
-                choice(codes, fixed, moved, metric)
-                change[-len(moved) :] += moved
+                w = len(one.share)
+                now = gradient if one is passes[0] else gradient + change @ metric
+                moved = now[-w:].clone()
+                choice(codes, held, moved, metric)
+                change[-w:] += moved
             follower.leave(part, change)
             self.codes[:, part] = codes
         follower.finish()
@@ -311,13 +305,15 @@ class Tree:
 
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
-        split = split_rows_compiled if self.codes.device.type == "cpu" else split_rows
-        fixed = torch.zeros_like(self.codes, dtype=torch.bool) if self.zeros is None else self.zeros
-        bits, table = self.parent + 1, self.tables[self.parent]
-        self.codes, self.tables[bits] = split(
-            self.codes, self.targets[bits], self.metric.matrix.diagonal(), table, fixed
-        )
+        split = _split_compiled if self.codes.device.type == "cpu" else _split
+        bits, weight = self.parent + 1, self.metric.matrix.diagonal()
+        given = self.codes, self.targets[bits], weight, self.tables[self.parent], self._fixed()
+        self.codes, self.tables[bits] = split(*given)
         self._gathered, self._gradients = None, {}
+
+    def _fixed(self) -> Tensor:
+        """Bool [N, K]: the weights whose path is fixed."""
+        return torch.zeros_like(self.codes, dtype=torch.bool) if self.zeros is None else self.zeros
 
     def _held(self, bits: int) -> Tensor:
         """Bool [N, 2**bits]: the entries that must stay 0."""
@@ -332,7 +328,7 @@ def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
     return sums.scatter_add_(1, codes, values)
 
 
-def split_rows(codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+def _split(codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and tables of one more width.
 
     Args:
@@ -356,7 +352,7 @@ def split_rows(codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, ze
     return new, found
 
 
-def split_rows_compiled(
+def _split_compiled(
     codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Same on a CPU, ten times faster."""
