@@ -7,7 +7,7 @@ descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one width). What is n
 tree is chosen at once, against the sum of the errors of all widths: the b-bit code stays the top b bits of the
 parent's, and no width's choice is taken before another's. In the end the bits below each width are chosen once more.
 
-Everything is torch on whole columns of rows, on any device, but for two compiled loops on a CPU; deterministic.
+Everything is torch on whole columns of rows, on any device, but for three compiled loops on a CPU; deterministic.
 """
 
 from __future__ import annotations
