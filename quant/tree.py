@@ -30,7 +30,10 @@ TOGETHER = 6  # widths up to here are optimised together; above, errors are so s
 # A sweep's weight for a width is its error (4**-bits, say) to the power of minus this: first all widths count by how far they
 # could still come, in the end nearly by what they cost. The bits below every width are then chosen once more given that width's.
 _POWERS = ((0.5, 0.5), (0.25, 0.14))  # two sweeps, each with two passes over every block
-_POWERS_BELOW_3 = ((0.5, 0.5), (0.5, 0.28))  # from a seed of 2 bits, which has so much error that the others' counted for too little
+_POWERS_BELOW_3 = (
+    (0.5, 0.5),
+    (0.5, 0.28),
+)  # from a seed of 2 bits, which has so much error that the others' counted for too little
 _BELOW = 0.3
 _ROWS = 1024  # at a time on a CPU, whose cache then holds what is at hand
 _COLUMNS = 128  # in a block: the columns after it learn of its changes in matrix products, as in GPTQ
