@@ -209,7 +209,7 @@ class Tree:
 
         Args:
             passes: over every block of columns, one after another; the first has all widths of those after it.
-            steps: width of the first -> what :meth:`step` has just added to its tables.
+            steps: width of the first -> what :meth:`step` has just added to its tables; it counts where a gradient is known.
         """
         choose = self._compiled if self.codes.device.type == "cpu" else self._plain
         widths, choices = sorted(passes[0].share), [choose(one) for one in passes]
@@ -219,9 +219,9 @@ class Tree:
             codes, metric = self.codes[:, part].contiguous(), self.metric.matrix[part, part].contiguous()
             gradient, held = follower.enter(part), fixed[:, part].contiguous()
             change = torch.zeros_like(gradient)
-            for one, choice in zip(passes, choices, strict=True):
+            for number, (one, choice) in enumerate(zip(passes, choices, strict=True)):
                 w = len(one.share)
-                now = gradient if one is passes[0] else gradient + change @ metric
+                now = gradient + change @ metric if number else gradient
                 moved = now[-w:].clone()
                 choice(codes, held, moved, metric)
                 change[-w:] += moved
@@ -254,7 +254,6 @@ class Tree:
         share = np.array([one.share[bits] for bits in sorted(one.share)], np.float32)
         tables = {bits: self.tables[bits].numpy() for bits in one.share}
         descent = Descent(tables, share, one.below or 0, torch.get_num_threads())
-
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
     def _plain(self, one: Pass) -> Choice:

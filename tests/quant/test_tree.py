@@ -100,20 +100,21 @@ def test_fits_hold_with_massive_and_dead_inputs():
         assert given == pytest.approx(best, rel=0.06)
 
 
-def test_descent_changes_one_column_at_a_time_for_the_best():
+@pytest.mark.parametrize("passes", [1, 2])
+def test_descent_changes_one_column_at_a_time_for_the_best(passes):
     """A sweep done by trying every path of every weight, and recomputing all errors each time."""
-    weight, metric = problem(rows=2, columns=9)
+    weight, metric = problem(rows=2)
     tree = started(weight, metric, 2, 4)
     share = {2: 1.0, 3: 2.0, 4: 5.0}
     codes = tree.codes.clone()
-    for row, column in itertools.product(range(2), range(9)):
+    for _, row, column in itertools.product(range(passes), range(2), range(24)):
         errors = []
         for path in range(16):
             codes[row, column] = path
             dense = {bits: tree.tables[bits][row, codes[row] >> (4 - bits)] for bits in share}
             errors.append(sum(s * plain_error(weight[row, None], metric, dense[b][None]) for b, s in share.items()))
         codes[row, column] = int(np.argmin(errors))
-    tree.descend([Pass(share)])
+    tree.descend([Pass(share)] * passes)
     assert torch.equal(tree.codes, codes)
 
 
