@@ -1,43 +1,43 @@
 """Make a pretrained Hugging Face causal LM small and fast after training, and prove what that cost.
 
 ``import compress`` teaches transformers to read compressed checkpoints, so that plain
-``AutoModelForCausalLM.from_pretrained(folder)`` works. Everything heavier is imported when it is used.
+``AutoModelForCausalLM.from_pretrained(folder)`` works. Everything else is imported when it is used.
+
+Transformers has no way to be told of a method before it is itself imported, which with torch takes seconds. The ``compress``
+command should answer a mistyped option sooner, and only a command that loads a model needs the method: under
+:mod:`compress_command`, where that command begins, transformers is told when :mod:`compress.hf` is imported, without which
+nothing here loads a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.hf import register
-from compress.loading import get_bits, load, set_bits
 from compress.version import __version__
 
 if TYPE_CHECKING:
-    from compress.recipe import Recipe
+    from compress.kernels.bitplane import backend
+    from compress.loading import get_bits, load, set_bits
+    from compress.pipeline import run
+
+if "compress_command" not in sys.modules:
+    import compress.hf  # noqa: F401  (registers it)
 
 __all__ = ["CompressError", "__version__", "backend", "get_bits", "load", "run", "set_bits"]
 
-register()
+_HOMES = {
+    "backend": "compress.kernels.bitplane",
+    "get_bits": "compress.loading",
+    "load": "compress.loading",
+    "run": "compress.pipeline",
+    "set_bits": "compress.loading",
+}
 
 
-def run(
-    recipe: str | Path | Mapping[str, Any] | Recipe,
-    output: str | Path | None = None,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
-    workspace: str | Path | None = None,
-    report: Callable[[str, int, int], None] | None = None,
-) -> Path:
-    """Compress a model; see :func:`compress.pipeline.run`."""
-    from compress import pipeline
-
-    return pipeline.run(recipe, output, overrides, workspace, report)
-
-
-def backend() -> str:
-    """Which implementation multiplies by packed weights here, and why."""
-    from compress.kernels.bitplane import backend as active
-
-    return active()
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from compress.errors import CompressError
-from compress.quant.linear import PackedShape, packed_bytes
+from compress.manifest import read_manifest
+from compress.quant.format import PackedShape, packed_bytes
 from compress.structure import Architecture
-from compress.weights import read_manifest
 
 _STEPS = 20_000  # the budget is counted in this many parts, each matrix's bytes rounded up
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from compress.demo import corpus
 from compress.errors import CompressError
-from compress.recipe import Calibration
+from compress.settings import Calibration
+from compress.texts import CALIBRATION, fingerprint, read_modules
 from compress.weights import sha256_of
 from compress.workspace import digest
 
@@ -59,8 +59,8 @@ def read_documents(path: Path, separator: str | None = None, column: str = "text
 
 def _documents(settings: Calibration) -> tuple[Iterable[str], dict[str, object]]:
     if settings.builtin:
-        texts = corpus.read_modules(corpus.CALIBRATION)
-        return texts.values(), {"builtin": settings.builtin, "sha256": corpus.fingerprint(texts)}
+        texts = read_modules(CALIBRATION)
+        return texts.values(), {"builtin": settings.builtin, "sha256": fingerprint(texts)}
     if settings.text is not None:
         path = Path(settings.text)
         documents = read_documents(path, settings.separator, settings.column)

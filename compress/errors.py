@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CompressError(Exception):
     """One clear sentence: what is wrong, where, which rule it breaks, what to do."""
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuse to write a checkpoint where there is something already.
+
+    Raises:
+        CompressError: the place is not free, or an empty folder.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CompressError(f"output {output}: exists already and is not an empty folder; choose another or remove it.")
 
 
 def first_line(error: Exception) -> str:

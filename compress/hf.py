@@ -1,4 +1,4 @@
-"""The Hugging Face side: one quantiser that rebuilds packed modules, registered by ``import compress``.
+"""The Hugging Face side: one quantiser that rebuilds packed modules; importing this module registers it.
 
 Only the part of the interface that is the same from transformers 5.0 to the latest is used. A process
 that has not imported :mod:`compress` stops with a size mismatch: the seed planes bear the dense weight's name
@@ -8,7 +8,7 @@ with another shape, so transformers can not take them for weights nor fill them 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,42 +24,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.errors import CompressError, did_you_mean
+from compress.config import METHOD, Bits, StoredConfig, format_version
+from compress.errors import CompressError
+from compress.quant.format import PackedShape, SparseShape, width_range
 from compress.quant.fused import join
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
-from compress.quant.sparse import SparseShape, expand, shape_of
-from compress.shapes import BlockShape, Shapes, read_shapes, replace_shapes
-from compress.structure import Linear, architecture, is_linear
-
-METHOD = "compress"
-DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION = 1, 2, 3
-"""Of the format: the third if and only if blocks of other sizes than the config's are recorded, the second if and only if
-none is and a module is stored sparse."""
-
-Bits = int | Mapping[str, int]
-"""A width for all packed modules, or widths by exact module name or ``re:`` pattern."""
-
-
-def matching(pattern: str, names: list[str]) -> list[str]:
-    """The names a pattern means: an exact name, or ``re:`` and a regular expression for a whole name.
-
-    Raises:
-        CompressError: it matches nothing, or is not a regular expression.
-    """
-    if pattern.startswith("re:"):
-        try:
-            rule = re.compile(pattern[3:])
-        except re.error as error:
-            raise CompressError(f"pattern {pattern!r} is not a regular expression: {error}.") from error
-        found = [name for name in names if rule.fullmatch(name)]
-    else:
-        found = [name for name in names if name == pattern]
-    if not found:
-        raise CompressError(
-            f"pattern {pattern!r} matches no module; give a full name or 're:' and a regular expression for one. "
-            f"{did_you_mean(pattern.removeprefix('re:'), names[:40])}"
-        )
-    return found
+from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
+from compress.quant.sparse import expand
+from compress.shapes import replace_shapes
+from compress.structure import Linear, architecture, is_linear, matching
 
 
 def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
@@ -74,9 +46,11 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
         raise CompressError(f"bits must be a number or a mapping of patterns to numbers, not {bits!r}.")
     if isinstance(bits, int):
-        low, high = min(s.seed_bits for s in shapes.values()), max(s.parent_bits for s in shapes.values())
-        if not low <= bits <= high:
-            raise CompressError(f"width {bits} is not available; this model can be read at {low} to {high} bits.")
+        known = width_range(shapes.values())
+        if bits not in known:
+            raise CompressError(
+                f"width {bits} is not available; this model can be read at {known[0]} to {known[-1]} bits."
+            )
         return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
     widths = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
@@ -88,76 +62,19 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     return widths
 
 
-class CompressConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed checkpoint (``quant/FORMAT.md``).
+class CompressConfig(StoredConfig, QuantizationConfigMixin):
+    """The same for transformers."""
 
-    Args:
-        format_version: of the stored tensors.
-        bits: width to load at, or patterns; None means all that is stored.
-        modules: packed module name -> fields of :class:`PackedShape`.
-        pruned: block name -> fields of :class:`BlockShape`, for blocks that are not as the rest of the config says.
-    """
-
-    def __init__(
-        self,
-        format_version: int = DENSE_VERSION,
-        bits: Bits | None = None,
-        modules: Mapping[str, Mapping[str, Any]] | None = None,
-        pruned: Mapping[str, Mapping[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        if format_version not in (DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION):
-            raise CompressError(
-                f"config.json: format_version {format_version} is none of {DENSE_VERSION}, {SPARSE_VERSION} and "
-                f"{SHAPED_VERSION}, which this release of compress reads; install a release that knows it."
-            )
-        self.format_version, self.bits = format_version, bits
-        try:
-            self.modules = {name: dict(fields) for name, fields in (modules or {}).items()}
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
-        self.pruned = {name: vars(shape) for name, shape in read_shapes(pruned or {}).items()}
-        if self.pruned and format_version != SHAPED_VERSION:
-            raise CompressError(
-                f"config.json: quantization_config.pruned needs format_version {SHAPED_VERSION}, not {format_version}."
-            )
+        super().__init__(*args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``config.json``; ``pruned`` only where there is something to say."""
+        """Return the fields for ``config.json``; ``pruned`` only where there is something to say."""
         data: dict[str, Any] = super().to_dict()
         if not self.pruned:
             data.pop("pruned", None)
         return data
-
-    def block_shapes(self) -> dict[str, BlockShape]:
-        """The recorded blocks."""
-        return read_shapes(self.pruned)
-
-    def shapes(self) -> dict[str, PackedShape]:
-        """The packed modules.
-
-        Raises:
-            CompressError: a record with missing or unknown fields, or values that make no sense.
-        """
-        try:
-            shapes = {name: shape_of(fields) for name, fields in self.modules.items()}
-        except TypeError as error:
-            raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
-        if self.format_version < format_version(shapes.values()):
-            raise CompressError(
-                "config.json: quantization_config.modules is malformed: version 1 has no sparse modules."
-            )
-        for name, shape in shapes.items():
-            if any(type(value) is not int for field, value in vars(shape).items() if field != "codebook_dtype"):
-                raise CompressError(
-                    f"config.json: quantization_config.modules[{name!r}] has a field that is no integer."
-                )
-            sound = 1 <= shape.seed_bits <= shape.parent_bits <= 8 and min(shape.in_features, shape.out_features) > 0
-            sound = sound and (not isinstance(shape, SparseShape) or shape.sound)
-            if not sound or shape.codebook_dtype not in ("float16", "float32"):
-                raise CompressError(f"config.json: quantization_config.modules[{name!r}] is out of range: {shape}.")
-        return shapes
 
 
 def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) -> None:
@@ -209,13 +126,6 @@ def join_layers(model: PreTrainedModel) -> None:
     join(linears, architecture(model.config).fused)
 
 
-def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
-    """The version of the format that modules and blocks need."""
-    if pruned:
-        return SHAPED_VERSION
-    return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in shapes) else DENSE_VERSION
-
-
 def rebuild(model: nn.Module) -> None:
     """Let every module that was filled in the sparse form hold the planes it computes with, one after the other.
 
@@ -245,8 +155,7 @@ def _unread(stored: Mapping[str, PackedShape], loaded: Mapping[str, PackedShape]
 
 
 def _bytes(shapes: Mapping[str, PackedShape]) -> int:
-    sizes = [item for shape in shapes.values() for item in shape.specification().values()]
-    return sum(torch.Size(size).numel() * dtype.itemsize for size, dtype in sizes)
+    return sum(sum(shape.tensor_bytes().values()) for shape in shapes.values())
 
 
 class CompressQuantizer(HfQuantizer):
@@ -313,9 +222,8 @@ class CompressQuantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Make transformers know the method; calling it again does nothing."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(CompressConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(CompressQuantizer)
+# Transformers refuses a second registration, which a reloaded module would be.
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(CompressConfig)
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(CompressQuantizer)

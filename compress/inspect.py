@@ -1,23 +1,19 @@
-"""What is in a checkpoint: modules, bytes by width, errors, provenance. Reads headers only."""
+"""What is in a checkpoint: modules, bytes at each number of bits, errors, provenance, zeros.
+
+:func:`inspect` reads headers only, and imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from compress.hf import CompressConfig, replace_packed
-from compress.loading import check_tensors
-from compress.manifest import read_settings
-from compress.pipeline import read_config
-from compress.prompts.adapter import prompt_sizes
-from compress.quant.linear import PackedShape, width_of
-from compress.quant.sparse import SparseShape
-from compress.shapes import replace_shapes
-from compress.streaming import State, empty_model, tensor_names
-from compress.structure import architecture
-from compress.weights import Checkpoint, TensorInfo, read_manifest
-from compress.workspace import digest
+from compress.config import check_tensors, read_settings
+from compress.manifest import read_manifest
+from compress.quant.format import PackedShape, SparseShape, width_of, width_range
+from compress.weights import Checkpoint, TensorInfo
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -48,14 +44,13 @@ def inspect(folder: Path) -> dict[str, Any]:
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
     dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
     held = sum(dense.values())
-    low = min((s.seed_bits for s in shapes.values()), default=0)
-    high = max((s.parent_bits for s in shapes.values()), default=-1)
     at = {
-        str(b): held + sum(_at(module["bytes_at_bits"], b) for module in modules.values()) for b in range(low, high + 1)
+        str(bits): held + sum(_at(module["bytes_at_bits"], bits) for module in modules.values())
+        for bits in width_range(shapes.values())
     }
     return {
         "folder": str(folder),
-        "format_version": settings.format_version if isinstance(settings, CompressConfig) else None,
+        "format_version": settings.format_version if settings else None,
         "files": {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
@@ -66,12 +61,9 @@ def inspect(folder: Path) -> dict[str, Any]:
         "modules": modules,
         "blocks": settings.pruned if settings else {},
         "dense": dense,
-        "prompts": {
-            "all widths" if bits is None else f"{bits} bits": {"tokens": tokens, "numbers": tokens * wide}
-            for bits, (tokens, wide) in prompt_sizes(folder).items()
-        },
+        "prompts": _prompts(folder),
         "not_quantised": (manifest or {}).get("not_quantised", {}),
-        "pruned": any(unit.get("linears") for step in passes for unit in step["units"].values()),
+        "pruned": any(_counts_zeros(unit) for step in passes for unit in step["units"].values()),
         "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},
     }
 
@@ -110,19 +102,64 @@ def _noted(manifest: Mapping[str, Any], field: str) -> dict[str, Any]:
     }
 
 
-def checkpoint_state(folder: Path) -> State:
-    """A checkpoint, or a dense model, as passes see it: nothing is read but headers.
+def _counts_zeros(unit: Mapping[str, Any]) -> bool:
+    """Tell whether a unit's record is that of a pruning pass: figures with ``zeros`` of every linear in it."""
+    linears = unit.get("linears")
+    return isinstance(linears, Mapping) and any(
+        isinstance(found, Mapping) and "zeros" in found for found in linears.values()
+    )
+
+
+def _prompts(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the sizes of stored soft prompts, by what they are for."""
+    if not (folder / "soft_prompt").is_dir():
+        return {}
+    from compress.prompts.adapter import prompt_sizes
+
+    return {
+        "all widths" if bits is None else f"{bits} bits": {"tokens": tokens, "numbers": tokens * wide}
+        for bits, (tokens, wide) in prompt_sizes(folder).items()
+    }
+
+
+def sparsity(folder: Path) -> dict[str, Any]:
+    """Count exact zeros in the linears inside the blocks, packed ones at their parent width.
+
+    One block is in memory at a time.
+
+    Returns:
+        ``{"zeros", "parameters", "sparsity", "blocks": {name: the same}, "linears": {name: the same}}``.
 
     Raises:
         CompressError: not a model folder, or an undeclared architecture.
     """
-    settings, config = read_settings(folder), read_config(folder)
-    if settings is not None:
-        del config.quantization_config  # the model is built dense and then replaced
-    model, rename = empty_model(config), architecture(config).stored_name
-    running = {rename(name): name for name, _ in model.named_modules()}
-    packed = {running.get(name, name): shape for name, shape in (settings.shapes() if settings else {}).items()}
-    shapes = settings.block_shapes() if settings else {}
-    replace_shapes(model, shapes)
-    replace_packed(model, packed)
-    return State(Checkpoint(folder, tensor_names(model)), config, packed, digest(str(folder)), shapes)
+    import torch
+
+    from compress.hf import packed_modules
+    from compress.source import checkpoint_state
+    from compress.streaming import StreamedModel
+    from compress.structure import block_prefix, linears_of
+
+    model = StreamedModel(checkpoint_state(folder), torch.device("cpu"))
+    linears: dict[str, dict[str, float]] = {}
+    blocks: dict[str, dict[str, float]] = {}
+    for index in range(len(model.blocks)):
+        prefix = block_prefix(model.structure, index)
+        with model.block(index) as block:
+            weights = ((name, linear.weight) for name, linear in linears_of(block, prefix).items())
+            unpacked = ((f"{prefix}.{name}", module.dense()) for name, module in packed_modules(block).items())
+            inside = {
+                name: _counted(int((weight == 0).sum()), weight.numel())
+                for name, weight in chain(weights, unpacked)  # a packed one's only while it is looked at
+            }
+        linears |= inside
+        blocks[prefix] = _total(inside)
+    return {**_total(linears), "blocks": blocks, "linears": linears}
+
+
+def _counted(zeros: float, parameters: float) -> dict[str, float]:
+    return {"zeros": zeros, "parameters": parameters, "sparsity": zeros / parameters if parameters else 0.0}
+
+
+def _total(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return _counted(sum(p["zeros"] for p in parts.values()), sum(p["parameters"] for p in parts.values()))

@@ -8,15 +8,22 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 from compress.budget import as_number, widths_for_budget
+from compress.config import METHOD, Bits, StoredConfig, check_tensors, index_name
 from compress.errors import CompressError, first_line
-from compress.hf import METHOD, Bits, CompressConfig, join_layers, matching, packed_modules, widths_for
-from compress.quant.linear import width_of
-from compress.structure import architecture
-from compress.weights import INDEX, MANIFEST, Checkpoint
+from compress.hf import join_layers, packed_modules, widths_for
+from compress.manifest import MANIFEST
+from compress.structure import architecture, matching
 
 
 def load(
@@ -54,26 +61,27 @@ def load(
         model = load(folder, bits, memory, keep_dense, exact, **kwargs)
         return attach(model, found)  # type: ignore[return-value]
     name = str(folder)
-    config = _read_config(name, kwargs.get("revision"))
+    config = read_config(name, kwargs.get("revision"))
     settings = getattr(config, "quantization_config", None)
     if settings is None or settings.get("quant_method") != METHOD:
         if bits is not None or memory is not None:
             raise CompressError(f"{name}: is not a compressed checkpoint, so it has no widths to choose from.")
         return _from_pretrained(name, **kwargs)
-    stored = CompressConfig(**settings)
+    stored = StoredConfig(**settings)
     shapes = stored.shapes()
-    index = INDEX
+    widest = None
     chosen = bits_for(name, bits, memory, kwargs.get("revision"))
     if chosen is not None and not shapes:
         raise CompressError(f"{name}: none of its matrices is packed, so it has no widths to choose from.")
     if chosen is not None:
         widest = max(widths_for(chosen, shapes).values())
         config.quantization_config = {**settings, "bits": chosen if isinstance(chosen, int) else dict(chosen)}
-        stepwise = index_name(widest)
-        if not Path(name).is_dir() or (Path(name) / stepwise).exists():  # save_pretrained writes none
-            index, kwargs["variant"] = stepwise, f"{widest}bit"
+        if Path(name).is_dir() and not (Path(name) / index_name(widest)).exists():
+            widest = None  # save_pretrained writes no index of a width
+        else:
+            kwargs["variant"] = f"{widest}bit"
     if Path(name).is_dir():
-        check_tensors(Path(name), stored, index)
+        check_tensors(Path(name), stored, widest)
     model = _from_pretrained(name, config=config, **kwargs)
     for module in packed_modules(model).values():
         module.keep_dense, module.exact = keep_dense, exact
@@ -82,15 +90,21 @@ def load(
     return model
 
 
-def _read_config(name: str, revision: str | None) -> Any:
+def read_config(name: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """Read the configuration of a folder or hub id, without running any code of its own.
+
+    Raises:
+        CompressError: there is none, or transformers cannot use it.
+    """
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(name), revision=revision)
     except CompressError:
         raise
-    except Exception as error:  # transformers raises many types for what is not a model folder
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
         raise CompressError(
             f"{name}: is not a model folder or hub id that can be read ({first_line(error)})."
         ) from error
+    return config
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -131,40 +145,9 @@ def bits_for(
             f"{folder}: has no {MANIFEST} with measured errors, by which widths are chosen; give a whole width, or patterns."
         ) from error
     assert manifest is not None  # it raises where it finds nothing
-    config = AutoConfig.from_pretrained(str(folder), revision=revision)
-    shapes = CompressConfig(**config.quantization_config).shapes()
+    config = read_config(folder, revision)
+    shapes = StoredConfig(**config.quantization_config).shapes()
     return widths_for_budget(Path(manifest).parent, shapes, architecture(config), mean, memory)
-
-
-def index_name(bits: int | None) -> str:
-    """The index of what a width needs: transformers finds it as ``variant="<bits>bit"``; None for everything."""
-    return INDEX if bits is None else INDEX.replace(".json", f".{bits}bit.json")
-
-
-def check_tensors(folder: Path, config: CompressConfig, index: str = INDEX) -> int:
-    """Every packed tensor that an index should list is there, of its recorded shape and type; returns how many.
-
-    Reads headers only.
-
-    Raises:
-        CompressError: the first that is not, by file and tensor.
-    """
-    info, count = Checkpoint(folder, index_name=index).info(), 0
-    step = index.removeprefix(INDEX.removesuffix("json")).removesuffix("bit.json")
-    widest = int(step) if step.isdigit() else 8
-    for name, shape in config.shapes().items():
-        for tensor, (size, dtype) in shape.specification().items():
-            if (width_of(f"{name}.{tensor}") or 0) > max(widest, shape.seed_bits):
-                continue
-            found = info.get(f"{name}.{tensor}")
-            if found is None:
-                raise CompressError(f"{folder}: tensor {name}.{tensor} is missing; fetch or write it again.")
-            if found.shape != size or found.dtype != dtype:
-                raise CompressError(
-                    f"{found.file}: {name}.{tensor} is {found.dtype} {list(found.shape)} instead of {dtype} {list(size)}."
-                )
-            count += 1
-    return count
 
 
 def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:

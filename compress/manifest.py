@@ -1,4 +1,4 @@
-"""Reading a checkpoint's own account of itself, and checking it against the files."""
+"""The manifest, a checkpoint's own account of itself: reading it, and checking it against the files (no torch)."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from compress.config import check_tensors, read_settings
 from compress.errors import CompressError
-from compress.hf import METHOD, CompressConfig
-from compress.loading import check_tensors
-from compress.weights import MANIFEST, read_manifest, sha256_of
-from compress.writer import describe
+from compress.quant.format import width_range
+from compress.weights import refuse_elsewhere, sha256_of
 
+MANIFEST = "compression.json"
+_KEYS = frozenset({"compress_version", "files", "not_quantised", "passes", "probe", "recipe", "sizes", "versions"})
 _TOLERANCE = 1e-3  # of the largest logit: another machine or transformers release sums in another order
 
 
-def read_settings(folder: Path) -> CompressConfig | None:
-    """``quantization_config`` of a checkpoint; None for a dense model.
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest; None where a folder has none (a dense model, or one saved by ``save_pretrained``).
 
     Raises:
-        CompressError: there is no readable config.json.
+        CompressError: it is not JSON, lacks what every manifest has, or names files elsewhere.
     """
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CompressError(f"{path}: cannot be read ({error}); is {folder} a model folder?") from error
-    if settings is None or settings.get("quant_method") != METHOD:
+    path = folder / MANIFEST
+    if not path.is_file():
         return None
-    return CompressConfig(**settings)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CompressError(f"{path}: is not JSON ({error}); the checkpoint is damaged.") from error
+    missing = _KEYS - found.keys() if isinstance(found, dict) else _KEYS
+    if missing:
+        raise CompressError(f"{path}: has no {min(missing)!r}, as every manifest has; the checkpoint is damaged.")
+    refuse_elsewhere(path, found["files"])
+    return found  # type: ignore[no-any-return]
 
 
 def verify(folder: Path) -> list[str]:
@@ -89,26 +92,22 @@ def _probe_in_fresh_process(folder: Path, probe: dict[str, Any]) -> dict[str, An
 
 def answer_probe(folder: str) -> None:
     """In the fresh process: read tokens from standard input, print what the loaded model makes of them."""
+    import torch
+
     import compress
+    from compress.writer import describe
 
     tokens = torch.tensor(json.load(sys.stdin))
     model = compress.load(folder, dtype=torch.float32)
     settings = read_settings(Path(folder))
     results = {}
     with torch.no_grad():
-        for width in _widths(settings):
+        for width in width_range(settings.shapes().values() if settings else ()) or [0]:
             if width:
                 compress.set_bits(model, width)
             logits = model(input_ids=tokens[None], use_cache=False).logits[0]
             results[str(width) if width else "dense"] = describe(logits, tokens)
     print(json.dumps(results))
-
-
-def _widths(settings: CompressConfig | None) -> list[int]:
-    shapes = settings.shapes().values() if settings else []
-    if not shapes:
-        return [0]
-    return list(range(min(s.seed_bits for s in shapes), max(s.parent_bits for s in shapes) + 1))
 
 
 def _compare(width: str, expected: dict[str, Any], found: dict[str, Any]) -> None:

@@ -9,38 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib.metadata import EntryPoint, entry_points
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.errors import CompressError
-from compress.quant.linear import PackedShape
-from compress.shapes import BlockShape, Shapes
+from compress.config import BlockShape, Shapes
+from compress.quant.format import PackedShape
+from compress.settings import PASSES, Calibration, load_entry
+from compress.settings import PassConfig as PassConfig  # a part of this contract
+from compress.settings import kinds as kinds
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
 
-if TYPE_CHECKING:
-    from compress.recipe import Calibration
-
-GROUP = "compress.passes"
 Report = Callable[[str, int, int], None]
 """Called as work proceeds, with (what, steps done, steps in all)."""
 SURVEY_TOKENS = 4096
 """Tokens that a survey of the whole model runs at once, which the plan counts on."""
-
-
-class PassConfig(BaseModel):
-    """Base of every pass's settings. Subclasses fix ``kind`` to a literal and describe every field."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: str = Field(description="Name of the pass.")
 
 
 @dataclass(frozen=True)
@@ -332,35 +320,11 @@ class Pass(Generic[ConfigT]):
         return
 
 
-@cache
-def _entries() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-        if point.name in found and found[point.name].value != point.value:
-            raise CompressError(
-                f"two installed packages provide the pass {point.name!r} ({found[point.name].value} and {point.value}); "
-                "uninstall one of them."
-            )
-        found[point.name] = point
-    return found
-
-
-def kinds() -> list[str]:
-    """Names of all installed passes."""
-    return sorted(_entries())
-
-
 def pass_class(kind: str) -> type[Pass[Any]]:
     """The class behind a name.
 
     Raises:
         CompressError: its package cannot be imported, or what it names is not a pass.
     """
-    point = _entries()[kind]
-    try:
-        loaded = point.load()
-    except (ImportError, AttributeError) as error:
-        raise CompressError(f"pass {kind!r} ({point.value}) cannot be imported: {error}.") from error
-    if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
-        raise CompressError(f"pass {kind!r}: {point.value} is not a subclass of compress.passes.Pass.")
+    loaded: type[Pass[Any]] = load_entry(PASSES, kind, Pass)
     return loaded

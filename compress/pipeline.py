@@ -5,39 +5,25 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from compress import writer
 from compress.calibration import draw_samples
-from compress.errors import CompressError, first_line
-from compress.loading import load_tokenizer
+from compress.errors import CompressError, refuse_existing
 from compress.passes import Context, Pass, Report, pass_class
 from compress.processes import processes
-from compress.quant.linear import PackedShape
-from compress.recipe import Calibration, Overrides, Recipe, load_recipe
+from compress.quant.format import PackedShape
+from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner
-from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
-from compress.structure import architecture
-from compress.weights import Checkpoint
-from compress.workspace import Workspace, digest
-
-
-@dataclass(frozen=True)
-class Source:
-    """The dense model a recipe starts from."""
-
-    folder: Path
-    state: State
-    tokenizer: PreTrainedTokenizerBase
-    sha256: dict[str, str]
+from compress.settings import Calibration
+from compress.source import Source, make_context, open_source, pick_device
+from compress.streaming import State, foreseen
+from compress.workspace import Workspace
 
 
 def run(
@@ -87,8 +73,7 @@ def _target(output: str | Path | None) -> Path:
     target = Path(output)
     if not target.name:
         raise CompressError(f"output {target}: give the name of a folder to create.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CompressError(f"output {target}: exists already and is not an empty folder; choose another or remove it.")
+    refuse_existing(target)
     return target
 
 
@@ -105,55 +90,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename:
             raise CompressError(f"{error.filename}: {error.strerror}.") from error
         raise
-
-
-def open_source(model: str, revision: str | None = None) -> Source:
-    """Find a dense model: a folder, the built-in one, or a hub id.
-
-    Raises:
-        CompressError: it is not there, has no safetensors, is quantised, or of an undeclared architecture.
-    """
-    folder = model_folder(model, revision)
-    config = read_config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
-    architecture(config)
-    tokenizer = load_tokenizer(folder)
-    empty = empty_model(config)
-    checkpoint = Checkpoint(folder, tensor_names(empty))
-    sha256 = checkpoint.sha256()
-    return Source(folder, State(checkpoint, config, {}, digest(sha256)), tokenizer, sha256)
-
-
-def model_folder(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model name."""
-    if model == "builtin":
-        return Path(str(files("compress.demo") / "model"))
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CompressError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name).")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # network, authorisation, absence: the hub's own types change between releases
-        raise CompressError(
-            f"model {model!r}: there is no such folder, and the hub did not deliver it ({first_line(error)})."
-        ) from error
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """A folder's configuration, without running any code of its own."""
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except CompressError:
-        raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
-        raise CompressError(f"{folder}: config.json cannot be used ({first_line(error)}).") from error
-    return config
 
 
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
@@ -211,42 +147,6 @@ def _check_tokens(samples: Sequence[Tensor], source: Source) -> None:
 def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
     """What a pass learns from: its own text, else the recipe's calibration; None if it looks at none."""
     return step.needs().text or settings.calibration if step.needs().calibration else None
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a recipe; ``auto`` gives each process on a machine a GPU of its own.
-
-    Raises:
-        CompressError: this machine or this build of torch does not have it.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-        if name == "auto" and device.type == "cuda" and (team := processes(device)).num_processes > 1:
-            device = team.device
-    except (RuntimeError, AssertionError) as error:
-        raise CompressError(f"device {name!r} cannot be used here: {first_line(error)}.") from error
-    return device
-
-
-def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
-    """What passes may know of the model before any weight is read; of the source's own unless a later state is given."""
-    state = state or source.state
-    model = StreamedModel(state, torch.device("meta"))
-    inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
-    outside = {name: linear.shape for name, linear in model.outside().items()}
-    tied = bool(state.config.tie_word_embeddings)
-    biased = frozenset(name for name in inside if getattr(model.model.get_submodule(name), "bias", None) is not None)
-    parameters = sum(
-        torch.Size(item.shape).numel()
-        for name, item in state.source.info().items()
-        if not tied or name != f"{model.head}.weight"
-    )
-    limit = getattr(state.config, "max_position_embeddings", None)
-    return Context(
-        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters,
-        limit, source.tokenizer,
-    )  # fmt: skip
 
 
 def check_order(

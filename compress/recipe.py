@@ -5,36 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, model_validator
 
 from compress.errors import CompressError, did_you_mean
-from compress.passes import PassConfig, kinds, pass_class
-
-
-class Calibration(BaseModel):
-    """Text that passes learn from; it must not be text that anything is measured on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    text: str | None = Field(None, description="File: plain text, or JSON lines (.jsonl), either of them also gzipped.")
-    dataset: str | None = Field(None, description="Name or folder of a Hugging Face dataset.")
-    name: str | None = Field(None, description="Configuration of the dataset.")
-    split: str = Field("train", description="Split of the dataset.")
-    column: str = Field("text", description="Column of the dataset, or key of each JSON line, that holds the text.")
-    builtin: Literal["stdlib"] | None = Field(None, description="Modules of Python's own standard library.")
-    separator: str | None = Field(None, description="Divides a plain text file into documents; without it, windows.")
-    samples: int = Field(100, ge=1, description="Number of samples.")
-    length: int = Field(512, ge=2, description="Tokens per sample; a longer document is cut.")
-    min_characters: int = Field(0, ge=0, description="Documents with fewer characters are passed over.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Calibration:
-        if sum(source is not None for source in (self.text, self.dataset, self.builtin)) != 1:
-            raise ValueError("give exactly one of text, dataset and builtin")
-        return self
+from compress.settings import Calibration, PassConfig, config_class, kinds
 
 
 class Recipe(BaseModel):
@@ -75,7 +52,7 @@ def parse_pass(item: Any, index: int) -> PassConfig:
     kind = str(item["kind"])
     if kind not in kinds():
         raise CompressError(f"{where}.kind: there is no pass {kind!r}. {did_you_mean(kind, kinds())}")
-    config = pass_class(kind).Config
+    config = config_class(kind)
     try:
         return config.model_validate(dict(item))
     except ValidationError as error:
@@ -138,6 +115,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Over
     Raises:
         CompressError: the file is not there or not YAML, or anything in it is wrong.
     """
+    if isinstance(recipe, Recipe) and not overrides:
+        return recipe
     if isinstance(recipe, Recipe):
         data, where = recipe.model_dump(mode="json"), "recipe"
     elif isinstance(recipe, Mapping):
@@ -175,7 +154,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of recipes, with every installed pass."""
-    configs = tuple(pass_class(kind).Config for kind in kinds())
+    configs = tuple(config_class(kind) for kind in kinds())
     choice: Any = Annotated[Union[configs], Field(discriminator="kind")] if len(configs) > 1 else configs[0]
     schema = Recipe.model_json_schema(ref_template="#/$defs/{model}")
     passes = TypeAdapter(choice).json_schema(ref_template="#/$defs/{model}")

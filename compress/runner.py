@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import Samples
+from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, Report, Whole
 from compress.processes import processes
-from compress.quant.sparse import shape_of, smaller_form
-from compress.shapes import BlockShape, block_shape
+from compress.quant.format import shape_of
+from compress.quant.sparse import smaller_form
+from compress.shapes import block_shape
 from compress.streaming import Call, State, StreamedModel, reshaped
 from compress.structure import block_prefix
 from compress.version import __version__
@@ -127,7 +129,7 @@ class Runner:
             if not self.processes.is_main_process:
                 continue
             stored = {} if self.needs.beside else self.state.source.info()
-            tensors = {n: t.to(stored[n].dtype) if n in stored else t for n, t in tensors.items()}
+            tensors = {n: t.to(getattr(torch, stored[n].dtype)) if n in stored else t for n, t in tensors.items()}
             self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
             shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)
@@ -261,7 +263,11 @@ class Runner:
         stored = self.state.source.info()
         dense = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
         packed = {f"{name}.weight" for name in block.packed}
-        return {name: tensor.to("cpu", stored[name].dtype) for name, tensor in dense.items() if name not in packed}
+        return {
+            name: tensor.to("cpu", getattr(torch, stored[name].dtype))
+            for name, tensor in dense.items()
+            if name not in packed
+        }
 
     def _restore(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
         """Go on with exactly what was stored."""

@@ -6,7 +6,7 @@ Heads keep their dimension; what changes is how many there are, and how many cha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,32 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
 from compress.structure import Architecture, Groups, Linear, architecture, block_prefix
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """How large one block is: what ``quantization_config.pruned`` records of it.
-
-    Attributes:
-        heads: query heads.
-        key_value_heads: heads of keys and values; ``heads`` is a multiple.
-        channels: of the MLP, between its first and last linears.
-    """
-
-    heads: int
-    key_value_heads: int
-    channels: int
-
-    @property
-    def queries(self) -> int:
-        """Query heads per key-value head."""
-        return self.heads // self.key_value_heads
-
-
-Shapes = Mapping[str, BlockShape]
-"""Block name -> its shape, for blocks that are not as the config says."""
 
 
 def groups_of(structure: Architecture) -> Groups:
@@ -164,23 +141,6 @@ def replace_shapes(model: PreTrainedModel, shapes: Shapes) -> None:
         if any(value > getattr(whole, field) for field, value in asdict(shape).items()):
             raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is larger than the model: {shape}.")
         shape_block(block, structure, shape, dimension)
-
-
-def read_shapes(records: Any) -> dict[str, BlockShape]:
-    """The shapes of ``quantization_config.pruned``.
-
-    Raises:
-        CompressError: a record with missing or unknown fields, or values that make no sense.
-    """
-    try:
-        shapes = {str(name): BlockShape(**fields) for name, fields in dict(records).items()}
-    except (TypeError, ValueError) as error:
-        raise CompressError(f"config.json: quantization_config.pruned is malformed: {error}.") from error
-    for name, shape in shapes.items():
-        values = asdict(shape).values()
-        if any(type(value) is not int or value < 1 for value in values) or shape.heads % shape.key_value_heads:
-            raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is out of range: {shape}.")
-    return shapes
 
 
 def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedConfig | None:

@@ -6,6 +6,7 @@ A package can add its own: an entry point of group ``compress.architectures`` th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -157,6 +158,28 @@ def architecture(config: PretrainedConfig) -> Architecture:
         "an Architecture (the paths of its blocks, embedding and head, and the linears of one attention and one "
         "MLP group) through an entry point of group 'compress.architectures'."
     )
+
+
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """Find the names a pattern means: an exact name, or ``re:`` and a regular expression for a whole name.
+
+    Raises:
+        CompressError: it matches nothing, or is not a regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            rule = re.compile(pattern[3:])
+        except re.error as error:
+            raise CompressError(f"pattern {pattern!r} is not a regular expression: {error}.") from error
+        found = [name for name in names if rule.fullmatch(name)]
+    else:
+        found = [name for name in names if name == pattern]
+    if not found:
+        raise CompressError(
+            f"pattern {pattern!r} matches no module; give a full name or 're:' and a regular expression for one. "
+            f"{did_you_mean(pattern.removeprefix('re:'), names[:40])}"
+        )
+    return found
 
 
 class Linear:

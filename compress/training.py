@@ -14,44 +14,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, reduce
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from compress.errors import CompressError
-from compress.passes import PassConfig, Report, derived_generator
+from compress.passes import Report, derived_generator
 from compress.processes import processes
-from compress.recipe import Calibration
+from compress.settings import TrainingConfig as TrainingConfig  # a part of this contract
 from compress.weights import read_tensors
 from compress.workspace import digest, save_atomic
-
-
-class TrainingConfig(PassConfig):
-    """Settings of every pass that trains; subclasses fix ``kind``."""
-
-    text: Calibration | None = Field(None, description="Text to train on; the recipe's calibration if absent.")
-    steps: int = Field(500, ge=1, description="Steps of AdamW.")
-    batch: int = Field(16, ge=1, description="Samples per step, over all processes.")
-    micro_batch: int = Field(
-        16, ge=1, description="Samples in memory at once in a process; gradients are accumulated over the rest."
-    )
-    learning_rate: float = Field(1e-3, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
-    warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
-    clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
-    validate_every: int = Field(50, ge=1, description="Steps between validations, each of which is a checkpoint.")
-    held_out: int = Field(
-        8, ge=2, description="One sample of so many is not trained on; the best state on those stays."
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="To compute in, by autocast; what is trained stays float32."
-    )
 
 
 @dataclass(frozen=True)

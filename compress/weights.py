@@ -1,49 +1,64 @@
 """Tensors of a Hugging Face folder by name, read one at a time: a model is never loaded whole.
 
 :class:`Checkpoint` reads the safetensors files of a folder; :class:`Overlay` lays the result of a pass over
-what was there before. Both are what passes, the writer and ``inspect`` read from.
+what was there before. Both are what passes, the writer and ``inspect`` read from. Torch is imported where tensors are read, and not
+for headers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from compress.errors import CompressError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MANIFEST = "compression.json"
-_IN_A_MANIFEST = frozenset(
-    {"compress_version", "files", "not_quantised", "passes", "probe", "recipe", "sizes", "versions"}
-)
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+# By safetensors' name: torch's, and the bytes of one number.
+_DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape, dtype and bytes of a stored tensor, from its file's header."""
+    """What a file's header says of a stored tensor.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: its name in torch, such as ``float16``.
+        itemsize: bytes of one number.
+        file: that holds it.
+    """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
+    itemsize: int
     file: Path
 
     @property
     def nbytes(self) -> int:
         """Bytes of its data on disk."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.itemsize
 
 
 class TensorSource(Protocol):
@@ -58,28 +73,12 @@ class TensorSource(Protocol):
         ...
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where a folder has none (a dense model, or one saved by ``save_pretrained``).
+def refuse_elsewhere(path: Path, names: Iterable[str]) -> None:
+    """Refuse a file of a checkpoint that names files outside its folder.
 
     Raises:
-        CompressError: it is not JSON, lacks what every manifest has, or names files elsewhere.
+        CompressError: the first of them.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CompressError(f"{path}: is not JSON ({error}); the checkpoint is damaged.") from error
-    missing = _IN_A_MANIFEST - found.keys() if isinstance(found, dict) else _IN_A_MANIFEST
-    if missing:
-        raise CompressError(f"{path}: has no {min(missing)!r}, as every manifest has; the checkpoint is damaged.")
-    _refuse_elsewhere(path, found["files"])
-    return found  # type: ignore[no-any-return]
-
-
-def _refuse_elsewhere(path: Path, names: Iterable[str]) -> None:
-    """A file of a checkpoint names no file outside its folder."""
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CompressError(f"{path}: names {name!r}, which is not in its folder; do not trust this checkpoint.")
@@ -92,10 +91,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CompressError: the file is damaged, truncated, or not safetensors.
     """
     try:
-        with safe_open(file, framework="pt") as handle:
+        with safe_open(file, framework="np") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             return {
-                name: TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()], file)
+                name: TensorInfo(tuple(part.get_shape()), *_DTYPES[part.get_dtype()], file)
                 for name, part in slices.items()
             }
     except KeyError as error:
@@ -121,7 +120,7 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            _refuse_elsewhere(index, names)
+            refuse_elsewhere(index, names)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CompressError(f"{index}: not a safetensors index ({error}).") from error
         if not names:

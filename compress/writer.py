@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.config import METHOD, format_version, index_name
 from compress.errors import CompressError
-from compress.hf import METHOD, format_version, packed_modules, records, widths_for
-from compress.loading import index_name
-from compress.quant.linear import width_of
+from compress.hf import packed_modules, records, widths_for
+from compress.manifest import MANIFEST
+from compress.quant.format import width_of, width_range
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__
-from compress.weights import MANIFEST, SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
+from compress.weights import SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
 from compress.workspace import save_atomic, write_atomic
 
 _LARGEST_SHARD = 4 << 30
@@ -102,12 +103,6 @@ def _check_room(needed: int, folder: Path) -> None:
         )
 
 
-def widths_of(state: State) -> list[int]:
-    """Every width a checkpoint can be loaded at as a whole; empty for a dense one."""
-    shapes = state.packed.values()
-    return list(range(min(s.seed_bits for s in shapes), max(s.parent_bits for s in shapes) + 1)) if shapes else []
-
-
 def _needed_at(name: str, bits: int, state: State) -> bool:
     """Whether loading at a width reads a tensor: a module above its own parent width stays at the parent."""
     first = width_of(name)
@@ -123,7 +118,7 @@ def sizes(info: Mapping[str, TensorInfo], state: State) -> dict[str, Any]:
         return {"tensors": sum(item.nbytes for item in info.values())}
     at = {
         str(bits): sum(item.nbytes for name, item in info.items() if _needed_at(name, bits, state))
-        for bits in widths_of(state)
+        for bits in width_range(state.packed.values())
     }
     return {"tensors": sum(item.nbytes for item in info.values()), "tensors_at_bits": at}
 
@@ -133,7 +128,7 @@ def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[
 
     A packed step's files are ``model-<bits>bit-00001-of-00002.safetensors``: loading at fewer bits opens none.
     """
-    first = min(widths_of(state), default=None)
+    first = min(width_range(state.packed.values()), default=None)
     groups: dict[str, list[str]] = {}
     for name in sorted(info):
         step = width_of(name) if name.rpartition(".")[0] in state.packed else None
@@ -173,7 +168,7 @@ def _write_indexes(
     place = {name: file for file, names in shards.items() for name in names}
     if SINGLE not in shards:
         _write_index(folder / index_name(None), place, info)
-    for bits in widths_of(state):
+    for bits in width_range(state.packed.values()):
         needed = {name: file for name, file in place.items() if _needed_at(name, bits, state)}
         _write_index(folder / index_name(bits), needed, info)
 
@@ -225,7 +220,7 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     names = {name: (structure.stored_name(name),) for name in running.source.info()}
     state = State(Checkpoint(folder, names), running.config, running.packed, "", running.shapes)
     model = StreamedModel(state, device)
-    widths = widths_of(state)
+    widths = width_range(state.packed.values())
     ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])
     hidden: dict[int, Tensor] = {}
     for bits in widths or [0]:

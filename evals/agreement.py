@@ -30,9 +30,9 @@ from compress.evals.perplexity import Text, Window, score
 from compress.evals.store import Key, Results, dense_identity, identity
 from compress.evals.text import OpenText, Protocol, open_text
 from compress.loading import load
+from compress.manifest import read_manifest
 from compress.passes import Report
-from compress.pipeline import model_folder
-from compress.weights import read_manifest
+from compress.source import model_folder
 
 BINS = 15
 _CHUNK = 1 << 28  # bytes of the dense model's log-probabilities held while all widths are compared with them

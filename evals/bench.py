@@ -38,7 +38,7 @@ _CHILD = """
 import json, sys, time
 import psutil, torch
 import compress
-from compress.pipeline import read_config
+from compress.loading import read_config
 from compress.streaming import empty_model
 
 folder, bits, dtype, device = json.loads(sys.argv[1])

@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 import compress
 from compress.hf import packed_modules, replace_packed
 from compress.kernels import cpu
-from compress.quant.linear import PackedShape
+from compress.quant.format import PackedShape
 from compress.streaming import empty_model
 
 SHAPES = {"4096 x 4096": (4096, 4096), "14336 x 4096": (14336, 4096)}
@@ -235,7 +235,7 @@ def decode(arguments: argparse.Namespace, console: Console) -> None:
 
 def demo(arguments: argparse.Namespace, console: Console) -> None:
     """``generate`` on the built-in model, dense and at widths."""
-    from compress.pipeline import model_folder
+    from compress.source import model_folder
 
     tokens = torch.tensor([[5, 17, 40]])
     with tempfile.TemporaryDirectory() as name:

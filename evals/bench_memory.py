@@ -24,8 +24,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.cli.common import write_json
-from compress.pipeline import model_folder
 from compress.plan import plan
+from compress.source import model_folder
 
 _RESIDENT = r"""
 import json, re, sys, time

@@ -22,7 +22,7 @@ from compress.evals.bench_memory import in_fresh_process, random_model
 _CHILD = r"""
 import torch, compress
 from compress.prompts.adapter import new_prompt
-from compress.prompts.soft_prompt import SoftPromptConfig
+from compress.prompts.settings import SoftPromptConfig
 from compress.training import train
 
 found = {"imports": resident("VmRSS")}

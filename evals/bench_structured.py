@@ -21,7 +21,7 @@ from rich.table import Table
 import compress
 from compress.cli.common import write_json
 from compress.evals.bench_memory import CALIBRATION, beside_plan, in_fresh_process, memory_table, random_model
-from compress.pipeline import model_folder
+from compress.source import model_folder
 from compress.weights import Checkpoint
 
 SCORES: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.demo import corpus
+from compress.texts import HELDOUT, read_modules
 from compress.workspace import digest
 
 Item = dict[str, Any]
@@ -127,11 +127,7 @@ def builtin_items(task: str, count: int = _ITEMS) -> list[Item]:
         count: how many.
     """
     generator = random.Random(0)
-    found = [
-        item
-        for source in corpus.read_modules(corpus.HELDOUT).values()
-        for item in MAKERS[task](source.expandtabs(), generator)
-    ]
+    found = [item for source in read_modules(HELDOUT).values() for item in MAKERS[task](source.expandtabs(), generator)]
     return generator.sample(found, min(count, len(found)))
 
 

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig
 
 from compress.errors import CompressError, did_you_mean
 from compress.passes import kinds
-from compress.pipeline import model_folder
 from compress.plan import plan
+from compress.source import model_folder
 from compress.streaming import empty_model
 from compress.structure import architecture
 from compress.weights import SINGLE

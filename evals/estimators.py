@@ -19,14 +19,15 @@ from compress.evals import experiments, tables
 from compress.evals.perplexity import context_length, score
 from compress.evals.text import documents_of, windows
 from compress.passes import Block
-from compress.pipeline import make_context, open_source, pick_device
 from compress.pruning.allot import all_parts
 from compress.pruning.least_squares import removal_order
-from compress.pruning.measured import WHOLE_MODEL, block_scores, last_linear, moments_of
-from compress.pruning.mini_llm import MiniLlm, MiniLlmConfig
+from compress.pruning.measured import block_scores, last_linear, moments_of
+from compress.pruning.mini_llm import MiniLlm
+from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
 from compress.pruning.survey import whole_model_scores
-from compress.recipe import Calibration
+from compress.settings import Calibration
 from compress.shapes import config_shape
+from compress.source import make_context, open_source, pick_device
 from compress.streaming import Call, StreamedModel
 from compress.structure import block_prefix, linears_of
 

@@ -20,12 +20,12 @@ from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tasks import Tasks
 from compress.evals.text import BUILTIN, Protocol, documents_of, widths_to_measure, window_length
 from compress.evals.variants import measure_variants
-from compress.inspect import inspect
+from compress.inspect import inspect, sparsity
 from compress.loading import load_tokenizer
+from compress.manifest import read_manifest
 from compress.passes import Report
 from compress.prompts.adapter import stored_prompts
-from compress.sparsity import sparsity
-from compress.weights import Checkpoint, TensorInfo, read_manifest
+from compress.weights import Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Facts:
         variants: rows of stages and controls.
         bench: the latest result, or None.
         samples: ``[{"prompt", "width", "text"}]``.
-        sparsity: :func:`compress.sparsity.sparsity`, or None where nothing is pruned.
+        sparsity: :func:`compress.inspect.sparsity`, or None where nothing is pruned.
         kept: linear -> share of the dense model's weights that its smaller shape has; empty where all shapes are the same.
         matrices: from ``report/*.json``: ``{"title", "rows", "columns", "values", …}``.
         notes: what is not in it, and why.

@@ -14,7 +14,7 @@ from typing import Any
 from compress.evals import experiments, tables
 from compress.evals.quality import measured
 from compress.evals.text import Protocol
-from compress.sparsity import sparsity
+from compress.inspect import sparsity
 from compress.workspace import write_atomic
 
 SPARSITIES = (0.5, 0.7)

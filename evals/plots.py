@@ -109,7 +109,7 @@ def sparsity(found: Mapping[str, Any], target: Path) -> None:
     """Plot the sparsity of every block as a bar, and of its linears as points.
 
     Args:
-        found: from :func:`compress.sparsity.sparsity`.
+        found: from :func:`compress.inspect.sparsity`.
         target: .svg, .png, …
     """
     names = list(found["blocks"])

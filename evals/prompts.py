@@ -23,11 +23,13 @@ from compress.evals.perplexity import Score, Text, score
 from compress.evals.text import Protocol
 from compress.evals.transfer import NONE, Models, Place, fill, markdown, matrix, measure, read_text
 from compress.passes import Report, Whole
-from compress.pipeline import make_context, open_source, pick_device
 from compress.prompts.adapter import write_prompt
-from compress.prompts.soft_prompt import SoftPrompt, SoftPromptConfig
+from compress.prompts.settings import SoftPromptConfig
+from compress.prompts.soft_prompt import SoftPrompt
 from compress.pruning.adapter import adapter_model
-from compress.recipe import Calibration, plain
+from compress.recipe import plain
+from compress.settings import Calibration
+from compress.source import make_context, open_source, pick_device
 from compress.training import train
 
 DENSE = "dense"

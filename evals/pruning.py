@@ -24,8 +24,9 @@ from compress.evals.experiments import Rows
 from compress.evals.perplexity import Score, Text, Window, context_length, score
 from compress.evals.text import Protocol, documents_of, windows
 from compress.passes import Block, Context, Pass, pass_class
-from compress.pipeline import make_context, open_source, pick_device
-from compress.recipe import Calibration, parse_pass
+from compress.recipe import parse_pass
+from compress.settings import Calibration
+from compress.source import make_context, open_source, pick_device
 from compress.streaming import StreamedModel
 from compress.structure import block_prefix
 from compress.workspace import Record

@@ -19,6 +19,7 @@ from compress.evals.svg import Line, Point
 from compress.evals.text import Protocol, evaluate_text
 from compress.inspect import inspect
 from compress.passes import Report
+from compress.source import model_folder
 
 CONTROLS = ("kmeans", "rtn")
 
@@ -83,7 +84,7 @@ def measured(
     for label, passes in {"dense": [], **recipes}.items():
         target = folder / label.replace(", ", "-").replace(" ", "-").replace("%", "")
         if label == "dense":
-            target = pipeline.model_folder(model)
+            target = model_folder(model)
         elif not (target / "config.json").exists():
             recipe = {"model": model, "calibration": dict(calibration), "passes": passes}
             pipeline.run(recipe, target, workspace=folder / "work", report=report)

@@ -19,9 +19,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from compress.errors import CompressError
+from compress.manifest import read_manifest
 from compress.prompts.adapter import WEIGHTS, find_prompts
 from compress.version import __version__
-from compress.weights import Checkpoint, read_manifest, sha256_of
+from compress.weights import Checkpoint, sha256_of
 from compress.workspace import digest
 
 FOLDER, FILE = "report", "results.jsonl"

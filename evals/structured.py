@@ -20,7 +20,7 @@ import compress
 from compress.evals import experiments, tables
 from compress.evals.experiments import Rows, calibration_of, protocol_of
 from compress.evals.text import evaluate_text
-from compress.pipeline import model_folder
+from compress.source import model_folder
 from compress.weights import Checkpoint
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)

@@ -12,15 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
 from compress.calibration import read_documents
-from compress.demo import corpus
 from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.loading import bits_for, load_tokenizer
+from compress.manifest import read_manifest
 from compress.passes import Report
 from compress.prompts.adapter import virtual_tokens
-from compress.weights import read_manifest, sha256_of
+from compress.texts import HELDOUT, fingerprint, read_modules
+from compress.weights import sha256_of
 
 BUILTIN = "builtin"
 
@@ -98,8 +99,8 @@ def protocol_of(preset: str | None, **changes: Any) -> Protocol:
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     """The documents of a file (or of the built-in held-out text), and the digest of what was read."""
     if source == BUILTIN:
-        texts = corpus.read_modules(corpus.HELDOUT)
-        documents, digest = list(texts.values()), " ".join(corpus.fingerprint(texts).values())
+        texts = read_modules(HELDOUT)
+        documents, digest = list(texts.values()), " ".join(fingerprint(texts).values())
     else:
         documents, digest = read_documents(Path(source), protocol.separator), sha256_of(Path(source))
     kept = [text for text in documents if len(text) > protocol.min_characters][: protocol.limit]

@@ -16,8 +16,8 @@ from compress.errors import CompressError
 from compress.evals.store import Key, Results, identity
 from compress.evals.text import Protocol, documents_of, evaluate_text
 from compress.inspect import inspect
+from compress.manifest import read_manifest
 from compress.passes import Report
-from compress.weights import read_manifest
 
 Passes = list[dict[str, Any]]
 CONTROLS = {"rtn": "round to nearest", "kmeans": "k-means"}

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from compress import writer
-from compress.errors import CompressError
-from compress.inspect import checkpoint_state
+from compress.errors import CompressError, refuse_existing
 from compress.loading import load_tokenizer
+from compress.manifest import MANIFEST, read_manifest
 from compress.prompts.adapter import CONFIG, WEIGHTS, find_prompts
+from compress.source import checkpoint_state
 from compress.streaming import State, empty_model
 from compress.structure import architecture, head_name
-from compress.weights import MANIFEST, Checkpoint, Overlay, read_manifest, sha256_of
+from compress.weights import Checkpoint, Overlay, sha256_of
 from compress.workspace import digest
 
 
@@ -44,8 +45,7 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
     Raises:
         CompressError: no prompt, a prefix, a packed embedding or head, or a tokenizer without a fast form.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CompressError(f"output {output}: exists already and is not an empty folder; choose another or remove it.")
+    refuse_existing(output)
     tensor = _prompt(folder, bits, prompt)
     state = checkpoint_state(folder)
     structure = architecture(state.config)

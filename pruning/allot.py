@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.passes import Context
 from compress.pruning.groups import Kind, Part, parts_of
+from compress.pruning.settings import MiniLlmConfig
 from compress.pruning.targets import Counts, Target, depth_count, equal_counts, protected_blocks, ranked_counts
-from compress.shapes import BlockShape, block_shape, groups_of, ordinary_config
+from compress.shapes import block_shape, groups_of, ordinary_config
 from compress.structure import block_prefix
 from compress.workspace import Record
-
-if TYPE_CHECKING:
-    from compress.pruning.mini_llm import MiniLlmConfig
 
 
 def block_names(context: Context) -> list[str]:

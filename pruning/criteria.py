@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.pruning.groups import Part
-
-Variant = Literal["F1", "F2", "F3", "vector"]
+from compress.pruning.settings import Variant
 
 
 def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor | None, variant: Variant) -> Tensor:

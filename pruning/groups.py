@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from compress.config import BlockShape
 from compress.passes import Block
-from compress.shapes import BlockShape, groups_of, head_dim, linear_sizes, set_linear, tell_block, without
+from compress.pruning.settings import Unit
+from compress.shapes import groups_of, head_dim, linear_sizes, set_linear, tell_block, without
 from compress.structure import Architecture, Linear
 
 Kind = Literal["attention", "mlp"]
-Unit = Literal["groups", "queries"]
 
 
 @dataclass(frozen=True)

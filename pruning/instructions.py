@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compress.calibration import bos_tokens, token_ids
 from compress.errors import CompressError
-from compress.recipe import Calibration
+from compress.settings import Calibration
 from compress.training import Batch, Loss, predictions
 
 ALPACA = (

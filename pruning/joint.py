@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from compress.passes import Block, Context, Needs, Packed
 from compress.pruning.measure import Measured
+from compress.pruning.settings import JointConfig
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparseConfig, SparsePass
-from compress.quant.linear import PackedShape, pack
-
-
-class JointConfig(SparseConfig):
-    """Prune and round to an even grid in one SparseGPT sweep; what is left is packed at one width.
-
-    Every row has an even grid between its smallest and largest weight, fixed beforehand and moved so that it holds an
-    exact zero (arXiv 2301.00774, section 3.5; arXiv 2409.20094). Survivors that round to zero come on top of the target.
-    """
-
-    kind: Literal["joint"] = Field("joint", description="Name of the pass.")
-    bits: int = Field(4, ge=2, le=8, description="The width.")
+from compress.pruning.sparsity import Pruned, SparsePass
+from compress.quant.format import PackedShape
+from compress.quant.linear import pack
 
 
 class Joint(SparsePass[JointConfig]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +11,8 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.passes import Block
 from compress.pruning.scores import magnitude, removal, wanda
+from compress.pruning.settings import Score
 from compress.pruning.sparsegpt import Factor, factorise
-
-Score = Literal["magnitude", "wanda", "sparsegpt"]
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +12,8 @@ from compress.passes import Block, Context
 from compress.pruning.criteria import element_scores, group_scores, lowest
 from compress.pruning.groups import Kind, Part
 from compress.pruning.least_squares import Moments, removal_order
+from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
 from compress.structure import Linear
-
-if TYPE_CHECKING:
-    from compress.pruning.mini_llm import MiniLlmConfig
-
-WHOLE_MODEL = ("fms", "taylor", "gates")
-"""Scores that are found on the whole model, not on a block."""
 
 
 def last_linear(block: Block, part: Part) -> Linear:

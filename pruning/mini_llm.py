@@ -2,138 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.passes import Block, Context, Needs, Pass, PassConfig
+from compress.config import BlockShape
+from compress.passes import Block, Context, Needs, Pass
 from compress.pruning.allot import all_parts, block_counts, block_names, cheapest_blocks, depth_of, kept_whole
-from compress.pruning.criteria import Variant, lowest
-from compress.pruning.groups import Part, Unit, cut, remaining
+from compress.pruning.criteria import lowest
+from compress.pruning.groups import Part, cut, remaining
 from compress.pruning.least_squares import compensated, output_error, removal_order
-from compress.pruning.measured import WHOLE_MODEL, block_price, block_scores, last_linear, moments_of, prices
+from compress.pruning.measured import block_price, block_scores, last_linear, moments_of, prices
+from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
 from compress.pruning.survey import whole_model_scores
-from compress.shapes import BlockShape, block_shape, config_shape
+from compress.shapes import block_shape, config_shape
 from compress.workspace import Record
-
-Score = Literal["output", "fms", "taylor", "gates", "no_gradient", "noise", "magnitude", "random"]
-Estimator = Literal["spsa", "backprop", "residual"]
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "score": "fms", "estimator": "spsa", "variant": "F1", "mode": "local", "protect": "llm_pruner",
-        "compensate": False,
-    },
-    "llm_pruner": {
-        "score": "taylor", "estimator": "backprop", "variant": "F3", "mode": "local", "protect": "llm_pruner",
-        "ratio_of": "layers", "ratio": 0.25, "compensate": False,
-    },
-}  # fmt: skip
-
-
-class MiniLlmConfig(PassConfig):
-    """Structured pruning: remove whole heads and channels (or blocks), so that the model is really smaller.
-
-    What stays is refitted, by default, so that each layer's output on calibration text changes least (least squares). Mode ``uniform``
-    leaves the same size in every block and so an ordinary config that plain transformers loads without this library; ``local``
-    and ``global`` record the sizes in quantization_config.
-    """
-
-    kind: Literal["mini_llm"] = Field("mini_llm", description="Name of the pass.")
-    preset: Literal["default", "paper", "llm_pruner"] = Field(
-        "default",
-        description="Settings for keys that are not given: this library's, MINI-LLM's (arXiv 2407.11681: one SPSA draw, F1, "
-        "first 4 and last 2 of 32 blocks kept), or LLM-Pruner's (25 % of the groups of those blocks, backpropagated Taylor).",
-    )
-    ratio: float = Field(0.2, gt=0, lt=1, description="Share that is to go.")
-    ratio_of: Literal["model", "blocks", "layers"] = Field(
-        "model",
-        description="Of what: all parameters, those inside blocks, or the groups of every layer that is not protected.",
-    )
-    remove: Literal["groups", "blocks"] = Field("groups", description="Heads and channels, or whole blocks.")
-    mode: Literal["uniform", "local", "global"] = Field(
-        "uniform",
-        description="The same size in all blocks; the same share of each block that is not protected; or the groups that are cheapest "
-        "per parameter, wherever they are.",
-    )
-    score: Score = Field(
-        "output",
-        description="What a group is worth: the error of the block's output that least squares cannot make up for (output); "
-        "|W| |X| |gradient| (fms), the same without gradient (no_gradient) or with noise for one (noise); |W gradient| (taylor); "
-        "the loss's sensitivity to a gate on the group (gates); the weights' L2 norm (magnitude); nothing (random).",
-    )
-    estimator: Estimator | None = Field(
-        None,
-        description="Where gradients come from: forward passes with perturbed weights or gates (spsa), backpropagation (backprop), or "
-        "for gates, the residual stream's gradient (residual). If absent: spsa for fms, backprop for taylor, residual for gates.",
-    )
-    draws: int = Field(1, ge=1, description="Perturbations that spsa averages over.")
-    step: float = Field(1e-3, gt=0, description="Size of a perturbation.")
-    variant: Variant = Field(
-        "F1",
-        description="Score of one weight for fms and taylor: |W||X||g|, |W mean(X) g|, |W g|, or their signed sum.",
-    )
-    aggregate: Literal["sum", "max"] = Field("sum", description="Over the matrices that a group has parts in.")
-    rounds: int = Field(
-        1, ge=1, description="For fms, taylor and gates: score again after each of so many equal parts."
-    )
-    compensate: bool = Field(True, description="Refit what stays to the calibration text by least squares.")
-    protect: Literal["none", "llm_pruner"] | tuple[int, int] = Field(
-        "none", description="Blocks left whole: the first and last so many; llm_pruner: 4 and 2 of every 32."
-    )
-    attention: float = Field(
-        1.0, ge=0, description="Share that attention loses, as a multiple of what MLPs lose; 0 leaves all heads."
-    )
-    unit: Unit = Field(
-        "groups",
-        description="Heads go as key-value heads with all their queries, or as queries, equally many of every key-value head.",
-    )
-    multiple: int = Field(1, ge=1, description="Channels that stay are a multiple of this (modes uniform and local).")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("preset") in PRESETS:
-            settings = {**PRESETS[str(data["preset"])], **data}
-        else:
-            settings = data
-        if isinstance(settings, Mapping) and settings.get("score") == "taylor":
-            settings = {"variant": "F3", **settings}
-        return settings
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MiniLlmConfig:
-        fitting = {
-            "fms": ("spsa", "backprop"),
-            "taylor": ("backprop", "spsa"),
-            "gates": ("residual", "spsa", "backprop"),
-        }
-        if self.estimator is not None and self.estimator not in fitting.get(self.score, ()):
-            known = ", ".join(fitting.get(self.score, ())) or "none"
-            raise ValueError(f"estimator {self.estimator} does not go with score {self.score}, which knows {known}")
-        if self.rounds > 1 and self.score not in WHOLE_MODEL:
-            raise ValueError(f"rounds {self.rounds} goes with the scores {', '.join(WHOLE_MODEL)} only")
-        if self.mode == "uniform" and self.protect not in ("none", (0, 0)) and self.remove == "groups":
-            raise ValueError(
-                "mode uniform leaves every block the same size, so none can be protected; take local or global"
-            )
-        if isinstance(self.protect, tuple) and min(self.protect) < 0:
-            raise ValueError(f"protect {self.protect} counts blocks, so neither number can be negative")
-        if self.remove == "blocks" and self.rounds > 1:
-            raise ValueError("rounds is for heads and channels, not for whole blocks")
-        if self.mode == "global" and self.multiple > 1:
-            raise ValueError("multiple goes with the modes uniform and local")
-        return self
-
-    @property
-    def source(self) -> Estimator:
-        """The estimator in use."""
-        chosen: dict[str, Estimator] = {"fms": "spsa", "taylor": "backprop", "gates": "residual"}
-        return self.estimator or chosen.get(self.score, "residual")
 
 
 class MiniLlm(Pass[MiniLlmConfig]):

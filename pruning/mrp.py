@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.pruning.allocation import Budget
-from compress.pruning.scores import Group, levels
+from compress.pruning.scores import levels
+from compress.pruning.settings import Group, Ratio
 
-Ratio = Literal["survivors", "all"]
 _NARROW = 1e-9
 
 

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
-
-from pydantic import Field
 
 from compress.passes import Block
-from compress.pruning.measure import Measured, Score
+from compress.pruning.measure import Measured
+from compress.pruning.settings import PruneConfig, Score
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparseConfig, SparsePass
-
-
-class PruneConfig(SparseConfig):
-    """Set weights to zero: unstructured or n:m, by magnitude, Wanda or SparseGPT, blocks sharing the target unevenly.
-
-    Works a block at a time on inputs from the blocks pruned before it. The share of zeros over all pruned linears is
-    the target, rounded to a whole weight. Zeros make a checkpoint neither smaller nor faster by themselves.
-    """
-
-    kind: Literal["prune"] = Field("prune", description="Name of the pass.")
-    score: Score = Field(
-        "wanda",
-        description="Smaller goes first: |W| (magnitude), |W| times the norm of the input (wanda), or W^2 over the squared "
-        "Cholesky diagonal of the inverse Hessian, with an update of the weights that stay (sparsegpt).",
-    )
+from compress.pruning.sparsity import Pruned, SparsePass
 
 
 class Prune(SparsePass[PruneConfig]):

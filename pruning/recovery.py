@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,58 +14,15 @@ from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.adapter import FOLDER, adapter_model, write_adapter
 from compress.pruning.instructions import answer_loss, read_instructions
-from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.pruning.settings import LoraRecoveryConfig
+from compress.quant.format import PackedShape
+from compress.quant.linear import BitPlaneLinear
 from compress.structure import block_prefix
-from compress.training import Loss, TrainingConfig, hold_out, next_token_loss, train
+from compress.training import Loss, hold_out, next_token_loss, train
 from compress.workspace import Record
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-LLM_PRUNER: dict[str, Any] = {
-    "rank": 8, "alpha": 16.0, "dropout": 0.05, "learning_rate": 1e-4, "batch": 64, "micro_batch": 4, "warmup": 100,
-    "epochs": 2, "validate_every": 200, "precision": "bfloat16",
-}  # fmt: skip
-"""LLM-Pruner's (arXiv 2305.11627): two epochs of alpaca-cleaned, 256 tokens at most, which is for ``text`` to say."""
-
-
-class LoraRecoveryConfig(TrainingConfig):
-    """Train the model on text after pruning: low-rank adapters on every linear inside the blocks, or all of its weights.
-
-    Adapters are merged into dense weights. On a quantised model, whose weights are frozen, or where ``merge`` is false, they
-    stay an ordinary peft adapter in ``adapter/`` beside the model, and the pass comes last. The best state on
-    held-out samples is kept, which may be the one before the first step.
-    """
-
-    kind: Literal["lora_recovery"] = Field("lora_recovery", description="Name of the pass.")
-    preset: Literal["llm_pruner"] | None = Field(
-        None, description="'llm_pruner' takes that paper's settings for every key that is not given."
-    )
-    full: bool = Field(False, description="Train all dense weights instead of adapters: for small models.")
-    rank: int = Field(8, ge=1, description="Of the adapters.")
-    alpha: float = Field(16.0, gt=0, description="Their output is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapters' inputs while training.")
-    merge: bool = Field(True, description="Add the adapters to the weights; false keeps them beside the model.")
-    instructions: bool = Field(
-        False,
-        description="text.text is a JSON lines file of instruction, input and output: only outputs are learned.",
-    )
-    epochs: float | None = Field(None, gt=0, description="Passes over the samples, in place of steps.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, data: Any) -> Any:
-        return {**LLM_PRUNER, **data} if isinstance(data, Mapping) and data.get("preset") == "llm_pruner" else data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> LoraRecoveryConfig:
-        if self.full and not self.merge:
-            raise ValueError(
-                "full trains the weights themselves, so nothing is left to keep beside them; leave merge true"
-            )
-        if self.instructions and (self.text is None or self.text.text is None):
-            raise ValueError("instructions needs text: {text: FILE.jsonl, column: output, samples: …}")
-        return self
 
 
 class LoraRecovery(Pass[LoraRecoveryConfig]):

@@ -6,12 +6,11 @@ Smaller scores are pruned first; equal scores by position, so that the result ne
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Group = Literal["row", "matrix", "columns"]
+from compress.pruning.settings import Group
 
 COLUMNS = 128
 """Width of a block of columns: SparseGPT's lazy batch and its comparison group."""

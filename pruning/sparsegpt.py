@@ -16,13 +16,13 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.pruning.scores import (
     COLUMNS,
-    Group,
     column_blocks,
     column_shares,
     removal,
     select,
     select_pattern,
 )
+from compress.pruning.settings import Group
 
 _MOST_DAMPING = 1e6
 

@@ -2,121 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.hf import matching
-from compress.passes import Block, Context, Needs, Pass, PassConfig
+from compress.passes import Block, Context, Needs, Pass
 from compress.pruning import allocation as rules
 from compress.pruning.allocation import Budget, whole_numbers
 from compress.pruning.alpha import exponent
-from compress.pruning.measure import Measured, Score, measure
-from compress.pruning.mrp import Ratio, Step, curve, grid, non_outlier_ratio, outlier_share, search
-from compress.pruning.scores import DEFAULT_GROUP, Group, pattern_zeros
+from compress.pruning.measure import Measured, measure
+from compress.pruning.mrp import Step, curve, grid, non_outlier_ratio, outlier_share, search
+from compress.pruning.scores import DEFAULT_GROUP, pattern_zeros
+from compress.pruning.settings import Group, Score, SparseConfig
 from compress.pruning.sparsegpt import Rule
-from compress.structure import block_of
+from compress.structure import block_of, matching
 from compress.workspace import Record
-
-Allocation = Literal["uniform", "random", "owl", "alpha", "dlp", "atp", "hessian", "mrp"]
-
-# Where a paper has a value, that. mrp, with M = 5, by calibration text: stories260K alone would have 0.25 of the target,
-# the built-in model 0.08; 0.17 is between.
-SPREAD: dict[str, float] = {
-    "random": 0.1, "owl": 0.08, "alpha": 0.3, "dlp": 0.15, "atp": 0.15, "hessian": 0.075, "mrp": 0.17,
-}  # fmt: skip
-OUTLIER = 5.0
-
-
-class SparseConfig(PassConfig):
-    """Settings of every pass that sets weights to zero."""
-
-    sparsity: float = Field(0.5, ge=0, lt=1, description="Share of zeros over all pruned linears, met exactly.")
-    allocation: Allocation = Field(
-        "mrp",
-        description="How sparsity is divided over blocks (hessian: over linears): uniform, random, owl, alpha "
-        "(AlphaPruning), dlp, atp, hessian (clusters of estimated losses), or mrp (most redundant block first).",
-    )
-    spread: float | None = Field(
-        None, ge=0, lt=1,
-        description="How far blocks may be from the target: half the range of owl, dlp, atp and hessian, the bound of "
-        "random and mrp, alpha's share of the target. Defaults: "
-        + ", ".join(f"{name} {value:g}" for name, value in SPREAD.items()) + " (mrp: times the sparsity).",
-    )  # fmt: skip
-    outlier: float = Field(OUTLIER, gt=1, description="M of owl and mrp: a score above M times the mean is an outlier.")
-    floor: float = Field(0.0, ge=0, lt=1, description="Least sparsity of any block.")
-    cap: float = Field(0.99, gt=0, lt=1, description="Largest sparsity of any block.")
-    step: float = Field(0.01, gt=0, le=0.5, description="mrp: what one iteration adds to a block.")
-    ratio: Ratio = Field(
-        "survivors",
-        description="mrp: non-outlier ratio over surviving weights with the dense block's threshold, or over all "
-        "entries of the sparse block, its zeros included, with its own.",
-    )
-    refresh: int = Field(
-        0, ge=0,
-        description="mrp: iterations after which scores are measured again, on inputs from the model pruned so far; 0 "
-        "measures once, on the dense model.",
-    )  # fmt: skip
-    pattern: str | None = Field(
-        None, description="'2:4' keeps 2 of every 4 consecutive inputs; any n:m. Fixes the sparsity of every block."
-    )
-    group: Group | None = Field(
-        None,
-        description="Which scores are compared: those of a row, of the matrix, or of a block of 128 columns. Defaults: "
-        "magnitude matrix, wanda row, sparsegpt columns.",
-    )
-    damping: float = Field(
-        0.01,
-        gt=0,
-        description="sparsegpt: share of the Hessian's mean diagonal added to it; tenfold until it factorises.",
-    )
-    ignore: tuple[str, ...] = Field(
-        (), description="Linears to leave as they are: full names, or 're:' and a regular expression for a full name."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _what_a_pattern_implies(cls, data: Any) -> Any:
-        match = re.fullmatch(r"(\d+):([1-9]\d*)", str(data.get("pattern"))) if isinstance(data, Mapping) else None
-        if match is None:
-            return data
-        return {"sparsity": max(1 - int(match[1]) / int(match[2]), 0.0), "allocation": "uniform", **data}
-
-    @model_validator(mode="after")
-    def _one_way_to_choose(self) -> SparseConfig:
-        if self.pattern is None:
-            return self
-        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        if match is None or not 0 < int(match[1]) < int(match[2]) <= 64:
-            raise ValueError(f"pattern {self.pattern!r} is not n:m with 0 < n < m <= 64, for example 2:4")
-        share = 1 - int(match[1]) / int(match[2])
-        if abs(self.sparsity - share) > 1e-9 or self.allocation != "uniform" or self.group is not None:
-            raise ValueError(
-                f"pattern {self.pattern} fixes what goes: it needs sparsity {share:g}, allocation uniform and no group"
-            )
-        return self
-
-    @property
-    def kept_of(self) -> tuple[int, int] | None:
-        """The pattern as numbers."""
-        if self.pattern is None:
-            return None
-        kept, of = self.pattern.split(":")
-        return int(kept), int(of)
-
-    @property
-    def width(self) -> float:
-        """``spread``, or the allocation's default."""
-        if self.spread is not None:
-            return self.spread
-        return SPREAD.get(self.allocation, 0.0) * (self.sparsity if self.allocation == "mrp" else 1.0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,11 +20,9 @@ from compress.pruning.estimate import (
     weight_gradients,
 )
 from compress.pruning.groups import Kind, Part
+from compress.pruning.settings import MiniLlmConfig
 from compress.pruning.targets import Counts
 from compress.structure import Linear, block_prefix
-
-if TYPE_CHECKING:
-    from compress.pruning.mini_llm import MiniLlmConfig
 
 Parts = Mapping[str, tuple[str, Part]]
 """``<block>.<part>`` -> the block's name and the part."""

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
-from pydantic import Field
 
 from compress.quant.kmeans import Nested, kmeans_codebook
-from compress.quant.quantise import Array, QuantiseConfig, QuantisePass, SensitiveConfig
-
-
-class KMeansConfig(SensitiveConfig):
-    """Non-nested weighted k-means of each row at one width: what nesting is measured against (SqueezeLLM)."""
-
-    kind: Literal["kmeans"] = Field("kmeans", description="Name of the pass.")
-    bits: int = Field(4, ge=2, le=8, description="The width.")
+from compress.quant.quantise import Array, QuantisePass
+from compress.quant.settings import KMeansConfig, RoundToNearestConfig
 
 
 class KMeans(QuantisePass[KMeansConfig]):
@@ -32,13 +23,6 @@ class KMeans(QuantisePass[KMeansConfig]):
     def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
         """Codes and one table of one matrix."""
         return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
-
-
-class RoundToNearestConfig(QuantiseConfig):
-    """Rounding to an even grid between each row's smallest and largest weight: the simplest quantiser there is."""
-
-    kind: Literal["rtn"] = Field("rtn", description="Name of the pass.")
-    bits: int = Field(4, ge=2, le=8, description="The width.")
 
 
 class RoundToNearest(QuantisePass[RoundToNearestConfig]):

@@ -4,49 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.hf import matching
-from compress.passes import Block, Context, Needs, Packed, Pass, PassConfig
+from compress.passes import Block, Context, Needs, Packed, Pass
+from compress.quant.format import PackedShape
 from compress.quant.kmeans import Nested
-from compress.quant.linear import PackedShape, pack
+from compress.quant.linear import pack
 from compress.quant.output import Fitted
+from compress.quant.settings import QuantiseConfig
+from compress.structure import matching
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
-
-
-class QuantiseConfig(PassConfig):
-    """Settings of every quantising pass."""
-
-    ignore: tuple[str, ...] = Field(
-        (), description="Linears to leave dense: full names, or 're:' and a regular expression for a full name."
-    )
-    include: tuple[str, ...] = Field(
-        (), description="Modules outside the blocks to quantise too: the head and the embedding, by name or 're:'."
-    )
-
-
-class SensitiveConfig(QuantiseConfig):
-    """Settings of quantisers that weigh errors."""
-
-    sensitivity: Literal["fisher", "activation", "none"] = Field(
-        "fisher",
-        description="What an error in a weight costs: the sum of its squared gradients over calibration samples, "
-        "the mean square of its input, or the same for all weights.",
-    )
-    keep_zeros: bool = Field(
-        False,
-        description="Weights that are exactly zero stay exactly zero at every width; a matrix with enough of them is "
-        "stored without them.",
-    )
 
 
 ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)

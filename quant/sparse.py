@@ -10,64 +10,16 @@ a random mask of 50 % or more is within 4 % of its entropy (0.889 bits per weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.kernels.packing import pack_planes, unpack_planes, words
-from compress.quant.linear import PackedShape
+from compress.kernels.packing import pack_planes, unpack_planes
+from compress.quant.format import MAX_GAP_BITS, PackedShape, SparseShape
 
-MAX_GAP_BITS = 8
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseShape(PackedShape):
-    """The record of a matrix that is stored sparse.
-
-    Attributes:
-        survivors: weights that are stored; the others have code 0, and 0.0 in that place of their row's tables.
-        gap_bits: low bits of every gap that are stored as planes.
-        mask_bits: length of the mask's unary part.
-    """
-
-    survivors: int
-    gap_bits: int
-    mask_bits: int
-
-    @property
-    def dense(self) -> PackedShape:
-        """The matrix as it is in memory."""
-        return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
-
-    @property
-    def sound(self) -> bool:
-        """Whether a matrix can have these numbers."""
-        pruned = self.out_features * self.in_features - self.survivors
-        if min(pruned, self.survivors, self.gap_bits) < 0 or self.gap_bits > MAX_GAP_BITS:
-            return False
-        return self.survivors <= self.mask_bits <= self.survivors + (pruned >> self.gap_bits)
-
-    def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every stored tensor, by its name under the module."""
-        row = PackedShape(1, self.survivors, self.seed_bits, self.parent_bits, self.codebook_dtype)
-        tables = {name: size for name, size in super().specification().items() if name.startswith("codebook_")}
-        tensors = row.specification() | tables | {"mask": ((words(self.mask_bits),), torch.int32)}
-        if self.gap_bits:
-            tensors["mask_low"] = ((self.gap_bits, words(self.survivors)), torch.int32)
-        return tensors
-
-
-def shape_of(record: Mapping[str, Any]) -> PackedShape:
-    """The shape that a module's record in ``quantization_config.modules`` describes.
-
-    Raises:
-        TypeError: missing or unknown fields.
-    """
-    return (SparseShape if "survivors" in record else PackedShape)(**record)
 
 
 def smaller_form(

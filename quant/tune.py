@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import mul
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, linear
 from torch.nn.utils.rnn import pad_sequence
@@ -21,27 +20,11 @@ from transformers import PreTrainedModel
 from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
-from compress.passes import Context, Needs, Pass, PassConfig, Whole
-from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.passes import Context, Needs, Pass, Whole
+from compress.quant.format import PackedShape
+from compress.quant.linear import BitPlaneLinear
+from compress.quant.settings import TuneTablesConfig
 from compress.workspace import Record
-
-
-class TuneTablesConfig(PassConfig):
-    """Train the tables of a quantised model, width by width, to say what the dense model says on calibration text.
-
-    It minimises the divergence of the quantised model's next-token distribution from the dense one's. Every eighth sample
-    is not trained on: tables that are not better on those stay as they were. Needs both models in memory, in float32.
-    """
-
-    kind: Literal["tune_tables"] = Field("tune_tables", description="Name of the pass.")
-    widths: tuple[int, ...] = Field((), description="Widths whose tables are trained; all if none is given.")
-    steps: int = Field(200, ge=1, description="Steps of Adam per width.")
-    batch: int = Field(16, ge=1, description="Calibration samples per step.")
-    learning_rate: float = Field(
-        0.02,
-        gt=0,
-        description="Largest step of Adam, as a share of the mean distance between entries; a cosine ends it.",
-    )
 
 
 class _LookUp(torch.autograd.Function):

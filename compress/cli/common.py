@@ -91,7 +91,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")
 
 def _device(name: str) -> str:
     """Refuse a device that is not there before any work."""
-    from compress.pipeline import pick_device
+    from compress.source import pick_device
 
     pick_device(name)
     return name

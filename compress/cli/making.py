@@ -32,17 +32,18 @@ def run(
     ] = None,
 ) -> None:
     """Compress a model. Interrupted, the same command continues where it was."""
-    from compress import pipeline
+    from compress.recipe import load_recipe
 
-    quiet_transformers()
-    with progress_bar() as report:
-        target = pipeline.run(recipe, output, assignments or (), workspace, report)
+    settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
+    from compress import pipeline
     from compress.inspect import inspect as look
     from compress.processes import is_main
 
+    quiet_transformers()
+    with progress_bar() as report:
+        target = pipeline.run(settings, output, workspace=workspace, report=report)
     if not is_main():
         return
-
     found = look(target)
     out.print(f"{escape(str(target))}: {found['bytes'] / 1e6:.2f} MB of tensors" + _at_widths(found["bytes_at_bits"]))
 
@@ -58,10 +59,13 @@ def plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Tell, without reading a weight, what a run will need and how large the result will be."""
+    from compress.recipe import load_recipe
+
+    settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
     from compress.plan import plan as foresee
 
     quiet_transformers()
-    found = foresee(recipe, assignments or ())
+    found = foresee(settings)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -90,7 +94,7 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint: modules, bytes by width, errors, sparsity, where it came from."""
     from compress.inspect import inspect as look
-    from compress.sparsity import sparsity as count
+    from compress.inspect import sparsity as count
 
     found = look(folder)
     if plot is not None or (found["pruned"] if sparsity is None else sparsity):
@@ -194,16 +198,16 @@ def verify(folder: Folder) -> None:
 def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:
     """List the installed passes, or one with all its settings."""
     from compress.errors import did_you_mean
-    from compress.passes import kinds, pass_class
+    from compress.settings import config_class, kinds
 
     if kind is None:
         for name in kinds():
-            summary = (pass_class(name).Config.__doc__ or "").strip().splitlines()[0]
+            summary = (config_class(name).__doc__ or "").strip().splitlines()[0]
             out.print(f"[bold]{name}[/]  {escape(summary)}")
         return
     if kind not in kinds():
         raise CompressError(f"there is no pass {kind!r}. {did_you_mean(kind, kinds())}")
-    config = pass_class(kind).Config
+    config = config_class(kind)
     out.print(escape(cleandoc(config.__doc__ or "")))
     table = Table("key", "default", "meaning")
     for name, field in config.model_fields.items():

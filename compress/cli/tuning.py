@@ -126,15 +126,11 @@ def _layers(folder: str) -> list[tuple[int, int]]:
     Raises:
         CompressError: not a compressed checkpoint.
     """
-    from transformers import AutoConfig
+    from compress.config import METHOD, StoredConfig
+    from compress.loading import read_config
 
-    from compress.hf import METHOD, CompressConfig
-
-    try:
-        settings = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    except (OSError, ValueError) as error:
-        raise CompressError(f"{folder}: is not a model folder or hub id that can be read.") from error
+    settings = getattr(read_config(folder), "quantization_config", None)
     if settings is None or settings.get("quant_method") != METHOD:
         raise CompressError(f"{folder}: is not a compressed checkpoint, so it has no packed layers to tune for.")
-    shapes = CompressConfig(**settings).shapes().values()
+    shapes = StoredConfig(**settings).shapes().values()
     return list(dict.fromkeys((found.out_features, found.in_features) for found in shapes))

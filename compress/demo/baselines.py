@@ -12,16 +12,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from compress.demo import corpus
 from compress.demo.train import builtin_model
 from compress.evals.perplexity import prepare, score
 from compress.loading import load, load_tokenizer
-from compress.pipeline import model_folder
+from compress.source import model_folder
+from compress.texts import HELDOUT, read_modules
 
 
 def main() -> None:
     """Measure all three and print them."""
-    texts = list(corpus.read_modules(corpus.HELDOUT).values())
+    texts = list(read_modules(HELDOUT).values())
     data = "".join(texts).encode()
     folder = str(model_folder("builtin"))
     prepared = prepare(texts, load_tokenizer(folder), 512)

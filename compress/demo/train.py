@@ -1,7 +1,7 @@
 """Train the built-in model: ``python -m compress.demo.train OUT [--steps N] [--shape deep]``.
 
 A byte-level BPE tokenizer and a Llama of 2.7 M parameters, on the standard library's source files
-(see :mod:`compress.demo.corpus`). It takes about two hours on two CPU cores; an interrupted training continues.
+(see :mod:`compress.texts`). It takes about two hours on two CPU cores; an interrupted training continues.
 ``--shape deep`` trains an OPT of twelve blocks and 2.7 M parameters instead, for comparisons that need depth or
 another architecture.
 """
@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from compress.demo.corpus import SEPARATOR, fingerprint, stdlib, training_files
+from compress.texts import SEPARATOR, fingerprint, stdlib, training_files
 
 VOCABULARY = 2048
 CONTEXT = 512

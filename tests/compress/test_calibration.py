@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from compress.calibration import draw_samples, read_documents
-from compress.demo import corpus
 from compress.errors import CompressError
-from compress.recipe import Calibration
+from compress.settings import Calibration
+from compress.texts import CALIBRATION, HELDOUT, training_files
 
 BOS = 0
 
@@ -206,13 +206,13 @@ def test_the_builtin_text_gives_full_samples():
     samples = draw_samples(Calibration(builtin="stdlib", samples=5, length=32), WITH_BOS, 64)
     assert [len(sample) for sample in samples.tokens] == [32] * 5
     assert all(sample[0] == BOS for sample in samples.tokens)
-    assert set(samples.source["sha256"]) == set(corpus.CALIBRATION)
+    assert set(samples.source["sha256"]) == set(CALIBRATION)
 
 
 def test_training_calibration_and_heldout_modules_are_disjoint():
-    trained = {path.stem.removeprefix("test_") for path in corpus.training_files()}
-    assert set(corpus.CALIBRATION).isdisjoint(corpus.HELDOUT)
-    assert trained.isdisjoint({*corpus.CALIBRATION, *corpus.HELDOUT})
+    trained = {path.stem.removeprefix("test_") for path in training_files()}
+    assert set(CALIBRATION).isdisjoint(HELDOUT)
+    assert trained.isdisjoint({*CALIBRATION, *HELDOUT})
 
 
 def test_a_dataset_folder_gives_its_documents(tmp_path):

@@ -14,7 +14,7 @@ import yaml
 from compress import manifest
 from compress.cli import app
 from compress.errors import CompressError
-from compress.weights import read_manifest
+from compress.manifest import read_manifest
 
 COMMAND = Path(sys.executable).with_name("compress")
 

@@ -15,9 +15,9 @@ import compress
 from compress.calibration import draw_samples
 from compress.errors import CompressError
 from compress.manifest import verify
-from compress.pipeline import open_source
 from compress.plan import plan
-from compress.recipe import Calibration
+from compress.settings import Calibration
+from compress.source import open_source
 
 STRANGER = Path(__file__).parents[1] / "stranger"
 

@@ -8,7 +8,8 @@ import pytest
 
 from compress.errors import CompressError
 from compress.passes import kinds, pass_class
-from compress.recipe import Calibration, Recipe, json_schema, load_recipe
+from compress.recipe import Recipe, json_schema, load_recipe
+from compress.settings import Calibration
 
 INSTALLED = [
     "any_precision", "joint", "kmeans", "lora_recovery", "mini_llm", "prune", "rtn", "soft_prompt", "tune_tables",

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from compress.calibration import Samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
-from compress.pipeline import open_source
+from compress.source import open_source
 from compress.streaming import StreamedModel
 from compress.structure import ARCHITECTURES
 from compress.workspace import Stage

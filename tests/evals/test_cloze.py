@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 import yaml
 
-from compress.demo import corpus
 from compress.evals import cloze
+from compress.texts import CALIBRATION, HELDOUT, read_modules, training_files
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return [source.expandtabs() for source in corpus.read_modules(corpus.HELDOUT).values()]
+    return [source.expandtabs() for source in read_modules(HELDOUT).values()]
 
 
 @pytest.mark.parametrize("task", cloze.MAKERS)
@@ -41,15 +41,15 @@ def test_items_of_a_small_module_by_hand():
 
 
 def test_held_out_modules_are_not_trained_on():
-    assert not {path.stem for path in corpus.training_files()} & set(corpus.HELDOUT)
-    assert not set(corpus.CALIBRATION) & set(corpus.HELDOUT)
+    assert not {path.stem for path in training_files()} & set(HELDOUT)
+    assert not set(CALIBRATION) & set(HELDOUT)
 
 
 def test_the_task_folder_is_lm_evals(tmp_path):
     """What the script writes runs as an ordinary task folder, and gives what the tasks in memory give."""
     pytest.importorskip("lm_eval")
     from compress.evals.tasks import Tasks, evaluate_tasks
-    from compress.pipeline import model_folder
+    from compress.source import model_folder
 
     paths = cloze.write(tmp_path)
     assert [path.name for path in paths][:2] == ["builtin_line.jsonl", "builtin_line.yaml"]

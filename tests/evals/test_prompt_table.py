@@ -6,8 +6,8 @@ from compress.errors import CompressError
 from compress.evals import prompts
 from compress.evals.perplexity import Text, Window
 from compress.evals.prompts import Bench, fill_all, tables
-from compress.prompts.soft_prompt import SoftPromptConfig
-from compress.recipe import Calibration
+from compress.prompts.settings import SoftPromptConfig
+from compress.settings import Calibration
 
 TEXTS = {
     "text": Text([Window(list(range(1, 30)), 28)], 50),

@@ -7,8 +7,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.evals.store import Key, Results, dense_identity, identity, results_of
-from compress.manifest import verify
-from compress.weights import read_manifest
+from compress.manifest import read_manifest, verify
 
 KEY = Key("text", "a.txt", "0123", "4", settings={"sha256": "ab"})
 

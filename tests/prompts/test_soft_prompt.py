@@ -22,7 +22,8 @@ from compress.manifest import verify
 from compress.passes import Whole
 from compress.plan import plan
 from compress.prompts.adapter import WEIGHTS, embedding, new_prompt
-from compress.prompts.soft_prompt import PAPER, SoftPrompt, SoftPromptConfig
+from compress.prompts.settings import SoftPromptConfig
+from compress.prompts.soft_prompt import SoftPrompt
 from compress.recipe import parse_pass
 from tests.conftest import CONFIGS, assert_same_files
 
@@ -132,7 +133,7 @@ def test_other_beginnings(whole, context, tiny_llama):
     (dog,) = context.tokenizer(" dog", add_special_tokens=False)["input_ids"]
     assert torch.equal(begin(start_text=" dog"), table[dog].expand(4, -1))
     paper = parse_pass({"kind": "soft_prompt", "preset": "paper", "steps": 7}, 0)
-    assert {**PAPER, "steps": 7}.items() <= paper.model_dump().items()
+    assert {**SoftPromptConfig.PRESETS["paper"], "steps": 7}.items() <= paper.model_dump().items()
 
 
 def test_a_prompt_learned_at_several_widths(whole, context):

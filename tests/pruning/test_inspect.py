@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.errors import CompressError
 from compress.evals import plots
-from compress.sparsity import sparsity
+from compress.inspect import sparsity
 
 
 @pytest.fixture

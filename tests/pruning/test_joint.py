@@ -58,8 +58,8 @@ def test_joint_in_a_recipe(make_model, recipe, tmp_path, kind):
 def test_the_sweep_beats_rounding_what_is_left(recipe, tmp_path):
     """On the calibration text, one sweep loses less than the same masks followed by rounding to nearest."""
     from compress.calibration import draw_samples
-    from compress.pipeline import open_source
-    from compress.recipe import Calibration
+    from compress.settings import Calibration
+    from compress.source import open_source
 
     shared = {"score": "sparsegpt", "allocation": "uniform", "sparsity": 0.5}
     joint = {"kind": "joint", "bits": 3, "allocation": "uniform", "sparsity": 0.5}

@@ -13,10 +13,10 @@ import compress
 from compress.calibration import draw_samples
 from compress.errors import CompressError
 from compress.passes import pass_class
-from compress.pipeline import open_source
 from compress.plan import plan
 from compress.pruning.scores import select, select_pattern
-from compress.recipe import Calibration
+from compress.settings import Calibration
+from compress.source import open_source
 from compress.structure import ARCHITECTURES
 
 SCORES = ("magnitude", "wanda", "sparsegpt")

@@ -10,8 +10,8 @@ import compress
 from compress.errors import CompressError
 from compress.pruning.adapter import load_adapter
 from compress.pruning.instructions import answer_loss, read_instructions
-from compress.pruning.recovery import LoraRecoveryConfig
-from compress.recipe import Calibration
+from compress.pruning.settings import LoraRecoveryConfig
+from compress.settings import Calibration
 from compress.training import Batch
 
 TOKENS = torch.tensor([[5, 17, 40, 3, 99, 250, 12, 8]])

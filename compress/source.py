@@ -1,0 +1,124 @@
+"""The model that work starts from: where it is, its configuration, its tensors, and what passes may know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from compress.config import read_settings
+from compress.errors import CompressError, first_line
+from compress.hf import replace_packed
+from compress.loading import load_tokenizer, read_config
+from compress.passes import Context
+from compress.processes import processes
+from compress.shapes import replace_shapes
+from compress.streaming import State, StreamedModel, empty_model, tensor_names
+from compress.structure import architecture
+from compress.weights import Checkpoint
+from compress.workspace import digest
+
+
+@dataclass(frozen=True)
+class Source:
+    """The dense model a recipe starts from."""
+
+    folder: Path
+    state: State
+    tokenizer: PreTrainedTokenizerBase
+    sha256: dict[str, str]
+
+
+def open_source(model: str, revision: str | None = None) -> Source:
+    """Find a dense model: a folder, the built-in one, or a hub id.
+
+    Raises:
+        CompressError: it is not there, has no safetensors, is quantised, or of an undeclared architecture.
+    """
+    folder = model_folder(model, revision)
+    config = read_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
+    architecture(config)
+    tokenizer = load_tokenizer(folder)
+    empty = empty_model(config)
+    checkpoint = Checkpoint(folder, tensor_names(empty))
+    sha256 = checkpoint.sha256()
+    return Source(folder, State(checkpoint, config, {}, digest(sha256)), tokenizer, sha256)
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model name."""
+    if model == "builtin":
+        return Path(str(files("compress.demo") / "model"))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CompressError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # network, authorisation, absence: the hub's own types change between releases
+        raise CompressError(
+            f"model {model!r}: there is no such folder, and the hub did not deliver it ({first_line(error)})."
+        ) from error
+
+
+def checkpoint_state(folder: Path) -> State:
+    """A checkpoint, or a dense model, as passes see it: nothing is read but headers.
+
+    Raises:
+        CompressError: not a model folder, or an undeclared architecture.
+    """
+    settings, config = read_settings(folder), read_config(folder)
+    if settings is not None:
+        del config.quantization_config  # the model is built dense and then replaced
+    model, rename = empty_model(config), architecture(config).stored_name
+    running = {rename(name): name for name, _ in model.named_modules()}
+    packed = {running.get(name, name): shape for name, shape in (settings.shapes() if settings else {}).items()}
+    shapes = settings.block_shapes() if settings else {}
+    replace_shapes(model, shapes)
+    replace_packed(model, packed)
+    return State(Checkpoint(folder, tensor_names(model)), config, packed, digest(str(folder)), shapes)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a recipe; ``auto`` gives each process on a machine a GPU of its own.
+
+    Raises:
+        CompressError: this machine or this build of torch does not have it.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+        if name == "auto" and device.type == "cuda" and (team := processes(device)).num_processes > 1:
+            device = team.device
+    except (RuntimeError, AssertionError) as error:
+        raise CompressError(f"device {name!r} cannot be used here: {first_line(error)}.") from error
+    return device
+
+
+def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
+    """What passes may know of the model before any weight is read; of the source's own unless a later state is given."""
+    state = state or source.state
+    model = StreamedModel(state, torch.device("meta"))
+    inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
+    outside = {name: linear.shape for name, linear in model.outside().items()}
+    tied = bool(state.config.tie_word_embeddings)
+    biased = frozenset(name for name in inside if getattr(model.model.get_submodule(name), "bias", None) is not None)
+    parameters = sum(
+        torch.Size(item.shape).numel()
+        for name, item in state.source.info().items()
+        if not tied or name != f"{model.head}.weight"
+    )
+    limit = getattr(state.config, "max_position_embeddings", None)
+    return Context(
+        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters,
+        limit, source.tokenizer,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Packed matrices as a checkpoint records them (``quant/FORMAT.md``): which tensors, of which shapes (no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_GAP_BITS = 8
+_BYTES = {"int32": 4, "float16": 2, "float32": 4}
+
+Specification = dict[str, tuple[tuple[int, ...], str]]
+"""Tensor name -> (shape, name of its dtype in torch)."""
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """What the checkpoint records of one packed matrix: ``quantization_config.modules[name]``.
+
+    In a model loaded at 4 of 8 bits, ``parent_bits`` is 4: what is held is what there is.
+    """
+
+    out_features: int
+    in_features: int
+    seed_bits: int
+    parent_bits: int
+    codebook_dtype: str = "float16"
+
+    @property
+    def widths(self) -> range:
+        """Every width this matrix can be read at."""
+        return range(self.seed_bits, self.parent_bits + 1)
+
+    @property
+    def dense(self) -> PackedShape:
+        """The matrix as it is in memory, whatever its form on disk."""
+        return self
+
+    @property
+    def sound(self) -> bool:
+        """Whether a matrix can have these numbers."""
+        bits = 1 <= self.seed_bits <= self.parent_bits <= 8
+        return bits and min(self.in_features, self.out_features) > 0 and self.codebook_dtype in ("float16", "float32")
+
+    def specification(self) -> Specification:
+        """Return the shape and dtype of every stored tensor, by its name under the module."""
+        rows, span = self.out_features, _words(self.in_features)
+        tensors: Specification = {
+            "weight": ((self.seed_bits, rows, span), "int32"),
+            f"codebook_{self.seed_bits}": ((rows, 2**self.seed_bits), self.codebook_dtype),
+        }
+        for bits in self.widths[1:]:
+            tensors[f"plane_{bits}"] = ((rows, span), "int32")
+            tensors[f"codebook_{bits}"] = ((rows, 2**bits), self.codebook_dtype)
+        return tensors
+
+    def tensor_bytes(self) -> dict[str, int]:
+        """Return the bytes of every stored tensor, by its name under the module."""
+        return {name: math.prod(size) * _BYTES[dtype] for name, (size, dtype) in self.specification().items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseShape(PackedShape):
+    """The record of a matrix that is stored sparse (:mod:`compress.quant.sparse`).
+
+    Attributes:
+        survivors: weights that are stored; the others have code 0, and 0.0 in that place of their row's codebooks.
+        gap_bits: low bits of every gap that are stored as planes.
+        mask_bits: length of the mask's unary part.
+    """
+
+    survivors: int
+    gap_bits: int
+    mask_bits: int
+
+    @property
+    def dense(self) -> PackedShape:
+        """The matrix as it is in memory."""
+        return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
+
+    @property
+    def sound(self) -> bool:
+        """Whether a matrix can have these numbers."""
+        pruned = self.out_features * self.in_features - self.survivors
+        if not super().sound or min(pruned, self.survivors, self.gap_bits) < 0 or self.gap_bits > MAX_GAP_BITS:
+            return False
+        return self.survivors <= self.mask_bits <= self.survivors + (pruned >> self.gap_bits)
+
+    def specification(self) -> Specification:
+        """Return the shape and dtype of every stored tensor, by its name under the module."""
+        row = PackedShape(1, self.survivors, self.seed_bits, self.parent_bits, self.codebook_dtype)
+        codebooks = {name: size for name, size in super().specification().items() if name.startswith("codebook_")}
+        tensors: Specification = row.specification() | codebooks | {"mask": ((_words(self.mask_bits),), "int32")}
+        if self.gap_bits:
+            tensors["mask_low"] = ((self.gap_bits, _words(self.survivors)), "int32")
+        return tensors
+
+
+def _words(bits: int) -> int:
+    """Return how many int32 hold one bit each for a row of so many columns."""
+    return -(-bits // 32)
+
+
+def shape_of(record: Mapping[str, Any]) -> PackedShape:
+    """Return the shape that a module's record in ``quantization_config.modules`` describes.
+
+    Raises:
+        TypeError: missing or unknown fields.
+    """
+    return (SparseShape if "survivors" in record else PackedShape)(**record)
+
+
+def width_of(tensor_name: str) -> int | None:
+    """Return the first width that needs a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
+    kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
+    return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
+
+
+def packed_bytes(shape: PackedShape, bits: int) -> int:
+    """Return the bytes of one packed matrix that loading at a width reads."""
+    held = shape.tensor_bytes().items()
+    return sum(size for tensor, size in held if (width_of(tensor) or 0) <= max(bits, shape.seed_bits))
+
+
+def width_range(shapes: Iterable[PackedShape]) -> range:
+    """Return every width that modules can be read at together, from the least seed to the largest parent; none of none."""
+    held = list(shapes)
+    return range(min(s.seed_bits for s in held), max(s.parent_bits for s in held) + 1) if held else range(0)

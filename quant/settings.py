@@ -1,0 +1,106 @@
+"""Recipe keys of the quantising passes (no torch: see :mod:`compress.settings`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from compress.settings import PassConfig
+
+
+class QuantiseConfig(PassConfig):
+    """Settings of every quantising pass."""
+
+    ignore: tuple[str, ...] = Field(
+        (), description="Linears to leave dense: full names, or 're:' and a regular expression for a full name."
+    )
+    include: tuple[str, ...] = Field(
+        (), description="Modules outside the blocks to quantise too: the head and the embedding, by name or 're:'."
+    )
+
+
+class SensitiveConfig(QuantiseConfig):
+    """Settings of quantisers that weigh errors."""
+
+    sensitivity: Literal["fisher", "activation", "none"] = Field(
+        "fisher",
+        description="What an error in a weight costs: the sum of its squared gradients over calibration samples, "
+        "the mean square of its input, or the same for all weights.",
+    )
+    keep_zeros: bool = Field(
+        False,
+        description="Weights that are exactly zero stay exactly zero at every width; a matrix with enough of them is "
+        "stored without them.",
+    )
+
+
+class AnyPrecisionConfig(SensitiveConfig):
+    """Any-precision: one set of nested codes, read at every width from seed to parent.
+
+    Every output row gets a table per width; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
+    method of the paper with exact clustering: the seed is the optimal weighted one-dimensional k-means of each row, every
+    further bit splits each cell at its best point. Objective ``output`` starts there and lowers the error of the layer's
+    output on calibration text, all widths up to 6 together. Deterministic. Works a block at a time; the Fisher
+    sensitivity costs one backward pass over the calibration samples, with one block in memory and the samples' hidden
+    states on disk.
+    """
+
+    kind: Literal["any_precision"] = Field("any_precision", description="Name of the pass.")
+    seed_bits: int = Field(3, ge=2, le=8, description="The smallest width, whose codes are optimised directly.")
+    parent_bits: int = Field(8, ge=2, le=8, description="The largest width.")
+    objective: Literal["weight", "output"] = Field(
+        "output",
+        description="Which error is made small: of each weight, by its sensitivity, or of each layer's output.",
+    )
+    focus: dict[int, float] = Field(
+        {}, description="Objective output: width -> how much its error counts beside the others', 1 where not given."
+    )
+    correction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AnyPrecisionConfig:
+        if self.seed_bits > self.parent_bits:
+            raise ValueError(f"seed_bits {self.seed_bits} must not exceed parent_bits {self.parent_bits}")
+        widths = range(self.seed_bits, self.parent_bits + 1)
+        for bits, share in self.focus.items():
+            if bits not in widths or not 0 < share < float("inf"):
+                raise ValueError(f"focus {bits}: {share} must be a width from seed to parent and a positive number")
+        return self
+
+
+class KMeansConfig(SensitiveConfig):
+    """Non-nested weighted k-means of each row at one width: what nesting is measured against (SqueezeLLM)."""
+
+    kind: Literal["kmeans"] = Field("kmeans", description="Name of the pass.")
+    bits: int = Field(4, ge=2, le=8, description="The width.")
+
+
+class RoundToNearestConfig(QuantiseConfig):
+    """Rounding to an even grid between each row's smallest and largest weight: the simplest quantiser there is."""
+
+    kind: Literal["rtn"] = Field("rtn", description="Name of the pass.")
+    bits: int = Field(4, ge=2, le=8, description="The width.")
+
+
+class TuneTablesConfig(PassConfig):
+    """Train the tables of a quantised model, width by width, to say what the dense model says on calibration text.
+
+    It minimises the divergence of the quantised model's next-token distribution from the dense one's. Every eighth sample
+    is not trained on: tables that are not better on those stay as they were. Needs both models in memory, in float32.
+    """
+
+    kind: Literal["tune_tables"] = Field("tune_tables", description="Name of the pass.")
+    widths: tuple[int, ...] = Field((), description="Widths whose tables are trained; all if none is given.")
+    steps: int = Field(200, ge=1, description="Steps of Adam per width.")
+    batch: int = Field(16, ge=1, description="Calibration samples per step.")
+    learning_rate: float = Field(
+        0.02,
+        gt=0,
+        description="Largest step of Adam, as a share of the mean distance between entries; a cosine ends it.",
+    )
