@@ -30,7 +30,9 @@ def sharded(folder):
 def holds(source, expected):
     """Whether a source has just these tensors, in its listing and when read."""
     listed = {name: (info.shape, info.dtype) for name, info in source.info().items()}
-    assert listed == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in expected.items()}
+    assert listed == {
+        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in expected.items()
+    }
     found = source.read(expected)
     assert found.keys() == expected.keys()
     return all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -50,12 +50,12 @@ def inputs(*shape):
 def test_a_packed_matrix_is_seed_planes_further_planes_and_a_table_per_width():
     shape = PackedShape(out_features=6, in_features=45, seed_bits=3, parent_bits=5, codebook_dtype="float32")
     assert shape.specification() == {
-        "weight": ((3, 6, 2), torch.int32),
-        "plane_4": ((6, 2), torch.int32),
-        "plane_5": ((6, 2), torch.int32),
-        "codebook_3": ((6, 8), torch.float32),
-        "codebook_4": ((6, 16), torch.float32),
-        "codebook_5": ((6, 32), torch.float32),
+        "weight": ((3, 6, 2), "int32"),
+        "plane_4": ((6, 2), "int32"),
+        "plane_5": ((6, 2), "int32"),
+        "codebook_3": ((6, 8), "float32"),
+        "codebook_4": ((6, 16), "float32"),
+        "codebook_5": ((6, 32), "float32"),
     }
 
 
@@ -64,7 +64,7 @@ def test_pack_makes_what_the_specification_says(seed, parent):
     codes, tables = nested(seed, parent)
     shape, tensors = pack(codes, tables)
     assert shape == PackedShape(ROWS, COLUMNS, seed, parent, "float16")
-    made = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    made = {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
     assert made == shape.specification()
     planes = [*tensors["weight"], *(tensors[f"plane_{bits}"] for bits in range(seed + 1, parent + 1))]
     assert torch.equal(unpack_planes(planes, COLUMNS), codes)
@@ -115,7 +115,9 @@ def test_a_modules_state_bears_the_specified_names(kind):
     shape = PackedShape(ROWS, COLUMNS, SEED, PARENT)
     options = {"bias": False} if kind is BitPlaneLinear else {}
     state = kind(shape, **options).state_dict()
-    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()} == shape.specification()
+    assert {
+        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in state.items()
+    } == shape.specification()
 
 
 # Widths
