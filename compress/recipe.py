@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, model_validator
@@ -66,12 +66,36 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     location = ".".join(str(part) for part in first["loc"])
     place = f"{where}: {location}" if location else where
     if first["type"] == "extra_forbidden":
-        owner = Calibration if first["loc"][0] == "calibration" else model
-        return f"{place} is not a known key. {did_you_mean(str(first['loc'][-1]), owner.model_fields)}"
+        *path, key = first["loc"]
+        return f"{place} is not a known key. {did_you_mean(str(key), _settings_at(model, path).model_fields)}"
     if first["type"] == "missing":
         return f"{place} is missing; it is required."
     message = first["msg"].removeprefix("Value error, ")
     return f"{place}: {message[0].lower()}{message[1:]} (got {first['input']!r})."
+
+
+def _settings_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """Find the settings that a place in a recipe holds.
+
+    Args:
+        model: settings of the whole.
+        path: field names from there, list indices and mapping keys among them, and class names where a field takes several.
+    """
+    options: dict[int | str, type[BaseModel]] = {}
+    for part in path:
+        if part in options:
+            model = options[part]
+        elif (field := model.model_fields.get(str(part))) is not None:
+            options = {found.__name__: found for found in _settings_in(field.annotation)}
+            model = next(iter(options.values()), model)
+    return model
+
+
+def _settings_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _settings_in(argument)
 
 
 def override(data: Any, assignments: Sequence[str]) -> Any:

@@ -97,6 +97,42 @@ def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path, said):
     assert "MB of memory" in said("plan", recipe_file)
 
 
+AT_ONCE = (
+    "import sys\n"
+    "import compress_command\n"
+    "try:\n"
+    "    compress_command.main()\n"
+    "except SystemExit as ended:\n"
+    "    print('ended with', ended.code, *({'torch', 'transformers', 'numba', 'peft'} & sys.modules.keys()))\n"
+)
+"""Runs a command as its entry point does, and says which of the slow libraries it has imported."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["report", "--help"], 0),
+        (["passes"], 0),
+        (["passes", "soft_prompt"], 0),
+        (["schema"], 0),
+        (["inspect", "{model}", "--json"], 0),
+        (["inspect", "{dense}"], 0),
+        (["comprese"], 2),
+        (["run"], 2),
+        (["eval", "{model}", "--txet", "builtin"], 2),
+        (["run", "{recipe}", "-o", "x", "--set", "passes.0.seed_bit=3"], 1),
+        (["plan", "{recipe}", "--set", "passes.0.seed_bits=9"], 1),
+    ],
+)
+def test_what_needs_no_model_answers_without_importing_torch(
+    arguments, code, fresh_python, recipe_file, compressed, tiny_llama
+):
+    places = {"recipe": recipe_file, "model": compressed, "dense": tiny_llama}
+    said = fresh_python(AT_ONCE, *(argument.format(**places) for argument in arguments))
+    assert said.splitlines()[-1] == f"ended with {code}"
+
+
 @pytest.mark.parametrize("verb", [item.name or item.callback.__name__ for item in app.registered_commands])
 def test_every_verb_has_help(command, verb):
     code, text, _ = command(verb, "--help")

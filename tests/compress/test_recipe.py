@@ -7,9 +7,9 @@ import pydantic
 import pytest
 
 from compress.errors import CompressError
-from compress.passes import kinds, pass_class
-from compress.recipe import Recipe, json_schema, load_recipe
-from compress.settings import Calibration
+from compress.passes import pass_class
+from compress.recipe import Recipe, explain, json_schema, load_recipe
+from compress.settings import Calibration, PassConfig, config_class, kinds
 
 INSTALLED = [
     "any_precision", "joint", "kmeans", "lora_recovery", "mini_llm", "prune", "rtn", "soft_prompt", "tune_tables",
@@ -95,6 +95,41 @@ def test_a_misspelt_calibration_key_is_compared_with_calibration_keys():
 def test_a_misspelt_pass_key_is_compared_with_that_passs_keys(kind, key, near):
     message = refused(recipe(passes=[{"kind": "rtn"}, {"kind": kind, key: 3}]))
     assert message == f"passes.1 ({kind}): {key} is not a known key. Did you mean {near!r}?"
+
+
+def test_a_misspelt_key_of_a_passs_own_text_is_compared_with_calibration_keys():
+    message = refused(recipe(passes=[{"kind": "soft_prompt", "text": {"builtin": "stdlib", "sampels": 3}}]))
+    assert message == "passes.0 (soft_prompt): text.sampels is not a known key. Did you mean 'samples'?"
+
+
+class Layer(pydantic.BaseModel, extra="forbid"):
+    """Settings of one layer, in a config such as somebody else's pass may have."""
+
+    rank: int = 8
+
+
+class ByLayer(PassConfig):
+    """Settings in a mapping, in a list, and in one field of two classes."""
+
+    layers: dict[str, Layer] = {}
+    stages: list[Layer] = []
+    first: Layer | Calibration | None = None
+
+
+@pytest.mark.parametrize(
+    ("settings", "place", "near"),
+    [
+        ({"layers": {"q_proj": {"rnak": 4}}}, "layers.q_proj.rnak", "rank"),
+        ({"stages": [{}, {"rnak": 4}]}, "stages.1.rnak", "rank"),
+        ({"first": {"rnak": 4}}, "first.Layer.rnak", "rank"),
+        ({"layer": {}}, "layer", "layers"),
+    ],
+)
+def test_a_misspelt_key_in_nested_settings_is_compared_with_their_keys(settings, place, near):
+    with pytest.raises(pydantic.ValidationError) as caught:
+        ByLayer(kind="by_layer", **settings)
+    message = explain(caught.value, ByLayer, "passes.0 (by_layer)")
+    assert message == f"passes.0 (by_layer): {place} is not a known key. Did you mean {near!r}?"
 
 
 def test_a_key_like_no_other_gets_the_list_of_keys():
@@ -242,6 +277,11 @@ def test_overrides_apply_to_a_recipe_object():
 
 
 # Passes and schema
+
+
+@pytest.mark.parametrize("kind", INSTALLED)
+def test_settings_that_load_without_torch_are_those_of_the_pass(kind):
+    assert config_class(kind) is pass_class(kind).Config
 
 
 def test_the_installed_passes():

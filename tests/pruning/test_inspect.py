@@ -1,6 +1,7 @@
 """`compress inspect` counts the zeros that are there, in dense and in packed checkpoints."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.errors import CompressError
 from compress.evals import plots
-from compress.inspect import sparsity
+from compress.inspect import inspect, sparsity
 
 
 @pytest.fixture
@@ -61,6 +62,16 @@ def test_packed_and_dense_models_too(recipe, pruned, tiny_llama, tmp_path, said)
     assert json.loads(said("inspect", tiny_llama, "--json", "--sparsity"))["sparsity"]["zeros"] == 0
     assert "sparsity" not in json.loads(said("inspect", tiny_llama, "--json"))
     assert "sparsity" not in json.loads(said("inspect", pruned, "--json", "--no-sparsity"))
+
+
+def test_a_pass_that_records_its_linears_is_no_pruning_pass(tiny_llama, tmp_path):
+    """Weights are read to count zeros only where a record has figures of zeros."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    manifest = {key: {} for key in ("compress_version", "not_quantised", "probe", "recipe", "sizes", "versions")}
+    for linears, pruned in (({"q_proj": {"scaled": 3}}, False), (["q_proj"], False), ({"q_proj": {"zeros": 3}}, True)):
+        passes = [{"units": {"model.layers.0": {"linears": linears}}}]
+        (folder / "compression.json").write_text(json.dumps(manifest | {"files": {}, "passes": passes}))
+        assert inspect(folder)["pruned"] == pruned
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt", "bloom"])
