@@ -41,11 +41,10 @@ first, second = load("qweight"), load("qweight")
 apart, lost = not torch.equal(first, second), not torch.equal(first, dense["model.layers.0.self_attn.q_proj.weight"])
 print(f"stored as qweight: loads, q_proj differs between two loads: {apart}, from the original: {lost}")
 try:
-    load("weight")
-    stopped = "loads"
+    stopped = type(load("weight")).__name__
 except RuntimeError as error:
     stopped = type(error).__name__
 print("stored as weight, packed:", stopped)
-if not (apart and lost) or stopped == "loads":
+if not (apart and lost) or stopped != "RuntimeError":
     sys.exit("changed: an unknown quantisation method is no longer loaded as recorded here.")
 PYTHON
