@@ -73,7 +73,8 @@ def _pages(item: dict[str, Any]) -> list[str]:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [heads, ["---"] * len(heads), *cells]
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
@@ -100,10 +101,11 @@ def _passes() -> Iterator[str]:
     for kind in kinds():
         config = pass_class(kind).Config
         yield from (f"## {kind}", "", cleandoc(config.__doc__ or "").replace("``", "`"), "")
-        rows = [
-            [f"`{key}`", "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"]
-            + [field.description or ""]
-            for key, field in config.model_fields.items()
-            if key != "kind"
-        ]
+        rows = []
+        for key, field in config.model_fields.items():
+            if key != "kind":
+                default = repr(field.get_default(call_default_factory=True))
+                rows.append(
+                    [f"`{key}`", "required" if field.is_required() else f"`{default}`", field.description or ""]
+                )
         yield from _table(["key", "default", "meaning"], rows)
