@@ -59,6 +59,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return re.sub(r"(!?)\[([^\]]*)\]\(([^()\s]+)\)", replace, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Take Sphinx's roles, which docstrings use, away from the names they stand before."""
+    return re.sub(r":(?:func|class|mod|meth|attr|data):<code>~?", "<code>", html)
+
+
 def _present(nav: Any, absent: set[str]) -> Any:
     if isinstance(nav, dict):
         return {title: _present(item, absent) for title, item in nav.items()}
@@ -89,7 +94,9 @@ def _commands() -> Iterator[str]:
         yield from (f"compress {name} {' '.join(command.collect_usage_pieces(inner))}", "```", "")
         rows = []
         for parameter in command.params:
-            flags = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts] if flag)
+            argument = parameter.param_type_name == "argument"
+            given = [parameter.metavar or parameter.name] if argument else [*parameter.opts, *parameter.secondary_opts]
+            flags = ", ".join(f"`{flag}`" for flag in given)
             shown = parameter.default not in (None, False, (), []) and not callable(parameter.default)
             default = "required" if parameter.required else f"`{parameter.default}`" if shown else ""
             rows.append([flags, default, parameter.help or ""])
