@@ -1,10 +1,10 @@
-# make demo, make test, make check: each makes .venv first if it is not there.
+# make demo, make test, make check, make docs: each makes .venv first if it is not there.
 PYTHON ?= python3
 export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check test-matrix bench proof clean
+.PHONY: demo test check docs test-matrix bench proof clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,11 @@ check: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# README, CONTRIBUTING, docs/, the format, every command and the Python API as a site, in site/.
+docs: .venv/ready
+	.venv/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 # The round-trip tests on transformers 5.0, a middle version and the latest, each in an environment of its own.
 test-matrix:
 	$(PYTHON) tests/matrix.py
@@ -36,4 +41,4 @@ bench: .venv/ready
 	.venv/bin/python -m compress.evals.bench_cpu
 
 clean:
-	rm -rf .venv .venv-matrix runs build *.egg-info kernels/_bitplane.so
+	rm -rf .venv .venv-matrix runs site build *.egg-info kernels/_bitplane.so

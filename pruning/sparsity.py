@@ -60,6 +60,10 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         """By which weights are chosen."""
         return "sparsegpt"
 
+    def scored(self, block: Block, names: Sequence[str]) -> Measured:
+        """Score linears of a block, float32 [N, K] each; the smallest go first. A pass with a score of its own overrides it."""
+        return measure(block, names, self.score, self.config.damping)
+
     @abstractmethod
     def prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
         """Prune the measured linears of a block in place, each by its number of zeros."""
@@ -141,7 +145,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         if config.allocation == "hessian":
             scores = measure(block, names, "sparsegpt", config.damping).scores
             return {"losses": {name: self._estimated_loss(score) for name, score in scores.items()}}
-        measured = measure(block, names, self.score, config.damping)
+        measured = self.scored(block, names)
         groups = dict.fromkeys(names, self._group)
         record = {"nor": curve(measured.scores, groups, self._points(), config.outlier, config.ratio)}
         if block.surveys:
@@ -216,7 +220,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         if not names:
             return {"linears": {}}
         config, plan = self.config, self.plan(context, block.surveys)
-        measured = measure(block, names, self.score, config.damping)
+        measured = self.scored(block, names)
         pruned = self.prune(block, plan.zeros, measured)
         masks = {name: part.mask for name, part in pruned.items()}
         unit = next(index for index, unit in enumerate(self._units(context)) if names[0] in unit)

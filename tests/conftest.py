@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import filecmp
 import multiprocessing
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,16 @@ def kill_and_finish():
         assert not work.exists()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def strangers_folder(tmp_path_factory):
+    """A stranger's package, installed somewhere of its own: the passes that CONTRIBUTING.md shows."""
+    folder = tmp_path_factory.mktemp("stranger")
+    source = shutil.copytree(Path(__file__).parent / "stranger", folder / "source")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", folder / "installed", source], check=True, capture_output=True)
+    return folder / "installed"
 
 
 @pytest.fixture(scope="session")

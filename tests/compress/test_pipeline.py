@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +15,6 @@ from compress.manifest import verify
 from compress.plan import plan
 from compress.settings import Calibration
 from compress.source import open_source
-
-STRANGER = Path(__file__).parents[1] / "stranger"
-
-
-@pytest.fixture(scope="session")
-def strangers_folder(tmp_path_factory):
-    """The stranger's package, installed somewhere of its own."""
-    folder = tmp_path_factory.mktemp("stranger")
-    source = shutil.copytree(STRANGER, folder / "source")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", folder / "installed", source], check=True, capture_output=True)
-    return folder / "installed"
 
 
 def test_a_strangers_pass_runs_in_a_recipe(recipe, tmp_path, strangers_folder, fresh_python):

@@ -1,4 +1,4 @@
-"""A pass by somebody else: scales weights whose input is quiet."""
+"""A pass that works block by block: it scales the columns of weights whose input is quiet."""
 
 from typing import Literal
 
@@ -22,18 +22,18 @@ class Shrink(Pass[ShrinkConfig]):
     Config = ShrinkConfig
 
     def needs(self) -> Needs:
-        """Inputs, carried through the blocks this pass has changed."""
+        """Ask for calibration samples, carried through the blocks that this pass has changed."""
         return Needs(inputs="updated")
 
     def run_block(self, block: Block, context: Context) -> Record:
-        """Measure, then scale in place."""
+        """Measure every linear's input, then scale weights in place."""
         energy: dict[str, torch.Tensor] = {}
 
-        def visit(name: str, x: torch.Tensor) -> None:
+        def visit(name: str, x: torch.Tensor) -> None:  # x: [tokens, in_features]
             energy[name] = energy.get(name, 0) + x.square().sum(0)
 
         block.for_each_input(visit)
         quiet = {name: total < total.mean() for name, total in energy.items()}
-        for name, linear in block.linears.items():
+        for name, linear in block.linears.items():  # linear.weight: [out_features, in_features]
             linear.weight[:, quiet[name]] *= self.config.factor
         return {"quiet": {name: int(mask.sum()) for name, mask in quiet.items()}}
