@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import compress
 from compress.errors import CompressError, did_you_mean
@@ -50,7 +50,7 @@ def write_llama(folder: Path, config: LlamaConfig) -> Path:
     """Write a random bfloat16 Llama with the built-in model's tokenizer, and return its folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     for path in model_folder("builtin").glob("tokenizer*"):
         shutil.copy(path, folder / path.name)

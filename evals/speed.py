@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +175,9 @@ def _dense(folder: str, reference: str | None, packed: bool) -> tuple[str | None
 class _Times:
     """Hold seconds by candidate, one figure a round: to the first token, per later token, and to switch."""
 
-    first: Times
-    decode: Times
-    switch: Times
+    first: Times = field(default_factory=partial(defaultdict, list))
+    decode: Times = field(default_factory=partial(defaultdict, list))
+    switch: Times = field(default_factory=partial(defaultdict, list))
 
 
 def _times(
@@ -183,7 +185,7 @@ def _times(
 ) -> _Times:
     """Time every candidate in every round."""
     names = list(models)
-    times = _Times(*({name: [] for name in names} for _ in range(3)))
+    times = _Times()
     vocabulary = int(next(iter(models.values())).config.vocab_size)
     prompt = torch.randint(vocabulary, (1, load.prompt), generator=torch.Generator().manual_seed(0)).to(device)
     for turn in range(-1, load.rounds):  # the first round is not counted: caches fill, code is compiled
