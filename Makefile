@@ -31,9 +31,9 @@ proof: .venv/ready
 	.venv/bin/python tests/kernels/static.py --full
 
 bench: .venv/ready
-	.venv/bin/python -m compress.evals.bench_quantiser
-	.venv/bin/python -m compress.evals.bench_memory
-	.venv/bin/python -m compress.evals.bench_cpu
+	.venv/bin/python -m compress.evals.bench quantiser
+	.venv/bin/python -m compress.evals.bench memory
+	.venv/bin/python -m compress.evals.bench cpu
 
 clean:
 	rm -rf .venv .venv-matrix runs build *.egg-info kernels/_bitplane.so
