@@ -33,12 +33,12 @@ test-matrix:
 
 # Compile every GPU kernel for GPUs that need not be there, and hold its machine code to its budget.
 proof: .venv/ready
-	.venv/bin/python -m compress.kernels.static --full
+	.venv/bin/python tests/kernels/static.py --full
 
 bench: .venv/ready
-	.venv/bin/python -m compress.evals.bench_quantiser
-	.venv/bin/python -m compress.evals.bench_memory
-	.venv/bin/python -m compress.evals.bench_cpu
+	.venv/bin/python -m compress.evals.bench quantiser
+	.venv/bin/python -m compress.evals.bench memory
+	.venv/bin/python -m compress.evals.bench cpu
 
 clean:
 	rm -rf .venv .venv-matrix runs site build *.egg-info kernels/_bitplane.so

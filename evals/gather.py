@@ -13,7 +13,7 @@ import torch
 
 import compress
 from compress.errors import CompressError
-from compress.evals import bench, cloze
+from compress.evals import cloze, speed
 from compress.evals.agreement import dense_model_of
 from compress.evals.store import FOLDER, Key, Results, dense_identity, identity
 from compress.evals.suite import Suite, evaluate_all
@@ -48,7 +48,7 @@ class Wanted:
     tasks: Tasks | None = None
     bits: Sequence[int | float] | None = None
     controls: bool = False
-    load: bench.Load | None = field(default_factory=bench.Load)
+    load: speed.Load | None = field(default_factory=speed.Load)
     prompts: tuple[str, ...] = ()
     device: str = "cpu"
 
@@ -141,7 +141,7 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
         whole = [int(width) for width in inspect(folder)["bytes_at_bits"]]
         measure_variants(folder, text, protocol, whole, store, wanted.device, report)
     if wanted.load is not None and not _benched(folder, wanted.load, store):
-        bench.bench(str(folder), wanted.bits, load=wanted.load, device=wanted.device, store=store, report=report)
+        speed.bench(str(folder), wanted.bits, load=wanted.load, device=wanted.device, store=store, report=report)
     prompts = wanted.prompts or ((_beginning(folder, text, wanted.protocol),) if text else ())
     _continue(folder, prompts, wanted, store, report)
     return notes
@@ -153,7 +153,7 @@ def _has_lm_eval() -> bool:
     return find_spec("lm_eval") is not None
 
 
-def _benched(folder: Path, load: bench.Load, store: Results) -> bool:
+def _benched(folder: Path, load: speed.Load, store: Results) -> bool:
     origin = identity(folder)
     return any(row["model"] == origin and row["settings"]["load"] == asdict(load) for row in store.rows("bench"))
 

@@ -47,7 +47,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def label(width: str, prompt: str | None = None) -> str:
     """``4 bits``, ``dense``, with a word for the prompt."""
-    name = width if width == "dense" else f"{width} bits"
+    name = f"{width} bits" if width[0].isdigit() else width
     return f"{name} + {prompt}" if prompt else name
 
 
@@ -187,7 +187,7 @@ def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[s
 
 def speed(found: Mapping[str, Any]) -> Table:
     """The benchmark: medians, with half the distance of the quartiles as a share of them."""
-    heads = ["", "decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "load, s", "resident", "read from disk"]  # fmt: skip
+    heads = ["", "decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s", "resident", "read from disk"]  # fmt: skip
     table = Table(heads)
     for width, figures in found["widths"].items():
         ratios = [figures.get(f"{what}_versus_dense") for what in ("decode", "prefill")]
@@ -196,7 +196,9 @@ def speed(found: Mapping[str, Any]) -> Table:
             "dense" if width == "dense" else "width", label(width),
             with_spread(figures["decode_tokens_per_second"]), shown[0],
             with_spread(figures["prefill_tokens_per_second"]), shown[1],
-            with_spread(figures["time_to_first_token_seconds"], 1e3), with_spread(figures["load_seconds"]),
+            with_spread(figures["time_to_first_token_seconds"], 1e3),
+            with_spread(figures["switch_seconds"], 1e3) if "switch_seconds" in figures else "–",
+            with_spread(figures["load_seconds"]),
             megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"]),
         )  # fmt: skip
     return table.without_empty()

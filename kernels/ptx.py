@@ -5,7 +5,7 @@ registers, split into their low and their high bytes: ``prmt`` picks four bytes 
 selector, so four weights cost two look-ups (four with 16 entries), and one more ``prmt`` per pair puts the bytes together. Larger
 tables live in shared memory, where lane r reads column r of the table and no two lanes meet in a bank.
 
-Everything here is text: tests/kernels has an emulator that runs it, and ``python -m compress.kernels.static`` compiles it and
+Everything here is text: tests/kernels has an emulator that runs it, and ``python tests/kernels/static.py`` compiles it and
 counts the machine instructions.
 """
 

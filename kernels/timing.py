@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -19,40 +18,16 @@ class Timer(Protocol):
         ...
 
 
-class GraphTimer:
-    """Replays of a CUDA graph that holds every call once; the median over the replays.
+def graph_time(calls: Sequence[Call]) -> float:
+    """Return the seconds of one call: the median over replays of a CUDA graph that goes round all calls."""
+    from triton.testing import do_bench_cudagraph
 
-    Args:
-        replays: how many are timed.
-        warm: calls before the capture, which compile what has to be compiled.
-    """
+    def round_of_calls() -> None:
+        for call in calls:
+            call()
 
-    def __init__(self, replays: int = 20, warm: int = 2) -> None:
-        self.replays, self.warm = replays, warm
-
-    def __call__(self, calls: Sequence[Call]) -> float:
-        """Seconds per call."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.warm):
-                for call in calls:
-                    call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        graph.replay()
-        seconds: list[float] = []
-        for _ in range(self.replays):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1000 / len(calls))
-        return statistics.median(seconds)
+    milliseconds: float = do_bench_cudagraph(round_of_calls, return_mode="median")
+    return milliseconds / 1e3 / len(calls)
 
 
 def copies(nbytes: int, cache: int, limit: int = 64) -> int:

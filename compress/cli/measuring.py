@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Optional
 
 import typer
@@ -144,7 +145,15 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
 
 @app.command()
 def bench(
-    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    folder: Annotated[
+        Optional[str], typer.Argument(help="Checkpoint, or a dense model; or give --random.", metavar="DIR")
+    ] = None,
+    random: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Make a model of random weights and quantise it to 2 to 8 bits: llama-tiny, llama-1b or llama-8b."
+        ),
+    ] = None,
     bits: BitsOption = None,
     reference: Annotated[Optional[str], typer.Option(help="Dense model; the recipe's if absent.")] = None,
     prompt: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.", min=1)] = 128,
@@ -162,26 +171,28 @@ def bench(
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
-    """Measure decoding, prefill, time to first token, loading, memory and size, per width and dense, in turn."""
+    """Measure decoding, prefill, time to first token, switching, loading, memory and size, per width and dense, in turn."""
     import torch
 
     from compress.evals import tables
-    from compress.evals.bench import Load
-    from compress.evals.bench import bench as measure
+    from compress.evals.random_llama import write_packed_llama
+    from compress.evals.speed import Load
+    from compress.evals.speed import bench as measure
     from compress.evals.store import results_of
 
     refuse_unwritable(target)
     quiet_transformers()
+    if (folder is None) == (random is None):
+        raise CompressError("bench: give a model's folder or --random NAME, one of the two.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
     if threads is not None:
         torch.set_num_threads(threads)
-    store = results_of(folder, kept)
-    with progress_bar() as report:
-        found = measure(
-            folder, parse_widths(bits), reference, Load(prompt, tokens, rounds, loads), getattr(torch, dtype), device,
-            exact, store, report,
-        )  # fmt: skip
+    load = Load(prompt, tokens, rounds, loads)
+    with progress_bar() as report, TemporaryDirectory() as scratch:
+        place = folder or str(write_packed_llama(Path(scratch), str(random), report))
+        store = results_of(place, kept)
+        found = measure(place, parse_widths(bits), reference, load, getattr(torch, dtype), device, exact, store, report)
     if write_json(found, target) and target == "-":
         return
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")

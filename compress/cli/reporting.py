@@ -66,9 +66,9 @@ def report(
 
     Measures what is missing and keeps it in DIR/report/results.jsonl; stopped, the same command continues.
     """
-    from compress.evals.bench import Load
     from compress.evals.gather import Wanted
     from compress.evals.report import report as write
+    from compress.evals.speed import Load
     from compress.evals.tasks import Tasks
     from compress.evals.text import protocol_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -43,12 +44,16 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _shapes(texts: list[str] | None) -> list[tuple[int, int]]:
-    from compress.evals.bench_kernels import plan_of
+    """Return (N, K) for each ``NxK``, or Llama's shapes where none is given."""
+    from compress.evals.kernels_bench import Plan
 
-    try:
-        return list(plan_of(texts, (), False).shapes)
-    except ValueError as error:
-        raise CompressError(f"--shape: {error}.") from error
+    shapes: list[tuple[int, int]] = []
+    for text in texts or ():
+        found = re.fullmatch(r"\s*([1-9]\d*)\s*[xX]\s*([1-9]\d*)\s*", text)
+        if found is None:
+            raise CompressError(f"--shape: shape {text!r} is not N x K, such as 14336x4096.")
+        shapes.append((int(found[1]), int(found[2])))
+    return shapes or list(Plan().shapes)
 
 
 @app.command(name="bench-kernels")
@@ -60,14 +65,14 @@ def bench_kernels(
 ) -> None:
     """Measure packed products and a decode step on the GPU at hand, beside cuBLAS and published figures."""
     _need_gpu("bench-kernels")
-    from compress.evals.bench_kernels import ROWS, Plan, run, show
     from compress.evals.decoder import Shape
-    from compress.kernels.timing import GraphTimer
+    from compress.evals.kernels_bench import ROWS, Plan, run, show
+    from compress.kernels.timing import graph_time
 
     counts = list(ROWS) if rows is None else _numbers("--rows", rows)
     plan = Plan(_shapes(shape), counts, decode=Shape() if decode else None)
     with progress_bar() as report:
-        result = run(plan, GraphTimer(), report)
+        result = run(plan, graph_time, report)
     if write_json(result, target) and target == "-":
         return
     show(result, out)
@@ -89,12 +94,12 @@ def tune(
     """Measure how the kernels best divide their work on the GPU at hand, and keep it for the next load."""
     problems = _problems(folder, shape, bits, rows, kind)
     _need_gpu("tune")
-    from compress.kernels.timing import GraphTimer
+    from compress.kernels.timing import graph_time
     from compress.kernels.tune import tune as measured
     from compress.kernels.tune import write
 
     with progress_bar() as report:
-        result = measured(problems, GraphTimer(), report=report)
+        result = measured(problems, graph_time, report=report)
     path = write(result, output)
     out.print(f"{len(result['configs'])} configurations for {result['gpu']} in {path}", soft_wrap=True)
 

@@ -1,10 +1,14 @@
 """Small tasks in lm-eval's own terms, and a soft prompt for the tiny model."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+sys.path.append(str(Path(__file__).parent))  # tests import dry_run, which lies beside them
 
 WORDS = ["fox", "dog", "quick brown", "lazy", "sleeps on"]
 

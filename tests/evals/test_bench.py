@@ -1,107 +1,67 @@
-"""The benchmark's figures are medians of the rounds, in turn, beside the dense model; nothing here asserts how fast anything is."""
+"""The benchmarks' command line, and what they measure by; nothing here asserts how fast anything is."""
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-import compress
-from compress.errors import CompressError
-from compress.evals import bench as module
-from compress.evals import bench_prompt_memory, bench_structured
-from compress.evals.bench import Load, bench, spread
-from compress.evals.bench_memory import in_fresh_process, random_model
-from compress.evals.store import Results
-from compress.hf import packed_modules
-from compress.inspect import inspect
+from compress.evals.bench import common, memory
+from compress.evals.bench.__main__ import app
+from compress.evals.fresh import in_fresh_process
+from compress.evals.random_llama import llama, write_llama
 
-SMALL = Load(prompt=8, tokens=4, rounds=3, loads=1)
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
 
 
-def test_median_and_quartiles_by_hand():
-    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
-    assert spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+def run(*arguments):
+    """Run one benchmark; returns what it printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-@pytest.fixture
-def no_processes(monkeypatch):
-    """Loading in fresh processes takes seconds; one test does it in earnest."""
-
-    def loads(places, *_):
-        return {name: {"load_seconds": [0.5], "resident_bytes": [1e6]} for name in places}
-
-    monkeypatch.setattr(module, "_fresh_loads", loads)
+def test_help_lists_every_benchmark_by_its_name():
+    files = {path.stem for path in Path(common.__file__).parent.glob("*.py")}
+    names = files - {"__init__", "__main__", "common"}
+    assert {command.name for command in app.registered_commands} == names
+    assert all(name in run("--help") for name in names)
 
 
-def test_every_width_beside_the_dense_model_in_turn(compressed, tiny_llama, no_processes, monkeypatch):
-    turns, generate = [], module._generate
-
-    def watched(model, prompt, tokens):
-        turns.append(compress.get_bits(model) if packed_modules(model) else "dense")
-        return generate(model, prompt, tokens)
-
-    monkeypatch.setattr(module, "_generate", watched)
-    store = Results(None)
-    found = bench(str(compressed), [3, 6], load=SMALL, store=store)
-    assert list(found["widths"]) == ["dense", "6", "3"]
-    assert turns[:6] == ["dense", 6, 3, 6, 3, "dense"]  # the order rotates
-    assert len(turns) == 4 * 3  # one round more than is counted
-    assert found["backend"] == compress.backend()
-    assert found["dense"] == str(tiny_llama)
-    figures = found["widths"]["3"]
-    assert figures["disk_bytes"] == inspect(compressed)["bytes_at_bits"]["3"]
-    for name in ("decode_tokens_per_second", "prefill_tokens_per_second", "time_to_first_token_seconds"):
-        assert 0 < figures[name]["low"] <= figures[name]["median"] <= figures[name]["high"]
-    assert found["widths"]["dense"]["decode_versus_dense"]["median"] == 1
-    assert store.rows("bench")[0]["result"] == found
+def test_no_benchmark_needs_the_command_line_of_the_library():
+    assert not any("compress.cli" in path.read_text() for path in Path(common.__file__).parent.glob("*.py"))
 
 
-def test_ratios_are_of_the_same_round(compressed, no_processes, monkeypatch):
-    """A machine that is slower in one round changes no ratio."""
-    slower = iter([1, 1, 1, 1, 5, 5, 2, 2])  # two candidates in the round that is not counted, and in three that are
-
-    def generate(model, *_):
-        cost = next(slower) * (3.0 if packed_modules(model) else 1.0)
-        return cost, 2 * cost
-
-    monkeypatch.setattr(module, "_generate", generate)
-    found = bench(str(compressed), [3], load=SMALL)["widths"]["3"]
-    assert found["prefill_versus_dense"] == pytest.approx({"median": 1 / 3, "low": 1 / 3, "high": 1 / 3})
-    assert found["time_to_first_token_seconds"]["median"] == 6.0
-    assert found["decode_tokens_per_second"]["median"] == 1 / 12
+def test_candidates_take_turns_and_the_first_round_is_not_counted():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
+    assert {name: len(times) for name, times in common.take_turns(candidates, 2).items()} == {"a": 2, "b": 2}
+    assert calls == ["a", "b"] * 3
 
 
-def test_a_dense_model_alone_loads_in_a_fresh_process(tiny_llama):
-    found = bench(str(tiny_llama), load=Load(prompt=8, tokens=2, rounds=1, loads=1))["widths"]
-    assert list(found) == ["dense"]
-    assert found["dense"]["load_seconds"]["median"] > 0
-    assert found["dense"]["resident_bytes"]["median"] > 0
-
-
-def test_without_the_dense_model_the_result_says_so(compressed, tmp_path, no_processes):
-    import json
-    import shutil
-
-    folder = shutil.copytree(compressed, tmp_path / "model")
-    manifest = json.loads((folder / "compression.json").read_text())
-    manifest["recipe"]["model"] = "/gone/away"
-    (folder / "compression.json").write_text(json.dumps(manifest))
-    found = bench(str(folder), [3], load=SMALL)
-    assert found["dense"].startswith("not measured: the dense model of")
-    assert "decode_versus_dense" not in found["widths"]["3"]
-    with pytest.raises(CompressError, match="no such folder"):
-        bench(str(folder), [3], reference="/gone/away", load=SMALL)
-
-
-def test_a_prompt_beyond_the_context_is_refused(compressed):
-    with pytest.raises(CompressError, match=r"60 \+ 32 tokens: the context holds 64"):
-        bench(str(compressed), [3], load=Load(prompt=60, tokens=32, rounds=1))
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
 @pytest.mark.parametrize(
-    ("child", "rest"), [(bench_prompt_memory._CHILD, ["null"]), (bench_structured._FORWARD, ["64", "32"])]
+    "arguments",
+    [("sparse", "--rows", 16), ("matrix", "--size", 64), ("quantiser", "--rows", 1, "--rounds", 2)],
+    ids=lambda arguments: arguments[0],
 )
-def test_peaks_of_memory_are_measured_in_a_fresh_process(child, rest, tmp_path):
-    random_model(tmp_path / "dense", 128, 1)
-    found = in_fresh_process(child, str(tmp_path / "dense"), *rest)
-    assert found["peak"] > found.get("loaded", 0)
+def test_a_small_run_prints_a_table_and_writes_its_figures(arguments, tmp_path):
+    assert "┃" in run(*arguments, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = list(found["seconds"].values()) if "seconds" in found else found
+    assert len(rows) >= 5
+
+
+@linux
+def test_peaks_of_a_kind_of_pass_stand_beside_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "PASSES", {"mini_llm": {"magnitude (L2)": {"score": "magnitude"}}})
+    run("memory", "mini_llm", "--hidden", 256, "--blocks", 2, "--json", tmp_path / "found.json")
+    pruned, forward = json.loads((tmp_path / "found.json").read_text())
+    assert pruned["what"] == "magnitude (L2)"
+    assert min(pruned["peak"], pruned["planned"], forward["peak"]) > pruned["float32"]
+
+
+@linux
+def test_training_a_prompt_is_measured_in_a_fresh_process(tmp_path):
+    dense = write_llama(tmp_path / "dense", llama(128, 1))
+    found = in_fresh_process(memory.PROMPT, [str(dense), None])
+    assert found["peak"] > found["loaded"] > found["imports"]

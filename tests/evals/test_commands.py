@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from compress.evals import bench as bench_module
+from compress.evals import speed
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_bench_report_and_compare(command, checkpoint, compressed, held_out, tmp
     def loads(places, *_):
         return {name: {"load_seconds": [0.5], "resident_bytes": [1e6]} for name in places}
 
-    monkeypatch.setattr(bench_module, "_fresh_loads", loads)
+    monkeypatch.setattr(speed, "_fresh_loads", loads)
     code, text, _ = command(
         "bench", checkpoint, "--bits", "3", "--prompt-tokens", "8", "--tokens", "2", "--rounds", "2"
     )

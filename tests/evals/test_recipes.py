@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dry_run import CONFIGS, dry_run, headers_only, shapes
 
 from compress.errors import CompressError
-from compress.evals.dry_run import CONFIGS, dry_run, headers_only, shapes
 from compress.passes import kinds
 
 FOLDER = Path(__file__).parents[2] / "docs" / "recipes"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from compress.evals import bench_kernels
+from compress.evals import kernels_bench
 from compress.evals.decoder import Shape
 from compress.kernels import configs, tune
 from compress.kernels.configs import Problem
@@ -31,14 +31,14 @@ class Stub:
 
 
 small = Shape(hidden=64, intermediate=96, layers=2, heads=4, key_heads=2, vocabulary=50, length=8)
-plan = bench_kernels.Plan([(64, 96), (40, 64)], (1, 6, 520), ((3, 3, 16), (4, 4, 16), (4, 4, 8)), small, "cpu")
-result = bench_kernels.run(plan, Stub())
+plan = kernels_bench.Plan([(64, 96), (40, 64)], (1, 6, 520), ((3, 3, 16), (4, 4, 16), (4, 4, 8)), small, "cpu")
+result = kernels_bench.run(plan, Stub())
 assert len(result["products"]) == 2 * 3 * 3
 assert all(0 < entry["error"] < 1e-3 for entry in result["products"])
 assert [entry["bits"] for entry in result["decode"]] == [16, 3, 4, 4]
 assert json.loads(json.dumps(result)) == result
 page = io.StringIO()
-bench_kernels.show(result, Console(file=page, width=160))
+kernels_bench.show(result, Console(file=page, width=160))
 assert all(text in page.getvalue() for text in ("64 x 96", "4, seed 4, 8-bit entries", "decode step", "273", "AnyBCQ"))
 print("benchmark: ok")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.evals.bench_output import correlated
+from compress.evals.bench.matrix import correlated
 from compress.quant import metric as metrics
 from compress.quant.metric import Buffers, Follower, Metric, leading_directions, product_dtype
 from compress.quant.tree import nested_output_codebooks

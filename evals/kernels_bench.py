@@ -1,4 +1,4 @@
-"""The kernels on a GPU: ``compress bench-kernels``, or ``python -m compress.evals.bench_kernels`` where typer is not installed.
+"""Measure the kernels on a GPU: ``compress bench-kernels``.
 
 `products`: one layer of the shapes of Llama-2-7B, Llama-3.1-8B and Llama-2-70B, by rows of activations and width, against cuBLAS in
 float16 and against the time the memory needs for the bytes. Calls are captured in a CUDA graph over enough copies of the weights
@@ -8,9 +8,7 @@ with random weights. Figures of others are those they published.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,7 +39,7 @@ PUBLISHED = {
     "Any-Precision LLM": {"2": 298, "3": 273, "4": 232},
     "AnyBCQ": {"2": 325, "3": 291, "4": 260},
 }
-Report = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,11 @@ def _dense_times(shape: tuple[int, int], plan: Plan, timer: Timer) -> dict[int, 
     }
 
 
-def products(plan: Plan, timer: Timer, rate: float, report: Report) -> list[dict[str, Any]]:
+def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[dict[str, Any]]:
     """One entry per shape, width and number of rows."""
     found: list[dict[str, Any]] = []
     for done, (rows, columns) in enumerate(plan.shapes):
-        report(f"{rows} x {columns}", done, len(plan.shapes))
+        progress(f"{rows} x {columns}", done, len(plan.shapes))
         reference = _dense_times((rows, columns), plan, timer)
         for bits, seed, kept in plan.widths:
             sets = copies(rows * columns * bits // 8, cache_bytes())
@@ -137,13 +135,13 @@ def _decode_seconds(shape: Shape, bits: int | None, seed: int, exact: bool, devi
         return timer([partial(step, token, place)])
 
 
-def decode(plan: Plan, timer: Timer, report: Report) -> list[dict[str, Any]]:
+def decode(plan: Plan, timer: Timer, progress: Progress) -> list[dict[str, Any]]:
     """Tokens per second of a whole decode step, in float16 and at every width."""
     assert plan.decode is not None
     found: list[dict[str, Any]] = []
     choices: list[tuple[int | None, int, int]] = [(None, 0, 16), *plan.widths]
     for done, (bits, seed, kept) in enumerate(choices):
-        report("decode, float16" if bits is None else f"decode, {bits} bits", done, len(choices))
+        progress("decode, float16" if bits is None else f"decode, {bits} bits", done, len(choices))
         seconds = _decode_seconds(plan.decode, bits, seed, kept == 16, plan.device, timer)
         found.append({"bits": bits or 16, "seed_bits": seed, "entries": kept, "tokens_per_second": 1 / seconds})
         torch.compiler.reset()
@@ -152,7 +150,7 @@ def decode(plan: Plan, timer: Timer, report: Report) -> list[dict[str, Any]]:
     return [entry | {"speedup": entry["tokens_per_second"] / base} for entry in found]
 
 
-def run(plan: Plan, timer: Timer, report: Report = lambda *_: None) -> dict[str, Any]:
+def run(plan: Plan, timer: Timer, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Measure all of a plan; the result is what ``--json`` writes.
 
     ``products`` has seconds of one call, the speed-up over cuBLAS, the share of the memory's speed, and the error against
@@ -163,9 +161,9 @@ def run(plan: Plan, timer: Timer, report: Report = lambda *_: None) -> dict[str,
     return {
         "gpu": gpu.device_of(index).name, "torch": torch.__version__, "triton": version("triton"),
         "bytes_per_second": rate, "bandwidth_from": source,
-        "products": products(plan, timer, rate, report),
+        "products": products(plan, timer, rate, progress),
         "decode_shape": None if plan.decode is None else asdict(plan.decode),
-        "decode": [] if plan.decode is None else decode(plan, timer, report),
+        "decode": [] if plan.decode is None else decode(plan, timer, progress),
         "published": PUBLISHED,
     }  # fmt: skip
 
@@ -218,49 +216,3 @@ def _by(entries: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Any, ...],
     for entry in entries:
         groups.setdefault(tuple(entry[name] for name in names), []).append(entry)
     return groups
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point without typer."""
-    from compress.kernels.timing import GraphTimer
-
-    parser = argparse.ArgumentParser(description="Measure the kernels on the GPU at hand.")
-    parser.add_argument("--shape", action="append", help="N x K such as 14336x4096; all of the Llamas' if absent")
-    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="of activations")
-    parser.add_argument("--no-decode", action="store_true", help="leave the decode step out")
-    parser.add_argument("--json", help="write the result to this file")
-    given = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("error: torch sees no GPU, and there is nothing to measure without one.")
-    plan = plan_of(given.shape, given.rows, not given.no_decode)
-    result = run(plan, GraphTimer())
-    show(result, Console())
-    if given.json:
-        with open(given.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-
-
-def plan_of(shapes: Sequence[str] | None, rows: Sequence[int], decode_too: bool) -> Plan:
-    """A plan from what was typed.
-
-    Raises:
-        ValueError: a shape that is not two numbers and an x.
-    """
-    chosen = Plan().shapes if not shapes else [shape_of(text) for text in shapes]
-    return Plan(chosen, tuple(rows), decode=Shape() if decode_too else None)
-
-
-def shape_of(text: str) -> tuple[int, int]:
-    """``14336x4096`` to (14336, 4096).
-
-    Raises:
-        ValueError: something else.
-    """
-    first, cross, second = text.lower().partition("x")
-    if not (cross and first.strip().isdigit() and second.strip().isdigit() and int(first) and int(second)):
-        raise ValueError(f"shape {text!r} is not N x K, such as 14336x4096")
-    return int(first), int(second)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What can be known about the kernels without a GPU: ``python -m compress.kernels.static``.
+"""What can be known about the kernels without a GPU: ``python tests/kernels/static.py``.
 
 Every kernel and configuration is compiled for NVIDIA's sm_80, sm_90 and sm_100, and the plain ones for AMD's gfx942; of the
 machine code are read registers, spilled bytes and the instructions of the inner loop per weight. Integer instructions decide how

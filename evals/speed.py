@@ -1,4 +1,4 @@
-"""``compress bench``: speed, memory and size of every width beside the dense model, in one run.
+"""Measure speed, memory and size of every width beside the dense model, in one run: ``compress bench``.
 
 All candidates take their turn in every round, in an order that rotates, so that a busy machine is busy for all of them. Figures are medians
 over the rounds with quartiles; ratios are medians of the ratios within a round. Loading and memory are measured in
@@ -7,13 +7,12 @@ fresh processes, also in turn.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 import compress
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
+from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, versions
 from compress.evals.text import load_widths
@@ -34,14 +34,14 @@ from compress.weights import Checkpoint
 Times = dict[str, list[float]]
 DENSE = "dense"
 
-_CHILD = """
-import json, sys, time
+PRUNED = "pruned"
+_LOAD = """
 import psutil, torch
 import compress
 from compress.loading import read_config
 from compress.streaming import empty_model
 
-folder, bits, dtype, device = json.loads(sys.argv[1])
+folder, bits, dtype, device = request
 dtype = getattr(torch, dtype)
 config = read_config(folder)
 config.quantization_config = None
@@ -61,7 +61,7 @@ print(json.dumps({"load_seconds": loaded, "resident_bytes": held() - start}))
 
 @dataclass(frozen=True)
 class Load:
-    """What is timed.
+    """Say what is timed.
 
     Attributes:
         prompt: tokens of the prompt.
@@ -77,22 +77,29 @@ class Load:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles, as plain data."""
+    """Return median and quartiles, as plain data."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
     return {"median": middle, "low": low, "high": high}
 
 
 def bench(
-    folder: str, bits: Sequence[int | float] | None = None, reference: str | None = None, load: Load | None = None,
-    dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = True, store: Results | None = None,
+    folder: str,
+    bits: Sequence[int | float] | None = None,
+    reference: str | None = None,
+    load: Load | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    exact: bool = True,
+    store: Results | None = None,
     report: Report | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Measure a checkpoint at several widths, and the dense model it was made from.
 
     Args:
         folder: checkpoint, or a dense model (measured alone).
         bits: widths; all there are if None.
         reference: dense model; the recipe's if None. Without one to be had, none is measured, and the result says so.
+            A checkpoint without packed matrices is measured beside the one that is given, as ``pruned``.
         load: what is timed.
         dtype: of activations and dense weights.
         device: where it runs.
@@ -101,10 +108,11 @@ def bench(
         report: called with (what, done, total).
 
     Returns:
-        ``{"model", "backend", "device", "dtype", "threads", "load", "dense", "widths": {"dense" | "4": {"decode_tokens_per_second",
-        "prefill_tokens_per_second", "time_to_first_token_seconds", "load_seconds", "resident_bytes": {"median", "low",
-        "high"}, "decode_versus_dense", "prefill_versus_dense", "disk_bytes"}}}``; ``dense`` is the dense model's folder, or why
-        there is none. Resident bytes are those after a token above those before loading; on a GPU, allocated bytes.
+        ``{"model", "backend", "device", "dtype", "threads", "load", "dense", "widths": {"dense" | "4": {
+        "decode_tokens_per_second", "prefill_tokens_per_second", "time_to_first_token_seconds", "switch_seconds",
+        "load_seconds", "resident_bytes": {"median", "low", "high"}, "decode_versus_dense", "prefill_versus_dense",
+        "disk_bytes"}}}``; ``dense`` is the dense model's folder, or why there is none. Switching is changing the width and
+        computing a token. Resident bytes are those after a token above those before loading; on a GPU, allocated bytes.
 
     Raises:
         CompressError: no such model, width or device, or a prompt beyond the context.
@@ -116,37 +124,42 @@ def bench(
     widths = {label: width for label, width in found.items() if width is not None}
     for value in widths.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
-    dense, note = _dense(folder, reference, bool(widths))
-    models: dict[str, PreTrainedModel] = dict.fromkeys(widths, model)
-    places: dict[str, str] = dict.fromkeys(widths, folder)
-    if dense is not None:
-        models = {DENSE: compress.load(dense, dtype=dtype, device_map=device) if widths else model, **models}
-        places = {DENSE: dense, **places}
-    if load.prompt + load.tokens > context_length(model, 1 << 30):
+    context = context_length(model, 1 << 30)
+    if load.prompt + load.tokens > context:
         raise CompressError(
-            f"{load.prompt} + {load.tokens} tokens: the context holds {context_length(model, 1 << 30)}; lower --prompt-tokens."
+            f"{load.prompt} + {load.tokens} tokens: the context holds {context}; lower --prompt-tokens."
         )
-    first, decode = _speed(models, widths, load, device, report)
+    dense, note = _dense(folder, reference, bool(widths))
+    places = dict.fromkeys(widths or [PRUNED if dense != folder else DENSE], folder)
+    models = dict.fromkeys(places, model)
+    if dense is not None and dense != folder:
+        places = {DENSE: dense, **places}
+        models = {DENSE: compress.load(dense, dtype=dtype, device_map=device), **models}
+    times = _times(models, widths, load, device, report)
     fresh = _fresh_loads(places, widths, load.loads, str(dtype)[6:], device, report)
-    sizes = {width: _disk_bytes(place, width) for width, place in places.items()}
     figures = {
-        width: _figures(width, first, decode, fresh[width], load) | {"disk_bytes": sizes[width]} for width in models
+        name: _figures(name, times, load)
+        | {what: spread(values) for what, values in fresh[name].items()}
+        | {"disk_bytes": _disk_bytes(place, name if name in widths else None)}
+        for name, place in places.items()
     }
-    result = {
-        "model": folder, "backend": compress.backend(), "device": _device_name(device), "dtype": str(dtype)[6:],
-        "exact": exact, "threads": torch.get_num_threads(), "load": asdict(load), "dense": note, "widths": figures,
+    setting = {
+        "backend": compress.backend(),
+        "device": _device_name(device),
+        "dtype": str(dtype)[6:],
+        "exact": exact,
+        "threads": torch.get_num_threads(),
+        "load": asdict(load),
         "versions": versions(),
-    }  # fmt: skip
+    }
+    result = {"model": folder, **setting, "dense": note, "widths": figures}
     if store is not None:
-        setting = {
-            name: result[name] for name in ("backend", "device", "dtype", "exact", "threads", "load", "versions")
-        }
         store.add(Key("bench", "bench", identity(folder), "all", settings=setting), {}, result=result)
     return result
 
 
 def _dense(folder: str, reference: str | None, packed: bool) -> tuple[str | None, str]:
-    """The dense model's folder and what the result says of it."""
+    """Return the dense model's folder and what the result says of it."""
     if not packed and reference is None:
         return folder, folder
     try:
@@ -158,33 +171,49 @@ def _dense(folder: str, reference: str | None, packed: bool) -> tuple[str | None
     return found, found
 
 
-def _speed(
+@dataclass(frozen=True)
+class _Times:
+    """Hold seconds by candidate, one figure a round: to the first token, per later token, and to switch."""
+
+    first: Times = field(default_factory=partial(defaultdict, list))
+    decode: Times = field(default_factory=partial(defaultdict, list))
+    switch: Times = field(default_factory=partial(defaultdict, list))
+
+
+def _times(
     models: Mapping[str, PreTrainedModel], widths: Mapping[str, Any], load: Load, device: str, report: Report | None
-) -> tuple[Times, Times]:
-    """Seconds to the first token and per later token, of every candidate in every round."""
+) -> _Times:
+    """Time every candidate in every round."""
     names = list(models)
-    first: Times = {name: [] for name in names}
-    decode: Times = {name: [] for name in names}
+    times = _Times()
     vocabulary = int(next(iter(models.values())).config.vocab_size)
     prompt = torch.randint(vocabulary, (1, load.prompt), generator=torch.Generator().manual_seed(0)).to(device)
     for turn in range(-1, load.rounds):  # the first round is not counted: caches fill, code is compiled
         for place in range(len(names)):
             name = names[(turn + 1 + place) % len(names)]
-            if name in widths:
-                compress.set_bits(models[name], widths[name])
-                models[name](input_ids=prompt[:, :1])  # what is made once per width
-            seconds = _generate(models[name], prompt, load.tokens)
+            switch = _switch(models[name], widths[name], prompt[:, :1]) if name in widths else None
+            first, decode = _generate(models[name], prompt, load.tokens)
             if turn >= 0:
-                first[name].append(seconds[0])
-                decode[name].append(seconds[1])
+                times.first[name].append(first)
+                times.decode[name].append(decode)
+                times.switch[name] += [] if switch is None else [switch]
             if report is not None:
                 report(f"timing {name}", (turn + 1) * len(names) + place + 1, (load.rounds + 1) * len(names))
-    return first, decode
+    return times
+
+
+@torch.inference_mode()
+def _switch(model: PreTrainedModel, bits: Any, token: Tensor) -> float:
+    """Return the seconds to change the width and compute a token, which makes what is made once per width."""
+    begun = _now(token.device)
+    compress.set_bits(model, bits)
+    model(input_ids=token)
+    return _now(token.device) - begun
 
 
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[float, float]:
-    """Greedy: seconds until the first token is known, and seconds for each of ``tokens`` later ones."""
+    """Return the seconds until the first token is known, and those for each of ``tokens`` later ones (greedy)."""
     begun = _now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
@@ -196,7 +225,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[floa
 
 
 def _now(device: torch.device) -> float:
-    """Wall time; on one CPU thread its processor time, so that other processes do not count."""
+    """Return wall time; on one CPU thread its processor time, so that other processes do not count."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
@@ -207,41 +236,37 @@ def _now(device: torch.device) -> float:
 def _fresh_loads(
     places: Mapping[str, str], widths: Mapping[str, Any], loads: int, dtype: str, device: str, report: Report | None
 ) -> dict[str, Times]:
-    """Load seconds and resident bytes of new processes, candidates in turn."""
+    """Measure load seconds and resident bytes in new processes, candidates in turn."""
     found: dict[str, Times] = {name: {"load_seconds": [], "resident_bytes": []} for name in places}
     for turn in range(loads):
         for place, (name, folder) in enumerate(places.items()):
-            request = json.dumps([folder, widths.get(name), dtype, device])
-            child = subprocess.run([sys.executable, "-c", _CHILD, request], capture_output=True, text=True, check=False)
-            if child.returncode:
-                line = child.stderr.strip().splitlines()[-1] if child.stderr.strip() else "no message"
-                raise CompressError(f"{folder}: a fresh process cannot load it ({line}).")
-            for what, value in json.loads(child.stdout.splitlines()[-1]).items():
+            for what, value in in_fresh_process(_LOAD, [folder, widths.get(name), dtype, device]).items():
                 found[name][what].append(float(value))
             if report is not None:
                 report(f"loading {name}", turn * len(places) + place + 1, loads * len(places))
     return found
 
 
-def _figures(width: str, first: Times, decode: Times, fresh: Times, load: Load) -> dict[str, Any]:
+def _figures(name: str, times: _Times, load: Load) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "decode_tokens_per_second": spread([1 / seconds for seconds in decode[width]]),
-        "prefill_tokens_per_second": spread([load.prompt / seconds for seconds in first[width]]),
-        "time_to_first_token_seconds": spread(first[width]),
-        **{what: spread(values) for what, values in fresh.items()},
+        "decode_tokens_per_second": spread([1 / seconds for seconds in times.decode[name]]),
+        "prefill_tokens_per_second": spread([load.prompt / seconds for seconds in times.first[name]]),
+        "time_to_first_token_seconds": spread(times.first[name]),
     }
-    if DENSE in first:
-        for what, times in (("decode", decode), ("prefill", first)):
-            ratios = [theirs / ours for theirs, ours in zip(times[DENSE], times[width], strict=True)]
+    if times.switch[name]:
+        found["switch_seconds"] = spread(times.switch[name])
+    if DENSE in times.first:
+        for what, of in (("decode", times.decode), ("prefill", times.first)):
+            ratios = [theirs / ours for theirs, ours in zip(of[DENSE], of[name], strict=True)]
             found[f"{what}_versus_dense"] = spread(ratios)
     return found
 
 
-def _disk_bytes(folder: str, width: str) -> int | None:
-    """Bytes of the tensors that loading at the width reads; None for a hub id."""
+def _disk_bytes(folder: str, width: str | None) -> int | None:
+    """Return the bytes of the tensors that loading (at a width) reads; None for a hub id."""
     if not Path(folder).is_dir():
         return None
-    if width == DENSE:
+    if width is None:
         return sum(item.nbytes for item in Checkpoint(Path(folder)).info().values())
     return inspect(Path(folder))["bytes_at_bits"].get(width)  # type: ignore[no-any-return]
 

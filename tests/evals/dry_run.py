@@ -1,4 +1,4 @@
-"""Recipes of the papers without their weights: ``python -m compress.evals.dry_run docs/recipes/*.yaml``.
+"""Recipes of the papers without their weights: ``python tests/evals/dry_run.py docs/recipes/*.yaml``.
 
 For every recipe a folder with the real model's configuration and the headers of its weights, but no data behind them
 (a sparse file), takes the model's place; then the recipe is read, checked and planned as far as it goes without weights.

@@ -1,0 +1,154 @@
+"""Measure the peak memory of runs, each in a process of its own, beside the model's size and the plan (Linux)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import compress
+from compress.evals.bench.common import JsonOption, show, write
+from compress.evals.fresh import AT_ONCE, in_fresh_process
+from compress.evals.random_llama import llama, write_llama
+from compress.plan import plan
+
+CALIBRATION: dict[str, Any] = {"builtin": "stdlib", "samples": 8, "length": 256}
+PASSES: dict[str, dict[str, Any]] = {
+    "any_precision": {
+        "weight objective": {"objective": "weight", "sensitivity": "none"},
+        "weight, activations": {"objective": "weight", "sensitivity": "activation"},
+        "weight, Fisher": {"objective": "weight", "sensitivity": "fisher"},
+        "output objective, Fisher": {"objective": "output", "sensitivity": "fisher"},
+    },
+    "prune": {
+        "wanda": {"score": "wanda", "allocation": "mrp", "sparsity": 0.5},
+        "sparsegpt": {"score": "sparsegpt", "allocation": "mrp", "sparsity": 0.5},
+    },
+    "mini_llm": {
+        "output error (default)": {"score": "output"},
+        "|W| |X|, no gradient": {"score": "no_gradient"},
+        "|W| |X| |noise|": {"score": "noise"},
+        "magnitude (L2)": {"score": "magnitude"},
+        "random": {"score": "random"},
+        "gates, residual gradient": {"score": "gates"},
+        "FMS, one SPSA draw (paper)": {"score": "fms"},
+        "gates, backprop (Fisher)": {"score": "gates", "estimator": "backprop"},
+        "Taylor, backprop": {"score": "taylor"},
+    },
+}
+"""Settings of each kind of pass that are measured, by what the table calls them."""
+ALWAYS: dict[str, dict[str, Any]] = {"mini_llm": {"ratio": 0.2, "compensate": False}}
+
+RUN = r"""
+import compress, compress.pipeline, compress.quant.any_precision
+
+found = {"imports": resident()}
+compress.run(*request)
+print(json.dumps(found | {"peak": resident("VmHWM")}))
+"""
+FORWARD = r"""
+import compress, compress.pipeline, compress.quant.any_precision, torch
+
+found = {"imports": resident()}
+folder, samples, length = request
+model = compress.load(folder, dtype=torch.float32)
+tokens = torch.arange(samples * length).view(samples, length) % 2048
+with torch.no_grad():
+    model(tokens, labels=tokens, use_cache=False)
+print(json.dumps(found | {"peak": resident("VmHWM")}))
+"""
+PROMPT = r"""
+import torch, compress
+from compress.prompts.adapter import new_prompt
+from compress.prompts.settings import SoftPromptConfig
+from compress.training import train
+
+found = {"imports": resident()}
+folder, keep_dense = request
+model = compress.load(folder, dtype=torch.float32, keep_dense=keep_dense)
+tensors = [*model.parameters(), *model.buffers()]
+found["tensors"] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+found["loaded"] = resident()
+samples = [torch.arange(128) * step % 2048 for step in (1, 3, 5)]
+prompted = new_prompt(model, "prompt", model.get_input_embeddings()(torch.arange(16)).detach())
+config = SoftPromptConfig(steps=2, batch=1, micro_batch=1, validate_every=2, warmup=0)
+result = train(prompted, samples, config, 0)
+assert result.history[-1]["step"] == 2
+print(json.dumps(found | {"peak": resident("VmHWM")}))
+"""
+
+
+class Kind(str, Enum):
+    """What is measured: a kind of pass."""
+
+    any_precision = "any_precision"
+    prune = "prune"
+    mini_llm = "mini_llm"
+    soft_prompt = "soft_prompt"
+
+
+def run_passes(kind: str, dense: Path) -> list[dict[str, Any]]:
+    """Measure every setting of a kind of pass on a model; bytes, by ``float32`` (of the dense weights), ``planned`` and so on."""
+    rows = []
+    for label, settings in PASSES[kind].items():
+        step = {"kind": kind, **ALWAYS.get(kind, {}), **settings}
+        recipe = {"model": str(dense), "calibration": CALIBRATION, "passes": [step]}
+        foreseen, output = plan(recipe), dense.with_name("compressed")
+        sizes = {"float32": 4 * foreseen["parameters"], "planned": foreseen["passes"][0]["memory_bytes"]}
+        rows.append({"what": label, **sizes, **in_fresh_process(RUN, [recipe, str(output)], AT_ONCE)})
+        shutil.rmtree(output)
+    if kind == "mini_llm":
+        request = [str(dense), CALIBRATION["samples"], CALIBRATION["length"]]
+        rows.append({"what": "a forward pass of as much text", **in_fresh_process(FORWARD, request, AT_ONCE)})
+    return rows
+
+
+def train_prompts(dense: Path) -> list[dict[str, Any]]:
+    """Measure two steps of training a soft prompt on a dense model and on a packed one, whose weights are looked up or kept."""
+    recipe = {"model": str(dense), "passes": [{"kind": "rtn", "bits": 4}]}
+    packed = compress.run(recipe, dense.with_name("packed"))
+    cases = {"4 bits, packed": (packed, False), "4 bits, weights kept": (packed, True), "dense": (dense, None)}
+    return [
+        {"what": label, **in_fresh_process(PROMPT, [str(place), keep], AT_ONCE)}
+        for label, (place, keep) in cases.items()
+    ]
+
+
+def main(
+    kind: Annotated[Kind, typer.Argument(help="Kind of pass.")] = Kind.any_precision,
+    hidden: Annotated[int, typer.Option(help="Hidden units of the random Llama.")] = 1024,
+    blocks: Annotated[list[int], typer.Option(help="Its blocks; again for more models.")] = [24],  # noqa: B006
+    json_file: JsonOption = None,
+) -> None:
+    """Measure the peak memory of runs beside the size of the model and the plan.
+
+    A random Llama is written to a temporary folder and compressed by a process of its own; the peak of its resident memory (VmHWM) is read
+    from the operating system. That process hands every freed tensor back at once, so that the peak is what was in use; left to
+    itself, the C library keeps freed tensors below 32 MB, and the peak of a small model's run is up to twice this.
+    """
+    rows: list[dict[str, Any]] = []
+    for depth in blocks:
+        with tempfile.TemporaryDirectory() as name:
+            dense = write_llama(Path(name) / "dense", llama(hidden, depth))
+            found = train_prompts(dense) if kind is Kind.soft_prompt else run_passes(kind.value, dense)
+            rows += [{"blocks": depth, **row} for row in found]
+    for row in rows:
+        row["peak"] -= row["imports"]
+    sizes = [
+        size
+        for size in ("float32", "tensors", "imports", "loaded", "peak", "planned")
+        if any(size in row for row in rows)
+    ]
+    show(
+        f"{kind.value}, {hidden} hidden units; MB, the peak above what the imports take",
+        ["", "blocks", *sizes],
+        [
+            (row["what"], row["blocks"], *(f"{row[size] / 1e6:.0f}" if size in row else "" for size in sizes))
+            for row in rows
+        ],
+    )
+    write(rows, json_file)

@@ -1,0 +1,79 @@
+"""Write Llamas with random weights, for measuring speed and memory where no trained checkpoint is at hand."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import compress
+from compress.errors import CompressError, did_you_mean
+from compress.passes import Report
+from compress.source import model_folder
+
+
+def llama(
+    hidden: int,
+    blocks: int,
+    *,
+    vocabulary: int = 2048,
+    intermediate: int | None = None,
+    heads: int | None = None,
+    key_heads: int | None = None,
+) -> LlamaConfig:
+    """Return the configuration of a Llama; heads have 64 values, two share keys, unless told otherwise."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate or hidden * 11 // 4,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads or hidden // 64,
+        num_key_value_heads=key_heads or hidden // 128,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+SIZES = {
+    "llama-tiny": llama(128, 2),
+    "llama-1b": llama(2048, 16, vocabulary=128256, intermediate=8192, heads=32, key_heads=8),
+    "llama-8b": llama(4096, 32, vocabulary=128256, intermediate=14336, heads=32, key_heads=8),
+}
+"""Those of Llama-3.2-1B, but for a head of its own, and of Llama-3.1-8B among them."""
+
+
+def write_llama(folder: Path, config: LlamaConfig) -> Path:
+    """Write a random bfloat16 Llama with the built-in model's tokenizer, and return its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    for path in model_folder("builtin").glob("tokenizer*"):
+        shutil.copy(path, folder / path.name)
+    return folder
+
+
+def write_packed_llama(folder: Path, size: str, progress: Report | None = None) -> Path:
+    """Write a random Llama and quantise it from 2 to 8 bits, head included.
+
+    Args:
+        folder: gets the dense model as ``dense`` and the checkpoint as ``packed``.
+        size: a name in :data:`SIZES`.
+        progress: called with (what, done, total).
+
+    Returns:
+        The checkpoint's folder, whose manifest names the dense model.
+
+    Raises:
+        CompressError: a size of another name.
+    """
+    if size not in SIZES:
+        raise CompressError(f"--random {size}: there is no random model of that name. {did_you_mean(size, SIZES)}")
+    settings = {"objective": "weight", "sensitivity": "none", "seed_bits": 2, "include": ["lm_head"]}
+    dense = write_llama(folder / "dense", SIZES[size])
+    recipe = {"model": str(dense), "passes": [{"kind": "any_precision", **settings}]}
+    return compress.run(recipe, folder / "packed", report=progress)
