@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.evals.bench.common import JsonOption, seconds, show, write
+from compress.quant.format import SparseShape
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.linear import pack
-from compress.quant.format import SparseShape
 from compress.quant.sparse import expand, smaller_form
 from compress.weights import read_header
 
