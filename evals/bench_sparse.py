@@ -23,9 +23,9 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.quant.format import SparseShape
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.linear import pack
+from compress.quant.records import SparseShape
 from compress.quant.sparse import expand, smaller_form
 from compress.weights import read_header
 
