@@ -12,7 +12,7 @@ import numpy as np
 
 from compress.errors import CompressError
 from compress.manifest import read_manifest
-from compress.quant.format import PackedShape, packed_bytes
+from compress.quant.records import PackedShape, packed_bytes
 from compress.structure import Architecture
 
 _STEPS = 20_000  # the budget is counted in this many parts, each matrix's bytes rounded up

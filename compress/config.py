@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.quant.format import PackedShape, SparseShape, shape_of, width_of
+from compress.quant.records import PackedShape, SparseShape, shape_of, width_of
 from compress.weights import INDEX, Checkpoint
 
 METHOD = "compress"

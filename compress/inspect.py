@@ -12,7 +12,7 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.manifest import read_manifest
-from compress.quant.format import PackedShape, SparseShape, width_of, width_range
+from compress.quant.records import PackedShape, SparseShape, width_of, width_range
 from compress.weights import Checkpoint, TensorInfo
 
 

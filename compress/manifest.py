@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.errors import CompressError
-from compress.quant.format import width_range
+from compress.quant.records import width_range
 from compress.weights import refuse_elsewhere, sha256_of
 
 MANIFEST = "compression.json"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.config import BlockShape, Shapes
-from compress.quant.format import PackedShape
+from compress.quant.records import PackedShape
 from compress.settings import PASSES, Calibration, load_entry
 from compress.settings import PassConfig as PassConfig  # a part of this contract
 from compress.settings import kinds as kinds

@@ -17,7 +17,7 @@ from compress.calibration import draw_samples
 from compress.errors import CompressError, refuse_existing
 from compress.passes import Context, Pass, Report, pass_class
 from compress.processes import processes
-from compress.quant.format import PackedShape
+from compress.quant.records import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner
 from compress.settings import Calibration

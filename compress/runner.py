@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, Report, Whole
 from compress.processes import processes
-from compress.quant.format import shape_of
+from compress.quant.records import shape_of
 from compress.quant.sparse import smaller_form
 from compress.shapes import block_shape
 from compress.streaming import Call, State, StreamedModel, reshaped

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
 from compress.hf import packed_modules, rebuild, replace_packed
-from compress.quant.format import PackedShape
+from compress.quant.records import PackedShape
 from compress.shapes import block_shape, fewer_blocks, head_dim, replace_shapes, settled, shape_block
 from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, head_name, linears_of
 from compress.weights import Renamed, TensorInfo, TensorSource

@@ -19,7 +19,7 @@ from compress.config import METHOD, format_version, index_name
 from compress.errors import CompressError
 from compress.hf import packed_modules, records, widths_for
 from compress.manifest import MANIFEST
-from compress.quant.format import width_of, width_range
+from compress.quant.records import width_of, width_range
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__

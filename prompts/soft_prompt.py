@@ -18,7 +18,7 @@ from compress.passes import Context, Needs, Pass, Whole
 from compress.processes import processes
 from compress.prompts.adapter import FOLDER, adapter_fields, embedding, new_prompt, write_prompt
 from compress.prompts.settings import SoftPromptConfig
-from compress.quant.format import PackedShape
+from compress.quant.records import PackedShape
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record
 

@@ -12,8 +12,8 @@ from compress.pruning.measure import Measured
 from compress.pruning.settings import JointConfig
 from compress.pruning.sparsegpt import sweep
 from compress.pruning.sparsity import Pruned, SparsePass
-from compress.quant.format import PackedShape
 from compress.quant.linear import pack
+from compress.quant.records import PackedShape
 
 
 class Joint(SparsePass[JointConfig]):

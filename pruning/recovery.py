@@ -15,8 +15,8 @@ from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.adapter import FOLDER, adapter_model, write_adapter
 from compress.pruning.instructions import answer_loss, read_instructions
 from compress.pruning.settings import LoraRecoveryConfig
-from compress.quant.format import PackedShape
 from compress.quant.linear import BitPlaneLinear
+from compress.quant.records import PackedShape
 from compress.structure import block_prefix
 from compress.training import Loss, hold_out, next_token_loss, train
 from compress.workspace import Record

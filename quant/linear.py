@@ -13,8 +13,8 @@ from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, bitplane_linear, dense_weight
 from compress.kernels.layout import Tiled, head_for
 from compress.kernels.packing import pack_planes
-from compress.quant.format import PackedShape
 from compress.quant.fused import Group
+from compress.quant.records import PackedShape
 
 
 def pack(codes: Tensor, codebooks: dict[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:

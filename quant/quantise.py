@@ -13,10 +13,10 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.passes import Block, Context, Needs, Packed, Pass
-from compress.quant.format import PackedShape
 from compress.quant.kmeans import Nested
 from compress.quant.linear import pack
 from compress.quant.output import Fitted
+from compress.quant.records import PackedShape
 from compress.quant.settings import QuantiseConfig
 from compress.structure import matching
 from compress.workspace import Record

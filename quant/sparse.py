@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.kernels.packing import pack_planes, unpack_planes
-from compress.quant.format import MAX_GAP_BITS, PackedShape, SparseShape
+from compress.quant.records import MAX_GAP_BITS, PackedShape, SparseShape
 
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 

@@ -21,8 +21,8 @@ from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
 from compress.passes import Context, Needs, Pass, Whole
-from compress.quant.format import PackedShape
 from compress.quant.linear import BitPlaneLinear
+from compress.quant.records import PackedShape
 from compress.quant.settings import TuneTablesConfig
 from compress.workspace import Record
 

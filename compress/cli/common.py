@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -132,11 +134,53 @@ def parse_widths(text: str | None) -> list[int | float] | None:
         ) from None
 
 
+class ProgressLines:
+    """Progress where nothing can be redrawn, as in a log file: a line per unit of work, with the time that is left.
+
+    A line appears when work moves on, at most one a second, and within a long unit every ten seconds. The time left is that of
+    what is being counted (the blocks of a pass, say), by the mean time of those that are done.
+
+    Args:
+        write: takes a line.
+        clock: seconds.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._what, self._said = "", -math.inf
+        self._start = self._first = self._done = self._total = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Take note that ``done`` of ``total`` are finished and ``what`` is going on."""
+        now = self._clock()
+        if total != self._total or done < self._done:
+            self._start, self._first = now, done
+        self._done, self._total = done, total
+        if now - self._said < (1 if what != self._what else 10):
+            return
+        self._what, self._said = what, now
+        left = ""
+        if done > self._first:
+            left = f", about {duration((now - self._start) / (done - self._first) * (total - done))} left"
+        self._write(f"{what} ({done} of {total}{left})")
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them: ``40 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 @contextmanager
-def progress_bar() -> Iterator[Any]:
-    """A report function for (what, done, total), drawn on standard error."""
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function for (what, done, total), shown on standard error: a bar on a terminal, lines elsewhere."""
+    if not err.is_terminal:
+        yield ProgressLines(lambda line: err.print(escape(line), soft_wrap=True))
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:

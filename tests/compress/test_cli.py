@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 
 from compress import manifest
 from compress.cli import app
+from compress.cli.common import ProgressLines, duration
 from compress.errors import CompressError
 from compress.manifest import read_manifest
 
@@ -24,16 +26,6 @@ def compress_command(*arguments, cwd=None):
     return subprocess.run(
         [COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, check=False
     )
-
-
-def complaint(*arguments, cwd=None):
-    """The one line of a command that fails."""
-    result = compress_command(*arguments, cwd=cwd)
-    assert result.returncode != 0, result.stdout
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 @pytest.fixture
@@ -202,6 +194,40 @@ def test_mistakes_end_in_one_clear_line(
     assert not list(tmp_path.glob("x*"))
 
 
+def test_progress_in_a_log_is_a_line_per_unit_with_the_time_left():
+    lines, now = [], [0.0]
+    progress = ProgressLines(lines.append, lambda: now[0])
+    for second, *step in [
+        (0, "rtn: block 0", 0, 4),
+        (0.5, "rtn: block 1", 1, 4),  # too soon after the last line
+        (60, "rtn: block 2", 2, 4),
+        (65, "rtn: block 2", 3, 4),  # the same unit, within ten seconds
+        (90, "rtn: block 2", 3, 4),
+        (91, "writing", 0, 1),
+    ]:
+        now[0] = second
+        progress(*step)
+    assert lines == [
+        "rtn: block 0 (0 of 4)",
+        "rtn: block 2 (2 of 4, about 60 s left)",
+        "rtn: block 2 (3 of 4, about 30 s left)",
+        "writing (0 of 1)",
+    ]
+
+
+def test_a_run_tells_a_log_how_far_it_is(recipe_file, tmp_path, command):
+    code, _, log = command("run", recipe_file, "-o", tmp_path / "model")
+    assert code == 0
+    assert re.match(r"any_precision: .* \(0 of \d+\)\n", log)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(7.4, "7 s"), (99, "99 s"), (725, "12 min"), (11100, "3 h 05 min"), (86400, "24 h 00 min")]
+)
+def test_durations_are_written_as_people_say_them(seconds, said):
+    assert duration(seconds) == said
+
+
 def test_a_demo_deletes_no_folder_that_it_has_not_made(tmp_path, command):
     (tmp_path / "work").mkdir()
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -291,8 +317,12 @@ def test_a_full_disk(recipe_file, tmp_path):
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        line = complaint("run", recipe_file, "-o", small / "model")
+        result = compress_command("run", recipe_file, "-o", small / "model")
+        *progress, line = result.stderr.strip().splitlines()
+        assert result.returncode == 1
+        assert line.startswith("error: ")
         assert "the disk is full" in line or "are free" in line
+        assert all(" of " in step for step in progress)
         assert not (small / "model").exists()
     finally:
         subprocess.run(["umount", small], check=True)

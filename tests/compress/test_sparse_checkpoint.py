@@ -15,7 +15,7 @@ from compress.errors import CompressError
 from compress.hf import CompressConfig, CompressQuantizer, packed_modules
 from compress.inspect import inspect
 from compress.manifest import verify
-from compress.quant.format import PackedShape, SparseShape
+from compress.quant.records import PackedShape, SparseShape
 from compress.streaming import State, StreamedModel
 from compress.structure import ARCHITECTURES
 from compress.weights import Checkpoint

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from compress.errors import CompressError
 from compress.kernels.bitplane import dense_weight
 from compress.kernels.packing import unpack_planes
-from compress.quant.format import PackedShape, SparseShape, shape_of
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.linear import pack
+from compress.quant.records import PackedShape, SparseShape, shape_of
 from compress.quant.sparse import expand, smaller_form
 
 
