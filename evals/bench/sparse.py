@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from compress.quant.format import SparseShape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.evals.bench.common import JsonOption, seconds, show, write
-from compress.quant.format import SparseShape
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.linear import pack
 from compress.quant.sparse import expand, smaller_form
