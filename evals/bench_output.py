@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.pruning.sparsegpt import Rule, factorise, sweep
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.tree import nested_output_codebooks
+from compress.quant.nested import nested_output_codebooks
 
 
 def seconds(work: Callable[[], object]) -> float:

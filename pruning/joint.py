@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.passes import Block, Context, Needs, Packed
+from compress.pruning.masked import Pruned, SparseConfig, SparsePass
 from compress.pruning.measure import Measured
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparseConfig, SparsePass
 from compress.quant.linear import PackedShape, pack
 
 

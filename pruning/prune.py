@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field
 
 from compress.passes import Block
+from compress.pruning.masked import Pruned, SparseConfig, SparsePass
 from compress.pruning.measure import Measured, Score
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparseConfig, SparsePass
 
 
 class PruneConfig(SparseConfig):

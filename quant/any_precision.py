@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, model_validator
 
 from compress.passes import Block, Needs
+from compress.quant.base import Array, QuantisePass, SensitiveConfig
+from compress.quant.block_sweep import Fitted, fit_block
 from compress.quant.kmeans import Nested, nested_codebooks
-from compress.quant.output import Fitted, sweep
-from compress.quant.quantise import Array, QuantisePass, SensitiveConfig
-from compress.quant.tree import CARRIED
+from compress.quant.nested import CARRIED
 
 
 class AnyPrecisionConfig(SensitiveConfig):
@@ -75,13 +75,13 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         variants = tuple(str(bits) for bits in corrected)
         return replace(needs, inputs="original", variants=variants, hessians=True)
 
-    def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
+    def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
         """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
         config = self.config
         if config.objective == "weight" or not block.samples:
             return {}
         widths = range(config.seed_bits, config.parent_bits + 1)
-        return sweep(block, names, widths, config.correction, config.focus, config.keep_zeros)
+        return fit_block(block, names, widths, config.correction, config.focus, config.keep_zeros)
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
         """Nested codes and tables of one matrix."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.hf import matching
 from compress.passes import Block, Context, Needs, Packed, Pass, PassConfig
+from compress.quant.block_sweep import Fitted
 from compress.quant.kmeans import Nested
 from compress.quant.linear import PackedShape, pack
-from compress.quant.output import Fitted
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
@@ -111,7 +111,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         names = list(context.linears)
         return {name: pattern for pattern in self.config.ignore for name in matching(pattern, names)}
 
-    def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
+    def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
         """Codes and tables found on the block's inputs; :meth:`quantise` is asked for the matrices it leaves out."""
         return {}
 
@@ -122,7 +122,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         names = [name for name in block.linears if name not in ignored]
         weights = {name: _finite(name, block.linears[name].weight) for name in names}
         sensitivities = self._sensitivities(block)
-        fitted = self.sweep(block, names)
+        fitted = self.fit_block(block, names)
         errors: Record = {}
         for name, weight in weights.items():
             sensitivity = sensitivities.get(name)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from compress.quant.base import Array, QuantiseConfig, QuantisePass, SensitiveConfig
 from compress.quant.kmeans import Nested, kmeans_codebook
-from compress.quant.quantise import Array, QuantiseConfig, QuantisePass, SensitiveConfig
 
 
 class KMeansConfig(SensitiveConfig):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.passes import Block
-from compress.quant.tree import Tree, nested_output_codebooks
+from compress.quant.nested import Tree, nested_output_codebooks
 
 Run = Callable[[nn.Module], Tensor]
 
@@ -137,7 +137,7 @@ def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sweep(
+def fit_block(
     block: Block, names: Sequence[str], widths: Sequence[int], correction: float, focus: Mapping[int, float],
     keep_zeros: bool,
 ) -> dict[str, Fitted]:  # fmt: skip
