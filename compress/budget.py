@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import CompressError
-from compress.quant.linear import PackedShape, packed_bytes
+from compress.quant.format import PackedShape, packed_bytes
 from compress.structure import Architecture
 from compress.weights import read_manifest
 

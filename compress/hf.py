@@ -25,9 +25,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import CompressError, did_you_mean
+from compress.quant.format import PackedShape, SparseShape, expand, shape_of
 from compress.quant.fused import join
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
-from compress.quant.sparse import SparseShape, expand, shape_of
+from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
 from compress.shapes import BlockShape, Shapes, read_shapes, replace_shapes
 from compress.structure import Linear, architecture, is_linear
 

@@ -11,8 +11,7 @@ from compress.loading import check_tensors
 from compress.manifest import read_settings
 from compress.pipeline import read_config
 from compress.prompts.adapter import prompt_sizes
-from compress.quant.linear import PackedShape, width_of
-from compress.quant.sparse import SparseShape
+from compress.quant.format import PackedShape, SparseShape, width_of
 from compress.shapes import replace_shapes
 from compress.streaming import State, empty_model, tensor_names
 from compress.structure import architecture

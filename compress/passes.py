@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import CompressError
-from compress.quant.linear import PackedShape
+from compress.quant.format import Codes, PackedShape
 from compress.shapes import BlockShape, Shapes
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
@@ -88,14 +88,6 @@ class Needs:
         return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_survey
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A packed matrix as a pass hands it over: the record and the tensors by name under the module."""
-
-    shape: PackedShape
-    tensors: Mapping[str, Tensor]
-
-
 @dataclass
 class Block:
     """One transformer block, in memory, with what the pass asked for.
@@ -116,7 +108,7 @@ class Block:
         findings: what :meth:`Pass.survey_model` returned.
         shape: its sizes; None where the architecture declares no groups.
         removed: whether the model is to go on without it.
-        packed: filled by a packing pass.
+        packed: full name -> codes and codebooks on the CPU, filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
     """
@@ -132,7 +124,7 @@ class Block:
     findings: Mapping[str, Tensor] = field(default_factory=dict)
     shape: BlockShape | None = None
     removed: bool = False
-    packed: dict[str, Packed] = field(default_factory=dict)
+    packed: dict[str, Codes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
 

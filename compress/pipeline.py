@@ -21,7 +21,7 @@ from compress.errors import CompressError, first_line
 from compress.loading import load_tokenizer
 from compress.passes import Context, Pass, Report, pass_class
 from compress.processes import processes
-from compress.quant.linear import PackedShape
+from compress.quant.format import PackedShape
 from compress.recipe import Calibration, Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner
 from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names

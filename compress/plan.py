@@ -10,7 +10,7 @@ import torch
 
 from compress.passes import SURVEY_TOKENS, Context, Needs, Pass, pass_class
 from compress.pipeline import check_order, open_source
-from compress.quant.linear import PackedShape, packed_bytes
+from compress.quant.format import PackedShape, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.streaming import State
 from compress.structure import block_of

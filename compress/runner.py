@@ -18,7 +18,7 @@ from compress.errors import CompressError
 from compress.fisher import squared_gradients
 from compress.passes import Block, Context, Pass, Report, Whole
 from compress.processes import processes
-from compress.quant.sparse import shape_of, smaller_form
+from compress.quant.format import pack_smaller, shape_of
 from compress.shapes import BlockShape, block_shape
 from compress.streaming import Call, State, StreamedModel, reshaped
 from compress.structure import block_prefix
@@ -271,8 +271,8 @@ class Runner:
     def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record, started: float) -> None:
         self._check_finite(tensors)
         shapes, storage = {}, {}
-        for name, packed in block.packed.items():
-            shape, stored, note = smaller_form(packed.shape, packed.tensors)
+        for name, found in block.packed.items():
+            shape, stored, note = pack_smaller(found)
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
             shapes[name], storage[name] = vars(shape), note
         whole = {**record, "packed": shapes, "skipped": block.skipped}

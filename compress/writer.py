@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.hf import METHOD, format_version, packed_modules, records, widths_for
 from compress.loading import index_name
-from compress.quant.linear import width_of
+from compress.quant.format import width_of
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__

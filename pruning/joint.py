@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.passes import Block, Context, Needs, Packed
+from compress.passes import Block, Context, Needs
 from compress.pruning.masked import Pruned, SparseConfig, SparsePass
 from compress.pruning.measure import Measured
 from compress.pruning.sparsegpt import sweep
-from compress.quant.linear import PackedShape, pack
+from compress.quant.format import Codes, PackedShape
 
 
 class JointConfig(SparseConfig):
@@ -49,9 +49,7 @@ class Joint(SparsePass[JointConfig]):
             table = even_tables(weight, self.config.bits)
             swept = sweep(weight, factor, self.rule(zeros[name]), rounding(table))
             weight.copy_(swept.weight)
-            codes = codes_of(swept.weight, table).cpu()
-            shape, tensors = pack(codes, {self.config.bits: table.cpu()})
-            block.packed[name] = Packed(shape, tensors)
+            block.packed[name] = Codes(codes_of(swept.weight, table).cpu(), {self.config.bits: table.cpu()})
             figures = {"loss": swept.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
             result[name] = Pruned(swept.pruned, figures)
         for name in block.linears.keys() - result.keys():

@@ -15,7 +15,8 @@ from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.adapter import FOLDER, adapter_model, write_adapter
 from compress.pruning.instructions import answer_loss, read_instructions
-from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.quant.format import PackedShape
+from compress.quant.linear import BitPlaneLinear
 from compress.structure import block_prefix
 from compress.training import Loss, TrainingConfig, hold_out, next_token_loss, train
 from compress.workspace import Record

@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 
 from compress.passes import Block, Needs
 from compress.quant.base import Array, QuantisePass, SensitiveConfig
-from compress.quant.block_sweep import Fitted, fit_block
-from compress.quant.kmeans import Nested, nested_codebooks
+from compress.quant.block_sweep import fit_block
+from compress.quant.format import Codes
+from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import CARRIED
 
 
@@ -75,7 +76,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         variants = tuple(str(bits) for bits in corrected)
         return replace(needs, inputs="original", variants=variants, hessians=True)
 
-    def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
+    def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
         """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
         config = self.config
         if config.objective == "weight" or not block.samples:
@@ -83,7 +84,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         widths = range(config.seed_bits, config.parent_bits + 1)
         return fit_block(block, names, widths, config.correction, config.focus, config.keep_zeros)
 
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Nested codes and tables of one matrix."""
         config = self.config
         return nested_codebooks(

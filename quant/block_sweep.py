@@ -13,38 +13,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.passes import Block
-from compress.quant.nested import Tree, nested_output_codebooks
+from compress.quant.format import Codes
+from compress.quant.nested import nested_output_codebooks
 
 Run = Callable[[nn.Module], Tensor]
 
 _DAMPING = 1e-3  # share of the metric's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """One matrix after the sweep.
-
-    Attributes:
-        codes: uint8 [N, K], parent codes.
-        tables: width -> float32 [N, 2**width].
-        metric: float32 [K, K], mean of ``x x^T``.
-    """
-
-    codes: Tensor
-    tables: dict[int, Tensor]
-    metric: Tensor
-
-    def dense(self, bits: int) -> Tensor:
-        """float32 [N, K], the weights at a width."""
-        return self.tables[bits].gather(1, (self.codes >> (max(self.tables) - bits)).long())
 
 
 class _Enough(Exception):
@@ -140,7 +121,7 @@ def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
 def fit_block(
     block: Block, names: Sequence[str], widths: Sequence[int], correction: float, focus: Mapping[int, float],
     keep_zeros: bool,
-) -> dict[str, Fitted]:  # fmt: skip
+) -> dict[str, Codes]:  # fmt: skip
     """Quantise linears of a block; ``block.show`` then puts their weights at a variant's width into it.
 
     Args:
@@ -155,7 +136,7 @@ def fit_block(
         CompressError: inputs that are not finite.
     """
     original = copy.deepcopy(block.module)
-    fitted: dict[str, Fitted] = {}
+    fitted: dict[str, Codes] = {}
 
     linears = block.linears  # not the block, which would then be kept by what it keeps
 
@@ -168,7 +149,7 @@ def fit_block(
         chosen = [name for name in group if name in names]
         if not chosen:
             continue
-        first = block.linears[chosen[0]].module
+        module = block.linears[chosen[0]].module
         twin = original.get_submodule(chosen[0].removeprefix(block.name + "."))
         weight = torch.cat([block.linears[name].weight.float() for name in chosen])
         dense = (block.samples, original, twin)
@@ -180,20 +161,15 @@ def fit_block(
         targets = dict.fromkeys(widths, weight)
         for variant, calls in block.variants.items():
             show(variant)
-            shift = _correction(dense, (calls, block.module, first), weight)
+            shift = _correction(dense, (calls, block.module, module), weight)
             targets[int(variant)] = (weight + correction * shift).contiguous()
         measured = metric.diagonal().clone()
         _damp(metric, _DAMPING)
-        tree = nested_output_codebooks(targets, metric, focus, weight == 0 if keep_zeros else None)
+        codes = nested_output_codebooks(targets, metric, focus, weight == 0 if keep_zeros else None)
         metric.diagonal().copy_(measured)
-        rows = 0
+        hessian, start = metric.cpu(), 0
         for name in chosen:
-            count = block.linears[name].shape[0]
-            fitted[name] = _part(tree, slice(rows, rows + count), metric)
-            rows += count
+            rows = slice(start, start + block.linears[name].shape[0])
+            books = {bits: book[rows].cpu() for bits, book in codes.codebooks.items()}
+            fitted[name], start = Codes(codes.codes[rows].cpu(), books, hessian), rows.stop
     return fitted
-
-
-def _part(tree: Tree, rows: slice, metric: Tensor) -> Fitted:
-    tables = {bits: table[rows].cpu() for bits, table in tree.tables.items()}
-    return Fitted(tree.codes[rows].to("cpu", torch.uint8), tables, metric.cpu())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.quant.descent import Descent, gather_columns, split_cells
+from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Follower, Metric
 from compress.quant.kmeans import nested_codebooks
 
@@ -379,8 +380,8 @@ def _gathered_compiled(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
 
 def nested_output_codebooks(
     targets: Mapping[int, Tensor], metric: Tensor, focus: Mapping[int, float] | None = None, zeros: Tensor | None = None
-) -> Tree:
-    """Nested codes and tables of rows that share their inputs.
+) -> Codes:
+    """Find nested codes and codebooks of rows that share their inputs.
 
     Args:
         targets: for every width from the seed to the parent, float32 [N, K], finite: what the rows should be.
@@ -389,7 +390,7 @@ def nested_output_codebooks(
         zeros: bool [N, K], weights that must be exactly 0 at every width.
 
     Returns:
-        The tree; its tables are float32.
+        Codes and float32 codebooks, on the device of the targets.
     """
     prepared, buffers, rows, parts = Metric(metric), Buffers(metric.device), len(targets[min(targets)]), []
     step = _ROWS if metric.device.type == "cpu" else rows
@@ -398,7 +399,7 @@ def nested_output_codebooks(
         wanted = {bits: target[part] for bits, target in targets.items()}
         parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part], buffers))
     tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(targets)}
-    return Tree(targets, prepared, torch.cat([codes for codes, _ in parts]), tables, zeros)
+    return Codes(torch.cat([codes for codes, _ in parts]), tables)
 
 
 def _grown(
@@ -412,8 +413,8 @@ def _grown(
     first = nested_codebooks(
         start.cpu().numpy(), weights.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
-    tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
-    tree = Tree(targets, metric, torch.from_numpy(first.codes).to(start.device), tables, zeros, buffers)
+    tables = {bits: book.to(start.device) for bits, book in first.codebooks.items()}
+    tree = Tree(targets, metric, first.codes.to(start.device), tables, zeros, buffers)
 
     def one(below: int | None, power: float) -> Objective:
         widths = [bits for bits in tree.tables if below is None or bits > below]

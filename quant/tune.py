@@ -22,7 +22,8 @@ from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
 from compress.passes import Context, Needs, Pass, PassConfig, Whole
-from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.quant.format import PackedShape
+from compress.quant.linear import BitPlaneLinear
 from compress.workspace import Record
 
 

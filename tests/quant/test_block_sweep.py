@@ -159,7 +159,7 @@ def test_the_metric_is_of_the_dense_models_inputs(tiny_llama, text_file, tmp_pat
         fitted = block_sweep.fit_block(block, *rest)
         for name, found in fitted.items():
             x = torch.cat(inputs[name]).double()
-            assert torch.allclose(found.metric.double(), x.t() @ x / len(x), rtol=1e-3, atol=1e-6), name
+            assert torch.allclose(found.hessian.double(), x.t() @ x / len(x), rtol=1e-3, atol=1e-6), name
             checked.append(name)
         return fitted
 

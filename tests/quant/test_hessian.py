@@ -49,8 +49,8 @@ def test_bfloat16_reaches_the_errors_of_float32(size, monkeypatch):
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(hessian, "product_dtype", lambda device, size, dtype=dtype: dtype)
-        tree = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), matrix)
-        errors[dtype] = {bits: plain_error(weight, matrix, tree.dense(bits)) for bits in tree.tables}
+        found = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), matrix)
+        errors[dtype] = {bits: plain_error(weight, matrix, found.dense(bits)) for bits in found.codebooks}
     for bits, error in errors[torch.bfloat16].items():
         assert error == pytest.approx(errors[torch.float32][bits], rel=0.02), bits
 

@@ -24,13 +24,13 @@ def problem(rows=6, columns=24, seed=0, mixing=1.0):
 def started(weight, metric, seed, parent, zeros=None):
     sensitivity = metric.diagonal().expand_as(weight).contiguous().numpy()
     first = nested_codebooks(weight.numpy(), sensitivity, seed, parent, zeros is not None)
-    tables = {bits: torch.from_numpy(table) for bits, table in first.codebooks.items()}
-    return Tree(dict.fromkeys(tables, weight), Metric(metric), torch.from_numpy(first.codes), tables, zeros)
+    return Tree(dict.fromkeys(first.codebooks, weight), Metric(metric), first.codes, first.codebooks, zeros)
 
 
 def nested(weight, metric, seed, parent, **options):
-    widths = range(seed, parent + 1)
-    return nested_output_codebooks(dict.fromkeys(widths, weight), metric, **options)
+    targets = dict.fromkeys(range(seed, parent + 1), weight)
+    found = nested_output_codebooks(targets, metric, **options)
+    return Tree(targets, Metric(metric), found.codes, found.codebooks)
 
 
 def codes_at(tree, bits):
@@ -195,9 +195,8 @@ def test_pruned_weights_stay_zero_at_every_width():
     weight[4] = weight[4].abs() + 1  # a row without zeros
     target = weight + 0.05
     zeros = weight == 0
-    widths = range(2, 9)
-    tree = nested_output_codebooks(dict.fromkeys(widths, target), metric, zeros=zeros)
-    for bits in widths:
+    tree = nested(target, metric, 2, 8, zeros=zeros)
+    for bits in range(2, 9):
         assert (tree.dense(bits)[zeros] == 0).all(), bits
     assert tree.error(8) < tree.error(2)
 
