@@ -6,8 +6,7 @@ point of group ``compress.passes``. ``CONTRIBUTING.md`` shows a whole one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from compress.errors import CompressError
 from compress.quant.format import Codes, PackedShape
 from compress.shapes import BlockShape, Shapes
+from compress.statistics import watch
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 GROUP = "compress.passes"
 Report = Callable[[str, int, int], None]
 """Called as work proceeds, with (what, steps done, steps in all)."""
+Run = Callable[[nn.Module], Tensor]
+"""Calls a block on one calibration sample as the model does: [1, T, hidden]."""
 SURVEY_TOKENS = 4096
 """Tokens that a survey of the whole model runs at once, which the plan counts on."""
 
@@ -118,8 +120,8 @@ class Block:
     module: nn.Module
     linears: dict[str, Linear]
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    samples: Sequence[Callable[[nn.Module], Tensor]] = ()
-    variants: Mapping[str, Sequence[Callable[[nn.Module], Tensor]]] = field(default_factory=dict)
+    samples: Sequence[Run] = ()
+    variants: Mapping[str, Sequence[Run]] = field(default_factory=dict)
     surveys: Sequence[Sequence[Record]] = ()
     findings: Mapping[str, Tensor] = field(default_factory=dict)
     shape: BlockShape | None = None
@@ -129,24 +131,19 @@ class Block:
     show: Callable[[str], None] | None = None
 
     @torch.no_grad()
-    def for_each_input(self, visit: Callable[[str, Tensor], None]) -> None:
-        """Run the samples through the block; call ``visit(linear_name, x)`` with every linear's input [tokens, K]."""
-        with _watching(self.linears, visit):
+    def for_each_input(
+        self, visit: Callable[[str, Tensor], None], modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears.
+
+        Args:
+            visit: called in the order in which the block calls its linears.
+            modules: name -> module to look at; every linear by its full name if None.
+        """
+        watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
+        with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
             for run in self.samples:
                 run(self.module)
-
-
-@contextmanager
-def _watching(linears: Mapping[str, Linear], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: visit(name, inputs[0].flatten(0, -2))
-
-    handles = [linear.module.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.calibration import Samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
-from compress.passes import Block, Context, Pass, Report, Whole
+from compress.passes import Block, Context, Pass, Report, Run, Whole
 from compress.processes import processes
 from compress.quant.format import pack_smaller, shape_of
 from compress.shapes import BlockShape, block_shape
@@ -25,8 +25,6 @@ from compress.structure import block_prefix
 from compress.version import __version__
 from compress.weights import Overlay
 from compress.workspace import Record, Stage, Workspace
-
-Run = Callable[[nn.Module], Tensor]
 
 
 class Log:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.passes import Block, Context, Needs
 from compress.pruning.masked import Pruned, SparseConfig, SparsePass
-from compress.pruning.measure import Measured
+from compress.pruning.scores import Measured
 from compress.pruning.sparsegpt import sweep
 from compress.quant.format import Codes, PackedShape
 

@@ -16,11 +16,9 @@ from compress.errors import CompressError
 from compress.hf import matching
 from compress.passes import Block, Context, Needs, Pass, PassConfig
 from compress.pruning import allocation as rules
-from compress.pruning.allocation import Budget, whole_numbers
-from compress.pruning.alpha import exponent
-from compress.pruning.measure import Measured, Score, measure
+from compress.pruning.allocation import Budget, exponent, whole_numbers
 from compress.pruning.mrp import Ratio, Step, curve, grid, non_outlier_ratio, outlier_share, search
-from compress.pruning.scores import DEFAULT_GROUP, Group, pattern_zeros
+from compress.pruning.scores import DEFAULT_GROUP, Group, Measured, Score, measure, pattern_zeros
 from compress.pruning.sparsegpt import Rule
 from compress.structure import block_of
 from compress.workspace import Record

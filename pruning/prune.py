@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compress.passes import Block
 from compress.pruning.masked import Pruned, SparseConfig, SparsePass
-from compress.pruning.measure import Measured, Score
+from compress.pruning.scores import Measured, Score
 from compress.pruning.sparsegpt import sweep
 
 

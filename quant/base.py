@@ -16,6 +16,7 @@ from compress.errors import CompressError
 from compress.hf import matching
 from compress.passes import Block, Context, Needs, Pass, PassConfig
 from compress.quant.format import Codes, PackedShape
+from compress.statistics import Moments, check_weight
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
@@ -118,7 +119,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         ignored = self._ignored(context)
         block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
         names = [name for name in block.linears if name not in ignored]
-        weights = {name: _finite(name, block.linears[name].weight) for name in names}
+        weights = {name: _checked(name, block.linears[name].weight) for name in names}
         sensitivities = self._sensitivities(block)
         fitted = self.fit_block(block, names)
         errors: Record = {}
@@ -140,23 +141,16 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             return dict(block.squared_gradients)
         if self.sensitivity == "none":
             return {}
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-
-        def visit(name: str, x: Tensor) -> None:
-            sums[name] = sums.get(name, torch.zeros(x.shape[-1], device=x.device)) + x.float().square().sum(0)
-            counts[name] = counts.get(name, 0) + x.shape[0]
-
-        block.for_each_input(visit)
+        moments = Moments()
+        block.for_each_input(moments.add)
         rows = {name: linear.shape[0] for name, linear in block.linears.items()}
-        return {name: (total / counts[name]).cpu().expand(rows[name], -1) for name, total in sums.items()}
+        return {name: moments.mean(name).cpu().expand(rows[name], -1) for name in moments.owner}
 
 
-def _finite(name: str, weight: Tensor) -> Tensor:
+def _checked(name: str, weight: Tensor) -> Tensor:
+    """Copy a weight to the CPU, float32 [N, K], and refuse values that are not finite."""
     weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if not torch.isfinite(weight).all():
-        row = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
-        raise CompressError(f"{name}: row {row} of its weight holds NaN or infinity; the model is damaged.")
+    check_weight(name, weight)
     return weight
 
 

@@ -11,18 +11,15 @@ All widths share one metric, the mean of ``x x^T``: measured, a metric of ``x'``
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
-from compress.passes import Block
+from compress.passes import Block, Run
 from compress.quant.format import Codes
 from compress.quant.nested import nested_output_codebooks
-
-Run = Callable[[nn.Module], Tensor]
+from compress.statistics import SharedInputs, check_inputs, watch
 
 _DAMPING = 1e-3  # share of the metric's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
@@ -32,43 +29,29 @@ class _Enough(Exception):
     """Raised once the inputs asked for are there: the rest of the block need not run."""
 
 
-@contextmanager
-def _watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: see(name, inputs[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def groups(block: Block) -> list[list[str]]:
-    """Linears that are called with the same tensor, in the order of their calls."""
-    found: list[tuple[Tensor, list[str]]] = []
+    """Group the linears that are called with the same tensor, in the order of their calls."""
+    shared, found = SharedInputs(), dict[str, list[str]]()
 
-    def see(name: str, x: Tensor) -> None:
-        if found and found[-1][0].data_ptr() == x.data_ptr() and found[-1][0].shape == x.shape:
-            found[-1][1].append(name)
-        else:
-            found.append((x, [name]))  # holding the tensor keeps its memory from being used again
+    def visit(name: str, x: Tensor) -> None:
+        group = found.setdefault(shared.owner(name, x), [])
+        if name not in group:
+            group.append(name)
 
-    with torch.no_grad(), _watching({name: linear.module for name, linear in block.linears.items()}, see):
+    with torch.no_grad(), watch({name: linear.module for name, linear in block.linears.items()}, visit):
         block.samples[0](block.module)
-    return [names for _, names in found]
+    return list(found.values())
 
 
 def _input(run: Run, module: nn.Module, linear: nn.Module) -> Tensor:
-    """float32 [T, K], what one linear of a block is given on one sample."""
+    """Return what one linear of a block is given on one sample, float32 [T, K]."""
     seen: list[Tensor] = []
 
-    def see(_name: str, x: Tensor) -> None:
+    def visit(_name: str, x: Tensor) -> None:
         seen.append(x.flatten(0, -2).float())
         raise _Enough
 
-    with _watching({"": linear}, see):
+    with watch({"": linear}, visit):
         try:
             run(module)
         except _Enough:
@@ -154,10 +137,7 @@ def fit_block(
         weight = torch.cat([block.linears[name].weight.float() for name in chosen])
         dense = (block.samples, original, twin)
         metric = _metric(dense, weight)
-        if not torch.isfinite(metric).all():
-            raise CompressError(
-                f"{chosen[0]}: its inputs on the calibration text are not finite; check the model's weights."
-            )
+        check_inputs(chosen[0], metric)
         targets = dict.fromkeys(widths, weight)
         for variant, calls in block.variants.items():
             show(variant)
