@@ -33,8 +33,8 @@ Report = Callable[[str, int, int], None]
 """Called as work proceeds, with (what, steps done, steps in all)."""
 Run = Callable[[nn.Module], Tensor]
 """Calls a block on one calibration sample as the model does: [1, T, hidden]."""
-SURVEY_TOKENS = 4096
-"""Tokens that a survey of the whole model runs at once, which the plan counts on."""
+OUTSIDE = -1
+"""Index of the block that stands for the modules outside the blocks: the embedding and the head."""
 
 
 class PassConfig(BaseModel):
@@ -54,14 +54,11 @@ class Needs:
             ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
         variants: with ``original`` inputs, also carry them through these versions of the updated blocks; the pass
             leaves ``block.show`` behind, which puts a block into each.
-        hessians: the pass itself accumulates a [K, K] matrix for every distinct input of a block, and scores of its
-            weights; told for the plan's sake.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
         model_survey: looks at the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
-        backward: differentiates the whole model in memory; told for the plan's sake.
         whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
             :meth:`Pass.run_block`.
         teacher: with ``whole_model``, also the dense model it came from (:attr:`Whole.dense`).
@@ -72,13 +69,11 @@ class Needs:
 
     inputs: Literal["original", "updated"] | None = None
     variants: tuple[str, ...] = ()
-    hessians: bool = False
     squared_gradients: bool = False
     packs: bool = False
     packed: bool = False
     changes_shapes: bool = False
     model_survey: bool = False
-    backward: bool = False
     whole_model: bool = False
     teacher: bool = False
     beside: bool = False
@@ -96,7 +91,7 @@ class Block:
 
     A pass changes ``linears[name].weight`` in place, puts smaller parameters into modules (and says so in ``shape``), sets
     ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
-    block, with ``index`` -1.
+    block, with ``index`` :data:`OUTSIDE`.
 
     Attributes:
         index: position in the model.
@@ -214,6 +209,23 @@ def derived_generator(seed: int, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a run before it: what :meth:`Pass.memory` estimates from.
+
+    Attributes:
+        samples: of the calibration text, 0 without one.
+        length: tokens of each.
+        block: bytes of the largest block, float32.
+        model: bytes of the whole model, float32.
+    """
+
+    samples: int
+    length: int
+    block: int
+    model: int
+
+
 ConfigT = TypeVar("ConfigT", bound=PassConfig)
 
 
@@ -252,12 +264,16 @@ class Pass(Generic[ConfigT]):
         """
         return {}
 
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate, for the plan, the bytes that it takes itself: statistics, copies, gradients of its own.
+
+        What the pipeline holds for it comes on top: the block or the model, the samples' hidden states, and what
+        ``squared_gradients`` takes.
+        """
+        return 0
+
     def survey_model(
-        self,
-        model: PreTrainedModel,
-        samples: Sequence[Tensor],
-        context: Context,
-        report: Report,
+        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
     ) -> dict[str, Tensor]:
         """Look at the whole model, float32 on the context's device; what is returned is every block's ``findings``.
 
@@ -291,7 +307,13 @@ class Pass(Generic[ConfigT]):
         """Work on one block, knowing ``block.surveys``.
 
         Returns:
-            Figures for the log and the manifest, without times: equal work, equal bytes.
+            Figures for the log and the manifest (JSON), without times: equal work, equal bytes. Every pass chooses its
+            own, under names other than those of :data:`compress.runner.NOTES`. Two names have a meaning for all:
+
+            * ``errors``: matrix -> bits -> ``{"relative", "weighted"}`` and perhaps ``"output"``
+              (:func:`compress.quant.base.layer_errors`). ``inspect`` shows them, and a mix of bits is chosen by them.
+            * ``linears``: linear -> ``{"zeros": weights that are 0, "parameters": all}`` and whatever else there is to
+              say of it. A linear with ``zeros`` above 0 is what makes a model pruned.
         """
         raise NotImplementedError(f"{type(self).__name__} has no run_block")
 

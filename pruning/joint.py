@@ -34,7 +34,7 @@ class Joint(SparsePass[JointConfig]):
 
     def needs(self) -> Needs:
         """Inputs from the packed blocks; leaves packed matrices."""
-        return Needs(inputs="updated", hessians=True, packs=True)
+        return Needs(inputs="updated", packs=True)
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Every linear that is not ignored."""

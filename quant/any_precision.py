@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from compress.passes import Block, Needs
+from compress.passes import Block, Context, Needs, Sizes
 from compress.quant.base import Array, QuantisePass, SensitiveConfig
-from compress.quant.block_sweep import fit_block
+from compress.quant.block_sweep import fit_block, fitting_bytes
 from compress.quant.format import Codes
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import CARRIED
@@ -74,7 +74,13 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         seed, parent = self.widths
         corrected = range(seed, min(parent, CARRIED) + 1) if self.config.correction else ()
         variants = tuple(str(bits) for bits in corrected)
-        return replace(needs, inputs="original", variants=variants, hessians=True)
+        return replace(needs, inputs="original", variants=variants)
+
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate what the output objective takes: the original block beside its own, and one linear's statistics."""
+        if self.config.objective == "weight":
+            return 0
+        return sizes.block + fitting_bytes(context.linears.values(), len(self.needs().variants), sizes.length)
 
     def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
         """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""

@@ -11,7 +11,7 @@ All widths share one metric, the mean of ``x x^T``: measured, a metric of ``x'``
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,20 @@ def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
     _damp(moment, _CORRECTION_DAMPING)
     shift: Tensor = torch.linalg.solve(moment, right)
     return shift.t()
+
+
+def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: int) -> int:
+    """Estimate the bytes that fitting the codes of one linear takes, for the one with most inputs.
+
+    Args:
+        shapes: (N, K) of every linear.
+        variants: how many numbers of bits see inputs of their own.
+        length: tokens of a sample.
+    """
+    inputs = max(columns for _, columns in shapes)
+    matrices = 3 * inputs * inputs  # the Hessian, and two more for the correction, or its split
+    targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
+    return 4 * (matrices + targets + 4 * length * inputs) + 1024 * 90 * inputs  # a sample, and rows, at a time
 
 
 @torch.no_grad()
