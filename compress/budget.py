@@ -12,7 +12,7 @@ import numpy as np
 
 from compress.errors import CompressError
 from compress.manifest import read_manifest
-from compress.quant.records import PackedShape, packed_bytes
+from compress.quant.records import PackedShape, packed_bytes, width_range
 from compress.structure import Architecture
 
 _STEPS = 20_000  # the budget is counted in this many parts, each matrix's bytes rounded up
@@ -138,7 +138,8 @@ def widths_for_budget(
     """
     manifest = read_manifest(folder) or {}
     errors = measured_errors(folder, manifest, list(shapes))
-    low, high = min(s.seed_bits for s in shapes.values()), max(s.parent_bits for s in shapes.values())
+    stored = width_range(shapes.values())
+    low, high = stored[0], stored[-1]
 
     def size(names: Sequence[str], width: int) -> int:
         held = [shapes[name] if memory is None else shapes[name].dense for name in names]

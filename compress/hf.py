@@ -26,10 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.config import METHOD, Bits, StoredConfig, format_version
 from compress.errors import CompressError
+from compress.quant.format import expand
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape, width_range
-from compress.quant.sparse import expand
 from compress.shapes import replace_shapes
 from compress.structure import Linear, architecture, is_linear, matching
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.manifest import read_manifest
+from compress.prompts.adapter import prompt_sizes
 from compress.quant.records import PackedShape, SparseShape, width_of, width_range
 from compress.weights import Checkpoint, TensorInfo
 
@@ -114,7 +115,6 @@ def _prompts(folder: Path) -> dict[str, dict[str, int]]:
     """Return the sizes of stored soft prompts, by what they are for."""
     if not (folder / "soft_prompt").is_dir():
         return {}
-    from compress.prompts.adapter import prompt_sizes
 
     return {
         "all widths" if bits is None else f"{bits} bits": {"tokens": tokens, "numbers": tokens * wide}

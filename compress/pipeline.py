@@ -108,8 +108,9 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
         state, units = runner.run()
         own = {"text": drawn[text].source} if text and step.needs().text else {}
-        history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
-        beside.append((step, runner.beside, units))
+        described = {name: unit.described() for name, unit in units.items()}
+        history.append({"config": step.config.model_dump(mode="json"), **own, "units": described})
+        beside.append((step, runner.beside, {name: unit.figures for name, unit in units.items()}))
     if not processes(device).is_main_process:
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from compress.calibration import Samples
 from compress.config import BlockShape
 from compress.errors import CompressError
-from compress.fisher import squared_gradients
-from compress.passes import Block, Context, Pass, Report, Whole
+from compress.fisher import squared_gradients, unit_of
+from compress.passes import OUTSIDE, Block, Context, Pass, Report, Run, Whole
 from compress.processes import processes
+from compress.quant.format import pack_smaller
 from compress.quant.records import shape_of
-from compress.quant.sparse import smaller_form
 from compress.shapes import block_shape
 from compress.streaming import Call, State, StreamedModel, reshaped
 from compress.structure import block_prefix
@@ -28,7 +28,33 @@ from compress.version import __version__
 from compress.weights import Overlay
 from compress.workspace import Record, Stage, Workspace
 
-Run = Callable[[nn.Module], Tensor]
+NOTES = ("packed", "skipped", "shape", "storage")
+"""What the pipeline itself keeps in a unit's record, beside the figures of the pass."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished unit of work: what the pass says of it, and what the pipeline does.
+
+    Attributes:
+        figures: as the pass returned them.
+        notes: under the names of :data:`NOTES`: ``packed``, name -> fields of :class:`PackedShape`; ``skipped``, name ->
+            reason; where the pass changes shapes the block's ``shape``, None if it is removed; and ``storage``, name ->
+            what :func:`pack_smaller` notes.
+    """
+
+    figures: Record
+    notes: Record
+
+    @classmethod
+    def of(cls, record: Record) -> Finished:
+        """Take apart what is on disk."""
+        notes = {name: value for name, value in record.items() if name in NOTES}
+        return cls({name: value for name, value in record.items() if name not in NOTES}, notes)
+
+    def described(self) -> Record:
+        """Return what the manifest says of the unit; the config has what is packed."""
+        return {name: value for name, value in sorted({**self.figures, **self.notes}.items()) if name != "packed"}
 
 
 class Log:
@@ -81,8 +107,8 @@ class Runner:
             self._model = StreamedModel(self.state, self.context.device)
         return self._model
 
-    def run(self) -> tuple[State, dict[str, Record]]:
-        """Do what is not done yet; return the state after the pass and its units' records."""
+    def run(self) -> tuple[State, dict[str, Finished]]:
+        """Do what is not done yet; return the state after the pass, and its units."""
         if self.needs.whole_model:
             units = self.step.model_units(self.state.packed)
             self._run_whole(units)
@@ -130,7 +156,7 @@ class Runner:
                 continue
             stored = {} if self.needs.beside else self.state.source.info()
             tensors = {n: t.to(getattr(torch, stored[n].dtype)) if n in stored else t for n, t in tensors.items()}
-            self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
+            self._save(unit, tensors, record, {"packed": {}, "skipped": {}})
             shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)
 
@@ -212,7 +238,7 @@ class Runner:
             self._finish(unit, block, tensors, record, started)
 
     def _fisher(self, i: int) -> dict[str, Tensor]:
-        return self.fisher.load(f"fisher-{i}") if self.needs.squared_gradients else {}
+        return self.fisher.load(unit_of(i)) if self.needs.squared_gradients else {}
 
     def _samples(self, i: int, inputs: str) -> tuple[list[Run], dict[str, list[Run]]]:
         """The block's calls on the calibration samples, and those of every variant.
@@ -254,7 +280,7 @@ class Runner:
     def _outside(self) -> None:
         started = time.perf_counter()
         linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
-        block = Block(-1, "", self.model.model, linears, self._fisher(-1), surveys=self.surveys)
+        block = Block(OUTSIDE, "", self.model.model, linears, self._fisher(OUTSIDE), surveys=self.surveys)
         record = self.step.run_block(block, self.context)
         self._finish("outside", block, {}, record, started)
 
@@ -277,38 +303,46 @@ class Runner:
     def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record, started: float) -> None:
         self._check_finite(tensors)
         shapes, storage = {}, {}
-        for name, packed in block.packed.items():
-            shape, stored, note = smaller_form(packed.shape, packed.tensors)
+        for name, found in block.packed.items():
+            shape, stored, note = pack_smaller(found)
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
             shapes[name], storage[name] = vars(shape), note
-        whole = {**record, "packed": shapes, "skipped": block.skipped}
+        notes: Record = {"packed": shapes, "skipped": block.skipped}
         if self.needs.changes_shapes:
-            whole["shape"] = None if block.removed or block.shape is None else asdict(block.shape)
+            notes["shape"] = None if block.removed or block.shape is None else asdict(block.shape)
         if any(storage.values()):  # units without a pruned weight are as they always were
-            whole["storage"] = {name: note for name, note in storage.items() if note}
-        self.stage.save(unit, tensors, whole)
+            notes["storage"] = {name: note for name, note in storage.items() if note}
+        self._save(unit, tensors, record, notes)
         self.log.unit(self.kind, block.name or unit, time.perf_counter() - started, record)
+
+    def _save(self, unit: str, tensors: Mapping[str, Tensor], figures: Record, notes: Record) -> None:
+        taken = sorted(figures.keys() & set(NOTES))
+        if taken:
+            raise CompressError(
+                f"pass {self.kind}: its record has {taken[0]!r}, a name that the pipeline uses; choose another."
+            )
+        self.stage.save(unit, tensors, {**figures, **notes})
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise CompressError(f"{name}: {self.kind} left values that are not finite.")
 
-    def _after(self, units: Sequence[str]) -> tuple[State, dict[str, Record]]:
-        records = {unit: self.stage.record(unit) or {} for unit in units}
-        new = {name: shape_of(fields) for record in records.values() for name, fields in record.pop("packed").items()}
+    def _after(self, units: Sequence[str]) -> tuple[State, dict[str, Finished]]:
+        finished = {unit: Finished.of(self.stage.record(unit) or {}) for unit in units}
+        new = {name: shape_of(fields) for unit in finished.values() for name, fields in unit.notes["packed"].items()}
         packed = {**self.state.packed, **new}
         config = self.state.config
         if self.context.head in packed and config.tie_word_embeddings:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
         if self.needs.beside:
             self.beside = {unit: self.stage.load(unit) for unit in units}
-            return State(self.state.source, config, packed, self.stage.key, self.state.shapes), records
+            return State(self.state.source, config, packed, self.stage.key, self.state.shapes), finished
         removed = [f"{name}.weight" for name in new]
         source = Overlay(self.state.source, [self.stage.path(unit) for unit in units], removed)
         state = State(source, config, packed, self.stage.key, self.state.shapes)
         if self.needs.changes_shapes:
             names = [block_prefix(self.context.structure, i) for i in range(self._block_count())]
-            found = {name: records[f"block-{i}"].get("shape") for i, name in enumerate(names)}
+            found = {name: finished[f"block-{i}"].notes.get("shape") for i, name in enumerate(names)}
             state = reshaped(state, {name: shape and BlockShape(**shape) for name, shape in found.items()})
-        return state, records
+        return state, finished

@@ -20,6 +20,7 @@ from compress.loading import bits_for, load_tokenizer
 from compress.manifest import read_manifest
 from compress.passes import Report
 from compress.prompts.adapter import virtual_tokens
+from compress.quant.records import width_range
 from compress.texts import HELDOUT, fingerprint, read_modules
 from compress.weights import sha256_of
 
@@ -131,13 +132,13 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
         if asked:
             raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
         return [None]
-    low, high = min(m.shape.seed_bits for m in modules), max(m.shape.parent_bits for m in modules)
+    stored = width_range(module.shape for module in modules)
     for width in asked or ():
-        if not low <= width <= high:
+        if not stored[0] <= width <= stored[-1]:
             raise CompressError(
-                f"--bits: width {width} is not available; this model can be read at {low} to {high} bits."
+                f"--bits: width {width} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
             )
-    return [*sorted(asked or range(low, high + 1), reverse=True)]
+    return [*sorted(asked or stored, reverse=True)]
 
 
 def evaluate_text(

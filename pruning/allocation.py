@@ -14,10 +14,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from compress.errors import CompressError
+from compress.quant.kmeans import kmeans_codebook
 
 Floats = NDArray[np.float64]
+_BINS = 100  # of the histogram of a spectrum
 
 
 @dataclass(frozen=True)
@@ -130,52 +133,60 @@ def alpha(budget: Budget, exponents: Sequence[float], spread: float) -> list[flo
     return meet(budget, lambda scale: factors * max(scale, 0.0))
 
 
-def clusters(budget: Budget, losses: Sequence[float], spread: float, count: int = 4) -> list[float]:
-    """Log-level clusters of the estimated losses, one sparsity each (arXiv 2409.20094, section 3; our reading).
+def exponent(weight: Tensor) -> float:
+    """Fit the power-law exponent of the tail of the eigenvalues of ``W^T W``, by which AlphaPruning judges a matrix.
 
-    One-dimensional k-means of ``log10(loss)``; the clusters, from the least loss to the largest, stand at equal distances
+    ``alpha = 1 + n / sum ln(x_i / x_min)`` over the n eigenvalues from x_min on. Among those up to 1.5 times the peak of
+    the histogram of ``log10 x`` (100 bins), x_min is the one whose fit has the least Kolmogorov-Smirnov distance. The
+    original also has a lower bound, but compares a logarithm with a value there, so that it does not bind.
+
+    Args:
+        weight: float32 [N, K].
+
+    Returns:
+        The exponent; infinite for a matrix without two distinct eigenvalues (nothing to tell it from noise).
+    """
+    small = weight if weight.shape[0] <= weight.shape[1] else weight.t()
+    x = torch.linalg.eigvalsh(small.double() @ small.double().t())
+    x = x[x > float(x[-1]) * 1e-12]
+    if x.numel() < 2 or float(x[0]) == float(x[-1]):
+        return float("inf")
+    logs = x.log10()
+    low, high = float(logs[0]), float(logs[-1])
+    peak = int(torch.histc(logs, _BINS, low, high).argmax())
+    largest = 1.5 * 10 ** (low + peak * (high - low) / _BINS)
+    best = (float("inf"), float("inf"))
+    for first in range(x.numel() - 1):
+        if first and float(x[first]) > largest:
+            break
+        tail = x[first:]
+        slope = float((tail / tail[0]).log().mean())
+        if slope > 0:
+            found = 1 + 1 / slope
+            fitted = 1 - (tail / tail[0]) ** (1 - found)
+            steps = torch.arange(tail.numel(), dtype=torch.float64, device=x.device) / tail.numel()
+            best = min(best, (float((fitted - steps).abs().max()), found))
+    return best[1]
+
+
+def clusters(budget: Budget, losses: Sequence[float], spread: float) -> list[float]:
+    """Cluster the logarithms of estimated losses, one sparsity each (arXiv 2409.20094, section 3; our reading).
+
+    One-dimensional k-means, with 4 clusters or as many as there are distinct losses, of ``log10(loss)``; the clusters, from the least loss to the largest, stand at equal distances
     from ``+spread`` to ``-spread``, and all are shifted to meet the target.
 
     Args:
         budget: to meet.
         losses: estimated loss per weight of each unit, not negative.
         spread: half the distance between the first and the last cluster.
-        count: number of clusters; fewer where there are fewer distinct losses.
     """
     found = np.asarray(losses, np.float64)
     positive = found[found > 0]
     least = float(positive.min()) if positive.size else 1.0
-    rank = _levels(np.log10(np.maximum(found, least * 1e-3)), count)
+    logs = np.log10(np.maximum(found, least * 1e-3)).astype(np.float32)
+    rank = kmeans_codebook(logs[None], None, bits=2).codes[0].numpy()
     most = max(int(rank.max()), 1)
     return _around(budget, spread * (1 - 2 * rank / most))
-
-
-def _levels(values: Floats, count: int) -> Floats:
-    """Optimal one-dimensional k-means by dynamic programming: the cluster (from the smallest) of each value."""
-    order = np.argsort(values, kind="stable")
-    x = values[order]
-    count = min(count, len(np.unique(x)))
-    sums, squares = np.concatenate([[0], x.cumsum()]), np.concatenate([[0], (x * x).cumsum()])
-
-    def cost(first: int, end: int) -> float:
-        total = float(sums[end] - sums[first])
-        return max(float(squares[end] - squares[first]) - total * total / (end - first), 0.0)
-
-    n = len(x)
-    best = [0.0] + [cost(0, end) for end in range(1, n + 1)]
-    starts: list[list[int]] = [[0] * (n + 1)]
-    for used in range(2, count + 1):
-        row, start = [np.inf] * (n + 1), [0] * (n + 1)
-        for end in range(used, n + 1):
-            row[end], start[end] = min((best[first] + cost(first, end), first) for first in range(used - 1, end))
-        best = row
-        starts.append(start)
-    ranks, end = np.zeros(n), n
-    for cluster in range(count - 1, -1, -1):
-        first = starts[cluster][end]
-        ranks[order[first:end]] = cluster
-        end = first
-    return ranks
 
 
 def whole_numbers(budget: Budget, sparsities: Sequence[float]) -> list[int]:

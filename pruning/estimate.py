@@ -15,10 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
-from compress.passes import SURVEY_TOKENS
 from compress.structure import Linear
 
 Progress = Callable[[int, int], None]
+
+SURVEY_TOKENS = 4096
+"""Tokens that are run through the whole model at once."""
 
 
 def batches(samples: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

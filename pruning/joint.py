@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from compress.passes import Block, Context, Needs, Packed
-from compress.pruning.measure import Measured
+from compress.passes import Block, Context, Needs
+from compress.pruning.masked import Pruned, SparsePass
+from compress.pruning.scores import Measured
 from compress.pruning.settings import JointConfig
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparsePass
-from compress.quant.linear import pack
+from compress.quant.format import Codes
 from compress.quant.records import PackedShape
 
 
@@ -23,7 +23,7 @@ class Joint(SparsePass[JointConfig]):
 
     def needs(self) -> Needs:
         """Inputs from the packed blocks; leaves packed matrices."""
-        return Needs(inputs="updated", hessians=True, packs=True)
+        return Needs(inputs="updated", packs=True)
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Every linear that is not ignored."""
@@ -38,9 +38,7 @@ class Joint(SparsePass[JointConfig]):
             table = even_tables(weight, self.config.bits)
             swept = sweep(weight, factor, self.rule(zeros[name]), rounding(table))
             weight.copy_(swept.weight)
-            codes = codes_of(swept.weight, table).cpu()
-            shape, tensors = pack(codes, {self.config.bits: table.cpu()})
-            block.packed[name] = Packed(shape, tensors)
+            block.packed[name] = Codes(codes_of(swept.weight, table).cpu(), {self.config.bits: table.cpu()})
             figures = {"loss": swept.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
             result[name] = Pruned(swept.pruned, figures)
         for name in block.linears.keys() - result.keys():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
 from compress.passes import Block, Context
 from compress.pruning.criteria import element_scores, group_scores, lowest
 from compress.pruning.groups import Kind, Part
-from compress.pruning.least_squares import Moments, removal_order
+from compress.pruning.least_squares import Moments as OutputMoments
+from compress.pruning.least_squares import removal_order
 from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
+from compress.statistics import Moments, check_inputs
 from compress.structure import Linear
 
 
@@ -21,7 +22,7 @@ def last_linear(block: Block, part: Part) -> Linear:
     return Linear(part.last, block.module.get_submodule(part.last))
 
 
-def moments_of(block: Block, part: Part, centred: bool) -> Moments:
+def moments_of(block: Block, part: Part, centred: bool) -> OutputMoments:
     """Second moments of the inputs of a part's last linear, as the block is now.
 
     Args:
@@ -34,13 +35,10 @@ def moments_of(block: Block, part: Part, centred: bool) -> Moments:
     """
     last = last_linear(block, part)
     biased = getattr(last.module, "bias", None) is not None
-    moments = Moments.empty(last.shape[1], centred and biased, last.weight.device)
-    _watch(block, {part.last: moments.add})
+    moments = OutputMoments.empty(last.shape[1], centred and biased, last.weight.device)
+    block.for_each_input(lambda _name, x: moments.add(x), {part.last: last.module})
     moments.finish()
-    if not torch.isfinite(moments.gram).all():
-        raise CompressError(
-            f"{block.name}.{part.last}: its inputs on the calibration text are not finite; check the model's weights."
-        )
+    check_inputs(f"{block.name}.{part.last}", moments.gram)
     return moments
 
 
@@ -113,35 +111,8 @@ def block_scores(block: Block, part: Part, config: MiniLlmConfig, context: Conte
     return group_scores(part, elements, config.aggregate)
 
 
-def _watch(block: Block, visits: Mapping[str, Callable[[Tensor], None]]) -> None:
-    """Run the samples; show each named linear's inputs, [tokens, K]."""
-
-    def hook(visit: Callable[[Tensor], None]) -> Callable[..., None]:
-        return lambda _module, inputs: visit(inputs[0].flatten(0, -2))
-
-    handles = [
-        block.module.get_submodule(name).register_forward_pre_hook(hook(visit)) for name, visit in visits.items()
-    ]
-    try:
-        with torch.no_grad():
-            for run in block.samples:
-                run(block.module)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _input_norms(block: Block, part: Part) -> dict[str, Tensor]:
     """Root mean square of every member's inputs, [K]."""
-    sums: dict[str, Tensor] = {}
-    tokens = dict.fromkeys(part.members, 0)
-
-    def visit(name: str) -> Callable[[Tensor], None]:
-        def add(x: Tensor) -> None:
-            sums[name] = sums.get(name, torch.zeros(x.shape[1], device=x.device)) + x.square().sum(0)
-            tokens[name] += x.shape[0]
-
-        return add
-
-    _watch(block, {name: visit(name) for name in part.members})
-    return {name: (total / tokens[name]).sqrt() for name, total in sums.items()}
+    moments = Moments()
+    block.for_each_input(moments.add, {name: block.module.get_submodule(name) for name in part.members})
+    return {name: moments.mean(name).sqrt() for name in part.members}

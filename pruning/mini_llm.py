@@ -9,15 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.config import BlockShape
-from compress.passes import Block, Context, Needs, Pass
+from compress.passes import Block, Context, Needs, Pass, Sizes
 from compress.pruning.allot import all_parts, block_counts, block_names, cheapest_blocks, depth_of, kept_whole
 from compress.pruning.criteria import lowest
+from compress.pruning.estimate import SURVEY_TOKENS
 from compress.pruning.groups import Part, cut, remaining
 from compress.pruning.least_squares import compensated, output_error, removal_order
 from compress.pruning.measured import block_price, block_scores, last_linear, moments_of, prices
 from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
 from compress.pruning.survey import whole_model_scores
 from compress.shapes import block_shape, config_shape
+from compress.statistics import hessian_bytes
 from compress.workspace import Record
 
 
@@ -32,11 +34,19 @@ class MiniLlm(Pass[MiniLlmConfig]):
         inside = config.compensate or config.score in ("output", "no_gradient", "noise")
         return Needs(
             inputs="updated" if inside or config.remove == "blocks" else None,
-            hessians=config.compensate or config.score == "output",
             model_survey=config.score in WHOLE_MODEL,
-            backward=config.score in WHOLE_MODEL and config.source == "backprop",
             changes_shapes=True,
         )
+
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate what gradients of the whole model take, with all activations, and float64 Hessians of a block."""
+        config, total = self.config, 0
+        if config.score in WHOLE_MODEL and config.source == "backprop":
+            values = sum(rows + columns for rows, columns in context.linears.values())
+            total += sizes.model + 4 * values * min(SURVEY_TOKENS, sizes.samples * sizes.length)
+        if config.compensate or config.score == "output":  # a Hessian, its inverse and factor
+            total += sizes.block + 6 * hessian_bytes(context.structure, context.linears)
+        return total
 
     def check(self, context: Context) -> None:
         """Whether the target can be met."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compress.passes import Block
-from compress.pruning.measure import Measured
+from compress.pruning.masked import Pruned, SparsePass
+from compress.pruning.scores import Measured
 from compress.pruning.settings import PruneConfig, Score
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparsePass
 
 
 class Prune(SparsePass[PruneConfig]):

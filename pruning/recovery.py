@@ -32,7 +32,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
 
     def needs(self) -> Needs:
         """The whole model; its backward pass."""
-        return Needs(whole_model=True, backward=True, beside=not self.config.merge, text=self.config.text)
+        return Needs(whole_model=True, beside=not self.config.merge, text=self.config.text)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """One.

@@ -5,18 +5,24 @@ Smaller scores are pruned first; equal scores by position, so that the result ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from compress.pruning.settings import Group
+from compress.errors import CompressError
+from compress.passes import Block
+from compress.pruning.settings import Group, Score
+from compress.statistics import Moments, check_inputs, check_weight
 
 COLUMNS = 128
 """Width of a block of columns: SparseGPT's lazy batch and its comparison group."""
 
 DEFAULT_GROUP: dict[str, Group] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "columns"}
 """The comparison group of each score's original implementation."""
+_MOST_DAMPING = 1e6
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -45,6 +51,92 @@ def removal(weight: Tensor, diagonal: Tensor) -> Tensor:
         diagonal: float32 [K], ``U_jj``; infinite for an input that is always zero, whose weights cost nothing.
     """
     return (weight / diagonal).abs()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper Cholesky factor of the inverse of one damped Hessian.
+
+    Attributes:
+        upper: float32 [K, K].
+        dead: bool [K], inputs that were zero in every sample.
+        damping: share of the mean diagonal that was added: as asked, or the first ten-fold of it that factorised.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+    @property
+    def diagonal(self) -> Tensor:
+        """``U_jj`` [K], infinite for dead inputs: their weights cost nothing."""
+        return self.upper.diagonal().masked_fill(self.dead, torch.inf)
+
+
+def factorise(hessian: Tensor, damping: float, name: str) -> Factor:
+    """Factor the inverse of ``H + damping * mean(diag H) * I``; more damping where that fails.
+
+    Args:
+        hessian: float32 [K, K], symmetric, not negative; not kept.
+        damping: above 0.
+        name: of the linear, for messages.
+
+    Raises:
+        CompressError: values that are not finite.
+    """
+    check_inputs(name, hessian)
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    base = hessian + torch.diag(torch.where(dead, mean, 0.0))
+    while damping <= _MOST_DAMPING:
+        damped = base + torch.diag(torch.full_like(diagonal, damping * mean))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(torch.isfinite(upper).all()):
+                return Factor(upper, dead, damping)
+        damping *= 10
+    raise CompressError(f"{name}: the Hessian of its inputs does not factorise however much it is damped.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Hold the scores of a block.
+
+    Attributes:
+        scores: linear -> float32 [N, K].
+        factors: linear -> factor of its inputs' Hessian (one object for linears that share an input); for
+            ``sparsegpt`` only.
+    """
+
+    scores: dict[str, Tensor]
+    factors: dict[str, Factor]
+
+
+def measure(block: Block, names: Iterable[str], score: Score, damping: float) -> Measured:
+    """Score some linears of a block on the samples it was given.
+
+    Raises:
+        CompressError: weights or inputs that are not finite.
+    """
+    weights = {name: block.linears[name].weight for name in names}
+    for name, weight in weights.items():
+        check_weight(name, weight)
+    if score == "magnitude":
+        return Measured({name: magnitude(weight) for name, weight in weights.items()}, {})
+    inputs = Moments(full=score == "sparsegpt")
+    block.for_each_input(inputs.add)
+    if score == "wanda":
+        return Measured({name: wanda(weight, inputs.mean(name)) for name, weight in weights.items()}, {})
+    shared: dict[str, Factor] = {}
+    for name in weights:
+        owner = inputs.owner[name]
+        if owner not in shared:
+            hessian = inputs.sums.pop(owner).mul_(2 / inputs.tokens[owner])  # SparseGPT's: of the sum of squared errors
+            shared[owner] = factorise(hessian, damping, name)
+    factors = {name: shared[inputs.owner[name]] for name in weights}
+    return Measured({name: removal(w, factors[name].diagonal) for name, w in weights.items()}, factors)
 
 
 def shares(total: int, parts: int) -> list[int]:

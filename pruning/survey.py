@@ -22,6 +22,7 @@ from compress.pruning.estimate import (
 from compress.pruning.groups import Kind, Part
 from compress.pruning.settings import MiniLlmConfig
 from compress.pruning.targets import Counts
+from compress.statistics import Moments, watch
 from compress.structure import Linear, block_prefix
 
 Parts = Mapping[str, tuple[str, Part]]
@@ -161,27 +162,17 @@ def _inputs(
     model: PreTrainedModel, members: Mapping[str, Linear], samples: Sequence[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Root mean square and mean of every linear's inputs over the text, [K] each; padding does not count."""
-    squares: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
-    tokens, real = 0, [torch.empty(0)]
+    moments, sums, real = Moments(), dict[str, Tensor](), torch.empty(0)
 
-    def hook(name: str) -> Callable[..., None]:
-        def visit(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])[real[0]].float()
-            zero = torch.zeros(x.shape[1], device=x.device)
-            squares[name] = squares.get(name, zero) + x.square().sum(0)
-            sums[name] = sums.get(name, zero) + x.sum(0)
+    def visit(name: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])[real].float()
+        moments.add(name, x)
+        sums[name] = sums.get(name, torch.zeros(x.shape[1], device=x.device)) + x.sum(0)
 
-        return visit
-
-    handles = [linear.module.register_forward_pre_hook(hook(name)) for name, linear in members.items()]
-    try:
+    with watch({name: linear.module for name, linear in members.items()}, visit):
         for chosen, scored in batches(samples, model.device):
             first = torch.ones(len(chosen), 1, dtype=torch.bool, device=chosen.device)
-            real[0] = torch.cat([first, scored], dim=1).flatten()
-            tokens += int(real[0].sum())
+            real = torch.cat([first, scored], dim=1).flatten()
             model(input_ids=chosen, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {n: (v / tokens).sqrt() for n, v in squares.items()}, {n: v / tokens for n, v in sums.items()}
+    means = {name: total / moments.tokens[name] for name, total in sums.items()}
+    return {name: moments.mean(name).sqrt() for name in sums}, means

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from compress.passes import Block, Needs
-from compress.quant.kmeans import Nested, nested_codebooks
-from compress.quant.output import Fitted, sweep
-from compress.quant.quantise import Array, QuantisePass
+from compress.passes import Block, Context, Needs, Sizes
+from compress.quant.base import Array, QuantisePass
+from compress.quant.block_sweep import fit_block, fitting_bytes
+from compress.quant.format import Codes
+from compress.quant.kmeans import nested_codebooks
+from compress.quant.nested import CARRIED
 from compress.quant.settings import AnyPrecisionConfig
-from compress.quant.tree import CARRIED
 
 
 class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
@@ -33,17 +34,23 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         seed, parent = self.widths
         corrected = range(seed, min(parent, CARRIED) + 1) if self.config.correction else ()
         variants = tuple(str(bits) for bits in corrected)
-        return replace(needs, inputs="original", variants=variants, hessians=True)
+        return replace(needs, inputs="original", variants=variants)
 
-    def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate what the output objective takes: the original block beside its own, and one linear's statistics."""
+        if self.config.objective == "weight":
+            return 0
+        return sizes.block + fitting_bytes(context.linears.values(), len(self.needs().variants), sizes.length)
+
+    def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
         """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
         config = self.config
         if config.objective == "weight" or not block.samples:
             return {}
         widths = range(config.seed_bits, config.parent_bits + 1)
-        return sweep(block, names, widths, config.correction, config.focus, config.keep_zeros)
+        return fit_block(block, names, widths, config.correction, config.focus, config.keep_zeros)
 
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Nested codes and tables of one matrix."""
         config = self.config
         return nested_codebooks(

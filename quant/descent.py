@@ -1,4 +1,4 @@
-"""The inner loop of :meth:`compress.quant.tree.Tree.descend` for a CPU: rows by themselves, compiled.
+"""The inner loop of :meth:`compress.quant.nested.Tree.descend` for a CPU: rows by themselves, compiled.
 
 Rows are taken LANES at a time, in innermost loops without branches, which compile to vector instructions. Indices are
 unsigned, as a check for negative ones would keep them from doing so.
@@ -63,8 +63,8 @@ def _weigh(
 
 
 @compiled
-def _choose(costs: Floats32, best: Floats32, new: Codes) -> None:
-    """Codes [LANES] of the best paths."""
+def _best_paths(costs: Floats32, best: Floats32, new: Codes) -> None:
+    """Find the codes [LANES] of the best paths."""
     widths, entries = costs.shape[0], costs.shape[1]
     for lane in range(U(LANES)):
         new[lane], best[lane] = 0, costs[0, 0, lane]
@@ -123,7 +123,7 @@ def _descend_rows(
                         for lane in range(U(LANES)):
                             entries[w, node, lane] = table[w, U(top[lane]) * nodes + node, lane]
             _weigh(entries, old, slope[:, j], metric[j, j], share, room, costs)
-            _choose(costs, room, new)
+            _best_paths(costs, room, new)
             for lane in range(U(LANES)):
                 new[lane] = old[lane] + free[j, lane] * (new[lane] - old[lane])
                 path[j, lane] = (top[lane] << below) + new[lane]

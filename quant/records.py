@@ -62,7 +62,7 @@ class PackedShape:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseShape(PackedShape):
-    """The record of a matrix that is stored sparse (:mod:`compress.quant.sparse`).
+    """The record of a matrix that is stored sparse (:mod:`compress.quant.format`).
 
     Attributes:
         survivors: weights that are stored; the others have code 0, and 0.0 in that place of their row's codebooks.

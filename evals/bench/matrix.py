@@ -11,10 +11,10 @@ from torch import Tensor
 from compress.evals.bench.common import JsonOption, seconds, show, write
 from compress.pruning.allocation import Budget
 from compress.pruning.mrp import curve, grid, search
-from compress.pruning.scores import removal
-from compress.pruning.sparsegpt import Rule, factorise, sweep
+from compress.pruning.scores import factorise, removal
+from compress.pruning.sparsegpt import Rule, sweep
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.tree import nested_output_codebooks
+from compress.quant.nested import nested_output_codebooks
 
 GPTQ = "GPTQ sweep, 4 bits"
 

@@ -77,7 +77,7 @@ def main(
             if flash:
                 theirs = f"flash1dkmeans, {bits} bits"
                 tasks[theirs] = partial(flash_cells, weight, f, bits)
-                ours = errors(weight, f, kmeans_codebook(weight, f, bits).codes)
+                ours = errors(weight, f, kmeans_codebook(weight, f, bits).codes.numpy())
                 above[theirs] = errors(weight, f, flash_cells(weight, f, bits)) / ours - 1
         for task, times in take_turns(tasks, rounds).items():
             row: dict[str, Any] = {

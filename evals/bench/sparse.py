@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from compress.quant.format import SparseShape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.evals.bench.common import JsonOption, seconds, show, write
+from compress.quant.format import expand, pack, pack_smaller
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.linear import pack
-from compress.quant.sparse import expand, smaller_form
+from compress.quant.records import SparseShape
 from compress.weights import read_header
 
 SEED_BITS = 3
@@ -48,10 +47,9 @@ def measure(rows: int, columns: int, sparsity: float, parent: int, file: Path) -
     """Return bits per weight, and the seconds it takes to choose the form and to read the file and rebuild the dense form."""
     weight = pruned_matrix(rows, columns, sparsity)
     nested = nested_codebooks(weight.numpy(), None, SEED_BITS, parent, True, torch.get_num_threads())
-    books = {bits: torch.from_numpy(book) for bits, book in nested.codebooks.items()}
-    dense_shape, dense = pack(torch.from_numpy(nested.codes), books)
+    _, dense = pack(nested.codes, nested.codebooks)
     chosen: list[Any] = []
-    choosing = seconds(lambda: chosen.extend(smaller_form(dense_shape, dense)))
+    choosing = seconds(lambda: chosen.extend(pack_smaller(nested)))
     shape, stored, note = chosen
     share = 8 / weight.numel()  # bits per weight
     codebooks = share * sum(tensor.nbytes for name, tensor in dense.items() if name.startswith("codebook_"))

@@ -8,7 +8,8 @@ import torch
 
 from compress.kernels import cpu
 from compress.kernels.packing import unpack_planes
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, pack
+from compress.quant.format import pack
+from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
 from compress.quant.records import PackedShape, width_of
 
 ROWS, COLUMNS, SEED, PARENT = 6, 45, 3, 6

@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import Field
 
 from compress.passes import Block
-from compress.pruning.measure import Measured
 from compress.pruning.prune import Prune, PruneConfig
+from compress.pruning.scores import Measured
 
 
 class PruneRelativeConfig(PruneConfig):

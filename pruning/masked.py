@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.passes import Block, Context, Needs, Pass
+from compress.passes import Block, Context, Needs, Pass, Sizes
 from compress.pruning import allocation as rules
-from compress.pruning.allocation import Budget, whole_numbers
-from compress.pruning.alpha import exponent
-from compress.pruning.measure import Measured, measure
+from compress.pruning.allocation import Budget, exponent, whole_numbers
 from compress.pruning.mrp import Step, curve, grid, non_outlier_ratio, outlier_share, search
-from compress.pruning.scores import DEFAULT_GROUP, pattern_zeros
+from compress.pruning.scores import DEFAULT_GROUP, Measured, measure, pattern_zeros
 from compress.pruning.settings import Group, Score, SparseConfig
 from compress.pruning.sparsegpt import Rule
+from compress.statistics import hessian_bytes
 from compress.structure import block_of, matching
 from compress.workspace import Record
 
@@ -71,8 +70,13 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
     def needs(self) -> Needs:
         """Inputs, unless neither the score nor the allocation looks at them."""
         looks = self.score != "magnitude" or self.config.allocation in ("owl", "dlp", "hessian")
-        hessians = self.score == "sparsegpt" or self.config.allocation == "hessian"
-        return Needs(inputs="updated" if looks else None, hessians=hessians)
+        return Needs(inputs="updated" if looks else None)
+
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate what Hessians take: of every distinct input one, its inverse and factor, and a block's scores."""
+        if self.score != "sparsegpt" and self.config.allocation != "hessian":
+            return 0
+        return sizes.block + 3 * hessian_bytes(context.structure, context.linears)
 
     def rule(self, zeros: int) -> Rule:
         """How the weights of one linear are chosen."""

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from compress.quant.descent import Descent, gather_columns, split_cells
+from compress.quant.format import Codes
+from compress.quant.hessian import Buffers, Follower, Metric
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.metric import Buffers, Follower, Metric
 
 CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
@@ -49,8 +50,8 @@ Choice = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What is chosen of every weight's path, and by which errors.
+class Objective:
+    """Name the errors that one pass over the columns lowers, and the part of every weight's path that it may choose.
 
     Attributes:
         share: width -> what its error counts, for consecutive widths up to the parent's.
@@ -204,15 +205,15 @@ class Tree:
         gathered = self._gathered.view(len(self.codes), entries, -1, self._spread.shape[1])
         return gathered[:, :, 0] if gathered.shape[2] == 1 else gathered.sum(2)
 
-    def descend(self, passes: Sequence[Pass], steps: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+    def descend(self, passes: Sequence[Objective], steps: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Choose every weight's path anew, column by column, given the tables and all other weights.
 
         Args:
             passes: over every block of columns, one after another; the first has all widths of those after it.
             steps: width of the first -> what :meth:`step` has just added to its tables; it counts where a gradient is known.
         """
-        choose = self._compiled if self.codes.device.type == "cpu" else self._plain
-        widths, choices = sorted(passes[0].share), [choose(one) for one in passes]
+        chooser = self._compiled if self.codes.device.type == "cpu" else self._plain
+        widths, choices = sorted(passes[0].share), [chooser(one) for one in passes]
         follower, fixed = self._follower(widths, steps), self._fixed()
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
@@ -249,18 +250,18 @@ class Tree:
         gradients = [self._gradients[bits] for bits in widths]
         return Follower(self.metric, gradients, changes, torch.stack(leading), self._buffers)
 
-    def _compiled(self, one: Pass) -> Choice:
+    def _compiled(self, one: Objective) -> Choice:
         """Same as :meth:`_plain`, without a dozen small operations per column."""
         share = np.array([one.share[bits] for bits in sorted(one.share)], np.float32)
         tables = {bits: self.tables[bits].numpy() for bits in one.share}
         descent = Descent(tables, share, one.below or 0, torch.get_num_threads())
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
-    def _plain(self, one: Pass) -> Choice:
+    def _plain(self, one: Objective) -> Choice:
         """What chooses the codes of a block, in torch."""
         return partial(self._columns, one)
 
-    def _columns(self, one: Pass, codes: Tensor, fixed: Tensor, gradient: Tensor, metric: Tensor) -> None:
+    def _columns(self, one: Objective, codes: Tensor, fixed: Tensor, gradient: Tensor, metric: Tensor) -> None:
         """A pass over a block of columns, one after another, all rows at once.
 
         Args:
@@ -279,7 +280,7 @@ class Tree:
             gradient[..., column + 1 :] += change * metric[column, column + 1 :]
             gradient[..., column], codes[:, column] = change[..., 0], path[:, 0]
 
-    def _best_path(self, old: Tensor, one: Pass, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
+    def _best_path(self, old: Tensor, one: Objective, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
         """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up.
 
         Args:
@@ -379,8 +380,8 @@ def _gathered_compiled(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
 
 def nested_output_codebooks(
     targets: Mapping[int, Tensor], metric: Tensor, focus: Mapping[int, float] | None = None, zeros: Tensor | None = None
-) -> Tree:
-    """Nested codes and tables of rows that share their inputs.
+) -> Codes:
+    """Find nested codes and codebooks of rows that share their inputs.
 
     Args:
         targets: for every width from the seed to the parent, float32 [N, K], finite: what the rows should be.
@@ -389,7 +390,7 @@ def nested_output_codebooks(
         zeros: bool [N, K], weights that must be exactly 0 at every width.
 
     Returns:
-        The tree; its tables are float32.
+        Codes and float32 codebooks, on the device of the targets.
     """
     prepared, buffers, rows, parts = Metric(metric), Buffers(metric.device), len(targets[min(targets)]), []
     step = _ROWS if metric.device.type == "cpu" else rows
@@ -398,7 +399,7 @@ def nested_output_codebooks(
         wanted = {bits: target[part] for bits, target in targets.items()}
         parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part], buffers))
     tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(targets)}
-    return Tree(targets, prepared, torch.cat([codes for codes, _ in parts]), tables, zeros)
+    return Codes(torch.cat([codes for codes, _ in parts]), tables)
 
 
 def _grown(
@@ -412,12 +413,12 @@ def _grown(
     first = nested_codebooks(
         start.cpu().numpy(), weights.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
-    tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
-    tree = Tree(targets, metric, torch.from_numpy(first.codes).to(start.device), tables, zeros, buffers)
+    tables = {bits: book.to(start.device) for bits, book in first.codebooks.items()}
+    tree = Tree(targets, metric, first.codes.to(start.device), tables, zeros, buffers)
 
-    def one(below: int | None, power: float) -> Pass:
+    def one(below: int | None, power: float) -> Objective:
         widths = [bits for bits in tree.tables if below is None or bits > below]
-        return Pass({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
+        return Objective({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
 
     joint = [[one(None, power) for power in powers] for powers in (_POWERS if seed >= 3 else _POWERS_BELOW_3)]
     for passes in [*joint, [one(bits, _BELOW) for bits in range(seed, together)]]:
@@ -428,7 +429,7 @@ def _grown(
         tree.step(bits)
     for bits in range(together + 1, parent + 1):
         tree.split()
-        tree.descend([Pass({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
+        tree.descend([Objective({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
         tree.fit(bits, _NEAR)
         tree.step(bits)
     return tree.codes.to(torch.uint8), tree.tables

@@ -1,7 +1,7 @@
 """A layer's metric, ``H``: the mean of ``x x^T`` over its inputs, multiplied fast.
 
 Its few largest directions are those on which the errors of a good rounding cancel, so they need float32. What they leave does not:
-in bfloat16 it takes less than half the time, and the errors reached are the same (``tests/quant/test_metric.py``).
+in bfloat16 it takes less than half the time, and the errors reached are the same (``tests/quant/test_hessian.py``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A packed matrix without its pruned weights: a mask, and the planes of the survivors alone.
+"""The stored form of packed matrices, as ``quant/FORMAT.md`` describes it: records, packing, and the sparse form.
 
-On disk only (``quant/FORMAT.md``, version 2): loading rebuilds the planes that every kernel reads. The survivors of a
+A matrix is stored dense, as bit planes and a codebook for every number of bits, or sparse: a mask, and the planes of the
+survivors alone. The sparse form is for the disk only: loading rebuilds the planes that every kernel reads. The survivors of a
 matrix, row after row, are stored as a matrix of one row. The mask holds the number of pruned weights before each
 survivor, its gap, as a Rice code: ``gap >> gap_bits`` in unary in one tensor, the low ``gap_bits`` as planes over the
 survivors in another. With no low bits the unary part is the occupancy plane itself, one bit per weight; with more,
@@ -10,6 +11,7 @@ a random mask of 50 % or more is within 4 % of its entropy (0.889 bits per weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,37 +24,85 @@ from compress.quant.records import MAX_GAP_BITS, PackedShape, SparseShape
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
 
-def smaller_form(
-    shape: PackedShape, tensors: Mapping[str, Tensor]
-) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
-    """Choose between the dense and the sparse form of a packed matrix: what takes fewer bytes on disk.
+@dataclass(frozen=True)
+class Codes:
+    """One matrix of N rows and K columns as quantising passes leave it: a code per weight, a codebook row per output.
 
-    A weight is left out if it is exactly 0.0 at every width. Nothing else is lost: every width decodes to the
-    same numbers.
+    Attributes:
+        codes: uint8 [N, K], codes at the parent's number of bits; those of b bits are ``codes >> (parent - b)``.
+        codebooks: bits -> [N, 2**bits], float32 (or as stored), for every number of bits from seed to parent.
+        hessian: float32 [K, K], mean of ``x x^T`` over the inputs of the layer, where the pass has measured it.
+    """
+
+    codes: Tensor
+    codebooks: Mapping[int, Tensor]
+    hessian: Tensor | None = None
+
+    def dense(self, bits: int) -> Tensor:
+        """Return the weights that a number of bits stands for, float32 [N, K]."""
+        return self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
+
+    def as_stored(self) -> Codes:
+        """Round the codebooks to the dtype that a checkpoint stores.
+
+        That is float16 where it keeps every entry within a relative error of 2**-10 (entries below 1/256 of their row's
+        largest: within that error of 1/256 of the largest), else float32.
+        """
+        dtype = torch.float16 if all(map(_fits_half, self.codebooks.values())) else torch.float32
+        return replace(self, codebooks={bits: book.to(dtype) for bits, book in self.codebooks.items()})
+
+
+def _fits_half(codebook: Tensor) -> bool:
+    error = (codebook.half().float() - codebook).abs()
+    scale = codebook.abs().amax(dim=1, keepdim=True)
+    return bool((error <= torch.maximum(codebook.abs(), 2.0**-8 * scale) * 2.0**-10).all())
+
+
+def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:
+    """Turn nested codes into the tensors of one checkpoint module, in the dense form.
 
     Args:
-        shape: of a matrix in the dense form.
-        tensors: its tensors, by name under the module.
+        codes: uint8 [N, K], parent codes.
+        codebooks: bits -> float32 [N, 2**bits], for every number of bits from seed to parent.
+
+    Returns:
+        The shape record, and the tensors by their names under the module, codebooks as :meth:`Codes.as_stored` leaves them.
+    """
+    seed, parent = min(codebooks), max(codebooks)
+    stored = Codes(codes, codebooks).as_stored().codebooks
+    shape = PackedShape(codes.shape[0], codes.shape[1], seed, parent, str(stored[seed].dtype).removeprefix("torch."))
+    planes = pack_planes(codes, parent)
+    tensors = {"weight": planes[:seed].contiguous()}
+    tensors |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
+    return shape, tensors | {f"codebook_{bits}": stored[bits] for bits in shape.widths}
+
+
+def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
+    """Pack a matrix in the form, dense or sparse, that takes fewer bytes on disk.
+
+    The sparse form leaves out weights that are exactly 0.0 at every number of bits. Nothing else is lost: every number of
+    bits decodes to the same weights.
+
+    Args:
+        found: codes and codebooks, on the CPU.
 
     Returns:
         Shape and tensors of the chosen form, and for the manifest ``{"form": "sparse" or "dense", "zeros": weights
-        that are 0.0 at every width, "bytes": {"sparse", "dense"}}``; None where there are no such weights.
+        that are left out or could be, "bytes": {"sparse", "dense"}}``; None where there are no such weights.
     """
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    shape, tensors = pack(found.codes, found.codebooks)
     zero = _zero_codes(shape, tensors)
     if not zero.any():
         return shape, tensors, None
-    extra = [tensors[f"plane_{bits}"] for bits in shape.widths[1:]]
-    codes = unpack_planes([*tensors["weight"].unbind(0), *extra], shape.in_features)
-    occupied = _occupied(codes, zero)
+    occupied = _occupied(found.codes, zero)
     survivors = int(occupied.sum())
     if survivors == occupied.numel():
         return shape, tensors, None
-    found, sparse = _sparse_form(shape, tensors, codes, occupied, zero)
+    smaller, sparse = _sparse_form(shape, tensors, found.codes, occupied, zero)
     sizes = {"sparse": sum(t.nbytes for t in sparse.values()), "dense": sum(t.nbytes for t in tensors.values())}
     form = "sparse" if sizes["sparse"] < sizes["dense"] else "dense"
     note = {"form": form, "zeros": occupied.numel() - survivors, "bytes": sizes}
-    return (found, sparse, note) if form == "sparse" else (shape, tensors, note)
+    return (smaller, sparse, note) if form == "sparse" else (shape, tensors, note)
 
 
 def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from compress.quant.kmeans import Nested, kmeans_codebook
-from compress.quant.quantise import Array, QuantisePass
+from compress.quant.base import Array, QuantisePass
+from compress.quant.format import Codes
+from compress.quant.kmeans import kmeans_codebook
 from compress.quant.settings import KMeansConfig, RoundToNearestConfig
 
 
@@ -20,7 +21,7 @@ class KMeans(QuantisePass[KMeansConfig]):
         """The one width, as seed and parent."""
         return self.config.bits, self.config.bits
 
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Codes and one table of one matrix."""
         return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
 
@@ -35,7 +36,7 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
         """The one width, as seed and parent."""
         return self.config.bits, self.config.bits
 
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Codes and one table of one matrix; the sensitivity is not used."""
         bits = self.config.bits
         low = weight.min(axis=1, keepdims=True).astype(np.float64)
@@ -43,4 +44,4 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
         safe = np.where(step > 0, step, 1.0)
         codes = np.clip(np.rint((weight - low) / safe), 0, 2**bits - 1).astype(np.uint8)
         table = (low + step * np.arange(2**bits)).astype(np.float32)
-        return Nested(codes, {bits: table})
+        return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(table)})
