@@ -38,7 +38,7 @@ OUTSIDE = -1
 
 
 class PassConfig(BaseModel):
-    """Base of every pass's settings. Subclasses fix ``kind`` to a literal and describe every field."""
+    """Hold the settings of a pass. Subclasses fix ``kind`` to a literal and describe every field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ class PassConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pass asks of the pipeline.
+    """Say what a pass asks of the pipeline.
 
     Attributes:
         inputs: carry the calibration samples from block to block and hand over each block's inputs, as the
@@ -81,13 +81,13 @@ class Needs:
 
     @property
     def calibration(self) -> bool:
-        """Whether it looks at text."""
+        """Tell whether it looks at text."""
         return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_survey
 
 
 @dataclass
 class Block:
-    """One transformer block, in memory, with what the pass asked for.
+    """Hand one transformer block to a pass, in memory, with what the pass asked for.
 
     A pass changes ``linears[name].weight`` in place, puts smaller parameters into modules (and says so in ``shape``), sets
     ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
@@ -143,7 +143,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Whole:
-    """What a pass with ``whole_model`` works on, in float32 on the context's device.
+    """Hand the whole model to a pass with ``whole_model``, in float32 on the context's device.
 
     Attributes:
         model: as the passes before left it, packed modules included; to be left as it was found.
@@ -159,13 +159,13 @@ class Whole:
 
     @cached_property
     def dense(self) -> PreTrainedModel:
-        """The model the recipe began with; in memory from the first use on."""
+        """Return the model the recipe began with; it is in memory from the first use on."""
         return self.load_dense()
 
 
 @dataclass(frozen=True)
 class Context:
-    """What is the same for all blocks of a run.
+    """Hold what is the same for all blocks of a run.
 
     Attributes:
         structure: of the model.
@@ -198,12 +198,12 @@ class Context:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def generator(self, *place: int) -> torch.Generator:
-        """A random generator that depends on the seed and a place (pass, block, …) only."""
+        """Return a random generator that depends on the seed and a place (pass, block, …) only."""
         return derived_generator(self.seed, *place)
 
 
 def derived_generator(seed: int, *place: int) -> torch.Generator:
-    """A random generator that depends on a seed and a place (pass, block, step, …) only."""
+    """Return a random generator that depends on a seed and a place (pass, block, step, …) only."""
     for part in place:
         seed = (seed * 1_000_003 + part + 1) % (1 << 63)
     return torch.Generator().manual_seed(seed)
@@ -211,7 +211,7 @@ def derived_generator(seed: int, *place: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of a run before it: what :meth:`Pass.memory` estimates from.
+    """Hold what is known of a run before it begins, for :meth:`Pass.memory`.
 
     Attributes:
         samples: of the calibration text, 0 without one.
@@ -230,7 +230,7 @@ ConfigT = TypeVar("ConfigT", bound=PassConfig)
 
 
 class Pass(Generic[ConfigT]):
-    """A method. Subclasses set ``Config`` and implement :meth:`run_block`, or :meth:`run_model`."""
+    """Compress a model by one method. Subclasses set ``Config`` and implement :meth:`run_block`, or :meth:`run_model`."""
 
     Config: ClassVar[type[PassConfig]]
 
@@ -238,7 +238,7 @@ class Pass(Generic[ConfigT]):
         self.config = config
 
     def needs(self) -> Needs:
-        """What the pipeline has to provide with these settings."""
+        """Return what the pipeline has to provide with these settings."""
         return Needs()
 
     def check(self, context: Context) -> None:
@@ -250,15 +250,15 @@ class Pass(Generic[ConfigT]):
         return
 
     def outside(self, context: Context) -> list[str]:
-        """Modules outside the blocks it also works on: names out of ``context.outside``."""
+        """Name the modules outside the blocks that it also works on, out of ``context.outside``."""
         return []
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
-        """What it will leave packed, by full name, for the plan; tables are taken to fit float16."""
+        """Return what it will leave packed, by full name, for the plan; codebooks are taken to fit float16."""
         return {}
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """For checks and the plan: block -> the shape it will have, None if it is removed; unchanged blocks may be absent.
+        """Foresee, for checks and the plan, the shape of every block it changes: None for one that is removed.
 
         What depends on the weights is to be estimated.
         """
@@ -286,7 +286,7 @@ class Pass(Generic[ConfigT]):
         raise NotImplementedError(f"{type(self).__name__} has no survey_model")
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """Whether to look at all blocks (once more) before any is worked on.
+        """Tell whether to look at all blocks (once more) before any is worked on.
 
         Args:
             context: of the run.
@@ -318,7 +318,7 @@ class Pass(Generic[ConfigT]):
         raise NotImplementedError(f"{type(self).__name__} has no run_block")
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """The units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
+        """Name the units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
         return ["model"]
 
     def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
@@ -357,12 +357,12 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def kinds() -> list[str]:
-    """Names of all installed passes."""
+    """Return the names of all installed passes."""
     return sorted(_entries())
 
 
 def pass_class(kind: str) -> type[Pass[Any]]:
-    """The class behind a name.
+    """Load the class behind a name.
 
     Raises:
         CompressError: its package cannot be imported, or what it names is not a pass.

@@ -26,7 +26,7 @@ _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
 @dataclass(frozen=True)
 class Codes:
-    """One matrix of N rows and K columns as quantising passes leave it: a code per weight, a codebook row per output.
+    """Hold one quantised matrix of N rows and K columns: a code per weight, and a codebook per row and number of bits.
 
     Attributes:
         codes: uint8 [N, K], codes at the parent's number of bits; those of b bits are ``codes >> (parent - b)``.
@@ -60,7 +60,7 @@ def _fits_half(codebook: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class PackedShape:
-    """What the checkpoint records of one packed matrix: ``quantization_config.modules[name]``.
+    """Record what a checkpoint says of one packed matrix: ``quantization_config.modules[name]``.
 
     In a model loaded at 4 of 8 bits, ``parent_bits`` is 4: what is held is what there is.
     """
@@ -73,16 +73,16 @@ class PackedShape:
 
     @property
     def widths(self) -> range:
-        """Every width this matrix can be read at."""
+        """Return every number of bits that this matrix can be read at."""
         return range(self.seed_bits, self.parent_bits + 1)
 
     @property
     def dense(self) -> PackedShape:
-        """The matrix as it is in memory, whatever its form on disk."""
+        """Return the shape of the matrix in memory, whatever its form on disk."""
         return self
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every stored tensor, by its name under the module (``quant/FORMAT.md``)."""
+        """Return shape and dtype of every stored tensor, by its name under the module (``quant/FORMAT.md``)."""
         rows, span = self.out_features, words(self.in_features)
         table = getattr(torch, self.codebook_dtype)
         tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -97,7 +97,7 @@ class PackedShape:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseShape(PackedShape):
-    """The record of a matrix that is stored sparse.
+    """Record what a checkpoint says of a matrix that is stored sparse.
 
     Attributes:
         survivors: weights that are stored; the others have code 0, and 0.0 in that place of their row's tables.
@@ -111,19 +111,19 @@ class SparseShape(PackedShape):
 
     @property
     def dense(self) -> PackedShape:
-        """The matrix as it is in memory."""
+        """Return the shape of the matrix in memory."""
         return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
 
     @property
     def sound(self) -> bool:
-        """Whether a matrix can have these numbers."""
+        """Tell whether a matrix can have these numbers."""
         pruned = self.out_features * self.in_features - self.survivors
         if min(pruned, self.survivors, self.gap_bits) < 0 or self.gap_bits > MAX_GAP_BITS:
             return False
         return self.survivors <= self.mask_bits <= self.survivors + (pruned >> self.gap_bits)
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every stored tensor, by its name under the module."""
+        """Return shape and dtype of every stored tensor, by its name under the module."""
         row = PackedShape(1, self.survivors, self.seed_bits, self.parent_bits, self.codebook_dtype)
         tables = {name: size for name, size in super().specification().items() if name.startswith("codebook_")}
         tensors = row.specification() | tables | {"mask": ((words(self.mask_bits),), torch.int32)}
@@ -133,7 +133,7 @@ class SparseShape(PackedShape):
 
 
 def shape_of(record: Mapping[str, Any]) -> PackedShape:
-    """The shape that a module's record in ``quantization_config.modules`` describes.
+    """Read the shape that a module's record in ``quantization_config.modules`` describes.
 
     Raises:
         TypeError: missing or unknown fields.
@@ -142,13 +142,13 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
 
 
 def width_of(tensor_name: str) -> int | None:
-    """The first width that needs a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
+    """Return the least number of bits that needs a stored tensor: 5 for ``….plane_5``; None if all do."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
     return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
 
 
 def packed_bytes(shape: PackedShape, bits: int) -> int:
-    """Bytes of one packed matrix that loading at a width reads."""
+    """Return the bytes of one packed matrix that loading at a number of bits reads."""
     return sum(
         torch.Size(size).numel() * dtype.itemsize
         for tensor, (size, dtype) in shape.specification().items()
@@ -210,7 +210,7 @@ def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[
 
 
 def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Parent codes that mean 0.0 at every width: bool [N, 2**parent]."""
+    """Tell which parent codes mean 0.0 at every number of bits: bool [N, 2**parent]."""
     zero = torch.ones(shape.out_features, 2**shape.parent_bits, dtype=torch.bool)
     for bits in shape.widths:
         zero &= (tensors[f"codebook_{bits}"] == 0).repeat_interleave(2 ** (shape.parent_bits - bits), dim=1)
@@ -218,7 +218,7 @@ def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
-    """Weights that are not zero at every width: bool [N * K]."""
+    """Tell which weights are not zero at every number of bits: bool [N * K]."""
     occupied = torch.empty(codes.shape, dtype=torch.bool)
     step = max(1, _AT_ONCE // codes.shape[1])
     for start in range(0, codes.shape[0], step):
@@ -230,7 +230,7 @@ def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
 def _sparse_form(
     shape: PackedShape, tensors: Mapping[str, Tensor], codes: Tensor, occupied: Tensor, zero: Tensor
 ) -> tuple[SparseShape, dict[str, Tensor]]:
-    """Survivors' planes, the mask, and tables whose entry 0 is the pruned weights'.
+    """Build the survivors' planes, the mask, and codebooks whose entry 0 is that of the pruned weights.
 
     Codes of a row are renumbered by exclusive or with its zero code: that keeps every width's code the top bits
     of the parent's, and lets a reader fill in zeros.
@@ -255,24 +255,24 @@ def _sparse_form(
 
 
 def _pack_row(values: Tensor, bits: int) -> Tensor:
-    """Planes of one row, which may be empty: uint8 [K] to int32 [bits, 1, ceil(K / 32)]."""
+    """Pack one row, which may be empty: uint8 [K] to int32 [bits, 1, ceil(K / 32)]."""
     return pack_planes(values[None], bits) if values.numel() else torch.empty(bits, 1, 0, dtype=torch.int32)
 
 
 def _unpack_row(planes: list[Tensor], columns: int) -> Tensor:
-    """The inverse of :func:`_pack_row`, from planes of any shape: uint8 [columns]."""
+    """Undo :func:`_pack_row`, from planes of any shape: uint8 [columns]."""
     if not columns:
         return torch.empty(0, dtype=torch.uint8, device=planes[0].device)
     return unpack_planes([plane.view(1, -1) for plane in planes], columns)[0]
 
 
 def _parts(count: int) -> Iterator[slice]:
-    """A long vector in parts, so that indices are never there for all of it."""
+    """Cut a long vector into parts, so that indices are never in memory for all of it."""
     return (slice(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE))
 
 
 def _gaps(occupied: Tensor, survivors: int) -> Tensor:
-    """How many pruned weights lie between each survivor and the one before: int32 [survivors]."""
+    """Count the pruned weights between each survivor and the one before: int32 [survivors]."""
     gaps, done, last = torch.empty(survivors, dtype=torch.int32), 0, -1
     for part in _parts(occupied.numel()):
         places = occupied[part].nonzero().view(-1) + part.start
@@ -283,7 +283,7 @@ def _gaps(occupied: Tensor, survivors: int) -> Tensor:
 
 
 def _gap_bits(gaps: Tensor) -> int:
-    """The number of low bits that makes the mask smallest.
+    """Choose the number of low bits that makes the mask smallest.
 
     One more costs a bit per survivor, and saves what halving does to the unary part: less each time, so stop there.
     """
@@ -298,7 +298,7 @@ def _total(parts: Iterable[Tensor]) -> int:
 
 
 def _unary(gaps: Tensor, low: int) -> Tensor:
-    """For every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
+    """Write for every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
     parts = list(_parts(gaps.numel()))
     unary = torch.zeros(gaps.numel() + _total(gaps[part] >> low for part in parts), dtype=torch.uint8)
     end = -1
@@ -346,7 +346,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
 
 
 def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Where the mask says that survivors are, counted along the rows: int64, in ascending parts.
+    """Find the places of survivors in the mask, counted along the rows: int64, in ascending parts.
 
     A mask with more ones than survivors ends with a part that has too many.
     """
