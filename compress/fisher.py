@@ -58,7 +58,7 @@ def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outs
 
 
 def _can_go_on(stage: Stage, count: int, outside: list[str]) -> bool:
-    """Whether all is done, or the gradient is there that the next unfinished block begins with.
+    """Tell whether all is done, or the gradient is there that the next unfinished block begins with.
 
     It is not before the forward pass has ended, nor where a finished unit was damaged after what led to it was
     cleared away.
@@ -85,7 +85,7 @@ def _forward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -
 
 
 def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
-    """Gradient of every sample's loss by the last block's output (and by the head, if it is wanted)."""
+    """Find the gradient of every sample's loss by the last block's output (and by the head, if it is wanted)."""
     count = len(model.blocks)
     hidden = stage.load(f"hidden-{count}")
     wants_head = model.head in outside
@@ -136,7 +136,7 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
 
 
 def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
-    """The embedding's gradient comes last; the head's was found with the loss."""
+    """Finish embedding and head: the head's gradient was found with the loss, the embedding's comes last."""
     fisher = stage.load("head") if model.head in outside else {}
     name = model.structure.embedding
     if name in outside:

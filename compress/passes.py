@@ -36,7 +36,7 @@ OUTSIDE = -1
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pass asks of the pipeline.
+    """Say what a pass asks of the pipeline.
 
     Attributes:
         inputs: carry the calibration samples from block to block and hand over each block's inputs, as the
@@ -70,13 +70,13 @@ class Needs:
 
     @property
     def calibration(self) -> bool:
-        """Whether it looks at text."""
+        """Tell whether it looks at text."""
         return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_survey
 
 
 @dataclass
 class Block:
-    """One transformer block, in memory, with what the pass asked for.
+    """Hand one transformer block to a pass, in memory, with what the pass asked for.
 
     A pass changes ``linears[name].weight`` in place, puts smaller parameters into modules (and says so in ``shape``), sets
     ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
@@ -132,7 +132,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Whole:
-    """What a pass with ``whole_model`` works on, in float32 on the context's device.
+    """Hand the whole model to a pass with ``whole_model``, in float32 on the context's device.
 
     Attributes:
         model: as the passes before left it, packed modules included; to be left as it was found.
@@ -148,13 +148,13 @@ class Whole:
 
     @cached_property
     def dense(self) -> PreTrainedModel:
-        """The model the recipe began with; in memory from the first use on."""
+        """Return the model the recipe began with; it is in memory from the first use on."""
         return self.load_dense()
 
 
 @dataclass(frozen=True)
 class Context:
-    """What is the same for all blocks of a run.
+    """Hold what is the same for all blocks of a run.
 
     Attributes:
         structure: of the model.
@@ -187,12 +187,12 @@ class Context:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def generator(self, *place: int) -> torch.Generator:
-        """A random generator that depends on the seed and a place (pass, block, …) only."""
+        """Return a random generator that depends on the seed and a place (pass, block, …) only."""
         return derived_generator(self.seed, *place)
 
 
 def derived_generator(seed: int, *place: int) -> torch.Generator:
-    """A random generator that depends on a seed and a place (pass, block, step, …) only."""
+    """Return a random generator that depends on a seed and a place (pass, block, step, …) only."""
     for part in place:
         seed = (seed * 1_000_003 + part + 1) % (1 << 63)
     return torch.Generator().manual_seed(seed)
@@ -200,7 +200,7 @@ def derived_generator(seed: int, *place: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of a run before it: what :meth:`Pass.memory` estimates from.
+    """Hold what is known of a run before it begins, for :meth:`Pass.memory`.
 
     Attributes:
         samples: of the calibration text, 0 without one.
@@ -219,7 +219,7 @@ ConfigT = TypeVar("ConfigT", bound=PassConfig)
 
 
 class Pass(Generic[ConfigT]):
-    """A method. Subclasses set ``Config`` and implement :meth:`run_block`, or :meth:`run_model`."""
+    """Compress a model by one method. Subclasses set ``Config`` and implement :meth:`run_block`, or :meth:`run_model`."""
 
     Config: ClassVar[type[PassConfig]]
 
@@ -227,7 +227,7 @@ class Pass(Generic[ConfigT]):
         self.config = config
 
     def needs(self) -> Needs:
-        """What the pipeline has to provide with these settings."""
+        """Return what the pipeline has to provide with these settings."""
         return Needs()
 
     def check(self, context: Context) -> None:
@@ -239,15 +239,15 @@ class Pass(Generic[ConfigT]):
         return
 
     def outside(self, context: Context) -> list[str]:
-        """Modules outside the blocks it also works on: names out of ``context.outside``."""
+        """Name the modules outside the blocks that it also works on, out of ``context.outside``."""
         return []
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
-        """What it will leave packed, by full name, for the plan; tables are taken to fit float16."""
+        """Return what it will leave packed, by full name, for the plan; codebooks are taken to fit float16."""
         return {}
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """For checks and the plan: block -> the shape it will have, None if it is removed; unchanged blocks may be absent.
+        """Foresee, for checks and the plan, the shape of every block it changes: None for one that is removed.
 
         What depends on the weights is to be estimated.
         """
@@ -275,7 +275,7 @@ class Pass(Generic[ConfigT]):
         raise NotImplementedError(f"{type(self).__name__} has no survey_model")
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """Whether to look at all blocks (once more) before any is worked on.
+        """Tell whether to look at all blocks (once more) before any is worked on.
 
         Args:
             context: of the run.
@@ -307,7 +307,7 @@ class Pass(Generic[ConfigT]):
         raise NotImplementedError(f"{type(self).__name__} has no run_block")
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """The units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
+        """Name the units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
         return ["model"]
 
     def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
@@ -333,7 +333,7 @@ class Pass(Generic[ConfigT]):
 
 
 def pass_class(kind: str) -> type[Pass[Any]]:
-    """The class behind a name.
+    """Load the class behind a name.
 
     Raises:
         CompressError: its package cannot be imported, or what it names is not a pass.

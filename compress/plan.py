@@ -1,4 +1,4 @@
-"""What a recipe will need and give, told from headers alone: no weight is read."""
+"""Foresee what a recipe will need and give, from headers alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocat
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
-    """Sizes on disk and peak memory of a run.
+    """Estimate the sizes on disk and the peak memory of a run.
 
     Returns:
         ``{"model", "blocks", "parameters", "parameters_after", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
@@ -65,7 +65,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
 def _needs(
     step: Pass[Any], state: State, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
 ) -> dict[str, int]:
-    """Memory and workspace of one pass: what the pipeline holds for it, and what it says of itself."""
+    """Estimate memory and workspace of one pass: what the pipeline holds for it, and what it says of itself."""
     needs, text = step.needs(), settings.calibration
     blocks: dict[int | None, int] = {}
     for name, item in state.source.info().items():
@@ -96,7 +96,7 @@ def _needs(
 
 
 def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, PackedShape]) -> int:
-    """Bytes of the model in memory, float32 or packed, and of the dense one beside it; activations come on top."""
+    """Return the bytes of the model, float32 or packed, and of the dense one beside it; activations come on top."""
     if needs.teacher:  # and, in a step, a dense weight per packed one
         return 3 * dense
     info = state.source.info()

@@ -34,7 +34,7 @@ NOTES = ("packed", "skipped", "shape", "storage")
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished unit of work: what the pass says of it, and what the pipeline does.
+    """Hold what is known of one finished unit of work: what the pass says of it, and what the pipeline does.
 
     Attributes:
         figures: as the pass returned them.
@@ -48,7 +48,7 @@ class Finished:
 
     @classmethod
     def of(cls, record: Record) -> Finished:
-        """Take apart what is on disk."""
+        """Take apart the record on disk."""
         notes = {name: value for name, value in record.items() if name in NOTES}
         return cls({name: value for name, value in record.items() if name not in NOTES}, notes)
 
@@ -58,31 +58,37 @@ class Finished:
 
 
 class Log:
-    """The per-unit log: one JSON line each, and the caller's progress report."""
+    """Write the log, one JSON line per unit, and tell the caller of progress."""
 
     def __init__(self, path: Path, report: Report | None) -> None:
         self.path, self._report = path, report
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Tell the caller."""
+        """Tell the caller how far the work is."""
         if self._report is not None:
             self._report(what, done, total)
 
     def unit(self, kind: str, unit: str, seconds: float, record: Record) -> None:
-        """Write one line."""
+        """Write the line of one unit."""
         line = {"time": time.time(), "pass": kind, "unit": unit, "seconds": round(seconds, 4), **record}
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
 
 
 class Runner:
-    """One pass over all blocks, or over the whole model."""
+    """Run one pass over all blocks, or over the whole model."""
 
     def __init__(
-        self, step: Pass[Any], state: State, origin: State, samples: Samples | None,
-        context: Context, work: Workspace, log: Log,
-    ) -> None:  # fmt: skip
+        self,
+        step: Pass[Any],
+        state: State,
+        origin: State,
+        samples: Samples | None,
+        context: Context,
+        work: Workspace,
+        log: Log,
+    ) -> None:
         self.origin = origin
         self.step, self.state, self.context, self.log = step, state, context, log
         self.kind, self.needs = step.config.kind, step.needs()
@@ -102,7 +108,7 @@ class Runner:
 
     @property
     def model(self) -> StreamedModel:
-        """Opened when first needed: a pass that is finished needs none."""
+        """Open the model when it is first needed: a pass that is finished needs none."""
         if self._model is None:
             self._model = StreamedModel(self.state, self.context.device)
         return self._model
@@ -135,7 +141,7 @@ class Runner:
             self._outside()
 
     def _run_whole(self, units: Sequence[str]) -> None:
-        """Units of a pass that has the whole model in memory, beside the dense model the recipe began with."""
+        """Work on the units of a pass that has the whole model in memory."""
         open_units = [unit for unit in units if self.stage.record(unit) is None]
         self.processes.wait_for_everyone()  # before any is finished: all must see the same
         if not open_units:
@@ -161,7 +167,7 @@ class Runner:
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)
 
     def _survey_model(self) -> None:
-        """One look at the whole model, whose findings are a unit like any other."""
+        """Let the pass look at the whole model; what it finds is a unit like any other."""
         assert self.samples is not None
         started = time.perf_counter()
         model = StreamedModel(self.state, self.context.device).whole()
@@ -171,7 +177,7 @@ class Runner:
         self.log.unit(self.kind, "model survey", time.perf_counter() - started, {})
 
     def _survey(self, count: int) -> None:
-        """Rounds over all blocks before any is changed, for as long as the pass wants another."""
+        """Go over all blocks before any is changed, for as long as the pass wants another round."""
         while self.step.wants_survey(self.context, self.surveys):
             label = f"survey-{len(self.surveys)}"
             self._walk(label, f"{label}-inputs", count, self._survey_block)
@@ -241,7 +247,7 @@ class Runner:
         return self.fisher.load(unit_of(i)) if self.needs.squared_gradients else {}
 
     def _samples(self, i: int, inputs: str) -> tuple[list[Run], dict[str, list[Run]]]:
-        """The block's calls on the calibration samples, and those of every variant.
+        """Return the block's calls on the calibration samples, and those of every variant.
 
         ``inputs`` is the name under which a walk over the blocks keeps its carried activations; the first are made here.
         """
@@ -285,7 +291,7 @@ class Runner:
         self._finish("outside", block, {}, record, started)
 
     def _collect(self, block: Block) -> dict[str, Tensor]:
-        """The block's dense tensors as they will be stored, in the dtype they came in."""
+        """Return the block's dense tensors as they will be stored, in the dtype they came in."""
         stored = self.state.source.info()
         dense = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
         packed = {f"{name}.weight" for name in block.packed}
@@ -296,7 +302,7 @@ class Runner:
         }
 
     def _restore(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Go on with exactly what was stored."""
+        """Load into the block exactly what was stored."""
         inner = {name.removeprefix(prefix + "."): tensor for name, tensor in tensors.items()}
         module.load_state_dict({name: value.float() for name, value in inner.items()}, strict=False)
 

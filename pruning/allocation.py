@@ -25,7 +25,7 @@ _BINS = 100  # of the histogram of a spectrum
 
 @dataclass(frozen=True)
 class Budget:
-    """What an allocation has to meet.
+    """Say what an allocation has to meet.
 
     Attributes:
         sizes: parameters of each unit.
@@ -68,35 +68,35 @@ def meet(budget: Budget, shape: Callable[[float], Floats]) -> list[float]:
 
 
 def _around(budget: Budget, offsets: Floats) -> list[float]:
-    """The target plus offsets, all shifted alike so that the mean over parameters is the target."""
+    """Add offsets to the target, all shifted alike so that the mean over parameters is the target."""
     return meet(budget, lambda shift: shift + offsets)
 
 
 def _between(values: Sequence[float] | Floats, width: float) -> Floats:
-    """Values mapped linearly onto 0 .. width; all 0 where they are equal."""
+    """Map values linearly onto 0 .. width; all to 0 where they are equal."""
     found = np.asarray(values, np.float64)
     extent = float(found.max() - found.min())
     return (found - found.min()) / extent * width if extent > 0 else np.zeros_like(found)
 
 
 def uniform(budget: Budget) -> list[float]:
-    """The target everywhere."""
+    """Give every unit the target."""
     return [budget.sparsity] * len(budget.sizes)
 
 
 def random(budget: Budget, spread: float, generator: torch.Generator) -> list[float]:
-    """Evenly distributed within ``spread`` of the target: what any measured allocation has to beat."""
+    """Draw evenly within ``spread`` of the target: what any measured allocation has to beat."""
     draws = torch.rand(len(budget.sizes), generator=generator, dtype=torch.float64).numpy()
     return _around(budget, (2 * draws - 1) * spread)
 
 
 def atp(budget: Budget, spread: float) -> list[float]:
-    """Evenly rising from the first unit to the last, over twice ``spread`` (ATP; its slope is that over L - 1)."""
+    """Rise evenly from the first unit to the last, over twice ``spread`` (ATP; its slope is that over L - 1)."""
     return _around(budget, np.linspace(-spread, spread, len(budget.sizes)))
 
 
 def owl(budget: Budget, outliers: Sequence[float], spread: float) -> list[float]:
-    """Blocks with more outliers keep more, over a range of twice ``spread`` (OWL, arXiv 2310.05175; its lambda).
+    """Let blocks with more outliers keep more, over a range of twice ``spread`` (OWL, arXiv 2310.05175; its lambda).
 
     Args:
         budget: to meet.
@@ -107,7 +107,7 @@ def owl(budget: Budget, outliers: Sequence[float], spread: float) -> list[float]
 
 
 def dlp(budget: Budget, medians: Sequence[float], spread: float) -> list[float]:
-    """Importance ``1 - median / sum of medians``, mapped like OWL's (DLP; its alpha is ``spread``).
+    """Map the importance ``1 - median / sum of medians`` like OWL's outliers (DLP; its alpha is ``spread``).
 
     Args:
         budget: to meet.
@@ -119,7 +119,7 @@ def dlp(budget: Budget, medians: Sequence[float], spread: float) -> list[float]:
 
 
 def alpha(budget: Budget, exponents: Sequence[float], spread: float) -> list[float]:
-    """Sparsity proportional to ``1 - spread .. 1 + spread`` by power-law exponent (AlphaPruning, arXiv 2410.10912).
+    """Scale the target by ``1 - spread .. 1 + spread`` by power-law exponent (AlphaPruning, arXiv 2410.10912).
 
     Args:
         budget: to meet.
@@ -190,7 +190,7 @@ def clusters(budget: Budget, losses: Sequence[float], spread: float) -> list[flo
 
 
 def whole_numbers(budget: Budget, sparsities: Sequence[float]) -> list[int]:
-    """Zeros of each unit: the shares rounded so that their sum is the target, rounded to a whole weight.
+    """Round shares to zeros of each unit so that their sum is the target, rounded to a whole weight.
 
     Rounding is cumulative: the first l units together have as many zeros as their shares, to within half a weight; the
     last takes what is left.

@@ -1,4 +1,4 @@
-"""What pruning passes share: settings, which linears, how much of each, and the record of a block."""
+"""What passes share that set weights to zero: settings, which linears, how much of each, and the record of a block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compress.workspace import Record
 
 @dataclass(frozen=True)
 class Plan:
-    """What every linear loses.
+    """Say what every linear loses.
 
     Attributes:
         zeros: full name -> number of weights to prune.
@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done to one linear: bool [N, K], true where pruned, and figures for the record."""
+    """Hold what was done to one linear: bool [N, K], true where pruned, and figures for the record."""
 
     mask: Tensor
     figures: dict[str, Any]
@@ -52,11 +52,11 @@ ConfigT = TypeVar("ConfigT", bound=SparseConfig)
 
 
 class SparsePass(Pass[ConfigT], Generic[ConfigT]):
-    """A pass that sets weights of linears inside the blocks to zero."""
+    """Set weights of linears inside the blocks to zero."""
 
     @property
     def score(self) -> Score:
-        """By which weights are chosen."""
+        """Return the score by which weights are chosen."""
         return "sparsegpt"
 
     def scored(self, block: Block, names: Sequence[str]) -> Measured:
@@ -68,7 +68,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         """Prune the measured linears of a block in place, each by its number of zeros."""
 
     def needs(self) -> Needs:
-        """Inputs, unless neither the score nor the allocation looks at them."""
+        """Ask for inputs, unless neither the score nor the allocation looks at them."""
         looks = self.score != "magnitude" or self.config.allocation in ("owl", "dlp", "hessian")
         return Needs(inputs="updated" if looks else None)
 
@@ -79,7 +79,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return sizes.block + 3 * hessian_bytes(context.structure, context.linears)
 
     def rule(self, zeros: int) -> Rule:
-        """How the weights of one linear are chosen."""
+        """Return how the weights of one linear are chosen."""
         return Rule(zeros, self._group, self.config.kept_of)
 
     @property
@@ -87,7 +87,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return self.config.group or DEFAULT_GROUP[self.score]
 
     def check(self, context: Context) -> None:
-        """Patterns of names match something, and the target lies between floor and cap."""
+        """Refuse patterns of names that match nothing, and a target that is not between floor and cap."""
         for pattern in self.config.ignore:
             matching(pattern, list(context.linears))
         if not self._units(context):
@@ -97,13 +97,13 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         self._budget([1])
 
     def chosen(self, context: Context) -> list[str]:
-        """Linears to prune, in the model's order."""
+        """Return the linears to prune, in the model's order."""
         names = list(context.linears)
         ignored = {name for pattern in self.config.ignore for name in matching(pattern, names)}
         return [name for name in names if name not in ignored]
 
     def _units(self, context: Context) -> list[list[str]]:
-        """The units of the allocation: linears of each block, or single linears."""
+        """Return the units of the allocation: the linears of each block, or single linears."""
         blocks: dict[int | None, list[str]] = {}
         for name in self.chosen(context):
             blocks.setdefault(block_of(name, context.structure), []).append(name)
@@ -118,12 +118,12 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         except CompressError as error:
             raise CompressError(f"{config.kind}: {error}") from None
         if config.allocation == "mrp":
-            low, high = config.sparsity - config.width, config.sparsity + config.width
+            low, high = config.sparsity - config.half_range, config.sparsity + config.half_range
             return Budget(sizes, config.sparsity, max(config.floor, low), min(config.cap, high))
         return budget
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """One round for allocations that measure; for MRP until its search has met the target."""
+        """Ask for one round where the allocation measures; for MRP for more, until its search has met the target."""
         if self.config.allocation in ("uniform", "random", "atp"):
             return False
         if self.config.allocation != "mrp" or not surveys:
@@ -131,7 +131,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return not self.plan(context, surveys).finished
 
     def survey_block(self, block: Block, context: Context) -> Record:
-        """What the allocation wants to know of a block; in MRP's later rounds the block is left pruned so far."""
+        """Measure what the allocation must know of a block; in MRP's later rounds leave it as pruned so far."""
         names = self._names(block, context)
         config = self.config
         if not names:
@@ -157,11 +157,11 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return record
 
     def _points(self) -> list[float]:
-        """Sparsities at which MRP knows a block's non-outlier ratio."""
+        """Return the sparsities at which MRP knows a block's non-outlier ratio."""
         return grid(0.0, self.config.cap, self.config.step)
 
     def _estimated_loss(self, scores: Tensor) -> float:
-        """Half the smallest squares up to the target, per weight of the matrix (arXiv 2409.20094)."""
+        """Return half the sum of the smallest squares up to the target, per weight (arXiv 2409.20094)."""
         flat = scores.flatten()
         count = round(self.config.sparsity * flat.numel())
         return 0.5 * float(flat.sort()[0][:count].double().square().sum()) / flat.numel()
@@ -194,7 +194,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return Plan(dict(zip([name for name, _ in each], counts, strict=True)), sparsities, steps, finished)
 
     def _allocated(self, context: Context, budget: Budget, records: Sequence[Record]) -> list[float]:
-        spread, units = self.config.width, self._units(context)
+        spread, units = self.config.half_range, self._units(context)
         match self.config.allocation:
             case "random":
                 return rules.random(budget, spread, context.generator(len(budget.sizes)))

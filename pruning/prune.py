@@ -18,11 +18,11 @@ class Prune(SparsePass[PruneConfig]):
 
     @property
     def score(self) -> Score:
-        """As configured."""
+        """Return the score of the settings."""
         return self.config.score
 
     def prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
-        """Prune in place."""
+        """Prune the block's measured linears in place."""
         result = {}
         for name, scores in measured.scores.items():
             weight, rule = block.linears[name].weight, self.rule(zeros[name])

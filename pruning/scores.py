@@ -26,12 +26,12 @@ _MOST_DAMPING = 1e6
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """``|W|``, [N, K]."""
+    """Score by ``|W|``, [N, K]."""
     return weight.abs()
 
 
 def wanda(weight: Tensor, squares: Tensor) -> Tensor:
-    """``|W_ij| * ||X_j||`` (arXiv 2306.11695, equation 1).
+    """Score by ``|W_ij| * ||X_j||`` (arXiv 2306.11695, equation 1).
 
     Args:
         weight: float32 [N, K].
@@ -41,7 +41,7 @@ def wanda(weight: Tensor, squares: Tensor) -> Tensor:
 
 
 def removal(weight: Tensor, diagonal: Tensor) -> Tensor:
-    """``|W_ij| / U_jj``: half its square is what removing a weight costs when all columns before it are settled.
+    """Score by ``|W_ij| / U_jj``: half its square is what removing a weight costs once all columns before it are settled.
 
     U is the upper Cholesky factor of the inverse Hessian. SparseGPT's score (arXiv 2301.00774, section 3.2) is the
     square, which orders weights alike; the root has the unit of Wanda's, so that the same multiple of the mean is an outlier.
@@ -55,7 +55,7 @@ def removal(weight: Tensor, diagonal: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """Upper Cholesky factor of the inverse of one damped Hessian.
+    """Hold the upper Cholesky factor of the inverse of one damped Hessian.
 
     Attributes:
         upper: float32 [K, K].
@@ -69,7 +69,7 @@ class Factor:
 
     @property
     def diagonal(self) -> Tensor:
-        """``U_jj`` [K], infinite for dead inputs: their weights cost nothing."""
+        """Return ``U_jj`` [K], infinite for dead inputs: their weights cost nothing."""
         return self.upper.diagonal().masked_fill(self.dead, torch.inf)
 
 
@@ -140,24 +140,24 @@ def measure(block: Block, names: Iterable[str], score: Score, damping: float) ->
 
 
 def shares(total: int, parts: int) -> list[int]:
-    """``total`` in ``parts`` whole numbers that differ by one at most, spread evenly."""
+    """Divide ``total`` into ``parts`` whole numbers that differ by one at most, spread evenly."""
     edges = [total * index // parts for index in range(parts + 1)]
     return [after - before for before, after in pairwise(edges)]
 
 
 def column_blocks(columns: int, width: int = COLUMNS) -> list[tuple[int, int]]:
-    """(first, end) of every block of columns."""
+    """Return (first, end) of every block of columns."""
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def column_shares(zeros: int, columns: int, width: int = COLUMNS) -> list[int]:
-    """Zeros of a matrix divided over its blocks of columns in proportion to their widths."""
+    """Divide the zeros of a matrix over its blocks of columns in proportion to their widths."""
     edges = [zeros * end // columns for _, end in column_blocks(columns, width)]
     return [after - before for before, after in zip([0, *edges], edges, strict=False)]
 
 
 def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
-    """The weights to prune: exactly ``zeros`` of them, the smallest of every comparison group.
+    """Choose the weights to prune: exactly ``zeros`` of them, the smallest of every comparison group.
 
     Args:
         scores: float32 [N, K].
@@ -183,7 +183,7 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
 
 
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:
-    """``kept`` survivors among every ``of`` consecutive inputs of a row.
+    """Choose the weights to prune so that ``kept`` survive of every ``of`` consecutive inputs of a row.
 
     Args:
         scores: float32 [N, K]. A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern
@@ -208,13 +208,13 @@ def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:
 
 
 def pattern_zeros(rows: int, columns: int, kept: int, of: int) -> int:
-    """How many weights :func:`select_pattern` prunes."""
+    """Return how many weights :func:`select_pattern` prunes."""
     whole, rest = divmod(columns, of)
     return rows * (whole * (of - kept) + rest - -(-rest * kept // of))
 
 
 def levels(scores: Tensor, group: Group) -> Tensor:
-    """The sparsity of the matrix at which each weight goes, float32 [N, K] in (0, 1].
+    """Return the sparsity of the matrix at which each weight goes, float32 [N, K] in (0, 1].
 
     :func:`select` with ``zeros`` prunes (up to rounding) the weights whose level is at most ``zeros / (N * K)``.
     """

@@ -27,7 +27,7 @@ from compress.pruning.settings import Group
 
 @dataclass(frozen=True)
 class Rule:
-    """Which weights of a matrix go: a number in comparison groups, or ``pattern`` = (n, m), n kept of every m."""
+    """Say which weights of a matrix go: a number in comparison groups, or ``pattern`` = (n, m), n kept of every m."""
 
     zeros: int
     group: Group = "columns"
@@ -40,7 +40,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Swept:
-    """The result of a sweep.
+    """Hold the result of a sweep.
 
     Attributes:
         weight: float32 [N, K].

@@ -17,17 +17,17 @@ from compress.quant.settings import AnyPrecisionConfig
 
 
 class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
-    """Seed k-means, then nested upscaling to the parent width."""
+    """Cluster at the seed's number of bits, then split cells up to the parent's; see the config for the objectives."""
 
     Config = AnyPrecisionConfig
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Seed and parent width."""
+        """Return the seed's and the parent's number of bits."""
         return self.config.seed_bits, self.config.parent_bits
 
     def needs(self) -> Needs:
-        """Inputs of both kinds for the output objective, besides what the sensitivity asks."""
+        """Ask for what the sensitivity needs, and for the output objective also for both kinds of inputs."""
         needs = super().needs()
         if self.config.objective == "weight":
             return needs
@@ -43,7 +43,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         return sizes.block + fitting_bytes(context.linears.values(), len(self.needs().variants), sizes.length)
 
     def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
-        """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
+        """Find codes that minimise output errors; embedding and head, outside of blocks, have the weight objective."""
         config = self.config
         if config.objective == "weight" or not block.samples:
             return {}
@@ -51,7 +51,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         return fit_block(block, names, widths, config.correction, config.focus, config.keep_zeros)
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
-        """Nested codes and tables of one matrix."""
+        """Find nested codes of one matrix by the weight objective."""
         config = self.config
         return nested_codebooks(
             weight, sensitivity, config.seed_bits, config.parent_bits, config.keep_zeros, torch.get_num_threads()

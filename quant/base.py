@@ -27,10 +27,10 @@ ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)
 
 
 class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
-    """A pass that replaces dense matrices by bit planes and tables."""
+    """Replace dense matrices by codes and codebooks."""
 
     def needs(self) -> Needs:
-        """Gradients or inputs, as the sensitivity asks."""
+        """Ask for gradients or inputs, whichever the sensitivity is made of."""
         kind = self.sensitivity
         return Needs(
             inputs="original" if kind == "activation" else None, squared_gradients=kind == "fisher", packs=True
@@ -38,12 +38,12 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     @property
     def sensitivity(self) -> str:
-        """``none`` unless the settings have another."""
+        """Return what an error costs: ``none`` where the settings have no such field."""
         return getattr(self.config, "sensitivity", "none")
 
     @abstractmethod
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
-        """Codes and tables of one matrix.
+        """Find codes and codebooks of one matrix.
 
         Args:
             weight: float32 [N, K], finite.
@@ -51,7 +51,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         """
 
     def check(self, context: Context) -> None:
-        """Patterns match, and tied matrices are not torn apart by accident."""
+        """Refuse patterns that match nothing, and an embedding that would be torn from its head by accident."""
         for pattern in self.config.ignore:
             matching(pattern, list(context.linears))
         chosen = self.outside(context)
@@ -64,33 +64,33 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             )
 
     def outside(self, context: Context) -> list[str]:
-        """Embedding and head, if ``include`` names them."""
+        """Return the names among embedding and head that ``include`` matches."""
         names = list(context.outside)
         return sorted({name for pattern in self.config.include for name in matching(pattern, names)})
 
     @property
     @abstractmethod
     def widths(self) -> tuple[int, int]:
-        """Seed and parent width."""
+        """Return the seed's and the parent's number of bits."""
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
-        """Every linear that is not ignored, and what ``include`` names."""
+        """Return the shape of every linear that is not ignored, and of what ``include`` names."""
         ignored = self._ignored(context)
         chosen = {name: shape for name, shape in context.linears.items() if name not in ignored}
         chosen |= {name: context.outside[name] for name in self.outside(context)}
         return {name: PackedShape(*shape, *self.widths) for name, shape in chosen.items()}
 
     def _ignored(self, context: Context) -> dict[str, str]:
-        """Ignored linears, and the pattern that names each."""
+        """Return ignored linears, and the pattern that names each."""
         names = list(context.linears)
         return {name: pattern for pattern in self.config.ignore for name in matching(pattern, names)}
 
     def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
-        """Codes and tables found on the block's inputs; :meth:`quantise` is asked for the matrices it leaves out."""
+        """Find codes on the block's inputs; matrices that are left out here are given to :meth:`quantise`."""
         return {}
 
     def run_block(self, block: Block, context: Context) -> Record:
-        """Pack every linear that is not ignored."""
+        """Quantise every linear that is not ignored, and measure the errors."""
         ignored = self._ignored(context)
         block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
         names = [name for name in block.linears if name not in ignored]

@@ -1,4 +1,4 @@
-"""What any-precision is measured against, in the same checkpoint format at a single width."""
+"""The quantisers that any-precision is measured against, in the same checkpoint format at a single number of bits."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from compress.quant.settings import KMeansConfig, RoundToNearestConfig
 
 
 class KMeans(QuantisePass[KMeansConfig]):
-    """The optimal table of each row for one width."""
+    """Find the optimal codebook of each row for one number of bits."""
 
     Config = KMeansConfig
 
     @property
     def widths(self) -> tuple[int, int]:
-        """The one width, as seed and parent."""
+        """Return the one number of bits, as that of seed and parent."""
         return self.config.bits, self.config.bits
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
-        """Codes and one table of one matrix."""
+        """Cluster every row of one matrix."""
         return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
 
 
 class RoundToNearest(QuantisePass[RoundToNearestConfig]):
-    """``2**bits`` equally spaced values per row, both ends included."""
+    """Round to ``2**bits`` equally spaced values per row, both ends included."""
 
     Config = RoundToNearestConfig
 
     @property
     def widths(self) -> tuple[int, int]:
-        """The one width, as seed and parent."""
+        """Return the one number of bits, as that of seed and parent."""
         return self.config.bits, self.config.bits
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
-        """Codes and one table of one matrix; the sensitivity is not used."""
+        """Round one matrix; the sensitivity is not used."""
         bits = self.config.bits
         low = weight.min(axis=1, keepdims=True).astype(np.float64)
         step = (weight.max(axis=1, keepdims=True) - low) / (2**bits - 1)

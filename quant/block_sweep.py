@@ -64,12 +64,12 @@ def _damp(metric: Tensor, share: float) -> None:
     metric.diagonal().add_(share * torch.where(mean > 0, mean, 1.0))
 
 
-Calls = tuple[Sequence[Run], nn.Module, nn.Module]  # of a block, the block, and a linear in it whose inputs are wanted
+Calls = tuple[Sequence[Run], nn.Module, nn.Module]  # the samples of a block, the block, the linear in it to look at
 
 
 @torch.no_grad()
 def _metric(calls: Calls, weight: Tensor) -> Tensor:
-    """float32 [K, K], the mean of ``x x^T`` over a linear's inputs, K as of ``weight`` [N, K]."""
+    """Return the mean of ``x x^T`` over a linear's inputs, float32 [K, K], K as of ``weight`` [N, K]."""
     runs, block, linear = calls
     tokens, metric = 0, weight.new_zeros(weight.shape[1], weight.shape[1])
     for run in runs:
@@ -81,7 +81,7 @@ def _metric(calls: Calls, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
-    """float32 [N, K], what rows must be changed by to do to ``x'`` what they do to ``x``, nearest by least squares.
+    """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares.
 
     Args:
         original: what gives ``x``.
@@ -116,10 +116,14 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: in
 
 @torch.no_grad()
 def fit_block(
-    block: Block, names: Sequence[str], widths: Sequence[int], correction: float, focus: Mapping[int, float],
+    block: Block,
+    names: Sequence[str],
+    widths: Sequence[int],
+    correction: float,
+    focus: Mapping[int, float],
     keep_zeros: bool,
-) -> dict[str, Codes]:  # fmt: skip
-    """Quantise linears of a block; ``block.show`` then puts their weights at a variant's width into it.
+) -> dict[str, Codes]:
+    """Quantise linears of a block; ``block.show`` then loads the weights that they have at a variant's number of bits.
 
     Args:
         block: with original inputs, and those of a variant for every width up to :data:`CARRIED`.

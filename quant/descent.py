@@ -32,7 +32,7 @@ def _weigh(
     ideal: Floats32,
     costs: Floats32,
 ) -> None:
-    """How far every entry of one column's rows is from the ideal weight, and the best of those below it, from the leaves up.
+    """Cost every node of the code tree, from the leaves up: its own error plus that of the best path below it.
 
     Args:
         entries: [W, C, LANES], those of width w first in its row of C.
@@ -81,7 +81,7 @@ def _best_paths(costs: Floats32, best: Floats32, new: Codes) -> None:
 
 @compiled
 def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Floats32, j: int) -> None:
-    """Let the slopes [W, B, LANES] of later columns know of column j's change, which takes the place of its own slope."""
+    """Add column j's change to the slopes [W, B, LANES] of later columns, and put it in place of its own slope."""
     last = U(entries.shape[0] - 1)
     for w in range(U(entries.shape[0])):
         above, moved = last - w, slope[w, j]
@@ -97,7 +97,7 @@ def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Fl
 def _descend_rows(
     codes: Integers, fixed: Flags, tables: Floats32, share: Floats32, kept: int, gradient: Floats32, metric: Floats32
 ) -> None:
-    """Rows of one block of columns; arguments as for :class:`Descent`, with all widths' tables in one: [W, 2**parent, N]."""
+    """Choose the codes of one block of columns; arguments as for :class:`Descent`, with tables [W, 2**parent, N]."""
     rows, columns = codes.shape
     widths, parent = share.shape[0], round(np.log2(tables.shape[1]))
     below = parent - kept
@@ -178,7 +178,7 @@ def _gather_rows(codes: Integers, spread: Floats32, sums: Floats32) -> None:
 
 
 def gather_columns(codes: Integers, spread: Floats32, entries: int, threads: int) -> Floats32:
-    """[N, entries, D]: for every row of ``codes`` [N, K], sums of ``spread`` [K, D] over the columns with each code.
+    """Sum ``spread`` [K, D] over the columns with each code, for every row of ``codes`` [N, K]: [N, entries, D].
 
     Rows are spread over ``threads``; the result does not depend on them.
     """
@@ -190,9 +190,15 @@ def gather_columns(codes: Integers, spread: Floats32, entries: int, threads: int
 
 @compiled
 def _split_rows(
-    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int,
-    new: Integers, found: Floats32,
-) -> None:  # fmt: skip
+    codes: Integers,
+    targets: Floats32,
+    weight: Floats32,
+    table: Floats32,
+    zeros: Flags,
+    steps: int,
+    new: Integers,
+    found: Floats32,
+) -> None:
     sums = np.zeros((3, found.shape[1]), np.float32)
     mass, total, held = sums[0], sums[1], sums[2]
     for r in range(U(codes.shape[0])):

@@ -26,7 +26,7 @@ _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
 @dataclass(frozen=True)
 class Codes:
-    """One matrix of N rows and K columns as quantising passes leave it: a code per weight, a codebook row per output.
+    """Hold one quantised matrix of N rows and K columns: a code per weight, and a codebook per row and number of bits.
 
     Attributes:
         codes: uint8 [N, K], codes at the parent's number of bits; those of b bits are ``codes >> (parent - b)``.
@@ -106,7 +106,7 @@ def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[
 
 
 def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Parent codes that mean 0.0 at every width: bool [N, 2**parent]."""
+    """Tell which parent codes mean 0.0 at every number of bits: bool [N, 2**parent]."""
     zero = torch.ones(shape.out_features, 2**shape.parent_bits, dtype=torch.bool)
     for bits in shape.widths:
         zero &= (tensors[f"codebook_{bits}"] == 0).repeat_interleave(2 ** (shape.parent_bits - bits), dim=1)
@@ -114,7 +114,7 @@ def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
-    """Weights that are not zero at every width: bool [N * K]."""
+    """Tell which weights are not zero at every number of bits: bool [N * K]."""
     occupied = torch.empty(codes.shape, dtype=torch.bool)
     step = max(1, _AT_ONCE // codes.shape[1])
     for start in range(0, codes.shape[0], step):
@@ -126,7 +126,7 @@ def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
 def _sparse_form(
     shape: PackedShape, tensors: Mapping[str, Tensor], codes: Tensor, occupied: Tensor, zero: Tensor
 ) -> tuple[SparseShape, dict[str, Tensor]]:
-    """Survivors' planes, the mask, and tables whose entry 0 is the pruned weights'.
+    """Build the survivors' planes, the mask, and codebooks whose entry 0 is that of the pruned weights.
 
     Codes of a row are renumbered by exclusive or with its zero code: that keeps every width's code the top bits
     of the parent's, and lets a reader fill in zeros.
@@ -151,24 +151,24 @@ def _sparse_form(
 
 
 def _pack_row(values: Tensor, bits: int) -> Tensor:
-    """Planes of one row, which may be empty: uint8 [K] to int32 [bits, 1, ceil(K / 32)]."""
+    """Pack one row, which may be empty: uint8 [K] to int32 [bits, 1, ceil(K / 32)]."""
     return pack_planes(values[None], bits) if values.numel() else torch.empty(bits, 1, 0, dtype=torch.int32)
 
 
 def _unpack_row(planes: list[Tensor], columns: int) -> Tensor:
-    """The inverse of :func:`_pack_row`, from planes of any shape: uint8 [columns]."""
+    """Undo :func:`_pack_row`, from planes of any shape: uint8 [columns]."""
     if not columns:
         return torch.empty(0, dtype=torch.uint8, device=planes[0].device)
     return unpack_planes([plane.view(1, -1) for plane in planes], columns)[0]
 
 
 def _parts(count: int) -> Iterator[slice]:
-    """A long vector in parts, so that indices are never there for all of it."""
+    """Cut a long vector into parts, so that indices are never in memory for all of it."""
     return (slice(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE))
 
 
 def _gaps(occupied: Tensor, survivors: int) -> Tensor:
-    """How many pruned weights lie between each survivor and the one before: int32 [survivors]."""
+    """Count the pruned weights between each survivor and the one before: int32 [survivors]."""
     gaps, done, last = torch.empty(survivors, dtype=torch.int32), 0, -1
     for part in _parts(occupied.numel()):
         places = occupied[part].nonzero().view(-1) + part.start
@@ -179,7 +179,7 @@ def _gaps(occupied: Tensor, survivors: int) -> Tensor:
 
 
 def _gap_bits(gaps: Tensor) -> int:
-    """The number of low bits that makes the mask smallest.
+    """Choose the number of low bits that makes the mask smallest.
 
     One more costs a bit per survivor, and saves what halving does to the unary part: less each time, so stop there.
     """
@@ -194,7 +194,7 @@ def _total(parts: Iterable[Tensor]) -> int:
 
 
 def _unary(gaps: Tensor, low: int) -> Tensor:
-    """For every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
+    """Write for every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
     parts = list(_parts(gaps.numel()))
     unary = torch.zeros(gaps.numel() + _total(gaps[part] >> low for part in parts), dtype=torch.uint8)
     end = -1
@@ -242,7 +242,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
 
 
 def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Where the mask says that survivors are, counted along the rows: int64, in ascending parts.
+    """Find the places of survivors in the mask, counted along the rows: int64, in ascending parts.
 
     A mask with more ones than survivors ends with a part that has too many.
     """
