@@ -1,14 +1,46 @@
 """Rules of the house that nothing else would notice."""
 
+import ast
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 MOUNTED = ("pruning", "quant", "prompts", "kernels", "evals")
+
+MAY_IMPORT = {
+    "kernels": set(),
+    "core": {"kernels", "quant.records", "quant.format", "quant.sparse", "quant.linear", "quant.fused"},
+    "quant": {"core", "kernels"},
+    "pruning": {"core", "quant"},
+    "prompts": {"core", "quant"},
+    "evals": {"core", "kernels", "quant", "pruning", "prompts"},
+    "demo": {"core", "evals"},
+    "cli": {"core", "kernels", "quant", "pruning", "prompts", "evals", "demo"},
+}
+"""The table of CONTRIBUTING.md: folder -> folders, or single modules of them. ``core`` is compress/ without cli/ and demo/."""
+WAITING = {("core", "prompts"), ("evals", "cli")}
+"""Arrows of today that are being turned."""
+
+BUDGETS = {
+    "compress": (4800, 10.6),
+    "compress/cli": (1035, 8.4),
+    "compress/demo": (260, 7.9),
+    "quant": (3110, 12.0),
+    "pruning": (3220, 11.6),
+    "prompts": (635, 10.0),
+    "kernels": (2535, 13.2),
+    "evals": (6885, 11.7),
+    "without tests": (22510, 11.3),
+}
+"""Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them."""
+MOST_SKIPS = 97  # ``# fmt: skip`` without tests
 
 
 def test_kernels_has_no_init():
@@ -45,6 +77,111 @@ def test_files_stay_readable():
     ).stdout.split()
     long = {name: count for name in names if (count := len((ROOT / name).read_text().splitlines())) > 500}
     assert not long
+
+
+def modules() -> dict[str, Path]:
+    """Name every module as it is imported: the mounted folders under ``compress``."""
+    names = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    found = {}
+    for path in map(Path, names):
+        if path.parts[0] in (*MOUNTED, "compress") and (ROOT / path).is_file():
+            parts = (
+                path.with_suffix("").parts if path.parts[0] == "compress" else ("compress", *path.with_suffix("").parts)
+            )
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imported(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:
+    """Find the modules of ours that a file imports, and whether it does so at its top (for type checkers alone, too)."""
+    tree = ast.parse((ROOT / path).read_text())
+    inner = {id(node) for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) for node in ast.walk(part)}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else node.module for name in inside]
+        yield from ((name, id(node) not in inner) for name in names if name.partition(".")[0] == "compress")
+
+
+def room(module: str) -> str:
+    """Name the folder of CONTRIBUTING.md's table that a module is in."""
+    part = module.split(".")[1] if "." in module else ""
+    return part if part in MAY_IMPORT else "core"
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_what_it_may(folder):
+    """At the top and within functions alike."""
+    known, allowed = modules(), MAY_IMPORT[folder] | {folder}
+    wrong = [
+        (module, target)
+        for module, path in known.items()
+        if room(module) == folder
+        for target, _ in imported(path, known)
+        if not {room(target), target.removeprefix("compress.")} & allowed
+    ]
+    if wrong and {(folder, room(target)) for _, target in wrong} <= WAITING:
+        pytest.xfail(f"being turned: {wrong}")
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even for type checkers: what two modules share belongs below both."""
+    known = modules()
+    graph = {module: {target for target, top in imported(path, known) if top} for module, path in known.items()}
+    graph["compress.quant.fused"].discard("compress.quant.linear")  # a member knows its group, a group its members' type
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+sizes = runpy.run_path(str(ROOT / "tests" / "sizes.py"))
+MEASURED = sizes["measure"]()
+MEASURED["without tests"] = sum((size for name, size in MEASURED.items() if name != "tests"), sizes["Size"]())
+
+
+@pytest.mark.parametrize("folder", BUDGETS)
+def test_a_folder_keeps_to_its_budget(folder):
+    lines, density = BUDGETS[folder]
+    assert MEASURED[folder].lines <= lines
+    assert MEASURED[folder].density <= density
+
+
+def test_lines_are_broken_by_the_formatter():
+    assert MEASURED["without tests"].skips <= MOST_SKIPS
+
+
+def test_size_counts_neither_comments_nor_docstrings():
+    source = (
+        '"""What it is."""\n\n# why\nx = [\n    1,  # fmt: skip\n]\n\n\ndef f():\n    """Give one."""\n    return "1"\n'
+    )
+    size = sizes["size_of"](source)
+    assert (size.lines, size.code, size.tokens, size.skips) == (11, 5, 13, 1)
+
+
+def test_importing_the_library_teaches_transformers_its_format(fresh_python):
+    code = (
+        "import compress\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "print(AUTO_QUANTIZER_MAPPING['compress'].__module__)"
+    )
+    assert fresh_python(code).strip() == "compress.hf"
+
+
+def test_a_command_that_loads_a_model_teaches_transformers_too(fresh_python):
+    """Where the command begins, ``import compress`` alone does not; whatever loads a model does."""
+    code = (
+        "import sys, compress_command, compress\n"
+        "assert 'transformers' not in sys.modules\n"
+        "compress.load\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "print(AUTO_QUANTIZER_MAPPING['compress'].__module__)"
+    )
+    assert fresh_python(code).strip() == "compress.hf"
 
 
 def test_importing_the_library_is_light():
