@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from compress.evals.decoder import Decoder, PackedLinear, Shape, dense
 from compress.kernels import gpu
+from compress.kernels.bitplane import tiled_weight
 from compress.kernels.layout import random_tiled
 from compress.kernels.timing import Timer, bandwidth, cache_bytes, copies
 from compress.kernels.tune import packed_of
@@ -99,7 +100,7 @@ def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[
             sets = copies(rows * columns * bits // 8, cache_bytes())
             layers = [random_tiled(rows, columns, bits, seed, plan.device, i, kept == 16) for i in range(sets)]
             matrices = [packed_of(layer, bits) for layer in layers]
-            weight = gpu.weight(layers[0], bits, torch.float32)
+            weight = tiled_weight(layers[0], bits, torch.float32)
             for count in plan.rows:
                 x = torch.randn(count, columns, device=plan.device).half()
                 seconds = timer([partial(gpu.multiply, x, matrix, None) for matrix in matrices])

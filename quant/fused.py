@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from compress.kernels import gpu
+from compress.kernels.bitplane import tiled_linear
 from compress.kernels.layout import ROWS, Tiled
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Group:
         if member is self.members[0]:
             if any(other.bits != member.bits or other.keep_dense for other in self.members):
                 return None
-            parts = torch.split(gpu.linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
+            parts = torch.split(tiled_linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
             self._waiting = x, parts
             return parts[0]
         waiting = self._waiting
