@@ -240,9 +240,14 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     y, target = _allocate(x, count, packed.rows, chosen.split)
     steps = -(-packed.span // (chosen.split * chosen.step))
     arguments = packed.operands(variant) | {
-        "x": x, "bias": bias, "y": target, "rows": packed.rows, "chunk": steps * chosen.step,
-        "x_stride": x.stride(0) if count > 1 else packed.columns, "y_stride": packed.rows,
-    }  # fmt: skip
+        "x": x,
+        "bias": bias,
+        "y": target,
+        "rows": packed.rows,
+        "chunk": steps * chosen.step,
+        "x_stride": x.stride(0) if count > 1 else packed.columns,
+        "y_stride": packed.rows,
+    }
     if not assembly:
         arguments["columns"] = packed.columns
     grid: tuple[int, ...] = (-(-packed.rows // ROWS), chosen.split)

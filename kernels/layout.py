@@ -254,9 +254,14 @@ class Tiled:
 
 
 def random_tiled(
-    rows: int, columns: int, bits: int, seed_bits: int | None = None, device: str | torch.device = "cpu", seed: int = 0,
+    rows: int,
+    columns: int,
+    bits: int,
+    seed_bits: int | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
     exact: bool = True,
-) -> Tiled:  # fmt: skip
+) -> Tiled:
     """Random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
     generator = torch.Generator(device).manual_seed(seed)
     tiles, first = -(-rows // ROWS), bits if seed_bits is None else seed_bits

@@ -64,12 +64,14 @@ def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
     """One layout of all rows; each matrix but the last has whole tiles."""
     first = tiles[0]
     return Tiled(
-        sum(tiled.rows for tiled in tiles), first.columns, first.head,
+        sum(tiled.rows for tiled in tiles),
+        first.columns,
+        first.head,
         torch.cat([tiled.codes for tiled in tiles], 1),
         {bits: torch.cat([tiled.tables[bits] for tiled in tiles]) for bits in first.tables},
         {bits: torch.cat([tiled.registers[bits] for tiled in tiles], -1) for bits in first.registers},
         None if first.rounded is None else torch.cat([cast(Tensor, tiled.rounded) for tiled in tiles]),
-    )  # fmt: skip
+    )
 
 
 def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
