@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.kernels import gpu
+from compress.kernels.bitplane import packed_linear
 from compress.kernels.layout import random_tiled
 
 Project = Callable[[int, int], nn.Module]
@@ -44,16 +44,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         tiled = random_tiled(rows, columns, bits, seed_bits, device, exact=exact)
         self.facts = rows, columns, bits, tiled.head
-        self.register_buffer("codes", tiled.codes)
-        self.register_buffer("table", tiled.read(bits))
-        self.register_buffer("registers", tiled.registers.get(bits))
+        for name, tensor in zip(("codes", "table", "registers"), tiled.tensors(bits), strict=False):
+            self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
-        registers = self._buffers["registers"]
-        y: Tensor = gpu.tiled_linear(
-            x, self.get_buffer("codes"), self.get_buffer("table"), registers, None, *self.facts
-        )
+        y: Tensor = packed_linear(x, list(self.buffers()), None, *self.facts)
         return y
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from compress.evals.decoder import Decoder, PackedLinear, Shape, dense
 from compress.kernels import gpu
+from compress.kernels.bitplane import tiled_weight
 from compress.kernels.layout import random_tiled
 from compress.kernels.timing import Timer, bandwidth, cache_bytes, copies
 from compress.kernels.tune import packed_of
@@ -58,9 +59,17 @@ class Plan:
     shapes: Sequence[tuple[int, int]] = tuple(dict.fromkeys(shape for group in SHAPES.values() for shape in group))
     rows: Sequence[int] = ROWS
     widths: Sequence[tuple[int, int, int]] = (
-        (2, 2, 16), (3, 3, 16), (4, 3, 16), (4, 3, 8), (4, 4, 16), (4, 4, 8),
-        (5, 4, 16), (6, 4, 16), (7, 4, 16), (8, 4, 16),
-    )  # fmt: skip
+        (2, 2, 16),
+        (3, 3, 16),
+        (4, 3, 16),
+        (4, 3, 8),
+        (4, 4, 16),
+        (4, 4, 8),
+        (5, 4, 16),
+        (6, 4, 16),
+        (7, 4, 16),
+        (8, 4, 16),
+    )
     decode: Shape | None = field(default_factory=Shape)
     device: str = "cuda"
 
@@ -99,16 +108,26 @@ def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[
             sets = copies(rows * columns * bits // 8, cache_bytes())
             layers = [random_tiled(rows, columns, bits, seed, plan.device, i, kept == 16) for i in range(sets)]
             matrices = [packed_of(layer, bits) for layer in layers]
-            weight = gpu.weight(layers[0], bits, torch.float32)
+            weight = tiled_weight(layers[0], bits, torch.float32)
             for count in plan.rows:
                 x = torch.randn(count, columns, device=plan.device).half()
                 seconds = timer([partial(gpu.multiply, x, matrix, None) for matrix in matrices])
                 least = _floor(rows, columns, bits, count, rate)
-                found.append({
-                    "rows": rows, "columns": columns, "bits": bits, "seed_bits": seed, "entries": kept, "count": count,
-                    "seconds": seconds, "cublas_seconds": reference[count], "speedup": reference[count] / seconds,
-                    "roofline": least / seconds, "error": _error(gpu.multiply(x, matrices[0], None), x, weight),
-                })  # fmt: skip
+                found.append(
+                    {
+                        "rows": rows,
+                        "columns": columns,
+                        "bits": bits,
+                        "seed_bits": seed,
+                        "entries": kept,
+                        "count": count,
+                        "seconds": seconds,
+                        "cublas_seconds": reference[count],
+                        "speedup": reference[count] / seconds,
+                        "roofline": least / seconds,
+                        "error": _error(gpu.multiply(x, matrices[0], None), x, weight),
+                    }
+                )
             del layers, matrices, weight
         _free()
     return found
@@ -159,13 +178,16 @@ def run(plan: Plan, timer: Timer, progress: Progress = lambda *_: None) -> dict[
     rate, source = bandwidth(timer)
     index = torch.cuda.current_device() if plan.device == "cuda" else -1
     return {
-        "gpu": gpu.device_of(index).name, "torch": torch.__version__, "triton": version("triton"),
-        "bytes_per_second": rate, "bandwidth_from": source,
+        "gpu": gpu.device_of(index).name,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "bytes_per_second": rate,
+        "bandwidth_from": source,
         "products": products(plan, timer, rate, progress),
         "decode_shape": None if plan.decode is None else asdict(plan.decode),
         "decode": [] if plan.decode is None else decode(plan, timer, progress),
         "published": PUBLISHED,
-    }  # fmt: skip
+    }
 
 
 def _name(entry: dict[str, Any]) -> str:

@@ -75,6 +75,21 @@ class Load:
     rounds: int = 7
     loads: int = 3
 
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.loads < 1:
+            raise CompressError("bench: at least one round and one load are needed.")
+
+    def refuse_beyond(self, context: int) -> None:
+        """Refuse more tokens than a context holds.
+
+        Raises:
+            CompressError: there are more.
+        """
+        if self.prompt + self.tokens > context:
+            raise CompressError(
+                f"{self.prompt} + {self.tokens} tokens: the context holds {context}; lower --prompt-tokens."
+            )
+
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median and quartiles, as plain data."""
@@ -118,32 +133,35 @@ def bench(
         CompressError: no such model, width or device, or a prompt beyond the context.
     """
     load = load or Load()
-    if load.rounds < 1 or load.loads < 1:
-        raise CompressError("bench: at least one round and one load are needed.")
     model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact)
     widths = {label: width for label, width in found.items() if width is not None}
     for value in widths.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
-    context = context_length(model, 1 << 30)
-    if load.prompt + load.tokens > context:
-        raise CompressError(
-            f"{load.prompt} + {load.tokens} tokens: the context holds {context}; lower --prompt-tokens."
-        )
+    load.refuse_beyond(context_length(model, 1 << 30))
     dense, note = _dense(folder, reference, bool(widths))
     places = dict.fromkeys(widths or [PRUNED if dense != folder else DENSE], folder)
     models = dict.fromkeys(places, model)
     if dense is not None and dense != folder:
         places = {DENSE: dense, **places}
         models = {DENSE: compress.load(dense, dtype=dtype, device_map=device), **models}
+    setting = _setting(load, dtype, device, exact)
     times = _times(models, widths, load, device, report)
-    fresh = _fresh_loads(places, widths, load.loads, str(dtype)[6:], device, report)
+    fresh = _fresh_loads(places, widths, load.loads, setting["dtype"], device, report)
     figures = {
         name: _figures(name, times, load)
         | {what: spread(values) for what, values in fresh[name].items()}
         | {"disk_bytes": _disk_bytes(place, name if name in widths else None)}
         for name, place in places.items()
     }
-    setting = {
+    result = {"model": folder, **setting, "dense": note, "widths": figures}
+    if store is not None:
+        store.add(Key("bench", "bench", identity(folder), "all", settings=setting), {}, result=result)
+    return result
+
+
+def _setting(load: Load, dtype: torch.dtype, device: str, exact: bool) -> dict[str, Any]:
+    """Return what figures depend on beside the model."""
+    return {
         "backend": compress.backend(),
         "device": _device_name(device),
         "dtype": str(dtype)[6:],
@@ -152,10 +170,6 @@ def bench(
         "load": asdict(load),
         "versions": versions(),
     }
-    result = {"model": folder, **setting, "dense": note, "widths": figures}
-    if store is not None:
-        store.add(Key("bench", "bench", identity(folder), "all", settings=setting), {}, result=result)
-    return result
 
 
 def _dense(folder: str, reference: str | None, packed: bool) -> tuple[str | None, str]:

@@ -1,12 +1,11 @@
-"""The one operator every packed linear goes through: ``compress::bitplane_linear``.
+"""The one operator every packed linear goes through: ``compress::packed_linear``.
 
 ``y = x @ W.T`` with ``W[n, k] = codebook[n, code(n, k)]`` and the code read from bit planes. It is a
 ``torch.library`` operator with a fake kernel (so ``torch.compile`` and export see one node) and a gradient
 for its input only: prompts and adapters train on the packed model while the weights stay frozen.
 
 On a CPU the C library of :mod:`compress.kernels.cpu` serves it where it was built; the plain torch here runs anywhere. On a GPU
-layers hold another layout, and go through the operator of :mod:`compress.kernels.gpu`.
-Accumulation is in float32 or wider.
+layers hold another layout, which :mod:`compress.kernels.gpu` multiplies by. Accumulation is in float32 or wider.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import cpu, gpu
+from compress.kernels.layout import Tiled
 from compress.kernels.packing import unpack_planes
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)  # by the C library: it adds in float32
@@ -53,56 +53,94 @@ def reference_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype
     return weight
 
 
-def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight`` in the dtype of ``x``; differentiable."""
     # float16 matrix products on a CPU are a hundred times slower than float32 ones.
     if x.device.type == "cpu" and x.dtype == torch.float16:
         return (x.float() @ weight.float()).to(x.dtype)
-    return x @ weight
+    return (x @ weight.to(x.dtype)).to(x.dtype)  # autocast would return its own type
 
 
-@torch.library.custom_op("compress::bitplane_linear", mutates_args=())
-def bitplane_linear(x: Tensor, planes: list[Tensor], codebook: Tensor, columns: int, dense: Tensor | None) -> Tensor:
+@torch.library.custom_op("compress::packed_weight", mutates_args=())
+def packed_weight(tensors: list[Tensor], rows: int, columns: int, bits: int, head: int, dtype: torch.dtype) -> Tensor:
+    """Look up every weight of the matrix that :func:`packed_linear` would multiply by: [N, K] in ``dtype``."""
+    if head:
+        return gpu.weight(gpu.Packed(tensors, rows, columns, bits, head), dtype)
+    codebook, *planes = tensors
+    return dense_weight(planes, codebook, columns, dtype)
+
+
+@packed_weight.register_fake
+def _(tensors: list[Tensor], rows: int, columns: int, bits: int, head: int, dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(rows, columns, dtype=dtype)
+
+
+@torch.library.custom_op("compress::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor, tensors: list[Tensor], bias: Tensor | None, rows: int, columns: int, bits: int, head: int
+) -> Tensor:
     """Apply a packed linear layer.
 
     Args:
         x: floating [..., K], any strides.
-        planes: b int32 tensors [N, ceil(K / 32)], most significant first.
-        codebook: floating [N, 2**b].
+        tensors: of a matrix as it is stored (``head`` is 0) the codebook, floating [N, 2**b], and its b planes, most
+            significant first, int32 [N, ceil(K / 32)] each; of one in the layout of the GPU kernels what
+            :meth:`compress.kernels.layout.Tiled.tensors` gives.
+        bias: [N], or None.
+        rows: N.
         columns: K.
-        dense: the result of :func:`dense_weight` in ``x``'s dtype where the caller keeps one, else None.
+        bits: b.
+        head: how many planes of that layout lie together, or 0.
 
     Returns:
         [..., N] in ``x``'s dtype and on its device.
+
+    Raises:
+        ValueError: ``x`` is on another device than a matrix in the layout of the GPU kernels.
     """
-    if dense is None and cpu.serves(x, codebook, *planes) and x.dtype in SERVED:
-        return cpu.Prepared(planes, codebook, columns)(x)
-    weight = dense if dense is not None else dense_weight(planes, codebook, columns, x.dtype)
-    return _matmul(x, weight.t()).to(x.dtype).contiguous()  # autocast would return its own type
+    if head:
+        return gpu.linear(x, gpu.Packed(tensors, rows, columns, bits, head), bias)
+    codebook, *planes = tensors
+    if cpu.serves(x, *tensors) and x.dtype in SERVED:
+        y = cpu.Prepared(planes, codebook, columns)(x)
+    else:
+        y = matmul(x, dense_weight(planes, codebook, columns, x.dtype).t()).contiguous()
+    return y if bias is None else y + bias
 
 
-@bitplane_linear.register_fake
-def _(x: Tensor, planes: list[Tensor], codebook: Tensor, columns: int, dense: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codebook.shape[0])
+@packed_linear.register_fake
+def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, rows: int, columns: int, bits: int, head: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, planes, codebook, columns, dense = inputs
-    ctx.columns, ctx.count, ctx.has_dense = columns, len(planes), dense is not None
-    ctx.save_for_backward(*planes, codebook, *([dense] if dense is not None else []))
+    _, tensors, _, *ctx.facts = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[None], None, None, None]:
-    saved = ctx.saved_tensors
-    planes, codebook = list(saved[: ctx.count]), saved[ctx.count]
-    weight = saved[-1] if ctx.has_dense else dense_weight(planes, codebook, ctx.columns, gradient.dtype)
-    return _matmul(gradient, weight.to(gradient.dtype)), [None] * len(planes), None, None, None
+def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    weight = packed_weight(tensors, *ctx.facts, gradient.dtype)
+    return matmul(gradient, weight), [None] * len(tensors), *([None] * 5)
 
 
-bitplane_linear.register_autograd(_input_gradient, setup_context=_keep_for_backward)
+packed_linear.register_autograd(_input_gradient, setup_context=_keep_for_backward)
+
+
+def tiled_linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a matrix in the layout of the GPU kernels at one width: [..., K] to [..., N]; differentiable in ``x``."""
+    y: Tensor = packed_linear(x, tiled.tensors(bits), bias, tiled.rows, tiled.columns, bits, tiled.head)
+    return y
+
+
+def tiled_weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
+    """Look up every weight of a matrix in the layout of the GPU kernels at one width: [N, K]."""
+    weight: Tensor = packed_weight(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head, dtype)
+    return weight
 
 
 def backend() -> str:
-    """Which implementation serves :func:`bitplane_linear`, and why."""
+    """Say which implementation serves :func:`packed_linear`, and why."""
     return (
         f"{gpu.describe()}; on CPUs {cpu.describe()}"
         if gpu.available()

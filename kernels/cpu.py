@@ -156,9 +156,15 @@ class Prepared:
         tables = int8_tables(table) if int8 else None
         self.planes, self.codebook, self.columns, self._tables = planes, table, columns, tables
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
-        entries, affine, width = (table, 0, table.element_size()) if tables is None else (
-            tables.bytes, tables.affine.data_ptr(), 1,
-        )  # fmt: skip
+        entries, affine, width = (
+            (table, 0, table.element_size())
+            if tables is None
+            else (
+                tables.bytes,
+                tables.affine.data_ptr(),
+                1,
+            )
+        )
         addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits)
         fields = (affine, stride, rows, columns, bits, found.isa if isa is None else isa, width)
         self._matrix = _MATRIX.pack(*addresses, entries.data_ptr(), *fields)

@@ -1,4 +1,4 @@
-"""Packed products on a GPU: ``compress::tiled_linear`` and ``compress::tiled_weight``.
+"""Packed products on a GPU, for :mod:`compress.kernels.bitplane`.
 
 The kernels are Triton's: with inline PTX on NVIDIA GPUs from sm_80 on, plain elsewhere. Nothing of Triton is imported before a
 tensor on a GPU is there. A call allocates its output and nothing else (partial sums of a split product lie behind the
@@ -10,7 +10,7 @@ the current stream of the tensors' device, so it can be captured in a CUDA graph
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -109,15 +109,36 @@ def _index(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """The arguments that describe one matrix at one width."""
+    """Hold what describes one matrix at one width.
 
-    codes: Tensor
-    table: Tensor
-    registers: Tensor | None
+    Attributes:
+        tensors: as :meth:`compress.kernels.layout.Tiled.tensors` gives them.
+        rows: N.
+        columns: K.
+        bits: the width.
+        head: of the layout.
+    """
+
+    tensors: Sequence[Tensor]
     rows: int
     columns: int
     bits: int
     head: int
+
+    @property
+    def codes(self) -> Tensor:
+        """int32 [p, ceil(N / 32), ceil(K / 32), 32]."""
+        return self.tensors[0]
+
+    @property
+    def table(self) -> Tensor:
+        """Floating [ceil(N / 32), 2**bits, 32]."""
+        return self.tensors[1]
+
+    @property
+    def registers(self) -> Tensor | None:
+        """The table as the assembly keeps it in registers, or None."""
+        return self.tensors[2] if len(self.tensors) > 2 else None
 
     @property
     def span(self) -> int:
@@ -219,9 +240,14 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     y, target = _allocate(x, count, packed.rows, chosen.split)
     steps = -(-packed.span // (chosen.split * chosen.step))
     arguments = packed.operands(variant) | {
-        "x": x, "bias": bias, "y": target, "rows": packed.rows, "chunk": steps * chosen.step,
-        "x_stride": x.stride(0) if count > 1 else packed.columns, "y_stride": packed.rows,
-    }  # fmt: skip
+        "x": x,
+        "bias": bias,
+        "y": target,
+        "rows": packed.rows,
+        "chunk": steps * chosen.step,
+        "x_stride": x.stride(0) if count > 1 else packed.columns,
+        "y_stride": packed.rows,
+    }
     if not assembly:
         arguments["columns"] = packed.columns
     grid: tuple[int, ...] = (-(-packed.rows // ROWS), chosen.split)
@@ -269,112 +295,34 @@ def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-@torch.library.custom_op("compress::tiled_weight", mutates_args=())
-def tiled_weight(
-    codes: Tensor,
-    table: Tensor,
-    registers: Tensor | None,
-    rows: int,
-    columns: int,
-    bits: int,
-    head: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Every weight of a matrix in the layout of :class:`compress.kernels.layout.Tiled`: [N, K] in ``dtype``."""
-    packed = Packed(codes, table, registers, rows, columns, bits, head)
-    if not serves(codes.device) or dtype not in KINDS:
-        return Tiled(rows, columns, head, codes, {bits: table}, {}).dense(bits, dtype)
-    with torch.cuda.device(_index(codes)):
-        out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-        for part, weight in _parts(packed, dtype):
-            out[part] = weight
+def _reference(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Look up every weight in plain torch: [N, K]."""
+    tiled = Tiled(packed.rows, packed.columns, packed.head, packed.codes, {packed.bits: packed.table}, {})
+    return tiled.dense(packed.bits, dtype)
+
+
+def weight(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Look up every weight of a matrix: [N, K] in ``dtype``. On a device without the kernels plain torch does it."""
+    if not serves(packed.codes.device) or dtype not in KINDS:
+        return _reference(packed, dtype)
+    with torch.cuda.device(_index(packed.codes)):
+        out = torch.empty(packed.rows, packed.columns, dtype=dtype, device=packed.codes.device)
+        for part, found in _parts(packed, dtype):
+            out[part] = found
         return out
 
 
-@tiled_weight.register_fake
-def _(
-    codes: Tensor,
-    table: Tensor,
-    registers: Tensor | None,
-    rows: int,
-    columns: int,
-    bits: int,
-    head: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(rows, columns, dtype=dtype)
-
-
-@torch.library.custom_op("compress::tiled_linear", mutates_args=())
-def tiled_linear(
-    x: Tensor, codes: Tensor, table: Tensor, registers: Tensor | None, bias: Tensor | None,
-    rows: int, columns: int, bits: int, head: int,
-) -> Tensor:  # fmt: skip
-    """Apply a packed linear layer in the layout of :class:`compress.kernels.layout.Tiled`.
-
-    Args:
-        x: floating [..., K], any strides.
-        codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
-        table: floating [ceil(N / 32), 2**bits, 32], as :meth:`Tiled.read` gives it.
-        registers: as :attr:`Tiled.registers` has for the width, or None.
-        bias: [N], or None.
-        rows: N.
-        columns: K.
-        bits: width.
-        head: of the layout.
-
-    Returns:
-        [..., N] in ``x``'s dtype. On a device without the kernels plain torch computes it.
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """Return ``x @ W.T + bias``, [..., K] to [..., N] in ``x``'s dtype. On a device without the kernels plain torch computes it.
 
     Raises:
         ValueError: ``x`` is on another device than the codes: a kernel would read what is not its own.
     """
-    if x.device != codes.device:
-        raise ValueError(f"activations are on {x.device}, and the packed layer is on {codes.device}")
+    if x.device != packed.codes.device:
+        raise ValueError(f"activations are on {x.device}, and the packed layer is on {packed.codes.device}")
     if not serves(x.device) or x.dtype not in KINDS:
-        weight = Tiled(rows, columns, head, codes, {bits: table}, {}).dense(bits, x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, _reference(packed, x.dtype), bias)
     if x.numel() == 0:
-        return x.new_empty(*x.shape[:-1], rows)
-    packed = Packed(codes, table, registers, rows, columns, bits, head)
+        return x.new_empty(*x.shape[:-1], packed.rows)
     with torch.cuda.device(_index(x)):
-        return multiply(x.reshape(-1, columns), packed, bias).view(*x.shape[:-1], rows)
-
-
-@tiled_linear.register_fake
-def _(
-    x: Tensor, codes: Tensor, table: Tensor, registers: Tensor | None, bias: Tensor | None,
-    rows: int, columns: int, bits: int, head: int,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, table, registers, _, *ctx.facts = inputs
-    ctx.has_registers = registers is not None
-    ctx.save_for_backward(codes, table, *([registers] if registers is not None else []))
-
-
-def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    codes, table, *rest = ctx.saved_tensors
-    weight = tiled_weight(codes, table, rest[0] if ctx.has_registers else None, *ctx.facts, gradient.dtype)
-    return gradient @ weight, *([None] * 8)
-
-
-tiled_linear.register_autograd(_input_gradient, setup_context=_keep_for_backward)
-
-
-def linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias`` at one width: floating [..., K] to [..., N]; differentiable in ``x``."""
-    registers = tiled.registers.get(bits)
-    facts = tiled.rows, tiled.columns, bits, tiled.head
-    y: Tensor = tiled_linear(x, tiled.codes, tiled.read(bits), registers, bias, *facts)
-    return y
-
-
-def weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
-    """Every weight at one width: [N, K]."""
-    registers = tiled.registers.get(bits)
-    facts = tiled.rows, tiled.columns, bits, tiled.head
-    found: Tensor = tiled_weight(tiled.codes, tiled.read(bits), registers, *facts, dtype)
-    return found
+        return multiply(x.reshape(-1, packed.columns), packed, bias).view(*x.shape[:-1], packed.rows)

@@ -223,6 +223,11 @@ class Tiled:
         """The table that products of a width are made with, in the form of ``tables``."""
         return self.rounded if bits == ROUNDED and self.rounded is not None else self.tables[bits]
 
+    def tensors(self, bits: int) -> list[Tensor]:
+        """Return what a product at one width reads: codes, table, and the registers' content where there is any."""
+        registers = [self.registers[bits]] if bits in self.registers else []
+        return [self.codes, self.read(bits), *registers]
+
     def canonical(self) -> tuple[Tensor, dict[int, Tensor]]:
         """The planes, int32 [p, N, ceil(K / 32)], and codebooks that this was made of, bit for bit."""
         planes = _untile_codes(self.codes, self.rows, self.head)
@@ -249,9 +254,14 @@ class Tiled:
 
 
 def random_tiled(
-    rows: int, columns: int, bits: int, seed_bits: int | None = None, device: str | torch.device = "cpu", seed: int = 0,
+    rows: int,
+    columns: int,
+    bits: int,
+    seed_bits: int | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
     exact: bool = True,
-) -> Tiled:  # fmt: skip
+) -> Tiled:
     """Random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
     generator = torch.Generator(device).manual_seed(seed)
     tiles, first = -(-rows // ROWS), bits if seed_bits is None else seed_bits

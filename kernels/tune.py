@@ -22,9 +22,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def packed_of(tiled: Tiled, bits: int) -> gpu.Packed:
-    """One width of a layout, as the launcher takes it."""
-    registers = tiled.registers.get(bits)
-    return gpu.Packed(tiled.codes, tiled.read(bits), registers, tiled.rows, tiled.columns, bits, tiled.head)
+    """Return one width of a layout as the launcher takes it."""
+    return gpu.Packed(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head)
 
 
 def measure(problem: Problem, device: str, timer: Timer) -> dict[Config, float]:

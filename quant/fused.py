@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from compress.kernels import gpu
+from compress.kernels.bitplane import tiled_linear
 from compress.kernels.layout import ROWS, Tiled
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Group:
         if member is self.members[0]:
             if any(other.bits != member.bits or other.keep_dense for other in self.members):
                 return None
-            parts = torch.split(gpu.linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
+            parts = torch.split(tiled_linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
             self._waiting = x, parts
             return parts[0]
         waiting = self._waiting
@@ -64,12 +64,14 @@ def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
     """One layout of all rows; each matrix but the last has whole tiles."""
     first = tiles[0]
     return Tiled(
-        sum(tiled.rows for tiled in tiles), first.columns, first.head,
+        sum(tiled.rows for tiled in tiles),
+        first.columns,
+        first.head,
         torch.cat([tiled.codes for tiled in tiles], 1),
         {bits: torch.cat([tiled.tables[bits] for tiled in tiles]) for bits in first.tables},
         {bits: torch.cat([tiled.registers[bits] for tiled in tiles], -1) for bits in first.registers},
         None if first.rounded is None else torch.cat([cast(Tensor, tiled.rounded) for tiled in tiles]),
-    )  # fmt: skip
+    )
 
 
 def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from operator import is_
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.kernels import cpu, gpu
-from compress.kernels.bitplane import SERVED, bitplane_linear, dense_weight
+from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linear, tiled_linear, tiled_weight
 from compress.kernels.layout import Tiled, head_for
 from compress.kernels.packing import pack_planes
 from compress.quant.fused import Group
@@ -187,21 +187,20 @@ class BitPlaneLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``; differentiable in ``x``."""
-        if self.is_tiled:
-            return self._forward_tiled(x)
+        if self.is_tiled and not self.keep_dense:
+            shared = self._group.take(self, x) if self._group is not None else None
+            return tiled_linear(x, self.tiled(), self.bits, self.bias) if shared is None else shared
         prepared = self._direct(x)
+        dense = self._kept_dense(x.dtype) if prepared is None else None
         y: Tensor
         if prepared is not None:
             y = prepared(x)
+        elif dense is not None:
+            y = matmul(x, dense.t())
         else:
-            y = bitplane_linear(x, self.planes(), self.codebook(), self.in_features, self._kept_dense(x.dtype))
+            tensors = [self.codebook(), *self.planes()]
+            y = packed_linear(x, tensors, None, self.out_features, self.in_features, self.bits, 0)
         return y if self.bias is None else y + self.bias
-
-    def _forward_tiled(self, x: Tensor) -> Tensor:
-        if self.keep_dense:
-            return nn.functional.linear(x, cast(Tensor, self._kept_dense(x.dtype)), self.bias)
-        shared = self._group.take(self, x) if self._group is not None else None
-        return gpu.linear(x, self.tiled(), self.bits, self.bias) if shared is None else shared
 
     def tiled(self) -> Tiled:
         """The layout of the GPU kernels; it must be there (:meth:`tile`)."""
@@ -282,7 +281,7 @@ class BitPlaneLinear(_Packed):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight at the width in use, [N, K]; float32 unless told otherwise. Nothing is kept."""
         if self.is_tiled:
-            return gpu.weight(self.tiled(), self.bits, dtype or torch.float32)
+            return tiled_weight(self.tiled(), self.bits, dtype or torch.float32)
         return super().dense(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:

@@ -46,9 +46,9 @@ ALWAYS: dict[str, dict[str, Any]] = {"mini_llm": {"ratio": 0.2, "compensate": Fa
 RUN = r"""
 import compress, compress.pipeline, compress.quant.any_precision
 
-found = {"imports": resident()}
+found, begun = {"imports": resident()}, time.perf_counter()
 compress.run(*request)
-print(json.dumps(found | {"peak": resident("VmHWM")}))
+print(json.dumps(found | {"peak": resident("VmHWM"), "seconds": time.perf_counter() - begun}))
 """
 FORWARD = r"""
 import compress, compress.pipeline, compress.quant.any_precision, torch
@@ -118,6 +118,18 @@ def train_prompts(dense: Path) -> list[dict[str, Any]]:
     ]
 
 
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the figures that there are; sizes in MB."""
+    columns = ("float32", "tensors", "imports", "loaded", "peak", "planned", "seconds")
+    there = [column for column in columns if any(column in row for row in rows)]
+    scale = {"seconds": 1.0}
+    lines = []
+    for row in rows:
+        figures = [f"{row[column] / scale.get(column, 1e6):.0f}" if column in row else "" for column in there]
+        lines.append((row["what"], row["blocks"], *figures))
+    show(title, ["", "blocks", *there], lines)
+
+
 def main(
     kind: Annotated[Kind, typer.Argument(help="Kind of pass.")] = Kind.any_precision,
     hidden: Annotated[int, typer.Option(help="Hidden units of the random Llama.")] = 1024,
@@ -138,17 +150,5 @@ def main(
             rows += [{"blocks": depth, **row} for row in found]
     for row in rows:
         row["peak"] -= row["imports"]
-    sizes = [
-        size
-        for size in ("float32", "tensors", "imports", "loaded", "peak", "planned")
-        if any(size in row for row in rows)
-    ]
-    show(
-        f"{kind.value}, {hidden} hidden units; MB, the peak above what the imports take",
-        ["", "blocks", *sizes],
-        [
-            (row["what"], row["blocks"], *(f"{row[size] / 1e6:.0f}" if size in row else "" for size in sizes))
-            for row in rows
-        ],
-    )
+    print_rows(f"{kind.value}, {hidden} hidden units; MB, the peak above what the imports take", rows)
     write(rows, json_file)

@@ -30,11 +30,26 @@ from compress.weights import SINGLE
 
 
 def _llama(**changes: Any) -> LlamaConfig:
-    return LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False, **changes)  # fmt: skip
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+        **changes,
+    )
 
 
 def _opt(hidden: int, blocks: int, heads: int) -> OPTConfig:
-    return OPTConfig(vocab_size=50272, hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, num_hidden_layers=blocks, num_attention_heads=heads)  # fmt: skip
+    return OPTConfig(
+        vocab_size=50272,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=4 * hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+    )
 
 
 CONFIGS: dict[str, PretrainedConfig] = {

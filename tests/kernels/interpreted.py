@@ -9,6 +9,7 @@ import itertools
 import torch
 
 from compress.kernels import configs, gpu
+from compress.kernels.bitplane import tiled_linear, tiled_weight
 from compress.kernels.layout import random_tiled
 from compress.kernels.tune import packed_of
 from compress.kernels.variants import Config
@@ -19,8 +20,7 @@ def worst(tiled, bits, x, bias=None, config=None):
     packed = packed_of(tiled, bits)
     flat = x.reshape(-1, tiled.columns)
     if config is None:
-        parts = (packed.codes, packed.table, packed.registers, bias, tiled.rows, tiled.columns, bits, tiled.head)
-        y = gpu.tiled_linear(x, *parts).reshape(-1, tiled.rows)
+        y = tiled_linear(x, tiled, bits, bias).reshape(-1, tiled.rows)
     else:
         y = gpu.multiply(flat, packed, bias, config)
     assert y.dtype == x.dtype
@@ -63,7 +63,7 @@ for x in (
     activations(1, 72).expand(3, 72),
 ):
     assert worst(tiled, 4, x) < 2e-6
-assert gpu.tiled_linear(activations(0, 72), tiled.codes, tiled.tables[4], None, None, 40, 72, 4, 4).shape == (0, 40)
+assert tiled_linear(activations(0, 72), tiled, 4).shape == (0, 40)
 assert worst(tiled, 4, activations(2, 3, 72)) < 2e-6
 print("any strides and batch shapes: ok")
 
@@ -75,10 +75,10 @@ for count in (2, 20):  # a split sum is the same every time
         assert worst(tiled, 3, x, bias, config) < 1e-3
 rule, gpu.choose = gpu.choose, lambda *_: Config(4, 2, 2)  # through the operator: the result lies in a larger tensor
 x = activations(2, 300).requires_grad_()
-y = gpu.linear(x, tiled, 3)
+y = tiled_linear(x, tiled, 3)
 y.sum().backward()
 assert torch.allclose(x.grad, tiled.dense(3, torch.float32).sum(0).expand(2, -1), atol=1e-4)
-compiled = torch.compile(lambda x: 2 * gpu.linear(x, tiled, 3), fullgraph=True, backend="aot_eager")
+compiled = torch.compile(lambda x: 2 * tiled_linear(x, tiled, 3), fullgraph=True, backend="aot_eager")
 assert torch.equal(compiled(x), 2 * y)
 gpu.choose = rule
 print("sums split between programs: ok")
@@ -86,19 +86,19 @@ print("sums split between programs: ok")
 exact, tiled = (random_tiled(40, 72, 4, 3, exact=exact) for exact in (True, False))
 assert worst(tiled, 4, activations(3, 72)) < 2e-6  # against the rounded entries
 x = activations(3, 72)
-found, stored = gpu.linear(x, tiled, 4), gpu.linear(x, exact, 4)
+found, stored = tiled_linear(x, tiled, 4), tiled_linear(x, exact, 4)
 assert 1e-4 < float((found - stored).norm() / stored.norm()) < 1e-2
-assert torch.equal(gpu.linear(x, tiled, 3), gpu.linear(x, exact, 3))
-assert torch.equal(gpu.weight(tiled, 4, torch.float32), tiled.dense(4, torch.float32))
+assert torch.equal(tiled_linear(x, tiled, 3), tiled_linear(x, exact, 3))
+assert torch.equal(tiled_weight(tiled, 4, torch.float32), tiled.dense(4, torch.float32))
 print("entries of 8 bits: ok")
 
 configs.TILE_ROWS, gpu.LOOKED_UP_BYTES = 8, 32 * 96 * 4  # a tile at a time
 tiled = random_tiled(70, 90, 5, 3)
 assert worst(tiled, 5, activations(9, 90), activations(70)) < 2e-6
-weight = gpu.tiled_weight(tiled.codes, tiled.tables[5], None, 70, 90, 5, 1, torch.float32)
+weight = tiled_weight(tiled, 5, torch.float32)
 assert torch.equal(weight, tiled.dense(5, torch.float32))
 x = activations(3, 90).requires_grad_()
 upstream = activations(3, 70)
-gpu.tiled_linear(x, tiled.codes, tiled.tables[5], None, None, 70, 90, 5, 1).backward(upstream)
+tiled_linear(x, tiled, 5).backward(upstream)
 assert torch.allclose(x.grad, upstream @ weight, atol=1e-5)
 print("looked-up weights, and the gradient: ok")

@@ -80,10 +80,11 @@ def compiled(variant: Variant, config: Config, target: str) -> Any:
     names = list(kernel.arg_names)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(
-        kernel, signature,
+        kernel,
+        signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in _ALIGNED if name in names},
-    )  # fmt: skip
+    )
     cuda = target.startswith("sm_")
     place = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     options = {"num_warps": config.warps}
@@ -112,9 +113,14 @@ def report(kernel: Any, variant: Variant, config: Config) -> Report:
     integer = sum(count for name, count in names.items() if name in INTEGER)
     matrix = sum(count for name, count in names.items() if name in ("HMMA", "HGMMA", "UTCHMMA"))
     return Report(
-        found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, found["SHARED"],
-        len(loop) / weights, integer / weights, matrix,
-    )  # fmt: skip
+        found["REG"],
+        found["STACK"] + found["LOCAL"],
+        kernel.metadata.shared,
+        found["SHARED"],
+        len(loop) / weights,
+        integer / weights,
+        matrix,
+    )
 
 
 def rows_of_a_warp(ttgir: str) -> int:

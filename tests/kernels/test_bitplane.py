@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.kernels import bitplane, cpu
-from compress.kernels.bitplane import bitplane_linear, dense_weight, reference_weight
+from compress.kernels.bitplane import dense_weight, matmul, packed_linear, reference_weight
 from compress.kernels.packing import pack_planes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,6 +24,11 @@ def activations(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def product(x, planes, codebook, columns, bias=None):
+    """The operator on a matrix as it is stored."""
+    return packed_linear(x, [codebook, *planes], bias, codebook.shape[0], columns, len(planes), 0)
+
+
 def assert_is_product(y, x, weight):
     """Equal to x @ weight.T up to rounding weights and result to the dtype, and adding in float32."""
     assert y.dtype == x.dtype
@@ -39,7 +44,7 @@ def test_every_width_multiplies_by_the_looked_up_weight(bits, table):
     planes, codebook, weight = layer(bits, table=table)
     x = activations(3, 33)
     assert torch.equal(dense_weight(planes, codebook, 33, table), weight)
-    assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
+    assert_is_product(product(x, planes, codebook, 33), x, weight)
 
 
 @pytest.mark.parametrize("columns", [1, 31, 33, 500])
@@ -47,7 +52,7 @@ def test_every_width_multiplies_by_the_looked_up_weight(bits, table):
 def test_odd_sizes(rows, columns):
     planes, codebook, weight = layer(3, rows, columns)
     x = activations(2, columns)
-    assert_is_product(bitplane_linear(x, planes, codebook, columns, None), x, weight)
+    assert_is_product(product(x, planes, codebook, columns), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +61,7 @@ def test_odd_sizes(rows, columns):
 def test_the_result_has_the_batch_shape_and_dtype_of_the_input(batch, dtype, table):
     planes, codebook, weight = layer(table=table)
     x = activations(*batch, 33, dtype=dtype)
-    assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
+    assert_is_product(product(x, planes, codebook, 33), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,7 +69,7 @@ def test_an_input_may_have_any_strides(dtype):
     planes, codebook, weight = layer()
     for x in (activations(33, 4, dtype=dtype).t(), activations(3, 66, dtype=dtype)[:, ::2]):
         assert not x.is_contiguous()
-        assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
+        assert_is_product(product(x, planes, codebook, 33), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,8 +78,8 @@ def test_a_kept_dense_weight_gives_the_same_product(batch, dtype):
     planes, codebook, weight = layer()
     x = activations(*batch, 33, dtype=dtype)
     dense = dense_weight(planes, codebook, 33, dtype)
-    assert_is_product(bitplane_linear(x, planes, codebook, 33, dense), x, weight)
-    assert_is_product(bitplane_linear(x, planes, codebook, 33, None), x, weight)
+    assert_is_product(matmul(x, dense.t()), x, weight)
+    assert_is_product(product(x, planes, codebook, 33), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,8 +88,8 @@ def test_without_the_c_library_the_reference_serves(monkeypatch, dtype):
     planes, codebook, weight = layer()
     x = activations(2, 5, 33, dtype=dtype)
     dense = dense_weight(planes, codebook, 33, dtype)
-    kept = bitplane_linear(x, planes, codebook, 33, dense)
-    assert torch.equal(bitplane_linear(x, planes, codebook, 33, None), kept)
+    kept = matmul(x, dense.t())
+    assert torch.equal(product(x, planes, codebook, 33), kept)
     assert_is_product(kept, x, weight)
 
 
@@ -98,10 +103,11 @@ def test_looking_up_a_few_rows_at_a_time_changes_no_bit(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_input_gets_the_gradient_of_the_dense_layer(keep, dtype):
     planes, codebook, weight = layer()
-    dense = dense_weight(planes, codebook, 33, dtype) if keep else None
+    dense = dense_weight(planes, codebook, 33, dtype)
     x = activations(2, 5, 33, dtype=dtype).requires_grad_()
     upstream = activations(2, 5, 5, dtype=dtype)
-    bitplane_linear(x, planes, codebook, 33, dense).backward(upstream)
+    y = matmul(x, dense.t()) if keep else product(x, planes, codebook, 33)
+    y.backward(upstream)
     assert_is_product(x.grad, upstream, weight.T)
 
 
@@ -109,20 +115,21 @@ def test_planes_and_codebook_get_no_gradient():
     planes, codebook, _ = layer()
     codebook.requires_grad_()
     x = activations(3, 33).requires_grad_()
-    bitplane_linear(x, planes, codebook, 33, None).sum().backward()
+    product(x, planes, codebook, 33).sum().backward()
     assert x.grad is not None
     assert codebook.grad is None
     assert all(plane.grad is None for plane in planes)
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["looked_up", "dense_kept"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_torch_accepts_the_operator(keep, trained):
-    planes, codebook, weight = layer()
-    x = activations(2, 5, 33).requires_grad_(trained)
-    arguments = (x, planes, codebook, 33, weight.float() if keep else None)
-    results = torch.library.opcheck(torch.ops.compress.bitplane_linear.default, arguments)
+def test_torch_accepts_the_operator(biased, trained):
+    planes, codebook, _ = layer()
+    x, bias = activations(2, 5, 33).requires_grad_(trained), activations(5) if biased else None
+    arguments = (x, [codebook, *planes], bias, 5, 33, 4, 0)
+    results = torch.library.opcheck(torch.ops.compress.packed_linear.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+    assert not biased or torch.equal(packed_linear(*arguments), product(x, planes, codebook, 33) + bias)
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 5)])
@@ -131,6 +138,6 @@ def test_fake_tensors_give_the_shape_without_computing(batch):
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(plane) for plane in planes]
         x = torch.empty(*batch, 33, dtype=torch.bfloat16)
-        y = bitplane_linear(x, fakes, mode.from_tensor(codebook), 33, None)
+        y = product(x, fakes, mode.from_tensor(codebook), 33)
     assert y.shape == (*batch, 5)
     assert y.dtype == torch.bfloat16

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compress.kernels import gpu
+from compress.kernels.bitplane import tiled_linear, tiled_weight
 from compress.kernels.configs import Problem, candidates
 from compress.kernels.layout import ROUNDED, random_tiled
 from compress.kernels.tune import packed_of
@@ -42,8 +43,8 @@ def test_every_width_and_number_of_rows(bits, seed, exact, dtype):
     bias = activations(1000, dtype=dtype)
     for count in (1, 2, 3, 4, 5, 16, 17, 33, 64, 65, 100, 512, 513, 600):
         x = activations(count, 4128, dtype=dtype)
-        assert error(gpu.linear(x, tiled, bits, bias), x, tiled, bits, bias) < LIMIT[dtype], (count, "with a bias")
-        assert error(gpu.linear(x, tiled, bits), x, tiled, bits) < LIMIT[dtype], count
+        assert error(tiled_linear(x, tiled, bits, bias), x, tiled, bits, bias) < LIMIT[dtype], (count, "with a bias")
+        assert error(tiled_linear(x, tiled, bits), x, tiled, bits) < LIMIT[dtype], count
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
@@ -54,7 +55,7 @@ def test_odd_sizes(rows, columns, bits, dtype):
         tiled = random_tiled(rows, columns, bits, device="cuda", exact=exact)
         for count in (1, 3, 5, 70, 513):
             x = activations(count, columns, dtype=dtype)
-            assert error(gpu.linear(x, tiled, bits), x, tiled, bits) < 2 * LIMIT[dtype], (count, exact)
+            assert error(tiled_linear(x, tiled, bits), x, tiled, bits) < 2 * LIMIT[dtype], (count, exact)
 
 
 @pytest.mark.parametrize("count", [1, 3, 70, 520])
@@ -68,9 +69,9 @@ def test_any_strides(count):
         activations(1, 4096).expand(count, 4096),
         activations(count, 1, 4096),
     ):
-        y = gpu.linear(x, tiled, 3).view(count, 100)
+        y = tiled_linear(x, tiled, 3).view(count, 100)
         assert error(y, x.reshape(count, 4096), tiled, 3) < 1e-3, x.stride()
-    assert gpu.linear(activations(0, 4096), tiled, 3).shape == (0, 100)
+    assert tiled_linear(activations(0, 4096), tiled, 3).shape == (0, 100)
 
 
 @pytest.mark.parametrize("kind", HALVES)
@@ -108,7 +109,7 @@ def test_a_large_matrix_and_every_one_of_its_rows():
     for bits in (4, 8):
         for count in (1, 16, 100):
             x = activations(count, 8192)
-            y, each = gpu.linear(x, tiled, bits), slice(57344 - 64, None)
+            y, each = tiled_linear(x, tiled, bits), slice(57344 - 64, None)
             exact = x.double() @ tiled.dense(bits, torch.float16)[each].double().T
             assert float((y[:, each].double() - exact).norm() / exact.norm()) < 1e-3
             assert bool((y != 0).any(0).all())
@@ -118,7 +119,7 @@ def test_a_large_matrix_and_every_one_of_its_rows():
 @pytest.mark.parametrize(("bits", "seed", "exact"), WIDTHS)
 def test_looked_up_weights(bits, seed, exact, dtype):
     tiled = random_tiled(100, 330, bits, seed, "cuda", exact=exact)
-    found, wanted = gpu.weight(tiled, bits, dtype), tiled.dense(bits, torch.float64).to(dtype)
+    found, wanted = tiled_weight(tiled, bits, dtype), tiled.dense(bits, torch.float64).to(dtype)
     assert torch.allclose(found, wanted, rtol=1e-3 if not exact else 0, atol=0)
 
 
@@ -130,13 +131,13 @@ def test_looked_up_weights(bits, seed, exact, dtype):
 def test_a_graph_replays_it_and_nothing_but_the_output_is_allocated(count, bits):
     tiled = random_tiled(1024, 4096, bits, device="cuda")
     x = activations(count, 4096)
-    expected = gpu.linear(x, tiled, bits)
+    expected = tiled_linear(x, tiled, bits)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    gpu.linear(x, tiled, bits)
+    tiled_linear(x, tiled, bits)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = gpu.linear(x, tiled, bits)
+        y = tiled_linear(x, tiled, bits)
     x.mul_(2)
     graph.replay()
     assert torch.allclose(y, 2 * expected, rtol=1e-2, atol=1e-2)
@@ -145,13 +146,13 @@ def test_a_graph_replays_it_and_nothing_but_the_output_is_allocated(count, bits)
 def test_it_runs_on_the_current_stream():
     tiled = random_tiled(512, 4096, 3, device="cuda")
     x = torch.zeros(1, 4096, device="cuda").half()
-    gpu.linear(x, tiled, 3)
+    tiled_linear(x, tiled, 3)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         x.fill_(1)
-        y = gpu.linear(x, tiled, 3)
+        y = tiled_linear(x, tiled, 3)
     stream.synchronize()
     assert error(y, torch.ones_like(x), tiled, 3) < 1e-3
 
@@ -160,17 +161,17 @@ def test_it_runs_on_the_current_stream():
 def test_the_device_of_the_tensors_is_used():
     tiled = random_tiled(512, 4096, 3, device="cuda:1")
     x = torch.ones(1, 4096, device="cuda:1").half()
-    y = gpu.linear(x, tiled, 3)
+    y = tiled_linear(x, tiled, 3)
     assert y.device == x.device
     assert error(y, x, tiled, 3) < 1e-3
     with pytest.raises(ValueError, match="activations are on cuda:0, and the packed layer is on cuda:1"):
-        gpu.linear(x.to("cuda:0"), tiled, 3)
+        tiled_linear(x.to("cuda:0"), tiled, 3)
 
 
 def test_activations_elsewhere_are_refused():
     tiled = random_tiled(64, 64, 3, device="cuda")
     with pytest.raises(ValueError, match="activations are on cpu, and the packed layer is on cuda:0"):
-        gpu.linear(torch.zeros(1, 64), tiled, 3)
+        tiled_linear(torch.zeros(1, 64), tiled, 3)
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
@@ -180,7 +181,7 @@ def test_the_gradient_reaches_the_input(count, exact, dtype):
     tiled = random_tiled(96, 160, 4, device="cuda", exact=exact)
     x = activations(count, 160, dtype=dtype).requires_grad_()
     upstream = activations(count, 96, dtype=dtype)
-    gpu.linear(x, tiled, 4).backward(upstream)
+    tiled_linear(x, tiled, 4).backward(upstream)
     wanted = upstream.double() @ tiled.dense(4, torch.float64)
     assert float((x.grad.double() - wanted).norm() / wanted.norm()) < LIMIT[dtype]
 
@@ -190,7 +191,7 @@ def test_inductor_compiles_it_without_a_break(count):
     tiled, x = random_tiled(1024, 4096, 4, device="cuda"), activations(count, 4096)
 
     def step(x):
-        return torch.nn.functional.silu(gpu.linear(2 * x, tiled, 4))
+        return torch.nn.functional.silu(tiled_linear(2 * x, tiled, 4))
 
     with torch.no_grad():
         found = torch.compile(step, fullgraph=True, mode="reduce-overhead")(x)

@@ -14,14 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import compress
 from compress import cli
 from compress.kernels import configs, gpu
+from compress.kernels.bitplane import tiled_linear
 from compress.kernels.configs import Problem, candidates, choose, heuristic
 from compress.kernels.layout import random_tiled
 from compress.kernels.variants import Config
-
-
-def operands(tiled, bits):
-    facts = tiled.rows, tiled.columns, bits, tiled.head
-    return tiled.codes, tiled.tables[bits], tiled.registers.get(bits), None, *facts
 
 
 def activations(*shape, dtype=torch.float32):
@@ -32,7 +28,7 @@ def activations(*shape, dtype=torch.float32):
 def test_without_a_gpu_plain_torch_computes_the_operator(dtype):
     tiled = random_tiled(37, 45, 5, 3)
     x, bias = activations(2, 3, 45, dtype=dtype), activations(37, dtype=dtype)
-    y = gpu.linear(x, tiled, 4, bias)
+    y = tiled_linear(x, tiled, 4, bias)
     exact = x.double() @ tiled.dense(4, torch.float64).T + bias.double()
     assert y.dtype == dtype
     assert torch.allclose(y.double(), exact, rtol=0.02, atol=0.02)
@@ -42,16 +38,17 @@ def test_without_a_gpu_plain_torch_computes_the_operator(dtype):
 def test_torch_accepts_the_operator(trained):
     tiled = random_tiled(5, 33, 3)
     x = activations(2, 33).requires_grad_(trained)
-    results = torch.library.opcheck(torch.ops.compress.tiled_linear.default, (x, *operands(tiled, 3)))
+    tensors, facts = tiled.tensors(3), (tiled.rows, tiled.columns, 3, tiled.head)
+    results = torch.library.opcheck(torch.ops.compress.packed_linear.default, (x, tensors, None, *facts))
     assert set(results.values()) == {"SUCCESS"}
-    arguments = *operands(tiled, 3)[:3], *operands(tiled, 3)[4:], torch.float32
-    assert set(torch.library.opcheck(torch.ops.compress.tiled_weight.default, arguments).values()) == {"SUCCESS"}
+    results = torch.library.opcheck(torch.ops.compress.packed_weight.default, (tensors, *facts, torch.float32))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def test_fake_tensors_give_the_shape_without_computing():
     tiled = random_tiled(40, 64, 3)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        y = gpu.linear(torch.empty(2, 3, 64, dtype=torch.bfloat16), tiled, 3)
+        y = tiled_linear(torch.empty(2, 3, 64, dtype=torch.bfloat16), tiled, 3)
     assert y.shape == (2, 3, 40)
     assert y.dtype == torch.bfloat16
 

@@ -307,7 +307,7 @@ def test_exporting_and_tracing_keep_the_operator():
     module, x = linear(), inputs(4)
     module(x)
     exported = torch.export.export(module, (x,))
-    assert any("bitplane_linear" in str(node.target) for node in exported.graph.nodes)
+    assert any("packed_linear" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(2 * x), module(2 * x))
     torch.testing.assert_close(torch.jit.trace(module, (x,))(2 * x), module(2 * x))
     assert module._dense is None or module.keep_dense or not cpu.built()
