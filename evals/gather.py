@@ -267,8 +267,8 @@ def _transfers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         matrices.append({
             "title": f"Transfer of soft prompts, {text}", "rows": prompts, "columns": models,
             "values": [[mine.get((prompt, model)) for model in models] for prompt in prompts],
-            "row_axis": "prompt learned at", "column_axis": "evaluated at",
-            "caption": "Perplexity of text tokens, the prompt of the row before the model of the column; darker is worse.",
+            "row_axis": "prompt learned at", "column_axis": "evaluated at", "by_column": True,
+            "caption": "Perplexity of text tokens, the prompt of the row before the model of the column; darker is worse, within a column.",
         })  # fmt: skip
     return matrices
 
