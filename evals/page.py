@@ -101,19 +101,17 @@ def _html_section(section: Section, drawn: bool) -> str:
         parts.append(_html_table(section.table))
     if section.note:
         parts.append(f'<p class="note">{_words(section.note)}</p>')
-    shown = [
-        plots.svg(one.draw(), one.label) if drawn else one.table and _html_table(one.table) for one in section.pictures
-    ]
-    figures = [
-        f"<figure>{figure}<figcaption>{_words(one.caption)}</figcaption></figure>"
-        for figure, one in zip(shown, section.pictures, strict=True)
-        if figure
-    ]
-    parts.append(f'<div class="panels">{"".join(figures)}</div>' if len(figures) > 1 else "".join(figures))
+    figures = [_html_picture(picture, drawn) for picture in section.pictures if drawn or picture.table]
+    parts += ['<div class="panels">', *figures, "</div>"] if len(figures) > 1 else figures
     for label, text in section.blocks:
         shown = f"<pre>{escape(text)}</pre>"
         parts.append(f'<div class="sample"><div class="label">{escape(label)}</div>{shown}</div>' if label else shown)
     return f"<section>{''.join(parts)}</section>\n"
+
+
+def _html_picture(picture: Picture, drawn: bool) -> str:
+    figure = plots.svg(picture.draw(), picture.label) if drawn else _html_table(picture.table or Table([]))
+    return f"<figure>{figure}<figcaption>{_words(picture.caption)}</figcaption></figure>"
 
 
 def _html_table(table: Table) -> str:

@@ -57,8 +57,9 @@ def _style(**more: Any) -> Iterator[None]:
         import matplotlib.figure
     except ImportError as error:
         raise CompressError("drawing needs matplotlib: pip install 'compress-llm[plots]'.") from error
-    style = matplotlib.rc_params_from_file(str(files("compress.evals") / "plots.mplstyle"), use_default_template=False)
-    with matplotlib.rc_context({**style, **more}):
+    look = str(files("compress.evals") / "plots.mplstyle")
+    style: dict[Any, Any] = {**matplotlib.rc_params_from_file(look, use_default_template=False), **more}
+    with matplotlib.rc_context(style):
         yield
 
 

@@ -143,14 +143,14 @@ def _tasks(facts: Facts) -> Iterable[Section]:
 
 
 def _agreement(facts: Facts) -> Iterable[Section]:
-    if facts.agreement or facts.robustness:
+    alike, typos = ({row["width"]: row["metrics"] for row in facts.of(kind)} for kind in ("agreement", "robustness"))
+    if alike or typos:
         note = (
             "Token by token over the same text. KL: mean Kullback-Leibler divergence from the dense model’s next-token "
             "distribution. Right ↔ wrong: share of tokens where just one of the two models’ likeliest token is right. Calibration "
             "error: of the likeliest token’s probability, in 15 bins. Typos: two inner letters swapped in 5 % of the words of four letters or more."
         )
-        table = tables.agreement(facts.agreement, facts.robustness)
-        yield Section("How alike it is to the dense model", table, note)
+        yield Section("How alike it is to the dense model", tables.agreement(alike, typos), note)
 
 
 def _speed(facts: Facts) -> Iterable[Section]:
@@ -220,20 +220,20 @@ def _sizes(facts: Facts) -> Iterable[Section]:
 
 
 def _matrix(item: Mapping[str, Any]) -> Section:
-    axes = {name: str(item.get(f"{key}_axis", "")) for name, key in (("down", "row"), ("across", "column"))}
-    grid = Grid([*map(str, item["rows"])], [*map(str, item["columns"])], item["values"], **axes)
+    names = [[*map(str, item[axis])] for axis in ("rows", "columns")]
+    down, across = (str(item.get(f"{axis}_axis", "")) for axis in ("row", "column"))
+    grid = Grid(*names, item["values"], down=down, across=across)
     title, caption = str(item["title"]), str(item.get("caption", "Darker is more."))
     return Section(title, pictures=[_heat_map(title, grid, caption, by_column=bool(item.get("by_column")))])
 
 
 def _samples(facts: Facts) -> Iterable[Section]:
-    order = ["dense", *facts.widths]
     blocks = []
-    for prompt in dict.fromkeys(sample["prompt"] for sample in facts.samples):
+    for prompt in dict.fromkeys(sample["name"] for sample in facts.of("sample")):
         blocks.append(("", prompt))
         written: dict[str, list[str]] = {}  # the same words at several widths are shown once
-        mine = [sample for sample in facts.samples if sample["prompt"] == prompt]
-        for sample in sorted(mine, key=lambda s: order.index(s["width"]) if s["width"] in order else 99):
+        mine = [sample for sample in facts.of("sample") if sample["name"] == prompt]
+        for sample in sorted(mine, key=lambda sample: facts.rank(sample["width"])):
             written.setdefault(sample["text"], []).append(sample["width"])
         blocks += [(", ".join(found) + " bits" * (found[-1] != "dense"), words) for words, found in written.items()]
     if blocks:

@@ -123,43 +123,34 @@ def quality(facts: Facts, text: Mapping[str, Any]) -> Table:
             name = row["label"] if width == "dense" else f"{row['label']}, {label(width)}"
             add("stage", name, metrics["disk_bytes"], metrics)
     prompts = sorted({prompt for _, prompt in rows if prompt})
-    if ("dense", None) in rows:
-        for prompt in prompts:
-            if ("dense", prompt) in rows:
-                add("prompt", label("dense", prompt), facts.dense_bytes, rows["dense", prompt])
-    for width in facts.widths:
+    for width in dict.fromkeys(["dense", *facts.widths]):
         if (width, None) in rows and width != "dense":
             add("width", label(width), facts.bytes_at(width), rows[width, None], width)
         for prompt in prompts:
-            if (width, prompt) in rows and width != "dense":
+            if (width, prompt) in rows:
                 add("prompt", label(width, prompt), facts.bytes_at(width), rows[width, prompt])
     return table.without_empty()
 
 
 def _variants(facts: Facts, text: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in facts.variants
-        if row["group"] == group
-        and row["name"] == text["name"]
-        and row["settings"]["sha256"] == text["settings"]["sha256"]
-    ]
+    same = text["name"], text["settings"]["sha256"]
+    rows = [row for row in facts.of("variant") if row["group"] == group]
+    return [row for row in rows if (row["name"], row["settings"]["sha256"]) == same]
 
 
 def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
     """Return label -> [(width, bytes, loss)] of the controls that were measured on a text, smallest first."""
     found: dict[str, list[tuple[str, float, float]]] = {}
     for row in _variants(facts, text, "control"):
-        for width, metrics in row["widths"].items():
-            found.setdefault(row["label"], []).append((width, metrics["disk_bytes"], metrics["loss"]))
+        points = [(width, metrics["disk_bytes"], metrics["loss"]) for width, metrics in row["widths"].items()]
+        found.setdefault(row["label"], []).extend(points)
     return {name: sorted(points, key=lambda point: point[1]) for name, points in found.items()}
 
 
 def tasks(facts: Facts) -> Table:
     """Set what lm-eval found at every width and with every prompt beside the dense model."""
-    order = ["dense", *(width for width in facts.widths if width != "dense")]
     keys = {key for rows in facts.tasks.values() for key in rows}
-    ranked = sorted(keys, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key[1] or ""))
+    ranked = sorted(keys, key=lambda key: (facts.rank(key[0]), key[1] or ""))
     return task_table({key: {name: rows[key] for name, rows in facts.tasks.items() if key in rows} for key in ranked})
 
 
