@@ -145,10 +145,16 @@ def _key(work: OpenText, kind: str, model: str, width: str, **more: Any) -> Key:
 
 @torch.no_grad()
 def evaluate_agreement(
-    folder: str, source: str, reference: str | None = None, bits: Sequence[int | float] | None = None,
-    protocol: Protocol | None = None, store: Results | None = None, dtype: torch.dtype = torch.float32,
-    device: str = "cpu", report: Report | None = None,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+    folder: str,
+    source: str,
+    reference: str | None = None,
+    bits: Sequence[int | float] | None = None,
+    protocol: Protocol | None = None,
+    store: Results | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    report: Report | None = None,
+) -> dict[str, dict[str, float]]:
     """Compare every width with the dense model, token by token; both are loaded once.
 
     Args:
@@ -216,10 +222,16 @@ def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
 
 
 def evaluate_robustness(
-    folder: str, source: str, bits: Sequence[int | float] | None = None, protocol: Protocol | None = None,
-    rate: float = 0.05, store: Results | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    folder: str,
+    source: str,
+    bits: Sequence[int | float] | None = None,
+    protocol: Protocol | None = None,
+    rate: float = 0.05,
+    store: Results | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     report: Report | None = None,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """What typing errors in a text cost, at every width of one load.
 
     Args:

@@ -72,9 +72,13 @@ class Text:
 
 
 def prepare(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int,
-    stride: int | None = None, truncate: bool = False, disjoint: bool = False,
-) -> Text:  # fmt: skip
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    stride: int | None = None,
+    truncate: bool = False,
+    disjoint: bool = False,
+) -> Text:
     """Cut documents into windows.
 
     BOS is put in front of every document where the tokenizer has one; without one, a document's first token

@@ -220,9 +220,9 @@ def _sizes(facts: Facts) -> Iterable[Section]:
 
 
 def _matrix(item: Mapping[str, Any]) -> Section:
-    names = [[*map(str, item[axis])] for axis in ("rows", "columns")]
+    rows, columns = ([*map(str, item[axis])] for axis in ("rows", "columns"))
     down, across = (str(item.get(f"{axis}_axis", "")) for axis in ("row", "column"))
-    grid = Grid(*names, item["values"], down=down, across=across)
+    grid = Grid(rows, columns, item["values"], down=down, across=across)
     title, caption = str(item["title"]), str(item.get("caption", "Darker is more."))
     return Section(title, pictures=[_heat_map(title, grid, caption, by_column=bool(item.get("by_column")))])
 

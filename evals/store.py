@@ -50,9 +50,13 @@ class Key:
     def json(self) -> dict[str, Any]:
         """As plain data, the beginning of a line."""
         return {
-            "kind": self.kind, "name": self.name, "model": self.model, "width": self.width, "prompt": self.prompt,
+            "kind": self.kind,
+            "name": self.name,
+            "model": self.model,
+            "width": self.width,
+            "prompt": self.prompt,
             "settings": dict(self.settings),
-        }  # fmt: skip
+        }
 
 
 def _same(row: Mapping[str, Any]) -> str:

@@ -45,9 +45,14 @@ class Suite:
 
 
 def evaluate_all(
-    folder: str, suite: Suite, bits: Sequence[int | float] | None = None, results: Path | None = None,
-    device: str = "cpu", report: Report | None = None, store: Results | None = None,
-) -> tuple[dict[str, Any], Rows]:  # fmt: skip
+    folder: str,
+    suite: Suite,
+    bits: Sequence[int | float] | None = None,
+    results: Path | None = None,
+    device: str = "cpu",
+    report: Report | None = None,
+    store: Results | None = None,
+) -> tuple[dict[str, Any], Rows]:
     """Measure everything that a suite names.
 
     Args:

@@ -29,9 +29,21 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 _KEPT = (
-    "results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config",
-    "git_hash", "date", "transformers_version", "lm_eval_version", "max_length",
-)  # fmt: skip
+    "results",
+    "groups",
+    "group_subtasks",
+    "configs",
+    "versions",
+    "n-shot",
+    "higher_is_better",
+    "n-samples",
+    "config",
+    "git_hash",
+    "date",
+    "transformers_version",
+    "lm_eval_version",
+    "max_length",
+)
 
 
 @dataclass(frozen=True)
@@ -144,9 +156,15 @@ def _labelled(report: Report | None, label: str) -> Callable[[int, int], None] |
 
 
 def _measure(
-    key: Key, tasks: Tasks, manager: TaskManager, model: nn.Module, tokenizer: Any, batch: int | None,
-    report: Callable[[int, int], None] | None, store: Results,
-) -> dict[str, Any]:  # fmt: skip
+    key: Key,
+    tasks: Tasks,
+    manager: TaskManager,
+    model: nn.Module,
+    tokenizer: Any,
+    batch: int | None,
+    report: Callable[[int, int], None] | None,
+    store: Results,
+) -> dict[str, Any]:
     """One task at one width, kept."""
     from lm_eval import simple_evaluate
 
@@ -156,9 +174,14 @@ def _measure(
         harness = Harness(model, tokenizer, batch, report)
         try:
             found: Any = simple_evaluate(
-                model=harness, tasks=[_definition(key.name)], task_manager=manager, num_fewshot=tasks.fewshot,
-                limit=tasks.limit, bootstrap_iters=1000, log_samples=True,
-            )  # fmt: skip
+                model=harness,
+                tasks=[_definition(key.name)],
+                task_manager=manager,
+                num_fewshot=tasks.fewshot,
+                limit=tasks.limit,
+                bootstrap_iters=1000,
+                log_samples=True,
+            )
         except (OSError, ValueError, FileNotFoundError, ConnectionError) as error:
             raise CompressError(
                 f"task {key.name}: cannot be run ({type(error).__name__}: {first_line(error)}); its data must be in the datasets "
@@ -227,14 +250,20 @@ def tidy(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str,
     """One record per (width, prompt, task, metric) with its value, standard error and number of items."""
     return [
         {
-            "model": row["model"][:12], "width": width, "prompt": row["prompt"] or "", "task": task, "metric": metric,
-            "value": value, "stderr": row["metrics"].get(metric + "_stderr"), "n": row["n"],
+            "model": row["model"][:12],
+            "width": width,
+            "prompt": row["prompt"] or "",
+            "task": task,
+            "metric": metric,
+            "value": value,
+            "stderr": row["metrics"].get(metric + "_stderr"),
+            "n": row["n"],
         }
         for width, rows in found.items()
         for task, row in rows.items()
         for metric, value in row["metrics"].items()
         if not metric.endswith("_stderr")
-    ]  # fmt: skip
+    ]
 
 
 def write_table(records: Sequence[Mapping[str, Any]], path: Path) -> None:

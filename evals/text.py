@@ -231,9 +231,16 @@ class OpenText:
 
 
 def open_text(
-    folder: str, source: str, bits: Sequence[int | float] | None, protocol: Protocol | None, store: Results | None,
-    dtype: torch.dtype, device: str, report: Report | None, prompt: bool | str | Path = False,
-) -> OpenText:  # fmt: skip
+    folder: str,
+    source: str,
+    bits: Sequence[int | float] | None,
+    protocol: Protocol | None,
+    store: Results | None,
+    dtype: torch.dtype,
+    device: str,
+    report: Report | None,
+    prompt: bool | str | Path = False,
+) -> OpenText:
     """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)

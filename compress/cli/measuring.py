@@ -25,10 +25,13 @@ from compress.cli.common import (
     refuse_unwritable,
     write_json,
 )
-from compress.cli.text import TASKS, IncludeOption, ResultsOption, TasksOption, TextOptions, with_text_options
+from compress.cli.options import TASKS, IncludeOption, ResultsOption, TasksOption, TextOptions, panel, with_text_options
 from compress.errors import CompressError
 
 _MORE = "Beyond accuracy"
+_AGREEMENT = "Compare with the dense model on --text: KL, top-1 agreement, flips, calibration."
+_EXACT = "Exact float32 sums, or tables and activations in 8 bits (GPU: tables, at 4 bits)."
+_Threads = Annotated[Optional[int], typer.Option(help="CPU threads; on one, processor time is counted.", min=1)]
 _FIGURES = ("loss", 5), ("perplexity", 4), ("bits_per_byte", 4)
 
 
@@ -40,35 +43,14 @@ def evaluate(
     tasks: TasksOption = None,
     bits: BitsOption = None,
     include: IncludeOption = None,
-    fewshot: Annotated[
-        Optional[int], typer.Option(help="Examples in front; as the task says if absent.", rich_help_panel=TASKS)
-    ] = None,
-    batch: Annotated[
-        Optional[int],
-        typer.Option(help="Rows in a batch; by the memory there is if absent.", min=1, rich_help_panel=TASKS),
-    ] = None,
-    output: Annotated[
-        Optional[Path],
-        typer.Option(help="Write results_<width>.json in lm-eval's own schema here.", rich_help_panel=TASKS),
-    ] = None,
-    table: Annotated[
-        Optional[Path],
-        typer.Option(help="Write one tidy table: .csv, or JSON lines.", rich_help_panel=TASKS),
-    ] = None,
-    agreement: Annotated[
-        bool,
-        typer.Option(
-            help="Compare with the dense model on --text: KL, top-1 agreement, flips, calibration.",
-            rich_help_panel=_MORE,
-        ),
-    ] = False,
-    robustness: Annotated[bool, typer.Option(help="What typing errors in --text cost.", rich_help_panel=_MORE)] = False,
-    reference: Annotated[
-        Optional[str], typer.Option(help="Dense model; the recipe's if absent.", rich_help_panel=_MORE)
-    ] = None,
-    dense: Annotated[
-        bool, typer.Option(help="Measure the dense model it was made from too.", rich_help_panel=_MORE)
-    ] = False,
+    fewshot: Annotated[Optional[int], panel(TASKS, "Examples in front; as the task says if absent.")] = None,
+    batch: Annotated[Optional[int], panel(TASKS, "Rows in a batch; by the memory there is if absent.", min=1)] = None,
+    output: Annotated[Optional[Path], panel(TASKS, "Write results_<width>.json in lm-eval's own schema here.")] = None,
+    table: Annotated[Optional[Path], panel(TASKS, "Write one tidy table: .csv, or JSON lines.")] = None,
+    agreement: Annotated[bool, panel(_MORE, _AGREEMENT)] = False,
+    robustness: Annotated[bool, panel(_MORE, "What typing errors in --text cost.")] = False,
+    reference: Annotated[Optional[str], panel(_MORE, "Dense model; the recipe's if absent.")] = None,
+    dense: Annotated[bool, panel(_MORE, "Measure the dense model it was made from too.")] = False,
     device: DeviceOption = "cpu",
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
@@ -128,12 +110,8 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of every candidate.", min=1)] = 7,
     loads: Annotated[int, typer.Option(help="Fresh processes per candidate.", min=1)] = 3,
-    threads: Annotated[
-        Optional[int], typer.Option(help="CPU threads; on one, processor time is counted.", min=1)
-    ] = None,
-    exact: Annotated[
-        bool, typer.Option(help="Exact float32 sums, or tables and activations in 8 bits (GPU: tables, at 4 bits).")
-    ] = True,
+    threads: _Threads = None,
+    exact: Annotated[bool, typer.Option(help=_EXACT)] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
     device: DeviceOption = "cpu",
     kept: ResultsOption = None,

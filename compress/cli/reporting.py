@@ -22,8 +22,12 @@ from compress.cli.common import (
     quiet_transformers,
     refuse_unwritable,
 )
-from compress.cli.text import IncludeOption, ResultsOption, TasksOption, TextOptions, with_text_options
+from compress.cli.options import IncludeOption, ResultsOption, TasksOption, TextOptions, with_text_options
 from compress.errors import CompressError
+
+_CONTROLS = "Make and measure stages and controls too: runs of their own."
+_SAMPLES = "Continue this text at every width; may be repeated."
+_Samples = Annotated[Optional[list[str]], typer.Option("--sample", help=_SAMPLES)]
 
 
 @app.command()
@@ -31,20 +35,14 @@ from compress.errors import CompressError
 def report(
     folder: Folder,
     text: TextOptions,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Folder to write to; DIR/report if absent.")
-    ] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; DIR/report if absent.")] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="Measure what is missing, or only lay out.")] = True,
     tasks: TasksOption = None,
     include: IncludeOption = None,
     bits: BitsOption = None,
-    controls: Annotated[
-        bool, typer.Option("--controls", help="Make and measure stages and controls too: runs of their own.")
-    ] = False,
+    controls: Annotated[bool, typer.Option("--controls", help=_CONTROLS)] = False,
     benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed and memory.")] = True,
-    samples: Annotated[
-        Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
-    ] = None,
+    samples: _Samples = None,
     device: DeviceOption = "cpu",
     kept: ResultsOption = None,
 ) -> None:
@@ -75,9 +73,7 @@ def report(
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Checkpoints.", metavar="DIR...")],
     text: TextOptions,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Write .html, or a plot as .png, .svg, .pdf.")
-    ] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File: .html, .png, .svg or .pdf.")] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Put several checkpoints, at all their widths, into one table and one Pareto plot."""
