@@ -26,11 +26,10 @@ from transformers import PreTrainedModel
 
 import compress
 from compress.errors import CompressError
-from compress.evals.perplexity import Text, Window, score
-from compress.evals.store import Key, Results, dense_identity, identity
-from compress.evals.text import OpenText, Protocol, open_text
+from compress.evals.perplexity import Window, score
+from compress.evals.store import Key, dense_identity, identity
+from compress.evals.text import OpenText
 from compress.loading import load
-from compress.passes import Report
 from compress.pipeline import model_folder
 from compress.weights import read_manifest
 
@@ -144,29 +143,12 @@ def _key(work: OpenText, kind: str, model: str, width: str, **more: Any) -> Key:
 
 
 @torch.no_grad()
-def evaluate_agreement(
-    folder: str,
-    source: str,
-    reference: str | None = None,
-    bits: Sequence[int | float] | None = None,
-    protocol: Protocol | None = None,
-    store: Results | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    report: Report | None = None,
-) -> dict[str, dict[str, float]]:
-    """Compare every width with the dense model, token by token; both are loaded once.
+def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str, dict[str, float]]:
+    """Compare every width with the dense model, token by token; that is loaded once.
 
     Args:
-        folder: checkpoint.
-        source: text file, or ``builtin``.
+        work: checkpoint and text.
         reference: dense model; the recipe's if None.
-        bits: widths; all there are if None.
-        protocol: how the text is cut.
-        store: measurements that are in it are not made again; new ones are added.
-        dtype: to compute in.
-        device: to compute on.
-        report: called with (what, windows done, windows in all).
 
     Returns:
         ``{width: {"kl", "top1_agreement", "flipped", "accuracy", "ece", "tokens"}}``, and the dense model as ``"dense"``.
@@ -174,13 +156,12 @@ def evaluate_agreement(
     Raises:
         CompressError: no dense model, or nothing to score.
     """
-    original = dense_model_of(folder, reference)
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
-    digests = {width: identity(folder) for width in work.widths} | {"dense": identity(original)}
+    original, own = dense_model_of(work.folder, reference), identity(work.folder)
+    digests = dict.fromkeys(work.widths, own) | {"dense": identity(original)}
     keys = {width: _key(work, "agreement", model, width, dense=digests["dense"]) for width, model in digests.items()}
     missing = [width for width in keys if work.store.find(keys[width]) is None]
     if missing:
-        dense = load(original, dtype=dtype, device_map=device)
+        dense = load(original, dtype=getattr(torch, work.settings["dtype"]), device_map=str(work.model.device))
         sums = {width: Comparison() for width in missing}
         text, watch, done = work.text(work.documents), work.watch("agreement"), 0
         for chunk in _chunks(text.windows, int(dense.config.vocab_size)):
@@ -221,54 +202,28 @@ def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
     return logits.float().log_softmax(-1)  # type: ignore[no-any-return]
 
 
-def evaluate_robustness(
-    folder: str,
-    source: str,
-    bits: Sequence[int | float] | None = None,
-    protocol: Protocol | None = None,
-    rate: float = 0.05,
-    store: Results | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    report: Report | None = None,
-) -> dict[str, dict[str, float]]:
-    """What typing errors in a text cost, at every width of one load.
+def evaluate_robustness(work: OpenText, rate: float = 0.05) -> dict[str, dict[str, float]]:
+    """Measure what typing errors in a text cost, at every width.
 
     Args:
-        folder: checkpoint, or a dense model.
-        source: text file, or ``builtin``.
-        bits: widths; all there are if None.
-        protocol: how the text is cut.
+        work: checkpoint, or a dense model, and text.
         rate: share of words with an error, :func:`with_typos`.
-        store: measurements that are in it are not made again; new ones are added.
-        dtype: to compute in.
-        device: to compute on.
-        report: called with (what, windows done, windows in all).
 
     Returns:
         ``{width: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
     """
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
-    clean: Text | None = None
-    spoilt: Text | None = None
-    model = identity(folder)
+    before = {width: metrics["bits_per_byte"] for width, metrics in work.evaluate()["bits"].items()}
+    spoilt = work.text([with_typos(document, rate) for document in work.documents])
+    model = identity(work.folder)
     found: dict[str, dict[str, float]] = {}
     for width, value in work.widths.items():
         key = _key(work, "robustness", model, width, rate=rate)
         row: Mapping[str, Any] | None = work.store.find(key)
         if row is None:
-            spoilt = spoilt or work.text([with_typos(document, rate) for document in work.documents])
             if value is not None:
                 compress.set_bits(work.model, value)
-            known = work.store.find(_key(work, "text", model, width))
-            if known is None:
-                clean = clean or work.text(work.documents)
-                found_clean = score(work.model, clean, report=work.watch(f"as it is, {width}")).json()
-                known = work.store.add(_key(work, "text", model, width), found_clean)
-            before = known["metrics"]["bits_per_byte"]
             after = score(work.model, spoilt, report=work.watch(f"with typos, {width}")).bits_per_byte
-            row = work.store.add(
-                key, {"bits_per_byte": before, "bits_per_byte_typos": after, "increase": after - before}
-            )
+            figures = {"bits_per_byte": before[width], "bits_per_byte_typos": after, "increase": after - before[width]}
+            row = work.store.add(key, figures)
         found[width] = row["metrics"]
     return found

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,8 @@ class Key:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        """As plain data, the beginning of a line."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "model": self.model,
-            "width": self.width,
-            "prompt": self.prompt,
-            "settings": dict(self.settings),
-        }
+        """Return the key as plain data, the beginning of a line."""
+        return asdict(self)
 
 
 def _same(row: Mapping[str, Any]) -> str:

@@ -172,26 +172,7 @@ def evaluate_text(
         CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
             can be scored, or a window and the prompt are longer than the context.
     """
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report, prompt)
-    text = work.text(work.documents)
-    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, work.settings))
-    results = {}
-    for width, value in work.widths.items():
-        row = work.store.find(replace(key, width=width))
-        if row is None:
-            if value is not None:
-                compress.set_bits(work.model, value)
-            row = work.store.add(replace(key, width=width), score(work.model, text, report=work.watch(width)).json())
-        results[width] = row["metrics"]
-    protocol, virtual = work.protocol, virtual_tokens(work.model)
-    cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
-    return {
-        "model": folder,
-        "text": {"source": source, "sha256": work.settings["sha256"], "documents": len(work.documents)},
-        "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
-        **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
-        "bits": results,
-    }
+    return open_text(folder, source, bits, protocol, dtype, device, report, prompt, store).evaluate()
 
 
 @dataclass(frozen=True)
@@ -199,33 +180,62 @@ class OpenText:
     """A loaded model and a text, ready to be measured at several widths.
 
     Attributes:
+        folder: of the model.
         source: the text's name.
         documents: of the text.
         settings: :func:`settings_of` it.
         model: with its prompt.
         tokenizer: of the model.
+        prompt: as given to :func:`evaluate_text`.
         widths: label -> what :func:`compress.set_bits` takes; None for the one of a dense model.
         protocol: with the length in use.
         store: for results.
         report: called with (what, windows done, windows in all).
     """
 
+    folder: str
     source: str
     documents: list[str]
     settings: dict[str, Any]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    prompt: bool | str | Path
     widths: dict[str, Any]
     protocol: Protocol
     store: Results
     report: Report | None
 
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the text at every width, as :func:`evaluate_text` returns it."""
+        text = self.text(self.documents)
+        key = Key("text", self.source, identity(self.folder), "", *prompt_key(self.folder, self.prompt, self.settings))
+        results = {}
+        for width, value in self.widths.items():
+            row = self.store.find(replace(key, width=width))
+            if row is None:
+                if value is not None:
+                    compress.set_bits(self.model, value)
+                found = score(self.model, text, report=self.watch(width))
+                row = self.store.add(replace(key, width=width), found.json())
+            results[width] = row["metrics"]
+        protocol, virtual = self.protocol, virtual_tokens(self.model)
+        place = str(self.folder if self.prompt is True else self.prompt)
+        cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
+        digest = self.settings["sha256"]
+        return {
+            "model": self.folder,
+            "text": {"source": self.source, "sha256": digest, "documents": len(self.documents)},
+            "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+            **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
+            "bits": results,
+        }
+
     def text(self, documents: Sequence[str]) -> Text:
-        """Documents cut into windows."""
+        """Cut documents into windows."""
         return windows(documents, self.tokenizer, self.protocol)
 
     def watch(self, what: str) -> Callable[[int, int], None] | None:
-        """The report of one part of the work."""
+        """Return the report of one part of the work."""
         report = self.report
         return None if report is None else lambda done, total: report(what, done, total)
 
@@ -233,13 +243,13 @@ class OpenText:
 def open_text(
     folder: str,
     source: str,
-    bits: Sequence[int | float] | None,
-    protocol: Protocol | None,
-    store: Results | None,
-    dtype: torch.dtype,
-    device: str,
-    report: Report | None,
+    bits: Sequence[int | float] | None = None,
+    protocol: Protocol | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    report: Report | None = None,
     prompt: bool | str | Path = False,
+    store: Results | None = None,
 ) -> OpenText:
     """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
     protocol = protocol or Protocol()
@@ -250,8 +260,8 @@ def open_text(
             refuse_calibration_text(str(place), digest)
     model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
     protocol = replace(protocol, length=window_length(model, protocol.length))
-    settings, tokenizer = settings_of(digest, protocol, dtype), load_tokenizer(folder)
-    return OpenText(source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report)
+    settings, tokenizer, store = settings_of(digest, protocol, dtype), load_tokenizer(folder), store or Results(None)
+    return OpenText(folder, source, documents, settings, model, tokenizer, prompt, widths, protocol, store, report)
 
 
 def load_widths(
