@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.evals.tables import Grid
+from compress.evals.tables import Matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +152,7 @@ def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %",
                     point.word, (x, y), (6, 5), "data", "offset points", color=colour, weight="bold", zorder=6
                 )
     if dense is not None:
-        axes.axvline(dense, color="C0", linewidth=0.9, linestyle=":", label="size of the dense model")
+        axes.axvline(dense, color=_colours()["ink"], linewidth=0.9, linestyle=":", label="size of the dense model")
     axes.grid()
     _log_ticks(axes.xaxis, axes.get_xlim())
     _log_ticks(axes.yaxis, axes.get_ylim())
@@ -174,7 +174,7 @@ def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
 
 @_style()
 def heat_map(
-    grid: Grid,
+    matrix: Matrix,
     title: str = "",
     log: bool = False,
     limits: tuple[float, float] | None = None,
@@ -184,32 +184,33 @@ def heat_map(
     """Draw a matrix as shades of one colour, darker is more, with its figures where there is room for them.
 
     Args:
-        grid: figures and names.
+        matrix: figures and names.
         title: above it.
         log: shade by the logarithm.
         limits: figures with the lightest and the darkest shade; the least and the largest if None.
         by_column: shade every column on its own, where columns differ more than rows do.
         reverse: darker is less.
     """
-    cell = min(0.8, max(0.16, 6.2 / max(1, len(grid.columns))))  # inches
-    longest = 0.075 * max(map(len, grid.columns), default=0)
-    every = math.ceil(1.3 * longest / cell) if all(name.isdigit() for name in grid.columns) else 1
+    cell = min(0.8, max(0.16, 6.2 / max(1, len(matrix.columns))))  # inches
+    longest = 0.075 * max(map(len, matrix.columns), default=0)
+    every = math.ceil(1.3 * longest / cell) if all(name.isdigit() for name in matrix.columns) else 1
     turn: dict[str, Any] = {"rotation": 20, "ha": "right"} if every == 1 and longest > cell else {}
-    names = 0.3 + 0.07 * max(map(len, grid.rows), default=0)
-    height = 0.27 * len(grid.rows) + 0.35 + 0.2 * bool(grid.across) + 0.25 * bool(title) + 0.4 * bool(turn)
-    figure, axes = _axes(names + cell * len(grid.columns), height)
-    whole = limits or _span([value for row in grid.values for value in row], log)
-    for x, column in enumerate(grid.columns):
-        values = [row[x] for row in grid.values]
+    names = 0.3 + 0.07 * max(map(len, matrix.rows), default=0)
+    height = 0.27 * len(matrix.rows) + 0.35 + 0.2 * bool(matrix.across) + 0.25 * bool(title) + 0.4 * bool(turn)
+    figure, axes = _axes(names + cell * len(matrix.columns), height)
+    whole = limits or _span([value for row in matrix.values for value in row], log)
+    for x, column in enumerate(matrix.columns):
+        values = [row[x] for row in matrix.values]
         span = _span(values, log) if by_column else whole
         for y, value in enumerate(values):
             if value is not None:
-                tooltip = f"{grid.rows[y]}, {column}: {grid.form(value)}"
+                tooltip = f"{matrix.rows[y]}, {column}: {matrix.form(value)}"
                 _cell(axes, x, y, abs(reverse - _shade(value, span, log)), tooltip, cell >= 0.38)
-    places = range(0, len(grid.columns), every)
-    axes.set_xticks([place + 0.5 for place in places], [grid.columns[place] for place in places], **turn)
-    axes.set_yticks([place + 0.5 for place in range(len(grid.rows))], grid.rows)
-    axes.set(xlim=(0, len(grid.columns)), ylim=(len(grid.rows), 0), ylabel=grid.down, xlabel=grid.across, title=title)
+    places = range(0, len(matrix.columns), every)
+    axes.set_xticks([place + 0.5 for place in places], [matrix.columns[place] for place in places], **turn)
+    axes.set_yticks([place + 0.5 for place in range(len(matrix.rows))], matrix.rows)
+    axes.set(xlim=(0, len(matrix.columns)), ylim=(len(matrix.rows), 0))
+    axes.set(ylabel=matrix.down, xlabel=matrix.across, title=title)
     axes.spines[:].set_visible(False)
     return figure
 
@@ -236,6 +237,28 @@ def _cell(axes: Axes, x: int, y: int, shade: float, tooltip: str, written: bool)
     if written:
         colour = _colours()["on" if shade > 0.55 else "ink"]
         axes.text(x + 0.5, y + 0.52, tooltip.rpartition(" ")[2], color=colour, size=7.5, ha="center", va="center")
+
+
+def transfer(
+    values: list[list[float | None]],
+    prompts: Sequence[str],
+    places: Sequence[str],
+    title: str,
+    target: Path,
+    reverse: bool = False,
+) -> None:
+    """Write a figure of how prompts do at places, with shades for every column, as places differ more than prompts do.
+
+    Args:
+        values: [prompts][places]; None where nothing was measured.
+        prompts: where they were learned.
+        places: where they were evaluated.
+        title: above it.
+        target: file; its name says the format.
+        reverse: more is better.
+    """
+    matrix = Matrix([*prompts], [*places], values, down="prompt learned at", across="evaluated at")
+    save(heat_map(matrix, title, by_column=True, reverse=reverse), target)
 
 
 @_style()

@@ -17,11 +17,11 @@ from typing import Any
 import compress
 from compress.calibration import draw_samples
 from compress.errors import CompressError
-from compress.evals import experiments
+from compress.evals import experiments, plots
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Score, Text, score
 from compress.evals.text import Protocol
-from compress.evals.transfer import NONE, Models, Place, draw, fill, markdown, matrix, measure, read_text
+from compress.evals.transfer import NONE, Models, Place, fill, markdown, matrix, measure, read_text
 from compress.passes import Report, Whole
 from compress.pipeline import make_context, open_source, pick_device
 from compress.prompts.adapter import write_prompt
@@ -219,7 +219,7 @@ def tables(bench: Bench, value: str) -> str:
     parts = [f"## {value}\n", markdown(list(lines.values()), list(lines), labels, value)]
     parts += ["\n## Share of the gap to the dense model that closes, in loss\n", _shares(line, own, labels)]
     transfer = matrix(rows, [NONE, *labels], labels, "text", value)
-    draw(transfer, [NONE, *labels], labels, value.replace("_", " "), bench.out / "transfer.svg")
+    plots.transfer(transfer, [NONE, *labels], labels, value.replace("_", " "), bench.out / "transfer.svg")
     parts += [
         "\n## Transfer: learned at (down), evaluated at (across)\n",
         markdown(transfer, [NONE, *labels], labels, value),

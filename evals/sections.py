@@ -13,7 +13,7 @@ from compress.evals import plots, tables
 from compress.evals.gather import Facts
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
-from compress.evals.tables import Grid
+from compress.evals.tables import Matrix
 
 
 def report_page(facts: Facts) -> Page:
@@ -177,8 +177,8 @@ def _speed(facts: Facts) -> Iterable[Section]:
     yield Section("Speed and memory", tables.speed(found), note, [picture])
 
 
-def _heat_map(label: str, grid: Grid, caption: str, **options: Any) -> Picture:
-    return Picture(label, partial(plots.heat_map, grid, **options), caption, grid.table())
+def _heat_map(label: str, matrix: Matrix, caption: str, **options: Any) -> Picture:
+    return Picture(label, partial(plots.heat_map, matrix, **options), caption, matrix.table())
 
 
 def _errors(facts: Facts) -> Iterable[Section]:
@@ -191,8 +191,8 @@ def _errors(facts: Facts) -> Iterable[Section]:
     for width in dict.fromkeys([widths[-1], first if first in widths else widths[0]]):
         errors = {name: module["errors"].get(width, {}) for name, module in modules.items()}
         figures = {name: error.get("output", error.get("relative")) for name, error in errors.items()}
-        grid = tables.by_block({name: one for name, one in figures.items() if one is not None}, tables.short)
-        pictures.append(_heat_map(f"Relative squared error at {width} bits", grid, f"{width} bits", log=True))
+        matrix = tables.by_block({name: one for name, one in figures.items() if one is not None}, tables.short)
+        pictures.append(_heat_map(f"Relative squared error at {width} bits", matrix, f"{width} bits", log=True))
     note = (
         "Relative squared error of each matrix (of its output on calibration text, where the pass measured that; else of its weights), "
         "as recorded when the checkpoint was made. Darker is more, on a logarithmic scale of its own in each panel."
@@ -214,17 +214,17 @@ def _zeros(facts: Facts) -> Iterable[Section]:
 def _sizes(facts: Facts) -> Iterable[Section]:
     if facts.kept:
         caption = "Weights that each matrix has left, in % of the dense model's matrix of that name: these are gone, not zero."
-        grid = tables.by_block({name: 100 * share for name, share in facts.kept.items()}, "{:.0f}".format)
-        picture = _heat_map("Share of weights left in each matrix", grid, caption, limits=(0, 100))
+        matrix = tables.by_block({name: 100 * share for name, share in facts.kept.items()}, "{:.0f}".format)
+        picture = _heat_map("Share of weights left in each matrix", matrix, caption, limits=(0, 100))
         yield Section("Sizes per block", pictures=[picture])
 
 
 def _matrix(item: Mapping[str, Any]) -> Section:
     rows, columns = ([*map(str, item[axis])] for axis in ("rows", "columns"))
     down, across = (str(item.get(f"{axis}_axis", "")) for axis in ("row", "column"))
-    grid = Grid(rows, columns, item["values"], down=down, across=across)
+    matrix = Matrix(rows, columns, item["values"], down=down, across=across)
     title, caption = str(item["title"]), str(item.get("caption", "Darker is more."))
-    return Section(title, pictures=[_heat_map(title, grid, caption, by_column=bool(item.get("by_column")))])
+    return Section(title, pictures=[_heat_map(title, matrix, caption, by_column=bool(item.get("by_column")))])
 
 
 def _samples(facts: Facts) -> Iterable[Section]:

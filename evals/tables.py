@@ -35,7 +35,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Matrix:
     """A matrix of figures: ``values`` is [rows][columns], None where nothing was measured; names of what goes down and across."""
 
     rows: list[str]
@@ -53,7 +53,7 @@ class Grid:
         return table
 
 
-def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Grid:
+def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Matrix:
     """Arrange figures of modules with kinds of linears down and blocks across.
 
     Args:
@@ -64,15 +64,15 @@ def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Grid:
     places = {(found[3], int(found[2])): values[name] for name, found in parts.items() if found}
     kinds, blocks = list(dict.fromkeys(kind for kind, _ in places)), sorted({block for _, block in places})
     matrix = [[places.get((kind, block)) for block in blocks] for kind in kinds]
-    return Grid(names_of(kinds), [str(block) for block in blocks], matrix, form)
+    return Matrix(names_of(kinds), [str(block) for block in blocks], matrix, form)
 
 
-def zeros(found: Mapping[str, Any]) -> Grid:
+def zeros(found: Mapping[str, Any]) -> Matrix:
     """Arrange the share of zeros, in %, of every linear and block that :func:`compress.sparsity.sparsity` found."""
     percent = "{:.0f}".format
-    grid = by_block({name: 100 * counted["sparsity"] for name, counted in found["linears"].items()}, percent)
+    matrix = by_block({name: 100 * counted["sparsity"] for name, counted in found["linears"].items()}, percent)
     whole: list[float | None] = [100 * counted["sparsity"] for counted in found["blocks"].values()]
-    return replace(grid, rows=[*grid.rows, "all"], values=[*grid.values, whole])
+    return replace(matrix, rows=[*matrix.rows, "all"], values=[*matrix.values, whole])
 
 
 def megabytes(size: int | float | None) -> str:

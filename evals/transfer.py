@@ -159,19 +159,6 @@ def markdown(values: list[list[float | None]], down: Sequence[str], across: Sequ
     return tables.markdown(tables.Table([corner, *across], rows)) + "\n"
 
 
-def draw(
-    values: list[list[float | None]],
-    down: Sequence[str],
-    across: Sequence[str],
-    title: str,
-    file: Path,
-    reverse: bool = False,
-) -> None:
-    """Draw the matrix, every column with shades of its own, as models differ more than prompts do; ``reverse``: more is better."""
-    grid = tables.Grid([*down], [*across], values, down="prompt learned at", across="evaluated at")
-    plots.save(plots.heat_map(grid, title, by_column=True, reverse=reverse), file)
-
-
 def main() -> None:
     """Fill the matrix of the command line."""
     given = arguments_of().parse_args()
@@ -197,7 +184,7 @@ def main() -> None:
     across = [place.label for place in places]
     for name, value in [(name, given.value) for name in prepared] + [(name, "acc") for name in tasks.names]:
         values, title = matrix(rows.rows, list(prompts), across, name, value), f"{name}: {value.replace('_', ' ')}"
-        draw(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
+        plots.transfer(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
         print(markdown(values, list(prompts), across, title))
     print(json.dumps({"windows": length, "rows": str(rows.path)}))
 

@@ -8,7 +8,7 @@ import pytest
 from compress.errors import CompressError
 from compress.evals import plots, tables
 from compress.evals.plots import Line, Point
-from compress.evals.tables import Grid
+from compress.evals.tables import Matrix
 
 pytest.importorskip("matplotlib")
 LINES = [
@@ -50,17 +50,17 @@ def shades(figure):
 
 
 def test_a_heat_map_shades_from_least_to_most_and_leaves_holes():
-    grid = Grid(["a", "b"], ["0", "1"], [[1, 10], [None, 100]])
-    assert shades(plots.heat_map(grid, log=True)) == [0.06, 0.49, 0.92]  # column by column
-    assert texts(plots.svg(plots.heat_map(grid), "map"))[1] == ["a, 0: 1", "a, 1: 10", "b, 1: 100"]
-    assert shades(plots.heat_map(Grid(["a"], ["0", "1"], [[75, 100]]), limits=(0, 100))) == [0.705, 0.92]
-    columns = Grid(["a", "b"], ["x", "y"], [[1.0, 700.0], [2.0, 600.0]])
+    matrix = Matrix(["a", "b"], ["0", "1"], [[1, 10], [None, 100]])
+    assert shades(plots.heat_map(matrix, log=True)) == [0.06, 0.49, 0.92]  # column by column
+    assert texts(plots.svg(plots.heat_map(matrix), "map"))[1] == ["a, 0: 1", "a, 1: 10", "b, 1: 100"]
+    assert shades(plots.heat_map(Matrix(["a"], ["0", "1"], [[75, 100]]), limits=(0, 100))) == [0.705, 0.92]
+    columns = Matrix(["a", "b"], ["x", "y"], [[1.0, 700.0], [2.0, 600.0]])
     assert shades(plots.heat_map(columns, by_column=True)) == [0.06, 0.92, 0.92, 0.06]
     assert shades(plots.heat_map(columns, by_column=True, reverse=True)) == [0.92, 0.06, 0.06, 0.92]
 
 
 def test_figures_leave_narrow_cells_and_stay_for_pointing():
-    wide = Grid(["a"], [str(block) for block in range(40)], [[float(block) for block in range(40)]])
+    wide = Matrix(["a"], [str(block) for block in range(40)], [[float(block) for block in range(40)]])
     written, titles = texts(plots.svg(plots.heat_map(wide), "wide"))
     assert len(titles) == 40
     assert "39" not in written
@@ -74,6 +74,6 @@ def test_bars_are_as_long_as_their_medians():
 
 def test_names_of_modules_become_kinds_and_blocks():
     names = {"model.layers.0.mlp.up": 1.0, "model.layers.10.mlp.up": 2.0, "model.layers.10.attn.q": 3.0, "lm_head": 4.0}
-    grid = tables.by_block(names, "{:g}".format)
-    assert (grid.rows, grid.columns) == (["mlp.up", "attn.q"], ["0", "10"])
-    assert grid.table().rows == [["mlp.up", "1", "2"], ["attn.q", "–", "3"]]
+    matrix = tables.by_block(names, "{:g}".format)
+    assert (matrix.rows, matrix.columns) == (["mlp.up", "attn.q"], ["0", "10"])
+    assert matrix.table().rows == [["mlp.up", "1", "2"], ["attn.q", "–", "3"]]
