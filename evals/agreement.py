@@ -1,4 +1,4 @@
-"""Beyond accuracy: calibration, agreement with the dense model, robustness.
+"""Measure beyond accuracy: calibration, agreement with the dense model, robustness.
 
 Two models can have the same perplexity or accuracy and still answer differently. What is measured here, over the scored
 tokens of a text (every one of them once, as in :mod:`compress.evals.perplexity`):
@@ -38,7 +38,7 @@ _CHUNK = 1 << 28  # bytes of the dense model's log-probabilities held while all 
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
+    """Return the expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
 
     Predictions are sorted into ``bins`` equal intervals (m/bins, (m+1)/bins] of confidence; the result is the mean over
     predictions of |share that is right - mean confidence| in their bin: 0 for a model that knows how sure to be.
@@ -77,7 +77,7 @@ def with_typos(text: str, rate: float = 0.05, seed: int = 0) -> str:
 
 @dataclass
 class Comparison:
-    """Sums over scored tokens of one model beside the dense one."""
+    """Sum over scored tokens what tells a model from the dense one."""
 
     kl: float = 0.0
     agreeing: int = 0
@@ -86,7 +86,7 @@ class Comparison:
     right: list[Tensor] = field(default_factory=list)
 
     def add(self, dense: Tensor, other: Tensor, target: Tensor) -> None:
-        """Take tokens in.
+        """Add tokens to the sums.
 
         Args:
             dense: log-probabilities of the dense model, [T, vocabulary].
@@ -101,7 +101,7 @@ class Comparison:
         self.right.append((choice == target).cpu())
 
     def metrics(self) -> dict[str, float]:
-        """Means over all tokens."""
+        """Return the means over all tokens."""
         confidence, right = torch.cat(self.confidence), torch.cat(self.right)
         tokens = len(right)
         return {
@@ -115,7 +115,7 @@ class Comparison:
 
 
 def dense_model_of(folder: str, reference: str | None = None) -> str:
-    """Where the dense model of a checkpoint is.
+    """Find the dense model of a checkpoint.
 
     Args:
         folder: the checkpoint.
@@ -182,7 +182,7 @@ def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str
 
 
 def _chunks(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
-    """Windows whose log-probabilities fit together in ``_CHUNK`` bytes."""
+    """Yield windows whose log-probabilities fit together in ``_CHUNK`` bytes."""
     chunk: list[Window] = []
     held = 0
     for window in windows:
@@ -196,7 +196,7 @@ def _chunks(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]
 
 
 def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
-    """Of what follows each position that predicts a scored token: [scored, vocabulary], float32."""
+    """Return the log-probabilities that predict the scored tokens: [scored, vocabulary], float32."""
     ids = torch.tensor([window.tokens], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, -window.scored - 1 : -1]
     return logits.float().log_softmax(-1)  # type: ignore[no-any-return]

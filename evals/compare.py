@@ -1,4 +1,4 @@
-"""``compress compare``: several checkpoints, at all their widths, on one text."""
+"""Compare several checkpoints, at all their widths, on one text (``compress compare``)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Checkpoints that were measured on the same text in the same way.
+    """Hold checkpoints that were measured on the same text in the same way.
 
     Attributes:
         rivals: name of a checkpoint -> (width, bytes, metrics of the text).

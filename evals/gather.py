@@ -1,4 +1,4 @@
-"""What a report needs: measure what is missing, then lay out everything that is known of a checkpoint."""
+"""Gather what a report needs: measure what is missing, then lay out everything that is known of a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from compress.weights import Checkpoint, TensorInfo, read_manifest
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a report is to have.
+    """Say what a report is to have.
 
     Attributes:
         text: file, or ``builtin``; None takes ``builtin`` for a checkpoint of the built-in model, else none.
@@ -56,7 +56,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that is known of a checkpoint, from its files and its results.
+    """Hold everything that is known of a checkpoint, from its files and its results.
 
     Attributes:
         folder: the checkpoint.
@@ -92,7 +92,7 @@ class Facts:
 
     @property
     def texts(self) -> list[dict[str, Any]]:
-        """One per text and protocol, the fullest first: ``{"name", "settings", "rows": {(width, prompt): metrics}}``."""
+        """Return one per text and protocol, the fullest first: ``{"name", "settings", "rows": {(width, prompt): metrics}}``."""
         found: dict[str, dict[str, Any]] = {}
         for row in self.of("text"):
             settings = {key: value for key, value in row["settings"].items() if key != "prompt"}
@@ -103,7 +103,7 @@ class Facts:
 
     @property
     def tasks(self) -> dict[str, dict[tuple[str, str | None], dict[str, Any]]]:
-        """Name of a task -> (width, prompt) -> row."""
+        """Return name of a task -> (width, prompt) -> row."""
         found: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}
         for row in self.of("task"):
             found.setdefault(row["name"], {})[row["width"], row["prompt"]] = row
@@ -111,7 +111,7 @@ class Facts:
 
     @property
     def kept(self) -> dict[str, float]:
-        """Matrix -> share of the weights of the dense model's matrix of that name; empty where all shapes are the same."""
+        """Return matrix -> share of the weights of the dense model's matrix of that name; empty where all shapes are the same."""
         ours = {name: item.shape for name, item in Checkpoint(self.folder).info().items() if len(item.shape) == 2}
         ours |= {f"{name}.weight": tuple(module["shape"]) for name, module in self.inspected["modules"].items()}
         shares = {
@@ -123,11 +123,11 @@ class Facts:
 
     @property
     def dense_bytes(self) -> int | None:
-        """Bytes of the dense model's tensors in its files; None if it is not there."""
+        """Return the bytes of the dense model's tensors in its files; None if it is not there."""
         return sum(item.nbytes for item in self.original.values()) or None
 
     def bytes_at(self, width: str) -> int | None:
-        """Bytes of the tensors that loading at a width reads."""
+        """Return the bytes of the tensors that loading at a width reads."""
         if width == "dense":
             return self.dense_bytes
         at = self.inspected["bytes_at_bits"]
@@ -243,7 +243,7 @@ _TRANSFER = {"prompt", "model", "text", "perplexity"}
 
 
 def _transfers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One matrix per text: prompts down, models across."""
+    """Make one matrix per text: prompts down, models across."""
     matrices = []
     for text in dict.fromkeys(row["text"] for row in rows):
         mine = {(row["prompt"], row["model"]): row["perplexity"] for row in rows if row["text"] == text}
@@ -263,7 +263,7 @@ def _transfers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_matrices(folder: Path) -> list[dict[str, Any]]:
-    """Matrices that other measurements left in ``report/*.json``, such as how prompts transfer.
+    """Read the matrices that other measurements left in ``report/*.json``, such as how prompts transfer.
 
     A file holds one object, or a list of them: ``title``, ``rows``, ``columns`` (names), ``values`` (rows of numbers or
     null); optional ``row_axis``, ``column_axis`` and ``caption``. Rows of ``prompt``, ``model``, ``text`` and ``perplexity``, as

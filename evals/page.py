@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a section.
+    """Hold a figure of a section.
 
     Attributes:
         label: what it shows, in a few words; its own on a page.
@@ -38,7 +38,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it, in this order; words between backticks are code.
+    """Hold a heading and what is under it, in this order; words between backticks are code.
 
     Attributes:
         title: the heading.
@@ -57,7 +57,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page shows.
+    """Hold all that a page shows.
 
     Attributes:
         kind: what sort of page, above the title.

@@ -29,7 +29,7 @@ _TOOLTIP = "tooltip:"  # an artist with such an id becomes a group with a title,
 
 @dataclass(frozen=True)
 class Point:
-    """A mark of a line: its place, the word beside it, and the words shown on pointing at it in a page."""
+    """Hold a mark of a line: its place, the word beside it, and the words shown on pointing at it in a page."""
 
     x: float
     y: float
@@ -39,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Points that belong together; a control is drawn dashed and thinner."""
+    """Hold points that belong together; a control is drawn dashed and thinner."""
 
     name: str
     points: Sequence[Point]

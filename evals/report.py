@@ -1,4 +1,4 @@
-"""``compress report``: HTML, Markdown and PNG from what was measured."""
+"""Write HTML, Markdown and PNG from what was measured (``compress report``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All measurements of one call of ``compress eval``, kept in one place."""
+"""Make all measurements of one call of ``compress eval``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = dict[str, dict[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Suite:
-    """What to measure.
+    """Say what to measure.
 
     Attributes:
         text: file, or ``builtin``; None for tasks alone.

@@ -16,7 +16,7 @@ METRICS = ("acc_norm", "acc", "exact_match")
 
 @dataclass(frozen=True)
 class Table:
-    """Heads, rows of cells, and what each row is: ``dense``, ``stage``, ``width``, ``prompt``, ``fact``."""
+    """Hold heads, rows of cells, and what each row is: ``dense``, ``stage``, ``width``, ``prompt``, ``fact``."""
 
     heads: list[str]
     rows: list[list[str]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of figures: ``values`` is [rows][columns], None where nothing was measured; names of what goes down and across."""
+    """Hold a matrix of figures: ``values`` is [rows][columns], None where nothing was measured; names of what goes down and across."""
 
     rows: list[str]
     columns: list[str]

@@ -1,4 +1,4 @@
-"""``compress eval --text``: one load, every width asked for, one documented object."""
+"""Measure a text (``compress eval --text``): one load, every width asked for, one documented object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a text is cut and scored.
+    """Say how a text is cut and scored.
 
     Attributes:
         separator: divides the text into documents; without it the file is one.
@@ -82,7 +82,7 @@ PRESETS: Mapping[str, tuple[Protocol, str]] = {
 
 
 def protocol_of(preset: str | None, **changes: Any) -> Protocol:
-    """A protocol by name, with changes; those that are None or False change nothing.
+    """Return a protocol by name, with changes; those that are None or False change nothing.
 
     Raises:
         CompressError: there is no preset of that name.
@@ -96,7 +96,7 @@ def protocol_of(preset: str | None, **changes: Any) -> Protocol:
 
 
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
-    """The documents of a file (or of the built-in held-out text), and the digest of what was read."""
+    """Return the documents of a file (or of the built-in held-out text), and the digest of what was read."""
     if source == BUILTIN:
         texts = corpus.read_modules(corpus.HELDOUT)
         documents, digest = list(texts.values()), " ".join(corpus.fingerprint(texts).values())
@@ -109,18 +109,18 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
 
 
 def windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Text:
-    """Documents cut as a protocol says, whose ``length`` is given."""
+    """Cut documents as a protocol says, whose ``length`` is given."""
     assert protocol.length is not None
     return prepare(documents, tokenizer, protocol.length, protocol.stride, protocol.truncate, protocol.disjoint)
 
 
 def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
-    """What else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
+    """Return what else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
     return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
-    """Largest first; ``[None]`` for a dense model.
+    """Return the widths to measure, largest first; ``[None]`` for a dense model.
 
     Raises:
         CompressError: widths asked of a dense model, or one that it does not have.
@@ -150,7 +150,7 @@ def evaluate_text(
     prompt: bool | str | Path = False,
     store: Results | None = None,
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte at several widths, from one load.
+    """Measure loss, perplexity and bits per byte at several widths, from one load.
 
     Args:
         folder: checkpoint, or a dense model.
@@ -177,7 +177,7 @@ def evaluate_text(
 
 @dataclass(frozen=True)
 class OpenText:
-    """A loaded model and a text, ready to be measured at several widths.
+    """Hold a loaded model and a text, ready to be measured at several widths.
 
     Attributes:
         folder: of the model.
@@ -267,7 +267,7 @@ def open_text(
 def load_widths(
     folder: str, bits: Sequence[int | float] | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """One load for several widths.
+    """Load a model once, for several widths.
 
     Args:
         folder: checkpoint, or a dense model.
@@ -285,7 +285,7 @@ def load_widths(
 
 
 def window_length(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
+    """Return the tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
 
     Raises:
         CompressError: more than there is room for.
@@ -307,7 +307,7 @@ def _stride(protocol: Protocol) -> int:
 
 
 def refuse_calibration_text(folder: str, digest: str) -> None:
-    """A text that shaped the model says nothing about it.
+    """Refuse a text that shaped the model, as it says nothing about it.
 
     Raises:
         CompressError: the manifest names this very text as one the model was calibrated or trained on.
