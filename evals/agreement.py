@@ -1,4 +1,4 @@
-"""Beyond accuracy: calibration, agreement with the dense model, robustness.
+"""Measure beyond accuracy: calibration, agreement with the dense model, robustness.
 
 Two models can have the same perplexity or accuracy and still answer differently. What is measured here, over the scored
 tokens of a text (every one of them once, as in :mod:`compress.evals.perplexity`):
@@ -26,12 +26,11 @@ from transformers import PreTrainedModel
 
 import compress
 from compress.errors import CompressError
-from compress.evals.perplexity import Text, Window, score
-from compress.evals.store import Key, Results, dense_identity, identity
-from compress.evals.text import OpenText, Protocol, open_text
+from compress.evals.perplexity import Window, score
+from compress.evals.store import Key, dense_identity, identity
+from compress.evals.text import OpenText
 from compress.loading import load
 from compress.manifest import read_manifest
-from compress.passes import Report
 from compress.source import model_folder
 
 BINS = 15
@@ -39,7 +38,7 @@ _CHUNK = 1 << 28  # bytes of the dense model's log-probabilities held while all 
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
+    """Return the expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
 
     Predictions are sorted into ``bins`` equal intervals (m/bins, (m+1)/bins] of confidence; the result is the mean over
     predictions of |share that is right - mean confidence| in their bin: 0 for a model that knows how sure to be.
@@ -78,7 +77,7 @@ def with_typos(text: str, rate: float = 0.05, seed: int = 0) -> str:
 
 @dataclass
 class Comparison:
-    """Sums over scored tokens of one model beside the dense one."""
+    """Sum over scored tokens what tells a model from the dense one."""
 
     kl: float = 0.0
     agreeing: int = 0
@@ -87,7 +86,7 @@ class Comparison:
     right: list[Tensor] = field(default_factory=list)
 
     def add(self, dense: Tensor, other: Tensor, target: Tensor) -> None:
-        """Take tokens in.
+        """Add tokens to the sums.
 
         Args:
             dense: log-probabilities of the dense model, [T, vocabulary].
@@ -102,7 +101,7 @@ class Comparison:
         self.right.append((choice == target).cpu())
 
     def metrics(self) -> dict[str, float]:
-        """Means over all tokens."""
+        """Return the means over all tokens."""
         confidence, right = torch.cat(self.confidence), torch.cat(self.right)
         tokens = len(right)
         return {
@@ -116,7 +115,7 @@ class Comparison:
 
 
 def dense_model_of(folder: str, reference: str | None = None) -> str:
-    """Where the dense model of a checkpoint is.
+    """Find the dense model of a checkpoint.
 
     Args:
         folder: the checkpoint.
@@ -144,23 +143,12 @@ def _key(work: OpenText, kind: str, model: str, width: str, **more: Any) -> Key:
 
 
 @torch.no_grad()
-def evaluate_agreement(
-    folder: str, source: str, reference: str | None = None, bits: Sequence[int | float] | None = None,
-    protocol: Protocol | None = None, store: Results | None = None, dtype: torch.dtype = torch.float32,
-    device: str = "cpu", report: Report | None = None,
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Compare every width with the dense model, token by token; both are loaded once.
+def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str, dict[str, float]]:
+    """Compare every width with the dense model, token by token; that is loaded once.
 
     Args:
-        folder: checkpoint.
-        source: text file, or ``builtin``.
+        work: checkpoint and text.
         reference: dense model; the recipe's if None.
-        bits: widths; all there are if None.
-        protocol: how the text is cut.
-        store: measurements that are in it are not made again; new ones are added.
-        dtype: to compute in.
-        device: to compute on.
-        report: called with (what, windows done, windows in all).
 
     Returns:
         ``{width: {"kl", "top1_agreement", "flipped", "accuracy", "ece", "tokens"}}``, and the dense model as ``"dense"``.
@@ -168,13 +156,12 @@ def evaluate_agreement(
     Raises:
         CompressError: no dense model, or nothing to score.
     """
-    original = dense_model_of(folder, reference)
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
-    digests = {width: identity(folder) for width in work.widths} | {"dense": identity(original)}
+    original, own = dense_model_of(work.folder, reference), identity(work.folder)
+    digests = dict.fromkeys(work.widths, own) | {"dense": identity(original)}
     keys = {width: _key(work, "agreement", model, width, dense=digests["dense"]) for width, model in digests.items()}
     missing = [width for width in keys if work.store.find(keys[width]) is None]
     if missing:
-        dense = load(original, dtype=dtype, device_map=device)
+        dense = load(original, dtype=getattr(torch, work.settings["dtype"]), device_map=str(work.model.device))
         sums = {width: Comparison() for width in missing}
         text, watch, done = work.text(work.documents), work.watch("agreement"), 0
         for chunk in _chunks(text.windows, int(dense.config.vocab_size)):
@@ -195,7 +182,7 @@ def evaluate_agreement(
 
 
 def _chunks(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
-    """Windows whose log-probabilities fit together in ``_CHUNK`` bytes."""
+    """Yield windows whose log-probabilities fit together in ``_CHUNK`` bytes."""
     chunk: list[Window] = []
     held = 0
     for window in windows:
@@ -209,54 +196,34 @@ def _chunks(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]
 
 
 def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
-    """Of what follows each position that predicts a scored token: [scored, vocabulary], float32."""
+    """Return the log-probabilities that predict the scored tokens: [scored, vocabulary], float32."""
     ids = torch.tensor([window.tokens], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, -window.scored - 1 : -1]
     return logits.float().log_softmax(-1)  # type: ignore[no-any-return]
 
 
-def evaluate_robustness(
-    folder: str, source: str, bits: Sequence[int | float] | None = None, protocol: Protocol | None = None,
-    rate: float = 0.05, store: Results | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
-    report: Report | None = None,
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    """What typing errors in a text cost, at every width of one load.
+def evaluate_robustness(work: OpenText, rate: float = 0.05) -> dict[str, dict[str, float]]:
+    """Measure what typing errors in a text cost, at every width.
 
     Args:
-        folder: checkpoint, or a dense model.
-        source: text file, or ``builtin``.
-        bits: widths; all there are if None.
-        protocol: how the text is cut.
+        work: checkpoint, or a dense model, and text.
         rate: share of words with an error, :func:`with_typos`.
-        store: measurements that are in it are not made again; new ones are added.
-        dtype: to compute in.
-        device: to compute on.
-        report: called with (what, windows done, windows in all).
 
     Returns:
         ``{width: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
     """
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
-    clean: Text | None = None
-    spoilt: Text | None = None
-    model = identity(folder)
+    before = {width: metrics["bits_per_byte"] for width, metrics in work.evaluate()["bits"].items()}
+    spoilt = work.text([with_typos(document, rate) for document in work.documents])
+    model = identity(work.folder)
     found: dict[str, dict[str, float]] = {}
     for width, value in work.widths.items():
         key = _key(work, "robustness", model, width, rate=rate)
         row: Mapping[str, Any] | None = work.store.find(key)
         if row is None:
-            spoilt = spoilt or work.text([with_typos(document, rate) for document in work.documents])
             if value is not None:
                 compress.set_bits(work.model, value)
-            known = work.store.find(_key(work, "text", model, width))
-            if known is None:
-                clean = clean or work.text(work.documents)
-                found_clean = score(work.model, clean, report=work.watch(f"as it is, {width}")).json()
-                known = work.store.add(_key(work, "text", model, width), found_clean)
-            before = known["metrics"]["bits_per_byte"]
             after = score(work.model, spoilt, report=work.watch(f"with typos, {width}")).bits_per_byte
-            row = work.store.add(
-                key, {"bits_per_byte": before, "bits_per_byte_typos": after, "increase": after - before}
-            )
+            figures = {"bits_per_byte": before[width], "bits_per_byte_typos": after, "increase": after - before[width]}
+            row = work.store.add(key, figures)
         found[width] = row["metrics"]
     return found

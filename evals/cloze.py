@@ -1,4 +1,4 @@
-"""Multiple-choice tasks in the built-in model's own domain: ``python -m compress.evals.cloze FOLDER``.
+"""Make multiple-choice tasks in the built-in model's own domain: ``python -m compress.evals.cloze FOLDER``.
 
 Items are cut from held-out modules of the running Python's standard library, which neither training nor calibration
 sees. What stands in the file is right; distractors are other lines and other names of the same file, so
@@ -35,7 +35,7 @@ _ITEMS = 200
 
 
 def line_items(source: str, generator: random.Random) -> list[Item]:
-    """Every line of code in a module that has three rivals: indented alike, of like length, elsewhere in the file.
+    """Ask for every line of code in a module that has three rivals: indented alike, of like length, elsewhere in the file.
 
     Comments and docstrings are neither asked for nor offered.
 
@@ -67,7 +67,7 @@ def _split(line: str) -> tuple[str, int]:
 
 
 def _rows_of_code(source: str) -> list[int]:
-    """Rows, from 0, where a logical line begins with a word."""
+    """Return the rows, from 0, where a logical line begins with a word."""
     rows, fresh = [], True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if fresh and token.type == tokenize.NAME:
@@ -78,7 +78,7 @@ def _rows_of_code(source: str) -> list[int]:
 
 
 def name_items(source: str, generator: random.Random) -> list[Item]:
-    """Every name of a module that stands in the lines before too, with three rivals from those lines.
+    """Ask for every name of a module that stands in the lines before too, with three rivals from those lines.
 
     Args:
         source: of a module.
@@ -120,7 +120,7 @@ MAKERS: Mapping[str, Callable[[str, random.Random], list[Item]]] = {
 
 
 def builtin_items(task: str, count: int = _ITEMS) -> list[Item]:
-    """Items of a built-in task, drawn evenly from all held-out modules and always the same.
+    """Return the items of a built-in task, drawn evenly from all held-out modules and always the same.
 
     Args:
         task: ``builtin_line`` or ``builtin_name``.
@@ -132,7 +132,7 @@ def builtin_items(task: str, count: int = _ITEMS) -> list[Item]:
 
 
 def task_settings(task: str) -> dict[str, Any]:
-    """The task in lm-eval's terms, without its data. Names are too short for a metric by length."""
+    """Describe the task in lm-eval's terms, without its data. Names are too short for a metric by length."""
     metrics = ("acc", "acc_norm") if task == "builtin_line" else ("acc",)
     return {
         "task": task,
@@ -148,7 +148,7 @@ def task_settings(task: str) -> dict[str, Any]:
 
 
 def fingerprint(task: str) -> str:
-    """Digest of a task's items, which depend on the running Python's library."""
+    """Return the digest of a task's items, which depend on the running Python's library."""
     return digest(builtin_items(task))
 
 

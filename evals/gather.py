@@ -1,4 +1,4 @@
-"""What a report needs: measure what is missing, then lay out everything that is known of a checkpoint."""
+"""Gather what a report needs: measure what is missing, then lay out everything that is known of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from compress.evals.agreement import dense_model_of
 from compress.evals.store import FOLDER, Key, Results, dense_identity, identity
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tasks import Tasks
-from compress.evals.text import BUILTIN, Protocol, documents_of, widths_to_measure, window_length
+from compress.evals.text import BUILTIN, Protocol, documents_of, load_widths, window_length
 from compress.evals.variants import measure_variants
 from compress.inspect import inspect, sparsity
 from compress.loading import load_tokenizer
@@ -30,7 +31,7 @@ from compress.weights import Checkpoint, TensorInfo
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a report is to have.
+    """Say what a report is to have.
 
     Attributes:
         text: file, or ``builtin``; None takes ``builtin`` for a checkpoint of the built-in model, else none.
@@ -53,25 +54,19 @@ class Wanted:
     device: str = "cpu"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Facts:
-    """Everything that is known of a checkpoint, from its files and its results.
+    """Hold everything that is known of a checkpoint, from its files and its results.
 
     Attributes:
         folder: the checkpoint.
         inspected: :func:`compress.inspect.inspect`.
         manifest: whole.
-        dense_bytes: of the dense model's tensors in its files; None if it is not there.
+        original: the dense model's tensors; empty if it is not there.
         widths: ``["8", …]``, largest first, with mean widths that were measured; ``["dense"]`` where nothing is packed.
-        texts: one per text and protocol: ``{"name", "settings", "rows": {(width, prompt): metrics}}``, the fullest first.
-        tasks: name -> (width, prompt) -> row.
-        agreement: width -> metrics; of the first text.
-        robustness: the same.
-        variants: rows of stages and controls.
+        rows: measurements of the checkpoint and of its dense model, as :class:`compress.evals.store.Results` has them.
         bench: the latest result, or None.
-        samples: ``[{"prompt", "width", "text"}]``.
         sparsity: :func:`compress.inspect.sparsity`, or None where nothing is pruned.
-        kept: linear -> share of the dense model's weights that its smaller shape has; empty where all shapes are the same.
         matrices: from ``report/*.json``: ``{"title", "rows", "columns", "values", …}``.
         notes: what is not in it, and why.
     """
@@ -79,22 +74,60 @@ class Facts:
     folder: Path
     inspected: dict[str, Any]
     manifest: dict[str, Any]
-    dense_bytes: int | None
+    original: Mapping[str, TensorInfo]
     widths: list[str]
-    texts: list[dict[str, Any]]
-    tasks: dict[str, dict[tuple[str, str | None], dict[str, Any]]]
-    agreement: dict[str, dict[str, float]]
-    robustness: dict[str, dict[str, float]]
-    variants: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
     bench: dict[str, Any] | None
-    samples: list[dict[str, str]]
     sparsity: dict[str, Any] | None
-    kept: dict[str, float]
     matrices: list[dict[str, Any]]
-    notes: list[str]
+    notes: Sequence[str] = ()
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """Return the measurements of a kind, oldest first."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def rank(self, width: str) -> int:
+        """Return where a width comes in tables: the dense model, the widths, anything else."""
+        return ["dense", *self.widths, width].index(width)
+
+    @property
+    def texts(self) -> list[dict[str, Any]]:
+        """Return one per text and protocol, the fullest first: ``{"name", "settings", "rows": {(width, prompt): metrics}}``."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.of("text"):
+            settings = {key: value for key, value in row["settings"].items() if key != "prompt"}
+            empty = {"name": row["name"], "settings": settings, "rows": {}}
+            text = found.setdefault(row["name"] + json.dumps(settings, sort_keys=True), empty)
+            text["rows"][row["width"], row["prompt"]] = row["metrics"]
+        return sorted(found.values(), key=lambda text: -len(text["rows"]))
+
+    @property
+    def tasks(self) -> dict[str, dict[tuple[str, str | None], dict[str, Any]]]:
+        """Return name of a task -> (width, prompt) -> row."""
+        found: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}
+        for row in self.of("task"):
+            found.setdefault(row["name"], {})[row["width"], row["prompt"]] = row
+        return found
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Return matrix -> share of the weights of the dense model's matrix of that name; empty where all shapes are the same."""
+        ours = {name: item.shape for name, item in Checkpoint(self.folder).info().items() if len(item.shape) == 2}
+        ours |= {f"{name}.weight": tuple(module["shape"]) for name, module in self.inspected["modules"].items()}
+        shares = {
+            name.removesuffix(".weight"): math.prod(shape) / math.prod(self.original[name].shape)
+            for name, shape in ours.items()
+            if name in self.original
+        }
+        return shares if any(share != 1 for share in shares.values()) else {}
+
+    @property
+    def dense_bytes(self) -> int | None:
+        """Return the bytes of the dense model's tensors in its files; None if it is not there."""
+        return sum(item.nbytes for item in self.original.values()) or None
 
     def bytes_at(self, width: str) -> int | None:
-        """Bytes of the tensors that loading at a width reads."""
+        """Return the bytes of the tensors that loading at a width reads."""
         if width == "dense":
             return self.dense_bytes
         at = self.inspected["bytes_at_bits"]
@@ -118,21 +151,21 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
     builtin = (read_manifest(folder) or {}).get("recipe", {}).get("model") == BUILTIN
     text = wanted.text or (BUILTIN if builtin else None)
     tasks = wanted.tasks or Tasks(tuple(cloze.MAKERS) if builtin else ())
-    dense = True
+    dense: list[str] = []
     try:
-        dense_model_of(str(folder))
+        dense.append(dense_model_of(str(folder)))
     except CompressError as error:
-        dense = False
         notes.append(f"The dense model was not measured: {error}")
-    if builtin and wanted.tasks is None and not _has_lm_eval():
+    if builtin and wanted.tasks is None and find_spec("lm_eval") is None:
         notes.append("Tasks were not measured: lm-eval is not installed (pip install 'compress-llm[eval]').")
         tasks = Tasks(())
     protocol, prompted = wanted.protocol, bool(stored_prompts(folder))
     if prompted:  # with and without, on the same windows: there must be room for the prompt
         length = window_length(compress.load(folder, prompt=True), None)
         protocol = replace(protocol, length=min(length, protocol.length or length))
-    plain = Suite(text, protocol, tasks, agreement=dense and bool(text), robustness=bool(text), dense=dense)
-    for suite in (plain, Suite(text, protocol, tasks, prompt=True, dense=dense)) if prompted else (plain,):
+    plain = Suite(text, protocol, tasks, dense=bool(dense))
+    alike = replace(plain, agreement=bool(dense and text), robustness=bool(text))
+    for suite in (alike, replace(plain, prompt=True)) if prompted else (alike,):
         if text or tasks.names:
             evaluate_all(str(folder), suite, wanted.bits, store.path, wanted.device, report, store)
     if text is None:
@@ -143,14 +176,9 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
     if wanted.load is not None and not _benched(folder, wanted.load, store):
         speed.bench(str(folder), wanted.bits, load=wanted.load, device=wanted.device, store=store, report=report)
     prompts = wanted.prompts or ((_beginning(folder, text, wanted.protocol),) if text else ())
-    _continue(folder, prompts, wanted, store, report)
+    for place in [*dense, str(folder)] if prompts else ():
+        _continue(place, wanted.bits if place not in dense else None, prompts, wanted.device, store, report)
     return notes
-
-
-def _has_lm_eval() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("lm_eval") is not None
 
 
 def _benched(folder: Path, load: speed.Load, store: Results) -> bool:
@@ -159,41 +187,32 @@ def _benched(folder: Path, load: speed.Load, store: Results) -> bool:
 
 
 def _beginning(folder: Path, source: str, protocol: Protocol, tokens: int = 24) -> str:
-    """The first tokens of the first document as text, up to the end of a word."""
+    """Return the first tokens of the first document as text, up to the end of a word."""
     tokenizer = load_tokenizer(folder)
     document = documents_of(source, protocol)[0][0]
     text = str(tokenizer.decode(tokenizer(document[:2000], add_special_tokens=False)["input_ids"][:tokens]))
     return text.rpartition(" ")[0] or text
 
 
-def _continue(folder: Path, prompts: Sequence[str], wanted: Wanted, store: Results, report: Report) -> None:
-    """Greedy continuations of the prompts, at every width and dense."""
-    places = [str(folder)]
-    try:
-        places.insert(0, dense_model_of(str(folder)))
-    except CompressError:
-        pass
-    for place in places if prompts else []:
-        model: Any = None
-        origin = identity(place)
-        dense = place != str(folder)
-        model = compress.load(place, dtype=torch.float32, device_map=wanted.device)
-        tokenizer = load_tokenizer(place)
-        for width in widths_to_measure(
-            model, None if dense else [w for w in wanted.bits or () if isinstance(w, int)] or None
-        ):
-            if width is not None:
-                compress.set_bits(model, int(width))
-            for number, prompt in enumerate(prompts, 1):
-                key = Key("sample", prompt, origin, "dense" if width is None else str(width), settings={"tokens": 48})
-                report(f"continuing at {key.width}", number, len(prompts))
-                if store.find(key) is None:
-                    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-                    made = model.generate(
-                        **inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
-                    )
-                    tail = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                    store.add(key, {}, text=str(tail))
+def _continue(
+    place: str, bits: Sequence[int | float] | None, prompts: Sequence[str], device: str, store: Results, report: Report
+) -> None:
+    """Continue the prompts greedily at every width of a model."""
+    origin, tokenizer = identity(place), load_tokenizer(place)
+    model, widths = load_widths(place, bits, dtype=torch.float32, device_map=device)
+    network: Any = model  # generate is not typed
+    for label, width in widths.items():
+        if width is not None:
+            compress.set_bits(model, width)
+        for number, prompt in enumerate(prompts, 1):
+            key = Key("sample", prompt, origin, label, settings={"tokens": 48})
+            report(f"continuing at {label}", number, len(prompts))
+            if store.find(key) is None:
+                inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+                end = tokenizer.eos_token_id
+                made = network.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=end)
+                tail = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                store.add(key, {}, text=str(tail))
 
 
 def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
@@ -205,76 +224,46 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
     manifest = read_manifest(folder)
     if manifest is None:
         raise CompressError(f"{folder}: has no compression.json; a report is about a checkpoint that compress wrote.")
-    inspected = inspect(folder)
-    own, dense = identity(folder), dense_identity(manifest)
-    places = {own: None, dense: "dense"}
-    mine = [row for row in store.rows() if row["model"] in places]
-    texts: dict[str, dict[str, Any]] = {}
-    for row in mine:
-        if row["kind"] == "text":
-            settings = {key: value for key, value in row["settings"].items() if key != "prompt"}
-            group = texts.setdefault(
-                row["name"] + json.dumps(settings, sort_keys=True),
-                {"name": row["name"], "settings": settings, "rows": {}},
-            )
-            group["rows"][row["width"], row["prompt"]] = row["metrics"]
-    tasks: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}
-    for row in mine:
-        if row["kind"] == "task":
-            tasks.setdefault(row["name"], {})[row["width"], row["prompt"]] = row
-    benches = [row for row in store.rows("bench") if row["model"] == own]
-    measured = {row["width"] for row in mine if row["kind"] in ("text", "task") and "." in row["width"]}
+    inspected, own = inspect(folder), identity(folder)
+    rows = [row for row in store.rows() if row["model"] in (own, dense_identity(manifest))]
+    benches = [row for row in rows if row["kind"] == "bench" and row["model"] == own]
+    measured = {row["width"] for row in rows if row["kind"] in ("text", "task") and "." in row["width"]}
     widths = sorted({*inspected["bytes_at_bits"], *measured}, key=float, reverse=True) or ["dense"]
     try:
         original = Checkpoint(Path(dense_model_of(str(folder)))).info()
     except CompressError:
         original = {}
-    return Facts(
-        folder=folder, inspected=inspected, manifest=manifest, widths=widths,
-        dense_bytes=sum(item.nbytes for item in original.values()) or None, kept=_kept(folder, inspected, original),
-        texts=sorted(texts.values(), key=lambda text: -len(text["rows"])), tasks=tasks,
-        agreement={row["width"]: row["metrics"] for row in mine if row["kind"] == "agreement"},
-        robustness={row["width"]: row["metrics"] for row in mine if row["kind"] == "robustness"},
-        variants=[row for row in mine if row["kind"] == "variant"],
-        bench=benches[-1]["result"] if benches else None,
-        samples=[{"prompt": row["name"], "width": row["width"], "text": row["text"]} for row in mine if row["kind"] == "sample"],
-        sparsity=sparsity(folder) if inspected["pruned"] else None,
-        matrices=read_matrices(folder / FOLDER), notes=list(notes),
-    )  # fmt: skip
-
-
-def _kept(folder: Path, inspected: Mapping[str, Any], original: Mapping[str, TensorInfo]) -> dict[str, float]:
-    """Size of every matrix of a block beside the dense model's matrix of the same name."""
-    ours = {name: item.shape for name, item in Checkpoint(folder).info().items() if len(item.shape) == 2}
-    ours |= {f"{name}.weight": tuple(module["shape"]) for name, module in inspected["modules"].items()}
-    shares = {
-        name.removesuffix(".weight"): math.prod(shape) / math.prod(original[name].shape)
-        for name, shape in ours.items()
-        if name in original
-    }
-    return shares if any(share != 1 for share in shares.values()) else {}
+    zeros = sparsity(folder) if inspected["pruned"] else None
+    latest = benches[-1]["result"] if benches else None
+    matrices = read_matrices(folder / FOLDER)
+    return Facts(folder, inspected, manifest, original, widths, rows, latest, zeros, matrices, notes)
 
 
 _TRANSFER = {"prompt", "model", "text", "perplexity"}
 
 
 def _transfers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One matrix per text: prompts down, models across."""
+    """Make one matrix per text: prompts down, models across."""
     matrices = []
     for text in dict.fromkeys(row["text"] for row in rows):
         mine = {(row["prompt"], row["model"]): row["perplexity"] for row in rows if row["text"] == text}
         prompts, models = ([*dict.fromkeys(key[place] for key in mine)] for place in (0, 1))
-        matrices.append({
-            "title": f"Transfer of soft prompts, {text}", "rows": prompts, "columns": models,
-            "values": [[mine.get((prompt, model)) for model in models] for prompt in prompts],
-            "row_axis": "prompt learned at", "column_axis": "evaluated at",
-            "caption": "Perplexity of text tokens, the prompt of the row before the model of the column; darker is worse.",
-        })  # fmt: skip
+        values = [[mine.get((prompt, model)) for model in models] for prompt in prompts]
+        found = {"title": f"Transfer of soft prompts, {text}", "rows": prompts, "columns": models, "values": values}
+        matrices.append(
+            {
+                **found,
+                "row_axis": "prompt learned at",
+                "column_axis": "evaluated at",
+                "by_column": True,
+                "caption": "Perplexity of text tokens, the prompt of the row before the model of the column; darker is worse, within a column.",
+            }
+        )
     return matrices
 
 
 def read_matrices(folder: Path) -> list[dict[str, Any]]:
-    """Matrices that other measurements left in ``report/*.json``, such as how prompts transfer.
+    """Read the matrices that other measurements left in ``report/*.json``, such as how prompts transfer.
 
     A file holds one object, or a list of them: ``title``, ``rows``, ``columns`` (names), ``values`` (rows of numbers or
     null); optional ``row_axis``, ``column_axis`` and ``caption``. Rows of ``prompt``, ``model``, ``text`` and ``perplexity``, as

@@ -1,4 +1,4 @@
-"""The model in lm-eval's harness. Imports lm-eval, so it is itself imported where tasks are run."""
+"""Show a model to lm-eval's harness. Imports lm-eval, so it is itself imported where tasks are run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothin
 
 
 class Harness(HFLM):
-    """A loaded model, or one with a soft prompt in front, as lm-eval sees it.
+    """Show lm-eval a loaded model, or one with a soft prompt in front.
 
     Args:
         model: causal LM, or a peft model whose virtual tokens take a part of the context.
@@ -47,7 +47,7 @@ class Harness(HFLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of text that fit; virtual tokens take their part."""
+        """Return the tokens of text that fit; virtual tokens take their part."""
         return int(super().max_length) - getattr(self, "virtual_tokens", 0)
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a text, averaged over scored tokens only."""
+"""Compute loss, perplexity and bits per byte of a text, averaged over scored tokens only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compress.prompts.adapter import text_length, virtual_tokens
 
 @dataclass(frozen=True)
 class Score:
-    """The result of one model on one text.
+    """Hold the result of one model on one text.
 
     Attributes:
         loss: mean negative log-likelihood of a predicted token, in nats.
@@ -37,14 +37,14 @@ class Score:
 
     @property
     def diluted_perplexity(self) -> float:
-        """Perplexity with the prompt's own places counted as predicted without loss, as some published figures are.
+        """Return the perplexity with the prompt's own places counted as predicted without loss, as some published figures are.
 
         A prompt that changes nothing lowers it; it is here to compare with such figures, and for nothing else.
         """
         return math.exp(min(700.0, self.loss * self.tokens / (self.tokens + self.virtual)))
 
     def json(self) -> dict[str, float | int]:
-        """As plain data; with a prompt also its places and the diluted perplexity."""
+        """Return plain data; with a prompt also its places and the diluted perplexity."""
         plain = asdict(self)
         virtual = plain.pop("virtual")
         return plain | ({"virtual": virtual, "diluted_perplexity": self.diluted_perplexity} if virtual else {})
@@ -52,7 +52,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one document: ``tokens`` [T], of which the last ``scored`` are predicted."""
+    """Hold a stretch of one document: ``tokens`` [T], of which the last ``scored`` are predicted."""
 
     tokens: list[int]
     scored: int
@@ -60,7 +60,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Text:
-    """A text ready to be scored.
+    """Hold a text ready to be scored.
 
     Attributes:
         windows: every token after a document's first is scored in just one of them.
@@ -72,9 +72,13 @@ class Text:
 
 
 def prepare(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int,
-    stride: int | None = None, truncate: bool = False, disjoint: bool = False,
-) -> Text:  # fmt: skip
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    stride: int | None = None,
+    truncate: bool = False,
+    disjoint: bool = False,
+) -> Text:
     """Cut documents into windows.
 
     BOS is put in front of every document where the tokenizer has one; without one, a document's first token
@@ -130,7 +134,7 @@ def _cut(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
 
 
 def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, scored: Sequence[tuple[int, int]]) -> int:
-    """UTF-8 bytes of a document's tokens from ``first`` to ``last``, summed over stretches."""
+    """Count the UTF-8 bytes of a document's tokens from ``first`` to ``last``, summed over stretches."""
     if list(scored) == [(0, len(ids))]:
         return len(text.encode())
     if not tokenizer.is_fast:
@@ -177,7 +181,7 @@ def score(
 
 
 def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
-    """Negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
+    """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
     device = model.device
     width = max(len(window.tokens) for window in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -193,5 +197,5 @@ def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
 
 
 def context_length(model: PreTrainedModel, cap: int = 2048) -> int:
-    """Tokens in a window unless told otherwise: the model's context, at most ``cap``, less what a prompt takes."""
+    """Return the tokens in a window unless told otherwise: the model's context, at most ``cap``, less what a prompt takes."""
     return text_length(model, cap) or cap

@@ -1,124 +1,285 @@
-"""Pictures by matplotlib: size against loss, matrices, sparsity."""
+"""Draw with matplotlib: loss against size, heat maps, bars. As SVG text for a page, or as a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from compress.errors import CompressError
-from compress.evals.svg import Line
+from compress.evals.tables import Matrix
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_COLOURS = ("#1f5fa8", "#b4532a", "#4f7a3a", "#7a4b94", "#8a6d1c", "#2f7f80")
+_FLOOR = 1e-5  # added loss, as a share, below which a point sits on the lower edge of the plot
+_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # equal figures are equal bytes
+_TOOLTIP = "tooltip:"  # an artist with such an id becomes a group with a title, shown on pointing at it
 
 
-def new_figure(width: float, height: float, what: str) -> Figure:
-    """An empty figure of a size in inches.
+@dataclass(frozen=True)
+class Point:
+    """Hold a mark of a line: its place, the word beside it, and the words shown on pointing at it in a page."""
+
+    x: float
+    y: float
+    word: str = ""
+    tooltip: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Hold points that belong together; a control is drawn dashed and thinner."""
+
+    name: str
+    points: Sequence[Point]
+    control: bool = False
+
+
+@contextmanager
+def _style(**more: Any) -> Iterator[None]:
+    """Have figures drawn in our style; works as a decorator too.
 
     Raises:
         CompressError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
-        raise CompressError(f"{what} needs matplotlib: pip install 'compress-llm[plots]'.") from error
-    return Figure(figsize=(width, height), layout="constrained", dpi=160)
+        raise CompressError("drawing needs matplotlib: pip install 'compress-llm[plots]'.") from error
+    look = str(files("compress.evals") / "plots.mplstyle")
+    style: dict[Any, Any] = {**matplotlib.rc_params_from_file(look, use_default_template=False), **more}
+    with matplotlib.rc_context(style):
+        yield
 
 
+def why_not() -> list[str]:
+    """Return a sentence on why there are no figures; none where matplotlib is installed."""
+    try:
+        with _style():
+            return []
+    except CompressError as error:
+        return [f"There are no figures: {error}"]
+
+
+@_style()
 def save(figure: Figure, target: Path) -> None:
-    """Write a figure in the format of its name.
+    """Write a figure in the format that the file's name ends in.
 
     Raises:
         CompressError: there is no such folder or format.
     """
     try:
-        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+        figure.savefig(target, metadata=_METADATA if target.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise CompressError(f"{target}: cannot be drawn ({error}).") from error
 
 
-def pareto(
-    lines: Sequence[Line], target: Path, name: str = "loss above the dense model's, %", dense: float | None = None
-) -> None:
-    """Bytes across, loss up, both logarithmic.
+@cache
+def _colours() -> dict[str, str]:
+    """Return name -> colour of the page's style sheet on light paper."""
+    light, _, _ = (files("compress.evals") / "page.css").read_text(encoding="utf-8").partition("@media")
+    return dict(re.findall(r"--(\w+): (#\w{6});", light))
+
+
+def svg(figure: Figure, label: str) -> str:
+    """Return a figure as an SVG element for a page: its text is text, its colours are variables of ``page.css``.
 
     Args:
-        lines: one per checkpoint or method, controls dashed.
-        target: .png, .svg or .pdf.
-        name: of the upward axis.
-        dense: MB of the dense model, drawn as a line.
+        figure: drawn here.
+        label: what it shows, for those who cannot see it; figures of one page need labels of their own.
     """
-    figure = new_figure(7.2, 4.2, target.name)
-    axes = figure.add_subplot()
-    for order, line in enumerate(lines):
-        style = {"linestyle": "--", "linewidth": 1.0, "markersize": 3} if line.control else {"markersize": 5}
-        xs, ys = [point.x for point in line.points], [point.y for point in line.points]
-        axes.plot(xs, ys, marker="o", color=_COLOURS[order % len(_COLOURS)], label=line.name, **style)
-        for point in () if line.control else line.points:
-            axes.annotate(point.word, (point.x, point.y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    if dense is not None:
-        axes.axvline(dense, color="black", linewidth=0.8, linestyle=":", label="size of the dense model")
-    axes.set(xscale="log", yscale="log", xlabel="MB read", ylabel=name)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="both", labelsize=8)
-    axes.grid(which="both", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    save(figure, target)
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # ids of clipping paths would be the page's
+    text = io.StringIO()
+    with _style(**{"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(text, format="svg", metadata=_METADATA, transparent=True)
+    drawn = text.getvalue()[text.getvalue().index("<svg") :]
+    drawn = re.sub(r"<defs>\s*<style.*?</defs>", "", drawn, flags=re.DOTALL)  # it would style the page
+    drawn = re.sub(rf'<g id="{_TOOLTIP}([^"]*)">', r"<g><title>\1</title>", drawn)
+    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # the same in every figure
+    drawn = drawn.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace("xlink:href", "href")
+    drawn = drawn.replace("'DejaVu Sans'", "var(--sans)")
+    for name, colour in _colours().items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
-def heat_map(
-    values: list[list[float | None]], down: Sequence[str], across: Sequence[str], title: str, file: Path,
-    reverse: bool = False,
-) -> None:  # fmt: skip
-    """Draw how prompts transfer; colours tell each column's better and worse, as models differ more than prompts do.
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """Make an empty figure of a size in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def added(loss: float, dense: float) -> float:
+    """Return a loss above the dense model's in % of that, at least what a logarithmic axis begins at."""
+    return 100 * max(loss / dense - 1, _FLOOR)
+
+
+@_style()
+def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %", dense: float | None = None) -> Figure:
+    """Draw size across and loss up, both logarithmic.
 
     Args:
-        values: [rows][columns]; None where nothing was measured.
-        down: labels of the rows.
-        across: labels of the columns.
+        lines: one per checkpoint or method; x in MB.
+        name: of the upward axis.
+        dense: MB of the dense model, drawn as a vertical line.
+    """
+    figure, axes = _axes(7.4, 4.2)
+    axes.set(xscale="log", yscale="log", xlabel="MB read", ylabel=name)
+    axes.margins(0.07)
+    for order, line in enumerate(lines):
+        colour, level = f"C{order}", 4 - line.control
+        wide, size, style = (1.0, 4, (0, (4, 3))) if line.control else (1.7, 6, "-")
+        xs, ys = [point.x for point in line.points], [point.y for point in line.points]
+        axes.plot(xs, ys, color=colour, label=line.name, linewidth=wide, linestyle=style, zorder=level)
+        for x, y, point in zip(xs, ys, line.points, strict=True):
+            axes.plot(x, y, "o", color=colour, markersize=size, zorder=level + 0.1, gid=_TOOLTIP + point.tooltip)
+            if not line.control:
+                axes.annotate(
+                    point.word, (x, y), (6, 5), "data", "offset points", color=colour, weight="bold", zorder=6
+                )
+    if dense is not None:
+        axes.axvline(dense, color=_colours()["ink"], linewidth=0.9, linestyle=":", label="size of the dense model")
+    axes.grid()
+    _log_ticks(axes.xaxis, axes.get_xlim())
+    _log_ticks(axes.yaxis, axes.get_ylim())
+    if len(lines) > 1 or dense is not None:
+        axes.legend()
+    return figure
+
+
+def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+    """Put few round figures at a logarithmic axis, however long it is."""
+    from matplotlib import ticker
+
+    decades = math.log10(limits[1] / limits[0])
+    steps = (1, 2, 5) if decades < 2.7 else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=steps, numticks=9) if decades > 0.8 else ticker.MaxNLocator(5))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
+@_style()
+def heat_map(
+    matrix: Matrix,
+    title: str = "",
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+    by_column: bool = False,
+    reverse: bool = False,
+) -> Figure:
+    """Draw a matrix as shades of one colour, darker is more, with its figures where there is room for them.
+
+    Args:
+        matrix: figures and names.
         title: above it.
-        file: SVG or PNG.
+        log: shade by the logarithm.
+        limits: figures with the lightest and the darkest shade; the least and the largest if None.
+        by_column: shade every column on its own, where columns differ more than rows do.
+        reverse: darker is less.
+    """
+    cell = min(0.8, max(0.16, 6.2 / max(1, len(matrix.columns))))  # inches
+    longest = 0.075 * max(map(len, matrix.columns), default=0)
+    every = math.ceil(1.3 * longest / cell) if all(name.isdigit() for name in matrix.columns) else 1
+    turn: dict[str, Any] = {"rotation": 20, "ha": "right"} if every == 1 and longest > cell else {}
+    names = 0.3 + 0.07 * max(map(len, matrix.rows), default=0)
+    height = 0.27 * len(matrix.rows) + 0.35 + 0.2 * bool(matrix.across) + 0.25 * bool(title) + 0.4 * bool(turn)
+    figure, axes = _axes(names + cell * len(matrix.columns), height)
+    whole = limits or _span([value for row in matrix.values for value in row], log)
+    for x, column in enumerate(matrix.columns):
+        values = [row[x] for row in matrix.values]
+        span = _span(values, log) if by_column else whole
+        for y, value in enumerate(values):
+            if value is not None:
+                tooltip = f"{matrix.rows[y]}, {column}: {matrix.form(value)}"
+                _cell(axes, x, y, abs(reverse - _shade(value, span, log)), tooltip, cell >= 0.38)
+    places = range(0, len(matrix.columns), every)
+    axes.set_xticks([place + 0.5 for place in places], [matrix.columns[place] for place in places], **turn)
+    axes.set_yticks([place + 0.5 for place in range(len(matrix.rows))], matrix.rows)
+    axes.set(xlim=(0, len(matrix.columns)), ylim=(len(matrix.rows), 0))
+    axes.set(ylabel=matrix.down, xlabel=matrix.across, title=title)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _span(values: Sequence[float | None], log: bool) -> tuple[float, float]:
+    """Return the least and the largest of the figures that a scale can show."""
+    known = [value for value in values if value is not None and math.isfinite(value) and (value > 0 or not log)]
+    return min(known, default=1.0), max(known, default=1.0)
+
+
+def _shade(value: float, span: tuple[float, float], log: bool) -> float:
+    """Place a figure between the ends of a span, 0 to 1."""
+    low, high, place = map(math.log, (*span, max(span[0], value))) if log else (*span, value)
+    return min(1.0, max(0.0, (place - low) / (high - low))) if high > low else 0.5
+
+
+def _cell(axes: Axes, x: int, y: int, shade: float, tooltip: str, written: bool) -> None:
+    """Draw one figure of a heat map."""
+    from matplotlib.patches import Rectangle
+
+    opacity = 0.06 + 0.86 * shade
+    box = Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, facecolor="C0", alpha=opacity, gid=_TOOLTIP + tooltip)
+    axes.add_patch(box)
+    if written:
+        colour = _colours()["on" if shade > 0.55 else "ink"]
+        axes.text(x + 0.5, y + 0.52, tooltip.rpartition(" ")[2], color=colour, size=7.5, ha="center", va="center")
+
+
+def transfer(
+    values: list[list[float | None]],
+    prompts: Sequence[str],
+    places: Sequence[str],
+    title: str,
+    target: Path,
+    reverse: bool = False,
+) -> None:
+    """Write a figure of how prompts do at places, with shades for every column, as places differ more than prompts do.
+
+    Args:
+        values: [prompts][places]; None where nothing was measured.
+        prompts: where they were learned.
+        places: where they were evaluated.
+        title: above it.
+        target: file; its name says the format.
         reverse: more is better.
     """
-    table = torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
-    low = table.nan_to_num(float("inf")).amin(0)
-    high = table.nan_to_num(float("-inf")).amax(0)
-    figure = new_figure(1.6 + 1.1 * len(across), 1.2 + 0.5 * len(down), "a heat map")
-    axes = figure.subplots()
-    shade = ((table - low) / (high - low).clamp_min(1e-9)).numpy()
-    axes.imshow(shade, cmap="RdYlGn" if reverse else "RdYlGn_r", vmin=-0.6, vmax=1.6, aspect="auto")
-    axes.set_xticks(range(len(across)), across, rotation=20, ha="right")
-    axes.set_yticks(range(len(down)), down)
-    axes.set(xlabel="evaluated at", ylabel="prompt learned at", title=title)
-    for y, row in enumerate(values):
-        for x, entry in enumerate(row):
-            axes.text(x, y, "–" if entry is None else f"{entry:.4g}", ha="center", va="center", fontsize=9)
-    save(figure, file)
+    matrix = Matrix([*prompts], [*places], values, down="prompt learned at", across="evaluated at")
+    save(heat_map(matrix, title, by_column=True, reverse=reverse), target)
 
 
-def sparsity(found: Mapping[str, Any], target: Path) -> None:
-    """Plot the sparsity of every block as a bar, and of its linears as points.
+@_style()
+def bars(rows: Sequence[tuple[str, float, float, float]], form: Callable[[float], str], base: float | None) -> Figure:
+    """Draw horizontal bars with whiskers from the lower to the upper quartile.
 
     Args:
-        found: from :func:`compress.inspect.sparsity`.
-        target: .svg, .png, …
+        rows: (name, median, low, high).
+        form: writes a figure.
+        base: drawn as a line across, such as the dense model's figure.
     """
-    names = list(found["blocks"])
-    figure = new_figure(max(5.0, 0.3 * len(names)), 3.5, "--plot")
-    axes = figure.add_subplot()
-    axes.bar(range(len(names)), [100 * block["sparsity"] for block in found["blocks"].values()], color="lightsteelblue")
-    for place, block in enumerate(names):
-        inside = [100 * v["sparsity"] for name, v in found["linears"].items() if name.startswith(block + ".")]
-        axes.plot([place] * len(inside), inside, ".", color="black", markersize=4)
-    axes.axhline(100 * found["sparsity"], color="black", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="block", ylabel="zeros, % (bar: block; points: its linears)", ylim=(0, 100))
-    save(figure, target)
+    figure, axes = _axes(7.4, 0.3 + 0.26 * len(rows))
+    ink, soft = _colours()["ink"], _colours()["soft"]
+    for place, (name, median, low, high) in enumerate(rows):
+        axes.barh(name, median, height=0.68, color=soft if name == "dense" else "C0", alpha=0.85)
+        axes.plot((low, high), (place, place), color=ink, linewidth=1.2)
+        axes.annotate(form(median), (max(high, median), place), (7, 0), "data", "offset points", va="center")
+    if base is not None:
+        axes.axvline(base, color=ink, linewidth=0.9, linestyle=(0, (2, 3)))
+    axes.set_xticks([])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.spines[["bottom", "left"]].set_visible(False)
+    return figure

@@ -221,7 +221,7 @@ def tables(bench: Bench, value: str) -> str:
     parts = [f"## {value}\n", markdown(list(lines.values()), list(lines), labels, value)]
     parts += ["\n## Share of the gap to the dense model that closes, in loss\n", _shares(line, own, labels)]
     transfer = matrix(rows, [NONE, *labels], labels, "text", value)
-    plots.heat_map(transfer, [NONE, *labels], labels, value.replace("_", " "), bench.out / "transfer.svg")
+    plots.transfer(transfer, [NONE, *labels], labels, value.replace("_", " "), bench.out / "transfer.svg")
     parts += [
         "\n## Transfer: learned at (down), evaluated at (across)\n",
         markdown(transfer, [NONE, *labels], labels, value),

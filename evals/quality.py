@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from compress import pipeline
-from compress.evals import experiments, page, plots
-from compress.evals.svg import Line, Point
+from compress.evals import experiments, plots
+from compress.evals.plots import Line, Point
 from compress.evals.text import Protocol, evaluate_text
 from compress.inspect import inspect
 from compress.passes import Report
@@ -119,7 +119,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     dense = next(row for row in rows if row["method"] == "dense")
     points: dict[str, list[Point]] = {}
     for row in sorted(rows, key=lambda row: row["bits"]):
-        share = 100 * page.added(row["loss"], dense["loss"])
+        share = plots.added(row["loss"], dense["loss"])
         points.setdefault(row["method"], []).append(Point(row["model_bytes"] / 1e6, share, row["bits"]))
     del points["dense"]
     return [Line(method, found, method in CONTROLS) for method, found in points.items()]
@@ -147,7 +147,7 @@ def main() -> None:
     write_json(rows, given.json)
     if given.plot:
         dense = next(row for row in rows if row["method"] == "dense")
-        plots.pareto(lines_of(rows), given.plot, dense=dense["model_bytes"] / 1e6)
+        plots.save(plots.pareto(lines_of(rows), dense=dense["model_bytes"] / 1e6), given.plot)
 
 
 if __name__ == "__main__":

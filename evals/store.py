@@ -1,4 +1,4 @@
-"""Where measurements are kept: one JSON line each, in ``DIR/report/results.jsonl`` of a checkpoint.
+"""Keep measurements: one JSON line each, in ``DIR/report/results.jsonl`` of a checkpoint.
 
 ``eval``, ``bench`` and whatever else measures append to it; ``report`` and ``compare`` only read it. A measurement that is
 there is not made again, so an interrupted evaluation continues. The manifest does not cover the file: ``verify`` is
@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ FOLDER, FILE = "report", "results.jsonl"
 
 @dataclass(frozen=True)
 class Key:
-    """What makes two measurements the same.
+    """Tell whether two measurements are the same.
 
     Attributes:
         kind: ``text``, ``task``, ``agreement``, ``robustness``, ``bench``, ``sample`` or another word.
@@ -49,11 +49,8 @@ class Key:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        """As plain data, the beginning of a line."""
-        return {
-            "kind": self.kind, "name": self.name, "model": self.model, "width": self.width, "prompt": self.prompt,
-            "settings": dict(self.settings),
-        }  # fmt: skip
+        """Return the key as plain data, the beginning of a line."""
+        return asdict(self)
 
 
 def _same(row: Mapping[str, Any]) -> str:
@@ -61,12 +58,12 @@ def _same(row: Mapping[str, Any]) -> str:
 
 
 def _end_of_lines(text: bytes) -> int:
-    """Bytes up to a last line that a kill left unfinished."""
+    """Count the bytes up to a last line that a kill left unfinished."""
     return text.rfind(b"\n") + 1
 
 
 class Results:
-    """The measurements of one file, by key; the last of equal keys counts.
+    """Hold the measurements of one file, by key; the last of equal keys counts.
 
     Args:
         path: JSON lines, created with the first measurement; None keeps them in memory alone.
@@ -88,11 +85,11 @@ class Results:
                     raise CompressError(f"{path}, line {number}: is not a measurement; delete that line.") from error
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """All measurements, or those of a kind, oldest first."""
+        """Return all measurements, or those of a kind, oldest first."""
         return [row for row in self._rows.values() if kind in (None, row["kind"])]
 
     def find(self, key: Key) -> dict[str, Any] | None:
-        """An earlier measurement of the same."""
+        """Return the measurement with this key; None if there is none."""
         return self._rows.get(_same(key.json()))
 
     def add(self, key: Key, metrics: Mapping[str, Any], **details: Any) -> dict[str, Any]:
@@ -123,14 +120,14 @@ class Results:
 
 
 def results_of(folder: str | Path, path: Path | None = None) -> Results:
-    """The results of a model: the file that is named, a checkpoint's own, or memory for a dense model."""
+    """Open the results of a model: the file that is named, a checkpoint's own, or memory for a dense model."""
     if path is None and read_manifest(Path(folder)) is not None:
         path = Path(folder) / FOLDER / FILE
     return Results(path)
 
 
 def identity(folder: str | Path) -> str:
-    """Digest of what a model is: of its manifest's files, of a dense folder's files, or a hub id's commit."""
+    """Return the digest of what a model is: of its manifest's files, of a dense folder's files, or a hub id's commit."""
     manifest = read_manifest(Path(folder))
     if manifest is not None:
         return digest(manifest["files"])
@@ -142,7 +139,7 @@ def identity(folder: str | Path) -> str:
 def prompt_key(
     folder: str | Path, prompt: bool | str | Path, settings: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
-    """Name and settings of a measurement with soft prompts in front, for :class:`Key`.
+    """Return name and settings of a measurement with soft prompts in front, for :class:`Key`.
 
     Args:
         folder: checkpoint.
@@ -164,10 +161,10 @@ def prompt_key(
 
 
 def dense_identity(manifest: Mapping[str, Any]) -> str:
-    """:func:`identity` of the dense model that a checkpoint was made from."""
+    """Return :func:`identity` of the dense model that a checkpoint was made from."""
     return digest(manifest["model_sha256"])
 
 
 def versions(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, str]:
-    """Versions of installed packages, for the record."""
+    """Return the versions of installed packages."""
     return {package: version(package) for package in packages}

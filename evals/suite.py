@@ -1,4 +1,4 @@
-"""All measurements of one call of ``compress eval``, kept in one place."""
+"""Make all measurements of one call of ``compress eval``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluate_robustness
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Tasks, evaluate_tasks
-from compress.evals.text import Protocol, evaluate_text
+from compress.evals.text import Protocol, open_text
 from compress.passes import Report
 
 Rows = dict[str, dict[str, dict[str, Any]]]
@@ -19,7 +19,7 @@ Rows = dict[str, dict[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Suite:
-    """What to measure.
+    """Say what to measure.
 
     Attributes:
         text: file, or ``builtin``; None for tasks alone.
@@ -45,9 +45,14 @@ class Suite:
 
 
 def evaluate_all(
-    folder: str, suite: Suite, bits: Sequence[int | float] | None = None, results: Path | None = None,
-    device: str = "cpu", report: Report | None = None, store: Results | None = None,
-) -> tuple[dict[str, Any], Rows]:  # fmt: skip
+    folder: str,
+    suite: Suite,
+    bits: Sequence[int | float] | None = None,
+    results: Path | None = None,
+    device: str = "cpu",
+    report: Report | None = None,
+    store: Results | None = None,
+) -> tuple[dict[str, Any], Rows]:
     """Measure everything that a suite names.
 
     Args:
@@ -86,19 +91,14 @@ def evaluate_all(
     if suite.text is None:
         return result, rows
     for place, widths, front in places:
-        found = evaluate_text(
+        work = open_text(
             place, suite.text, widths, suite.protocol, device=device, report=report, prompt=front, store=store
         )
+        found = work.evaluate()
         result.setdefault("bits", {}).update(found.pop("bits"))
         result = {**found, **result}
-    if suite.agreement:
-        result["agreement"] = evaluate_agreement(
-            folder, suite.text, suite.reference, bits, suite.protocol, store, device=device, report=report
-        )
-    if suite.robustness:
-        result["robustness"] = {}
-        for place, widths, _ in places:
-            result["robustness"] |= evaluate_robustness(
-                place, suite.text, widths, suite.protocol, store=store, device=device, report=report
-            )
+        if suite.agreement and place == folder:
+            result["agreement"] = evaluate_agreement(work, suite.reference)
+        if suite.robustness:
+            result.setdefault("robustness", {}).update(evaluate_robustness(work))
     return result, rows

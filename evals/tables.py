@@ -1,9 +1,10 @@
-"""The tables of a report as plain data, for the page and for Markdown alike."""
+"""Lay measurements out as tables of plain text, for a page, for Markdown and for the terminal alike."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ METRICS = ("acc_norm", "acc", "exact_match")
 
 @dataclass(frozen=True)
 class Table:
-    """Heads, rows of cells, and what each row is: ``dense``, ``stage``, ``width``, ``prompt``, ``control``."""
+    """Hold heads, rows of cells, and what each row is: ``dense``, ``stage``, ``width``, ``prompt``, ``fact``."""
 
     heads: list[str]
     rows: list[list[str]] = field(default_factory=list)
@@ -27,46 +28,93 @@ class Table:
         self.kinds.append(kind)
 
     def without_empty(self) -> Table:
-        """Without the columns that have nothing in any row."""
+        """Return the table without the columns that have nothing in any row."""
         kept = [place for place in range(len(self.heads)) if any(row[place] not in ("", "–") for row in self.rows)]
         rows = [[row[place] for place in kept] for row in self.rows]
         return Table([self.heads[place] for place in kept], rows, self.kinds)
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """Hold a matrix of figures: ``values`` is [rows][columns], None where nothing was measured; names of what goes down and across."""
+
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float | None]]
+    form: Callable[[float], str] = "{:.4g}".format
+    down: str = ""
+    across: str = "block"
+
+    def table(self) -> Table:
+        """Write the figures as a table with the columns' names on top."""
+        table = Table([self.down or self.across, *self.columns])
+        for name, row in zip(self.rows, self.values, strict=True):
+            table.add("width", name, *("–" if value is None else self.form(value) for value in row))
+        return table
+
+
+def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Matrix:
+    """Arrange figures of modules with kinds of linears down and blocks across.
+
+    Args:
+        values: module name -> figure; the first number in a name is its block, modules without one are left out.
+        form: writes a figure.
+    """
+    parts = {name: re.match(r"(.*?)(\d+)\.(.*)", name) for name in values}
+    places = {(found[3], int(found[2])): values[name] for name, found in parts.items() if found}
+    kinds, blocks = list(dict.fromkeys(kind for kind, _ in places)), sorted({block for _, block in places})
+    matrix = [[places.get((kind, block)) for block in blocks] for kind in kinds]
+    return Matrix(names_of(kinds), [str(block) for block in blocks], matrix, form)
+
+
+def zeros(found: Mapping[str, Any]) -> Matrix:
+    """Arrange the share of zeros, in %, of every linear and block that :func:`compress.inspect.sparsity` found."""
+    percent = "{:.0f}".format
+    matrix = by_block({name: 100 * counted["sparsity"] for name, counted in found["linears"].items()}, percent)
+    whole: list[float | None] = [100 * counted["sparsity"] for counted in found["blocks"].values()]
+    return replace(matrix, rows=[*matrix.rows, "all"], values=[*matrix.values, whole])
+
+
 def megabytes(size: int | float | None) -> str:
-    """Bytes as MB or GB, or a dash."""
+    """Write bytes as MB or GB, or a dash."""
     if size is None:
         return "–"
     return f"{size / 1e9:.2f} GB" if size >= 1e10 else f"{size / 1e6:.2f} MB"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure with its digits, or a dash."""
+    """Write a figure with so many decimals, or a dash."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def label(width: str, prompt: str | None = None) -> str:
-    """``4 bits``, ``dense``, with a word for the prompt."""
+    """Name a row: ``4 bits``, ``dense``, with a word for the prompt."""
     name = f"{width} bits" if width[0].isdigit() else width
     return f"{name} + {prompt}" if prompt else name
 
 
+def above(loss: float, dense: float) -> float:
+    """Return how far a loss is above the dense model's, in % of that."""
+    return 100 * (loss / dense - 1)
+
+
 def quality(facts: Facts, text: Mapping[str, Any]) -> Table:
-    """Dense, stages, widths (with and without prompts): size and the text's figures, controls beside them."""
+    """Set size and loss of the dense model, of stages and of every width (with and without prompts) beside the controls' loss."""
     rows: Mapping[tuple[str, str | None], Mapping[str, float]] = text["rows"]
     dense = rows.get(("dense", None))
-    controls = _controls(facts, text)
+    controls = {
+        f"control loss: {name}": {width: loss for width, _, loss in points}
+        for name, points in control_points(facts, text).items()
+    }
     heads = ["", "read", "× dense", "loss, nats", "vs dense", "perplexity", "bits per byte", *controls]
     table = Table(heads)
 
     def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], width: str = "") -> None:
         share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
-        above = "–" if dense is None or kind == "dense" else f"{100 * (metrics['loss'] / dense['loss'] - 1):+.2f} %"
-        cells = [number(controls[name].get(width)) if kind == "width" else "–" for name in controls]
-        table.add(
-            kind, name, megabytes(size), share, number(metrics["loss"]), above, number(metrics["perplexity"]),
-            number(metrics["bits_per_byte"]), *cells,
-        )  # fmt: skip
+        change = "–" if dense is None or kind == "dense" else f"{above(metrics['loss'], dense['loss']):+.2f} %"
+        figures = [number(metrics["perplexity"]), number(metrics["bits_per_byte"])]
+        beside = [number(losses.get(width)) if kind == "width" else "–" for losses in controls.values()]
+        table.add(kind, name, megabytes(size), share, number(metrics["loss"]), change, *figures, *beside)
 
     if dense is not None:
         add("dense", "dense", facts.dense_bytes, dense)
@@ -75,57 +123,39 @@ def quality(facts: Facts, text: Mapping[str, Any]) -> Table:
             name = row["label"] if width == "dense" else f"{row['label']}, {label(width)}"
             add("stage", name, metrics["disk_bytes"], metrics)
     prompts = sorted({prompt for _, prompt in rows if prompt})
-    if ("dense", None) in rows:
-        for prompt in prompts:
-            if ("dense", prompt) in rows:
-                add("prompt", label("dense", prompt), facts.dense_bytes, rows["dense", prompt])
-    for width in facts.widths:
+    for width in dict.fromkeys(["dense", *facts.widths]):
         if (width, None) in rows and width != "dense":
             add("width", label(width), facts.bytes_at(width), rows[width, None], width)
         for prompt in prompts:
-            if (width, prompt) in rows and width != "dense":
+            if (width, prompt) in rows:
                 add("prompt", label(width, prompt), facts.bytes_at(width), rows[width, prompt])
     return table.without_empty()
 
 
 def _variants(facts: Facts, text: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in facts.variants
-        if row["group"] == group
-        and row["name"] == text["name"]
-        and row["settings"]["sha256"] == text["settings"]["sha256"]
-    ]
-
-
-def _controls(facts: Facts, text: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Label -> width -> loss, of the controls measured on the same text."""
-    found: dict[str, dict[str, float]] = {}
-    for row in _variants(facts, text, "control"):
-        for width, metrics in row["widths"].items():
-            found.setdefault(f"control loss: {row['label']}", {})[width] = metrics["loss"]
-    return found
+    same = text["name"], text["settings"]["sha256"]
+    rows = [row for row in facts.of("variant") if row["group"] == group]
+    return [row for row in rows if (row["name"], row["settings"]["sha256"]) == same]
 
 
 def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
-    """Label -> [(width, bytes, loss)] of the controls, narrowest first."""
+    """Return label -> [(width, bytes, loss)] of the controls that were measured on a text, smallest first."""
     found: dict[str, list[tuple[str, float, float]]] = {}
     for row in _variants(facts, text, "control"):
-        for width, metrics in row["widths"].items():
-            found.setdefault(row["label"], []).append((width, metrics["disk_bytes"], metrics["loss"]))
+        points = [(width, metrics["disk_bytes"], metrics["loss"]) for width, metrics in row["widths"].items()]
+        found.setdefault(row["label"], []).extend(points)
     return {name: sorted(points, key=lambda point: point[1]) for name, points in found.items()}
 
 
 def tasks(facts: Facts) -> Table:
-    """What lm-eval found, at every width and with every prompt."""
-    order = ["dense", *(width for width in facts.widths if width != "dense")]
+    """Set what lm-eval found at every width and with every prompt beside the dense model."""
     keys = {key for rows in facts.tasks.values() for key in rows}
-    ranked = sorted(keys, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key[1] or ""))
+    ranked = sorted(keys, key=lambda key: (facts.rank(key[0]), key[1] or ""))
     return task_table({key: {name: rows[key] for name, rows in facts.tasks.items() if key in rows} for key in ranked})
 
 
 def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, Any]]]) -> Table:
-    """One column per task: its main metric with standard error, and answers that differ from the dense model's.
+    """Show every task by its main metric with standard error, and by the answers that differ from the dense model's.
 
     Args:
         found: (width, prompt) -> task -> row.
@@ -140,7 +170,7 @@ def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, 
 
 
 def main_metric(metrics: Mapping[str, float]) -> str:
-    """The metric a task is shown by."""
+    """Return the metric that a task is shown by."""
     return next((metric for metric in METRICS if metric in metrics), next(iter(metrics), ""))
 
 
@@ -156,7 +186,7 @@ def _task_cells(row: Mapping[str, Any] | None, dense: Mapping[str, Any] | None) 
 
 
 def flipped(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> float | None:
-    """Share of items that are answered otherwise than by the dense model; None where there is nothing to compare."""
+    """Return the share of items answered otherwise than by the dense model; None where there is nothing to compare."""
     if dense is None or len(row.get("answers", ())) != len(dense.get("answers", ())) or not row.get("answers"):
         return None
     pairs = zip(row["answers"], dense["answers"], strict=True)
@@ -164,70 +194,73 @@ def flipped(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> float | 
 
 
 def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[str, Mapping[str, float]]) -> Table:
-    """KL, top-1 agreement, flips, calibration and robustness: width -> metrics, each."""
-    heads = [
-        "", "KL to dense, nats", "same top token", "right ↔ wrong", "top token right", "calibration error",
-        "bits per byte with typos", "added by typos",
-    ]  # fmt: skip
-    table = Table(heads)
+    """Set likeness to the dense model, calibration and robustness side by side; both arguments are width -> metrics."""
+    found = ["KL to dense, nats", "same top token", "right ↔ wrong", "top token right", "calibration error"]
+    table = Table(["", *found, "bits per byte with typos", "added by typos"])
     widths = (compared.keys() | robustness.keys()) - {"dense"}
     for width in ["dense", *sorted(widths, key=float, reverse=True)]:
-        found, typos = compared.get(width, {}), robustness.get(width, {})
-        if not found and not typos:
+        metrics = {**compared.get(width, {}), **robustness.get(width, {})}
+        if not metrics:
             continue
-        kl = found.get("kl")
-        cells = ["–" if kl is None or width == "dense" else f"{kl:.4g}"]
-        for name in ("top1_agreement", "flipped"):
-            cells.append("–" if width == "dense" or name not in found else f"{100 * found[name]:.2f} %")
-        cells += [f"{100 * found['accuracy']:.2f} %" if found else "–", number(found.get("ece"))]
-        cells += [number(typos.get("bits_per_byte_typos")), number(typos.get("increase"))]
-        table.add("dense" if width == "dense" else "width", label(width), *cells)
+        alike = ("kl", "{:.4g}"), ("top1_agreement", "{:.2%}"), ("flipped", "{:.2%}")
+        own = ("accuracy", "{:.2%}"), ("ece", "{:.4f}"), ("bits_per_byte_typos", "{:.4f}"), ("increase", "{:.4f}")
+        shown = [
+            form.format(metrics[name]).replace("%", " %") if name in metrics else "–" for name, form in alike + own
+        ]
+        if width == "dense":  # it is like itself
+            shown[: len(alike)] = ["–"] * len(alike)
+        table.add("dense" if width == "dense" else "width", label(width), *shown)
     return table.without_empty()
 
 
 def speed(found: Mapping[str, Any]) -> Table:
-    """The benchmark: medians, with half the distance of the quartiles as a share of them."""
-    heads = ["", "decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s", "resident", "read from disk"]  # fmt: skip
-    table = Table(heads)
+    """Show the medians of a benchmark, each with half the distance between its quartiles."""
+    heads = ["decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s"]
+    table = Table(["", *heads, "resident", "read from disk"])
     for width, figures in found["widths"].items():
-        ratios = [figures.get(f"{what}_versus_dense") for what in ("decode", "prefill")]
-        shown = [f"{ratio['median']:.2f}" if ratio and width != "dense" else "–" for ratio in ratios]
-        table.add(
-            "dense" if width == "dense" else "width", label(width),
-            with_spread(figures["decode_tokens_per_second"]), shown[0],
-            with_spread(figures["prefill_tokens_per_second"]), shown[1],
-            with_spread(figures["time_to_first_token_seconds"], 1e3),
-            with_spread(figures["switch_seconds"], 1e3) if "switch_seconds" in figures else "–",
-            with_spread(figures["load_seconds"]),
-            megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"]),
-        )  # fmt: skip
+        cells = []
+        for what in ("decode", "prefill"):
+            ratio = figures.get(f"{what}_versus_dense")
+            cells.append(with_spread(figures[f"{what}_tokens_per_second"]))
+            cells.append(f"{ratio['median']:.2f}" if ratio and width != "dense" else "–")
+        cells.append(with_spread(figures["time_to_first_token_seconds"], 1e3))
+        cells.append(with_spread(figures["switch_seconds"], 1e3) if "switch_seconds" in figures else "–")
+        cells.append(with_spread(figures["load_seconds"]))
+        cells += [megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"])]
+        table.add("dense" if width == "dense" else "width", label(width), *cells)
     return table.without_empty()
 
 
 def with_spread(figure: Mapping[str, float], scale: float = 1.0) -> str:
-    """``1,234 ± 2 %``: the median, and half the distance between the quartiles as a share of it."""
+    """Write a median and half the distance between the quartiles as a share of it: ``1,234 ± 2 %``."""
     middle = scale * figure["median"]
     share = 50 * (figure["high"] - figure["low"]) / figure["median"] if figure["median"] else 0.0
     return f"{plain(middle)} ± {share:.0f} %"
 
 
 def plain(value: float) -> str:
-    """Three figures, without an exponent."""
+    """Write a number with three figures and without an exponent."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    digits: Callable[[float], int] = lambda size: 1 if size >= 10 else 2 if size >= 1 else 3  # noqa: E731
-    return f"{value:.{digits(abs(value))}f}"
+    size = abs(value)
+    return f"{value:.{1 if size >= 10 else 2 if size >= 1 else 3}f}"
+
+
+def short(value: float) -> str:
+    """Write a number with two figures, short enough for a cell: 0.012, 3e-5."""
+    text = f"{value:.1e}" if value < 1e-2 else f"{value:.2g}"
+    return text.replace("e-0", "e-").replace(".0e", "e")
 
 
 def markdown(table: Table) -> str:
-    """As a Markdown table."""
+    """Write a table in Markdown."""
     lines = ["| " + " | ".join(table.heads) + " |", "|---" + "|---:" * (len(table.heads) - 1) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
     return "\n".join(lines)
 
 
 def names_of(rows: Sequence[str]) -> list[str]:
-    """Names without what they have in common in front."""
+    """Return dotted names without what they have in common in front."""
     parts = [name.split(".") for name in rows]
     common = 0
     while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:

@@ -1,4 +1,4 @@
-"""``compress eval --tasks``: lm-eval in process, several widths in one load, resumable by (model, width, task)."""
+"""Run lm-eval (``compress eval --tasks``) in process, several widths in one load, resumable by (model, width, task)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,26 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 _KEPT = (
-    "results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config",
-    "git_hash", "date", "transformers_version", "lm_eval_version", "max_length",
-)  # fmt: skip
+    "results",
+    "groups",
+    "group_subtasks",
+    "configs",
+    "versions",
+    "n-shot",
+    "higher_is_better",
+    "n-samples",
+    "config",
+    "git_hash",
+    "date",
+    "transformers_version",
+    "lm_eval_version",
+    "max_length",
+)
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What to run.
+    """Say what to run.
 
     Attributes:
         names: lm-eval's task names, names from ``include``, ``builtin_line`` and ``builtin_name``.
@@ -104,7 +116,7 @@ def evaluate_tasks(
 
 
 def task_manager(tasks: Tasks) -> TaskManager:
-    """Where lm-eval looks tasks up; its own are indexed only where one of them is asked for, as that takes seconds.
+    """Return what lm-eval looks tasks up in; its own are indexed only where one of them is asked for, as that takes seconds.
 
     Raises:
         CompressError: lm-eval is absent, the folder is not there, or it knows no such task.
@@ -131,7 +143,7 @@ def task_manager(tasks: Tasks) -> TaskManager:
 
 
 def _settings(name: str, tasks: Tasks) -> dict[str, Any]:
-    """What else decides the figures: data, number of items, examples in front, lm-eval's release."""
+    """Return what else decides the figures: data, number of items, examples in front, lm-eval's release."""
     data = {"builtin": cloze.fingerprint(name)} if name in cloze.MAKERS else {}
     if tasks.include is not None and name not in cloze.MAKERS:
         files = [path for path in sorted(tasks.include.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
@@ -144,10 +156,16 @@ def _labelled(report: Report | None, label: str) -> Callable[[int, int], None] |
 
 
 def _measure(
-    key: Key, tasks: Tasks, manager: TaskManager, model: nn.Module, tokenizer: Any, batch: int | None,
-    report: Callable[[int, int], None] | None, store: Results,
-) -> dict[str, Any]:  # fmt: skip
-    """One task at one width, kept."""
+    key: Key,
+    tasks: Tasks,
+    manager: TaskManager,
+    model: nn.Module,
+    tokenizer: Any,
+    batch: int | None,
+    report: Callable[[int, int], None] | None,
+    store: Results,
+) -> dict[str, Any]:
+    """Measure one task at one width, and keep it."""
     from lm_eval import simple_evaluate
 
     from compress.evals.harness import Harness
@@ -156,9 +174,14 @@ def _measure(
         harness = Harness(model, tokenizer, batch, report)
         try:
             found: Any = simple_evaluate(
-                model=harness, tasks=[_definition(key.name)], task_manager=manager, num_fewshot=tasks.fewshot,
-                limit=tasks.limit, bootstrap_iters=1000, log_samples=True,
-            )  # fmt: skip
+                model=harness,
+                tasks=[_definition(key.name)],
+                task_manager=manager,
+                num_fewshot=tasks.fewshot,
+                limit=tasks.limit,
+                bootstrap_iters=1000,
+                log_samples=True,
+            )
         except (OSError, ValueError, FileNotFoundError, ConnectionError) as error:
             raise CompressError(
                 f"task {key.name}: cannot be run ({type(error).__name__}: {first_line(error)}); its data must be in the datasets "
@@ -179,7 +202,7 @@ def _measure(
 
 
 def _definition(name: str) -> str | dict[str, Any]:
-    """A name for lm-eval to look up, or a built-in task with its items."""
+    """Return a name for lm-eval to look up, or a built-in task with its items."""
     if name not in cloze.MAKERS:
         return name
 
@@ -193,7 +216,7 @@ def _definition(name: str) -> str | dict[str, Any]:
 
 @contextmanager
 def _silent(quiet: bool) -> Iterator[None]:
-    """Without lm-eval's bars and advice, where ours are drawn."""
+    """Silence lm-eval's bars and advice, where ours are drawn."""
     if not quiet:
         yield
         return
@@ -202,7 +225,7 @@ def _silent(quiet: bool) -> Iterator[None]:
 
 
 def multiple_choice(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Answers and their calibration, from lm-eval's own samples; None where they are not of one choice each.
+    """Return answers and their calibration, from lm-eval's own samples; None where they are not of one choice each.
 
     Returns:
         ``answers``, the likeliest choice of every item; ``right``, whether lm-eval's ``acc`` counts it; ``ece``, the expected
@@ -224,17 +247,23 @@ def multiple_choice(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
 
 
 def tidy(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One record per (width, prompt, task, metric) with its value, standard error and number of items."""
+    """Return one record per (width, prompt, task, metric) with its value, standard error and number of items."""
     return [
         {
-            "model": row["model"][:12], "width": width, "prompt": row["prompt"] or "", "task": task, "metric": metric,
-            "value": value, "stderr": row["metrics"].get(metric + "_stderr"), "n": row["n"],
+            "model": row["model"][:12],
+            "width": width,
+            "prompt": row["prompt"] or "",
+            "task": task,
+            "metric": metric,
+            "value": value,
+            "stderr": row["metrics"].get(metric + "_stderr"),
+            "n": row["n"],
         }
         for width, rows in found.items()
         for task, row in rows.items()
         for metric, value in row["metrics"].items()
         if not metric.endswith("_stderr")
-    ]  # fmt: skip
+    ]
 
 
 def write_table(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -257,7 +286,7 @@ def write_table(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def merged(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The results of several tasks at one width as one object of lm-eval's schema."""
+    """Join the results of several tasks at one width as one object of lm-eval's schema."""
     whole: dict[str, Any] = {}
     for row in rows.values():
         for name, value in row["lm_eval"].items():

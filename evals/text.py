@@ -1,4 +1,4 @@
-"""``compress eval --text``: one load, every width asked for, one documented object."""
+"""Measure a text (``compress eval --text``): one load, every width asked for, one documented object."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a text is cut and scored.
+    """Say how a text is cut and scored.
 
     Attributes:
         separator: divides the text into documents; without it the file is one.
@@ -84,7 +84,7 @@ PRESETS: Mapping[str, tuple[Protocol, str]] = {
 
 
 def protocol_of(preset: str | None, **changes: Any) -> Protocol:
-    """A protocol by name, with changes; those that are None or False change nothing.
+    """Return a protocol by name, with changes; those that are None or False change nothing.
 
     Raises:
         CompressError: there is no preset of that name.
@@ -98,7 +98,7 @@ def protocol_of(preset: str | None, **changes: Any) -> Protocol:
 
 
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
-    """The documents of a file (or of the built-in held-out text), and the digest of what was read."""
+    """Return the documents of a file (or of the built-in held-out text), and the digest of what was read."""
     if source == BUILTIN:
         texts = read_modules(HELDOUT)
         documents, digest = list(texts.values()), " ".join(fingerprint(texts).values())
@@ -111,18 +111,18 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
 
 
 def windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Text:
-    """Documents cut as a protocol says, whose ``length`` is given."""
+    """Cut documents as a protocol says, whose ``length`` is given."""
     assert protocol.length is not None
     return prepare(documents, tokenizer, protocol.length, protocol.stride, protocol.truncate, protocol.disjoint)
 
 
 def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
-    """What else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
+    """Return what else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
     return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
-    """Largest first; ``[None]`` for a dense model.
+    """Return the widths to measure, largest first; ``[None]`` for a dense model.
 
     Raises:
         CompressError: widths asked of a dense model, or one that it does not have.
@@ -152,7 +152,7 @@ def evaluate_text(
     prompt: bool | str | Path = False,
     store: Results | None = None,
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte at several widths, from one load.
+    """Measure loss, perplexity and bits per byte at several widths, from one load.
 
     Args:
         folder: checkpoint, or a dense model.
@@ -174,68 +174,85 @@ def evaluate_text(
         CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
             can be scored, or a window and the prompt are longer than the context.
     """
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report, prompt)
-    text = work.text(work.documents)
-    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, work.settings))
-    results = {}
-    for width, value in work.widths.items():
-        row = work.store.find(replace(key, width=width))
-        if row is None:
-            if value is not None:
-                compress.set_bits(work.model, value)
-            row = work.store.add(replace(key, width=width), score(work.model, text, report=work.watch(width)).json())
-        results[width] = row["metrics"]
-    protocol, virtual = work.protocol, virtual_tokens(work.model)
-    cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
-    return {
-        "model": folder,
-        "text": {"source": source, "sha256": work.settings["sha256"], "documents": len(work.documents)},
-        "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
-        **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
-        "bits": results,
-    }
+    return open_text(folder, source, bits, protocol, dtype, device, report, prompt, store).evaluate()
 
 
 @dataclass(frozen=True)
 class OpenText:
-    """A loaded model and a text, ready to be measured at several widths.
+    """Hold a loaded model and a text, ready to be measured at several widths.
 
     Attributes:
+        folder: of the model.
         source: the text's name.
         documents: of the text.
         settings: :func:`settings_of` it.
         model: with its prompt.
         tokenizer: of the model.
+        prompt: as given to :func:`evaluate_text`.
         widths: label -> what :func:`compress.set_bits` takes; None for the one of a dense model.
         protocol: with the length in use.
         store: for results.
         report: called with (what, windows done, windows in all).
     """
 
+    folder: str
     source: str
     documents: list[str]
     settings: dict[str, Any]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    prompt: bool | str | Path
     widths: dict[str, Any]
     protocol: Protocol
     store: Results
     report: Report | None
 
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the text at every width, as :func:`evaluate_text` returns it."""
+        text = self.text(self.documents)
+        key = Key("text", self.source, identity(self.folder), "", *prompt_key(self.folder, self.prompt, self.settings))
+        results = {}
+        for width, value in self.widths.items():
+            row = self.store.find(replace(key, width=width))
+            if row is None:
+                if value is not None:
+                    compress.set_bits(self.model, value)
+                found = score(self.model, text, report=self.watch(width))
+                row = self.store.add(replace(key, width=width), found.json())
+            results[width] = row["metrics"]
+        protocol, virtual = self.protocol, virtual_tokens(self.model)
+        place = str(self.folder if self.prompt is True else self.prompt)
+        cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
+        digest = self.settings["sha256"]
+        return {
+            "model": self.folder,
+            "text": {"source": self.source, "sha256": digest, "documents": len(self.documents)},
+            "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+            **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
+            "bits": results,
+        }
+
     def text(self, documents: Sequence[str]) -> Text:
-        """Documents cut into windows."""
+        """Cut documents into windows."""
         return windows(documents, self.tokenizer, self.protocol)
 
     def watch(self, what: str) -> Callable[[int, int], None] | None:
-        """The report of one part of the work."""
+        """Return the report of one part of the work."""
         report = self.report
         return None if report is None else lambda done, total: report(what, done, total)
 
 
 def open_text(
-    folder: str, source: str, bits: Sequence[int | float] | None, protocol: Protocol | None, store: Results | None,
-    dtype: torch.dtype, device: str, report: Report | None, prompt: bool | str | Path = False,
-) -> OpenText:  # fmt: skip
+    folder: str,
+    source: str,
+    bits: Sequence[int | float] | None = None,
+    protocol: Protocol | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    report: Report | None = None,
+    prompt: bool | str | Path = False,
+    store: Results | None = None,
+) -> OpenText:
     """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
@@ -245,14 +262,14 @@ def open_text(
             refuse_calibration_text(str(place), digest)
     model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
     protocol = replace(protocol, length=window_length(model, protocol.length))
-    settings, tokenizer = settings_of(digest, protocol, dtype), load_tokenizer(folder)
-    return OpenText(source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report)
+    settings, tokenizer, store = settings_of(digest, protocol, dtype), load_tokenizer(folder), store or Results(None)
+    return OpenText(folder, source, documents, settings, model, tokenizer, prompt, widths, protocol, store, report)
 
 
 def load_widths(
     folder: str, bits: Sequence[int | float] | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """One load for several widths.
+    """Load a model once, for several widths.
 
     Args:
         folder: checkpoint, or a dense model.
@@ -270,7 +287,7 @@ def load_widths(
 
 
 def window_length(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
+    """Return the tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
 
     Raises:
         CompressError: more than there is room for.
@@ -292,7 +309,7 @@ def _stride(protocol: Protocol) -> int:
 
 
 def refuse_calibration_text(folder: str, digest: str) -> None:
-    """A text that shaped the model says nothing about it.
+    """Refuse a text that shaped the model, as it says nothing about it.
 
     Raises:
         CompressError: the manifest names this very text as one the model was calibrated or trained on.

@@ -184,7 +184,7 @@ def main() -> None:
     across = [place.label for place in places]
     for name, value in [(name, given.value) for name in prepared] + [(name, "acc") for name in tasks.names]:
         values, title = matrix(rows.rows, list(prompts), across, name, value), f"{name}: {value.replace('_', ' ')}"
-        plots.heat_map(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
+        plots.transfer(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
         print(markdown(values, list(prompts), across, title))
     print(json.dumps({"windows": length, "rows": str(rows.path)}))
 

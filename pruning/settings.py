@@ -112,8 +112,8 @@ class SparseConfig(PassConfig):
         return int(kept), int(of)
 
     @property
-    def width(self) -> float:
-        """``spread``, or the allocation's default."""
+    def half_range(self) -> float:
+        """Return ``spread``, or the allocation's default."""
         if self.spread is not None:
             return self.spread
         return SPREAD.get(self.allocation, 0.0) * (self.sparsity if self.allocation == "mrp" else 1.0)

@@ -36,53 +36,6 @@ BitsOption = Annotated[
     Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8; 3.5 is a mean width. All there are if absent.")
 ]
 JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
-
-_TEXT, _TASKS = "Text", "Tasks (lm-eval)"
-TextOption = Annotated[
-    Optional[str],
-    typer.Option(help="Text file, or 'builtin' for held-out standard-library modules.", rich_help_panel=_TEXT),
-]
-ProtocolOption = Annotated[
-    Optional[str],
-    typer.Option(
-        help="How a paper cuts text: 2048, llm-pruner, any-precision, any-precision-c4, any-precision-ptb, compress-then-prompt.",
-        rich_help_panel=_TEXT,
-    ),
-]
-SeparatorOption = Annotated[
-    Optional[str],
-    typer.Option(help="Divides the text into documents, each scored alone with BOS in front.", rich_help_panel=_TEXT),
-]
-LimitOption = Annotated[
-    Optional[int], typer.Option(help="Take the first so many documents, and items of each task.", min=1)
-]
-MinimumOption = Annotated[
-    int, typer.Option(help="Pass over documents of this length or less.", min=0, rich_help_panel=_TEXT)
-]
-LengthOption = Annotated[
-    Optional[int],
-    typer.Option(help="Tokens in a window; the context, at most 2048, if absent.", min=2, rich_help_panel=_TEXT),
-]
-TruncateOption = Annotated[
-    bool, typer.Option(help="Score only the first window of each document.", rich_help_panel=_TEXT)
-]
-TasksOption = Annotated[
-    Optional[str],
-    typer.Option(
-        help="Comma-separated: lm-eval's task names, names from --include, builtin_line, builtin_name.",
-        rich_help_panel=_TASKS,
-    ),
-]
-IncludeOption = Annotated[
-    Optional[Path],
-    typer.Option(
-        help="Folder of task YAML files. They may bring Python code: only folders you trust.", rich_help_panel=_TASKS
-    ),
-]
-ResultsOption = Annotated[
-    Optional[Path],
-    typer.Option("--results", help="Keep measurements here (JSON lines); DIR/report/results.jsonl if absent."),
-]
 PromptFlag = Annotated[bool, typer.Option("--prompt", help="Put the checkpoint's own soft prompt before the text.")]
 PromptFrom = Annotated[
     Optional[Path],

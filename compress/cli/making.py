@@ -101,9 +101,9 @@ def inspect(
         quiet_transformers()
         found["sparsity"] = count(folder)
         if plot is not None:
-            from compress.evals import plots
+            from compress.evals import plots, tables
 
-            plots.sparsity(found["sparsity"], plot)
+            plots.save(plots.heat_map(tables.zeros(found["sparsity"]), limits=(0, 100)), plot)
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -8,24 +8,13 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from compress.cli.common import (
     BitsOption,
     DeviceOption,
-    IncludeOption,
     JsonOption,
-    LengthOption,
-    LimitOption,
-    MinimumOption,
     PromptFlag,
     PromptFrom,
-    ProtocolOption,
-    ResultsOption,
-    SeparatorOption,
-    TasksOption,
-    TextOption,
-    TruncateOption,
     app,
     err,
     out,
@@ -37,57 +26,32 @@ from compress.cli.common import (
     refuse_unwritable,
     write_json,
 )
+from compress.cli.options import TASKS, IncludeOption, ResultsOption, TasksOption, TextOptions, panel, with_text_options
 from compress.errors import CompressError
 
-_TASKS, _MORE = "Tasks (lm-eval)", "Beyond accuracy"
+_MORE = "Beyond accuracy"
+_AGREEMENT = "Compare with the dense model on --text: KL, top-1 agreement, flips, calibration."
+_EXACT = "Exact float32 sums, or tables and activations in 8 bits (GPU: tables, at 4 bits)."
+_Threads = Annotated[Optional[int], typer.Option(help="CPU threads; on one, processor time is counted.", min=1)]
+_FIGURES = ("loss", 5), ("perplexity", 4), ("bits_per_byte", 4)
 
 
 @app.command(name="eval")
+@with_text_options
 def evaluate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
-    text: TextOption = None,
+    text: TextOptions,
     tasks: TasksOption = None,
     bits: BitsOption = None,
-    protocol: ProtocolOption = None,
-    separator: SeparatorOption = None,
-    limit: LimitOption = None,
-    min_characters: MinimumOption = 0,
-    length: LengthOption = None,
-    stride: Annotated[
-        Optional[int],
-        typer.Option(help="Tokens a window advances by; half its length if absent.", min=1, rich_help_panel="Text"),
-    ] = None,
-    truncate: TruncateOption = False,
     include: IncludeOption = None,
-    fewshot: Annotated[
-        Optional[int], typer.Option(help="Examples in front; as the task says if absent.", rich_help_panel=_TASKS)
-    ] = None,
-    batch: Annotated[
-        Optional[int],
-        typer.Option(help="Rows in a batch; by the memory there is if absent.", min=1, rich_help_panel=_TASKS),
-    ] = None,
-    output: Annotated[
-        Optional[Path],
-        typer.Option(help="Write results_<width>.json in lm-eval's own schema here.", rich_help_panel=_TASKS),
-    ] = None,
-    table: Annotated[
-        Optional[Path],
-        typer.Option(help="Write one tidy table: .csv, or JSON lines.", rich_help_panel=_TASKS),
-    ] = None,
-    agreement: Annotated[
-        bool,
-        typer.Option(
-            help="Compare with the dense model on --text: KL, top-1 agreement, flips, calibration.",
-            rich_help_panel=_MORE,
-        ),
-    ] = False,
-    robustness: Annotated[bool, typer.Option(help="What typing errors in --text cost.", rich_help_panel=_MORE)] = False,
-    reference: Annotated[
-        Optional[str], typer.Option(help="Dense model; the recipe's if absent.", rich_help_panel=_MORE)
-    ] = None,
-    dense: Annotated[
-        bool, typer.Option(help="Measure the dense model it was made from too.", rich_help_panel=_MORE)
-    ] = False,
+    fewshot: Annotated[Optional[int], panel(TASKS, "Examples in front; as the task says if absent.")] = None,
+    batch: Annotated[Optional[int], panel(TASKS, "Rows in a batch; by the memory there is if absent.", min=1)] = None,
+    output: Annotated[Optional[Path], panel(TASKS, "Write results_<width>.json in lm-eval's own schema here.")] = None,
+    table: Annotated[Optional[Path], panel(TASKS, "Write one tidy table: .csv, or JSON lines.")] = None,
+    agreement: Annotated[bool, panel(_MORE, _AGREEMENT)] = False,
+    robustness: Annotated[bool, panel(_MORE, "What typing errors in --text cost.")] = False,
+    reference: Annotated[Optional[str], panel(_MORE, "Dense model; the recipe's if absent.")] = None,
+    dense: Annotated[bool, panel(_MORE, "Measure the dense model it was made from too.")] = False,
     device: DeviceOption = "cpu",
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
@@ -100,22 +64,17 @@ def evaluate(
     """
     from compress.evals.suite import Suite, evaluate_all
     from compress.evals.tasks import Tasks, tidy, write_lm_eval, write_table
-    from compress.evals.text import protocol_of
 
-    if text is None and tasks is None:
+    if text.text is None and tasks is None:
         raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
-    if text is None and (agreement or robustness):
+    if text.text is None and (agreement or robustness):
         raise CompressError("--agreement and --robustness look at text: give --text FILE too.")
     refuse_unwritable(target, table)
     quiet_transformers()
-    cut = protocol_of(
-        protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, stride=stride,
-        truncate=truncate,
-    )  # fmt: skip
-    chosen = Tasks(parse_names(tasks), include, limit, fewshot)
-    suite = Suite(text, cut, chosen, prompt_from or prompt, agreement, robustness, dense, reference, batch)
-    with progress_bar() as report:
-        result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, report)
+    chosen, front = Tasks(parse_names(tasks), include, text.limit, fewshot), prompt_from or prompt
+    suite = Suite(text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch)
+    with progress_bar() as progress:
+        result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, progress)
     if table is not None:
         write_table(tidy(rows), table)
     if output is not None:
@@ -126,15 +85,15 @@ def evaluate(
 
 
 def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
-    """One table per thing that was measured."""
+    """Print a table for each thing that was measured."""
     from compress.evals import tables
 
     if "bits" in result:
-        table = Table("bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens")
+        table = tables.Table(["bits", "loss (nats/token)", "perplexity", "bits per byte", "tokens"])
         for width, score in result["bits"].items():
-            figures = (f"{score['loss']:.5f}", f"{score['perplexity']:.4f}", f"{score['bits_per_byte']:.4f}")
-            table.add_row(width, *figures, str(score["tokens"]))
-        out.print(table)
+            figures = [tables.number(score[key], digits) for key, digits in _FIGURES]
+            table.add("width", width, *figures, str(score["tokens"]))
+        print_table(table)
     if rows:
         print_table(tables.task_table({(width, None): found for width, found in rows.items()}))
         if cut := sum(row["truncated"] for found in rows.values() for row in found.values()):
@@ -160,12 +119,8 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of every candidate.", min=1)] = 7,
     loads: Annotated[int, typer.Option(help="Fresh processes per candidate.", min=1)] = 3,
-    threads: Annotated[
-        Optional[int], typer.Option(help="CPU threads; on one, processor time is counted.", min=1)
-    ] = None,
-    exact: Annotated[
-        bool, typer.Option(help="Exact float32 sums, or tables and activations in 8 bits (GPU: tables, at 4 bits).")
-    ] = True,
+    threads: _Threads = None,
+    exact: Annotated[bool, typer.Option(help=_EXACT)] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
     device: DeviceOption = "cpu",
     kept: ResultsOption = None,
@@ -188,11 +143,11 @@ def bench(
         raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
     if threads is not None:
         torch.set_num_threads(threads)
-    load = Load(prompt, tokens, rounds, loads)
-    with progress_bar() as report, TemporaryDirectory() as scratch:
-        place = folder or str(write_packed_llama(Path(scratch), str(random), report))
+    load, kind = Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
+    with progress_bar() as progress, TemporaryDirectory() as scratch:
+        place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
         store = results_of(place, kept)
-        found = measure(place, parse_widths(bits), reference, load, getattr(torch, dtype), device, exact, store, report)
+        found = measure(place, parse_widths(bits), reference, load, kind, device, exact, store, progress)
     if write_json(found, target) and target == "-":
         return
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")

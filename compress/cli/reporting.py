@@ -12,16 +12,6 @@ from compress.cli.common import (
     BitsOption,
     DeviceOption,
     Folder,
-    IncludeOption,
-    LengthOption,
-    LimitOption,
-    MinimumOption,
-    ProtocolOption,
-    ResultsOption,
-    SeparatorOption,
-    TasksOption,
-    TextOption,
-    TruncateOption,
     app,
     err,
     out,
@@ -32,33 +22,27 @@ from compress.cli.common import (
     quiet_transformers,
     refuse_unwritable,
 )
+from compress.cli.options import IncludeOption, ResultsOption, TasksOption, TextOptions, with_text_options
 from compress.errors import CompressError
+
+_CONTROLS = "Make and measure stages and controls too: runs of their own."
+_SAMPLES = "Continue this text at every width; may be repeated."
+_Samples = Annotated[Optional[list[str]], typer.Option("--sample", help=_SAMPLES)]
 
 
 @app.command()
+@with_text_options
 def report(
     folder: Folder,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Folder to write to; DIR/report if absent.")
-    ] = None,
+    text: TextOptions,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; DIR/report if absent.")] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="Measure what is missing, or only lay out.")] = True,
-    text: TextOption = None,
-    protocol: ProtocolOption = None,
-    separator: SeparatorOption = None,
-    limit: LimitOption = None,
-    min_characters: MinimumOption = 0,
-    length: LengthOption = None,
-    truncate: TruncateOption = False,
     tasks: TasksOption = None,
     include: IncludeOption = None,
     bits: BitsOption = None,
-    controls: Annotated[
-        bool, typer.Option("--controls", help="Make and measure stages and controls too: runs of their own.")
-    ] = False,
+    controls: Annotated[bool, typer.Option("--controls", help=_CONTROLS)] = False,
     benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed and memory.")] = True,
-    samples: Annotated[
-        Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
-    ] = None,
+    samples: _Samples = None,
     device: DeviceOption = "cpu",
     kept: ResultsOption = None,
 ) -> None:
@@ -70,17 +54,14 @@ def report(
     from compress.evals.report import report as write
     from compress.evals.speed import Load
     from compress.evals.tasks import Tasks
-    from compress.evals.text import protocol_of
 
     quiet_transformers()
-    cut = protocol_of(
-        protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, truncate=truncate
-    )
-    chosen = Tasks(parse_names(tasks), include, limit) if tasks else None
+    chosen = Tasks(parse_names(tasks), include, text.limit) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
-    wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(samples or ()), device)
-    with progress_bar() as watch:
-        written, notes = write(folder, wanted if run else None, output, kept, watch)
+    prompts = tuple(samples or ())
+    wanted = Wanted(text.text, text.protocol(), chosen, parse_widths(bits), controls, load, prompts, device)
+    with progress_bar() as progress:
+        written, notes = write(folder, wanted if run else None, output, kept, progress)
     for path in written:
         out.print(escape(str(path)), soft_wrap=True)
     for note in notes:
@@ -88,24 +69,17 @@ def report(
 
 
 @app.command()
+@with_text_options
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Checkpoints.", metavar="DIR...")],
-    text: TextOption = None,
-    protocol: ProtocolOption = None,
-    separator: SeparatorOption = None,
-    limit: LimitOption = None,
-    min_characters: MinimumOption = 0,
-    length: LengthOption = None,
-    truncate: TruncateOption = False,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Write .html, or a plot as .png, .svg, .pdf.")
-    ] = None,
+    text: TextOptions,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File: .html, .png, .svg or .pdf.")] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Put several checkpoints, at all their widths, into one table and one Pareto plot."""
+    from compress.evals import compare as comparing
     from compress.evals import plots
-    from compress.evals import report as reports
-    from compress.evals.text import protocol_of
+    from compress.evals.page import html
     from compress.workspace import write_atomic
 
     if len(folders) < 2:
@@ -114,18 +88,14 @@ def compare(
         raise CompressError(f"-o {output}: give a name that ends in .html, .png, .svg or .pdf.")
     refuse_unwritable(output)
     quiet_transformers()
-    cut = protocol_of(
-        protocol, separator=separator, limit=limit, min_characters=min_characters, length=length, truncate=truncate
-    )
-    with progress_bar() as watch:
-        rivals, common, dense = reports.compare(folders, text, cut, device, watch)
+    with progress_bar() as progress:
+        found = comparing.compare(folders, text.text, text.protocol(), device, progress)
     if output is not None:
         try:
             if output.suffix == ".html":
-                write_atomic(output, reports.comparison_page(rivals, common, dense))
+                write_atomic(output, html(found.page()))
             else:
-                lines, name = reports.comparison_lines(rivals, dense)
-                plots.pareto(lines, output, name)
+                plots.save(found.figure(), output)
         except OSError as error:
             raise CompressError(f"-o {output}: {error.strerror}.") from error
-    print_table(reports.comparison_table(rivals, dense))
+    print_table(found.table())

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
+from typer.main import get_command
 
+from compress.cli import app
+from compress.cli.options import TextOptions
 from compress.evals import speed
 
 
@@ -18,6 +22,15 @@ def held_out(tmp_path):
     path = tmp_path / "held_out.txt"
     path.write_text("the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5)
     return path
+
+
+def test_commands_that_measure_text_agree_on_how_it_is_cut():
+    """The options that TextOptions has a field for are those of all three, and become a protocol."""
+    names = {field.name for field in fields(TextOptions)}
+    for command in ("eval", "report", "compare"):
+        assert names <= {parameter.name for parameter in get_command(app).commands[command].params}
+    cut = TextOptions(preset="llm-pruner", limit=3).protocol()
+    assert (cut.length, cut.limit, cut.disjoint) == (128, 3, True)
 
 
 def test_text_tasks_and_more_in_one_call(command, checkpoint, held_out, task_folder, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 import compress
 from compress.errors import CompressError
-from compress.evals.report import compare, comparison_lines, comparison_page, comparison_table
+from compress.evals.compare import compare
+from compress.evals.page import html
 from compress.evals.store import results_of
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.text import Protocol
@@ -34,18 +35,17 @@ def test_nothing_in_common_is_said(two):
 
 def test_the_table_says_which_are_best_at_their_size(two):
     first, second, text = two
-    rivals, common, dense = compare([first, second], text)
-    assert dense is None  # no dense model was asked for
-    assert [rival.name for rival in rivals] == ["nested", "rounded"]
-    table = comparison_table(rivals, dense)
+    found = compare([first, second], text)
+    assert found.dense is None  # no dense model was asked for
+    assert list(found.rivals) == ["nested", "rounded"]
+    table = found.table()
     assert sorted((row[0], row[1]) for row in table.rows) == [*(("nested", w) for w in "3456"), ("rounded", "3")]
     losses = {(row[0], row[1]): float(row[3]) for row in table.rows}
     best = {(row[0], row[1]): row[-1] for row in table.rows}
     assert losses["nested", "3"] < losses["rounded", "3"]
     assert best["nested", "3"] == "yes"
-    text_of_page = comparison_page(rivals, common, dense)
-    assert text_of_page.count("<circle") >= 5
-    assert compare([first, second])[0] == rivals  # what was measured is there the next time
+    assert "<title>rounded, 3 bits: " in html(found.page())
+    assert compare([first, second]) == found  # what was measured is there the next time
 
 
 def test_protocols_are_not_mixed(two):
@@ -53,8 +53,8 @@ def test_protocols_are_not_mixed(two):
     compare([first, second], text, Protocol(length=32))
     lengths = {row["settings"]["protocol"]["length"] for row in results_of(first).rows("text")}
     assert lengths == {32, 64}
-    common = compare([first, second], text, Protocol(length=32))[1]
-    assert common["settings"]["protocol"]["length"] == 32
+    again = compare([first, second], text, Protocol(length=32))
+    assert again.text["settings"]["protocol"]["length"] == 32
 
 
 def test_checkpoints_of_different_models_are_compared_by_bits_per_byte(two, make_model, tmp_path):
@@ -63,8 +63,8 @@ def test_checkpoints_of_different_models_are_compared_by_bits_per_byte(two, make
     other = compress.run({"model": str(make_model("opt")), "passes": [{"kind": "rtn", "bits": 4}]}, tmp_path / "opt")
     for folder in (first, other):
         evaluate_all(str(folder), Suite(text, dense=True))
-    rivals, _, dense = compare([first, other], text)
-    assert dense is None
-    lines, name = comparison_lines(rivals, dense)
+    found = compare([first, other], text)
+    assert found.dense is None
+    lines, name = found.lines()
     assert name == "bits per byte"
-    assert lines[1].points[0].y == rivals[1].rows[0][2]["bits_per_byte"]
+    assert lines[1].points[0].y == found.rivals["opt"][0][2]["bits_per_byte"]

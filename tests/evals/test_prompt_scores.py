@@ -8,9 +8,9 @@ import torch
 
 import compress
 from compress.errors import CompressError
+from compress.evals import plots
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Text, Window, context_length, score
-from compress.evals.plots import heat_map
 from compress.evals.tasks import Tasks
 from compress.evals.transfer import (
     NONE,
@@ -82,7 +82,7 @@ def test_a_matrix_is_filled_once(prompted, tmp_path):
         assert found[0][column] == score(model, Text(WINDOWS, 100)).loss
         other = attach(model, prompted / "soft_prompt" / "3bit")
         assert found[1][column] == score(other, Text(WINDOWS, 100)).loss
-    heat_map(found, list(prompts), ["three", "four"], "loss", tmp_path / "map.svg")
+    plots.transfer(found, list(prompts), ["three", "four"], "loss", tmp_path / "map.svg")
     assert (tmp_path / "map.svg").read_text().startswith("<?xml")
     assert markdown([[1.23456, None]], ["a"], ["x", "y"], "") == "|  | x | y |\n|---|---:|---:|\n| a | 1.235 | – |\n"
 

@@ -20,7 +20,8 @@ def test_any_precision_beside_its_controls(recipe, tmp_path, monkeypatch):
         ("rtn", "7"),
     ]
     assert rows[0]["model_bytes"] > 0
-    plots.pareto(quality.lines_of(rows), tmp_path / "plot.svg", dense=rows[0]["model_bytes"] / 1e6)
+    figure = plots.pareto(quality.lines_of(rows), dense=rows[0]["model_bytes"] / 1e6)
+    plots.save(figure, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     assert drawn.startswith("<?xml")
     monkeypatch.setattr(compress.pipeline, "run", None)  # nothing is made again

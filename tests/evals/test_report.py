@@ -12,8 +12,9 @@ import pytest
 from compress.errors import CompressError
 from compress.evals import gather
 from compress.evals.gather import Wanted, collect, measure_missing, read_matrices
-from compress.evals.page import page, showcase
+from compress.evals.page import html
 from compress.evals.report import report
+from compress.evals.sections import report_page, showcase
 from compress.evals.store import Key, Results, identity, results_of
 from compress.evals.tables import markdown, quality, tasks
 from compress.evals.tasks import Tasks
@@ -73,11 +74,11 @@ class Balanced(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_from_outside(measured):
-    text = page(collect(measured, results_of(measured)))
+    text = html(report_page(collect(measured, results_of(measured))))
     parser = Balanced()
     parser.feed(text)
     assert parser.open == []
-    assert parser.addresses == []
+    assert all(address.startswith("#") for address in parser.addresses)  # within the page
     assert "<script" not in text
     assert "url(" not in text
     assert "@import" not in text
@@ -92,6 +93,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(measured):
                         "Where the error is", "Transfer", "Continuations", "How it was made"]  # fmt: skip
     assert "the fox &amp; &lt;the&gt; dog" in text
     assert "c: &lt;some&gt; kernels" in text
+    assert text == html(report_page(collect(measured, results_of(measured))))
 
 
 def test_the_tables_have_the_figures_that_were_measured(measured):
@@ -124,7 +126,7 @@ def test_html_markdown_and_picture_are_written_and_nothing_is_measured_again(mea
     assert notes == []
     assert written[2].read_bytes().startswith(b"\x89PNG")
     text = written[1].read_text()
-    assert "![loss added against bytes read](pareto.png)" in text
+    assert "![Added loss against size, one point per width](pareto.png)" in text
     assert "kind: any_precision" in text
 
 
@@ -133,11 +135,16 @@ def test_without_matplotlib_everything_but_the_picture_is_there(measured, tmp_pa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     written, notes = report(measured, None, tmp_path / "out")
     assert [path.name for path in written] == ["index.html", "report.md"]
-    assert notes == ["pareto.png needs matplotlib: pip install 'compress-llm[plots]'."]
+    assert notes == ["There are no figures: drawing needs matplotlib: pip install 'compress-llm[plots]'."]
+    page = written[0].read_text()
+    assert notes[0].replace("'", "&#x27;") in page
+    assert "<svg" not in page
+    assert "<h2>Where the error is</h2>" in page  # as tables
+    assert "pareto.png" not in written[1].read_text()
 
 
 def test_a_checkpoint_without_measurements_still_has_a_page(compressed, tmp_path):
-    text = page(collect(compressed, Results(None), ["No text was measured: give --text FILE."]))
+    text = html(report_page(collect(compressed, Results(None), ["No text was measured: give --text FILE."])))
     assert "No text was measured" in text
     assert "Quality at every width" not in text
     assert "Where the error is" in text
@@ -211,4 +218,4 @@ def test_smaller_shapes_are_shown_block_by_block(tiny_llama, text_file, tmp_path
     facts = collect(compress.run(recipe, tmp_path / "model"), Results(None))
     assert facts.kept["model.embed_tokens"] == 1
     assert any(share < 1 for share in facts.kept.values())
-    assert "<h2>Sizes per block</h2>" in page(facts)
+    assert "<h2>Sizes per block</h2>" in html(report_page(facts))

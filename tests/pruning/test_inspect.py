@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.errors import CompressError
 from compress.evals import plots
+from compress.evals.tables import zeros
 from compress.inspect import inspect, sparsity
 
 
@@ -87,4 +88,4 @@ def test_a_plot(pruned, tmp_path, said, monkeypatch):
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(CompressError, match="needs matplotlib"):
-        plots.sparsity(sparsity(pruned), tmp_path / "other.svg")
+        plots.heat_map(zeros(sparsity(pruned)))
