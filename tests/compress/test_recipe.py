@@ -338,7 +338,5 @@ def test_overrides_may_be_a_mapping():
 def test_an_entry_that_names_no_settings_is_refused(monkeypatch):
     entry = EntryPoint("odd", "collections:OrderedDict", "compress.settings")
     monkeypatch.setattr("compress.settings._entries", lambda group: {"odd": entry})
-    with pytest.raises(
-        CompressError, match="pass 'odd': collections:OrderedDict is not a subclass of compress.settings"
-    ):
+    with pytest.raises(CompressError, match="pass 'odd': collections:OrderedDict is not a subclass"):
         config_class("odd")
