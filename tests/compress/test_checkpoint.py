@@ -281,7 +281,7 @@ def test_nothing_is_made_up_where_all_planes_are_missing(compressed, tmp_path):
 def test_a_plane_of_another_type_is_refused(copy):
     name = "model.layers.1.mlp.up_proj.plane_5"
     rewrite(copy, lambda tensors: name in tensors and tensors.update({name: tensors[name].float()}) is None)
-    with pytest.raises(CompressError, match=rf"{re.escape(name)} is torch\.float32"):
+    with pytest.raises(CompressError, match=rf"{re.escape(name)} is float32"):
         compress.load(copy)
 
 
