@@ -121,7 +121,9 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
 
     log.progress("writing", 0, 1)
     writer.write_checkpoint(
-        state, source.folder, target,
+        state,
+        source.folder,
+        target,
         manifest={
             "recipe": settings.model_dump(mode="json", exclude={"output"}),
             "model_sha256": source.sha256,
@@ -131,7 +133,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         probe_tokens=source.tokenizer("def compress(model):\n    return", add_special_tokens=False)["input_ids"],
         device=device,
         write_beside=write_beside,
-    )  # fmt: skip
+    )
     log.progress("writing", 1, 1)
 
 

@@ -61,11 +61,6 @@ def block_shape(config: PretrainedConfig, shapes: Shapes, name: str) -> BlockSha
     return shapes.get(name) or config_shape(config)
 
 
-def attribute_values(shape: BlockShape, dimension: int) -> dict[str, int]:
-    """What attributes of an attention module may hold, by the words of :attr:`Groups.attributes`."""
-    return {"heads": shape.heads, "width": shape.heads * dimension, "queries": shape.queries}
-
-
 def linear_sizes(
     structure: Architecture, shape: BlockShape, dimension: int
 ) -> dict[str, tuple[int | None, int | None]]:
@@ -101,7 +96,7 @@ def shape_block(block: nn.Module, structure: Architecture, shape: BlockShape, di
 def tell_block(block: nn.Module, structure: Architecture, shape: BlockShape, dimension: int) -> None:
     """Set the attributes from which a block's forward pass knows its heads."""
     attention = block.get_submodule(structure.attention[0].rpartition(".")[0])
-    values = attribute_values(shape, dimension)
+    values = {"heads": shape.heads, "width": shape.heads * dimension, "queries": shape.queries}
     for attribute, word in groups_of(structure).attributes.items():
         setattr(attention, attribute, values[word])
 
@@ -160,9 +155,10 @@ def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedCo
         if not groups.config_heads:
             return None
         fields |= {
-            "num_attention_heads": shape.heads, "num_key_value_heads": shape.key_value_heads,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.key_value_heads,
             "head_dim": head_dim(config),
-        }  # fmt: skip
+        }
         if kind in groups.heads_divide and config.hidden_size % shape.heads:
             if kind != "llama" or config.attention_bias or config.mlp_bias:
                 return None
@@ -190,19 +186,13 @@ def fewer_blocks(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedCon
     return type(config).from_dict(data)
 
 
-def common_shape(config: PretrainedConfig, shapes: Shapes, blocks: Sequence[str]) -> BlockShape | None:
-    """The one shape that all blocks have, or None."""
-    found = {block_shape(config, shapes, name) for name in blocks}
-    return found.pop() if len(found) == 1 else None
-
-
 def settled(config: PretrainedConfig, shapes: Shapes, structure: Architecture) -> tuple[PretrainedConfig, Shapes]:
     """Say as much as possible in the config: where all blocks have one shape that it can express, records are not needed."""
     if not shapes:
         return config, {}
     names = [block_prefix(structure, index) for index in range(config.num_hidden_layers)]
-    one = common_shape(config, shapes, names)
-    plain = ordinary_config(config, one) if one is not None else None
+    found = {block_shape(config, shapes, name) for name in names}
+    plain = ordinary_config(config, found.pop()) if len(found) == 1 else None
     if plain is not None:
         return plain, {}
     whole = config_shape(config)

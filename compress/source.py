@@ -119,6 +119,17 @@ def make_context(source: Source, device: torch.device, seed: int, state: State |
     )
     limit = getattr(state.config, "max_position_embeddings", None)
     return Context(
-        model.structure, device, seed, inside, outside, model.head, tied, state.config, state.shapes, biased, parameters,
-        limit, source.tokenizer,
-    )  # fmt: skip
+        model.structure,
+        device,
+        seed,
+        inside,
+        outside,
+        model.head,
+        tied,
+        state.config,
+        state.shapes,
+        biased,
+        parameters,
+        limit,
+        source.tokenizer,
+    )

@@ -29,16 +29,29 @@ from compress.workspace import save_atomic, write_atomic
 _LARGEST_SHARD = 4 << 30
 _SMALLEST_SHARD = 64 << 20
 _COPIED = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def write_checkpoint(
-    state: State, source: Path, target: Path,
-    manifest: dict[str, Any], probe_tokens: Sequence[int], device: torch.device,
+    state: State,
+    source: Path,
+    target: Path,
+    manifest: dict[str, Any],
+    probe_tokens: Sequence[int],
+    device: torch.device,
     write_beside: Callable[[Path], None] = lambda folder: None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a state as an ordinary Hugging Face folder.
 
     Args:

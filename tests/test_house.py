@@ -29,7 +29,7 @@ WAITING = {("core", "prompts"), ("evals", "cli")}
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (4800, 10.6),
+    "compress": (4815, 10.5),
     "compress/cli": (1035, 8.4),
     "compress/demo": (260, 7.9),
     "quant": (3110, 12.0),
@@ -37,10 +37,10 @@ BUDGETS = {
     "prompts": (635, 10.0),
     "kernels": (2535, 13.2),
     "evals": (6885, 11.7),
-    "without tests": (22510, 11.3),
+    "without tests": (22530, 11.3),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them."""
-MOST_SKIPS = 97  # ``# fmt: skip`` without tests
+MOST_SKIPS = 92  # ``# fmt: skip`` without tests
 
 
 def test_kernels_has_no_init():

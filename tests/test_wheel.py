@@ -38,6 +38,7 @@ def test_the_backend_depends_on_the_compiler_and_the_installation_does_not(tmp_p
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(expected)
     tags = next((tmp_path / "installed").glob("*.dist-info/WHEEL")).read_text()
+    assert (tmp_path / "installed" / "compress_command.py").is_file()  # where the compress command begins
     assert "Tag: py3-none-" in tags  # nothing in it depends on the version of Python
 
 

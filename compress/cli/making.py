@@ -18,12 +18,14 @@ from rich.table import Table
 from compress.cli.common import Folder, JsonFlag, app, out, progress_bar, quiet_transformers
 from compress.errors import CompressError
 
+Assignments = Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")]
+
 
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see `compress schema` and `compress passes`.")],
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.")] = None,
-    assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")] = None,
+    assignments: Assignments = None,
     workspace: Annotated[
         Optional[Path],
         typer.Option(
@@ -55,7 +57,7 @@ def _at_widths(at: dict[str, int]) -> str:
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
-    assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")] = None,
+    assignments: Assignments = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Tell, without reading a weight, what a run will need and how large the result will be."""

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from importlib.metadata import EntryPoint
 
 import pydantic
 import pytest
@@ -332,3 +333,10 @@ def test_overrides_may_be_a_mapping():
     loaded = load_recipe(recipe(), {"passes.0.bits": 3, "seed": 5})
     assert loaded.passes[0].bits == 3
     assert loaded.seed == 5
+
+
+def test_an_entry_that_names_no_settings_is_refused(monkeypatch):
+    entry = EntryPoint("odd", "collections:OrderedDict", "compress.settings")
+    monkeypatch.setattr("compress.settings._entries", lambda group: {"odd": entry})
+    with pytest.raises(CompressError, match="pass 'odd': collections:OrderedDict is not a subclass"):
+        config_class("odd")
