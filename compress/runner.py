@@ -38,9 +38,8 @@ class Finished:
 
     Attributes:
         figures: as the pass returned them.
-        notes: under the names of :data:`NOTES`: ``packed``, name -> fields of :class:`PackedShape`; ``skipped``, name ->
-            reason; where the pass changes shapes the block's ``shape``, None if it is removed; and ``storage``, name ->
-            what :func:`pack_smaller` notes.
+        notes: by :data:`NOTES`: name -> fields of its ``PackedShape``, name -> reason, the block's shape (None if it is
+            removed), name -> what :func:`pack_smaller` notes.
     """
 
     figures: Record

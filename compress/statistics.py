@@ -27,20 +27,12 @@ def watch(modules: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]
             handle.remove()
 
 
-def same_input(earlier: Tensor, version: int, x: Tensor) -> bool:
-    """Tell whether a tensor is one that was seen earlier and has not been written to since.
-
-    Args:
-        earlier: the one seen, which the caller holds, so that its memory cannot have been given to another.
-        version: its ``_version`` then; whoever writes to a tensor, or to a view of it, raises that of both.
-        x: the one in question.
-    """
-    same = earlier.data_ptr() == x.data_ptr() and earlier.shape == x.shape and earlier.stride() == x.stride()
-    return same and version == x._version
-
-
 class SharedInputs:
-    """Find linears that are called one after another with the same tensor: query, key and value, or gate and up."""
+    """Find linears that are called one after another with the same tensor: query, key and value, or gate and up.
+
+    It must be the same memory in the same order, not written to since: whoever writes to a tensor, or to a view of it, raises
+    the version of both. The last one is held, so that its memory cannot be given to another.
+    """
 
     def __init__(self) -> None:
         self._last: tuple[str, str, Tensor, int] | None = None
@@ -48,8 +40,11 @@ class SharedInputs:
     def owner(self, name: str, x: Tensor) -> str:
         """Return the first of the linears in a row that were given ``x``: ``name`` itself, or one called before it."""
         owner = name
-        if self._last is not None and self._last[0] != name and same_input(*self._last[2:], x):
-            owner = self._last[1]
+        if self._last is not None:
+            before, shared, held, version = self._last
+            same = held.data_ptr() == x.data_ptr() and held.shape == x.shape and held.stride() == x.stride()
+            if same and version == x._version and before != name:
+                owner = shared
         self._last = name, owner, x, x._version
         return owner
 

@@ -39,8 +39,7 @@ class Joint(SparsePass[JointConfig]):
             swept = sweep(weight, factor, self.rule(zeros[name]), rounding(table))
             weight.copy_(swept.weight)
             block.packed[name] = Codes(codes_of(swept.weight, table).cpu(), {self.config.bits: table.cpu()})
-            figures = {"loss": swept.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
-            result[name] = Pruned(swept.pruned, figures)
+            result[name] = Pruned(swept.pruned, swept.figures(factor))
         for name in block.linears.keys() - result.keys():
             block.skipped[name] = f"ignored by the pass {self.config.kind}"
         return result

@@ -27,11 +27,9 @@ class Prune(SparsePass[PruneConfig]):
         for name, scores in measured.scores.items():
             weight, rule = block.linears[name].weight, self.rule(zeros[name])
             if name in measured.factors:
-                factor = measured.factors[name]
-                swept = sweep(weight, factor, rule)
+                swept = sweep(weight, measured.factors[name], rule)
                 weight.copy_(swept.weight)
-                figures = {"loss": swept.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
-                result[name] = Pruned(swept.pruned, figures)
+                result[name] = Pruned(swept.pruned, swept.figures(measured.factors[name]))
             else:
                 mask = rule.mask(scores)
                 weight.masked_fill_(mask, 0.0)

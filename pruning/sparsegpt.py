@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,10 @@ class Swept:
     weight: Tensor
     pruned: Tensor
     loss: float
+
+    def figures(self, factor: Factor) -> dict[str, Any]:
+        """Return what the record of a block says of it."""
+        return {"loss": self.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
 
 
 def sweep(

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from compress.quant.kmeans_seed import compiled
 
@@ -140,12 +143,11 @@ class Descent:
         tables: width -> [N, 2**width], for W consecutive widths up to the parent's.
         share: [W], what the error of each counts.
         kept: how many of a code's highest bits stay.
-        threads: rows are spread over them; the result does not depend on it.
     """
 
-    def __init__(self, tables: Mapping[int, Floats32], share: Floats32, kept: int, threads: int) -> None:
-        self._share, self._kept, self._threads = share, kept, threads
-        self._pool = ThreadPoolExecutor(threads)  # its threads end with it
+    def __init__(self, tables: Mapping[int, Floats32], share: Floats32, kept: int) -> None:
+        self._share, self._kept = share, kept
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())  # its threads end with it
         rows, entries = tables[max(tables)].shape
         self._tables = np.zeros((len(tables), entries, rows), np.float32)
         for w, bits in enumerate(sorted(tables)):
@@ -165,7 +167,7 @@ class Descent:
             of_rows = codes[rows], fixed[rows], self._tables[..., rows]
             _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], metric)
 
-        _in_threads(run, len(codes), self._threads, self._pool)
+        _in_threads(run, len(codes), self._pool)
 
 
 @compiled
@@ -177,14 +179,11 @@ def _gather_rows(codes: Integers, spread: Floats32, sums: Floats32) -> None:
                 sums[r, code, d] += spread[k, d]
 
 
-def gather_columns(codes: Integers, spread: Floats32, entries: int, threads: int) -> Floats32:
-    """Sum ``spread`` [K, D] over the columns with each code, for every row of ``codes`` [N, K]: [N, entries, D].
-
-    Rows are spread over ``threads``; the result does not depend on them.
-    """
-    sums = np.zeros((len(codes), entries, spread.shape[1]), np.float32)
-    with ThreadPoolExecutor(threads) as pool:
-        _in_threads(lambda rows: _gather_rows(codes[rows], spread, sums[rows]), len(codes), threads, pool)
+def gather_columns(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
+    """Sum ``spread`` [K, D] over the columns with each code, for every row of ``codes`` [N, K]: float32 [N, entries, D]."""
+    sums = torch.zeros(len(codes), entries, spread.shape[1])
+    given, columns, result = codes.numpy(), spread.numpy(), sums.numpy()
+    _in_threads(lambda rows: _gather_rows(given[rows], columns, result[rows]), len(codes))
     return sums
 
 
@@ -223,32 +222,35 @@ def _split_rows(
 
 
 def split_cells(
-    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int, threads: int
-) -> tuple[Integers, Floats32]:
+    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
     """Halve every cell of every row by two-means.
 
     Args:
-        codes: [N, K].
-        targets: [N, K].
-        weight: [K], what the error of a column counts.
-        table: [N, C], the first borders.
-        zeros: [N, K], weights that stay in the lower half of their cell, whose entry is 0.
+        codes: int64 [N, K].
+        targets: float32 [N, K].
+        weight: float32 [K], what the error of a column counts.
+        table: float32 [N, C], the first borders.
+        zeros: bool [N, K], weights that stay in the lower half of their cell, whose entry is 0.
         steps: of two-means, 1 or more.
-        threads: rows are spread over them; the result does not depend on it.
 
     Returns:
         The new codes [N, K], and the means of the halves [N, 2 * C]; that of an empty one is as in ``table``.
     """
-    new, found = np.empty_like(codes), np.empty((len(table), 2 * table.shape[1]), np.float32)
+    new, found = torch.empty_like(codes), torch.empty(len(table), 2 * table.shape[1])
+    old, wanted, borders, fixed = (t.contiguous().numpy() for t in (codes, targets, table, zeros))
+    columns, halves, means = weight.contiguous().numpy(), new.numpy(), found.numpy()
 
     def run(rows: slice) -> None:
-        _split_rows(codes[rows], targets[rows], weight, table[rows], zeros[rows], steps, new[rows], found[rows])
+        _split_rows(old[rows], wanted[rows], columns, borders[rows], fixed[rows], steps, halves[rows], means[rows])
 
-    with ThreadPoolExecutor(threads) as pool:
-        _in_threads(run, len(codes), threads, pool)
+    _in_threads(run, len(codes))
     return new, found
 
 
-def _in_threads(work: Callable[[slice], None], rows: int, threads: int, pool: ThreadPoolExecutor) -> None:
+def _in_threads(work: Callable[[slice], None], rows: int, pool: ThreadPoolExecutor | None = None) -> None:
+    """Spread rows over torch's number of threads; no result depends on it."""
+    threads = torch.get_num_threads()
     bounds = [rows * i // threads for i in range(threads + 1)]
-    list(pool.map(work, map(slice, bounds[:-1], bounds[1:])))
+    with nullcontext(pool) if pool else ThreadPoolExecutor(threads) as chosen:
+        list(chosen.map(work, map(slice, bounds[:-1], bounds[1:])))

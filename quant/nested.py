@@ -203,7 +203,7 @@ class Tree:
     def _by_entry(self, entries: int) -> Tensor:
         """Sum U, and what it leaves of the diagonal, over the weights of each entry: float32 [N, entries, 17]."""
         if self._gathered is None:
-            gather = _gathered_compiled if self.codes.device.type == "cpu" else _gathered
+            gather = gather_columns if self.codes.device.type == "cpu" else _gathered
             self._gathered = gather(self.codes, self._spread, 2**self.parent)
         gathered = self._gathered.view(len(self.codes), entries, -1, self._spread.shape[1])
         return gathered[:, :, 0] if gathered.shape[2] == 1 else gathered.sum(2)
@@ -257,7 +257,7 @@ class Tree:
         """Return the same as :meth:`_plain`, without a dozen small operations per column."""
         share = np.array([one.share[bits] for bits in sorted(one.share)], np.float32)
         tables = {bits: self.tables[bits].numpy() for bits in one.share}
-        descent = Descent(tables, share, one.below or 0, torch.get_num_threads())
+        descent = Descent(tables, share, one.below or 0)
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
     def _plain(self, one: Objective) -> Choice:
@@ -312,10 +312,10 @@ class Tree:
 
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
-        split = _split_compiled if self.codes.device.type == "cpu" else _split
+        split = split_cells if self.codes.device.type == "cpu" else _split
         bits, weight = self.parent + 1, self.metric.matrix.diagonal()
         given = self.codes, self.targets[bits], weight, self.tables[self.parent], self._fixed()
-        self.codes, self.tables[bits] = split(*given)
+        self.codes, self.tables[bits] = split(*given, _SPLIT_STEPS)
         self._gathered, self._gradients = None, {}
 
     def _fixed(self) -> Tensor:
@@ -335,22 +335,13 @@ def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
     return sums.scatter_add_(1, codes, values)
 
 
-def _split(codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """Split every cell in two; return codes and tables of one more width.
-
-    Args:
-        codes: int64 [N, K].
-        targets: float32 [N, K].
-        weight: float32 [K].
-        table: float32 [N, C].
-        zeros: bool [N, K], weights that stay in the lower half of their cell, whose entry is 0.
-
-    Returns:
-        int64 [N, K] and float32 [N, 2 * C].
-    """
+def _split(
+    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Do what :func:`split_cells` does, in torch on any device."""
     new, entries, border = codes, table.repeat_interleave(2, dim=1), table
     held = _sums(zeros.float(), 2 * codes, entries.shape[1]) > 0
-    for _ in range(_SPLIT_STEPS):
+    for _ in range(steps):
         new = 2 * codes + ((targets > border.gather(1, codes)) & ~zeros)
         mass = _sums(weight.expand_as(targets), new, entries.shape[1])
         mean = _sums(weight * targets, new, entries.shape[1]) / mass.clamp_min(1e-30)
@@ -359,26 +350,11 @@ def _split(codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros:
     return new, found
 
 
-def _split_compiled(
-    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Do the same on a CPU, in one compiled pass over the weights for each step."""
-    wanted, weights = targets.contiguous().numpy(), weight.contiguous().numpy()
-    given = codes.numpy(), wanted, weights, table.contiguous().numpy(), zeros.contiguous().numpy()
-    new, found = split_cells(*given, _SPLIT_STEPS, torch.get_num_threads())
-    return torch.from_numpy(new), torch.from_numpy(found)
-
-
 def _gathered(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
-    """Sum rows of ``spread`` [K, D] over the columns with each code, float32 [N, entries, D]."""
+    """Do what :func:`gather_columns` does, in torch on any device."""
     values = spread.expand(len(codes), -1, -1)
     empty = torch.zeros(len(codes), entries, spread.shape[1], device=codes.device)
     return empty.scatter_add_(1, codes[..., None].expand_as(values), values)
-
-
-def _gathered_compiled(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
-    """Do the same on a CPU, ten times faster."""
-    return torch.from_numpy(gather_columns(codes.numpy(), spread.numpy(), entries, torch.get_num_threads()))
 
 
 def nested_output_codebooks(

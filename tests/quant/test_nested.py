@@ -226,7 +226,7 @@ def test_a_split_is_two_means_of_every_cell():
             elif half.any():
                 mean = torch.sum(metric.diagonal()[half] * weight[row, half]) / metric.diagonal()[half].sum()
                 assert tree.tables[4][row, code] == pytest.approx(float(mean), rel=1e-4)
-    codes, table = _split(*given)  # what is not compiled
+    codes, table = _split(*given, 3)  # what is not compiled
     assert torch.equal(tree.codes, codes)
     assert torch.allclose(tree.tables[4], table)
 
