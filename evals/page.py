@@ -102,7 +102,7 @@ def _html_section(section: Section, drawn: bool) -> str:
     if section.note:
         parts.append(f'<p class="note">{_words(section.note)}</p>')
     figures = [_html_picture(picture, drawn) for picture in section.pictures if drawn or picture.table]
-    parts += ['<div class="panels">', *figures, "</div>"] if len(figures) > 1 else figures
+    parts += ['<div class="panels">', *figures, "</div>"] if drawn and len(figures) > 1 else figures
     for label, text in section.blocks:
         shown = f"<pre>{escape(text)}</pre>"
         parts.append(f'<div class="sample"><div class="label">{escape(label)}</div>{shown}</div>' if label else shown)
