@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from compress.calibration import draw_samples
 from compress.evals import experiments, tables
+from compress.evals.evaluate import documents_of, windows
 from compress.evals.perplexity import context_length, score
-from compress.evals.text import documents_of, windows
 from compress.passes import Block
 from compress.pipeline import make_context, open_source, pick_device
 from compress.pruning.allot import all_parts
