@@ -38,15 +38,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """Hold a heading and what is under it, in this order; words between backticks are code.
-
-    Attributes:
-        title: the heading.
-        table: of figures.
-        note: what they mean.
-        pictures: drawn.
-        blocks: (label, text), to be shown as it is.
-    """
+    """Hold a heading and what is under it, in this order; words between backticks are code; ``blocks`` are (label, text)."""
 
     title: str
     table: Table | None = None
