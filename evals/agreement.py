@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 
 import compress
 from compress.errors import CompressError
+from compress.evals.evaluate import OpenText
 from compress.evals.perplexity import Window, score
 from compress.evals.store import Key, dense_identity, identity
-from compress.evals.text import OpenText
 from compress.loading import load
 from compress.manifest import read_manifest
 from compress.source import model_folder

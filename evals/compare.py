@@ -12,12 +12,12 @@ import torch
 
 from compress.errors import CompressError
 from compress.evals import plots, tables
+from compress.evals.evaluate import Protocol, evaluate_text, settings_of
 from compress.evals.gather import Facts, collect
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
 from compress.evals.sections import protocol_words
 from compress.evals.store import dense_identity, results_of
-from compress.evals.text import Protocol, evaluate_text, settings_of
 from compress.passes import Report
 
 if TYPE_CHECKING:

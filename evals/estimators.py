@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from compress.calibration import draw_samples
 from compress.evals import experiments, tables
+from compress.evals.evaluate import documents_of, windows
 from compress.evals.perplexity import context_length, score
-from compress.evals.text import documents_of, windows
 from compress.passes import Block
 from compress.pruning.allot import all_parts
 from compress.pruning.least_squares import removal_order

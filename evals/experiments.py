@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.evals.text import Protocol
+from compress.evals.evaluate import Protocol
 from compress.workspace import write_atomic
 
 

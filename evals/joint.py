@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.evals import experiments, tables
+from compress.evals.evaluate import Protocol
 from compress.evals.quality import measured
-from compress.evals.text import Protocol
 from compress.inspect import sparsity
 from compress.workspace import write_atomic
 

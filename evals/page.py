@@ -38,15 +38,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """Hold a heading and what is under it, in this order; words between backticks are code.
-
-    Attributes:
-        title: the heading.
-        table: of figures.
-        note: what they mean.
-        pictures: drawn.
-        blocks: (label, text), to be shown as it is.
-    """
+    """Hold a heading and what is under it, in this order; words between backticks are code; ``blocks`` are (label, text)."""
 
     title: str
     table: Table | None = None
@@ -102,7 +94,7 @@ def _html_section(section: Section, drawn: bool) -> str:
     if section.note:
         parts.append(f'<p class="note">{_words(section.note)}</p>')
     figures = [_html_picture(picture, drawn) for picture in section.pictures if drawn or picture.table]
-    parts += ['<div class="panels">', *figures, "</div>"] if len(figures) > 1 else figures
+    parts += ['<div class="panels">', *figures, "</div>"] if drawn and len(figures) > 1 else figures
     for label, text in section.blocks:
         shown = f"<pre>{escape(text)}</pre>"
         parts.append(f'<div class="sample"><div class="label">{escape(label)}</div>{shown}</div>' if label else shown)

@@ -247,16 +247,7 @@ def transfer(
     target: Path,
     reverse: bool = False,
 ) -> None:
-    """Write a figure of how prompts do at places, with shades for every column, as places differ more than prompts do.
-
-    Args:
-        values: [prompts][places]; None where nothing was measured.
-        prompts: where they were learned.
-        places: where they were evaluated.
-        title: above it.
-        target: file; its name says the format.
-        reverse: more is better.
-    """
+    """Write a figure of how prompts (rows) do at places (columns), shaded by column, as places differ more; ``reverse``: more is better."""
     matrix = Matrix([*prompts], [*places], values, down="prompt learned at", across="evaluated at")
     save(heat_map(matrix, title, by_column=True, reverse=reverse), target)
 

@@ -18,9 +18,9 @@ import compress
 from compress.calibration import draw_samples
 from compress.errors import CompressError
 from compress.evals import experiments, plots
+from compress.evals.evaluate import Protocol
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Score, Text, score
-from compress.evals.text import Protocol
 from compress.evals.transfer import NONE, Models, Place, fill, markdown, matrix, measure, read_text
 from compress.passes import Report, Whole
 from compress.prompts.adapter import write_prompt

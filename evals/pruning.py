@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from compress.calibration import Samples, draw_samples
 from compress.evals import experiments, tables
+from compress.evals.evaluate import Protocol, documents_of, windows
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Score, Text, Window, context_length, score
-from compress.evals.text import Protocol, documents_of, windows
 from compress.passes import Block, Context, Pass, pass_class
 from compress.recipe import parse_pass
 from compress.settings import Calibration

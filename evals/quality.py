@@ -15,8 +15,8 @@ from rich.table import Table
 
 from compress import pipeline
 from compress.evals import experiments, plots
+from compress.evals.evaluate import Protocol, evaluate_text
 from compress.evals.plots import Line, Point
-from compress.evals.text import Protocol, evaluate_text
 from compress.inspect import inspect
 from compress.passes import Report
 from compress.source import model_folder
@@ -34,7 +34,7 @@ def compare(
     Args:
         model: dense model.
         calibration: the recipe's ``calibration``.
-        text: what to measure on; see :func:`compress.evals.text.evaluate_text`.
+        text: what to measure on; see :func:`compress.evals.evaluate.evaluate_text`.
         folder: checkpoints are written under it; those already there are measured again, not made again.
         protocol: how the text is cut.
         seeds: seed widths of the any-precision checkpoints, each measured at all its widths up to 8.

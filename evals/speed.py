@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 import compress
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
+from compress.evals.evaluate import load_widths
 from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, versions
-from compress.evals.text import load_widths
 from compress.inspect import inspect
 from compress.passes import Report
 from compress.weights import Checkpoint

@@ -18,8 +18,9 @@ import yaml
 
 import compress
 from compress.evals import experiments, tables
+from compress.evals.evaluate import evaluate_text
 from compress.evals.experiments import Rows, calibration_of, protocol_of
-from compress.evals.text import evaluate_text
+from compress.pipeline import model_folder
 from compress.source import model_folder
 from compress.weights import Checkpoint
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluate_robustness
+from compress.evals.evaluate import Protocol, open_text
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Tasks, evaluate_tasks
-from compress.evals.text import Protocol, open_text
 from compress.passes import Report
 
 Rows = dict[str, dict[str, dict[str, Any]]]
@@ -66,7 +66,7 @@ def evaluate_all(
 
     Returns:
         One documented object, and the rows of the tasks by width and name. The object has ``model``; with a text
-        ``text``, ``protocol`` and ``bits`` (:func:`compress.evals.text.evaluate_text`); ``tasks``: width -> task -> metrics;
+        ``text``, ``protocol`` and ``bits`` (:func:`compress.evals.evaluate.evaluate_text`); ``tasks``: width -> task -> metrics;
         ``agreement`` and ``robustness``: width -> metrics. The dense model is the width ``dense``.
 
     Raises:

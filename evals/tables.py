@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.evals.gather import Facts
 
-METRICS = ("acc_norm", "acc", "exact_match")
-"""What a task is shown by: the first of these that it has."""
-
 
 @dataclass(frozen=True)
 class Table:
@@ -170,8 +167,8 @@ def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, 
 
 
 def main_metric(metrics: Mapping[str, float]) -> str:
-    """Return the metric that a task is shown by."""
-    return next((metric for metric in METRICS if metric in metrics), next(iter(metrics), ""))
+    """Return the metric that a task is shown by, of those that it has."""
+    return next((metric for metric in ("acc_norm", "acc", "exact_match") if metric in metrics), next(iter(metrics), ""))
 
 
 def _task_cells(row: Mapping[str, Any] | None, dense: Mapping[str, Any] | None) -> list[str]:

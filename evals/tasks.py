@@ -18,8 +18,8 @@ import compress
 from compress.errors import CompressError, did_you_mean, first_line
 from compress.evals import cloze
 from compress.evals.agreement import calibration_error
+from compress.evals.evaluate import load_widths
 from compress.evals.store import Key, Results, identity, prompt_key, versions
-from compress.evals.text import load_widths
 from compress.loading import load_tokenizer
 from compress.passes import Report
 from compress.weights import sha256_of

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 import compress
 from compress.errors import CompressError
 from compress.evals import experiments, plots, tables
+from compress.evals.evaluate import Protocol, documents_of, refuse_calibration_text, windows
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Score, Text, score
 from compress.evals.tasks import Tasks, evaluate_tasks
-from compress.evals.text import Protocol, documents_of, refuse_calibration_text, windows
 from compress.loading import load_tokenizer
 from compress.prompts.adapter import attach, stored_prompts, text_length
 

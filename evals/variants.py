@@ -13,8 +13,8 @@ from typing import Any
 
 from compress import pipeline
 from compress.errors import CompressError
+from compress.evals.evaluate import Protocol, documents_of, evaluate_text
 from compress.evals.store import Key, Results, identity
-from compress.evals.text import Protocol, documents_of, evaluate_text
 from compress.inspect import inspect
 from compress.manifest import read_manifest
 from compress.passes import Report

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
-    from compress.evals.text import Protocol
+    from compress.evals.evaluate import Protocol
 
 
 def panel(title: str, help: str, *names: str, **more: Any) -> Any:
@@ -60,7 +60,7 @@ class TextOptions:
         Raises:
             CompressError: there is no such preset.
         """
-        from compress.evals.text import protocol_of
+        from compress.evals.evaluate import protocol_of
 
         changes = asdict(self)
         del changes["text"]

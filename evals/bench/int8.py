@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import compress
 from compress.evals.bench.common import JsonOption, show, write
+from compress.evals.evaluate import Protocol, documents_of, widths_to_measure
 from compress.evals.perplexity import context_length, prepare, score
-from compress.evals.text import Protocol, documents_of, widths_to_measure
 from compress.hf import packed_modules
 from compress.kernels.cpu import FUSED_ROWS, Prepared
 from compress.kernels.layout import rounded

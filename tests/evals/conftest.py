@@ -18,11 +18,17 @@ def _write_task(folder, name, items, **changes):
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(item) + "\n" for item in items))
     settings = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{query}}",
-        "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "target_delimiter": " ",
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": " ",
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-    }  # fmt: skip
+    }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | changes))
 
 

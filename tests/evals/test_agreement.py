@@ -15,10 +15,10 @@ from compress.evals.agreement import (
     evaluate_robustness,
     with_typos,
 )
+from compress.evals.evaluate import open_text
 from compress.evals.perplexity import prepare
 from compress.evals.store import Results
 from compress.evals.tables import flipped
-from compress.evals.text import open_text
 
 TEXT = "the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5
 

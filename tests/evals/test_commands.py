@@ -36,17 +36,36 @@ def test_commands_that_measure_text_agree_on_how_it_is_cut():
 def test_text_tasks_and_more_in_one_call(command, checkpoint, held_out, task_folder, tmp_path):
     pytest.importorskip("lm_eval")
     code, text, error = command(
-        "eval", checkpoint, "--text", held_out, "--tasks", "animals", "--include", task_folder, "--bits", "3,4", "--dense",
-        "--agreement", "--robustness", "--json", tmp_path / "all.json", "--table", tmp_path / "t.csv", "--output", tmp_path / "lm",
-    )  # fmt: skip
+        "eval",
+        checkpoint,
+        "--text",
+        held_out,
+        "--tasks",
+        "animals",
+        "--include",
+        task_folder,
+        "--bits",
+        "3,4",
+        "--dense",
+        "--agreement",
+        "--robustness",
+        "--json",
+        tmp_path / "all.json",
+        "--table",
+        tmp_path / "t.csv",
+        "--output",
+        tmp_path / "lm",
+    )
     assert (code, error) == (0, "")
     assert "acc_norm" in text
     result = json.loads((tmp_path / "all.json").read_text())
     assert set(result["bits"]) == set(result["tasks"]) == set(result["agreement"]) == {"3", "4", "dense"}
     assert result["tasks"]["3"]["animals"].keys() >= {"acc", "acc_norm", "ece"}
     assert sorted(path.name for path in (tmp_path / "lm").iterdir()) == [
-        "results_3bit.json", "results_4bit.json", "results_dense.json",
-    ]  # fmt: skip
+        "results_3bit.json",
+        "results_4bit.json",
+        "results_dense.json",
+    ]
     kept = (checkpoint / "report" / "results.jsonl").read_text()
     assert command("eval", checkpoint, "--text", held_out, "--bits", "3")[0] == 0
     assert (checkpoint / "report" / "results.jsonl").read_text() == kept

@@ -7,10 +7,10 @@ import pytest
 import compress
 from compress.errors import CompressError
 from compress.evals.compare import compare
+from compress.evals.evaluate import Protocol
 from compress.evals.page import html
 from compress.evals.store import results_of
 from compress.evals.suite import Suite, evaluate_all
-from compress.evals.text import Protocol
 
 TEXT = "the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5
 

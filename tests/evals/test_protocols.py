@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 import compress
 from compress.errors import CompressError
-from compress.evals import text as module
+from compress.evals import evaluate as module
+from compress.evals.evaluate import PRESETS, Protocol, documents_of, evaluate_text, protocol_of
 from compress.evals.store import Results
-from compress.evals.text import PRESETS, Protocol, documents_of, evaluate_text, protocol_of
 
 TEXT = "the fox sleeps and the lazy dog jumps over the quick brown fox. " * 12
 

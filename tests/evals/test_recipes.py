@@ -27,8 +27,12 @@ def test_a_recipe_runs_until_it_needs_weights(recipe):
 
 def test_there_are_recipes_for_every_paper():
     assert {path.stem.partition("-llama")[0].partition("-opt")[0].partition("-mistral")[0] for path in RECIPES} >= {
-        "any-precision", "prune", "joint", "mini-llm", "compress-then-prompt",
-    }  # fmt: skip
+        "any-precision",
+        "prune",
+        "joint",
+        "mini-llm",
+        "compress-then-prompt",
+    }
 
 
 @pytest.mark.parametrize(

@@ -211,9 +211,11 @@ def test_without_lm_eval_the_extra_is_named(compressed, monkeypatch):
 
 
 REAL = {
-    "piqa": {}, "arc_easy": {}, "openbook_qa": {},
+    "piqa": {},
+    "arc_easy": {},
+    "openbook_qa": {},
     "winogrande": {"doc_to_text": "gold", "doc_to_choice": "{{context_options}}", "doc_to_target": "continuation"},
-}  # fmt: skip
+}
 
 
 def test_four_published_tasks_equal_a_plain_loop(real, write_task, tmp_path):

@@ -1,6 +1,6 @@
 """Mean widths beside whole ones in one evaluation."""
 
-from compress.evals.text import evaluate_text
+from compress.evals.evaluate import evaluate_text
 
 
 def test_a_mean_width_is_measured_beside_whole_ones(compressed, tmp_path):

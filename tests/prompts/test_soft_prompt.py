@@ -188,7 +188,7 @@ def test_mistakes_are_refused_before_any_work(recipe, tmp_path, passes, complain
 
 def test_the_text_of_a_prompt_is_no_text_to_measure_on(recipe, tmp_path, text_file):
     """Its own, beside the recipe's; both are in the manifest by their digests."""
-    from compress.evals.text import evaluate_text
+    from compress.evals.evaluate import evaluate_text
 
     own = tmp_path / "own.txt"
     own.write_text("a lazy fox and a quick dog sleep in the brown den. " * 60)

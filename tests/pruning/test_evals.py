@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.errors import CompressError
 from compress.evals import pruning
+from compress.evals.evaluate import Protocol
 from compress.evals.experiments import Rows
 from compress.evals.pruning import Bench, markdown, settings_of, table
-from compress.evals.text import Protocol
+from compress.recipe import Calibration
 from compress.settings import Calibration
 
 TEXT = "the dog jumps over the fox. the fox sleeps. " * 30

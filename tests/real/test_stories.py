@@ -7,7 +7,7 @@ are perplexities of any-precision-llm (seed 3, per-row tables, Fisher from 100 s
 import pytest
 
 import compress
-from compress.evals.text import Protocol, evaluate_text
+from compress.evals.evaluate import Protocol, evaluate_text
 
 ANCHORS = {"8": 3.6242, "7": 3.6258, "6": 3.6300, "5": 3.6703, "4": 3.8458, "3": 5.3250}
 ROUND_TO_NEAREST = {"8": 3.6254, "4": 4.0664, "3": 8.0175}
