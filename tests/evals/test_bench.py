@@ -41,8 +41,11 @@ def test_candidates_take_turns_and_the_first_round_is_not_counted():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("sparse", "--rows", 16), ("matrix", "--size", 64), ("quantiser", "--rows", 1, "--rounds", 2)],
-    ids=lambda arguments: arguments[0],
+    [
+        pytest.param(("sparse", "--rows", 16), id="sparse"),
+        pytest.param(("matrix", "--size", 64), id="matrix"),
+        pytest.param(("quantiser", "--rows", 1, "--rounds", 2), id="quantiser", marks=pytest.mark.slow),
+    ],
 )
 def test_a_small_run_prints_a_table_and_writes_its_figures(arguments, tmp_path):
     assert "┃" in run(*arguments, "--json", tmp_path / "found.json")
@@ -52,6 +55,7 @@ def test_a_small_run_prints_a_table_and_writes_its_figures(arguments, tmp_path):
 
 
 @linux
+@pytest.mark.slow
 def test_peaks_of_a_kind_of_pass_stand_beside_the_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "PASSES", {"mini_llm": {"magnitude (L2)": {"score": "magnitude"}}})
     run("memory", "mini_llm", "--hidden", 256, "--blocks", 2, "--json", tmp_path / "found.json")
@@ -61,6 +65,7 @@ def test_peaks_of_a_kind_of_pass_stand_beside_the_plan(tmp_path, monkeypatch):
 
 
 @linux
+@pytest.mark.slow
 def test_training_a_prompt_is_measured_in_a_fresh_process(tmp_path):
     dense = write_llama(tmp_path / "dense", llama(128, 1))
     found = in_fresh_process(memory.PROMPT, [str(dense), None])
