@@ -12,7 +12,7 @@
 set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/env"
-"$dir/env/bin/pip" install -qq --no-compile torch==2.13.0 transformers==5.24.0 gguf==0.19.0
+"$dir/env/bin/pip" install -qq --no-compile torch==2.13.0 transformers==5.24.0 accelerate==1.15.0 gguf==0.19.0
 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 "$dir/env/bin/python" -W ignore - "$dir" <<'PYTHON'
 import sys
 import gguf
