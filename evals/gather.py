@@ -15,11 +15,11 @@ import compress
 from compress.errors import CompressError
 from compress.evals import bench, cloze
 from compress.evals.agreement import dense_model_of
+from compress.evals.controls import measure_variants
 from compress.evals.store import FOLDER, Key, Results, dense_identity, identity
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tasks import Tasks
 from compress.evals.text import BUILTIN, Protocol, documents_of, widths_to_measure, window_length
-from compress.evals.variants import measure_variants
 from compress.inspect import inspect
 from compress.loading import load_tokenizer
 from compress.passes import Report
