@@ -19,7 +19,6 @@ from rich.console import Console
 
 from compress.cli.common import write_json
 from compress.evals.bench_memory import CALIBRATION, beside_plan, memory_table, random_model
-from compress.evals.experiments import listed
 from compress.pruning.allocation import Budget
 from compress.pruning.mrp import curve, grid, search
 from compress.pruning.scores import removal
@@ -60,8 +59,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m compress.evals.bench_pruning", description=__doc__)
     parser.add_argument("--size", type=int, default=4096, help="of the matrix")
     parser.add_argument("--hidden", type=int, default=512, help="of the random models whose memory is measured")
-    parser.add_argument("--depths", type=listed(int), default=(8, 24), help="blocks of those")
-    parser.add_argument("--scores", type=listed(str), default=("wanda", "sparsegpt"))
+    parser.add_argument(
+        "--depths", type=lambda text: [int(part) for part in text.split(",")], default=(8, 24), help="blocks of those"
+    )
+    parser.add_argument("--scores", type=lambda text: text.split(","), default=("wanda", "sparsegpt"))
     parser.add_argument("--json", help="also write the figures to this file")
     given = parser.parse_args()
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "size": given.size, **bench_sweep(given.size)}

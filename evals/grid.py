@@ -363,7 +363,7 @@ def tables_of(grid: Grid, lines: Sequence[Line]) -> str:
             pivot(mine, grid.down, grid.across, group)
             for group in ([[m] for m in metrics] if grid.across else [metrics])
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def pivot(lines: Sequence[Line], down: Sequence[str], across: Sequence[str], metrics: Sequence[str]) -> str:
@@ -375,7 +375,8 @@ def pivot(lines: Sequence[Line], down: Sequence[str], across: Sequence[str], met
 
     cells: dict[Any, list[Line]] = {}
     for line in lines:
-        cells.setdefault(place(line), []).append(line)
+        if any(line.get(name) is not None for name in metrics):
+            cells.setdefault(place(line), []).append(line)
     columns = [(labels, name) for labels in dict.fromkeys(labels for _, labels in cells) for name in metrics]
     corner = _head(metrics[0]) if across else ""
     heads = [", ".join(labels) if across else _head(name) for labels, name in columns]
@@ -414,7 +415,7 @@ def main(
     chosen = settle(grid, model, calibration, text, separator, settings or [])
     lines = GridRun(chosen, out, keep, script.progress()).lines(only or [])
     found = tables_of(chosen, lines)
-    (out / "tables.md").write_text(found, encoding="utf-8")
+    (out / "tables.md").write_text(found + "\n", encoding="utf-8")
     typer.echo(found)
     if json_file is not None:
         script.write_json(lines, json_file)

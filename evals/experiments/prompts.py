@@ -138,12 +138,12 @@ def main(
     lines += [{"row": LORA, "level": place.label, **lora.figures(place)} for place in places]
     prompts = {NONE: None, **{str(cell.place["level"]): run.checkpoint(cell) for cell in cells}}
     rows = transfer(places, prompts, {"text": chosen.text}, Tasks(()), run.protocol, run.store)
-    for row in rows:
-        if row["prompt"] == DENSE:
-            lines.append({**row, "row": "the dense model's prompt", "level": row["model"]})
-        if row["model"] == DENSE and row["prompt"] != NONE:
-            lines.append({**row, "row": f"{OWN} on the dense model", "level": row["prompt"]})
+    lines += [
+        {**row, "row": "the dense model's prompt", "level": row["model"]} for row in rows if row["prompt"] == DENSE
+    ]
     add_gaps(lines)
+    elsewhere = [row for row in rows if row["model"] == DENSE and row["prompt"] != NONE]
+    lines += [{**row, "row": f"{OWN} on the dense model", "level": row["prompt"]} for row in elsewhere]
     value = "bits_per_byte" if chosen.text == "builtin" else "perplexity"
     values = matrix(rows, list(prompts), levels, "text", value)
     plots.heat_map(values, list(prompts), levels, value.replace("_", " "), out / "transfer.svg")
