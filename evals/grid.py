@@ -356,8 +356,8 @@ def tables_of(grid: Grid, lines: Sequence[Line]) -> str:
     dense, cells = lines[0], lines[1:]
     known = [f"{_head(name)} {_figure(name, [dense])}" for name in metrics if name in dense]
     parts = [f"dense model: {', '.join(known)}"]
-    for label in dict.fromkeys(str(line.get(grid.per, "")) for line in cells):
-        mine = [line for line in cells if str(line.get(grid.per, "")) == label]
+    for label in dict.fromkeys(line.get(grid.per or "") for line in cells):
+        mine = [line for line in cells if line.get(grid.per or "") == label]
         parts += [f"{grid.per}: {label}"] if grid.per else []
         parts += [
             pivot(mine, grid.down, grid.across, group)

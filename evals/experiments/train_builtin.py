@@ -104,7 +104,7 @@ def main(
     )
     print(f"{len(texts)} files, {sum(map(len, texts.values()))} characters, {len(stream)} tokens", flush=True)
     kind, sizes = SHAPES[shape]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON, **sizes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON, **sizes))  # type: ignore[no-untyped-call]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

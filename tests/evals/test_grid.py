@@ -125,7 +125,7 @@ def test_templates():
     assert fill({"use": "{step}", "bits": 3}, values) == {"kind": "rtn", "bits": 3}
     assert fill(["{two}", 3, "{none}", "{step.bits}"], values) == [1, 2, 3, 4]
     assert fill("{share:.0%} of {b}", values) == "25% of 4"
-    with pytest.raises(CompressError, match="'{bit}' cannot be filled in"):
+    with pytest.raises(CompressError, match=r"'{bit}' cannot be filled in"):
         fill("{bit}", values)
 
 
@@ -173,5 +173,5 @@ def test_the_command(data, tmp_path, monkeypatch, capsys):
     assert '"row": "uniform"' in capsys.readouterr().out
     assert "| uniform |" in (tmp_path / "out" / "tables.md").read_text()
     monkeypatch.setattr(sys, "argv", ["grid", "prunning", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="error: there is no grid 'prunning'.*Did you mean 'pruning'"):
+    with pytest.raises(SystemExit, match=r"error: there is no grid 'prunning'.*Did you mean 'pruning'"):
         script.run(main)

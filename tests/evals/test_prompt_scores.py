@@ -103,5 +103,5 @@ def test_the_command_line_of_transfer(prompted, text, tmp_path, monkeypatch, cap
     ]
     assert (tmp_path / "out" / "transfer-foxes.svg").read_text().startswith("<?xml")
     monkeypatch.setattr("sys.argv", ["transfer", str(tmp_path / "out"), "--model", f"a={prompted}@x", "--text", text])
-    with pytest.raises(SystemExit, match="error: model 'a=.*@x': write it as LABEL=DIR or LABEL=DIR@BITS"):
+    with pytest.raises(SystemExit, match=r"error: model 'a=.*@x': write it as LABEL=DIR or LABEL=DIR@BITS"):
         script.run(main)
