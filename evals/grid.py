@@ -172,7 +172,7 @@ def settle(
     data = read_grid(name)
     data |= {key: value for key, value in (("model", model), ("text", text)) if value is not None}
     if calibration is not None:
-        kept = {key: value for key, value in data.get("calibration", {}).items() if key in ("samples", "length")}
+        kept = {key: value for key, value in data.get("calibration", {}).items() if key in ("samples", "length", "min_characters")}
         data["calibration"] = {**kept, "text": calibration, "separator": separator}
     if separator is not None:
         data["protocol"] = {**data.get("protocol", {}), "separator": separator}
@@ -308,7 +308,8 @@ class GridRun:
         if choose is None:
             return {}
         axes = {axis: known for axis, known in self.grid.axes.items() if isinstance(known, dict)}
-        fixed = {axis: axes.get(axis, {}).get(str(label), label) for axis, label in choose.at.items()}
+        labels = {axis: fill(label, self.grid.define) for axis, label in choose.at.items()}
+        fixed = {axis: axes.get(axis, {}).get(str(label), label) for axis, label in labels.items()}
         losses = []
         for value in choose.among:
             recipe = {**cell.recipe(self.grid, **fixed, **{choose.axis: value}), "seed": cell.row.seeds[0]}
@@ -339,7 +340,7 @@ class GridRun:
             facts = facts_of(folder)
             found = measure(folder, text, self.protocol, bits, prompt, progress=self.progress)
             figures = {width: {**metrics, **facts} for width, metrics in found.items()}
-        if recipe["passes"] and not self.keep:
+        if recipe["passes"] and (text == HELD_OUT or not self.keep):
             shutil.rmtree(folder)
         self.store.add(key, {}, place=dict(place), figures=figures)
         return figures
