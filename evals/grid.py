@@ -172,7 +172,11 @@ def settle(
     data = read_grid(name)
     data |= {key: value for key, value in (("model", model), ("text", text)) if value is not None}
     if calibration is not None:
-        kept = {key: value for key, value in data.get("calibration", {}).items() if key in ("samples", "length", "min_characters")}
+        kept = {
+            key: value
+            for key, value in data.get("calibration", {}).items()
+            if key in ("samples", "length", "min_characters")
+        }
         data["calibration"] = {**kept, "text": calibration, "separator": separator}
     if separator is not None:
         data["protocol"] = {**data.get("protocol", {}), "separator": separator}

@@ -45,9 +45,14 @@ def make(recipe: Mapping[str, Any], folder: Path, work: Path, progress: Report |
 
 
 def measure(
-    folder: Path, text: str, protocol: Protocol | None = None, bits: Sequence[int] | None = None, prompt: bool = False,
-    device: str = "cpu", progress: Report | None = None,
-) -> Figures:  # fmt: skip
+    folder: Path,
+    text: str,
+    protocol: Protocol | None = None,
+    bits: Sequence[int] | None = None,
+    prompt: bool = False,
+    device: str = "cpu",
+    progress: Report | None = None,
+) -> Figures:
     """Measure a checkpoint, or a dense model, on a text.
 
     Returns:
@@ -86,7 +91,7 @@ def held_out_loss(folder: Path, calibration: Calibration, count: int) -> float:
         count: further samples to draw from the same source.
 
     Returns:
-        Loss in nats per token on those samples; where the last pass has trained, on what it held back of its own text, summed
+        Loss in nats per token on those samples, of a packed model at the most bits it has; where the last pass has trained, on what it held back of its own text, summed
         over the numbers of bits it trained at.
     """
     passes = (read_manifest(folder) or {}).get("passes") or [{"units": {}}]
