@@ -16,11 +16,11 @@ import compress
 from compress.errors import CompressError
 from compress.evals import cloze, speed
 from compress.evals.agreement import dense_model_of
+from compress.evals.controls import measure_variants
 from compress.evals.evaluate import BUILTIN, Protocol, documents_of, load_widths, window_length
 from compress.evals.store import FOLDER, Key, Results, dense_identity, identity
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tasks import Tasks
-from compress.evals.variants import measure_variants
 from compress.inspect import inspect, sparsity
 from compress.loading import load_tokenizer
 from compress.manifest import read_manifest

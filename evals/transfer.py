@@ -1,46 +1,36 @@
-"""Soft prompts from here on models over there: ``python -m compress.evals.transfer OUT --help``.
+"""Measure soft prompts from here on models over there: ``python -m compress.evals.transfer OUT --help``.
 
-Every prompt is put before every model (at its width) and scored on every text, in windows of one length that leave room for
-the longest prompt, so that all entries are over the same tokens. Rows go to ``OUT/transfer.json`` as they come: a stopped
-run continues. ``OUT/transfer-TEXT.svg`` has the heat map.
+Every prompt is put before every model (at its number of bits) and scored on every text, in windows of one length that leave room
+for the longest prompt, so that all entries are over the same tokens. ``OUT/results.jsonl`` keeps what is measured, so a stopped
+run continues; ``OUT/transfer.json`` has all rows, which ``compress report`` shows, and ``OUT/transfer-TEXT.svg`` the heat map.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
+import typer
 
 import compress
 from compress.errors import CompressError
-from compress.evals import experiments, plots, tables
-from compress.evals.evaluate import Protocol, documents_of, refuse_calibration_text, windows
-from compress.evals.experiments import Rows
-from compress.evals.perplexity import Score, Text, score
+from compress.evals import plots, script
+from compress.evals.evaluate import Protocol, evaluate_text, window_length
+from compress.evals.grid import pivot
+from compress.evals.store import Results
 from compress.evals.tasks import Tasks, evaluate_tasks
-from compress.loading import load_tokenizer
-from compress.prompts.adapter import attach, stored_prompts, text_length
+from compress.prompts.adapter import stored_prompts
 
 NONE = "none"
+Prompts = Mapping[str, Optional[Path]]
+"""Label -> adapter, or a checkpoint with one; None for no prompt."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A model at a width.
-
-    Attributes:
-        label: its name in the matrix.
-        folder: checkpoint or dense model.
-        bits: width; None for a dense model, or all that is stored.
-    """
+    """A model at a number of bits: its label in the matrix, its folder, and the bits; None for a dense model."""
 
     label: str
     folder: str
@@ -48,10 +38,10 @@ class Place:
 
     @classmethod
     def parse(cls, given: str) -> Place:
-        """``LABEL=DIR``, ``LABEL=DIR@BITS``; without a label the rest is one.
+        """Read ``LABEL=DIR`` or ``LABEL=DIR@BITS``; without a label the rest is one.
 
         Raises:
-            CompressError: the width is not a number.
+            CompressError: the number of bits is not one.
         """
         label, equals, rest = given.partition("=")
         folder, at, bits = (rest if equals else given).partition("@")
@@ -60,151 +50,114 @@ class Place:
         return cls(label if equals else given, folder, int(bits) if at else None)
 
 
-class Models:
-    """Loads models by place; the last one stays, as neighbours often differ in their width only."""
-
-    def __init__(self) -> None:
-        self._folder: str | None = None
-        self._model: PreTrainedModel | None = None
-
-    def open(self, place: Place) -> PreTrainedModel:
-        """The model of a place, at its width."""
-        if self._folder != place.folder or self._model is None:
-            self._folder, self._model = place.folder, compress.load(place.folder, dtype=torch.float32)
-        if place.bits is not None:
-            compress.set_bits(self._model, place.bits)
-        return self._model
-
-    def forget(self) -> None:
-        """Load anew next time: what was loaded has been changed."""
-        self._folder = self._model = None
-
-
-@contextmanager
-def with_prompt(model: PreTrainedModel, prompt: Path | None) -> Iterator[nn.Module]:
-    """The model with a prompt, for the length of a ``with``."""
-    yield model if prompt is None else attach(model, prompt)
-
-
-def common_length(prompts: Mapping[str, Path | None], model: PreTrainedModel, length: int | None = None) -> int:
-    """Tokens in a window that leave room for every prompt: ``length`` if it is that short, the most there is if None.
+def common_length(prompts: Prompts, folder: str, length: int | None = None) -> int:
+    """Return the tokens of a window that leave room for every prompt: ``length``, or the most there is.
 
     Raises:
         CompressError: ``length`` leaves no room for one of the prompts.
     """
-    rooms = [2048]
-    for path in prompts.values():
-        with with_prompt(model, path) as prompted:
-            rooms.append(text_length(prompted) or 2048)
-    if length is not None and length > min(rooms):
-        raise CompressError(f"windows of {length} tokens: the longest prompt leaves room for {min(rooms)}.")
-    return length or min(rooms)
+    room = min(window_length(compress.load(folder, prompt=path or False), None) for path in prompts.values())
+    if length is not None and length > room:
+        raise CompressError(f"windows of {length} tokens: the longest prompt leaves room for {room}.")
+    return length or room
 
 
-def read_text(source: str, folder: str, protocol: Protocol) -> Text:
-    """A text cut into windows for the model of a folder.
+def transfer(
+    places: Sequence[Place],
+    prompts: Prompts,
+    texts: Mapping[str, str],
+    tasks: Tasks,
+    protocol: Protocol,
+    store: Results,
+) -> list[dict[str, Any]]:
+    """Score every prompt at every place.
 
-    Raises:
-        CompressError: it is what the model was calibrated or trained on.
+    Args:
+        places: models; those of one folder that follow each other are loaded once.
+        prompts: to put before them.
+        texts: name -> file, or ``builtin``.
+        tasks: of lm-eval.
+        protocol: how texts are cut, with the length of the windows.
+        store: what it has is not measured again.
+
+    Returns:
+        One row per prompt, place and text or task: ``prompt, model, text`` (the name) and the metrics.
     """
-    documents, digest = documents_of(source, protocol)
-    refuse_calibration_text(folder, digest)
-    return windows(documents, load_tokenizer(folder), protocol)
-
-
-def fill(
-    rows: Rows, models: Models, places: Sequence[Place], prompts: Mapping[str, Path | None], texts: Mapping[str, Text]
-) -> None:
-    """Score every prompt at every place on every text; rows that are there are kept."""
-    for place in places:
-        for label, path in prompts.items():
-            for name, text in texts.items():
-                key = {"prompt": label, "model": place.label, "text": name}
-                rows.get(key, lambda place=place, path=path, text=text: measure(models, place, path, text).json())  # type: ignore[misc]
-
-
-def measure(models: Models, place: Place, prompt: Path | None, text: Text) -> Score:
-    """One entry."""
-    with with_prompt(models.open(place), prompt) as model:
-        return score(model, text)  # type: ignore[arg-type]
-
-
-def fill_tasks(rows: Rows, places: Sequence[Place], prompts: Mapping[str, Path | None], tasks: Tasks) -> None:
-    """The same for lm-eval tasks: each in one row of its metrics."""
-    for place in places:
-        for label, path in prompts.items():
-            for name in tasks.names:
-                key = {"prompt": label, "model": place.label, "text": name}
-                rows.get(key, lambda place=place, path=path, name=name: _task(place, path, name, tasks))  # type: ignore[misc]
-
-
-def _task(place: Place, prompt: Path | None, name: str, tasks: Tasks) -> dict[str, Any]:
-    widths = None if place.bits is None else [place.bits]
-    found = evaluate_tasks(place.folder, replace(tasks, names=(name,)), widths, prompt=prompt or False)
-    row: dict[str, Any] = next(iter(found.values()))[name]
-    return {**row["metrics"], "items": row["n"]}
+    rows = []
+    for folder in dict.fromkeys(place.folder for place in places):
+        here = [place for place in places if place.folder == folder]
+        bits = sorted({place.bits for place in here if place.bits is not None})
+        for prompt, path in prompts.items():
+            found: dict[str, dict[str, Any]] = {}
+            for name, source in texts.items():
+                result = evaluate_text(folder, source, bits, protocol, prompt=path or False, store=store)
+                for width, metrics in result["bits"].items():
+                    found.setdefault(width, {})[name] = metrics
+            measured = evaluate_tasks(folder, tasks, bits, store, path or False) if tasks.names else {}
+            for width, row in measured.items():
+                found.setdefault(width, {}).update(
+                    {n: {**task["metrics"], "items": task["n"]} for n, task in row.items()}
+                )
+            for place in here:
+                each = found.get(str(place.bits)) or next(iter(found.values()))
+                rows += [{"prompt": prompt, "model": place.label, "text": name, **m} for name, m in each.items()]
+    return rows
 
 
 def matrix(
     rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], places: Sequence[str], text: str, value: str
 ) -> list[list[float | None]]:
-    """Prompts down, models across; None where nothing was measured."""
-    found = {(row.get("prompt"), row.get("model"), row.get("text")): row for row in rows}
+    """Return a measure with prompts down and models across; None where nothing was measured."""
+    found = {(row["prompt"], row["model"], row["text"]): row for row in rows}
     return [[found.get((prompt, place, text), {}).get(value) for place in places] for prompt in prompts]
 
 
-def markdown(values: list[list[float | None]], down: Sequence[str], across: Sequence[str], corner: str) -> str:
-    """The same as a table."""
-    rows = [[label, *("–" if v is None else f"{v:.4g}" for v in row)] for label, row in zip(down, values, strict=True)]
-    return tables.markdown(tables.Table([corner, *across], rows)) + "\n"
-
-
-def main() -> None:
-    """Fill the matrix of the command line."""
-    given = arguments_of().parse_args()
-    places = [Place.parse(item) for item in given.model]
-    if not given.text and not given.tasks:
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder for results, transfer.json and the heat maps.")],
+    model: Annotated[list[str], typer.Option(metavar="LABEL=DIR[@BITS]", help="Where to evaluate.")],
+    prompt: Annotated[
+        Optional[list[str]], typer.Option(metavar="LABEL=DIR", help="Adapter, or checkpoint with one.")
+    ] = None,
+    text: Annotated[Optional[list[str]], typer.Option(metavar="[NAME=]FILE", help="What to score; or builtin.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="lm-eval tasks, as for compress eval; their accuracy is another matrix.")
+    ] = "",
+    include: Annotated[Optional[Path], typer.Option(help="Folder of task YAML files; only folders you trust.")] = None,
+    separator: Annotated[Optional[str], typer.Option(help="Divides texts into documents.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Measure on the first so many documents or items.")] = None,
+    min_characters: Annotated[int, typer.Option(help="Pass over documents of this length or less.")] = 0,
+    stride: Annotated[
+        Optional[int], typer.Option(help="Tokens a window advances by; half its length if absent.")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Score only the first window of each document.")] = False,
+    length: Annotated[
+        Optional[int], typer.Option(help="Tokens in a window; what the longest prompt leaves if absent.")
+    ] = None,
+    value: Annotated[str, typer.Option(help="perplexity, loss or bits_per_byte.")] = "perplexity",
+) -> None:
+    """Put every prompt before every model, and draw what each is worth there."""
+    if not text and not tasks:
         raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
+    places = [Place.parse(item) for item in model]
     prompts: dict[str, Path | None] = {NONE: None}
-    for item in given.prompt:
+    for item in prompt or []:
         label, equals, folder = item.partition("=")
-        path = Path(folder if equals else item)
-        if not stored_prompts(path):
-            raise CompressError(f"prompt {item!r}: {path} holds no soft prompt.")
-        prompts[label] = path
-    models = Models()
-    length = common_length(prompts, models.open(places[0]), given.length)
-    protocol = experiments.protocol_of(given, length)
-    rows = Rows(given.out / "transfer.json", {"protocol": asdict(protocol)})
-    texts = dict(item.partition("=")[::2] if "=" in item else (Path(item).stem, item) for item in given.text)
-    prepared = {name: read_text(source, places[0].folder, protocol) for name, source in texts.items()}
-    fill(rows, models, places, prompts, prepared)
-    tasks = Tasks(tuple(given.tasks.split(",")) if given.tasks else (), given.include, given.limit)
-    fill_tasks(rows, places, prompts, tasks)
+        prompts[label] = Path(folder if equals else item)
+        if not stored_prompts(folder if equals else item):
+            raise CompressError(f"prompt {item!r}: {folder or item} holds no soft prompt.")
+    sources = dict(item.partition("=")[::2] if "=" in item else (Path(item).stem, item) for item in text or [])
+    protocol = Protocol(separator, limit, min_characters, None, stride, truncate)
+    protocol = replace(protocol, length=common_length(prompts, places[0].folder, length))
+    wanted = Tasks(tuple(tasks.split(",")) if tasks else (), include, limit)
+    rows = transfer(places, prompts, sources, wanted, protocol, Results(out / "results.jsonl"))
+    out.mkdir(parents=True, exist_ok=True)
+    script.write_json(rows, str(out / "transfer.json"))
     across = [place.label for place in places]
-    for name, value in [(name, given.value) for name in prepared] + [(name, "acc") for name in tasks.names]:
-        values, title = matrix(rows.rows, list(prompts), across, name, value), f"{name}: {value.replace('_', ' ')}"
-        plots.transfer(values, list(prompts), across, title, given.out / f"transfer-{name}.svg", reverse=value == "acc")
-        print(markdown(values, list(prompts), across, title))
-    print(json.dumps({"windows": length, "rows": str(rows.path)}))
-
-
-def arguments_of() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m compress.evals.transfer", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for transfer.json and the heat maps")
-    parser.add_argument("--model", action="append", required=True, metavar="LABEL=DIR[@BITS]", help="where to evaluate")
-    parser.add_argument(
-        "--prompt", action="append", default=[], metavar="LABEL=DIR", help="adapter, or checkpoint with one"
-    )
-    parser.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="what to score; or builtin")
-    parser.add_argument("--tasks", help="lm-eval tasks, as for compress eval; their accuracy is another matrix")
-    parser.add_argument("--include", type=Path, help="folder of task YAML files; only folders you trust")
-    experiments.protocol_arguments(parser)
-    parser.add_argument("--length", type=int, help="tokens in a window; what the longest prompt leaves if absent")
-    parser.add_argument("--value", default="perplexity", choices=("perplexity", "loss", "bits_per_byte"))
-    return parser
+    for name, measure in [(name, value) for name in sources] + [(name, "acc") for name in wanted.names]:
+        values, title = matrix(rows, list(prompts), across, name, measure), f"{name}: {measure.replace('_', ' ')}"
+        plots.transfer(values, list(prompts), across, title, out / f"transfer-{name}.svg", reverse=measure == "acc")
+        typer.echo(pivot([row for row in rows if row["text"] == name], ["prompt"], ["model"], [measure]))
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    script.run(main)

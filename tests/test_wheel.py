@@ -40,6 +40,9 @@ def test_the_backend_depends_on_the_compiler_and_the_installation_does_not(tmp_p
     tags = next((tmp_path / "installed").glob("*.dist-info/WHEEL")).read_text()
     assert (tmp_path / "installed" / "compress_command.py").is_file()  # where the compress command begins
     assert "Tag: py3-none-" in tags  # nothing in it depends on the version of Python
+    evals = tmp_path / "installed" / "compress" / "evals"
+    assert (evals / "grid.py").exists()
+    assert not [name for name in ("experiments", "grids") if (evals / name).exists()]  # they are for a clone
 
 
 def test_the_wheel_works_outside_the_clone(tmp_path):

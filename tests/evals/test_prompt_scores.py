@@ -8,21 +8,12 @@ import torch
 
 import compress
 from compress.errors import CompressError
-from compress.evals import plots
-from compress.evals.experiments import Rows
+from compress.evals import script, transfer
+from compress.evals.evaluate import Protocol, evaluate_text
 from compress.evals.perplexity import Text, Window, context_length, score
+from compress.evals.store import Results
 from compress.evals.tasks import Tasks
-from compress.evals.transfer import (
-    NONE,
-    Models,
-    Place,
-    common_length,
-    fill,
-    fill_tasks,
-    main,
-    markdown,
-    matrix,
-)
+from compress.evals.transfer import NONE, Place, common_length, main, matrix
 from compress.prompts.adapter import attach
 
 WINDOWS = [Window(list(range(1, 20)), 18), Window(list(range(30, 42)), 4), Window([5, 6], 1)]
@@ -64,48 +55,53 @@ def test_windows_make_room(prompted):
     model = compress.load(prompted, bits=3)
     assert (context_length(model), context_length(attach(model, prompted))) == (64, 59)
     prompts = {NONE: None, "own": prompted / "soft_prompt"}
-    assert common_length(prompts, model) == 59
+    assert common_length(prompts, str(prompted)) == 59
     with pytest.raises(CompressError, match="the longest prompt leaves room for 59"):
-        common_length(prompts, model, 60)
+        common_length(prompts, str(prompted), 60)
 
 
-def test_a_matrix_is_filled_once(prompted, tmp_path):
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "foxes.txt"
+    path.write_text("the dog jumps over the fox. " * 30)
+    return str(path)
+
+
+def test_a_matrix_is_filled_once(prompted, text, tmp_path, monkeypatch):
     """Each entry is the score of that prompt on that model; a second run measures nothing."""
     places = [Place.parse(f"three={prompted}@3"), Place.parse(f"four={prompted}@4")]
     prompts = {NONE: None, "of 3": prompted / "soft_prompt" / "3bit"}
-    fill(Rows(tmp_path / "rows.json"), Models(), places, prompts, {"text": Text(WINDOWS, 100)})
-    rows = Rows(tmp_path / "rows.json")
-    fill(rows, None, places, prompts, {"text": None})
-    found = matrix(rows.rows, list(prompts), ["three", "four"], "text", "loss")
-    for column, bits in enumerate((3, 4)):
-        model = compress.load(prompted, bits=bits, dtype=torch.float32)
-        assert found[0][column] == score(model, Text(WINDOWS, 100)).loss
-        other = attach(model, prompted / "soft_prompt" / "3bit")
-        assert found[1][column] == score(other, Text(WINDOWS, 100)).loss
-    plots.transfer(found, list(prompts), ["three", "four"], "loss", tmp_path / "map.svg")
-    assert (tmp_path / "map.svg").read_text().startswith("<?xml")
-    assert markdown([[1.23456, None]], ["a"], ["x", "y"], "") == "|  | x | y |\n|---|---:|---:|\n| a | 1.235 | – |\n"
+    arguments = (places, prompts, {"foxes": text}, Tasks(()), Protocol(length=40))
+    rows = transfer.transfer(*arguments, Results(tmp_path / "results.jsonl"))
+    found = matrix(rows, list(prompts), ["three", "four"], "foxes", "loss")
+    for line, prompt in enumerate((False, prompts["of 3"])):
+        alone = evaluate_text(str(prompted), text, [3, 4], Protocol(length=40), prompt=prompt)["bits"]
+        assert found[line] == [alone["3"]["loss"], alone["4"]["loss"]]
+    monkeypatch.setattr("compress.evals.evaluate.score", None)
+    assert transfer.transfer(*arguments, Results(tmp_path / "results.jsonl")) == rows
+    assert matrix(rows, [NONE], ["five"], "foxes", "loss") == [[None]]
 
 
-def test_tasks_are_rows_too(prompted, task_folder, tmp_path):
-    rows = Rows(tmp_path / "rows.json")
+def test_tasks_are_rows_too(prompted, task_folder):
     prompts = {NONE: None, "of 3": prompted / "soft_prompt" / "3bit"}
-    fill_tasks(rows, [Place.parse(f"three={prompted}@3")], prompts, Tasks(("animals",), task_folder))
-    found = matrix(rows.rows, list(prompts), ["three"], "animals", "acc")
-    assert all(0 <= row[0] <= 1 for row in found)
-    assert [row["items"] for row in rows.rows] == [8, 8]
+    places = [Place.parse(f"three={prompted}@3")]
+    rows = transfer.transfer(places, prompts, {}, Tasks(("animals",), task_folder), Protocol(), Results(None))
+    assert all(0 <= row[0] <= 1 for row in matrix(rows, list(prompts), ["three"], "animals", "acc"))
+    assert [row["items"] for row in rows] == [8, 8]
 
 
-def test_the_command_line_of_transfer(prompted, tmp_path, monkeypatch, capsys):
-    text = tmp_path / "other.txt"
-    text.write_text("the dog jumps over the fox. " * 30)
+def test_the_command_line_of_transfer(prompted, text, tmp_path, monkeypatch, capsys):
     arguments = [tmp_path / "out", "--model", f"3={prompted}@3", "--prompt", f"own={prompted / 'soft_prompt' / '3bit'}"]
-    monkeypatch.setattr("sys.argv", ["transfer", *map(str, arguments), "--text", f"foxes={text}"])
-    main()
+    monkeypatch.setattr("sys.argv", ["transfer", *map(str, arguments), "--text", text])
+    with pytest.raises(SystemExit, match="0"):
+        script.run(main)
     assert "| own |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert [(row["prompt"], row["model"], row["text"]) for row in rows] == [
         ("none", "3", "foxes"),
         ("own", "3", "foxes"),
     ]
-    assert (tmp_path / "out" / "transfer-foxes.svg").exists()
+    assert (tmp_path / "out" / "transfer-foxes.svg").read_text().startswith("<?xml")
+    monkeypatch.setattr("sys.argv", ["transfer", str(tmp_path / "out"), "--model", f"a={prompted}@x", "--text", text])
+    with pytest.raises(SystemExit, match=r"error: model 'a=.*@x': write it as LABEL=DIR or LABEL=DIR@BITS"):
+        script.run(main)

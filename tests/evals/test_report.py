@@ -11,6 +11,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.evals import gather
+from compress.evals.controls import controls, measure_variants, stages
 from compress.evals.evaluate import Protocol
 from compress.evals.gather import Wanted, collect, measure_missing, read_matrices
 from compress.evals.page import html
@@ -19,7 +20,6 @@ from compress.evals.sections import report_page, showcase
 from compress.evals.store import Key, Results, identity, results_of
 from compress.evals.tables import markdown, quality, tasks
 from compress.evals.tasks import Tasks
-from compress.evals.variants import controls, measure_variants, stages
 from compress.inspect import inspect
 
 TEXT = "the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5

@@ -1,4 +1,4 @@
-"""Train the built-in model: ``python -m compress.demo.train OUT [--steps N] [--shape deep]``.
+"""Train the built-in model: ``python -m compress.evals.experiments.train_builtin OUT [--steps N] [--shape deep]``.
 
 A byte-level BPE tokenizer and a Llama of 2.7 M parameters, on the standard library's source files
 (see :mod:`compress.texts`). It takes about two hours on two CPU cores; an interrupted training continues.
@@ -8,34 +8,50 @@ another architecture.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from compress.errors import CompressError
+from compress.evals import script
 from compress.texts import SEPARATOR, fingerprint, stdlib, training_files
 
 VOCABULARY = 2048
 CONTEXT = 512
+COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    # grouped-query attention, tied embeddings, and an inner size that no power of two divides
+    "builtin": (
+        "llama",
+        {"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 6, "num_attention_heads": 6}
+        | {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+    ),
+    # biases, layer norms, learned positions, ReLU
+    "deep": (
+        "opt",
+        {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512, "num_hidden_layers": 12}
+        | {"num_attention_heads": 4, "dropout": 0.0, "pad_token_id": 0},
+    ),
+}
+"""Model type and sizes."""
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose one special token separates and starts documents."""
+    """Train a byte-level BPE tokenizer whose one special token separates and starts documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,42 +67,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR, model_max_length=CONTEXT
     )
-
-
-def builtin_model() -> LlamaForCausalLM:
-    """Grouped-query attention, tied embeddings, and an inner size (500) that no power of two divides."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=500,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def deep_model() -> OPTForCausalLM:
-    """OPT with twice the blocks: biases, layer norms, learned positions, ReLU."""
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        word_embed_proj_dim=128,
-        ffn_dim=512,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        dropout=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return OPTForCausalLM(config)
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -105,14 +85,15 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": window, "labels": window}
 
 
-def main() -> None:
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder for the model, and for the training's own checkpoints.")],
+    steps: Annotated[int, typer.Option(help="Steps of AdamW.")] = 5000,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
+    shape: Annotated[str, typer.Option(help="builtin or deep.")] = "builtin",
+) -> None:
     """Train, resume where a run was interrupted, and save in bfloat16."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--shape", choices=("builtin", "deep"), default="builtin")
-    arguments = parser.parse_args()
+    if shape not in SHAPES:
+        raise CompressError(f"--shape: there is no {shape!r}; known: {', '.join(SHAPES)}.")
     set_seed(0)
     files = training_files()
     texts = {str(path.relative_to(stdlib())): path.read_text("utf-8", "ignore") for path in files}
@@ -122,13 +103,14 @@ def main() -> None:
         dtype=torch.int16,
     )
     print(f"{len(texts)} files, {sum(map(len, texts.values()))} characters, {len(stream)} tokens", flush=True)
-    model: PreTrainedModel = builtin_model() if arguments.shape == "builtin" else deep_model()
+    kind, sizes = SHAPES[shape]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON, **sizes))  # type: ignore[no-untyped-call]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(arguments.output / "training"),
-            max_steps=arguments.steps,
-            per_device_train_batch_size=arguments.batch,
+            output_dir=str(output / "training"),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
             learning_rate=3e-3,
             weight_decay=0.1,
             adam_beta2=0.95,
@@ -144,15 +126,15 @@ def main() -> None:
             dataloader_num_workers=0,
             seed=0,
         ),
-        train_dataset=Windows(stream, arguments.steps * arguments.batch),
+        train_dataset=Windows(stream, steps * batch),
     )
-    resumable = any((arguments.output / "training").glob("checkpoint-*"))
+    resumable = any((output / "training").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resumable)
-    model.bfloat16().save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
-    record = {"python": sys.version, "steps": arguments.steps, "batch": arguments.batch, "files": fingerprint(texts)}
-    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    model.bfloat16().save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    record = {"python": sys.version, "steps": steps, "batch": batch, "files": fingerprint(texts)}
+    (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

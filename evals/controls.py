@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import pipeline
 from compress.errors import CompressError
-from compress.evals.evaluate import Protocol, documents_of, evaluate_text
+from compress.evals.evaluate import Protocol, documents_of
+from compress.evals.measure import make, measure
 from compress.evals.store import Key, Results, identity
-from compress.inspect import inspect
 from compress.manifest import read_manifest
 from compress.passes import Report
 
@@ -39,7 +38,7 @@ class Variant:
 
 
 def stages(passes: Sequence[Mapping[str, Any]]) -> Iterator[Variant]:
-    """The recipe after each of its passes but the last."""
+    """Yield the recipe cut short after each of its passes but the last."""
     for count in range(1, len(passes)):
         yield Variant(
             "stage", "after " + " → ".join(step["kind"] for step in passes[:count]), [*map(dict, passes[:count])]
@@ -47,7 +46,7 @@ def stages(passes: Sequence[Mapping[str, Any]]) -> Iterator[Variant]:
 
 
 def controls(passes: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> Iterator[Variant]:
-    """Round-to-nearest and k-means at every width for any-precision; uniform and random for another allocation."""
+    """Yield plainer methods in a pass's place: for any-precision round-to-nearest and k-means, for an allocation uniform and random."""
     for place, step in enumerate(passes):
         before, after = [*map(dict, passes[:place])], [*map(dict, passes[place + 1 :])]
         if step["kind"] == "any_precision":
@@ -63,9 +62,14 @@ def controls(passes: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> Iter
 
 
 def measure_variants(
-    folder: Path, source: str, protocol: Protocol, widths: Sequence[int], store: Results, device: str = "cpu",
+    folder: Path,
+    source: str,
+    protocol: Protocol,
+    widths: Sequence[int],
+    store: Results,
+    device: str = "cpu",
     report: Report | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Make every stage and control of a checkpoint, measure it on a text, keep the figures.
 
     Args:
@@ -92,12 +96,8 @@ def measure_variants(
         key = Key("variant", source, origin, "", settings={**settings, "sha256": digest, "passes": variant.passes})
         if store.find(key) is not None:
             continue
-        made = work / "model"
-        shutil.rmtree(made, ignore_errors=True)
-        pipeline.run({**recipe, "passes": variant.passes}, made, workspace=work / "units", report=report)
-        scores = evaluate_text(str(made), source, protocol=protocol, device=device, report=report)["bits"]
-        looked = inspect(made)
-        sizes = looked["bytes_at_bits"] or {"dense": looked["bytes"]}
-        figures = {width: {**score, "disk_bytes": sizes[width]} for width, score in scores.items()}
+        shutil.rmtree(work / "model", ignore_errors=True)
+        made = make({**recipe, "passes": variant.passes}, work / "model", work / "units", report)
+        figures = measure(made, source, protocol, device=device, progress=report)
         store.add(key, {}, group=variant.group, label=variant.label, widths=figures)
     shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Experiments that a grid cannot say; they work in a clone and are not in the wheel."""

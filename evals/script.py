@@ -1,0 +1,57 @@
+"""What the command lines of experiments share: a quiet transformers, errors in one line, JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from compress.errors import CompressError
+from compress.passes import Report
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a function as a command, its parameters as arguments and options; end with one line on a user's mistake."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, at what peft asks it
+    try:
+        typer.run(main)
+    except CompressError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def progress() -> Report:
+    """Return a progress function that prints a line on standard error every ten seconds."""
+    last = 0.0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() >= last + 10:
+            last = time.monotonic()
+            typer.echo(f"[{done}/{total}] {what}", err=True)
+
+    return tell
+
+
+def write_json(result: Any, target: str) -> None:
+    """Write a result to a file, or to standard output if the target is ``-``.
+
+    Raises:
+        CompressError: the file cannot be written.
+    """
+    text = json.dumps(result, indent=1)
+    if target == "-":
+        typer.echo(text)
+        return
+    try:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CompressError(f"--json {target}: {error.strerror}.") from error

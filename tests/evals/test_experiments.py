@@ -1,0 +1,79 @@
+"""Experiments of the clone, on tiny models: LoRA beside prompts, and what scores know."""
+
+import sys
+
+import pytest
+import torch
+
+from compress.evals import script
+from compress.evals.experiments import estimators, prompts
+from compress.pruning.settings import MiniLlmConfig
+from compress.source import make_context, open_source
+
+TEXT = "the dog jumps over the fox. the fox sleeps. " * 5
+
+
+def run(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["experiment", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="0"):
+        script.run(main)
+
+
+def test_lora_has_as_many_trained_numbers(tiny_llama):
+    """Of q_proj 96 per rank and block, k_proj 72, v_proj 72, …: three blocks."""
+    context = make_context(open_source(str(tiny_llama)), torch.device("cpu"), 0)
+    assert prompts.lora_of(context, 96 * 3) == (["q_proj"], 1)
+    assert prompts.lora_of(context, 2 * (96 + 72 + 72) * 3) == (["q_proj", "k_proj", "v_proj"], 2)
+
+
+def test_prompts_beside_lora_and_beside_each_other(tiny_llama, text_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "valid.txt").write_text(TEXT)
+    tiny = [
+        "calibration.samples=4",
+        "calibration.length=24",
+        "protocol.length=40",
+        "define.steps=2",
+        "define.validate=2",
+    ]
+    tiny += ["define.prompt.tokens=3", "define.prompt.held_out=2", "define.prompt.batch=2"]
+    tiny += ["define.prompt.text.samples=4", "define.prompt.text.length=24"]
+    arguments = [tmp_path / "out", "--model", tiny_llama, "--calibration", text_file, "--text", tmp_path / "valid.txt"]
+    arguments += [part for item in tiny for part in ("--set", item)]
+    arguments += ["--only", "level=dense", "--only", "level=3 bits"]
+    arguments += ["--only", "row=no prompt", "--only", "row=its own prompt"]
+    run(monkeypatch, prompts.main, *arguments)
+    found = (tmp_path / "out" / "tables.md").read_text().splitlines()
+    assert (tmp_path / "out" / "transfer.svg").exists()
+    for line in ("no prompt", "its own prompt", "the dense model's prompt", "LoRA"):
+        cells = next(row for row in found if row.startswith(f"| {line} |")).split("|")[2:-1]
+        assert all(1 < float(cell) < 400 for cell in cells)
+    closed = next(row for row in found if row.startswith("| gap closed |"))
+    assert closed == "| gap closed | 3 bits |"
+    for name in ("grid.measure", "grid.make", "experiments.prompts.train", "text.score"):
+        monkeypatch.setattr(f"compress.evals.{name}", None)  # all of it is known
+    monkeypatch.setattr(prompts.GridRun, "checkpoint", lambda run, cell: next((run.out / "models").glob("*prompt-3*")))
+    run(monkeypatch, prompts.main, *arguments)
+
+
+def test_a_score_ranks_as_itself_and_the_output_score_ranks_all_channels(tiny_llama, text_file):
+    source = open_source(str(tiny_llama))
+    context = make_context(source, torch.device("cpu"), 0)
+    samples = [torch.arange(1, 20), torch.arange(30, 60)]
+    exact = estimators.channel_scores(MiniLlmConfig(score="taylor"), source, context, samples)
+    assert [len(scores) for scores in exact] == [100, 100, 100]
+    assert estimators.rank_correlation(exact[0], exact[0]) == pytest.approx(1)
+    assert estimators.rank_correlation(exact[0], -exact[0]) == pytest.approx(-1)
+    [output, *_] = estimators.channel_scores(MiniLlmConfig(score="output"), source, context, samples)
+    assert len(output.unique()) == 100
+
+
+def test_forward_passes_are_counted():
+    counted = {
+        "1": MiniLlmConfig(score="output"),
+        "0": MiniLlmConfig(score="random"),
+        "21": MiniLlmConfig(score="fms", draws=10),
+        "40": MiniLlmConfig(score="gates", estimator="spsa", draws=2, step=0.01),
+        "2": MiniLlmConfig(score="gates"),
+        "backward": MiniLlmConfig(score="fms", estimator="backprop"),
+    }
+    assert {number: estimators.forwards(config, 5) for number, config in counted.items()} == {n: n for n in counted}
