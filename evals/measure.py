@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress.sparsity import sparsity
 
 import compress
 from compress.calibration import draw_samples
 from compress.evals.evaluate import Protocol, evaluate_text
 from compress.evals.perplexity import Text, Window, score
-from compress.inspect import inspect
+from compress.inspect import inspect, sparsity
 from compress.loading import load_tokenizer, read_config
 from compress.manifest import read_manifest
 from compress.passes import Report
