@@ -20,11 +20,11 @@ from compress.evals.perplexity import context_length, score
 from compress.evals.text import documents_of, windows
 from compress.passes import Block
 from compress.pipeline import make_context, open_source, pick_device
-from compress.pruning.allot import all_parts
-from compress.pruning.least_squares import removal_order
-from compress.pruning.measured import WHOLE_MODEL, block_scores, last_linear, moments_of
-from compress.pruning.mini_llm import MiniLlm, MiniLlmConfig
-from compress.pruning.survey import whole_model_scores
+from compress.pruning.structured.gradients import whole_model_scores
+from compress.pruning.structured.groups import last_linear
+from compress.pruning.structured.mini_llm import MiniLlm, MiniLlmConfig
+from compress.pruning.structured.scores import WHOLE_MODEL, BlockScores, removal_order
+from compress.pruning.structured.sizes import Sizes
 from compress.recipe import Calibration
 from compress.shapes import config_shape
 from compress.streaming import Call, StreamedModel
@@ -93,21 +93,22 @@ class Bench:
         if config.score not in WHOLE_MODEL:
             return {}
         model = StreamedModel(self.source.state, self.device).whole()
-        parts = all_parts(config, self.context)
-        return whole_model_scores(config, model, self.samples, self.context, parts, [], lambda *_: None)
+        parts = Sizes(config.sizes, self.context).parts
+        return whole_model_scores(config.gradients, model, self.samples, self.context, parts, [], lambda *_: None)
 
     def channel_scores(self, config: MiniLlmConfig, findings: Mapping[str, Tensor]) -> list[Tensor]:
         """Scores of every MLP's channels on the dense model."""
         found: list[Tensor] = []
 
         def visit(block: Block) -> None:
-            part = all_parts(config, self.context)[block.index]["mlp"]
+            part = Sizes(config.sizes, self.context).parts[block.index]["mlp"]
+            scores = BlockScores(config.scores, block, self.context)
             if config.score != "output":
-                found.append(block_scores(block, part, config, self.context))
+                found.append(scores.scores(part))
                 return
-            weight, moments = last_linear(block, part).weight, moments_of(block, part, True)
-            order, _ = removal_order(weight, moments, part.columns, part.classes, part.units - 1)
-            rank = torch.full((part.units,), float(part.units))
+            weight, moments = last_linear(block, part).weight, scores.moments(part)
+            order, _ = removal_order(weight, moments, part.columns, part.classes, part.count - 1)
+            rank = torch.full((part.count,), float(part.count))
             rank[order] = torch.arange(len(order), dtype=torch.float32)
             found.append(rank)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,29 +10,29 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.passes import Block, Context, Needs, Pass, PassConfig
-from compress.pruning.allot import all_parts, block_counts, block_names, cheapest_blocks, depth_of, kept_whole
-from compress.pruning.criteria import Variant, lowest
-from compress.pruning.groups import Part, Unit, cut, remaining
-from compress.pruning.least_squares import compensated, output_error, removal_order
-from compress.pruning.measured import WHOLE_MODEL, block_price, block_scores, last_linear, moments_of, prices
-from compress.pruning.survey import whole_model_scores
-from compress.shapes import BlockShape, block_shape, config_shape
+from compress.passes import Block, Context, Needs, Pass, PassConfig, Report
+from compress.pruning.structured.gradients import Estimator, GradientSettings, whole_model_scores
+from compress.pruning.structured.groups import HeadGroups, Part, cut, last_linear, remaining
+from compress.pruning.structured.scores import (
+    WHOLE_MODEL,
+    Aggregate,
+    BlockScores,
+    Formula,
+    Score,
+    ScoreSettings,
+    compensated,
+    lowest,
+    output_error,
+    removal_order,
+)
+from compress.pruning.structured.sizes import Sizes, SizeSettings
+from compress.shapes import BlockShape, config_shape
 from compress.workspace import Record
 
-Score = Literal["output", "fms", "taylor", "gates", "no_gradient", "noise", "magnitude", "random"]
-Estimator = Literal["spsa", "backprop", "residual"]
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "score": "fms", "estimator": "spsa", "variant": "F1", "mode": "local", "protect": "llm_pruner",
-        "compensate": False,
-    },
-    "llm_pruner": {
-        "score": "taylor", "estimator": "backprop", "variant": "F3", "mode": "local", "protect": "llm_pruner",
-        "ratio_of": "layers", "ratio": 0.25, "compensate": False,
-    },
-}  # fmt: skip
+PAPER = {"score": "fms", "estimator": "spsa", "variant": "F1"}
+LLM_PRUNER = {"score": "taylor", "estimator": "backprop", "variant": "F3", "ratio_of": "layers", "ratio": 0.25}
+_BOTH = {"mode": "local", "protect": "llm_pruner", "compensate": False}
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER | _BOTH, "llm_pruner": LLM_PRUNER | _BOTH}
 
 
 class MiniLlmConfig(PassConfig):
@@ -73,11 +73,11 @@ class MiniLlmConfig(PassConfig):
     )
     draws: int = Field(1, ge=1, description="Perturbations that spsa averages over.")
     step: float = Field(1e-3, gt=0, description="Size of a perturbation.")
-    variant: Variant = Field(
+    variant: Formula = Field(
         "F1",
         description="Score of one weight for fms and taylor: |W||X||g|, |W mean(X) g|, |W g|, or their signed sum.",
     )
-    aggregate: Literal["sum", "max"] = Field("sum", description="Over the matrices that a group has parts in.")
+    aggregate: Aggregate = Field("sum", description="Over the matrices that a group has parts in.")
     rounds: int = Field(
         1, ge=1, description="For fms, taylor and gates: score again after each of so many equal parts."
     )
@@ -88,7 +88,7 @@ class MiniLlmConfig(PassConfig):
     attention: float = Field(
         1.0, ge=0, description="Share that attention loses, as a multiple of what MLPs lose; 0 leaves all heads."
     )
-    unit: Unit = Field(
+    unit: HeadGroups = Field(
         "groups",
         description="Heads go as key-value heads with all their queries, or as queries, equally many of every key-value head.",
     )
@@ -130,10 +130,23 @@ class MiniLlmConfig(PassConfig):
         return self
 
     @property
-    def source(self) -> Estimator:
-        """The estimator in use."""
-        chosen: dict[str, Estimator] = {"fms": "spsa", "taylor": "backprop", "gates": "residual"}
-        return self.estimator or chosen.get(self.score, "residual")
+    def sizes(self) -> SizeSettings:
+        """Return the settings that decide how much goes from where."""
+        return SizeSettings(
+            self.ratio, self.ratio_of, self.mode, self.protect, self.attention, self.unit, self.multiple
+        )
+
+    @property
+    def scores(self) -> ScoreSettings:
+        """Return the settings that decide what a group is worth."""
+        return ScoreSettings(self.score, self.aggregate, self.compensate)
+
+    @property
+    def gradients(self) -> GradientSettings:
+        """Return the settings of scores of the whole model, with the estimator in use."""
+        usual: dict[str, Estimator] = {"fms": "spsa", "taylor": "backprop"}
+        estimator = self.estimator or usual.get(self.score, "residual")
+        return GradientSettings(self.score, estimator, self.draws, self.step, self.variant, self.aggregate, self.rounds)
 
 
 class MiniLlm(Pass[MiniLlmConfig]):
@@ -142,96 +155,92 @@ class MiniLlm(Pass[MiniLlmConfig]):
     Config = MiniLlmConfig
 
     def needs(self) -> Needs:
-        """Inputs of blocks for what is measured there, the whole model for what is estimated there."""
+        """Ask for inputs of blocks for what is measured there, for the whole model for what is estimated there."""
         config = self.config
         inside = config.compensate or config.score in ("output", "no_gradient", "noise")
         return Needs(
             inputs="updated" if inside or config.remove == "blocks" else None,
             hessians=config.compensate or config.score == "output",
             model_survey=config.score in WHOLE_MODEL,
-            backward=config.score in WHOLE_MODEL and config.source == "backprop",
+            backward=config.score in WHOLE_MODEL and config.gradients.estimator == "backprop",
             changes_shapes=True,
         )
 
+    def _sizes(self, context: Context) -> Sizes:
+        return Sizes(self.config.sizes, context)
+
     def check(self, context: Context) -> None:
-        """Whether the target can be met."""
+        """Refuse a target that cannot be met."""
         config_shape(context.config)
-        if self.config.remove == "blocks":
-            depth_of(self.config, context)
-        else:
-            block_counts(self.config, context, None)
+        self.shapes_after(context)
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """Exact in modes uniform and local; in mode global, and of blocks, what goes is yet to be found."""
-        names = block_names(context)
+        """Foresee sizes: exact in modes uniform and local; in mode global, and of blocks, what goes is yet to be found."""
+        sizes = self._sizes(context)
         if self.config.remove == "blocks":
-            return dict.fromkeys(names[-depth_of(self.config, context) :])
-        counts = block_counts(self.config, context, None)
+            return dict.fromkeys(sizes.names[-sizes.depth() :])
         after: dict[str, BlockShape | None] = {}
-        for name, parts, lost in zip(names, all_parts(self.config, context), counts, strict=True):
-            shape = block_shape(context.config, context.shapes, name)
+        for name, parts, lost in zip(sizes.names, sizes.parts, sizes.counts(), strict=True):
+            shape = sizes.shape(name)
             for kind, count in lost.items():
                 shape = parts[kind].shape(shape, count)
             after[name] = shape
         return after
 
     def survey_model(
-        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context,
-        report: Callable[[str, int, int], None],
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Scores that need the whole model, ``<block>.<part>`` -> [U]."""
-        parts = all_parts(self.config, context)
-        counts = block_counts(self.config, context, None) if self.config.rounds > 1 else []
-        return whole_model_scores(self.config, model, samples, context, parts, counts, report)
+        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
+    ) -> dict[str, Tensor]:
+        """Compute the scores that need the whole model, ``<block>.<part>`` -> [G]."""
+        sizes = self._sizes(context)
+        counts = sizes.counts() if self.config.rounds > 1 else []
+        return whole_model_scores(self.config.gradients, model, samples, context, sizes.parts, counts, report)
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """Comparing blocks needs a look at all of them."""
+        """Ask for a look at all blocks where they are to be compared."""
         return not surveys and (self.config.mode == "global" or self.config.remove == "blocks")
 
     def survey_block(self, block: Block, context: Context) -> Record:
-        """Prices of units in the order in which they would go; or of the whole block."""
-        parts = all_parts(self.config, context)[block.index]
+        """Price the groups in the order in which they would go, or the whole block."""
+        parts, scores = self._sizes(context).parts[block.index], BlockScores(self.config.scores, block, context)
         if self.config.remove == "blocks":
-            return {"price": block_price(block, parts, self.config, context)}
-        return {"prices": {kind: prices(block, part, self.config, context) for kind, part in parts.items()}}
+            return {"price": scores.price(parts)}
+        return {"prices": {kind: scores.prices(part) for kind, part in parts.items()}}
 
     def run_block(self, block: Block, context: Context) -> Record:
         """Cut the block, attention first."""
-        survey = block.surveys[0] if block.surveys else None
+        sizes, survey = self._sizes(context), block.surveys[0] if block.surveys else None
         if self.config.remove == "blocks":
             assert survey is not None
             found = [record["price"] for record in survey]
-            block.removed = block.index in cheapest_blocks(self.config, context, found)
+            block.removed = block.index in sizes.cheapest_blocks(found)
             return {"price": found[block.index], "removed": block.removed}
-        counts = block_counts(self.config, context, survey)[block.index]
-        parts = all_parts(self.config, context)[block.index]
+        counts = sizes.counts(None if survey is None else [record["prices"] for record in survey])[block.index]
         before = sum(parameter.numel() for parameter in block.module.parameters())
         removed, errors = {}, {}
-        for kind, part in parts.items():
+        for kind, part in sizes.parts[block.index].items():
             if counts.get(kind):
                 removed[kind], errors[kind] = self._remove(block, part, counts[kind], context)
         after = sum(parameter.numel() for parameter in block.module.parameters())
         record = {"parameters": {"before": before, "after": after}, "removed": removed, "output_error": errors}
-        reason = kept_whole(self.config, context)
-        return record | ({"heads_kept": reason} if reason else {})
+        return record | ({"heads_kept": sizes.heads_kept} if sizes.heads_kept else {})
 
     def _remove(self, block: Block, part: Part, count: int, context: Context) -> tuple[list[int], float | None]:
-        """Returns the units, lowest first, and the relative output error that remains, where it was measured."""
-        last = last_linear(block, part)
+        """Remove groups; return them, lowest first, and the relative output error that remains, where it was measured."""
+        last, scores = last_linear(block, part), BlockScores(self.config.scores, block, context)
         weight, bias = last.weight, getattr(last.module, "bias", None)
         bias = None if bias is None else bias.data
-        measured = self.config.compensate or self.config.score == "output"
-        moments = moments_of(block, part, self.config.compensate) if measured else None
-        if self.config.score == "output":
+        by_error = self.config.score == "output"
+        moments = scores.moments(part) if self.config.compensate or by_error else None
+        if by_error:
             assert moments is not None
             removed, _ = removal_order(weight, moments, part.columns, part.classes, count)
         else:
-            removed = lowest(block_scores(block, part, self.config, context), part.classes, count)
+            removed = lowest(scores.scores(part), part.classes, count)
         kept = remaining(weight.shape[1], part.columns[torch.tensor(removed)]).to(weight.device)
         changed = weight[:, kept].clone()
         if self.config.compensate:
             assert moments is not None
             changed, bias = compensated(weight, bias, moments, kept)
         error = None if moments is None else output_error(weight, changed, moments, kept)
-        cut(block, part, removed, context.structure, context.config, changed, bias)
+        cut(block, part, removed, context, changed, bias)
         return removed, error
