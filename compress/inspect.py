@@ -10,10 +10,10 @@ from compress.hf import CompressConfig, replace_packed
 from compress.loading import check_tensors
 from compress.manifest import read_settings
 from compress.pipeline import read_config
-from compress.prompts.adapter import prompt_sizes
 from compress.quant.linear import PackedShape, width_of
 from compress.quant.sparse import SparseShape
 from compress.shapes import replace_shapes
+from compress.sidecars import inspect_sidecars
 from compress.streaming import State, empty_model, tensor_names
 from compress.structure import architecture
 from compress.weights import Checkpoint, TensorInfo, read_manifest
@@ -26,10 +26,11 @@ def inspect(folder: Path) -> dict[str, Any]:
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
-        "prompts": {width: {"tokens", "numbers"}}, "not_quantised", "pruned", "blocks", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        "prompts": {width: {"tokens", "numbers"}}, "adapter": {"rank", "numbers"}, "not_quantised", "pruned", "blocks", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
         ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
         ``blocks`` are the sizes of those that are not as large as the config says (``compress.shapes.BlockShape``).
+        ``adapter`` is there only where a low-rank adapter lies beside the model, which plain ``from_pretrained`` leaves off.
         ``pruned`` tells whether a pass of the recipe has set weights to zero.
 
     Raises:
@@ -66,10 +67,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "modules": modules,
         "blocks": settings.pruned if settings else {},
         "dense": dense,
-        "prompts": {
-            "all widths" if bits is None else f"{bits} bits": {"tokens": tokens, "numbers": tokens * wide}
-            for bits, (tokens, wide) in prompt_sizes(folder).items()
-        },
+        **inspect_sidecars(folder),
         "not_quantised": (manifest or {}).get("not_quantised", {}),
         "pruned": any(unit.get("linears") for step in passes for unit in step["units"].values()),
         "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},

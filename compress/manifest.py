@@ -14,6 +14,7 @@ import torch
 from compress.errors import CompressError
 from compress.hf import METHOD, CompressConfig
 from compress.loading import check_tensors
+from compress.sidecars import find_adapter, stored_prompts
 from compress.weights import MANIFEST, read_manifest, sha256_of
 from compress.writer import describe
 
@@ -55,10 +56,10 @@ def verify(folder: Path) -> list[str]:
     if settings is not None and settings.modules:
         count = check_tensors(folder, settings)
         passed.append(f"{count} tensors of {len(settings.modules)} packed modules have their recorded shape and type")
-    from compress.prompts.adapter import stored_prompts
-
     if prompts := stored_prompts(folder):
         passed.append(f"{len(prompts)} soft prompt{'s' * (len(prompts) > 1)} can be read")
+    if find_adapter(folder):
+        passed.append("its adapter can be read")
     expected = manifest["probe"]["at_bits"]
     for width, found in _probe_in_fresh_process(folder, manifest["probe"]).items():
         _compare(width, expected[width], found)
@@ -92,7 +93,7 @@ def answer_probe(folder: str) -> None:
     import compress
 
     tokens = torch.tensor(json.load(sys.stdin))
-    model = compress.load(folder, dtype=torch.float32)
+    model = compress.load(folder, dtype=torch.float32, adapter=False)  # the probe is of the model alone
     settings = read_settings(Path(folder))
     results = {}
     with torch.no_grad():

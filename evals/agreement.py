@@ -32,6 +32,7 @@ from compress.evals.text import OpenText, Protocol, open_text
 from compress.loading import load
 from compress.passes import Report
 from compress.pipeline import model_folder
+from compress.sidecars import Choice
 from compress.weights import read_manifest
 
 BINS = 15
@@ -140,14 +141,14 @@ def dense_model_of(folder: str, reference: str | None = None) -> str:
 
 
 def _key(work: OpenText, kind: str, model: str, width: str, **more: Any) -> Key:
-    return Key(kind, work.source, model, width, None, {**work.settings, **more})
+    return Key(kind, work.source, model, width, work.prompt, {**work.settings, **more})
 
 
 @torch.no_grad()
 def evaluate_agreement(
     folder: str, source: str, reference: str | None = None, bits: Sequence[int | float] | None = None,
     protocol: Protocol | None = None, store: Results | None = None, dtype: torch.dtype = torch.float32,
-    device: str = "cpu", report: Report | None = None,
+    device: str = "cpu", report: Report | None = None, adapter: Choice = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Compare every width with the dense model, token by token; both are loaded once.
 
@@ -161,6 +162,7 @@ def evaluate_agreement(
         dtype: to compute in.
         device: to compute on.
         report: called with (what, windows done, windows in all).
+        adapter: as for :func:`compress.load`.
 
     Returns:
         ``{width: {"kl", "top1_agreement", "flipped", "accuracy", "ece", "tokens"}}``, and the dense model as ``"dense"``.
@@ -169,7 +171,7 @@ def evaluate_agreement(
         CompressError: no dense model, or nothing to score.
     """
     original = dense_model_of(folder, reference)
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
+    work = open_text(folder, source, bits, protocol, store, dtype, device, report, adapter=adapter)
     digests = {width: identity(folder) for width in work.widths} | {"dense": identity(original)}
     keys = {width: _key(work, "agreement", model, width, dense=digests["dense"]) for width, model in digests.items()}
     missing = [width for width in keys if work.store.find(keys[width]) is None]
@@ -218,7 +220,7 @@ def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
 def evaluate_robustness(
     folder: str, source: str, bits: Sequence[int | float] | None = None, protocol: Protocol | None = None,
     rate: float = 0.05, store: Results | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
-    report: Report | None = None,
+    report: Report | None = None, adapter: Choice = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """What typing errors in a text cost, at every width of one load.
 
@@ -232,11 +234,12 @@ def evaluate_robustness(
         dtype: to compute in.
         device: to compute on.
         report: called with (what, windows done, windows in all).
+        adapter: as for :func:`compress.load`.
 
     Returns:
         ``{width: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
     """
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report)
+    work = open_text(folder, source, bits, protocol, store, dtype, device, report, adapter=adapter)
     clean: Text | None = None
     spoilt: Text | None = None
     model = identity(folder)

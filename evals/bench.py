@@ -25,10 +25,11 @@ import compress
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.perplexity import context_length
-from compress.evals.store import Key, Results, identity, versions
+from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.evals.text import load_widths
 from compress.inspect import inspect
 from compress.passes import Report
+from compress.sidecars import Choice
 from compress.weights import Checkpoint
 
 Times = dict[str, list[float]]
@@ -41,7 +42,7 @@ import compress
 from compress.pipeline import read_config
 from compress.streaming import empty_model
 
-folder, bits, dtype, device = json.loads(sys.argv[1])
+folder, bits, dtype, device, adapter = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
 config = read_config(folder)
 config.quantization_config = None
@@ -51,7 +52,7 @@ if on_gpu:
     torch.zeros(1, device=device)
 held = (lambda: torch.cuda.memory_allocated(device)) if on_gpu else (lambda: psutil.Process().memory_info().rss)
 start, begun = held(), time.perf_counter()
-model = compress.load(folder, bits=bits, dtype=dtype, device_map=device)
+model = compress.load(folder, bits=bits, dtype=dtype, device_map=device, adapter=adapter)
 loaded = time.perf_counter() - begun
 with torch.inference_mode():
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
@@ -85,7 +86,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def bench(
     folder: str, bits: Sequence[int | float] | None = None, reference: str | None = None, load: Load | None = None,
     dtype: torch.dtype = torch.float32, device: str = "cpu", exact: bool = True, store: Results | None = None,
-    report: Report | None = None,
+    report: Report | None = None, adapter: Choice = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a checkpoint at several widths, and the dense model it was made from.
 
@@ -99,6 +100,7 @@ def bench(
         exact: as for :func:`compress.load`.
         store: the result is added to it.
         report: called with (what, done, total).
+        adapter: as for :func:`compress.load`; the dense model has none.
 
     Returns:
         ``{"model", "backend", "device", "dtype", "threads", "load", "dense", "widths": {"dense" | "4": {"decode_tokens_per_second",
@@ -112,7 +114,7 @@ def bench(
     load = load or Load()
     if load.rounds < 1 or load.loads < 1:
         raise CompressError("bench: at least one round and one load are needed.")
-    model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact)
+    model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     widths = {label: width for label, width in found.items() if width is not None}
     for value in widths.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
@@ -120,14 +122,17 @@ def bench(
     models: dict[str, PreTrainedModel] = dict.fromkeys(widths, model)
     places: dict[str, str] = dict.fromkeys(widths, folder)
     if dense is not None:
-        models = {DENSE: compress.load(dense, dtype=dtype, device_map=device) if widths else model, **models}
+        models = {
+            DENSE: compress.load(dense, dtype=dtype, device_map=device, adapter=False) if widths else model,
+            **models,
+        }
         places = {DENSE: dense, **places}
     if load.prompt + load.tokens > context_length(model, 1 << 30):
         raise CompressError(
             f"{load.prompt} + {load.tokens} tokens: the context holds {context_length(model, 1 << 30)}; lower --prompt-tokens."
         )
     first, decode = _speed(models, widths, load, device, report)
-    fresh = _fresh_loads(places, widths, load.loads, str(dtype)[6:], device, report)
+    fresh = _fresh_loads(places, widths, load.loads, str(dtype)[6:], device, report, adapter)
     sizes = {width: _disk_bytes(place, width) for width, place in places.items()}
     figures = {
         width: _figures(width, first, decode, fresh[width], load) | {"disk_bytes": sizes[width]} for width in models
@@ -141,7 +146,8 @@ def bench(
         setting = {
             name: result[name] for name in ("backend", "device", "dtype", "exact", "threads", "load", "versions")
         }
-        store.add(Key("bench", "bench", identity(folder), "all", settings=setting), {}, result=result)
+        key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
+        store.add(key, {}, result=result)
     return result
 
 
@@ -205,13 +211,20 @@ def _now(device: torch.device) -> float:
 
 
 def _fresh_loads(
-    places: Mapping[str, str], widths: Mapping[str, Any], loads: int, dtype: str, device: str, report: Report | None
+    places: Mapping[str, str],
+    widths: Mapping[str, Any],
+    loads: int,
+    dtype: str,
+    device: str,
+    report: Report | None,
+    adapter: Choice,
 ) -> dict[str, Times]:
     """Load seconds and resident bytes of new processes, candidates in turn."""
     found: dict[str, Times] = {name: {"load_seconds": [], "resident_bytes": []} for name in places}
     for turn in range(loads):
         for place, (name, folder) in enumerate(places.items()):
-            request = json.dumps([folder, widths.get(name), dtype, device])
+            choice = False if name == DENSE else str(adapter) if isinstance(adapter, Path) else adapter
+            request = json.dumps([folder, widths.get(name), dtype, device, choice])
             child = subprocess.run([sys.executable, "-c", _CHILD, request], capture_output=True, text=True, check=False)
             if child.returncode:
                 line = child.stderr.strip().splitlines()[-1] if child.stderr.strip() else "no message"

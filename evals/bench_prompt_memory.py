@@ -21,7 +21,7 @@ from compress.evals.bench_memory import in_fresh_process, random_model
 
 _CHILD = r"""
 import torch, compress
-from compress.prompts.adapter import new_prompt
+from compress.prompts.stored import new_prompt
 from compress.prompts.soft_prompt import SoftPromptConfig
 from compress.training import train
 

@@ -15,7 +15,7 @@ import compress
 from compress.errors import CompressError
 from compress.evals import bench, cloze
 from compress.evals.agreement import dense_model_of
-from compress.evals.store import FOLDER, Key, Results, dense_identity, identity
+from compress.evals.store import FOLDER, Key, Results, dense_identity, identity, prompt_key
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tasks import Tasks
 from compress.evals.text import BUILTIN, Protocol, documents_of, widths_to_measure, window_length
@@ -23,7 +23,7 @@ from compress.evals.variants import measure_variants
 from compress.inspect import inspect
 from compress.loading import load_tokenizer
 from compress.passes import Report
-from compress.prompts.adapter import stored_prompts
+from compress.sidecars import Choice, stored_prompts
 from compress.sparsity import sparsity
 from compress.weights import Checkpoint, TensorInfo, read_manifest
 
@@ -41,6 +41,7 @@ class Wanted:
         load: for the benchmark; None for no benchmark.
         prompts: to continue at every width; the beginning of the text if empty.
         device: to measure on.
+        adapter: as for :func:`compress.load`.
     """
 
     text: str | None = None
@@ -51,6 +52,7 @@ class Wanted:
     load: bench.Load | None = field(default_factory=bench.Load)
     prompts: tuple[str, ...] = ()
     device: str = "cpu"
+    adapter: Choice = None
 
 
 @dataclass
@@ -129,10 +131,11 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
         tasks = Tasks(())
     protocol, prompted = wanted.protocol, bool(stored_prompts(folder))
     if prompted:  # with and without, on the same windows: there must be room for the prompt
-        length = window_length(compress.load(folder, prompt=True), None)
+        length = window_length(compress.load(folder, prompt=True, adapter=False), None)
         protocol = replace(protocol, length=min(length, protocol.length or length))
-    plain = Suite(text, protocol, tasks, agreement=dense and bool(text), robustness=bool(text), dense=dense)
-    for suite in (plain, Suite(text, protocol, tasks, prompt=True, dense=dense)) if prompted else (plain,):
+    plain = Suite(text, protocol, tasks, dense=dense, adapter=wanted.adapter)
+    suites = [replace(plain, agreement=dense and bool(text), robustness=bool(text))]
+    for suite in [*suites, replace(plain, prompt=True)] if prompted else suites:
         if text or tasks.names:
             evaluate_all(str(folder), suite, wanted.bits, store.path, wanted.device, report, store)
     if text is None:
@@ -140,8 +143,16 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
     elif wanted.controls:
         whole = [int(width) for width in inspect(folder)["bytes_at_bits"]]
         measure_variants(folder, text, protocol, whole, store, wanted.device, report)
-    if wanted.load is not None and not _benched(folder, wanted.load, store):
-        bench.bench(str(folder), wanted.bits, load=wanted.load, device=wanted.device, store=store, report=report)
+    if wanted.load is not None and not _benched(folder, wanted.load, store, wanted.adapter):
+        bench.bench(
+            str(folder),
+            wanted.bits,
+            load=wanted.load,
+            device=wanted.device,
+            store=store,
+            report=report,
+            adapter=wanted.adapter,
+        )
     prompts = wanted.prompts or ((_beginning(folder, text, wanted.protocol),) if text else ())
     _continue(folder, prompts, wanted, store, report)
     return notes
@@ -153,9 +164,9 @@ def _has_lm_eval() -> bool:
     return find_spec("lm_eval") is not None
 
 
-def _benched(folder: Path, load: bench.Load, store: Results) -> bool:
-    origin = identity(folder)
-    return any(row["model"] == origin and row["settings"]["load"] == asdict(load) for row in store.rows("bench"))
+def _benched(folder: Path, load: bench.Load, store: Results, adapter: Choice) -> bool:
+    key = (identity(folder), asdict(load), prompt_key(folder, False, {}, adapter)[0])
+    return any((row["model"], row["settings"]["load"], row["prompt"]) == key for row in store.rows("bench"))
 
 
 def _beginning(folder: Path, source: str, protocol: Protocol, tokens: int = 24) -> str:
@@ -177,7 +188,9 @@ def _continue(folder: Path, prompts: Sequence[str], wanted: Wanted, store: Resul
         model: Any = None
         origin = identity(place)
         dense = place != str(folder)
-        model = compress.load(place, dtype=torch.float32, device_map=wanted.device)
+        adapter = False if dense else wanted.adapter
+        unusual, common = prompt_key(place, False, {"tokens": 48}, adapter)
+        model = compress.load(place, dtype=torch.float32, device_map=wanted.device, adapter=adapter)
         tokenizer = load_tokenizer(place)
         for width in widths_to_measure(
             model, None if dense else [w for w in wanted.bits or () if isinstance(w, int)] or None
@@ -185,7 +198,7 @@ def _continue(folder: Path, prompts: Sequence[str], wanted: Wanted, store: Resul
             if width is not None:
                 compress.set_bits(model, int(width))
             for number, prompt in enumerate(prompts, 1):
-                key = Key("sample", prompt, origin, "dense" if width is None else str(width), settings={"tokens": 48})
+                key = Key("sample", prompt, origin, "dense" if width is None else str(width), unusual, common)
                 report(f"continuing at {key.width}", number, len(prompts))
                 if store.find(key) is None:
                     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
@@ -196,8 +209,8 @@ def _continue(folder: Path, prompts: Sequence[str], wanted: Wanted, store: Resul
                     store.add(key, {}, text=str(tail))
 
 
-def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
-    """Lay out what is known; measures nothing.
+def collect(folder: Path, store: Results, notes: Sequence[str] = (), adapter: Choice = None) -> Facts:
+    """Lay out what is known; measures nothing. Texts and tasks come with every adapter, the rest with the one that is named.
 
     Raises:
         CompressError: no checkpoint, or a matrix file that is not one.
@@ -209,10 +222,12 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
     own, dense = identity(folder), dense_identity(manifest)
     places = {own: None, dense: "dense"}
     mine = [row for row in store.rows() if row["model"] in places]
+    name = prompt_key(folder, False, {}, adapter)[0]
+    chosen = [row for row in mine if row["prompt"] == name or (row["model"] == dense and row["prompt"] is None)]
     texts: dict[str, dict[str, Any]] = {}
     for row in mine:
         if row["kind"] == "text":
-            settings = {key: value for key, value in row["settings"].items() if key != "prompt"}
+            settings = {key: value for key, value in row["settings"].items() if key not in ("prompt", "adapter")}
             group = texts.setdefault(
                 row["name"] + json.dumps(settings, sort_keys=True),
                 {"name": row["name"], "settings": settings, "rows": {}},
@@ -222,7 +237,7 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
     for row in mine:
         if row["kind"] == "task":
             tasks.setdefault(row["name"], {})[row["width"], row["prompt"]] = row
-    benches = [row for row in store.rows("bench") if row["model"] == own]
+    benches = [row for row in chosen if row["kind"] == "bench" and row["model"] == own]
     measured = {row["width"] for row in mine if row["kind"] in ("text", "task") and "." in row["width"]}
     widths = sorted({*inspected["bytes_at_bits"], *measured}, key=float, reverse=True) or ["dense"]
     try:
@@ -233,11 +248,11 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
         folder=folder, inspected=inspected, manifest=manifest, widths=widths,
         dense_bytes=sum(item.nbytes for item in original.values()) or None, kept=_kept(folder, inspected, original),
         texts=sorted(texts.values(), key=lambda text: -len(text["rows"])), tasks=tasks,
-        agreement={row["width"]: row["metrics"] for row in mine if row["kind"] == "agreement"},
-        robustness={row["width"]: row["metrics"] for row in mine if row["kind"] == "robustness"},
+        agreement={row["width"]: row["metrics"] for row in chosen if row["kind"] == "agreement"},
+        robustness={row["width"]: row["metrics"] for row in chosen if row["kind"] == "robustness"},
         variants=[row for row in mine if row["kind"] == "variant"],
         bench=benches[-1]["result"] if benches else None,
-        samples=[{"prompt": row["name"], "width": row["width"], "text": row["text"]} for row in mine if row["kind"] == "sample"],
+        samples=[{"prompt": row["name"], "width": row["width"], "text": row["text"]} for row in chosen if row["kind"] == "sample"],
         sparsity=sparsity(folder) if inspected["pruned"] else None,
         matrices=read_matrices(folder / FOLDER), notes=list(notes),
     )  # fmt: skip

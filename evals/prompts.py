@@ -24,9 +24,9 @@ from compress.evals.text import Protocol
 from compress.evals.transfer import NONE, Models, Place, fill, markdown, matrix, measure, read_text
 from compress.passes import Report, Whole
 from compress.pipeline import make_context, open_source, pick_device
-from compress.prompts.adapter import write_prompt
 from compress.prompts.soft_prompt import SoftPrompt, SoftPromptConfig
-from compress.pruning.adapter import adapter_model
+from compress.prompts.stored import write_prompt
+from compress.pruning.lora import adapter_model
 from compress.recipe import Calibration, plain
 from compress.training import train
 

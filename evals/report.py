@@ -46,7 +46,7 @@ def report(
     store = results_of(folder, results)
     collect(folder, store)  # refuses what is no checkpoint before any long work
     notes = [] if wanted is None else measure_missing(folder, wanted, store, watch or (lambda *_: None))
-    facts = collect(folder, store, notes)
+    facts = collect(folder, store, notes, wanted.adapter if wanted else None)
     written, missing = [target / "index.html", target / "report.md"], list(notes)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
+from compress.adapters import virtual_tokens
 from compress.calibration import read_documents
 from compress.demo import corpus
 from compress.errors import CompressError, did_you_mean
@@ -19,7 +20,7 @@ from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.loading import bits_for, load_tokenizer
 from compress.passes import Report
-from compress.prompts.adapter import virtual_tokens
+from compress.sidecars import Choice
 from compress.weights import read_manifest, sha256_of
 
 BUILTIN = "builtin"
@@ -149,6 +150,7 @@ def evaluate_text(
     report: Report | None = None,
     prompt: bool | str | Path = False,
     store: Results | None = None,
+    adapter: Choice = None,
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte at several widths, from one load.
 
@@ -163,18 +165,19 @@ def evaluate_text(
         prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every window. Windows are
             shorter by as much unless ``protocol.length`` says otherwise: give it to compare with and without.
         store: widths that it has are not measured again; new ones are added.
+        adapter: as for :func:`compress.load`.
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
-        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
+        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` and ``"adapter"`` (its digest) where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 
     Raises:
         CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
             can be scored, or a window and the prompt are longer than the context.
     """
-    work = open_text(folder, source, bits, protocol, store, dtype, device, report, prompt)
+    work = open_text(folder, source, bits, protocol, store, dtype, device, report, prompt, adapter)
     text = work.text(work.documents)
-    key = Key("text", source, identity(folder), "", *prompt_key(folder, prompt, work.settings))
+    key = Key("text", source, identity(folder), "", work.prompt, work.settings)
     results = {}
     for width, value in work.widths.items():
         row = work.store.find(replace(key, width=width))
@@ -190,6 +193,7 @@ def evaluate_text(
         "text": {"source": source, "sha256": work.settings["sha256"], "documents": len(work.documents)},
         "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
         **({"prompt": {"from": str(folder if prompt is True else prompt), "tokens": virtual}} if virtual else {}),
+        **({"adapter": work.settings["adapter"]} if "adapter" in work.settings else {}),
         "bits": results,
     }
 
@@ -201,8 +205,9 @@ class OpenText:
     Attributes:
         source: the text's name.
         documents: of the text.
-        settings: :func:`settings_of` it.
-        model: with its prompt.
+        settings: :func:`settings_of` it, and digests of prompts and adapter.
+        prompt: name of what is unusual about the model, for :class:`compress.evals.store.Key`.
+        model: with its prompt and adapter.
         tokenizer: of the model.
         widths: label -> what :func:`compress.set_bits` takes; None for the one of a dense model.
         protocol: with the length in use.
@@ -213,6 +218,7 @@ class OpenText:
     source: str
     documents: list[str]
     settings: dict[str, Any]
+    prompt: str | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     widths: dict[str, Any]
@@ -232,19 +238,21 @@ class OpenText:
 
 def open_text(
     folder: str, source: str, bits: Sequence[int | float] | None, protocol: Protocol | None, store: Results | None,
-    dtype: torch.dtype, device: str, report: Report | None, prompt: bool | str | Path = False,
+    dtype: torch.dtype, device: str, report: Report | None, prompt: bool | str | Path = False, adapter: Choice = None,
 ) -> OpenText:  # fmt: skip
     """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
-    if isinstance(prompt, str | Path):
-        for place in (Path(prompt), *Path(prompt).parents[:2]):  # of a checkpoint, or within one
-            refuse_calibration_text(str(place), digest)
-    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
+    for other in (prompt, adapter):
+        if isinstance(other, str | Path):
+            for place in (Path(other), *Path(other).parents[:2]):  # of a checkpoint, or within one
+                refuse_calibration_text(str(place), digest)
+    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter)
     protocol = replace(protocol, length=window_length(model, protocol.length))
-    settings, tokenizer = settings_of(digest, protocol, dtype), load_tokenizer(folder)
-    return OpenText(source, documents, settings, model, tokenizer, widths, protocol, store or Results(None), report)
+    name, settings = prompt_key(folder, prompt, settings_of(digest, protocol, dtype), adapter)
+    tokenizer, store = load_tokenizer(folder), store or Results(None)
+    return OpenText(source, documents, settings, name, model, tokenizer, widths, protocol, store, report)
 
 
 def load_widths(

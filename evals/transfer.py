@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import compress
+from compress.adapters import attach_prompts, text_length
 from compress.errors import CompressError
 from compress.evals import experiments, plots, tables
 from compress.evals.experiments import Rows
@@ -27,7 +28,7 @@ from compress.evals.perplexity import Score, Text, score
 from compress.evals.tasks import Tasks, evaluate_tasks
 from compress.evals.text import Protocol, documents_of, refuse_calibration_text, windows
 from compress.loading import load_tokenizer
-from compress.prompts.adapter import attach, stored_prompts, text_length
+from compress.sidecars import stored_prompts
 
 NONE = "none"
 
@@ -83,7 +84,7 @@ class Models:
 @contextmanager
 def with_prompt(model: PreTrainedModel, prompt: Path | None) -> Iterator[nn.Module]:
     """The model with a prompt, for the length of a ``with``."""
-    yield model if prompt is None else attach(model, prompt)
+    yield model if prompt is None else attach_prompts(model, prompt)
 
 
 def common_length(prompts: Mapping[str, Path | None], model: PreTrainedModel, length: int | None = None) -> int:

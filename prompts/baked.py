@@ -7,7 +7,6 @@ tokens' logits are 0, and ``generation_config.json`` names them among those neve
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from compress import writer
 from compress.errors import CompressError
 from compress.inspect import checkpoint_state
 from compress.loading import load_tokenizer
-from compress.prompts.adapter import CONFIG, WEIGHTS, find_prompts
+from compress.sidecars import PEFT_WEIGHTS, find_prompts, read_prompt
 from compress.streaming import State, empty_model
 from compress.structure import architecture, head_name
 from compress.weights import MANIFEST, Checkpoint, Overlay, read_manifest, sha256_of
@@ -95,9 +94,9 @@ def _prompt(folder: Path, bits: int | None, prompt: bool | Path) -> Tensor:
     if path is None:
         widths = ", ".join(str(width) for width in sorted(width for width in found if width is not None))
         raise CompressError(f"{folder}: has a prompt for each of {widths} bits; say with --bits whose to bake.")
-    if json.loads((path / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "PROMPT_TUNING":
+    if read_prompt(path)[0] != "PROMPT_TUNING":
         raise CompressError(f"{path}: is a prefix; only a prompt can be written as tokens.")
-    return load_file(path / WEIGHTS)["prompt_embeddings"].float()
+    return load_file(path / PEFT_WEIGHTS)["prompt_embeddings"].float()
 
 
 def _tables(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, Tensor]:

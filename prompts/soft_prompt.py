@@ -18,8 +18,9 @@ from compress.hf import packed_modules
 from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.processes import processes
-from compress.prompts.adapter import FOLDER, adapter_fields, embedding, new_prompt, write_prompt
+from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.linear import PackedShape
+from compress.sidecars import PROMPTS_FOLDER
 from compress.training import Loss, TrainingConfig, held_out_losses, next_token_loss, train
 from compress.workspace import Record
 
@@ -165,7 +166,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
     ) -> None:
         """Each prompt as a peft adapter of its own."""
         for unit, tensors in units.items():
-            place = folder / FOLDER if unit == "prompt" else folder / FOLDER / unit
+            place = folder / PROMPTS_FOLDER if unit == "prompt" else folder / PROMPTS_FOLDER / unit
             write_prompt(place, tensors["prompt_embeddings"], records[unit]["adapter"])
 
     def _widths(self, unit: str, model: torch.nn.Module) -> list[int]:

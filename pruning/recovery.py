@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
-from compress.pruning.adapter import FOLDER, adapter_model, write_adapter
 from compress.pruning.instructions import answer_loss, read_instructions
+from compress.pruning.lora import adapter_model, write_adapter
 from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.sidecars import ADAPTER_FOLDER
 from compress.structure import block_prefix
 from compress.training import Loss, TrainingConfig, hold_out, next_token_loss, train
 from compress.workspace import Record
@@ -89,7 +90,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
             raise CompressError(
                 f"lora_recovery: {what}, but a pass before has quantised them; put it before that pass, or set merge: false."
             )
-        return [FOLDER if not self.config.merge else "model"]
+        return [ADAPTER_FOLDER if not self.config.merge else "model"]
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
@@ -150,7 +151,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
     ) -> None:
         """The adapter, in peft's own form."""
         for unit, tensors in units.items():
-            write_adapter(folder / FOLDER, tensors, records[unit]["adapter"])
+            write_adapter(folder / ADAPTER_FOLDER, tensors, records[unit]["adapter"])
 
 
 def _targets(model: nn.Module, context: Context) -> list[str]:

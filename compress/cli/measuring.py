@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.cli.common import (
+    AdapterFlag,
     BitsOption,
     DeviceOption,
     IncludeOption,
@@ -90,6 +91,7 @@ def evaluate(
     device: DeviceOption = "cpu",
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
+    adapter: AdapterFlag = None,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -112,7 +114,7 @@ def evaluate(
         truncate=truncate,
     )  # fmt: skip
     chosen = Tasks(parse_names(tasks), include, limit, fewshot)
-    suite = Suite(text, cut, chosen, prompt_from or prompt, agreement, robustness, dense, reference, batch)
+    suite = Suite(text, cut, chosen, prompt_from or prompt, agreement, robustness, dense, reference, batch, adapter)
     with progress_bar() as report:
         result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, report)
     if table is not None:
@@ -159,6 +161,7 @@ def bench(
     ] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
     device: DeviceOption = "cpu",
+    adapter: AdapterFlag = None,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -180,7 +183,7 @@ def bench(
     with progress_bar() as report:
         found = measure(
             folder, parse_widths(bits), reference, Load(prompt, tokens, rounds, loads), getattr(torch, dtype), device,
-            exact, store, report,
+            exact, store, report, adapter,
         )  # fmt: skip
     if write_json(found, target) and target == "-":
         return

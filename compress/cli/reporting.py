@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from compress.cli.common import (
+    AdapterFlag,
     BitsOption,
     DeviceOption,
     Folder,
@@ -60,6 +61,7 @@ def report(
         Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
     ] = None,
     device: DeviceOption = "cpu",
+    adapter: AdapterFlag = None,
     kept: ResultsOption = None,
 ) -> None:
     """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality of every width, controls, errors, samples.
@@ -78,7 +80,7 @@ def report(
     )
     chosen = Tasks(parse_names(tasks), include, limit) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
-    wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(samples or ()), device)
+    wanted = Wanted(text, cut, chosen, parse_widths(bits), controls, load, tuple(samples or ()), device, adapter)
     with progress_bar() as watch:
         written, notes = write(folder, wanted if run else None, output, kept, watch)
     for path in written:

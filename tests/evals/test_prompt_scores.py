@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import compress
+from compress.adapters import attach_prompts
 from compress.errors import CompressError
 from compress.evals.experiments import Rows
 from compress.evals.perplexity import Text, Window, context_length, score
@@ -23,7 +24,6 @@ from compress.evals.transfer import (
     markdown,
     matrix,
 )
-from compress.prompts.adapter import attach
 
 WINDOWS = [Window(list(range(1, 20)), 18), Window(list(range(30, 42)), 4), Window([5, 6], 1)]
 
@@ -62,7 +62,7 @@ def test_without_a_prompt_nothing_is_diluted(prompted):
 
 def test_windows_make_room(prompted):
     model = compress.load(prompted, bits=3)
-    assert (context_length(model), context_length(attach(model, prompted))) == (64, 59)
+    assert (context_length(model), context_length(attach_prompts(model, prompted))) == (64, 59)
     prompts = {NONE: None, "own": prompted / "soft_prompt"}
     assert common_length(prompts, model) == 59
     with pytest.raises(CompressError, match="the longest prompt leaves room for 59"):
@@ -80,7 +80,7 @@ def test_a_matrix_is_filled_once(prompted, tmp_path):
     for column, bits in enumerate((3, 4)):
         model = compress.load(prompted, bits=bits, dtype=torch.float32)
         assert found[0][column] == score(model, Text(WINDOWS, 100)).loss
-        other = attach(model, prompted / "soft_prompt" / "3bit")
+        other = attach_prompts(model, prompted / "soft_prompt" / "3bit")
         assert found[1][column] == score(other, Text(WINDOWS, 100)).loss
     heat_map(found, list(prompts), ["three", "four"], "loss", tmp_path / "map.svg")
     assert (tmp_path / "map.svg").read_text().startswith("<?xml")
