@@ -66,6 +66,7 @@ def attach_prompts(model: PreTrainedModel, prompts: str | Path | Mapping[int | N
                 prompted.load_adapter(str(path), adapter_name=name)
     assert prompted is not None
     share_embedding(prompted, model)
+    _prompt_once(prompted)
     prompted.eval()
     choose_prompt(prompted)
     text_length(prompted)
@@ -75,6 +76,29 @@ def attach_prompts(model: PreTrainedModel, prompts: str | Path | Mapping[int | N
 def share_embedding(prompted: PeftModel, model: PreTrainedModel) -> None:
     """Tell peft the model's embedding: it looks for a parameter as long as the vocabulary; a packed embedding has none."""
     prompted.word_embeddings = model.get_input_embeddings()
+
+
+def _prompt_once(prompted: Any) -> None:
+    """Make ``generate`` put the prompt before the text only, and not before each new token too.
+
+    From some release on transformers hands the cache of keys and values over as ``cache``; peft (0.21 at least) looks for
+    ``past_key_values``, finds none, and takes every step for the first. What it then adds is taken away again.
+    """
+    prepare = prompted.prepare_inputs_for_generation
+
+    def prepare_once(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = prepare(*args, **kwargs)
+        cache = found.get("cache")
+        if cache is None:  # a transformers that has the other name, or no cache
+            return found
+        prefix, states = found.pop("past_key_values", None), found.get("inputs_embeds")
+        if not cache.get_seq_length():
+            found["cache"] = prefix or cache
+        elif states is not None:
+            found["inputs_embeds"] = states[:, prompted.active_peft_config.num_virtual_tokens :]
+        return found
+
+    prompted.prepare_inputs_for_generation = prepare_once
 
 
 def _check_fit(model: PreTrainedModel, folder: Path) -> None:

@@ -12,7 +12,7 @@ import compress
 from compress.adapters import attach_prompts, choose_prompt, text_length, virtual_tokens
 from compress.cli import app
 from compress.errors import CompressError
-from compress.prompts.stored import embedding
+from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.sidecars import find_prompts, stored_prompts
 
 TOKENS = torch.arange(3, 20)[None]
@@ -133,15 +133,29 @@ def test_the_command_line_uses_prompts(prompted, tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@torch.no_grad()
+def test_generation_sees_the_prompt_once(prompted, tmp_path, method):
+    """Every new token's logits, with a cache, are those of one forward pass over the whole text."""
+    folder = prompted
+    if method == "prefix":
+        folder = tmp_path / "prefix"
+        prefix = new_prompt(compress.load(prompted), "prefix", torch.randn(5, 2 * 3 * 24))
+        write_prompt(folder, embedding(prefix), adapter_fields(prefix))
+    model = compress.load(prompted, bits=3, prompt=folder)
+    options = {"do_sample": False, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    made = model.generate(input_ids=TOKENS, max_new_tokens=6, min_new_tokens=6, **options)
+    whole = model(made.sequences, use_cache=False).logits[:, -7:-1]
+    torch.testing.assert_close(torch.stack(made.logits, 1), whole, atol=1e-4, rtol=1e-4)
+    bare = compress.load(prompted, bits=3)
+    expected = bare.generate(input_ids=TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with model.disable_adapter():
+        without = model.generate(input_ids=TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(without, expected)
+
+
 def test_generation_ends_where_the_context_does(prompted):
     """64 places: 5 for the prompt."""
-    model = compress.load(prompted, bits=3, prompt=True)
-    cached = model.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    states = TOKENS
-    for _ in range(4):
-        following = model(states, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-        states = torch.cat([states, following], 1)
-    assert torch.equal(cached, states)
     result = CliRunner().invoke(app, ["generate", str(prompted), "the " * 70, "--prompt"])
     assert isinstance(result.exception, CompressError)
     assert "room for 59 beside the soft prompt" in str(result.exception)
