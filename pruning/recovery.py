@@ -24,10 +24,9 @@ from compress.workspace import Record
 if TYPE_CHECKING:
     from peft import PeftModel
 
-LLM_PRUNER: dict[str, Any] = {
-    "rank": 8, "alpha": 16.0, "dropout": 0.05, "learning_rate": 1e-4, "batch": 64, "micro_batch": 4, "warmup": 100,
-    "epochs": 2, "validate_every": 200, "precision": "bfloat16",
-}  # fmt: skip
+_ADAPTERS = {"rank": 8, "alpha": 16.0, "dropout": 0.05}
+_STEPS = {"learning_rate": 1e-4, "batch": 64, "micro_batch": 4, "warmup": 100, "epochs": 2, "validate_every": 200}
+LLM_PRUNER: dict[str, Any] = {**_ADAPTERS, **_STEPS, "precision": "bfloat16"}
 """LLM-Pruner's (arXiv 2305.11627): two epochs of alpaca-cleaned, 256 tokens at most, which is for ``text`` to say."""
 
 
@@ -35,7 +34,8 @@ class LoraRecoveryConfig(TrainingConfig):
     """Train the model on text after pruning: low-rank adapters on every linear inside the blocks, or all of its weights.
 
     Adapters are merged into dense weights. On a quantised model, whose weights are frozen, or where ``merge`` is false, they
-    stay an ordinary peft adapter in ``adapter/`` beside the model, and the pass comes last. The best state on
+    stay an ordinary peft adapter in ``adapter/`` beside the model, which ``compress.load`` and the commands use; the pass
+    then comes last. The best state on
     held-out samples is kept, which may be the one before the first step.
     """
 
@@ -44,9 +44,9 @@ class LoraRecoveryConfig(TrainingConfig):
         None, description="'llm_pruner' takes that paper's settings for every key that is not given."
     )
     full: bool = Field(False, description="Train all dense weights instead of adapters: for small models.")
-    rank: int = Field(8, ge=1, description="Of the adapters.")
+    rank: int = Field(8, ge=1, description="Rank of the adapters.")
     alpha: float = Field(16.0, gt=0, description="Their output is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapters' inputs while training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs while training.")
     merge: bool = Field(True, description="Add the adapters to the weights; false keeps them beside the model.")
     instructions: bool = Field(
         False,
@@ -71,16 +71,16 @@ class LoraRecoveryConfig(TrainingConfig):
 
 
 class LoraRecovery(Pass[LoraRecoveryConfig]):
-    """One training, one unit."""
+    """Train once, on the whole model: one unit of work."""
 
     Config = LoraRecoveryConfig
 
     def needs(self) -> Needs:
-        """The whole model; its backward pass."""
+        """Ask for the whole model and its backward pass."""
         return Needs(whole_model=True, backward=True, beside=not self.config.merge, text=self.config.text)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """One.
+        """Name the one unit of work.
 
         Raises:
             CompressError: weights that are to change are packed.
@@ -95,7 +95,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
     def run_model(
         self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
     ) -> tuple[dict[str, Tensor], Record]:
-        """Train; return the changed weights, or the adapter's own."""
+        """Train; return the changed weights, or the adapter's tensors."""
         config, model = self._resolved(len(whole.samples)), whole.model
         model.requires_grad_(False)
         targets = _targets(model, context)
@@ -115,7 +115,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return self._adapter(trained, context, record)
 
     def _adapter(self, trained: PeftModel, context: Context, record: Record) -> tuple[dict[str, Tensor], Record]:
-        """Merge, or take the adapter's tensors."""
+        """Merge the adapter and return the changed weights, or return its own tensors."""
         from peft import get_peft_model_state_dict
 
         if not self.config.merge:
@@ -131,7 +131,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return _stored(merged, names), record
 
     def _samples(self, whole: Whole, context: Context) -> tuple[Sequence[Tensor], Loss]:
-        """What is trained on, and what of it is learned."""
+        """Return the samples to train on, and the loss that says what of them is learned."""
         if not self.config.instructions:
             return whole.samples, next_token_loss
         assert self.config.text is not None
@@ -140,7 +140,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return [sample.tokens for sample in found], answer_loss(found)
 
     def _resolved(self, samples: int) -> LoraRecoveryConfig:
-        """Epochs as steps."""
+        """Return the settings with epochs turned into steps."""
         if self.config.epochs is None:
             return self.config
         seen = len(hold_out(samples, self.config.held_out)[0])
@@ -149,20 +149,20 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
     def write_files(
         self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Record]
     ) -> None:
-        """The adapter, in peft's own form."""
+        """Write the adapter in peft's own form."""
         for unit, tensors in units.items():
             write_adapter(folder / ADAPTER_FOLDER, tensors, records[unit]["adapter"])
 
 
 def _targets(model: nn.Module, context: Context) -> list[str]:
-    """Names of all linears inside the blocks, packed or not."""
+    """List the names of all linears inside the blocks, packed or not."""
     blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(int(context.config.num_hidden_layers)))
     kinds = (nn.Linear, Conv1D, BitPlaneLinear)
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)]
 
 
 def _stored(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """Some parameters, on the CPU."""
+    """Copy some parameters to the CPU."""
     state = model.state_dict()
     with torch.no_grad():
         return {name: state[name].to("cpu", copy=True) for name in sorted(names)}
