@@ -13,6 +13,7 @@ from compress.evals.bench import Load, bench
 from compress.evals.store import results_of
 from compress.evals.text import evaluate_text
 from compress.manifest import verify
+from compress.prompts.baked import bake
 from compress.prompts.stored import embedding
 from compress.pruning.instructions import answer_loss, read_instructions
 from compress.pruning.recovery import LoraRecoveryConfig
@@ -142,7 +143,7 @@ def test_bench_times_the_model_with_and_without_its_adapter(beside):
     assert [row["prompt"] for row in store.rows("bench")] == [None, "without adapter"]
 
 
-def test_a_prompt_stands_before_the_adapted_model(beside, prompted):
+def test_a_prompt_stands_before_the_adapted_model(beside, prompted, tmp_path):
     model, adapted = compress.load(beside, prompt=prompted), compress.load(beside, bits=3)
     assert model.active_adapter == "4bit"
     compress.set_bits(model, 3)
@@ -150,6 +151,8 @@ def test_a_prompt_stands_before_the_adapted_model(beside, prompted):
     states = torch.cat([embedding(model)[None], model.get_input_embeddings()(TOKENS)], 1)
     expected = adapted(inputs_embeds=states).logits
     torch.testing.assert_close(logits(model), expected)
+    bake(beside, tmp_path / "baked", bits=3, prompt=prompted)
+    assert compress.load(tmp_path / "baked", adapter=True).peft_config["default"].r == 8
 
 
 @pytest.mark.parametrize(
