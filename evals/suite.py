@@ -76,14 +76,13 @@ def evaluate_all(
     original = dense_model_of(folder, suite.reference) if suite.dense else None
     result: dict[str, Any] = {"model": folder}
     rows: Rows = {}
+    tell: dict[str, Any] = {"device": device, "report": report}
     places = [(folder, bits, suite.prompt, suite.adapter)]
     if original is not None:
         places.append((original, None, folder if suite.prompt is True else suite.prompt, False))
     if suite.tasks.names:
         for place, widths, front, adapter in places:
-            rows |= evaluate_tasks(
-                place, suite.tasks, widths, store, front, suite.batch, device=device, report=report, adapter=adapter
-            )
+            rows |= evaluate_tasks(place, suite.tasks, widths, store, front, suite.batch, adapter=adapter, **tell)
         result["tasks"] = {
             width: {name: row["metrics"] for name, row in found.items()} for width, found in rows.items()
         }
@@ -91,34 +90,18 @@ def evaluate_all(
         return result, rows
     for place, widths, front, adapter in places:
         found = evaluate_text(
-            place,
-            suite.text,
-            widths,
-            suite.protocol,
-            device=device,
-            report=report,
-            prompt=front,
-            store=store,
-            adapter=adapter,
+            place, suite.text, widths, suite.protocol, prompt=front, store=store, adapter=adapter, **tell
         )
         result.setdefault("bits", {}).update(found.pop("bits"))
         result = {**found, **result}
     if suite.agreement:
         result["agreement"] = evaluate_agreement(
-            folder,
-            suite.text,
-            suite.reference,
-            bits,
-            suite.protocol,
-            store,
-            device=device,
-            report=report,
-            adapter=suite.adapter,
+            folder, suite.text, suite.reference, bits, suite.protocol, store, adapter=suite.adapter, **tell
         )
     if suite.robustness:
         result["robustness"] = {}
         for place, widths, _, adapter in places:
             result["robustness"] |= evaluate_robustness(
-                place, suite.text, widths, suite.protocol, store=store, device=device, report=report, adapter=adapter
+                place, suite.text, widths, suite.protocol, store=store, adapter=adapter, **tell
             )
     return result, rows
