@@ -24,7 +24,7 @@ from compress.pruning.structured.gradients import whole_model_scores
 from compress.pruning.structured.groups import last_linear
 from compress.pruning.structured.mini_llm import MiniLlm, MiniLlmConfig
 from compress.pruning.structured.scores import WHOLE_MODEL, BlockScores, removal_order
-from compress.pruning.structured.sizes import Sizes
+from compress.pruning.structured.sizes import Removals
 from compress.recipe import Calibration
 from compress.shapes import config_shape
 from compress.streaming import Call, StreamedModel
@@ -93,7 +93,7 @@ class Bench:
         if config.score not in WHOLE_MODEL:
             return {}
         model = StreamedModel(self.source.state, self.device).whole()
-        parts = Sizes(config.sizes, self.context).parts
+        parts = Removals(config.sizes, self.context).parts
         return whole_model_scores(config.gradients, model, self.samples, self.context, parts, [], lambda *_: None)
 
     def channel_scores(self, config: MiniLlmConfig, findings: Mapping[str, Tensor]) -> list[Tensor]:
@@ -101,7 +101,7 @@ class Bench:
         found: list[Tensor] = []
 
         def visit(block: Block) -> None:
-            part = Sizes(config.sizes, self.context).parts[block.index]["mlp"]
+            part = Removals(config.sizes, self.context).parts[block.index]["mlp"]
             scores = BlockScores(config.scores, block, self.context)
             if config.score != "output":
                 found.append(scores.scores(part))

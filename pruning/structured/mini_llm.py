@@ -25,7 +25,7 @@ from compress.pruning.structured.scores import (
     output_error,
     removal_order,
 )
-from compress.pruning.structured.sizes import Sizes, SizeSettings
+from compress.pruning.structured.sizes import Removals, SizeSettings
 from compress.shapes import BlockShape, config_shape
 from compress.workspace import Record
 
@@ -166,8 +166,8 @@ class MiniLlm(Pass[MiniLlmConfig]):
             changes_shapes=True,
         )
 
-    def _sizes(self, context: Context) -> Sizes:
-        return Sizes(self.config.sizes, context)
+    def _removals(self, context: Context) -> Removals:
+        return Removals(self.config.sizes, context)
 
     def check(self, context: Context) -> None:
         """Refuse a target that cannot be met."""
@@ -176,12 +176,12 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
         """Foresee sizes: exact in modes uniform and local; in mode global, and of blocks, what goes is yet to be found."""
-        sizes = self._sizes(context)
+        removals = self._removals(context)
         if self.config.remove == "blocks":
-            return dict.fromkeys(sizes.names[-sizes.depth() :])
+            return dict.fromkeys(removals.names[-removals.depth() :])
         after: dict[str, BlockShape | None] = {}
-        for name, parts, lost in zip(sizes.names, sizes.parts, sizes.counts(), strict=True):
-            shape = sizes.shape(name)
+        for name, parts, lost in zip(removals.names, removals.parts, removals.counts(), strict=True):
+            shape = removals.shape(name)
             for kind, count in lost.items():
                 shape = parts[kind].shape(shape, count)
             after[name] = shape
@@ -191,9 +191,9 @@ class MiniLlm(Pass[MiniLlmConfig]):
         self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
     ) -> dict[str, Tensor]:
         """Compute the scores that need the whole model, ``<block>.<part>`` -> [G]."""
-        sizes = self._sizes(context)
-        counts = sizes.counts() if self.config.rounds > 1 else []
-        return whole_model_scores(self.config.gradients, model, samples, context, sizes.parts, counts, report)
+        removals = self._removals(context)
+        counts = removals.counts() if self.config.rounds > 1 else []
+        return whole_model_scores(self.config.gradients, model, samples, context, removals.parts, counts, report)
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
         """Ask for a look at all blocks where they are to be compared."""
@@ -201,28 +201,28 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     def survey_block(self, block: Block, context: Context) -> Record:
         """Price the groups in the order in which they would go, or the whole block."""
-        parts, scores = self._sizes(context).parts[block.index], BlockScores(self.config.scores, block, context)
+        parts, scores = self._removals(context).parts[block.index], BlockScores(self.config.scores, block, context)
         if self.config.remove == "blocks":
             return {"price": scores.price(parts)}
         return {"prices": {kind: scores.prices(part) for kind, part in parts.items()}}
 
     def run_block(self, block: Block, context: Context) -> Record:
         """Cut the block, attention first."""
-        sizes, survey = self._sizes(context), block.surveys[0] if block.surveys else None
+        removals, survey = self._removals(context), block.surveys[0] if block.surveys else None
         if self.config.remove == "blocks":
             assert survey is not None
             found = [record["price"] for record in survey]
-            block.removed = block.index in sizes.cheapest_blocks(found)
+            block.removed = block.index in removals.cheapest_blocks(found)
             return {"price": found[block.index], "removed": block.removed}
-        counts = sizes.counts(None if survey is None else [record["prices"] for record in survey])[block.index]
+        counts = removals.counts(None if survey is None else [record["prices"] for record in survey])[block.index]
         before = sum(parameter.numel() for parameter in block.module.parameters())
         removed, errors = {}, {}
-        for kind, part in sizes.parts[block.index].items():
+        for kind, part in removals.parts[block.index].items():
             if counts.get(kind):
                 removed[kind], errors[kind] = self._remove(block, part, counts[kind], context)
         after = sum(parameter.numel() for parameter in block.module.parameters())
         record = {"parameters": {"before": before, "after": after}, "removed": removed, "output_error": errors}
-        return record | ({"heads_kept": sizes.heads_kept} if sizes.heads_kept else {})
+        return record | ({"heads_kept": removals.heads_kept} if removals.heads_kept else {})
 
     def _remove(self, block: Block, part: Part, count: int, context: Context) -> tuple[list[int], float | None]:
         """Remove groups; return them, lowest first, and the relative output error that remains, where it was measured."""

@@ -35,7 +35,7 @@ class SizeSettings:
     multiple: int
 
 
-class Sizes:
+class Removals:
     """The parts of a model's blocks, and how much of each goes.
 
     Args:
