@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import CompressError
-from compress.quant.linear import PackedShape, packed_bytes
+from compress.quant.format import PackedShape, bits_range, packed_bytes
 from compress.structure import Architecture
 from compress.weights import read_manifest
 
@@ -138,7 +138,8 @@ def widths_for_budget(
     """
     manifest = read_manifest(folder) or {}
     errors = measured_errors(folder, manifest, list(shapes))
-    low, high = min(s.seed_bits for s in shapes.values()), max(s.parent_bits for s in shapes.values())
+    stored = bits_range(shapes.values())
+    low, high = stored[0], stored[-1]
 
     def size(names: Sequence[str], width: int) -> int:
         held = [shapes[name] if memory is None else shapes[name].dense for name in names]

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from compress.calibration import Samples
 from compress.errors import CompressError
-from compress.passes import Report
+from compress.passes import OUTSIDE, Report
 from compress.streaming import StreamedModel
 from compress.workspace import Stage
 
 
+def unit_of(block: int) -> str:
+    """Return the name of the unit that has the Fisher information of a block, or of what is :data:`OUTSIDE` of them."""
+    return f"fisher-{block}"
+
+
 def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report) -> None:
-    """Leave units ``fisher-<block>`` (and ``fisher--1`` for modules outside the blocks) in a stage.
+    """Leave the diagonal Fisher information of every block in a stage, a unit each (:func:`unit_of`).
 
     Args:
         model: to differentiate.
@@ -35,33 +40,33 @@ def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outs
     total = 2 * count + 1
     if not _can_go_on(stage, count, outside):
         for index in range(count):
-            stage.discard(f"fisher-{index}")
+            stage.discard(unit_of(index))
         for index in range(count):
             report("forward", index, total)
             _forward(model, samples, stage, index)
         _loss(model, samples, stage, outside)
     for index in reversed(range(count)):
-        if stage.record(f"fisher-{index}") is None:
+        if stage.record(unit_of(index)) is None:
             report("backward", 2 * count - index, total)
             _backward(model, samples, stage, index)
         stage.discard(f"hidden-{index + 1}")
         stage.discard(f"gradient-{index + 1}")
-    if outside and stage.record("fisher--1") is None:
+    if outside and stage.record(unit_of(OUTSIDE)) is None:
         _finish_outside(model, samples, stage, outside)
     for unit in ("hidden-0", "gradient-0", "head"):
         stage.discard(unit)
 
 
 def _can_go_on(stage: Stage, count: int, outside: list[str]) -> bool:
-    """Whether all is done, or the gradient is there that the next unfinished block begins with.
+    """Tell whether all is done, or the gradient is there that the next unfinished block begins with.
 
     It is not before the forward pass has ended, nor where a finished unit was damaged after what led to it was
     cleared away.
     """
-    unfinished = [index for index in range(count) if stage.record(f"fisher-{index}") is None]
+    unfinished = [index for index in range(count) if stage.record(unit_of(index)) is None]
     if unfinished:
         return stage.record(f"gradient-{max(unfinished) + 1}") is not None
-    return not outside or stage.record("fisher--1") is not None or stage.record("gradient-0") is not None
+    return not outside or stage.record(unit_of(OUTSIDE)) is not None or stage.record("gradient-0") is not None
 
 
 @torch.no_grad()
@@ -80,7 +85,7 @@ def _forward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -
 
 
 def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
-    """Gradient of every sample's loss by the last block's output (and by the head, if it is wanted)."""
+    """Find the gradient of every sample's loss by the last block's output (and by the head, if it is wanted)."""
     count = len(model.blocks)
     hidden = stage.load(f"hidden-{count}")
     wants_head = model.head in outside
@@ -127,11 +132,11 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
                 f"{name}: its gradient on the calibration text is not finite; check the model's weights."
             )
     stage.save(f"gradient-{index}", gradients)
-    stage.save(f"fisher-{index}", {name: total.cpu() for name, total in result.items()})
+    stage.save(unit_of(index), {name: total.cpu() for name, total in result.items()})
 
 
 def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
-    """The embedding's gradient comes last; the head's was found with the loss."""
+    """Finish embedding and head: the head's gradient was found with the loss, the embedding's comes last."""
     fisher = stage.load("head") if model.head in outside else {}
     name = model.structure.embedding
     if name in outside:
@@ -143,4 +148,4 @@ def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outsid
             (found,) = torch.autograd.grad(first, [weight], gradients[str(i)].to(model.device))
             fisher[name] += found.cpu().square()
         weight.requires_grad_(False)
-    stage.save("fisher--1", fisher)
+    stage.save(unit_of(OUTSIDE), fisher)

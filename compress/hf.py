@@ -25,9 +25,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import CompressError, did_you_mean
+from compress.quant.format import PackedShape, SparseShape, bits_range, expand, shape_of
 from compress.quant.fused import join
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape
-from compress.quant.sparse import SparseShape, expand, shape_of
+from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
 from compress.shapes import BlockShape, Shapes, read_shapes, replace_shapes
 from compress.structure import Linear, architecture, is_linear
 
@@ -74,9 +74,11 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
         raise CompressError(f"bits must be a number or a mapping of patterns to numbers, not {bits!r}.")
     if isinstance(bits, int):
-        low, high = min(s.seed_bits for s in shapes.values()), max(s.parent_bits for s in shapes.values())
-        if not low <= bits <= high:
-            raise CompressError(f"width {bits} is not available; this model can be read at {low} to {high} bits.")
+        stored = bits_range(shapes.values())
+        if bits not in stored:
+            raise CompressError(
+                f"width {bits} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
+            )
         return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
     widths = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():

@@ -10,8 +10,7 @@ from compress.hf import CompressConfig, replace_packed
 from compress.loading import check_tensors
 from compress.manifest import read_settings
 from compress.pipeline import read_config
-from compress.quant.linear import PackedShape, width_of
-from compress.quant.sparse import SparseShape
+from compress.quant.format import PackedShape, SparseShape, bits_range, width_of
 from compress.shapes import replace_shapes
 from compress.sidecars import inspect_sidecars
 from compress.streaming import State, empty_model, tensor_names
@@ -49,10 +48,9 @@ def inspect(folder: Path) -> dict[str, Any]:
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
     dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
     held = sum(dense.values())
-    low = min((s.seed_bits for s in shapes.values()), default=0)
-    high = max((s.parent_bits for s in shapes.values()), default=-1)
     at = {
-        str(b): held + sum(_at(module["bytes_at_bits"], b) for module in modules.values()) for b in range(low, high + 1)
+        str(bits): held + sum(_at(module["bytes_at_bits"], bits) for module in modules.values())
+        for bits in bits_range(shapes.values())
     }
     return {
         "folder": str(folder),

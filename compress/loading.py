@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 from compress.budget import as_number, widths_for_budget
 from compress.errors import CompressError, first_line
 from compress.hf import METHOD, Bits, CompressConfig, join_layers, matching, packed_modules, widths_for
-from compress.quant.linear import width_of
+from compress.quant.format import width_of
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture
 from compress.weights import INDEX, MANIFEST, Checkpoint

@@ -14,6 +14,7 @@ import torch
 from compress.errors import CompressError
 from compress.hf import METHOD, CompressConfig
 from compress.loading import check_tensors
+from compress.quant.format import bits_range
 from compress.sidecars import find_adapter, stored_prompts
 from compress.weights import MANIFEST, read_manifest, sha256_of
 from compress.writer import describe
@@ -106,10 +107,7 @@ def answer_probe(folder: str) -> None:
 
 
 def _widths(settings: CompressConfig | None) -> list[int]:
-    shapes = settings.shapes().values() if settings else []
-    if not shapes:
-        return [0]
-    return list(range(min(s.seed_bits for s in shapes), max(s.parent_bits for s in shapes) + 1))
+    return list(bits_range(settings.shapes().values())) if settings and settings.shapes() else [0]
 
 
 def _compare(width: str, expected: dict[str, Any], found: dict[str, Any]) -> None:

@@ -6,8 +6,7 @@ point of group ``compress.passes``. ``CONTRIBUTING.md`` shows a whole one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import CompressError
-from compress.quant.linear import PackedShape
+from compress.quant.format import Codes, PackedShape
 from compress.shapes import BlockShape, Shapes
+from compress.statistics import watch
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
 
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 GROUP = "compress.passes"
 Report = Callable[[str, int, int], None]
 """Called as work proceeds, with (what, steps done, steps in all)."""
-SURVEY_TOKENS = 4096
-"""Tokens that a survey of the whole model runs at once, which the plan counts on."""
+Run = Callable[[nn.Module], Tensor]
+"""Calls a block on one calibration sample as the model does: [1, T, hidden]."""
+OUTSIDE = -1
+"""Index of the block that stands for the modules outside the blocks: the embedding and the head."""
 
 
 class PassConfig(BaseModel):
-    """Base of every pass's settings. Subclasses fix ``kind`` to a literal and describe every field."""
+    """Hold the settings of a pass. Subclasses fix ``kind`` to a literal and describe every field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,21 +47,18 @@ class PassConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pass asks of the pipeline.
+    """Say what a pass asks of the pipeline.
 
     Attributes:
         inputs: carry the calibration samples from block to block and hand over each block's inputs, as the
             ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
         variants: with ``original`` inputs, also carry them through these versions of the updated blocks; the pass
             leaves ``block.show`` behind, which puts a block into each.
-        hessians: the pass itself accumulates a [K, K] matrix for every distinct input of a block, and scores of its
-            weights; told for the plan's sake.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
         model_survey: looks at the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
-        backward: differentiates the whole model in memory; told for the plan's sake.
         whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
             :meth:`Pass.run_block`.
         teacher: with ``whole_model``, also the dense model it came from (:attr:`Whole.dense`).
@@ -70,13 +69,11 @@ class Needs:
 
     inputs: Literal["original", "updated"] | None = None
     variants: tuple[str, ...] = ()
-    hessians: bool = False
     squared_gradients: bool = False
     packs: bool = False
     packed: bool = False
     changes_shapes: bool = False
     model_survey: bool = False
-    backward: bool = False
     whole_model: bool = False
     teacher: bool = False
     beside: bool = False
@@ -84,25 +81,17 @@ class Needs:
 
     @property
     def calibration(self) -> bool:
-        """Whether it looks at text."""
+        """Tell whether it looks at text."""
         return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_survey
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed matrix as a pass hands it over: the record and the tensors by name under the module."""
-
-    shape: PackedShape
-    tensors: Mapping[str, Tensor]
 
 
 @dataclass
 class Block:
-    """One transformer block, in memory, with what the pass asked for.
+    """Hand one transformer block to a pass, in memory, with what the pass asked for.
 
     A pass changes ``linears[name].weight`` in place, puts smaller parameters into modules (and says so in ``shape``), sets
     ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
-    block, with ``index`` -1.
+    block, with ``index`` :data:`OUTSIDE`.
 
     Attributes:
         index: position in the model.
@@ -116,7 +105,7 @@ class Block:
         findings: what :meth:`Pass.survey_model` returned.
         shape: its sizes; None where the architecture declares no groups.
         removed: whether the model is to go on without it.
-        packed: filled by a packing pass.
+        packed: full name -> codes and codebooks on the CPU, filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
     """
@@ -126,40 +115,35 @@ class Block:
     module: nn.Module
     linears: dict[str, Linear]
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    samples: Sequence[Callable[[nn.Module], Tensor]] = ()
-    variants: Mapping[str, Sequence[Callable[[nn.Module], Tensor]]] = field(default_factory=dict)
+    samples: Sequence[Run] = ()
+    variants: Mapping[str, Sequence[Run]] = field(default_factory=dict)
     surveys: Sequence[Sequence[Record]] = ()
     findings: Mapping[str, Tensor] = field(default_factory=dict)
     shape: BlockShape | None = None
     removed: bool = False
-    packed: dict[str, Packed] = field(default_factory=dict)
+    packed: dict[str, Codes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
 
     @torch.no_grad()
-    def for_each_input(self, visit: Callable[[str, Tensor], None]) -> None:
-        """Run the samples through the block; call ``visit(linear_name, x)`` with every linear's input [tokens, K]."""
-        with _watching(self.linears, visit):
+    def for_each_input(
+        self, visit: Callable[[str, Tensor], None], modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears.
+
+        Args:
+            visit: called in the order in which the block calls its linears.
+            modules: name -> module to look at; every linear by its full name if None.
+        """
+        watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
+        with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
             for run in self.samples:
                 run(self.module)
 
 
-@contextmanager
-def _watching(linears: Mapping[str, Linear], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: visit(name, inputs[0].flatten(0, -2))
-
-    handles = [linear.module.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @dataclass(frozen=True)
 class Whole:
-    """What a pass with ``whole_model`` works on, in float32 on the context's device.
+    """Hand the whole model to a pass with ``whole_model``, in float32 on the context's device.
 
     Attributes:
         model: as the passes before left it, packed modules included; to be left as it was found.
@@ -175,13 +159,13 @@ class Whole:
 
     @cached_property
     def dense(self) -> PreTrainedModel:
-        """The model the recipe began with; in memory from the first use on."""
+        """Return the model the recipe began with; it is in memory from the first use on."""
         return self.load_dense()
 
 
 @dataclass(frozen=True)
 class Context:
-    """What is the same for all blocks of a run.
+    """Hold what is the same for all blocks of a run.
 
     Attributes:
         structure: of the model.
@@ -214,22 +198,39 @@ class Context:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def generator(self, *place: int) -> torch.Generator:
-        """A random generator that depends on the seed and a place (pass, block, …) only."""
+        """Return a random generator that depends on the seed and a place (pass, block, …) only."""
         return derived_generator(self.seed, *place)
 
 
 def derived_generator(seed: int, *place: int) -> torch.Generator:
-    """A random generator that depends on a seed and a place (pass, block, step, …) only."""
+    """Return a random generator that depends on a seed and a place (pass, block, step, …) only."""
     for part in place:
         seed = (seed * 1_000_003 + part + 1) % (1 << 63)
     return torch.Generator().manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Hold what is known of a run before it begins, for :meth:`Pass.memory`.
+
+    Attributes:
+        samples: of the calibration text, 0 without one.
+        length: tokens of each.
+        block: bytes of the largest block, float32.
+        model: bytes of the whole model, float32.
+    """
+
+    samples: int
+    length: int
+    block: int
+    model: int
 
 
 ConfigT = TypeVar("ConfigT", bound=PassConfig)
 
 
 class Pass(Generic[ConfigT]):
-    """A method. Subclasses set ``Config`` and implement :meth:`run_block`, or :meth:`run_model`."""
+    """Compress a model by one method. Subclasses set ``Config`` and implement :meth:`run_block`, or :meth:`run_model`."""
 
     Config: ClassVar[type[PassConfig]]
 
@@ -237,7 +238,7 @@ class Pass(Generic[ConfigT]):
         self.config = config
 
     def needs(self) -> Needs:
-        """What the pipeline has to provide with these settings."""
+        """Return what the pipeline has to provide with these settings."""
         return Needs()
 
     def check(self, context: Context) -> None:
@@ -249,26 +250,30 @@ class Pass(Generic[ConfigT]):
         return
 
     def outside(self, context: Context) -> list[str]:
-        """Modules outside the blocks it also works on: names out of ``context.outside``."""
+        """Name the modules outside the blocks that it also works on, out of ``context.outside``."""
         return []
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
-        """What it will leave packed, by full name, for the plan; tables are taken to fit float16."""
+        """Return what it will leave packed, by full name, for the plan; codebooks are taken to fit float16."""
         return {}
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """For checks and the plan: block -> the shape it will have, None if it is removed; unchanged blocks may be absent.
+        """Foresee, for checks and the plan, the shape of every block it changes: None for one that is removed.
 
         What depends on the weights is to be estimated.
         """
         return {}
 
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate, for the plan, the bytes that it takes itself: statistics, copies, gradients of its own.
+
+        What the pipeline holds for it comes on top: the block or the model, the samples' hidden states, and what
+        ``squared_gradients`` takes.
+        """
+        return 0
+
     def survey_model(
-        self,
-        model: PreTrainedModel,
-        samples: Sequence[Tensor],
-        context: Context,
-        report: Report,
+        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
     ) -> dict[str, Tensor]:
         """Look at the whole model, float32 on the context's device; what is returned is every block's ``findings``.
 
@@ -281,7 +286,7 @@ class Pass(Generic[ConfigT]):
         raise NotImplementedError(f"{type(self).__name__} has no survey_model")
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """Whether to look at all blocks (once more) before any is worked on.
+        """Tell whether to look at all blocks (once more) before any is worked on.
 
         Args:
             context: of the run.
@@ -302,12 +307,18 @@ class Pass(Generic[ConfigT]):
         """Work on one block, knowing ``block.surveys``.
 
         Returns:
-            Figures for the log and the manifest, without times: equal work, equal bytes.
+            Figures for the log and the manifest (JSON), without times: equal work, equal bytes. Every pass chooses its
+            own, under names other than those of :data:`compress.runner.NOTES`. Two names have a meaning for all:
+
+            * ``errors``: matrix -> bits -> ``{"relative", "weighted"}`` and perhaps ``"output"``
+              (:func:`compress.quant.base.layer_errors`). ``inspect`` shows them, and a mix of bits is chosen by them.
+            * ``linears``: linear -> ``{"zeros": weights that are 0, "parameters": all}`` and whatever else there is to
+              say of it. A linear with ``zeros`` above 0 is what makes a model pruned.
         """
         raise NotImplementedError(f"{type(self).__name__} has no run_block")
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """The units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
+        """Name the units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
         return ["model"]
 
     def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
@@ -346,12 +357,12 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def kinds() -> list[str]:
-    """Names of all installed passes."""
+    """Return the names of all installed passes."""
     return sorted(_entries())
 
 
 def pass_class(kind: str) -> type[Pass[Any]]:
-    """The class behind a name.
+    """Load the class behind a name.
 
     Raises:
         CompressError: its package cannot be imported, or what it names is not a pass.

@@ -21,7 +21,7 @@ from compress.errors import CompressError, first_line
 from compress.loading import load_tokenizer
 from compress.passes import Context, Pass, Report, pass_class
 from compress.processes import processes
-from compress.quant.linear import PackedShape
+from compress.quant.format import PackedShape
 from compress.recipe import Calibration, Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner
 from compress.streaming import State, StreamedModel, empty_model, foreseen, tensor_names
@@ -172,8 +172,9 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
         state, units = runner.run()
         own = {"text": drawn[text].source} if text and step.needs().text else {}
-        history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
-        beside.append((step, runner.beside, units))
+        described = {name: unit.described() for name, unit in units.items()}
+        history.append({"config": step.config.model_dump(mode="json"), **own, "units": described})
+        beside.append((step, runner.beside, {name: unit.figures for name, unit in units.items()}))
     if not processes(device).is_main_process:
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None

@@ -1,4 +1,4 @@
-"""What a recipe will need and give, told from headers alone: no weight is read."""
+"""Foresee what a recipe will need and give, from headers alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from compress.passes import SURVEY_TOKENS, Context, Needs, Pass, pass_class
+from compress.passes import Context, Needs, Pass, Sizes, pass_class
 from compress.pipeline import check_order, open_source
-from compress.quant.linear import PackedShape, packed_bytes
+from compress.quant.format import PackedShape, bits_range, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.streaming import State
 from compress.structure import block_of
@@ -20,7 +20,7 @@ _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocat
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
-    """Sizes on disk and peak memory of a run.
+    """Estimate the sizes on disk and the peak memory of a run.
 
     Returns:
         ``{"model", "blocks", "parameters", "parameters_after", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
@@ -44,7 +44,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     }
     if context.tied and context.head in packed:
         kept.pop(f"{context.head}.weight", None)
-    at = _bytes_at(packed)
+    at = {bits: sum(packed_bytes(shape, bits) for shape in packed.values()) for bits in bits_range(packed.values())}
     rest = sum(kept.values())
     return {
         "model": str(source.folder),
@@ -61,56 +61,41 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     }
 
 
-def _bytes_at(packed: Mapping[str, PackedShape]) -> dict[int, int]:
-    if not packed:
-        return {}
-    low, high = min(s.seed_bits for s in packed.values()), max(s.parent_bits for s in packed.values())
-    return {bits: sum(packed_bytes(shape, bits) for shape in packed.values()) for bits in range(low, high + 1)}
-
-
 def _needs(
     step: Pass[Any], state: State, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
 ) -> dict[str, int]:
-    """Memory and workspace of one pass, from what it declares."""
+    """Estimate memory and workspace of one pass: what the pipeline holds for it, and what it says of itself."""
     needs, text = step.needs(), settings.calibration
     blocks: dict[int | None, int] = {}
     for name, item in state.source.info().items():
         place = block_of(name, context.structure)
         blocks[place] = blocks.get(place, 0) + torch.Size(item.shape).numel() * _FLOAT
     outside = blocks.pop(None, 0)
-    block = max(blocks.values())
-    config = state.config
-    width = int(getattr(config, "hidden_size", 0))
-    hidden = text.samples * text.length * width * _FLOAT if text and needs.calibration else 0
-    # Measured by bench_memory: a block in float32, as read, and as written; with gradients also their sum.
-    memory = _LATE_CODE + outside + (4 if needs.squared_gradients else 3) * block
+    block, inside = max(blocks.values()), sum(blocks.values())
+    hidden_size = int(getattr(state.config, "hidden_size", 0))
+    hidden = text.samples * text.length * hidden_size * _FLOAT if text and needs.calibration else 0
+    # Measured by the memory bench: a block in float32, as read, and as written; with gradients also their sum.
+    memory = outside + (4 if needs.squared_gradients else 3) * block
     memory += (2 if needs.squared_gradients else 1) * hidden
-    if text and needs.squared_gradients:
-        memory += 2 * text.length * int(getattr(config, "vocab_size", 0)) * _FLOAT  # one sample's logits and gradient
+    if text and needs.squared_gradients:  # one sample's logits and gradient
+        memory += 2 * text.length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
     if needs.whole_model:
-        memory = _LATE_CODE + _whole_bytes(needs, outside + sum(blocks.values()), state, packed)
-    if needs.model_survey:  # the model and one forward pass; with gradients as much again, and all activations
-        memory = _LATE_CODE + (3 if needs.backward else 2) * (outside + sum(blocks.values()))
-        tokens = min(SURVEY_TOKENS, text.samples * text.length) if text else 0
-        width = sum(rows + columns for rows, columns in context.linears.values())
-        memory += tokens * width * _FLOAT if needs.backward else 0
-    if needs.hessians and needs.packs and needs.inputs == "original" and text:  # codes by output errors
-        memory += len(needs.variants) * hidden + block + _output_bytes(needs, text.length, context)
-    elif needs.hessians:  # measured by bench_pruning: scores, and the Hessian, its inverse and factor
-        double = 2 if needs.changes_shapes else 1  # which are float64 there
-        memory += block + 3 * double * _hessians(context)
-    units = (
-        sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
-        if needs.packs
-        else sum(blocks.values())
-    )
-    kept = sum(blocks.values()) if needs.squared_gradients else 0
+        memory = _whole_bytes(needs, outside + inside, state, packed)
+    if needs.model_survey:  # the model and one forward pass
+        memory = 2 * (outside + inside)
+    memory += len(needs.variants) * hidden
+    sizes = Sizes(text.samples if text else 0, text.length if text else 0, block, outside + inside)
+    units = sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values()) if needs.packs else inside
+    kept = inside if needs.squared_gradients else 0
     hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * (1 + len(needs.variants)) * hidden
-    return {"memory_bytes": memory, "workspace_bytes": units + kept + hidden_kept}
+    return {
+        "memory_bytes": _LATE_CODE + memory + step.memory(sizes, context),
+        "workspace_bytes": units + kept + hidden_kept,
+    }
 
 
 def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, PackedShape]) -> int:
-    """Bytes of the model in memory, float32 or packed, and of the dense one beside it; activations come on top."""
+    """Return the bytes of the model, float32 or packed, and of the dense one beside it; activations come on top."""
     if needs.teacher:  # and, in a step, a dense weight per packed one
         return 3 * dense
     info = state.source.info()
@@ -118,25 +103,3 @@ def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, Pa
         torch.Size(info[f"{name}.weight"].shape).numel() * _FLOAT for name in packed if f"{name}.weight" in info
     )
     return dense - replaced + sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
-
-
-def _output_bytes(needs: Needs, length: int, context: Context) -> int:
-    """Bytes that choosing codes by output errors takes, for the linear with most inputs."""
-    inputs = max(columns for _, columns in context.linears.values())
-    matrices = 3 * inputs * inputs * _FLOAT  # the metric, and two more for the correction, or its split
-    targets = (len(needs.variants) + 2) * max(rows * columns for rows, columns in context.linears.values()) * _FLOAT
-    return matrices + targets + 4 * length * inputs * _FLOAT + 1024 * 90 * inputs  # a sample, and rows, at a time
-
-
-def _hessians(context: Context) -> int:
-    """Bytes of one [K, K] float32 matrix for every distinct input of the largest block.
-
-    Linears that servers fuse share their input; others are taken to have one of their own.
-    """
-    followers = {name for group in context.structure.fused for name in group[1:]}
-    sizes: dict[int | None, int] = {}
-    for name, (_, columns) in context.linears.items():
-        place = block_of(name, context.structure)
-        if name.removeprefix(f"{context.structure.blocks}.{place}.") not in followers:
-            sizes[place] = sizes.get(place, 0) + columns**2 * _FLOAT
-    return max(sizes.values())

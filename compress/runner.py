@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from compress.calibration import Samples
 from compress.errors import CompressError
-from compress.fisher import squared_gradients
-from compress.passes import Block, Context, Pass, Report, Whole
+from compress.fisher import squared_gradients, unit_of
+from compress.passes import OUTSIDE, Block, Context, Pass, Report, Run, Whole
 from compress.processes import processes
-from compress.quant.sparse import shape_of, smaller_form
+from compress.quant.format import pack_smaller, shape_of
 from compress.shapes import BlockShape, block_shape
 from compress.streaming import Call, State, StreamedModel, reshaped
 from compress.structure import block_prefix
@@ -26,35 +26,66 @@ from compress.version import __version__
 from compress.weights import Overlay
 from compress.workspace import Record, Stage, Workspace
 
-Run = Callable[[nn.Module], Tensor]
+NOTES = ("packed", "skipped", "shape", "storage")
+"""What the pipeline itself keeps in a unit's record, beside the figures of the pass."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Hold what is known of one finished unit of work: what the pass says of it, and what the pipeline does.
+
+    Attributes:
+        figures: as the pass returned them.
+        notes: by :data:`NOTES`: name -> fields of its ``PackedShape``, name -> reason, the block's shape (None if it is
+            removed), name -> what :func:`pack_smaller` notes.
+    """
+
+    figures: Record
+    notes: Record
+
+    @classmethod
+    def of(cls, record: Record) -> Finished:
+        """Take apart the record on disk."""
+        notes = {name: value for name, value in record.items() if name in NOTES}
+        return cls({name: value for name, value in record.items() if name not in NOTES}, notes)
+
+    def described(self) -> Record:
+        """Return what the manifest says of the unit; the config has what is packed."""
+        return {name: value for name, value in sorted({**self.figures, **self.notes}.items()) if name != "packed"}
 
 
 class Log:
-    """The per-unit log: one JSON line each, and the caller's progress report."""
+    """Write the log, one JSON line per unit, and tell the caller of progress."""
 
     def __init__(self, path: Path, report: Report | None) -> None:
         self.path, self._report = path, report
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Tell the caller."""
+        """Tell the caller how far the work is."""
         if self._report is not None:
             self._report(what, done, total)
 
     def unit(self, kind: str, unit: str, seconds: float, record: Record) -> None:
-        """Write one line."""
+        """Write the line of one unit."""
         line = {"time": time.time(), "pass": kind, "unit": unit, "seconds": round(seconds, 4), **record}
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
 
 
 class Runner:
-    """One pass over all blocks, or over the whole model."""
+    """Run one pass over all blocks, or over the whole model."""
 
     def __init__(
-        self, step: Pass[Any], state: State, origin: State, samples: Samples | None,
-        context: Context, work: Workspace, log: Log,
-    ) -> None:  # fmt: skip
+        self,
+        step: Pass[Any],
+        state: State,
+        origin: State,
+        samples: Samples | None,
+        context: Context,
+        work: Workspace,
+        log: Log,
+    ) -> None:
         self.origin = origin
         self.step, self.state, self.context, self.log = step, state, context, log
         self.kind, self.needs = step.config.kind, step.needs()
@@ -74,13 +105,13 @@ class Runner:
 
     @property
     def model(self) -> StreamedModel:
-        """Opened when first needed: a pass that is finished needs none."""
+        """Open the model when it is first needed: a pass that is finished needs none."""
         if self._model is None:
             self._model = StreamedModel(self.state, self.context.device)
         return self._model
 
-    def run(self) -> tuple[State, dict[str, Record]]:
-        """Do what is not done yet; return the state after the pass and its units' records."""
+    def run(self) -> tuple[State, dict[str, Finished]]:
+        """Do what is not done yet; return the state after the pass, and its units."""
         if self.needs.whole_model:
             units = self.step.model_units(self.state.packed)
             self._run_whole(units)
@@ -107,7 +138,7 @@ class Runner:
             self._outside()
 
     def _run_whole(self, units: Sequence[str]) -> None:
-        """Units of a pass that has the whole model in memory, beside the dense model the recipe began with."""
+        """Work on the units of a pass that has the whole model in memory."""
         open_units = [unit for unit in units if self.stage.record(unit) is None]
         self.processes.wait_for_everyone()  # before any is finished: all must see the same
         if not open_units:
@@ -128,12 +159,12 @@ class Runner:
                 continue
             stored = {} if self.needs.beside else self.state.source.info()
             tensors = {n: t.to(stored[n].dtype) if n in stored else t for n, t in tensors.items()}
-            self.stage.save(unit, tensors, {**record, "packed": {}, "skipped": {}})
+            self._save(unit, tensors, record, {"packed": {}, "skipped": {}})
             shutil.rmtree(whole.scratch, ignore_errors=True)
             self.log.unit(self.kind, unit, time.perf_counter() - started, record)
 
     def _survey_model(self) -> None:
-        """One look at the whole model, whose findings are a unit like any other."""
+        """Let the pass look at the whole model; what it finds is a unit like any other."""
         assert self.samples is not None
         started = time.perf_counter()
         model = StreamedModel(self.state, self.context.device).whole()
@@ -143,7 +174,7 @@ class Runner:
         self.log.unit(self.kind, "model survey", time.perf_counter() - started, {})
 
     def _survey(self, count: int) -> None:
-        """Rounds over all blocks before any is changed, for as long as the pass wants another."""
+        """Go over all blocks before any is changed, for as long as the pass wants another round."""
         while self.step.wants_survey(self.context, self.surveys):
             label = f"survey-{len(self.surveys)}"
             self._walk(label, f"{label}-inputs", count, self._survey_block)
@@ -210,10 +241,10 @@ class Runner:
             self._finish(unit, block, tensors, record, started)
 
     def _fisher(self, i: int) -> dict[str, Tensor]:
-        return self.fisher.load(f"fisher-{i}") if self.needs.squared_gradients else {}
+        return self.fisher.load(unit_of(i)) if self.needs.squared_gradients else {}
 
     def _samples(self, i: int, inputs: str) -> tuple[list[Run], dict[str, list[Run]]]:
-        """The block's calls on the calibration samples, and those of every variant.
+        """Return the block's calls on the calibration samples, and those of every variant.
 
         ``inputs`` is the name under which a walk over the blocks keeps its carried activations; the first are made here.
         """
@@ -252,57 +283,65 @@ class Runner:
     def _outside(self) -> None:
         started = time.perf_counter()
         linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
-        block = Block(-1, "", self.model.model, linears, self._fisher(-1), surveys=self.surveys)
+        block = Block(OUTSIDE, "", self.model.model, linears, self._fisher(OUTSIDE), surveys=self.surveys)
         record = self.step.run_block(block, self.context)
         self._finish("outside", block, {}, record, started)
 
     def _collect(self, block: Block) -> dict[str, Tensor]:
-        """The block's dense tensors as they will be stored, in the dtype they came in."""
+        """Return the block's dense tensors as they will be stored, in the dtype they came in."""
         stored = self.state.source.info()
         dense = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
         packed = {f"{name}.weight" for name in block.packed}
         return {name: tensor.to("cpu", stored[name].dtype) for name, tensor in dense.items() if name not in packed}
 
     def _restore(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Go on with exactly what was stored."""
+        """Load into the block exactly what was stored."""
         inner = {name.removeprefix(prefix + "."): tensor for name, tensor in tensors.items()}
         module.load_state_dict({name: value.float() for name, value in inner.items()}, strict=False)
 
     def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record, started: float) -> None:
         self._check_finite(tensors)
         shapes, storage = {}, {}
-        for name, packed in block.packed.items():
-            shape, stored, note = smaller_form(packed.shape, packed.tensors)
+        for name, found in block.packed.items():
+            shape, stored, note = pack_smaller(found)
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
             shapes[name], storage[name] = vars(shape), note
-        whole = {**record, "packed": shapes, "skipped": block.skipped}
+        notes: Record = {"packed": shapes, "skipped": block.skipped}
         if self.needs.changes_shapes:
-            whole["shape"] = None if block.removed or block.shape is None else asdict(block.shape)
+            notes["shape"] = None if block.removed or block.shape is None else asdict(block.shape)
         if any(storage.values()):  # units without a pruned weight are as they always were
-            whole["storage"] = {name: note for name, note in storage.items() if note}
-        self.stage.save(unit, tensors, whole)
+            notes["storage"] = {name: note for name, note in storage.items() if note}
+        self._save(unit, tensors, record, notes)
         self.log.unit(self.kind, block.name or unit, time.perf_counter() - started, record)
+
+    def _save(self, unit: str, tensors: Mapping[str, Tensor], figures: Record, notes: Record) -> None:
+        taken = sorted(figures.keys() & set(NOTES))
+        if taken:
+            raise CompressError(
+                f"pass {self.kind}: its record has {taken[0]!r}, a name that the pipeline uses; choose another."
+            )
+        self.stage.save(unit, tensors, {**figures, **notes})
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise CompressError(f"{name}: {self.kind} left values that are not finite.")
 
-    def _after(self, units: Sequence[str]) -> tuple[State, dict[str, Record]]:
-        records = {unit: self.stage.record(unit) or {} for unit in units}
-        new = {name: shape_of(fields) for record in records.values() for name, fields in record.pop("packed").items()}
+    def _after(self, units: Sequence[str]) -> tuple[State, dict[str, Finished]]:
+        finished = {unit: Finished.of(self.stage.record(unit) or {}) for unit in units}
+        new = {name: shape_of(fields) for unit in finished.values() for name, fields in unit.notes["packed"].items()}
         packed = {**self.state.packed, **new}
         config = self.state.config
         if self.context.head in packed and config.tie_word_embeddings:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
         if self.needs.beside:
             self.beside = {unit: self.stage.load(unit) for unit in units}
-            return State(self.state.source, config, packed, self.stage.key, self.state.shapes), records
+            return State(self.state.source, config, packed, self.stage.key, self.state.shapes), finished
         removed = [f"{name}.weight" for name in new]
         source = Overlay(self.state.source, [self.stage.path(unit) for unit in units], removed)
         state = State(source, config, packed, self.stage.key, self.state.shapes)
         if self.needs.changes_shapes:
             names = [block_prefix(self.context.structure, i) for i in range(self._block_count())]
-            found = {name: records[f"block-{i}"].get("shape") for i, name in enumerate(names)}
+            found = {name: finished[f"block-{i}"].notes.get("shape") for i, name in enumerate(names)}
             state = reshaped(state, {name: shape and BlockShape(**shape) for name, shape in found.items()})
-        return state, records
+        return state, finished

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from compress.errors import CompressError
 from compress.hf import packed_modules, rebuild, replace_packed
-from compress.quant.linear import PackedShape
+from compress.quant.format import PackedShape
 from compress.shapes import (
     BlockShape,
     Shapes,

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.hf import METHOD, format_version, packed_modules, records, widths_for
 from compress.loading import index_name
-from compress.quant.linear import width_of
+from compress.quant.format import bits_range, width_of
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__
@@ -104,8 +104,7 @@ def _check_room(needed: int, folder: Path) -> None:
 
 def widths_of(state: State) -> list[int]:
     """Every width a checkpoint can be loaded at as a whole; empty for a dense one."""
-    shapes = state.packed.values()
-    return list(range(min(s.seed_bits for s in shapes), max(s.parent_bits for s in shapes) + 1)) if shapes else []
+    return list(bits_range(state.packed.values()))
 
 
 def _needed_at(name: str, bits: int, state: State) -> bool:

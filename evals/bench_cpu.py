@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 import compress
 from compress.hf import packed_modules, replace_packed
 from compress.kernels import cpu
-from compress.quant.linear import PackedShape
+from compress.quant.format import PackedShape
 from compress.streaming import empty_model
 
 SHAPES = {"4096 x 4096": (4096, 4096), "14336 x 4096": (14336, 4096)}

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from compress.pruning.sparsegpt import Rule, factorise, sweep
+from compress.pruning.scores import factorise
+from compress.pruning.sparsegpt import Rule, sweep
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.tree import nested_output_codebooks
+from compress.quant.nested import nested_output_codebooks
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -22,8 +22,8 @@ from compress.evals.bench_memory import CALIBRATION, beside_plan, memory_table, 
 from compress.evals.experiments import listed
 from compress.pruning.allocation import Budget
 from compress.pruning.mrp import curve, grid, search
-from compress.pruning.scores import removal
-from compress.pruning.sparsegpt import Rule, factorise, sweep
+from compress.pruning.scores import factorise, removal
+from compress.pruning.sparsegpt import Rule, sweep
 
 
 def bench_sweep(size: int) -> dict[str, float]:

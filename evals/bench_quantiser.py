@@ -73,7 +73,7 @@ def milliseconds_per_row(function: Callable[[], object], rows: int) -> tuple[flo
 def our_errors(weight: Matrix, sensitivity: Matrix, bits: int) -> NDArray[np.float64]:
     """Weighted squared error of each row at the seed, by the library."""
     seed = kmeans_codebook(weight, sensitivity, bits)
-    error = weight.astype(np.float64) - np.take_along_axis(seed.codebooks[bits], seed.codes.astype(np.int64), 1)
+    error = weight.astype(np.float64) - seed.dense(bits).numpy()
     errors: NDArray[np.float64] = (sensitivity * error**2).sum(1)
     return errors
 

@@ -23,9 +23,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compress.quant.format import SparseShape, expand, pack, pack_smaller
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.linear import pack
-from compress.quant.sparse import SparseShape, expand, smaller_form
 from compress.weights import read_header
 
 SEED_BITS = 3
@@ -56,11 +55,9 @@ def measure(rows: int, columns: int, sparsity: float, parent: int, file: Path) -
     """One line of the table."""
     weight = pruned_matrix(rows, columns, sparsity)
     nested = nested_codebooks(weight.numpy(), None, SEED_BITS, parent, True, torch.get_num_threads())
-    dense_shape, dense = pack(
-        torch.from_numpy(nested.codes), {bits: torch.from_numpy(table) for bits, table in nested.codebooks.items()}
-    )
+    _, dense = pack(nested.codes, nested.codebooks)
     started = time.perf_counter()
-    shape, stored, note = smaller_form(dense_shape, dense)
+    shape, stored, note = pack_smaller(nested)
     chosen = time.perf_counter() - started
     share = 8 / weight.numel()  # bits per weight
     tables = share * sum(t.nbytes for name, t in dense.items() if name.startswith("codebook_"))

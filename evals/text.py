@@ -20,6 +20,7 @@ from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.loading import bits_for, load_tokenizer
 from compress.passes import Report
+from compress.quant.format import bits_range
 from compress.sidecars import Choice
 from compress.weights import read_manifest, sha256_of
 
@@ -131,13 +132,13 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
         if asked:
             raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
         return [None]
-    low, high = min(m.shape.seed_bits for m in modules), max(m.shape.parent_bits for m in modules)
+    stored = bits_range(module.shape for module in modules)
     for width in asked or ():
-        if not low <= width <= high:
+        if not stored[0] <= width <= stored[-1]:
             raise CompressError(
-                f"--bits: width {width} is not available; this model can be read at {low} to {high} bits."
+                f"--bits: width {width} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
             )
-    return [*sorted(asked or range(low, high + 1), reverse=True)]
+    return [*sorted(asked or stored, reverse=True)]
 
 
 def evaluate_text(

@@ -19,7 +19,7 @@ from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.processes import processes
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
-from compress.quant.linear import PackedShape
+from compress.quant.format import PackedShape
 from compress.sidecars import PROMPTS_FOLDER
 from compress.training import Loss, TrainingConfig, held_out_losses, next_token_loss, train
 from compress.workspace import Record

@@ -14,15 +14,18 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from compress.errors import CompressError
+from compress.quant.kmeans import kmeans_codebook
 
 Floats = NDArray[np.float64]
+_BINS = 100  # of the histogram of a spectrum
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What an allocation has to meet.
+    """Say what an allocation has to meet.
 
     Attributes:
         sizes: parameters of each unit.
@@ -65,35 +68,35 @@ def meet(budget: Budget, shape: Callable[[float], Floats]) -> list[float]:
 
 
 def _around(budget: Budget, offsets: Floats) -> list[float]:
-    """The target plus offsets, all shifted alike so that the mean over parameters is the target."""
+    """Add offsets to the target, all shifted alike so that the mean over parameters is the target."""
     return meet(budget, lambda shift: shift + offsets)
 
 
 def _between(values: Sequence[float] | Floats, width: float) -> Floats:
-    """Values mapped linearly onto 0 .. width; all 0 where they are equal."""
+    """Map values linearly onto 0 .. width; all to 0 where they are equal."""
     found = np.asarray(values, np.float64)
     extent = float(found.max() - found.min())
     return (found - found.min()) / extent * width if extent > 0 else np.zeros_like(found)
 
 
 def uniform(budget: Budget) -> list[float]:
-    """The target everywhere."""
+    """Give every unit the target."""
     return [budget.sparsity] * len(budget.sizes)
 
 
 def random(budget: Budget, spread: float, generator: torch.Generator) -> list[float]:
-    """Evenly distributed within ``spread`` of the target: what any measured allocation has to beat."""
+    """Draw evenly within ``spread`` of the target: what any measured allocation has to beat."""
     draws = torch.rand(len(budget.sizes), generator=generator, dtype=torch.float64).numpy()
     return _around(budget, (2 * draws - 1) * spread)
 
 
 def atp(budget: Budget, spread: float) -> list[float]:
-    """Evenly rising from the first unit to the last, over twice ``spread`` (ATP; its slope is that over L - 1)."""
+    """Rise evenly from the first unit to the last, over twice ``spread`` (ATP; its slope is that over L - 1)."""
     return _around(budget, np.linspace(-spread, spread, len(budget.sizes)))
 
 
 def owl(budget: Budget, outliers: Sequence[float], spread: float) -> list[float]:
-    """Blocks with more outliers keep more, over a range of twice ``spread`` (OWL, arXiv 2310.05175; its lambda).
+    """Let blocks with more outliers keep more, over a range of twice ``spread`` (OWL, arXiv 2310.05175; its lambda).
 
     Args:
         budget: to meet.
@@ -104,7 +107,7 @@ def owl(budget: Budget, outliers: Sequence[float], spread: float) -> list[float]
 
 
 def dlp(budget: Budget, medians: Sequence[float], spread: float) -> list[float]:
-    """Importance ``1 - median / sum of medians``, mapped like OWL's (DLP; its alpha is ``spread``).
+    """Map the importance ``1 - median / sum of medians`` like OWL's outliers (DLP; its alpha is ``spread``).
 
     Args:
         budget: to meet.
@@ -116,7 +119,7 @@ def dlp(budget: Budget, medians: Sequence[float], spread: float) -> list[float]:
 
 
 def alpha(budget: Budget, exponents: Sequence[float], spread: float) -> list[float]:
-    """Sparsity proportional to ``1 - spread .. 1 + spread`` by power-law exponent (AlphaPruning, arXiv 2410.10912).
+    """Scale the target by ``1 - spread .. 1 + spread`` by power-law exponent (AlphaPruning, arXiv 2410.10912).
 
     Args:
         budget: to meet.
@@ -130,56 +133,64 @@ def alpha(budget: Budget, exponents: Sequence[float], spread: float) -> list[flo
     return meet(budget, lambda scale: factors * max(scale, 0.0))
 
 
-def clusters(budget: Budget, losses: Sequence[float], spread: float, count: int = 4) -> list[float]:
-    """Log-level clusters of the estimated losses, one sparsity each (arXiv 2409.20094, section 3; our reading).
+def exponent(weight: Tensor) -> float:
+    """Fit the power-law exponent of the tail of the eigenvalues of ``W^T W``, by which AlphaPruning judges a matrix.
 
-    One-dimensional k-means of ``log10(loss)``; the clusters, from the least loss to the largest, stand at equal distances
+    ``alpha = 1 + n / sum ln(x_i / x_min)`` over the n eigenvalues from x_min on. Among those up to 1.5 times the peak of
+    the histogram of ``log10 x`` (100 bins), x_min is the one whose fit has the least Kolmogorov-Smirnov distance. The
+    original also has a lower bound, but compares a logarithm with a value there, so that it does not bind.
+
+    Args:
+        weight: float32 [N, K].
+
+    Returns:
+        The exponent; infinite for a matrix without two distinct eigenvalues (nothing to tell it from noise).
+    """
+    small = weight if weight.shape[0] <= weight.shape[1] else weight.t()
+    x = torch.linalg.eigvalsh(small.double() @ small.double().t())
+    x = x[x > float(x[-1]) * 1e-12]
+    if x.numel() < 2 or float(x[0]) == float(x[-1]):
+        return float("inf")
+    logs = x.log10()
+    low, high = float(logs[0]), float(logs[-1])
+    peak = int(torch.histc(logs, _BINS, low, high).argmax())
+    largest = 1.5 * 10 ** (low + peak * (high - low) / _BINS)
+    best = (float("inf"), float("inf"))
+    for first in range(x.numel() - 1):
+        if first and float(x[first]) > largest:
+            break
+        tail = x[first:]
+        slope = float((tail / tail[0]).log().mean())
+        if slope > 0:
+            found = 1 + 1 / slope
+            fitted = 1 - (tail / tail[0]) ** (1 - found)
+            steps = torch.arange(tail.numel(), dtype=torch.float64, device=x.device) / tail.numel()
+            best = min(best, (float((fitted - steps).abs().max()), found))
+    return best[1]
+
+
+def clusters(budget: Budget, losses: Sequence[float], spread: float) -> list[float]:
+    """Cluster the logarithms of estimated losses, one sparsity each (arXiv 2409.20094, section 3; our reading).
+
+    One-dimensional k-means, with 4 clusters or as many as there are distinct losses, of ``log10(loss)``; the clusters, from the least loss to the largest, stand at equal distances
     from ``+spread`` to ``-spread``, and all are shifted to meet the target.
 
     Args:
         budget: to meet.
         losses: estimated loss per weight of each unit, not negative.
         spread: half the distance between the first and the last cluster.
-        count: number of clusters; fewer where there are fewer distinct losses.
     """
     found = np.asarray(losses, np.float64)
     positive = found[found > 0]
     least = float(positive.min()) if positive.size else 1.0
-    rank = _levels(np.log10(np.maximum(found, least * 1e-3)), count)
+    logs = np.log10(np.maximum(found, least * 1e-3)).astype(np.float32)
+    rank = kmeans_codebook(logs[None], None, bits=2).codes[0].numpy()
     most = max(int(rank.max()), 1)
     return _around(budget, spread * (1 - 2 * rank / most))
 
 
-def _levels(values: Floats, count: int) -> Floats:
-    """Optimal one-dimensional k-means by dynamic programming: the cluster (from the smallest) of each value."""
-    order = np.argsort(values, kind="stable")
-    x = values[order]
-    count = min(count, len(np.unique(x)))
-    sums, squares = np.concatenate([[0], x.cumsum()]), np.concatenate([[0], (x * x).cumsum()])
-
-    def cost(first: int, end: int) -> float:
-        total = float(sums[end] - sums[first])
-        return max(float(squares[end] - squares[first]) - total * total / (end - first), 0.0)
-
-    n = len(x)
-    best = [0.0] + [cost(0, end) for end in range(1, n + 1)]
-    starts: list[list[int]] = [[0] * (n + 1)]
-    for used in range(2, count + 1):
-        row, start = [np.inf] * (n + 1), [0] * (n + 1)
-        for end in range(used, n + 1):
-            row[end], start[end] = min((best[first] + cost(first, end), first) for first in range(used - 1, end))
-        best = row
-        starts.append(start)
-    ranks, end = np.zeros(n), n
-    for cluster in range(count - 1, -1, -1):
-        first = starts[cluster][end]
-        ranks[order[first:end]] = cluster
-        end = first
-    return ranks
-
-
 def whole_numbers(budget: Budget, sparsities: Sequence[float]) -> list[int]:
-    """Zeros of each unit: the shares rounded so that their sum is the target, rounded to a whole weight.
+    """Round shares to zeros of each unit so that their sum is the target, rounded to a whole weight.
 
     Rounding is cumulative: the first l units together have as many zeros as their shares, to within half a weight; the
     last takes what is left.

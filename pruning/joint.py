@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.passes import Block, Context, Needs, Packed
-from compress.pruning.measure import Measured
+from compress.passes import Block, Context, Needs
+from compress.pruning.masked import Pruned, SparseConfig, SparsePass
+from compress.pruning.scores import Measured
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparseConfig, SparsePass
-from compress.quant.linear import PackedShape, pack
+from compress.quant.format import Codes, PackedShape
 
 
 class JointConfig(SparseConfig):
@@ -28,39 +28,36 @@ class JointConfig(SparseConfig):
 
 
 class Joint(SparsePass[JointConfig]):
-    """SparseGPT with rounding."""
+    """Prune and round column by column, as SparseGPT does."""
 
     Config = JointConfig
 
     def needs(self) -> Needs:
-        """Inputs from the packed blocks; leaves packed matrices."""
-        return Needs(inputs="updated", hessians=True, packs=True)
+        """Ask for inputs from the packed blocks; leave packed matrices."""
+        return Needs(inputs="updated", packs=True)
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
-        """Every linear that is not ignored."""
+        """Return the shape of every linear that is not ignored."""
         bits = self.config.bits
         return {name: PackedShape(*context.linears[name], bits, bits) for name in self.chosen(context)}
 
     def prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
-        """Sweep and pack; the dense weights become what the packed ones stand for."""
+        """Sweep, and hand over codes; the dense weights become what the codes stand for."""
         result = {}
         for name, factor in measured.factors.items():
             weight = block.linears[name].weight
             table = even_tables(weight, self.config.bits)
             swept = sweep(weight, factor, self.rule(zeros[name]), rounding(table))
             weight.copy_(swept.weight)
-            codes = codes_of(swept.weight, table).cpu()
-            shape, tensors = pack(codes, {self.config.bits: table.cpu()})
-            block.packed[name] = Packed(shape, tensors)
-            figures = {"loss": swept.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
-            result[name] = Pruned(swept.pruned, figures)
+            block.packed[name] = Codes(codes_of(swept.weight, table).cpu(), {self.config.bits: table.cpu()})
+            result[name] = Pruned(swept.pruned, swept.figures(factor))
         for name in block.linears.keys() - result.keys():
             block.skipped[name] = f"ignored by the pass {self.config.kind}"
         return result
 
 
 def even_tables(weight: Tensor, bits: int) -> Tensor:
-    """Per row, ``2**bits`` equally spaced values from about its smallest to its largest weight, one of them exactly 0.
+    """Space ``2**bits`` values evenly from about a row's smallest to its largest weight, one of them exactly 0.
 
     Values are those of float16, in which tables are stored, unless a row is too large or too small for that.
 
@@ -82,13 +79,13 @@ def even_tables(weight: Tensor, bits: int) -> Tensor:
 
 
 def codes_of(weight: Tensor, table: Tensor) -> Tensor:
-    """The code of the nearest entry, uint8 [N, K]; of two equally near the lower."""
+    """Find the code of the nearest entry, uint8 [N, K]; of two equally near the lower."""
     middles = (table[:, 1:] + table[:, :-1]) / 2
     return torch.searchsorted(middles.contiguous(), weight.contiguous()).to(torch.uint8)
 
 
 def rounding(table: Tensor) -> Callable[[Tensor], Tensor]:
-    """Rounds a column [N], each row to its own table."""
+    """Return a function that rounds a column [N], each row to its own table."""
 
     def nearest(column: Tensor) -> Tensor:
         return table.gather(1, codes_of(column[:, None], table).long())[:, 0]

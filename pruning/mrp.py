@@ -24,7 +24,7 @@ _NARROW = 1e-9
 
 
 def outlier_share(scores: Iterable[Tensor], outlier: float) -> float:
-    """Share of a block's scores above ``outlier`` times their mean (OWL's measure)."""
+    """Return the share of a block's scores above ``outlier`` times their mean (OWL's measure)."""
     held = list(scores)
     threshold = outlier * _mean(held)
     return sum(int((score > threshold).sum()) for score in held) / sum(score.numel() for score in held)
@@ -37,7 +37,7 @@ def _mean(scores: Sequence[Tensor]) -> float:
 def non_outlier_ratio(
     scores: Mapping[str, Tensor], pruned: Mapping[str, Tensor] | None, outlier: float, ratio: Ratio
 ) -> float:
-    """NOR of a block, dense or under masks.
+    """Return the NOR of a block, dense or under masks.
 
     Args:
         scores: of the dense block, linear -> [N, K].
@@ -60,7 +60,7 @@ def non_outlier_ratio(
 
 
 def grid(low: float, high: float, step: float) -> list[float]:
-    """``low, low + step, …``, and ``high``."""
+    """Return ``low, low + step, …``, and ``high``."""
     count = int(np.floor((high - low) / step + _NARROW))
     points = [low + index * step for index in range(count + 1)]
     return points if high - points[-1] < _NARROW else [*points, high]
@@ -69,7 +69,7 @@ def grid(low: float, high: float, step: float) -> list[float]:
 def curve(
     scores: Mapping[str, Tensor], groups: Mapping[str, Group], points: Sequence[float], outlier: float, ratio: Ratio
 ) -> list[float]:
-    """NOR of a block at every sparsity of a grid, all its linears pruned alike, by one sort.
+    """Return the NOR of a block at every sparsity of a grid, all its linears pruned alike, by one sort.
 
     Args:
         scores: of the dense block, linear -> [N, K].
@@ -104,7 +104,7 @@ def _counts(gone: Sequence[Tensor], points: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration: a block's sparsity before and after, and its NOR, the largest of all that can go on."""
+    """Record one iteration: a block's sparsity before and after, and its NOR, the largest of all that can go on."""
 
     iteration: int
     unit: int
@@ -115,7 +115,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Search:
-    """Where the search stands: sparsities of all blocks, the steps taken, and whether the target is met."""
+    """Tell where the search stands: sparsities of all blocks, the steps taken, and whether the target is met."""
 
     sparsities: list[float]
     steps: list[Step]

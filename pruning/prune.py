@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field
 
 from compress.passes import Block
-from compress.pruning.measure import Measured, Score
+from compress.pruning.masked import Pruned, SparseConfig, SparsePass
+from compress.pruning.scores import Measured, Score
 from compress.pruning.sparsegpt import sweep
-from compress.pruning.sparsity import Pruned, SparseConfig, SparsePass
 
 
 class PruneConfig(SparseConfig):
@@ -35,20 +35,18 @@ class Prune(SparsePass[PruneConfig]):
 
     @property
     def score(self) -> Score:
-        """As configured."""
+        """Return the score of the settings."""
         return self.config.score
 
     def prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
-        """Prune in place."""
+        """Prune the block's measured linears in place."""
         result = {}
         for name, scores in measured.scores.items():
             weight, rule = block.linears[name].weight, self.rule(zeros[name])
             if name in measured.factors:
-                factor = measured.factors[name]
-                swept = sweep(weight, factor, rule)
+                swept = sweep(weight, measured.factors[name], rule)
                 weight.copy_(swept.weight)
-                figures = {"loss": swept.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
-                result[name] = Pruned(swept.pruned, figures)
+                result[name] = Pruned(swept.pruned, swept.figures(measured.factors[name]))
             else:
                 mask = rule.mask(scores)
                 weight.masked_fill_(mask, 0.0)

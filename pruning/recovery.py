@@ -15,7 +15,8 @@ from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.instructions import answer_loss, read_instructions
 from compress.pruning.lora import adapter_model, write_adapter
-from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.quant.format import PackedShape
+from compress.quant.linear import BitPlaneLinear
 from compress.sidecars import ADAPTER_FOLDER
 from compress.structure import block_prefix
 from compress.training import Loss, TrainingConfig, hold_out, next_token_loss, train
@@ -76,8 +77,8 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
     Config = LoraRecoveryConfig
 
     def needs(self) -> Needs:
-        """Ask for the whole model and its backward pass."""
-        return Needs(whole_model=True, backward=True, beside=not self.config.merge, text=self.config.text)
+        """Ask for the whole model."""
+        return Needs(whole_model=True, beside=not self.config.merge, text=self.config.text)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """Name the one unit of work.

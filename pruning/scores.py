@@ -5,12 +5,19 @@ Smaller scores are pruned first; equal scores by position, so that the result ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from compress.errors import CompressError
+from compress.passes import Block
+from compress.statistics import Moments, check_inputs, check_weight
+
+Score = Literal["magnitude", "wanda", "sparsegpt"]
 Group = Literal["row", "matrix", "columns"]
 
 COLUMNS = 128
@@ -18,15 +25,16 @@ COLUMNS = 128
 
 DEFAULT_GROUP: dict[str, Group] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "columns"}
 """The comparison group of each score's original implementation."""
+_MOST_DAMPING = 1e6
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """``|W|``, [N, K]."""
+    """Score by ``|W|``, [N, K]."""
     return weight.abs()
 
 
 def wanda(weight: Tensor, squares: Tensor) -> Tensor:
-    """``|W_ij| * ||X_j||`` (arXiv 2306.11695, equation 1).
+    """Score by ``|W_ij| * ||X_j||`` (arXiv 2306.11695, equation 1).
 
     Args:
         weight: float32 [N, K].
@@ -36,7 +44,7 @@ def wanda(weight: Tensor, squares: Tensor) -> Tensor:
 
 
 def removal(weight: Tensor, diagonal: Tensor) -> Tensor:
-    """``|W_ij| / U_jj``: half its square is what removing a weight costs when all columns before it are settled.
+    """Score by ``|W_ij| / U_jj``: half its square is what removing a weight costs once all columns before it are settled.
 
     U is the upper Cholesky factor of the inverse Hessian. SparseGPT's score (arXiv 2301.00774, section 3.2) is the
     square, which orders weights alike; the root has the unit of Wanda's, so that the same multiple of the mean is an outlier.
@@ -48,25 +56,111 @@ def removal(weight: Tensor, diagonal: Tensor) -> Tensor:
     return (weight / diagonal).abs()
 
 
+@dataclass(frozen=True)
+class Factor:
+    """Hold the upper Cholesky factor of the inverse of one damped Hessian.
+
+    Attributes:
+        upper: float32 [K, K].
+        dead: bool [K], inputs that were zero in every sample.
+        damping: share of the mean diagonal that was added: as asked, or the first ten-fold of it that factorised.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Return ``U_jj`` [K], infinite for dead inputs: their weights cost nothing."""
+        return self.upper.diagonal().masked_fill(self.dead, torch.inf)
+
+
+def factorise(hessian: Tensor, damping: float, name: str) -> Factor:
+    """Factor the inverse of ``H + damping * mean(diag H) * I``; more damping where that fails.
+
+    Args:
+        hessian: float32 [K, K], symmetric, not negative; not kept.
+        damping: above 0.
+        name: of the linear, for messages.
+
+    Raises:
+        CompressError: values that are not finite.
+    """
+    check_inputs(name, hessian)
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    base = hessian + torch.diag(torch.where(dead, mean, 0.0))
+    while damping <= _MOST_DAMPING:
+        damped = base + torch.diag(torch.full_like(diagonal, damping * mean))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(torch.isfinite(upper).all()):
+                return Factor(upper, dead, damping)
+        damping *= 10
+    raise CompressError(f"{name}: the Hessian of its inputs does not factorise however much it is damped.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Hold the scores of a block.
+
+    Attributes:
+        scores: linear -> float32 [N, K].
+        factors: linear -> factor of its inputs' Hessian (one object for linears that share an input); for
+            ``sparsegpt`` only.
+    """
+
+    scores: dict[str, Tensor]
+    factors: dict[str, Factor]
+
+
+def measure(block: Block, names: Iterable[str], score: Score, damping: float) -> Measured:
+    """Score some linears of a block on the samples it was given.
+
+    Raises:
+        CompressError: weights or inputs that are not finite.
+    """
+    weights = {name: block.linears[name].weight for name in names}
+    for name, weight in weights.items():
+        check_weight(name, weight)
+    if score == "magnitude":
+        return Measured({name: magnitude(weight) for name, weight in weights.items()}, {})
+    inputs = Moments(full=score == "sparsegpt")
+    block.for_each_input(inputs.add)
+    if score == "wanda":
+        return Measured({name: wanda(weight, inputs.mean(name)) for name, weight in weights.items()}, {})
+    shared: dict[str, Factor] = {}
+    for name in weights:
+        owner = inputs.owner[name]
+        if owner not in shared:
+            hessian = inputs.sums.pop(owner).mul_(2 / inputs.tokens[owner])  # SparseGPT's: of the sum of squared errors
+            shared[owner] = factorise(hessian, damping, name)
+    factors = {name: shared[inputs.owner[name]] for name in weights}
+    return Measured({name: removal(w, factors[name].diagonal) for name, w in weights.items()}, factors)
+
+
 def shares(total: int, parts: int) -> list[int]:
-    """``total`` in ``parts`` whole numbers that differ by one at most, spread evenly."""
+    """Divide ``total`` into ``parts`` whole numbers that differ by one at most, spread evenly."""
     edges = [total * index // parts for index in range(parts + 1)]
     return [after - before for before, after in pairwise(edges)]
 
 
 def column_blocks(columns: int, width: int = COLUMNS) -> list[tuple[int, int]]:
-    """(first, end) of every block of columns."""
+    """Return (first, end) of every block of columns."""
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def column_shares(zeros: int, columns: int, width: int = COLUMNS) -> list[int]:
-    """Zeros of a matrix divided over its blocks of columns in proportion to their widths."""
+    """Divide the zeros of a matrix over its blocks of columns in proportion to their widths."""
     edges = [zeros * end // columns for _, end in column_blocks(columns, width)]
     return [after - before for before, after in zip([0, *edges], edges, strict=False)]
 
 
 def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
-    """The weights to prune: exactly ``zeros`` of them, the smallest of every comparison group.
+    """Choose the weights to prune: exactly ``zeros`` of them, the smallest of every comparison group.
 
     Args:
         scores: float32 [N, K].
@@ -92,7 +186,7 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
 
 
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:
-    """``kept`` survivors among every ``of`` consecutive inputs of a row.
+    """Choose the weights to prune so that ``kept`` survive of every ``of`` consecutive inputs of a row.
 
     Args:
         scores: float32 [N, K]. A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern
@@ -117,13 +211,13 @@ def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:
 
 
 def pattern_zeros(rows: int, columns: int, kept: int, of: int) -> int:
-    """How many weights :func:`select_pattern` prunes."""
+    """Return how many weights :func:`select_pattern` prunes."""
     whole, rest = divmod(columns, of)
     return rows * (whole * (of - kept) + rest - -(-rest * kept // of))
 
 
 def levels(scores: Tensor, group: Group) -> Tensor:
-    """The sparsity of the matrix at which each weight goes, float32 [N, K] in (0, 1].
+    """Return the sparsity of the matrix at which each weight goes, float32 [N, K] in (0, 1].
 
     :func:`select` with ``zeros`` prunes (up to rounding) the weights whose level is at most ``zeros / (N * K)``.
     """

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
 from compress.pruning.scores import (
     COLUMNS,
+    Factor,
     Group,
     column_blocks,
     column_shares,
@@ -24,60 +25,10 @@ from compress.pruning.scores import (
     select_pattern,
 )
 
-_MOST_DAMPING = 1e6
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Upper Cholesky factor of the inverse of one damped Hessian.
-
-    Attributes:
-        upper: float32 [K, K].
-        dead: bool [K], inputs that were zero in every sample.
-        damping: share of the mean diagonal that was added: as asked, or the first ten-fold of it that factorised.
-    """
-
-    upper: Tensor
-    dead: Tensor
-    damping: float
-
-    @property
-    def diagonal(self) -> Tensor:
-        """``U_jj`` [K], infinite for dead inputs: their weights cost nothing."""
-        return self.upper.diagonal().masked_fill(self.dead, torch.inf)
-
-
-def factorise(hessian: Tensor, damping: float, name: str) -> Factor:
-    """Factor the inverse of ``H + damping * mean(diag H) * I``; more damping where that fails.
-
-    Args:
-        hessian: float32 [K, K], symmetric, not negative; not kept.
-        damping: above 0.
-        name: of the linear, for messages.
-
-    Raises:
-        CompressError: values that are not finite.
-    """
-    if not torch.isfinite(hessian).all():
-        raise CompressError(f"{name}: its inputs on the calibration text are not finite; check the model's weights.")
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    base = hessian + torch.diag(torch.where(dead, mean, 0.0))
-    while damping <= _MOST_DAMPING:
-        damped = base + torch.diag(torch.full_like(diagonal, damping * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return Factor(upper, dead, damping)
-        damping *= 10
-    raise CompressError(f"{name}: the Hessian of its inputs does not factorise however much it is damped.")
-
 
 @dataclass(frozen=True)
 class Rule:
-    """Which weights of a matrix go: a number in comparison groups, or ``pattern`` = (n, m), n kept of every m."""
+    """Say which weights of a matrix go: a number in comparison groups, or ``pattern`` = (n, m), n kept of every m."""
 
     zeros: int
     group: Group = "columns"
@@ -90,7 +41,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Swept:
-    """The result of a sweep.
+    """Hold the result of a sweep.
 
     Attributes:
         weight: float32 [N, K].
@@ -101,6 +52,10 @@ class Swept:
     weight: Tensor
     pruned: Tensor
     loss: float
+
+    def figures(self, factor: Factor) -> dict[str, Any]:
+        """Return what the record of a block says of it."""
+        return {"loss": self.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
 
 
 def sweep(

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from compress.passes import Block, Needs
-from compress.quant.kmeans import Nested, nested_codebooks
-from compress.quant.output import Fitted, sweep
-from compress.quant.quantise import Array, QuantisePass, SensitiveConfig
-from compress.quant.tree import CARRIED
+from compress.passes import Block, Context, Needs, Sizes
+from compress.quant.base import Array, QuantisePass, SensitiveConfig
+from compress.quant.block_sweep import fit_block, fitting_bytes
+from compress.quant.format import Codes
+from compress.quant.kmeans import nested_codebooks
+from compress.quant.nested import CARRIED
 
 
 class AnyPrecisionConfig(SensitiveConfig):
@@ -56,35 +57,41 @@ class AnyPrecisionConfig(SensitiveConfig):
 
 
 class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
-    """Seed k-means, then nested upscaling to the parent width."""
+    """Cluster at the seed's number of bits, then split cells up to the parent's; see the config for the objectives."""
 
     Config = AnyPrecisionConfig
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Seed and parent width."""
+        """Return the seed's and the parent's number of bits."""
         return self.config.seed_bits, self.config.parent_bits
 
     def needs(self) -> Needs:
-        """Inputs of both kinds for the output objective, besides what the sensitivity asks."""
+        """Ask for what the sensitivity needs, and for the output objective also for both kinds of inputs."""
         needs = super().needs()
         if self.config.objective == "weight":
             return needs
         seed, parent = self.widths
         corrected = range(seed, min(parent, CARRIED) + 1) if self.config.correction else ()
         variants = tuple(str(bits) for bits in corrected)
-        return replace(needs, inputs="original", variants=variants, hessians=True)
+        return replace(needs, inputs="original", variants=variants)
 
-    def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
-        """Codes that minimise output errors; embedding and head, which are not in a block, have the weight objective."""
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate what the output objective takes: the original block beside its own, and one linear's statistics."""
+        if self.config.objective == "weight":
+            return 0
+        return sizes.block + fitting_bytes(context.linears.values(), len(self.needs().variants), sizes.length)
+
+    def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
+        """Find codes that minimise output errors; embedding and head, outside of blocks, have the weight objective."""
         config = self.config
         if config.objective == "weight" or not block.samples:
             return {}
         widths = range(config.seed_bits, config.parent_bits + 1)
-        return sweep(block, names, widths, config.correction, config.focus, config.keep_zeros)
+        return fit_block(block, names, widths, config.correction, config.focus, config.keep_zeros)
 
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
-        """Nested codes and tables of one matrix."""
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
+        """Find nested codes of one matrix by the weight objective."""
         config = self.config
         return nested_codebooks(
             weight, sensitivity, config.seed_bits, config.parent_bits, config.keep_zeros, torch.get_num_threads()

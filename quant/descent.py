@@ -1,4 +1,4 @@
-"""The inner loop of :meth:`compress.quant.tree.Tree.descend` for a CPU: rows by themselves, compiled.
+"""The inner loop of :meth:`compress.quant.nested.Tree.descend` for a CPU: rows by themselves, compiled.
 
 Rows are taken LANES at a time, in innermost loops without branches, which compile to vector instructions. Indices are
 unsigned, as a check for negative ones would keep them from doing so.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from compress.quant.kmeans_seed import compiled
 
@@ -32,7 +35,7 @@ def _weigh(
     ideal: Floats32,
     costs: Floats32,
 ) -> None:
-    """How far every entry of one column's rows is from the ideal weight, and the best of those below it, from the leaves up.
+    """Cost every node of the code tree, from the leaves up: its own error plus that of the best path below it.
 
     Args:
         entries: [W, C, LANES], those of width w first in its row of C.
@@ -63,8 +66,8 @@ def _weigh(
 
 
 @compiled
-def _choose(costs: Floats32, best: Floats32, new: Codes) -> None:
-    """Codes [LANES] of the best paths."""
+def _best_paths(costs: Floats32, best: Floats32, new: Codes) -> None:
+    """Find the codes [LANES] of the best paths."""
     widths, entries = costs.shape[0], costs.shape[1]
     for lane in range(U(LANES)):
         new[lane], best[lane] = 0, costs[0, 0, lane]
@@ -81,7 +84,7 @@ def _choose(costs: Floats32, best: Floats32, new: Codes) -> None:
 
 @compiled
 def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Floats32, j: int) -> None:
-    """Let the slopes [W, B, LANES] of later columns know of column j's change, which takes the place of its own slope."""
+    """Add column j's change to the slopes [W, B, LANES] of later columns, and put it in place of its own slope."""
     last = U(entries.shape[0] - 1)
     for w in range(U(entries.shape[0])):
         above, moved = last - w, slope[w, j]
@@ -97,7 +100,7 @@ def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Fl
 def _descend_rows(
     codes: Integers, fixed: Flags, tables: Floats32, share: Floats32, kept: int, gradient: Floats32, metric: Floats32
 ) -> None:
-    """Rows of one block of columns; arguments as for :class:`Descent`, with all widths' tables in one: [W, 2**parent, N]."""
+    """Choose the codes of one block of columns; arguments as for :class:`Descent`, with tables [W, 2**parent, N]."""
     rows, columns = codes.shape
     widths, parent = share.shape[0], round(np.log2(tables.shape[1]))
     below = parent - kept
@@ -123,7 +126,7 @@ def _descend_rows(
                         for lane in range(U(LANES)):
                             entries[w, node, lane] = table[w, U(top[lane]) * nodes + node, lane]
             _weigh(entries, old, slope[:, j], metric[j, j], share, room, costs)
-            _choose(costs, room, new)
+            _best_paths(costs, room, new)
             for lane in range(U(LANES)):
                 new[lane] = old[lane] + free[j, lane] * (new[lane] - old[lane])
                 path[j, lane] = (top[lane] << below) + new[lane]
@@ -140,12 +143,11 @@ class Descent:
         tables: width -> [N, 2**width], for W consecutive widths up to the parent's.
         share: [W], what the error of each counts.
         kept: how many of a code's highest bits stay.
-        threads: rows are spread over them; the result does not depend on it.
     """
 
-    def __init__(self, tables: Mapping[int, Floats32], share: Floats32, kept: int, threads: int) -> None:
-        self._share, self._kept, self._threads = share, kept, threads
-        self._pool = ThreadPoolExecutor(threads)  # its threads end with it
+    def __init__(self, tables: Mapping[int, Floats32], share: Floats32, kept: int) -> None:
+        self._share, self._kept = share, kept
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())  # its threads end with it
         rows, entries = tables[max(tables)].shape
         self._tables = np.zeros((len(tables), entries, rows), np.float32)
         for w, bits in enumerate(sorted(tables)):
@@ -165,7 +167,7 @@ class Descent:
             of_rows = codes[rows], fixed[rows], self._tables[..., rows]
             _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], metric)
 
-        _in_threads(run, len(codes), self._threads, self._pool)
+        _in_threads(run, len(codes), self._pool)
 
 
 @compiled
@@ -177,22 +179,25 @@ def _gather_rows(codes: Integers, spread: Floats32, sums: Floats32) -> None:
                 sums[r, code, d] += spread[k, d]
 
 
-def gather_columns(codes: Integers, spread: Floats32, entries: int, threads: int) -> Floats32:
-    """[N, entries, D]: for every row of ``codes`` [N, K], sums of ``spread`` [K, D] over the columns with each code.
-
-    Rows are spread over ``threads``; the result does not depend on them.
-    """
-    sums = np.zeros((len(codes), entries, spread.shape[1]), np.float32)
-    with ThreadPoolExecutor(threads) as pool:
-        _in_threads(lambda rows: _gather_rows(codes[rows], spread, sums[rows]), len(codes), threads, pool)
+def gather_columns(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
+    """Sum ``spread`` [K, D] over the columns with each code, for every row of ``codes`` [N, K]: float32 [N, entries, D]."""
+    sums = torch.zeros(len(codes), entries, spread.shape[1])
+    given, columns, result = codes.numpy(), spread.numpy(), sums.numpy()
+    _in_threads(lambda rows: _gather_rows(given[rows], columns, result[rows]), len(codes))
     return sums
 
 
 @compiled
 def _split_rows(
-    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int,
-    new: Integers, found: Floats32,
-) -> None:  # fmt: skip
+    codes: Integers,
+    targets: Floats32,
+    weight: Floats32,
+    table: Floats32,
+    zeros: Flags,
+    steps: int,
+    new: Integers,
+    found: Floats32,
+) -> None:
     sums = np.zeros((3, found.shape[1]), np.float32)
     mass, total, held = sums[0], sums[1], sums[2]
     for r in range(U(codes.shape[0])):
@@ -217,32 +222,35 @@ def _split_rows(
 
 
 def split_cells(
-    codes: Integers, targets: Floats32, weight: Floats32, table: Floats32, zeros: Flags, steps: int, threads: int
-) -> tuple[Integers, Floats32]:
+    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
     """Halve every cell of every row by two-means.
 
     Args:
-        codes: [N, K].
-        targets: [N, K].
-        weight: [K], what the error of a column counts.
-        table: [N, C], the first borders.
-        zeros: [N, K], weights that stay in the lower half of their cell, whose entry is 0.
+        codes: int64 [N, K].
+        targets: float32 [N, K].
+        weight: float32 [K], what the error of a column counts.
+        table: float32 [N, C], the first borders.
+        zeros: bool [N, K], weights that stay in the lower half of their cell, whose entry is 0.
         steps: of two-means, 1 or more.
-        threads: rows are spread over them; the result does not depend on it.
 
     Returns:
         The new codes [N, K], and the means of the halves [N, 2 * C]; that of an empty one is as in ``table``.
     """
-    new, found = np.empty_like(codes), np.empty((len(table), 2 * table.shape[1]), np.float32)
+    new, found = torch.empty_like(codes), torch.empty(len(table), 2 * table.shape[1])
+    old, wanted, borders, fixed = (t.contiguous().numpy() for t in (codes, targets, table, zeros))
+    columns, halves, means = weight.contiguous().numpy(), new.numpy(), found.numpy()
 
     def run(rows: slice) -> None:
-        _split_rows(codes[rows], targets[rows], weight, table[rows], zeros[rows], steps, new[rows], found[rows])
+        _split_rows(old[rows], wanted[rows], columns, borders[rows], fixed[rows], steps, halves[rows], means[rows])
 
-    with ThreadPoolExecutor(threads) as pool:
-        _in_threads(run, len(codes), threads, pool)
+    _in_threads(run, len(codes))
     return new, found
 
 
-def _in_threads(work: Callable[[slice], None], rows: int, threads: int, pool: ThreadPoolExecutor) -> None:
+def _in_threads(work: Callable[[slice], None], rows: int, pool: ThreadPoolExecutor | None = None) -> None:
+    """Spread rows over torch's number of threads; no result depends on it."""
+    threads = torch.get_num_threads()
     bounds = [rows * i // threads for i in range(threads + 1)]
-    list(pool.map(work, map(slice, bounds[:-1], bounds[1:])))
+    with nullcontext(pool) if pool else ThreadPoolExecutor(threads) as chosen:
+        list(chosen.map(work, map(slice, bounds[:-1], bounds[1:])))

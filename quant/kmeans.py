@@ -9,26 +9,15 @@ Nothing here is random and no sum is shared between rows, so results do not depe
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from compress.quant.format import Codes
 from compress.quant.kmeans_seed import Floats, Scratch, allocate_scratch, compiled, distinct_values, seed_row, sort_row
 
 MAX_BITS = 8
-
-
-@dataclass(frozen=True)
-class Nested:
-    """Any-precision codes and codebooks of one matrix of N rows and K columns.
-
-    codes: uint8 [N, K], codes at the parent width; the b-bit code is `codes >> (parent_bits - b)`.
-    codebooks: b -> float32 [N, 2**b] for b = seed..parent, ascending (not strictly) within each row.
-    """
-
-    codes: NDArray[np.uint8]
-    codebooks: dict[int, NDArray[np.float32]]
 
 
 @compiled
@@ -213,7 +202,7 @@ def nested_codebooks(
     parent_bits: int,
     keep_zeros: bool = False,
     threads: int = 1,
-) -> Nested:
+) -> Codes:
     """Cluster every row at seed_bits, then split every cell once per further bit, up to parent_bits.
 
     Minimises sum_j F_ij (w_ij - c_q(ij))^2 per row i, the objective of SqueezeLLM (arXiv 2306.07629, section 4.1)
@@ -226,8 +215,8 @@ def nested_codebooks(
     a row by exactly 0.0 at every width (their cell's centroid is 0.0 instead of its mean). threads: rows are spread
     over this many threads in contiguous chunks; the result does not depend on it.
 
-    Returns codes uint8 [N, K] and codebooks float32 [N, 2**b] for b = seed_bits..parent_bits. Cells left over where a
-    row has fewer distinct values than 2**b repeat the centroid they were split from.
+    Returns codes uint8 [N, K] and codebooks float32 [N, 2**b] for b = seed_bits..parent_bits, ascending (not strictly)
+    within each row. Cells left over where a row has fewer distinct values than 2**b repeat the centroid they were split from.
 
     Raises ValueError for shapes, for bits outside 1 <= seed_bits <= parent_bits <= 8, for threads < 1 and, naming
     the row, for values that are not finite or negative sensitivities; TypeError for other dtypes.
@@ -250,8 +239,8 @@ def nested_codebooks(
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, bounds[:-1], bounds[1:]))
     offset = 2**seed_bits
-    codebooks = {b: tables[:, 2**b - offset : 2 ** (b + 1) - offset].copy() for b in range(seed_bits, parent_bits + 1)}
-    return Nested(codes, codebooks)
+    parts = {b: tables[:, 2**b - offset : 2 ** (b + 1) - offset].copy() for b in range(seed_bits, parent_bits + 1)}
+    return Codes(torch.from_numpy(codes), {b: torch.from_numpy(part) for b, part in parts.items()})
 
 
 def kmeans_codebook(
@@ -260,6 +249,6 @@ def kmeans_codebook(
     bits: int,
     keep_zeros: bool = False,
     threads: int = 1,
-) -> Nested:
+) -> Codes:
     """Codes and codebook of a single width: `nested_codebooks` whose seed is its parent. Same arguments and errors."""
     return nested_codebooks(weight, sensitivity, bits, bits, keep_zeros, threads)

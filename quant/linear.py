@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from operator import is_
 from typing import Any, cast
 
@@ -13,89 +12,8 @@ from torch import Tensor, nn
 from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, bitplane_linear, dense_weight
 from compress.kernels.layout import Tiled, head_for
-from compress.kernels.packing import pack_planes, words
+from compress.quant.format import PackedShape
 from compress.quant.fused import Group
-
-
-@dataclass(frozen=True)
-class PackedShape:
-    """What the checkpoint records of one packed matrix: ``quantization_config.modules[name]``.
-
-    In a model loaded at 4 of 8 bits, ``parent_bits`` is 4: what is held is what there is.
-    """
-
-    out_features: int
-    in_features: int
-    seed_bits: int
-    parent_bits: int
-    codebook_dtype: str = "float16"
-
-    @property
-    def widths(self) -> range:
-        """Every width this matrix can be read at."""
-        return range(self.seed_bits, self.parent_bits + 1)
-
-    @property
-    def dense(self) -> PackedShape:
-        """The matrix as it is in memory, whatever its form on disk."""
-        return self
-
-    def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every stored tensor, by its name under the module (``quant/FORMAT.md``)."""
-        rows, span = self.out_features, words(self.in_features)
-        table = getattr(torch, self.codebook_dtype)
-        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": ((self.seed_bits, rows, span), torch.int32),
-            f"codebook_{self.seed_bits}": ((rows, 2**self.seed_bits), table),
-        }
-        for bits in self.widths[1:]:
-            tensors[f"plane_{bits}"] = ((rows, span), torch.int32)
-            tensors[f"codebook_{bits}"] = ((rows, 2**bits), table)
-        return tensors
-
-
-def width_of(tensor_name: str) -> int | None:
-    """The first width that needs a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
-    kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
-    return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
-
-
-def packed_bytes(shape: PackedShape, bits: int) -> int:
-    """Bytes of one packed matrix that loading at a width reads."""
-    return sum(
-        torch.Size(size).numel() * dtype.itemsize
-        for tensor, (size, dtype) in shape.specification().items()
-        if (width_of(f"x.{tensor}") or 0) <= max(bits, shape.seed_bits)
-    )
-
-
-def pack(codes: Tensor, codebooks: dict[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:
-    """Turn nested codes into the tensors of one checkpoint module.
-
-    Args:
-        codes: uint8 [N, K], parent codes.
-        codebooks: width -> float32 [N, 2**width], for every width from seed to parent.
-
-    Returns:
-        The shape record, and the tensors by their names under the module. Tables are stored as float16
-        where that keeps every entry within a relative error of 2**-10 (entries below 1/256 of their row's
-        largest: within that error of 1/256 of the largest), else as float32.
-    """
-    seed, parent = min(codebooks), max(codebooks)
-    exact = all(_fits_half(table) for table in codebooks.values())
-    dtype = "float16" if exact else "float32"
-    shape = PackedShape(codes.shape[0], codes.shape[1], seed, parent, dtype)
-    planes = pack_planes(codes, parent)
-    tensors = {"weight": planes[:seed].contiguous()}
-    tensors |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
-    tensors |= {f"codebook_{bits}": codebooks[bits].to(getattr(torch, dtype)) for bits in shape.widths}
-    return shape, tensors
-
-
-def _fits_half(table: Tensor) -> bool:
-    error = (table.half().float() - table).abs()
-    scale = table.abs().amax(dim=1, keepdim=True)
-    return bool((error <= torch.maximum(table.abs(), 2.0**-8 * scale) * 2.0**-10).all())
 
 
 class _Packed(nn.Module):

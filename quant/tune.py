@@ -22,7 +22,8 @@ from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
 from compress.passes import Context, Needs, Pass, PassConfig, Whole
-from compress.quant.linear import BitPlaneLinear, PackedShape
+from compress.quant.format import PackedShape
+from compress.quant.linear import BitPlaneLinear
 from compress.workspace import Record
 
 
@@ -45,7 +46,7 @@ class TuneTablesConfig(PassConfig):
 
 
 class _LookUp(torch.autograd.Function):
-    """Table [N, 2**b] -> weight [N, K]; the gradient of an entry is the sum over its weights."""
+    """Look up a weight [N, K] in a table [N, 2**b]; the gradient of an entry is the sum over its weights."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, columns: int, *planes: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class _LookUp(torch.autograd.Function):
 
 
 class _Tuned(nn.Module):
-    """Stands in for a packed linear; ``offset`` is learned, in units of the mean distance between entries."""
+    """Stand in for a packed linear; ``offset`` is learned, in units of the mean distance between entries."""
 
     def __init__(self, packed: BitPlaneLinear) -> None:
         super().__init__()
@@ -82,16 +83,16 @@ class _Tuned(nn.Module):
 
 
 class TuneTables(Pass[TuneTablesConfig]):
-    """One unit per width: codes are common, tables are not."""
+    """Train tables, one width at a time: codes are common to all, tables are not."""
 
     Config = TuneTablesConfig
 
     def needs(self) -> Needs:
-        """The whole model, packed, and the dense one."""
+        """Ask for the whole model, packed, and for the dense one."""
         return Needs(packed=True, whole_model=True, teacher=True)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """A unit per width.
+        """Name a unit per width.
 
         Raises:
             CompressError: a width that no matrix has.
@@ -141,15 +142,19 @@ class TuneTables(Pass[TuneTablesConfig]):
 
     @torch.no_grad()
     def _held_out(self, whole: Whole, samples: Sequence[Tensor]) -> float:
-        """Mean divergence in nats per token."""
+        """Return the mean divergence in nats per token."""
         tokens = [len(sample) - 1 for sample in samples]
         apart = [divergence(whole.model, whole.dense, [sample]).item() for sample in samples]
         return float(sum(map(mul, tokens, apart))) / sum(tokens)
 
     def _train(
-        self, modules: Sequence[_Tuned], whole: Whole, samples: Sequence[Tensor],
-        generator: torch.Generator, report: Callable[[int], None],
-    ) -> None:  # fmt: skip
+        self,
+        modules: Sequence[_Tuned],
+        whole: Whole,
+        samples: Sequence[Tensor],
+        generator: torch.Generator,
+        report: Callable[[int], None],
+    ) -> None:
         config = self.config
         optimizer = torch.optim.Adam([module.offset for module in modules], config.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -169,7 +174,7 @@ class TuneTables(Pass[TuneTablesConfig]):
 
 
 def divergence(model: PreTrainedModel, dense: PreTrainedModel, samples: Sequence[Tensor]) -> Tensor:
-    """Mean over predicted tokens of KL(dense || model), in nats.
+    """Return the mean over predicted tokens of KL(dense || model), in nats.
 
     Args:
         model: whose gradient is wanted.

@@ -18,12 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
-from compress.passes import SURVEY_TOKENS, Context, Report
+from compress.passes import Context, Report
 from compress.pruning.structured.groups import Kind, Part
 from compress.pruning.structured.scores import Aggregate, Formula, Score, element_scores, group_scores, lowest
 from compress.pruning.structured.sizes import Counts
+from compress.statistics import Moments, watch
 from compress.structure import Linear, block_prefix
 
+SURVEY_TOKENS = 4096
+"""Tokens that are run through the whole model at once."""
 Estimator = Literal["spsa", "backprop", "residual"]
 Progress = Callable[[int, int], None]
 Parts = Mapping[str, tuple[str, Part]]
@@ -172,26 +175,20 @@ def _inputs(
     model: PreTrainedModel, members: Mapping[str, Linear], samples: Sequence[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Measure the root mean square and the mean of every linear's inputs, [K] each; padding does not count."""
-    squares: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
-    tokens, real = 0, [torch.empty(0)]
+    moments, sums, real = Moments(), dict[str, Tensor](), torch.empty(0)
 
-    def hook(name: str) -> Callable[..., None]:
-        def visit(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])[real[0]].float()
-            zero = torch.zeros(x.shape[1], device=x.device)
-            squares[name] = squares.get(name, zero) + x.square().sum(0)
-            sums[name] = sums.get(name, zero) + x.sum(0)
+    def visit(name: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])[real].float()
+        moments.add(name, x)
+        sums[name] = sums.get(name, torch.zeros(x.shape[1], device=x.device)) + x.sum(0)
 
-        return visit
-
-    with _hooked([linear.module.register_forward_pre_hook(hook(name)) for name, linear in members.items()]):
+    with watch({name: linear.module for name, linear in members.items()}, visit):
         for chosen, scored in batches(samples, model.device):
             first = torch.ones(len(chosen), 1, dtype=torch.bool, device=chosen.device)
-            real[0] = torch.cat([first, scored], dim=1).flatten()
-            tokens += int(real[0].sum())
+            real = torch.cat([first, scored], dim=1).flatten()
             model(input_ids=chosen, use_cache=False)
-    return {n: (v / tokens).sqrt() for n, v in squares.items()}, {n: v / tokens for n, v in sums.items()}
+    means = {name: total / moments.tokens[name] for name, total in sums.items()}
+    return {name: moments.mean(name).sqrt() for name in sums}, means
 
 
 def batches(samples: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.passes import Block, Context, Needs, Pass, PassConfig, Report
-from compress.pruning.structured.gradients import Estimator, GradientSettings, whole_model_scores
+from compress.passes import Block, Context, Needs, Pass, PassConfig, Report, Sizes
+from compress.pruning.structured.gradients import SURVEY_TOKENS, Estimator, GradientSettings, whole_model_scores
 from compress.pruning.structured.groups import HeadGroups, Part, cut, last_linear, remaining
 from compress.pruning.structured.scores import (
     WHOLE_MODEL,
@@ -27,6 +27,7 @@ from compress.pruning.structured.scores import (
 )
 from compress.pruning.structured.sizes import Removals, SizeSettings
 from compress.shapes import BlockShape, config_shape
+from compress.statistics import hessian_bytes
 from compress.workspace import Record
 
 PAPER = {"score": "fms", "estimator": "spsa", "variant": "F1"}
@@ -160,11 +161,19 @@ class MiniLlm(Pass[MiniLlmConfig]):
         inside = config.compensate or config.score in ("output", "no_gradient", "noise")
         return Needs(
             inputs="updated" if inside or config.remove == "blocks" else None,
-            hessians=config.compensate or config.score == "output",
             model_survey=config.score in WHOLE_MODEL,
-            backward=config.score in WHOLE_MODEL and config.gradients.estimator == "backprop",
             changes_shapes=True,
         )
+
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate what gradients of the whole model take, with all activations, and float64 Hessians of a block."""
+        config, total = self.config, 0
+        if config.score in WHOLE_MODEL and config.gradients.estimator == "backprop":
+            values = sum(rows + columns for rows, columns in context.linears.values())
+            total += sizes.model + 4 * values * min(SURVEY_TOKENS, sizes.samples * sizes.length)
+        if config.compensate or config.score == "output":  # a Hessian, its inverse and factor
+            total += sizes.block + 6 * hessian_bytes(context.structure, context.linears)
+        return total
 
     def _removals(self, context: Context) -> Removals:
         return Removals(self.config.sizes, context)

@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
 from compress.passes import Block, Context
 from compress.pruning.structured.groups import Kind, Part, last_linear
+from compress.statistics import Moments, check_inputs
 from compress.structure import Linear
 
 Score = Literal["output", "fms", "taylor", "gates", "no_gradient", "noise", "magnitude", "random"]
@@ -125,7 +125,7 @@ class BlockScores:
                 elements[name] *= torch.randn(weight.shape, generator=generator).abs().to(weight.device)
         return group_scores(part, elements, settings.aggregate)
 
-    def moments(self, part: Part) -> Moments:
+    def moments(self, part: Part) -> OutputMoments:
         """Measure the second moments of the inputs of a part's last linear, with the block as it is now.
 
         Raises:
@@ -133,14 +133,10 @@ class BlockScores:
         """
         block, last = self.block, last_linear(self.block, part)
         biased = getattr(last.module, "bias", None) is not None  # and will then take up the means
-        moments = Moments.empty(last.shape[1], self.settings.compensate and biased, last.weight.device)
-        wanted = f"{block.name}.{part.last}"
-        block.for_each_input(lambda name, x: moments.add(x) if name == wanted else None)
+        moments = OutputMoments.empty(last.shape[1], self.settings.compensate and biased, last.weight.device)
+        block.for_each_input(lambda _name, x: moments.add(x), {part.last: last.module})
         moments.finish()
-        if not torch.isfinite(moments.gram).all():
-            raise CompressError(
-                f"{wanted}: its inputs on the calibration text are not finite; check the model's weights."
-            )
+        check_inputs(f"{block.name}.{part.last}", moments.gram)
         return moments
 
     def prices(self, part: Part) -> list[float]:
@@ -193,21 +189,13 @@ def _cosine(left: Tensor, right: Tensor) -> float:
 
 def _input_norms(block: Block, part: Part) -> dict[str, Tensor]:
     """Measure the root mean square of every member's inputs, [K] each."""
-    sums: dict[str, Tensor] = {}
-    tokens = dict.fromkeys(part.members, 0)
-
-    def visit(name: str, x: Tensor) -> None:
-        inner = name.removeprefix(f"{block.name}.")
-        if inner in tokens:
-            sums[inner] = sums.get(inner, torch.zeros(x.shape[1], device=x.device)) + x.square().sum(0)
-            tokens[inner] += x.shape[0]
-
-    block.for_each_input(visit)
-    return {name: (total / tokens[name]).sqrt() for name, total in sums.items()}
+    moments = Moments()
+    block.for_each_input(moments.add, {name: block.module.get_submodule(name) for name in part.members})
+    return {name: moments.mean(name).sqrt() for name in part.members}
 
 
 @dataclass
-class Moments:
+class OutputMoments:
     """Second moments of a linear's inputs over the calibration tokens, and of those that a bias cannot make up for.
 
     Attributes:
@@ -223,7 +211,7 @@ class Moments:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, columns: int, centred: bool, device: torch.device) -> Moments:
+    def empty(cls, columns: int, centred: bool, device: torch.device) -> OutputMoments:
         """Return moments of no tokens yet."""
         zeros = torch.zeros(columns, dtype=torch.float64, device=device)
         return cls(torch.zeros(columns, columns, dtype=torch.float64, device=device), zeros, centred)
@@ -234,7 +222,7 @@ class Moments:
         self.mean += x.sum(0)
         self.tokens += x.shape[0]
 
-    def finish(self) -> Moments:
+    def finish(self) -> OutputMoments:
         """Turn sums into means."""
         self.gram /= self.tokens
         self.mean /= self.tokens
@@ -270,7 +258,7 @@ def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
 
 
 def removal_order(
-    weight: Tensor, moments: Moments, columns: Tensor, classes: Tensor, count: int
+    weight: Tensor, moments: OutputMoments, columns: Tensor, classes: Tensor, count: int
 ) -> tuple[list[int], list[float]]:
     """Find the order in which groups go, and the output error after each.
 
@@ -313,7 +301,9 @@ def _take_out(weight: Tensor, inverse: Tensor, lost: Tensor) -> None:
     inverse[lost, lost] = 1.0  # only to be divided by
 
 
-def compensated(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+def compensated(
+    weight: Tensor, bias: Tensor | None, moments: OutputMoments, kept: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Refit the columns that stay, so that the output is as near as possible to the whole linear's.
 
     Args:
@@ -336,7 +326,7 @@ def compensated(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Ten
     return result.to(weight.dtype), bias
 
 
-def output_error(weight: Tensor, changed: Tensor, moments: Moments, kept: Tensor) -> float:
+def output_error(weight: Tensor, changed: Tensor, moments: OutputMoments, kept: Tensor) -> float:
     """Measure the mean square of the output's error by that of the output (about their means where a bias makes up for those)."""
     whole = weight.double()
     difference = whole.clone()

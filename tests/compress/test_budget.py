@@ -11,7 +11,7 @@ import torch
 import compress
 from compress.budget import choose, groups, parse_bytes
 from compress.hf import packed_modules
-from compress.quant.linear import packed_bytes
+from compress.quant.format import packed_bytes
 from compress.structure import ARCHITECTURES
 
 

@@ -15,8 +15,7 @@ from compress.errors import CompressError
 from compress.hf import CompressConfig, CompressQuantizer, packed_modules
 from compress.inspect import inspect
 from compress.manifest import verify
-from compress.quant.linear import PackedShape
-from compress.quant.sparse import SparseShape
+from compress.quant.format import PackedShape, SparseShape, pack
 from compress.streaming import State, StreamedModel
 from compress.structure import ARCHITECTURES
 from compress.weights import Checkpoint
@@ -75,7 +74,7 @@ def run(model, target, **settings):
 def run_dense(model, target, **settings):
     """The same checkpoint as it was before there was a sparse form."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.runner.smaller_form", lambda shape, tensors: (shape, tensors, None))
+        patch.setattr("compress.runner.pack_smaller", lambda found: (*pack(found.codes, found.codebooks), None))
         return run(model, target, **settings)
 
 

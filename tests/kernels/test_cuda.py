@@ -8,8 +8,9 @@ from compress.kernels.configs import Problem, candidates
 from compress.kernels.layout import ROUNDED, random_tiled
 from compress.kernels.tune import packed_of
 from compress.kernels.variants import Config
+from compress.quant.format import pack
 from compress.quant.fused import join
-from compress.quant.linear import BitPlaneLinear, pack
+from compress.quant.linear import BitPlaneLinear
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or gpu.missing() is not None, reason="no GPU, or no Triton"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.pruning.structured.scores import DAMPING, Moments, compensated, output_error, removal_order
+from compress.pruning.structured.scores import DAMPING, OutputMoments, compensated, output_error, removal_order
 
 
 def inputs(tokens=300, columns=12, mean=0.0, seed=0):
@@ -13,7 +13,7 @@ def inputs(tokens=300, columns=12, mean=0.0, seed=0):
 
 
 def moments_of(x, centred=False):
-    found = Moments.empty(x.shape[1], centred, x.device)
+    found = OutputMoments.empty(x.shape[1], centred, x.device)
     for part in x.split(100):
         found.add(part)
     return found.finish()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.pruning.scores import select, select_pattern
-from compress.pruning.sparsegpt import Rule, factorise, sweep
+from compress.pruning.scores import factorise, select, select_pattern
+from compress.pruning.sparsegpt import Rule, sweep
 
 
 def problem(rows=6, columns=20, tokens=200, seed=0):

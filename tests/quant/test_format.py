@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import compress
 from compress.hf import packed_modules
-from compress.quant.linear import BitPlaneLinear, pack
-from compress.quant.sparse import expand, smaller_form
+from compress.quant.format import Codes, expand, pack, pack_smaller
+from compress.quant.linear import BitPlaneLinear
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
 VECTORS, SPARSE_VECTORS = map(json.loads, re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE))
@@ -131,7 +131,7 @@ def test_the_vectors_cover_what_goes_wrong():
 def test_the_sparse_vectors_are_what_is_written_read_and_decoded(vector):
     record, tensors = vector["record"], stored(vector)
     tables = {bits: torch.tensor(tensors[f"codebook_{bits}"]) for bits in widths(record)}
-    shape, written, _ = smaller_form(*pack(torch.tensor(vector["codes"], dtype=torch.uint8), tables))
+    shape, written, _ = pack_smaller(Codes(torch.tensor(vector["codes"], dtype=torch.uint8), tables))
     assert vars(shape) == record
     assert {name: tensor.tolist() for name, tensor in written.items()} == tensors
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in written.items()} == shape.specification()

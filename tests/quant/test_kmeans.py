@@ -1,6 +1,8 @@
 """Row codebooks against slow references written from the definitions."""
 
 import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from compress.quant.kmeans import kmeans_codebook, nested_codebooks
+from compress.quant import kmeans
+from compress.quant.format import Codes
 
 Array = NDArray[Any]
 SEED, PARENT = 3, 8
+
+
+def in_numpy(function: Callable[..., Codes]) -> Callable[..., SimpleNamespace]:
+    def run(*given: Any, **options: Any) -> SimpleNamespace:
+        found = function(*given, **options)
+        return SimpleNamespace(codes=found.codes.numpy(), codebooks={b: t.numpy() for b, t in found.codebooks.items()})
+
+    return run
+
+
+nested_codebooks, kmeans_codebook = in_numpy(kmeans.nested_codebooks), in_numpy(kmeans.kmeans_codebook)
 
 
 def weighted_error(weight: Array, sensitivity: Array | None, codes: Array, codebook: Array) -> Array:

@@ -8,7 +8,8 @@ import torch
 
 from compress.kernels import cpu
 from compress.kernels.packing import unpack_planes
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear, PackedShape, pack, width_of
+from compress.quant.format import PackedShape, pack, width_of
+from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
 
 ROWS, COLUMNS, SEED, PARENT = 6, 45, 3, 6
 

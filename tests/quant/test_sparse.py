@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from compress.errors import CompressError
 from compress.kernels.bitplane import dense_weight
 from compress.kernels.packing import unpack_planes
+from compress.quant.format import Codes, PackedShape, SparseShape, expand, pack, pack_smaller, shape_of
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.linear import PackedShape, pack
-from compress.quant.sparse import SparseShape, expand, shape_of, smaller_form
 
 
 def pruned(rows, columns, sparsity, seed=0):
@@ -23,10 +22,15 @@ def pruned(rows, columns, sparsity, seed=0):
     return weight.masked_fill(torch.rand(rows, columns, generator=generator) < sparsity, 0.0)
 
 
+def coded(weight, seed=3, parent=6):
+    """The codes of any-precision with keep_zeros."""
+    return nested_codebooks(weight.numpy(), None, seed, parent, keep_zeros=True)
+
+
 def packed(weight, seed=3, parent=6):
-    """The dense form of any-precision with keep_zeros."""
-    nested = nested_codebooks(weight.numpy(), None, seed, parent, keep_zeros=True)
-    return pack(torch.from_numpy(nested.codes), {b: torch.from_numpy(t) for b, t in nested.codebooks.items()})
+    """Their dense form."""
+    found = coded(weight, seed, parent)
+    return pack(found.codes, found.codebooks)
 
 
 def weight_at(shape, tensors, bits):
@@ -49,7 +53,7 @@ def read_at(shape, tensors, bits):
 def assert_rebuilt(weight, seed=3, parent=6):
     """Every width of the sparse form is the dense form's, from that width's tensors alone; returns the sparse shape."""
     dense, tensors = packed(weight, seed, parent)
-    shape, stored, note = smaller_form(dense, tensors)
+    shape, stored, note = pack_smaller(coded(weight, seed, parent))
     assert note["form"] == "sparse"
     zeros = always_zero(dense, tensors)
     assert zeros[weight == 0].all()
@@ -73,10 +77,10 @@ def test_every_width_is_rebuilt_exactly(rows, columns, sparsity):
 @pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.95])
 def test_a_large_matrix_is_worked_on_in_parts(monkeypatch, sparsity):
     weight = pruned(12, 100, sparsity)
-    whole = smaller_form(*packed(weight))[1]
-    monkeypatch.setattr("compress.quant.sparse._AT_ONCE", 70)
+    whole = pack_smaller(coded(weight))[1]
+    monkeypatch.setattr("compress.quant.format._AT_ONCE", 70)
     assert_rebuilt(weight)
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in smaller_form(*packed(weight))[1].items())
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in pack_smaller(coded(weight))[1].items())
 
 
 @pytest.mark.parametrize(("seed", "parent"), [(2, 8), (4, 4), (1, 3)])
@@ -106,7 +110,7 @@ def test_a_matrix_of_zeros_has_no_planes_at_all():
 def test_the_chosen_form_is_never_larger_and_never_another_matrix(rows, columns, sparsity, seed, more, number):
     weight = pruned(rows, columns, sparsity, number)
     dense, tensors = packed(weight, seed, seed + more)
-    shape, stored, note = smaller_form(dense, tensors)
+    shape, stored, note = pack_smaller(coded(weight, seed, seed + more))
     sizes = [sum(t.nbytes for t in form.values()) for form in (stored, tensors)]
     assert (note is None) == (not (weight == 0).any())
     if isinstance(shape, SparseShape):
@@ -120,8 +124,7 @@ def test_the_chosen_form_is_never_larger_and_never_another_matrix(rows, columns,
 
 
 def test_planes_hold_the_survivors_alone_row_after_row():
-    dense, tensors = packed(pruned(20, 100, 0.7))
-    shape, stored, _ = smaller_form(dense, tensors)
+    shape, stored, _ = pack_smaller(coded(pruned(20, 100, 0.7)))
     rebuilt = expand("it", shape, stored)
     codes = unpack_planes([*rebuilt["weight"], *(rebuilt[f"plane_{b}"] for b in (4, 5, 6))], 100)
     survivors = unpack_planes([*stored["weight"], *(stored[f"plane_{b}"] for b in (4, 5, 6))], shape.survivors)
@@ -132,7 +135,7 @@ def test_planes_hold_the_survivors_alone_row_after_row():
 def test_code_0_is_zero_at_every_width_in_rows_with_pruned_weights():
     dense, tensors = packed(pruned(20, 100, 0.7))
     assert any(tensors[f"codebook_{bits}"][:, 0].any() for bits in dense.widths)  # not so before
-    _, stored, _ = smaller_form(dense, tensors)
+    _, stored, _ = pack_smaller(coded(pruned(20, 100, 0.7)))
     for bits in dense.widths:
         table = stored[f"codebook_{bits}"]
         assert not table[:, 0].any()
@@ -151,22 +154,24 @@ def test_a_small_survivor_may_be_zero_at_a_low_width_only():
 def test_only_a_zero_at_every_width_is_left_out():
     codes = torch.zeros(4, 100, dtype=torch.uint8)
     tables = {2: torch.tensor([0.5, -1.0, 1.0, 2.0]).expand(4, -1), 3: torch.zeros(4, 8)}
-    assert smaller_form(*pack(codes, tables))[2] is None  # width 2 reads 0.5 there
+    assert pack_smaller(Codes(codes, tables))[2] is None  # width 2 reads 0.5 there
     tables[2] = torch.tensor([0.0, -1.0, 1.0, 2.0]).expand(4, -1)
-    assert smaller_form(*pack(codes, tables))[2]["zeros"] == 400
+    assert pack_smaller(Codes(codes, tables))[2]["zeros"] == 400
 
 
 def test_a_matrix_without_pruned_weights_is_left_alone():
-    shape, tensors = packed(torch.randn(20, 100))
-    found, stored, note = smaller_form(shape, tensors)
+    codes = coded(torch.randn(20, 100))
+    shape, tensors = pack(codes.codes, codes.codebooks)
+    found, stored, note = pack_smaller(codes)
     assert (found, note) == (shape, None)
     assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(("sparsity", "form"), [(0.05, "dense"), (0.1, "dense"), (0.25, "sparse"), (0.5, "sparse")])
 def test_the_form_with_fewer_bytes_is_chosen_and_both_are_noted(sparsity, form):
-    dense, tensors = packed(pruned(64, 512, sparsity), 3, 6)  # even at a saving of a sixth of the planes
-    shape, stored, note = smaller_form(dense, tensors)
+    codes = coded(pruned(64, 512, sparsity), 3, 6)  # even at a saving of a sixth of the planes
+    tensors = pack(codes.codes, codes.codebooks)[1]
+    shape, stored, note = pack_smaller(codes)
     assert note["form"] == form == ("sparse" if isinstance(shape, SparseShape) else "dense")
     assert note["bytes"]["dense"] == sum(t.nbytes for t in tensors.values())
     assert note["bytes"][form] == sum(t.nbytes for t in stored.values()) == min(note["bytes"].values())
@@ -174,7 +179,7 @@ def test_the_form_with_fewer_bytes_is_chosen_and_both_are_noted(sparsity, form):
 
 @pytest.mark.parametrize(("sparsity", "gap_bits"), [(0.5, 0), (0.7, 1), (0.8, 2), (0.9, 3), (0.99, 6)])
 def test_the_mask_is_close_to_its_entropy(sparsity, gap_bits):
-    shape, stored, _ = smaller_form(*packed(pruned(256, 512, sparsity)))
+    shape, stored, _ = pack_smaller(coded(pruned(256, 512, sparsity)))
     bits = 8 * sum(tensor.nbytes for name, tensor in stored.items() if name.startswith("mask")) / (256 * 512)
     share = shape.survivors / (256 * 512)
     entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
@@ -185,7 +190,7 @@ def test_the_mask_is_close_to_its_entropy(sparsity, gap_bits):
 def test_without_low_bits_the_mask_is_the_occupancy_plane():
     dense, tensors = packed(pruned(16, 50, 0.5))
     survives = ~always_zero(dense, tensors).view(-1)
-    shape, stored, _ = smaller_form(dense, tensors)
+    shape, stored, _ = pack_smaller(coded(pruned(16, 50, 0.5)))
     assert shape.gap_bits == 0
     assert "mask_low" not in stored
     plane = unpack_planes([stored["mask"][None]], shape.mask_bits)[0].bool()
@@ -198,8 +203,8 @@ def test_without_low_bits_the_mask_is_the_occupancy_plane():
 @pytest.mark.parametrize("at_once", [1 << 20, 32])
 def test_a_damaged_mask_is_refused(monkeypatch, sparsity, word, at_once):
     """A word of zeros has fewer ones than there are survivors, minus one (all bits set) has more."""
-    monkeypatch.setattr("compress.quant.sparse._AT_ONCE", at_once)
-    shape, stored, _ = smaller_form(*packed(pruned(16, 50, sparsity)))
+    monkeypatch.setattr("compress.quant.format._AT_ONCE", at_once)
+    shape, stored, _ = pack_smaller(coded(pruned(16, 50, sparsity)))
     mask = stored["mask"].clone()
     mask[0] = word
     with pytest.raises(CompressError, match=rf"layer\.0: its mask does not fit {shape.survivors} survivors of 16 x 50"):
@@ -207,22 +212,22 @@ def test_a_damaged_mask_is_refused(monkeypatch, sparsity, word, at_once):
 
 
 def test_a_one_more_behind_the_last_survivor_is_refused(monkeypatch):
-    shape, stored, _ = smaller_form(*packed(pruned(16, 50, 0.5)))
+    shape, stored, _ = pack_smaller(coded(pruned(16, 50, 0.5)))
     longer = replace(shape, mask_bits=32 * stored["mask"].numel() + 1)
     mask = torch.cat([stored["mask"], torch.ones(1, dtype=torch.int32)])
-    monkeypatch.setattr("compress.quant.sparse._AT_ONCE", 32)  # it is in a part of its own
+    monkeypatch.setattr("compress.quant.format._AT_ONCE", 32)  # it is in a part of its own
     with pytest.raises(CompressError, match="does not fit"):
         expand("layer.0", longer, stored | {"mask": mask})
 
 
 def test_a_mask_that_leads_out_of_the_matrix_is_refused():
-    shape, stored, _ = smaller_form(*packed(pruned(16, 50, 0.8)))
+    shape, stored, _ = pack_smaller(coded(pruned(16, 50, 0.8)))
     with pytest.raises(CompressError, match="does not fit"):
         expand("layer.0", shape, stored | {"mask_low": torch.full_like(stored["mask_low"], -1)})
 
 
 def test_records_tell_the_forms_apart():
-    sparse = smaller_form(*packed(pruned(16, 50, 0.7)))[0]
+    sparse = pack_smaller(coded(pruned(16, 50, 0.7)))[0]
     assert shape_of(asdict(sparse)) == sparse
     assert type(shape_of(asdict(sparse.dense))) is PackedShape
     with pytest.raises(TypeError):
@@ -234,6 +239,6 @@ def test_records_tell_the_forms_apart():
     [{"survivors": 801}, {"survivors": -1}, {"gap_bits": 9}, {"gap_bits": -1}, {"mask_bits": 0}, {"mask_bits": 10**6}],
 )
 def test_impossible_numbers_are_not_sound(change):
-    shape = smaller_form(*packed(pruned(16, 50, 0.7)))[0]
+    shape = pack_smaller(coded(pruned(16, 50, 0.7)))[0]
     assert shape.sound
     assert not replace(shape, **change).sound

@@ -22,24 +22,23 @@ import torch
 from torch import Tensor
 
 from compress.quant.descent import Descent, gather_columns, split_cells
+from compress.quant.format import Codes
+from compress.quant.hessian import Buffers, Follower, Metric
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.metric import Buffers, Follower, Metric
 
 CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
 TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
-# A sweep's weight for a width is its error (4**-bits, say) to the power of minus this: first all widths count by how far they
-# could still come, in the end nearly by what they cost. The bits below every width are then chosen once more given that width's.
+# An error shrinks about fourfold per bit. The objective sums those of all widths, each times 4**(power * bits), so that wide ones
+# count too: with power 1 all would count alike, with 0 nearly the narrowest alone. Powers fall from pass to pass. In the end
+# the bits below each width are chosen once more, with the codes of that width kept.
 _POWERS = ((0.5, 0.5), (0.25, 0.14))  # two sweeps, each with two passes over every block
-_POWERS_BELOW_3 = (
-    (0.5, 0.5),
-    (0.5, 0.28),
-)  # a seed of 2 bits has so much error that other widths counted for too little
+_POWERS_BELOW_3 = ((0.5, 0.5), (0.5, 0.28))  # an error at 2 bits is so large that others counted for too little
 _BELOW = 0.3
 _ROWS = 1024  # at a time on a CPU, whose cache then holds what is at hand
 _COLUMNS = 128  # in a block: the columns after it learn of its changes in matrix products, as in GPTQ
 _STEPS = 12  # of conjugate gradients at most
-# The last fit of a width ends when its error is about this share from the least possible; then comes one step, which takes no product.
-# Before a sweep tables take only that: more are worth nothing, measured, as the sweep changes the problem.
+# The last fit of a width stops where about this share of its error is left to gain; one step, which needs no product with the
+# metric, ends it. Before a sweep the tables take that step only: measured, a better fit is lost as soon as codes change.
 _NEAR = 4e-2
 _SAMPLED, _SAFE = 64, 0.9  # rows that tell how long a step is best, and how much of that is taken
 _SPLIT_STEPS = 3
@@ -49,8 +48,8 @@ Choice = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What is chosen of every weight's path, and by which errors.
+class Objective:
+    """Name the errors that one pass over the columns lowers, and the part of every weight's path that it may choose.
 
     Attributes:
         share: width -> what its error counts, for consecutive widths up to the parent's.
@@ -62,7 +61,7 @@ class Pass:
 
 
 class Tree:
-    """Codes and tables of N rows that share one metric.
+    """Hold the codes and tables of N rows that share one metric, and improve them.
 
     Args:
         targets: width -> float32 [N, K], what the rows should be.
@@ -74,9 +73,14 @@ class Tree:
     """
 
     def __init__(
-        self, targets: Mapping[int, Tensor], metric: Metric, codes: Tensor, tables: Mapping[int, Tensor],
-        zeros: Tensor | None = None, buffers: Buffers | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        targets: Mapping[int, Tensor],
+        metric: Metric,
+        codes: Tensor,
+        tables: Mapping[int, Tensor],
+        zeros: Tensor | None = None,
+        buffers: Buffers | None = None,
+    ) -> None:
         self.targets, self.metric, self.zeros = targets, metric, zeros
         self._buffers = buffers or Buffers(codes.device)
         self.codes, self.tables = codes.long().contiguous(), dict(tables)
@@ -86,29 +90,29 @@ class Tree:
 
     @property
     def parent(self) -> int:
-        """The largest width so far."""
+        """Return the largest width so far."""
         return max(self.tables)
 
     def dense(self, bits: int) -> Tensor:
-        """float32 [N, K], the weights at one width."""
+        """Return the weights at one width, float32 [N, K]."""
         return self._looked_up(self.tables[bits], self.codes)
 
     def _looked_up(self, table: Tensor, codes: Tensor, out: Tensor | None = None) -> Tensor:
-        """Entries, of a table of any width, of parent codes."""
+        """Look up parent codes in a table of any width."""
         entries = table.repeat_interleave(2**self.parent // table.shape[1], dim=1)
         return torch.gather(entries, 1, codes, out=out)
 
     def _summed(self, values: Tensor, bits: int) -> Tensor:
-        """[N, 2**bits], sums of [N, K] over the weights of each entry."""
+        """Sum values [N, K] over the weights of each entry, [N, 2**bits]."""
         return _sums(values, self.codes, 2**self.parent).view(len(values), 2**bits, -1).sum(2)
 
     def _missing(self, bits: int) -> Tensor:
-        """float32 [N, K], the error of the weights at one width; overwritten by the next product."""
+        """Return the error of the weights at one width, float32 [N, K]; the next product overwrites it."""
         wide = self._buffers("wide", *self.codes.shape)
         return self._looked_up(self.tables[bits], self.codes, wide).sub_(self.targets[bits])
 
     def gradient(self, bits: int) -> Tensor:
-        """float32 [N, K], half the gradient of one width's error; kept up to date from one change to the next."""
+        """Return half the gradient of one width's error, float32 [N, K]; it is kept up to date from then on."""
         if bits not in self._gradients:
             self._gradients[bits] = self.metric.times(self._missing(bits), None, self._buffers, f"gradient {bits}")
         return self._gradients[bits]
@@ -120,12 +124,12 @@ class Tree:
         return leading
 
     def error(self, bits: int) -> float:
-        """Sum over rows of ``(q - w) H (q - w)^T``."""
+        """Return the sum over rows of ``(q - w) H (q - w)^T``."""
         error = self.dense(bits) - self.targets[bits]
         return float(((error @ self.metric.matrix) * error).sum(dtype=torch.float64))
 
     def fit(self, bits: int, near: float) -> None:
-        """The best tables of one width given its codes: conjugate gradients on each row's least-squares problem.
+        """Find the best tables of one width given its codes: conjugate gradients on each row's least-squares problem.
 
         Args:
             bits: the width.
@@ -171,14 +175,14 @@ class Tree:
         return length * direction
 
     def _rough_sums(self, bits: int) -> Tensor:
-        """float32 [N, 2**bits], the gradient summed by entry, of the metric's leading directions and diagonal only."""
+        """Sum by entry the gradient that the metric's leading directions and diagonal alone would give, [N, 2**bits]."""
         missing = self._missing(bits)
         leading = missing @ self.metric.leading
         along: Tensor = (self._by_entry(2**bits)[..., :-1] @ leading[..., None])[..., 0]
         return along + self._summed(missing.mul_(self.metric.diagonal), bits)
 
     def _preconditioner(self, bits: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Which entries are free, and what solves every row's problem for leading directions and a diagonal (Woodbury)."""
+        """Return which entries are free, and a solver of every row's problem for the approximate metric (Woodbury)."""
         gathered = self._by_entry(2**bits)
         free = (gathered[..., -1] > 0) & ~self._held(bits)
         inverse = free / gathered[..., -1].clamp_min(1e-30)
@@ -197,22 +201,22 @@ class Tree:
         return free, solve
 
     def _by_entry(self, entries: int) -> Tensor:
-        """float32 [N, entries, 17], sums of U and of what it leaves of the diagonal over the weights of each entry."""
+        """Sum U, and what it leaves of the diagonal, over the weights of each entry: float32 [N, entries, 17]."""
         if self._gathered is None:
-            gather = _gathered_compiled if self.codes.device.type == "cpu" else _gathered
+            gather = gather_columns if self.codes.device.type == "cpu" else _gathered
             self._gathered = gather(self.codes, self._spread, 2**self.parent)
         gathered = self._gathered.view(len(self.codes), entries, -1, self._spread.shape[1])
         return gathered[:, :, 0] if gathered.shape[2] == 1 else gathered.sum(2)
 
-    def descend(self, passes: Sequence[Pass], steps: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+    def descend(self, passes: Sequence[Objective], steps: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Choose every weight's path anew, column by column, given the tables and all other weights.
 
         Args:
             passes: over every block of columns, one after another; the first has all widths of those after it.
             steps: width of the first -> what :meth:`step` has just added to its tables; it counts where a gradient is known.
         """
-        choose = self._compiled if self.codes.device.type == "cpu" else self._plain
-        widths, choices = sorted(passes[0].share), [choose(one) for one in passes]
+        chooser = self._compiled if self.codes.device.type == "cpu" else self._plain
+        widths, choices = sorted(passes[0].share), [chooser(one) for one in passes]
         follower, fixed = self._follower(widths, steps), self._fixed()
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
@@ -235,7 +239,7 @@ class Tree:
         self._gathered = None
 
     def _follower(self, widths: Sequence[int], steps: Mapping[int, Tensor]) -> Follower:
-        """Of the gradients of some widths, which do not know of steps yet; those not known yet start from nothing."""
+        """Follow the gradients of some widths, bringing in the steps just taken; unknown ones start from zero."""
         changes = self._buffers("changes", len(widths), *self.codes.shape, dtype=self.metric.rest.dtype)
         leading = []
         for bits, change in zip(widths, changes, strict=True):
@@ -249,19 +253,19 @@ class Tree:
         gradients = [self._gradients[bits] for bits in widths]
         return Follower(self.metric, gradients, changes, torch.stack(leading), self._buffers)
 
-    def _compiled(self, one: Pass) -> Choice:
-        """Same as :meth:`_plain`, without a dozen small operations per column."""
+    def _compiled(self, one: Objective) -> Choice:
+        """Return the same as :meth:`_plain`, without a dozen small operations per column."""
         share = np.array([one.share[bits] for bits in sorted(one.share)], np.float32)
         tables = {bits: self.tables[bits].numpy() for bits in one.share}
-        descent = Descent(tables, share, one.below or 0, torch.get_num_threads())
+        descent = Descent(tables, share, one.below or 0)
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
-    def _plain(self, one: Pass) -> Choice:
-        """What chooses the codes of a block, in torch."""
+    def _plain(self, one: Objective) -> Choice:
+        """Return a function that chooses the codes of a block, in torch."""
         return partial(self._columns, one)
 
-    def _columns(self, one: Pass, codes: Tensor, fixed: Tensor, gradient: Tensor, metric: Tensor) -> None:
-        """A pass over a block of columns, one after another, all rows at once.
+    def _columns(self, one: Objective, codes: Tensor, fixed: Tensor, gradient: Tensor, metric: Tensor) -> None:
+        """Choose the codes of a block, one column after another, all rows at once.
 
         Args:
             one: of W widths.
@@ -279,8 +283,8 @@ class Tree:
             gradient[..., column + 1 :] += change * metric[column, column + 1 :]
             gradient[..., column], codes[:, column] = change[..., 0], path[:, 0]
 
-    def _best_path(self, old: Tensor, one: Pass, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
-        """int64 [N, 1]: the codes that lower the summed error most, by dynamic programming from the leaves up.
+    def _best_path(self, old: Tensor, one: Objective, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
+        """Find the codes [N, 1] that lower the summed error most, by dynamic programming from the leaves up.
 
         Args:
             old: int64 [N, 1].
@@ -308,45 +312,36 @@ class Tree:
 
     def split(self) -> None:
         """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
-        split = _split_compiled if self.codes.device.type == "cpu" else _split
+        split = split_cells if self.codes.device.type == "cpu" else _split
         bits, weight = self.parent + 1, self.metric.matrix.diagonal()
         given = self.codes, self.targets[bits], weight, self.tables[self.parent], self._fixed()
-        self.codes, self.tables[bits] = split(*given)
+        self.codes, self.tables[bits] = split(*given, _SPLIT_STEPS)
         self._gathered, self._gradients = None, {}
 
     def _fixed(self) -> Tensor:
-        """Bool [N, K]: the weights whose path is fixed."""
+        """Return which weights have a fixed path, bool [N, K]."""
         return torch.zeros_like(self.codes, dtype=torch.bool) if self.zeros is None else self.zeros
 
     def _held(self, bits: int) -> Tensor:
-        """Bool [N, 2**bits]: the entries that must stay 0."""
+        """Return which entries must stay 0, bool [N, 2**bits]."""
         if self.zeros is None:
             return torch.zeros_like(self.tables[bits], dtype=torch.bool)
         return self._summed(self.zeros.float(), bits) > 0
 
 
 def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
-    """[N, entries], sums of [N, K] over the columns with each code."""
+    """Sum values [N, K] over the columns with each code, [N, entries]."""
     sums = torch.zeros(len(values), entries, dtype=values.dtype, device=values.device)
     return sums.scatter_add_(1, codes, values)
 
 
-def _split(codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and tables of one more width.
-
-    Args:
-        codes: int64 [N, K].
-        targets: float32 [N, K].
-        weight: float32 [K].
-        table: float32 [N, C].
-        zeros: bool [N, K], weights that stay in the lower half of their cell, whose entry is 0.
-
-    Returns:
-        int64 [N, K] and float32 [N, 2 * C].
-    """
+def _split(
+    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Do what :func:`split_cells` does, in torch on any device."""
     new, entries, border = codes, table.repeat_interleave(2, dim=1), table
     held = _sums(zeros.float(), 2 * codes, entries.shape[1]) > 0
-    for _ in range(_SPLIT_STEPS):
+    for _ in range(steps):
         new = 2 * codes + ((targets > border.gather(1, codes)) & ~zeros)
         mass = _sums(weight.expand_as(targets), new, entries.shape[1])
         mean = _sums(weight * targets, new, entries.shape[1]) / mass.clamp_min(1e-30)
@@ -355,32 +350,17 @@ def _split(codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros:
     return new, found
 
 
-def _split_compiled(
-    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Same on a CPU, in one compiled pass over the weights for each step."""
-    wanted, weights = targets.contiguous().numpy(), weight.contiguous().numpy()
-    given = codes.numpy(), wanted, weights, table.contiguous().numpy(), zeros.contiguous().numpy()
-    new, found = split_cells(*given, _SPLIT_STEPS, torch.get_num_threads())
-    return torch.from_numpy(new), torch.from_numpy(found)
-
-
 def _gathered(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
-    """float32 [N, entries, D], sums of [K, D] over the columns with each code."""
+    """Do what :func:`gather_columns` does, in torch on any device."""
     values = spread.expand(len(codes), -1, -1)
     empty = torch.zeros(len(codes), entries, spread.shape[1], device=codes.device)
     return empty.scatter_add_(1, codes[..., None].expand_as(values), values)
 
 
-def _gathered_compiled(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
-    """Same on a CPU, ten times faster."""
-    return torch.from_numpy(gather_columns(codes.numpy(), spread.numpy(), entries, torch.get_num_threads()))
-
-
 def nested_output_codebooks(
     targets: Mapping[int, Tensor], metric: Tensor, focus: Mapping[int, float] | None = None, zeros: Tensor | None = None
-) -> Tree:
-    """Nested codes and tables of rows that share their inputs.
+) -> Codes:
+    """Find nested codes and codebooks of rows that share their inputs.
 
     Args:
         targets: for every width from the seed to the parent, float32 [N, K], finite: what the rows should be.
@@ -389,7 +369,7 @@ def nested_output_codebooks(
         zeros: bool [N, K], weights that must be exactly 0 at every width.
 
     Returns:
-        The tree; its tables are float32.
+        Codes and float32 codebooks, on the device of the targets.
     """
     prepared, buffers, rows, parts = Metric(metric), Buffers(metric.device), len(targets[min(targets)]), []
     step = _ROWS if metric.device.type == "cpu" else rows
@@ -398,13 +378,13 @@ def nested_output_codebooks(
         wanted = {bits: target[part] for bits, target in targets.items()}
         parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part], buffers))
     tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(targets)}
-    return Tree(targets, prepared, torch.cat([codes for codes, _ in parts]), tables, zeros)
+    return Codes(torch.cat([codes for codes, _ in parts]), tables)
 
 
 def _grown(
     targets: Mapping[int, Tensor], metric: Metric, focus: Mapping[int, float], zeros: Tensor | None, buffers: Buffers
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Parent codes, uint8, and tables of a few rows."""
+    """Find parent codes, uint8, and tables of a few rows."""
     seed, parent = min(targets), max(targets)
     together = max(seed, min(parent, TOGETHER))
     start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
@@ -412,12 +392,12 @@ def _grown(
     first = nested_codebooks(
         start.cpu().numpy(), weights.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
-    tables = {bits: torch.from_numpy(table).to(start.device) for bits, table in first.codebooks.items()}
-    tree = Tree(targets, metric, torch.from_numpy(first.codes).to(start.device), tables, zeros, buffers)
+    tables = {bits: book.to(start.device) for bits, book in first.codebooks.items()}
+    tree = Tree(targets, metric, first.codes.to(start.device), tables, zeros, buffers)
 
-    def one(below: int | None, power: float) -> Pass:
+    def one(below: int | None, power: float) -> Objective:
         widths = [bits for bits in tree.tables if below is None or bits > below]
-        return Pass({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
+        return Objective({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
 
     joint = [[one(None, power) for power in powers] for powers in (_POWERS if seed >= 3 else _POWERS_BELOW_3)]
     for passes in [*joint, [one(bits, _BELOW) for bits in range(seed, together)]]:
@@ -428,7 +408,7 @@ def _grown(
         tree.step(bits)
     for bits in range(together + 1, parent + 1):
         tree.split()
-        tree.descend([Pass({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
+        tree.descend([Objective({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
         tree.fit(bits, _NEAR)
         tree.step(bits)
     return tree.codes.to(torch.uint8), tree.tables

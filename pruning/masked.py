@@ -1,4 +1,4 @@
-"""What pruning passes share: settings, which linears, how much of each, and the record of a block."""
+"""What passes share that set weights to zero: settings, which linears, how much of each, and the record of a block."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.hf import matching
-from compress.passes import Block, Context, Needs, Pass, PassConfig
+from compress.passes import Block, Context, Needs, Pass, PassConfig, Sizes
 from compress.pruning import allocation as rules
-from compress.pruning.allocation import Budget, whole_numbers
-from compress.pruning.alpha import exponent
-from compress.pruning.measure import Measured, Score, measure
+from compress.pruning.allocation import Budget, exponent, whole_numbers
 from compress.pruning.mrp import Ratio, Step, curve, grid, non_outlier_ratio, outlier_share, search
-from compress.pruning.scores import DEFAULT_GROUP, Group, pattern_zeros
+from compress.pruning.scores import DEFAULT_GROUP, Group, Measured, Score, measure, pattern_zeros
 from compress.pruning.sparsegpt import Rule
+from compress.statistics import hessian_bytes
 from compress.structure import block_of
 from compress.workspace import Record
 
@@ -30,13 +29,19 @@ Allocation = Literal["uniform", "random", "owl", "alpha", "dlp", "atp", "hessian
 # Where a paper has a value, that. mrp, with M = 5, by calibration text: stories260K alone would have 0.25 of the target,
 # the built-in model 0.08; 0.17 is between.
 SPREAD: dict[str, float] = {
-    "random": 0.1, "owl": 0.08, "alpha": 0.3, "dlp": 0.15, "atp": 0.15, "hessian": 0.075, "mrp": 0.17,
-}  # fmt: skip
+    "random": 0.1,
+    "owl": 0.08,
+    "alpha": 0.3,
+    "dlp": 0.15,
+    "atp": 0.15,
+    "hessian": 0.075,
+    "mrp": 0.17,
+}
 OUTLIER = 5.0
 
 
 class SparseConfig(PassConfig):
-    """Settings of every pass that sets weights to zero."""
+    """Hold the settings of every pass that sets weights to zero."""
 
     sparsity: float = Field(0.5, ge=0, lt=1, description="Share of zeros over all pruned linears, met exactly.")
     allocation: Allocation = Field(
@@ -45,11 +50,14 @@ class SparseConfig(PassConfig):
         "(AlphaPruning), dlp, atp, hessian (clusters of estimated losses), or mrp (most redundant block first).",
     )
     spread: float | None = Field(
-        None, ge=0, lt=1,
+        None,
+        ge=0,
+        lt=1,
         description="How far blocks may be from the target: half the range of owl, dlp, atp and hessian, the bound of "
         "random and mrp, alpha's share of the target. Defaults: "
-        + ", ".join(f"{name} {value:g}" for name, value in SPREAD.items()) + " (mrp: times the sparsity).",
-    )  # fmt: skip
+        + ", ".join(f"{name} {value:g}" for name, value in SPREAD.items())
+        + " (mrp: times the sparsity).",
+    )
     outlier: float = Field(OUTLIER, gt=1, description="M of owl and mrp: a score above M times the mean is an outlier.")
     floor: float = Field(0.0, ge=0, lt=1, description="Least sparsity of any block.")
     cap: float = Field(0.99, gt=0, lt=1, description="Largest sparsity of any block.")
@@ -60,10 +68,11 @@ class SparseConfig(PassConfig):
         "entries of the sparse block, its zeros included, with its own.",
     )
     refresh: int = Field(
-        0, ge=0,
+        0,
+        ge=0,
         description="mrp: iterations after which scores are measured again, on inputs from the model pruned so far; 0 "
         "measures once, on the dense model.",
-    )  # fmt: skip
+    )
     pattern: str | None = Field(
         None, description="'2:4' keeps 2 of every 4 consecutive inputs; any n:m. Fixes the sparsity of every block."
     )
@@ -105,15 +114,15 @@ class SparseConfig(PassConfig):
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
-        """The pattern as numbers."""
+        """Return the pattern as numbers."""
         if self.pattern is None:
             return None
         kept, of = self.pattern.split(":")
         return int(kept), int(of)
 
     @property
-    def width(self) -> float:
-        """``spread``, or the allocation's default."""
+    def half_range(self) -> float:
+        """Return ``spread``, or the allocation's default."""
         if self.spread is not None:
             return self.spread
         return SPREAD.get(self.allocation, 0.0) * (self.sparsity if self.allocation == "mrp" else 1.0)
@@ -121,7 +130,7 @@ class SparseConfig(PassConfig):
 
 @dataclass(frozen=True)
 class Plan:
-    """What every linear loses.
+    """Say what every linear loses.
 
     Attributes:
         zeros: full name -> number of weights to prune.
@@ -138,7 +147,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done to one linear: bool [N, K], true where pruned, and figures for the record."""
+    """Hold what was done to one linear: bool [N, K], true where pruned, and figures for the record."""
 
     mask: Tensor
     figures: dict[str, Any]
@@ -148,11 +157,11 @@ ConfigT = TypeVar("ConfigT", bound=SparseConfig)
 
 
 class SparsePass(Pass[ConfigT], Generic[ConfigT]):
-    """A pass that sets weights of linears inside the blocks to zero."""
+    """Set weights of linears inside the blocks to zero."""
 
     @property
     def score(self) -> Score:
-        """By which weights are chosen."""
+        """Return the score by which weights are chosen."""
         return "sparsegpt"
 
     @abstractmethod
@@ -160,13 +169,18 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         """Prune the measured linears of a block in place, each by its number of zeros."""
 
     def needs(self) -> Needs:
-        """Inputs, unless neither the score nor the allocation looks at them."""
+        """Ask for inputs, unless neither the score nor the allocation looks at them."""
         looks = self.score != "magnitude" or self.config.allocation in ("owl", "dlp", "hessian")
-        hessians = self.score == "sparsegpt" or self.config.allocation == "hessian"
-        return Needs(inputs="updated" if looks else None, hessians=hessians)
+        return Needs(inputs="updated" if looks else None)
+
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate what Hessians take: of every distinct input one, its inverse and factor, and a block's scores."""
+        if self.score != "sparsegpt" and self.config.allocation != "hessian":
+            return 0
+        return sizes.block + 3 * hessian_bytes(context.structure, context.linears)
 
     def rule(self, zeros: int) -> Rule:
-        """How the weights of one linear are chosen."""
+        """Return how the weights of one linear are chosen."""
         return Rule(zeros, self._group, self.config.kept_of)
 
     @property
@@ -174,7 +188,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return self.config.group or DEFAULT_GROUP[self.score]
 
     def check(self, context: Context) -> None:
-        """Patterns of names match something, and the target lies between floor and cap."""
+        """Refuse patterns of names that match nothing, and a target that is not between floor and cap."""
         for pattern in self.config.ignore:
             matching(pattern, list(context.linears))
         if not self._units(context):
@@ -184,13 +198,13 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         self._budget([1])
 
     def chosen(self, context: Context) -> list[str]:
-        """Linears to prune, in the model's order."""
+        """Return the linears to prune, in the model's order."""
         names = list(context.linears)
         ignored = {name for pattern in self.config.ignore for name in matching(pattern, names)}
         return [name for name in names if name not in ignored]
 
     def _units(self, context: Context) -> list[list[str]]:
-        """The units of the allocation: linears of each block, or single linears."""
+        """Return the units of the allocation: the linears of each block, or single linears."""
         blocks: dict[int | None, list[str]] = {}
         for name in self.chosen(context):
             blocks.setdefault(block_of(name, context.structure), []).append(name)
@@ -205,12 +219,12 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         except CompressError as error:
             raise CompressError(f"{config.kind}: {error}") from None
         if config.allocation == "mrp":
-            low, high = config.sparsity - config.width, config.sparsity + config.width
+            low, high = config.sparsity - config.half_range, config.sparsity + config.half_range
             return Budget(sizes, config.sparsity, max(config.floor, low), min(config.cap, high))
         return budget
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """One round for allocations that measure; for MRP until its search has met the target."""
+        """Ask for one round where the allocation measures; for MRP for more, until its search has met the target."""
         if self.config.allocation in ("uniform", "random", "atp"):
             return False
         if self.config.allocation != "mrp" or not surveys:
@@ -218,7 +232,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return not self.plan(context, surveys).finished
 
     def survey_block(self, block: Block, context: Context) -> Record:
-        """What the allocation wants to know of a block; in MRP's later rounds the block is left pruned so far."""
+        """Measure what the allocation must know of a block; in MRP's later rounds leave it as pruned so far."""
         names = self._names(block, context)
         config = self.config
         if not names:
@@ -244,11 +258,11 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return record
 
     def _points(self) -> list[float]:
-        """Sparsities at which MRP knows a block's non-outlier ratio."""
+        """Return the sparsities at which MRP knows a block's non-outlier ratio."""
         return grid(0.0, self.config.cap, self.config.step)
 
     def _estimated_loss(self, scores: Tensor) -> float:
-        """Half the smallest squares up to the target, per weight of the matrix (arXiv 2409.20094)."""
+        """Return half the sum of the smallest squares up to the target, per weight (arXiv 2409.20094)."""
         flat = scores.flatten()
         count = round(self.config.sparsity * flat.numel())
         return 0.5 * float(flat.sort()[0][:count].double().square().sum()) / flat.numel()
@@ -281,7 +295,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return Plan(dict(zip([name for name, _ in each], counts, strict=True)), sparsities, steps, finished)
 
     def _allocated(self, context: Context, budget: Budget, records: Sequence[Record]) -> list[float]:
-        spread, units = self.config.width, self._units(context)
+        spread, units = self.config.half_range, self._units(context)
         match self.config.allocation:
             case "random":
                 return rules.random(budget, spread, context.generator(len(budget.sizes)))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from compress.quant import metric as metrics
+from compress.quant import hessian
+from compress.quant.hessian import Metric
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.metric import Metric
-from compress.quant.tree import Pass, Tree, _gathered, _split, nested_output_codebooks
+from compress.quant.nested import Objective, Tree, _gathered, _split, nested_output_codebooks
 
 
 def problem(rows=6, columns=24, seed=0, mixing=1.0):
@@ -24,13 +24,13 @@ def problem(rows=6, columns=24, seed=0, mixing=1.0):
 def started(weight, metric, seed, parent, zeros=None):
     sensitivity = metric.diagonal().expand_as(weight).contiguous().numpy()
     first = nested_codebooks(weight.numpy(), sensitivity, seed, parent, zeros is not None)
-    tables = {bits: torch.from_numpy(table) for bits, table in first.codebooks.items()}
-    return Tree(dict.fromkeys(tables, weight), Metric(metric), torch.from_numpy(first.codes), tables, zeros)
+    return Tree(dict.fromkeys(first.codebooks, weight), Metric(metric), first.codes, first.codebooks, zeros)
 
 
 def nested(weight, metric, seed, parent, **options):
-    widths = range(seed, parent + 1)
-    return nested_output_codebooks(dict.fromkeys(widths, weight), metric, **options)
+    targets = dict.fromkeys(range(seed, parent + 1), weight)
+    found = nested_output_codebooks(targets, metric, **options)
+    return Tree(targets, Metric(metric), found.codes, found.codebooks)
 
 
 def codes_at(tree, bits):
@@ -67,7 +67,7 @@ def test_a_step_of_the_tables_lowers_the_error(rows, known):
     step = tree.step(4)
     assert torch.equal(tree.tables[4], tables + step)
     assert tree.error(4) < before
-    tree.descend([Pass({4: 1.0}, below=3)], {4: step})
+    tree.descend([Objective({4: 1.0}, below=3)], {4: step})
     assert torch.allclose(tree.gradient(4), (tree.dense(4) - weight) @ metric, rtol=1e-3, atol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_descent_changes_one_column_at_a_time_for_the_best(passes):
             dense = {bits: tree.tables[bits][row, codes[row] >> (4 - bits)] for bits in share}
             errors.append(sum(s * plain_error(weight[row, None], metric, dense[b][None]) for b, s in share.items()))
         codes[row, column] = int(np.argmin(errors))
-    tree.descend([Pass(share)] * passes)
+    tree.descend([Objective(share)] * passes)
     assert torch.equal(tree.codes, codes)
 
 
@@ -122,18 +122,18 @@ def test_columns_beyond_the_first_block_see_what_it_did():
     weight, metric = problem(rows=3, columns=300)
     tree = started(weight, metric, 3, 3)
     before = tree.error(3)
-    tree.descend([Pass({3: 1.0})])
+    tree.descend([Objective({3: 1.0})])
     assert tree.error(3) == pytest.approx(plain_error(weight, metric, tree.dense(3)), rel=1e-4)
     assert tree.error(3) < 0.8 * before
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_gradients_are_kept_up_to_date(dtype, near, monkeypatch):
-    monkeypatch.setattr(metrics, "product_dtype", lambda device, size: dtype)
+    monkeypatch.setattr(hessian, "product_dtype", lambda device, size: dtype)
     weight, metric = problem(rows=3, columns=300)
     tree = started(weight, metric, 3, 5)
-    everything, narrower = Pass({3: 1.0, 4: 1.0, 5: 1.0}), Pass({4: 1.0, 5: 1.0}, 3)
-    for passes in ([everything, everything], [everything], [narrower, Pass({5: 1.0}, 4)]):
+    everything, narrower = Objective({3: 1.0, 4: 1.0, 5: 1.0}), Objective({4: 1.0, 5: 1.0}, 3)
+    for passes in ([everything, everything], [everything], [narrower, Objective({5: 1.0}, 4)]):
         tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
         for bits in tree.tables:
             expected = (tree.dense(bits) - weight) @ metric
@@ -144,7 +144,7 @@ def test_descent_below_a_width_keeps_its_codes():
     weight, metric = problem()
     tree = started(weight, metric, 3, 4)
     kept, before = codes_at(tree, 3).clone(), tree.error(4)
-    tree.descend([Pass({4: 1.0}, below=3)])
+    tree.descend([Objective({4: 1.0}, below=3)])
     assert torch.equal(codes_at(tree, 3), kept)
     assert tree.error(4) < before
 
@@ -195,9 +195,8 @@ def test_pruned_weights_stay_zero_at_every_width():
     weight[4] = weight[4].abs() + 1  # a row without zeros
     target = weight + 0.05
     zeros = weight == 0
-    widths = range(2, 9)
-    tree = nested_output_codebooks(dict.fromkeys(widths, target), metric, zeros=zeros)
-    for bits in widths:
+    tree = nested(target, metric, 2, 8, zeros=zeros)
+    for bits in range(2, 9):
         assert (tree.dense(bits)[zeros] == 0).all(), bits
     assert tree.error(8) < tree.error(2)
 
@@ -227,7 +226,7 @@ def test_a_split_is_two_means_of_every_cell():
             elif half.any():
                 mean = torch.sum(metric.diagonal()[half] * weight[row, half]) / metric.diagonal()[half].sum()
                 assert tree.tables[4][row, code] == pytest.approx(float(mean), rel=1e-4)
-    codes, table = _split(*given)  # what is not compiled
+    codes, table = _split(*given, 3)  # what is not compiled
     assert torch.equal(tree.codes, codes)
     assert torch.allclose(tree.tables[4], table)
 
@@ -247,7 +246,7 @@ def test_the_compiled_loop_does_what_torch_does(below, monkeypatch):
     monkeypatch.setattr(plain, "_compiled", plain._plain)
     share = {4: 1.0, 5: 4.0} if below else {3: 1.0, 4: 2.0, 5: 4.0}
     for tree in (compiled, plain):
-        tree.descend([Pass(share, below), Pass(share, below)])
+        tree.descend([Objective(share, below), Objective(share, below)])
     assert float((compiled.codes != plain.codes).float().mean()) < 0.01  # near-ties may fall either way
     for bits in share:
         assert compiled.error(bits) == pytest.approx(plain.error(bits), rel=0.02)

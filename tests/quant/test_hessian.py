@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from compress.evals.bench_output import correlated
-from compress.quant import metric as metrics
-from compress.quant.metric import Buffers, Follower, Metric, leading_directions, product_dtype
-from compress.quant.tree import nested_output_codebooks
-from tests.quant.test_tree import plain_error, problem
+from compress.quant import hessian
+from compress.quant.hessian import Buffers, Follower, Metric, leading_directions, product_dtype
+from compress.quant.nested import nested_output_codebooks
+from tests.quant.test_nested import plain_error, problem
 
 
 def test_leading_directions_of_a_metric():
@@ -23,7 +23,7 @@ def test_leading_directions_of_a_metric():
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_follower_is_a_product_with_what_has_changed(dtype, near, monkeypatch):
-    monkeypatch.setattr(metrics, "product_dtype", lambda device, size: dtype)
+    monkeypatch.setattr(hessian, "product_dtype", lambda device, size: dtype)
     values, matrix = problem(rows=5, columns=100)
     metric, generator = Metric(matrix), torch.Generator().manual_seed(3)
     before, swept = (torch.randn(2, 5, 100, generator=generator) for _ in range(2))
@@ -48,9 +48,9 @@ def test_bfloat16_reaches_the_errors_of_float32(size, monkeypatch):
     weight, matrix = torch.randn(96, size, generator=generator), correlated(size, generator)
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(metrics, "product_dtype", lambda device, size, dtype=dtype: dtype)
-        tree = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), matrix)
-        errors[dtype] = {bits: plain_error(weight, matrix, tree.dense(bits)) for bits in tree.tables}
+        monkeypatch.setattr(hessian, "product_dtype", lambda device, size, dtype=dtype: dtype)
+        found = nested_output_codebooks(dict.fromkeys(range(3, 8), weight), matrix)
+        errors[dtype] = {bits: plain_error(weight, matrix, found.dense(bits)) for bits in found.codebooks}
     for bits, error in errors[torch.bfloat16].items():
         assert error == pytest.approx(errors[torch.float32][bits], rel=0.02), bits
 

@@ -1,4 +1,4 @@
-"""What any-precision is measured against, in the same checkpoint format at a single width."""
+"""The quantisers that any-precision is measured against, in the same checkpoint format at a single number of bits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from compress.quant.kmeans import Nested, kmeans_codebook
-from compress.quant.quantise import Array, QuantiseConfig, QuantisePass, SensitiveConfig
+from compress.quant.base import Array, QuantiseConfig, QuantisePass, SensitiveConfig
+from compress.quant.format import Codes
+from compress.quant.kmeans import kmeans_codebook
 
 
 class KMeansConfig(SensitiveConfig):
@@ -20,17 +21,17 @@ class KMeansConfig(SensitiveConfig):
 
 
 class KMeans(QuantisePass[KMeansConfig]):
-    """The optimal table of each row for one width."""
+    """Find the optimal codebook of each row for one number of bits."""
 
     Config = KMeansConfig
 
     @property
     def widths(self) -> tuple[int, int]:
-        """The one width, as seed and parent."""
+        """Return the one number of bits, as that of seed and parent."""
         return self.config.bits, self.config.bits
 
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
-        """Codes and one table of one matrix."""
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
+        """Cluster every row of one matrix."""
         return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
 
 
@@ -42,21 +43,21 @@ class RoundToNearestConfig(QuantiseConfig):
 
 
 class RoundToNearest(QuantisePass[RoundToNearestConfig]):
-    """``2**bits`` equally spaced values per row, both ends included."""
+    """Round to ``2**bits`` equally spaced values per row, both ends included."""
 
     Config = RoundToNearestConfig
 
     @property
     def widths(self) -> tuple[int, int]:
-        """The one width, as seed and parent."""
+        """Return the one number of bits, as that of seed and parent."""
         return self.config.bits, self.config.bits
 
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
-        """Codes and one table of one matrix; the sensitivity is not used."""
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
+        """Round one matrix; the sensitivity is not used."""
         bits = self.config.bits
         low = weight.min(axis=1, keepdims=True).astype(np.float64)
         step = (weight.max(axis=1, keepdims=True) - low) / (2**bits - 1)
         safe = np.where(step > 0, step, 1.0)
         codes = np.clip(np.rint((weight - low) / safe), 0, 2**bits - 1).astype(np.uint8)
         table = (low + step * np.arange(2**bits)).astype(np.float32)
-        return Nested(codes, {bits: table})
+        return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(table)})

@@ -1,6 +1,7 @@
-"""A packed matrix without its pruned weights: a mask, and the planes of the survivors alone.
+"""The stored form of packed matrices, as ``quant/FORMAT.md`` describes it: records, packing, and the sparse form.
 
-On disk only (``quant/FORMAT.md``, version 2): loading rebuilds the planes that every kernel reads. The survivors of a
+A matrix is stored dense, as bit planes and a codebook for every number of bits, or sparse: a mask, and the planes of the
+survivors alone. The sparse form is for the disk only: loading rebuilds the planes that every kernel reads. The survivors of a
 matrix, row after row, are stored as a matrix of one row. The mask holds the number of pruned weights before each
 survivor, its gap, as a Rice code: ``gap >> gap_bits`` in unary in one tensor, the low ``gap_bits`` as planes over the
 survivors in another. With no low bits the unary part is the occupancy plane itself, one bit per weight; with more,
@@ -10,7 +11,7 @@ a random mask of 50 % or more is within 4 % of its entropy (0.889 bits per weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +19,85 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.kernels.packing import pack_planes, unpack_planes, words
-from compress.quant.linear import PackedShape
 
 MAX_GAP_BITS = 8
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Hold one quantised matrix of N rows and K columns: a code per weight, and a codebook per row and number of bits.
+
+    Attributes:
+        codes: uint8 [N, K], codes at the parent's number of bits; those of b bits are ``codes >> (parent - b)``.
+        codebooks: bits -> [N, 2**bits], float32 (or as stored), for every number of bits from seed to parent.
+        hessian: float32 [K, K], mean of ``x x^T`` over the inputs of the layer, where the pass has measured it.
+    """
+
+    codes: Tensor
+    codebooks: Mapping[int, Tensor]
+    hessian: Tensor | None = None
+
+    def dense(self, bits: int) -> Tensor:
+        """Return the weights that a number of bits stands for, float32 [N, K]."""
+        return self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
+
+    def as_stored(self) -> Codes:
+        """Round the codebooks to the dtype that a checkpoint stores.
+
+        That is float16 where it keeps every entry within a relative error of 2**-10 (entries below 1/256 of their row's
+        largest: within that error of 1/256 of the largest), else float32.
+        """
+        dtype = torch.float16 if all(map(_fits_half, self.codebooks.values())) else torch.float32
+        return replace(self, codebooks={bits: book.to(dtype) for bits, book in self.codebooks.items()})
+
+
+def _fits_half(codebook: Tensor) -> bool:
+    error = (codebook.half().float() - codebook).abs()
+    scale = codebook.abs().amax(dim=1, keepdim=True)
+    return bool((error <= torch.maximum(codebook.abs(), 2.0**-8 * scale) * 2.0**-10).all())
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """Record what a checkpoint says of one packed matrix: ``quantization_config.modules[name]``.
+
+    In a model loaded at 4 of 8 bits, ``parent_bits`` is 4: what is held is what there is.
+    """
+
+    out_features: int
+    in_features: int
+    seed_bits: int
+    parent_bits: int
+    codebook_dtype: str = "float16"
+
+    @property
+    def widths(self) -> range:
+        """Return every number of bits that this matrix can be read at."""
+        return range(self.seed_bits, self.parent_bits + 1)
+
+    @property
+    def dense(self) -> PackedShape:
+        """Return the shape of the matrix in memory, whatever its form on disk."""
+        return self
+
+    def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every stored tensor, by its name under the module (``quant/FORMAT.md``)."""
+        rows, span = self.out_features, words(self.in_features)
+        table = getattr(torch, self.codebook_dtype)
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((self.seed_bits, rows, span), torch.int32),
+            f"codebook_{self.seed_bits}": ((rows, 2**self.seed_bits), table),
+        }
+        for bits in self.widths[1:]:
+            tensors[f"plane_{bits}"] = ((rows, span), torch.int32)
+            tensors[f"codebook_{bits}"] = ((rows, 2**bits), table)
+        return tensors
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparseShape(PackedShape):
-    """The record of a matrix that is stored sparse.
+    """Record what a checkpoint says of a matrix that is stored sparse.
 
     Attributes:
         survivors: weights that are stored; the others have code 0, and 0.0 in that place of their row's tables.
@@ -40,19 +111,19 @@ class SparseShape(PackedShape):
 
     @property
     def dense(self) -> PackedShape:
-        """The matrix as it is in memory."""
+        """Return the shape of the matrix in memory."""
         return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
 
     @property
     def sound(self) -> bool:
-        """Whether a matrix can have these numbers."""
+        """Tell whether a matrix can have these numbers."""
         pruned = self.out_features * self.in_features - self.survivors
         if min(pruned, self.survivors, self.gap_bits) < 0 or self.gap_bits > MAX_GAP_BITS:
             return False
         return self.survivors <= self.mask_bits <= self.survivors + (pruned >> self.gap_bits)
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every stored tensor, by its name under the module."""
+        """Return shape and dtype of every stored tensor, by its name under the module."""
         row = PackedShape(1, self.survivors, self.seed_bits, self.parent_bits, self.codebook_dtype)
         tables = {name: size for name, size in super().specification().items() if name.startswith("codebook_")}
         tensors = row.specification() | tables | {"mask": ((words(self.mask_bits),), torch.int32)}
@@ -62,7 +133,7 @@ class SparseShape(PackedShape):
 
 
 def shape_of(record: Mapping[str, Any]) -> PackedShape:
-    """The shape that a module's record in ``quantization_config.modules`` describes.
+    """Read the shape that a module's record in ``quantization_config.modules`` describes.
 
     Raises:
         TypeError: missing or unknown fields.
@@ -70,41 +141,76 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     return (SparseShape if "survivors" in record else PackedShape)(**record)
 
 
-def smaller_form(
-    shape: PackedShape, tensors: Mapping[str, Tensor]
-) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
-    """Choose between the dense and the sparse form of a packed matrix: what takes fewer bytes on disk.
+def width_of(tensor_name: str) -> int | None:
+    """Return the least number of bits that needs a stored tensor: 5 for ``….plane_5``; None if all do."""
+    kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
+    return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
 
-    A weight is left out if it is exactly 0.0 at every width. Nothing else is lost: every width decodes to the
-    same numbers.
+
+def packed_bytes(shape: PackedShape, bits: int) -> int:
+    """Return the bytes of one packed matrix that loading at a number of bits reads."""
+    return sum(
+        torch.Size(size).numel() * dtype.itemsize
+        for tensor, (size, dtype) in shape.specification().items()
+        if (width_of(f"x.{tensor}") or 0) <= max(bits, shape.seed_bits)
+    )
+
+
+def bits_range(shapes: Iterable[PackedShape]) -> range:
+    """Return every number of bits from the smallest seed to the largest parent; empty where there are no shapes."""
+    held = list(shapes)
+    return range(min(s.seed_bits for s in held), max(s.parent_bits for s in held) + 1) if held else range(0)
+
+
+def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:
+    """Turn nested codes into the tensors of one checkpoint module, in the dense form.
 
     Args:
-        shape: of a matrix in the dense form.
-        tensors: its tensors, by name under the module.
+        codes: uint8 [N, K], parent codes.
+        codebooks: bits -> float32 [N, 2**bits], for every number of bits from seed to parent.
+
+    Returns:
+        The shape record, and the tensors by their names under the module, codebooks as :meth:`Codes.as_stored` leaves them.
+    """
+    seed, parent = min(codebooks), max(codebooks)
+    stored = Codes(codes, codebooks).as_stored().codebooks
+    shape = PackedShape(codes.shape[0], codes.shape[1], seed, parent, str(stored[seed].dtype).removeprefix("torch."))
+    planes = pack_planes(codes, parent)
+    tensors = {"weight": planes[:seed].contiguous()}
+    tensors |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
+    return shape, tensors | {f"codebook_{bits}": stored[bits] for bits in shape.widths}
+
+
+def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
+    """Pack a matrix in the form, dense or sparse, that takes fewer bytes on disk.
+
+    The sparse form leaves out weights that are exactly 0.0 at every number of bits. Nothing else is lost: every number of
+    bits decodes to the same weights.
+
+    Args:
+        found: codes and codebooks, on the CPU.
 
     Returns:
         Shape and tensors of the chosen form, and for the manifest ``{"form": "sparse" or "dense", "zeros": weights
-        that are 0.0 at every width, "bytes": {"sparse", "dense"}}``; None where there are no such weights.
+        that are left out or could be, "bytes": {"sparse", "dense"}}``; None where there are no such weights.
     """
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    shape, tensors = pack(found.codes, found.codebooks)
     zero = _zero_codes(shape, tensors)
     if not zero.any():
         return shape, tensors, None
-    extra = [tensors[f"plane_{bits}"] for bits in shape.widths[1:]]
-    codes = unpack_planes([*tensors["weight"].unbind(0), *extra], shape.in_features)
-    occupied = _occupied(codes, zero)
+    occupied = _occupied(found.codes, zero)
     survivors = int(occupied.sum())
     if survivors == occupied.numel():
         return shape, tensors, None
-    found, sparse = _sparse_form(shape, tensors, codes, occupied, zero)
+    smaller, sparse = _sparse_form(shape, tensors, found.codes, occupied, zero)
     sizes = {"sparse": sum(t.nbytes for t in sparse.values()), "dense": sum(t.nbytes for t in tensors.values())}
     form = "sparse" if sizes["sparse"] < sizes["dense"] else "dense"
     note = {"form": form, "zeros": occupied.numel() - survivors, "bytes": sizes}
-    return (found, sparse, note) if form == "sparse" else (shape, tensors, note)
+    return (smaller, sparse, note) if form == "sparse" else (shape, tensors, note)
 
 
 def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Parent codes that mean 0.0 at every width: bool [N, 2**parent]."""
+    """Tell which parent codes mean 0.0 at every number of bits: bool [N, 2**parent]."""
     zero = torch.ones(shape.out_features, 2**shape.parent_bits, dtype=torch.bool)
     for bits in shape.widths:
         zero &= (tensors[f"codebook_{bits}"] == 0).repeat_interleave(2 ** (shape.parent_bits - bits), dim=1)
@@ -112,7 +218,7 @@ def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
-    """Weights that are not zero at every width: bool [N * K]."""
+    """Tell which weights are not zero at every number of bits: bool [N * K]."""
     occupied = torch.empty(codes.shape, dtype=torch.bool)
     step = max(1, _AT_ONCE // codes.shape[1])
     for start in range(0, codes.shape[0], step):
@@ -124,7 +230,7 @@ def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
 def _sparse_form(
     shape: PackedShape, tensors: Mapping[str, Tensor], codes: Tensor, occupied: Tensor, zero: Tensor
 ) -> tuple[SparseShape, dict[str, Tensor]]:
-    """Survivors' planes, the mask, and tables whose entry 0 is the pruned weights'.
+    """Build the survivors' planes, the mask, and codebooks whose entry 0 is that of the pruned weights.
 
     Codes of a row are renumbered by exclusive or with its zero code: that keeps every width's code the top bits
     of the parent's, and lets a reader fill in zeros.
@@ -149,24 +255,24 @@ def _sparse_form(
 
 
 def _pack_row(values: Tensor, bits: int) -> Tensor:
-    """Planes of one row, which may be empty: uint8 [K] to int32 [bits, 1, ceil(K / 32)]."""
+    """Pack one row, which may be empty: uint8 [K] to int32 [bits, 1, ceil(K / 32)]."""
     return pack_planes(values[None], bits) if values.numel() else torch.empty(bits, 1, 0, dtype=torch.int32)
 
 
 def _unpack_row(planes: list[Tensor], columns: int) -> Tensor:
-    """The inverse of :func:`_pack_row`, from planes of any shape: uint8 [columns]."""
+    """Undo :func:`_pack_row`, from planes of any shape: uint8 [columns]."""
     if not columns:
         return torch.empty(0, dtype=torch.uint8, device=planes[0].device)
     return unpack_planes([plane.view(1, -1) for plane in planes], columns)[0]
 
 
 def _parts(count: int) -> Iterator[slice]:
-    """A long vector in parts, so that indices are never there for all of it."""
+    """Cut a long vector into parts, so that indices are never in memory for all of it."""
     return (slice(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE))
 
 
 def _gaps(occupied: Tensor, survivors: int) -> Tensor:
-    """How many pruned weights lie between each survivor and the one before: int32 [survivors]."""
+    """Count the pruned weights between each survivor and the one before: int32 [survivors]."""
     gaps, done, last = torch.empty(survivors, dtype=torch.int32), 0, -1
     for part in _parts(occupied.numel()):
         places = occupied[part].nonzero().view(-1) + part.start
@@ -177,7 +283,7 @@ def _gaps(occupied: Tensor, survivors: int) -> Tensor:
 
 
 def _gap_bits(gaps: Tensor) -> int:
-    """The number of low bits that makes the mask smallest.
+    """Choose the number of low bits that makes the mask smallest.
 
     One more costs a bit per survivor, and saves what halving does to the unary part: less each time, so stop there.
     """
@@ -192,7 +298,7 @@ def _total(parts: Iterable[Tensor]) -> int:
 
 
 def _unary(gaps: Tensor, low: int) -> Tensor:
-    """For every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
+    """Write for every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
     parts = list(_parts(gaps.numel()))
     unary = torch.zeros(gaps.numel() + _total(gaps[part] >> low for part in parts), dtype=torch.uint8)
     end = -1
@@ -240,7 +346,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
 
 
 def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Where the mask says that survivors are, counted along the rows: int64, in ascending parts.
+    """Find the places of survivors in the mask, counted along the rows: int64, in ascending parts.
 
     A mask with more ones than survivors ends with a part that has too many.
     """

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.hf import matching
-from compress.passes import Block, Context, Needs, Packed, Pass, PassConfig
-from compress.quant.kmeans import Nested
-from compress.quant.linear import PackedShape, pack
-from compress.quant.output import Fitted
+from compress.passes import Block, Context, Needs, Pass, PassConfig
+from compress.quant.format import Codes, PackedShape
+from compress.statistics import Moments, check_weight
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
 
 
 class QuantiseConfig(PassConfig):
-    """Settings of every quantising pass."""
+    """Hold the settings that every quantising pass has."""
 
     ignore: tuple[str, ...] = Field(
         (), description="Linears to leave dense: full names, or 're:' and a regular expression for a full name."
@@ -35,7 +34,7 @@ class QuantiseConfig(PassConfig):
 
 
 class SensitiveConfig(QuantiseConfig):
-    """Settings of quantisers that weigh errors."""
+    """Hold the settings of quantisers that weigh errors by what they cost."""
 
     sensitivity: Literal["fisher", "activation", "none"] = Field(
         "fisher",
@@ -53,10 +52,10 @@ ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)
 
 
 class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
-    """A pass that replaces dense matrices by bit planes and tables."""
+    """Replace dense matrices by codes and codebooks."""
 
     def needs(self) -> Needs:
-        """Gradients or inputs, as the sensitivity asks."""
+        """Ask for gradients or inputs, whichever the sensitivity is made of."""
         kind = self.sensitivity
         return Needs(
             inputs="original" if kind == "activation" else None, squared_gradients=kind == "fisher", packs=True
@@ -64,12 +63,12 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     @property
     def sensitivity(self) -> str:
-        """``none`` unless the settings have another."""
+        """Return what an error costs: ``none`` where the settings have no such field."""
         return getattr(self.config, "sensitivity", "none")
 
     @abstractmethod
-    def quantise(self, weight: Array, sensitivity: Array | None) -> Nested:
-        """Codes and tables of one matrix.
+    def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
+        """Find codes and codebooks of one matrix.
 
         Args:
             weight: float32 [N, K], finite.
@@ -77,7 +76,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         """
 
     def check(self, context: Context) -> None:
-        """Patterns match, and tied matrices are not torn apart by accident."""
+        """Refuse patterns that match nothing, and an embedding that would be torn from its head by accident."""
         for pattern in self.config.ignore:
             matching(pattern, list(context.linears))
         chosen = self.outside(context)
@@ -90,58 +89,50 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             )
 
     def outside(self, context: Context) -> list[str]:
-        """Embedding and head, if ``include`` names them."""
+        """Return the names among embedding and head that ``include`` matches."""
         names = list(context.outside)
         return sorted({name for pattern in self.config.include for name in matching(pattern, names)})
 
     @property
     @abstractmethod
     def widths(self) -> tuple[int, int]:
-        """Seed and parent width."""
+        """Return the seed's and the parent's number of bits."""
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
-        """Every linear that is not ignored, and what ``include`` names."""
+        """Return the shape of every linear that is not ignored, and of what ``include`` names."""
         ignored = self._ignored(context)
         chosen = {name: shape for name, shape in context.linears.items() if name not in ignored}
         chosen |= {name: context.outside[name] for name in self.outside(context)}
         return {name: PackedShape(*shape, *self.widths) for name, shape in chosen.items()}
 
     def _ignored(self, context: Context) -> dict[str, str]:
-        """Ignored linears, and the pattern that names each."""
+        """Return ignored linears, and the pattern that names each."""
         names = list(context.linears)
         return {name: pattern for pattern in self.config.ignore for name in matching(pattern, names)}
 
-    def sweep(self, block: Block, names: Sequence[str]) -> Mapping[str, Fitted]:
-        """Codes and tables found on the block's inputs; :meth:`quantise` is asked for the matrices it leaves out."""
+    def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
+        """Find codes on the block's inputs; matrices that are left out here are given to :meth:`quantise`."""
         return {}
 
     def run_block(self, block: Block, context: Context) -> Record:
-        """Pack every linear that is not ignored."""
+        """Quantise every linear that is not ignored, and measure the errors."""
         ignored = self._ignored(context)
         block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
         names = [name for name in block.linears if name not in ignored]
-        weights = {name: _finite(name, block.linears[name].weight) for name in names}
+        weights = {name: _checked(name, block.linears[name].weight) for name in names}
         sensitivities = self._sensitivities(block)
-        fitted = self.sweep(block, names)
+        fitted = self.fit_block(block, names)
         errors: Record = {}
         for name, weight in weights.items():
             sensitivity = sensitivities.get(name)
-            importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
             found = fitted.get(name)
             if found is None:
-                result = self.quantise(weight.numpy(), importance)
-                codes, tables = torch.from_numpy(result.codes), result.codebooks
-                shape, tensors = pack(codes, {bits: torch.from_numpy(table) for bits, table in tables.items()})
-            else:
-                shape, tensors = pack(found.codes, found.tables)
-                codes = found.codes
-            block.packed[name] = Packed(shape, tensors)
-            decoded = {
-                bits: _decode(codes, tensors[f"codebook_{bits}"], shape.parent_bits - bits) for bits in shape.widths
-            }
+                importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
+                found = self.quantise(weight.numpy(), importance)
+            block.packed[name] = stored = found.as_stored()
             errors[name] = {
-                str(bits): layer_errors(weight, dense, sensitivity, found.metric if found else None)
-                for bits, dense in decoded.items()
+                str(bits): layer_errors(weight, stored.dense(bits), sensitivity, stored.hessian)
+                for bits in stored.codebooks
             }
         return {"errors": errors}
 
@@ -150,53 +141,42 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             return dict(block.squared_gradients)
         if self.sensitivity == "none":
             return {}
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-
-        def visit(name: str, x: Tensor) -> None:
-            sums[name] = sums.get(name, torch.zeros(x.shape[-1], device=x.device)) + x.float().square().sum(0)
-            counts[name] = counts.get(name, 0) + x.shape[0]
-
-        block.for_each_input(visit)
+        moments = Moments()
+        block.for_each_input(moments.add)
         rows = {name: linear.shape[0] for name, linear in block.linears.items()}
-        return {name: (total / counts[name]).cpu().expand(rows[name], -1) for name, total in sums.items()}
+        return {name: moments.mean(name).cpu().expand(rows[name], -1) for name in moments.owner}
 
 
-def _finite(name: str, weight: Tensor) -> Tensor:
+def _checked(name: str, weight: Tensor) -> Tensor:
+    """Copy a weight to the CPU, float32 [N, K], and refuse values that are not finite."""
     weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if not torch.isfinite(weight).all():
-        row = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
-        raise CompressError(f"{name}: row {row} of its weight holds NaN or infinity; the model is damaged.")
+    check_weight(name, weight)
     return weight
 
 
-def _decode(codes: Tensor, table: Tensor, shift: int) -> Tensor:
-    return table.float().gather(1, (codes >> shift).long())
-
-
 def layer_errors(
-    weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, metric: Tensor | None
+    weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, hessian: Tensor | None
 ) -> dict[str, float]:
-    """What quantising a matrix did, with ``e`` the difference of two rows.
+    """Measure what quantising a matrix did, with ``e`` the difference of two rows.
 
     Args:
         weight: float32 [N, K].
         quantised: float32 [N, K].
         sensitivity: float32 [N, K], the cost of an error in each weight; None for 1.
-        metric: float32 [K, K], the mean of ``x x^T`` over the layer's inputs, if known.
+        hessian: float32 [K, K], the mean of ``x x^T`` over the layer's inputs, if known.
 
     Returns:
-        ``relative``: the sum of ``e e^T`` over that of ``w w^T``. ``weighted``: the sum of ``s e^2``. With a metric also
+        ``relative``: the sum of ``e e^T`` over that of ``w w^T``. ``weighted``: the sum of ``s e^2``. With a Hessian also
         ``output``: the sum of ``e H e^T`` over that of ``w H w^T``, and ``weighted`` is then the sum of ``e H e^T`` times
         each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
     """
     error = (quantised - weight).double()
     power = float(weight.double().square().sum()) or 1.0
     result = {"relative": float(error.square().sum()) / power}
-    if metric is None:
+    if hessian is None:
         cost = error.square() if sensitivity is None else error.square() * sensitivity
         return result | {"weighted": float(cost.sum())}
-    exact = metric.double()
+    exact = hessian.double()
     rows = ((error @ exact) * error).sum(1)
     power = float(((weight.double() @ exact) * weight).sum()) or 1.0
     scale = 1.0 if sensitivity is None else sensitivity.double().sum(1) / exact.trace().clamp_min(1e-30)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.hf import packed_modules
 from compress.plan import plan
-from compress.quant import any_precision, output
-from compress.quant.quantise import layer_errors
+from compress.quant import any_precision, block_sweep
+from compress.quant.base import layer_errors
 from compress.structure import ARCHITECTURES
 
 
@@ -156,14 +156,14 @@ def test_the_metric_is_of_the_dense_models_inputs(tiny_llama, text_file, tmp_pat
                 run(block.module)
         for handle in handles:
             handle.remove()
-        fitted = output.sweep(block, *rest)
+        fitted = block_sweep.fit_block(block, *rest)
         for name, found in fitted.items():
             x = torch.cat(inputs[name]).double()
-            assert torch.allclose(found.metric.double(), x.t() @ x / len(x), rtol=1e-3, atol=1e-6), name
+            assert torch.allclose(found.hessian.double(), x.t() @ x / len(x), rtol=1e-3, atol=1e-6), name
             checked.append(name)
         return fitted
 
-    monkeypatch.setattr(any_precision, "sweep", watched)
+    monkeypatch.setattr(any_precision, "fit_block", watched)
     compress.run(settings(tiny_llama, text_file), tmp_path / "out")
     assert len(checked) == 21
 
@@ -177,7 +177,7 @@ def test_correction_is_the_least_squares_one():
     block = torch.nn.Sequential(linear)
     runs, changed = ([lambda module, t=t: module(t) for t in inputs] for inputs in (x, other))
     weight = linear.weight.detach()
-    found = output._correction((runs, block, linear), (changed, block, linear), weight)
+    found = block_sweep._correction((runs, block, linear), (changed, block, linear), weight)
     flat = other.flatten(0, 1)
     damping = (0.01 * flat.square().sum() / 6).sqrt() * torch.eye(6)
     wanted = torch.cat([(x.flatten(0, 1) - flat) @ weight.t(), torch.zeros(6, 4)])
@@ -200,9 +200,9 @@ def test_a_block_is_let_go_before_the_next(tiny_llama, text_file, tmp_path, monk
     def watched(block, *rest):
         alive.append(sum(earlier() is not None for earlier in seen))
         seen.append(weakref.ref(block))
-        return output.sweep(block, *rest)
+        return block_sweep.fit_block(block, *rest)
 
-    monkeypatch.setattr(any_precision, "sweep", watched)
+    monkeypatch.setattr(any_precision, "fit_block", watched)
     gc.disable()
     try:
         compress.run(settings(tiny_llama, text_file), tmp_path / "out")

@@ -1,7 +1,7 @@
 """A layer's metric, ``H``: the mean of ``x x^T`` over its inputs, multiplied fast.
 
 Its few largest directions are those on which the errors of a good rounding cancel, so they need float32. What they leave does not:
-in bfloat16 it takes less than half the time, and the errors reached are the same (``tests/quant/test_metric.py``).
+in bfloat16 it takes less than half the time, and the errors reached are the same (``tests/quant/test_hessian.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEADING = 16  # directions in float32, and those that least-squares fits are pr
 
 
 def product_dtype(device: torch.device, size: int) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware and K is large enough to take any time, else float32."""
+    """Return bfloat16 where the device multiplies it in hardware and K is large enough to gain, else float32."""
     if size < _LARGE:
         return torch.float32
     if device.type == "cuda":
@@ -30,7 +30,7 @@ def product_dtype(device: torch.device, size: int) -> torch.dtype:
 
 
 class Metric:
-    """A symmetric positive definite matrix as ``U U^T`` and what that leaves.
+    """Split a symmetric positive definite matrix into ``U U^T`` and the rest, to multiply by it fast.
 
     Args:
         matrix: float32 [K, K].
@@ -51,7 +51,7 @@ class Metric:
     def times(
         self, values: Tensor, leading: Tensor | None = None, buffers: Buffers | None = None, name: str = "times"
     ) -> Tensor:
-        """float32 [N, K] times the metric.
+        """Multiply by the metric, float32 [N, K].
 
         Args:
             values: [N, K], float32 or of the dtype of ``rest``.
@@ -68,13 +68,13 @@ class Metric:
 
 
 class Buffers:
-    """Memory that is kept from one use to the next: a CPU takes longer to get some afresh than for most that is done in it."""
+    """Keep memory from one use to the next: on a CPU a new allocation takes longer than most work done in it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._found = device, dict[str, Tensor]()
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor, of any values, whose memory the next call with this name has too."""
+        """Return a tensor of any values; the next call with this name has the same memory."""
         size = math.prod(shape)
         if name not in self._found or len(self._found[name]) < size:
             self._found[name] = torch.empty(size, dtype=dtype, device=self._device)
@@ -82,11 +82,11 @@ class Buffers:
 
 
 class Follower:
-    """Gradients during a sweep over blocks of columns, kept up to date by one and a half products with the metric in all.
+    """Keep gradients up to date during a sweep over blocks of columns, by one and a half products with the metric in all.
 
-    For every block in order, :meth:`enter` lets its gradients know of the change of all columns before the sweep and of all
-    blocks done, and :meth:`leave` takes what the sweep has changed in it. :meth:`finish` then lets every block know of
-    what the sweep has changed in itself and after.
+    For every block in order, :meth:`enter` adds to its gradients what was changed in all columns before the sweep and in the
+    blocks swept so far, and :meth:`leave` takes note of what the sweep has changed in it. :meth:`finish` then adds to every
+    block's gradients what was changed in that block and in those after it.
 
     Args:
         metric: of [K, K].
@@ -105,13 +105,13 @@ class Follower:
         self._entered: list[tuple[slice, Tensor]] = []
 
     def enter(self, part: slice) -> Tensor:
-        """The gradients of a block as of now, float32 [W, N, B]."""
+        """Return the gradients of a block as of now, float32 [W, N, B]."""
         self._entered.append((part, self._leading.clone()))
         self._add(part, self._all, slice(None), self._leading)
         return torch.stack([gradient[:, part] for gradient in self.gradients])
 
     def leave(self, part: slice, change: Tensor) -> None:
-        """``change``, float32 [W, N, B], has been added to the block's columns."""
+        """Take note that ``change``, float32 [W, N, B], has been added to the block's columns."""
         self._leading.baddbmm_(change, self.metric.leading[part].expand(len(change), -1, -1))
         self._swept[:, part] = change.flatten(0, 1)
         self._all[:, part] += self._swept[:, part]

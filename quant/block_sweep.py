@@ -11,83 +11,47 @@ All widths share one metric, the mean of ``x x^T``: measured, a metric of ``x'``
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
-from compress.passes import Block
-from compress.quant.tree import Tree, nested_output_codebooks
-
-Run = Callable[[nn.Module], Tensor]
+from compress.passes import Block, Run
+from compress.quant.format import Codes
+from compress.quant.nested import nested_output_codebooks
+from compress.statistics import SharedInputs, check_inputs, watch
 
 _DAMPING = 1e-3  # share of the metric's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """One matrix after the sweep.
-
-    Attributes:
-        codes: uint8 [N, K], parent codes.
-        tables: width -> float32 [N, 2**width].
-        metric: float32 [K, K], mean of ``x x^T``.
-    """
-
-    codes: Tensor
-    tables: dict[int, Tensor]
-    metric: Tensor
-
-    def dense(self, bits: int) -> Tensor:
-        """float32 [N, K], the weights at a width."""
-        return self.tables[bits].gather(1, (self.codes >> (max(self.tables) - bits)).long())
 
 
 class _Enough(Exception):
     """Raised once the inputs asked for are there: the rest of the block need not run."""
 
 
-@contextmanager
-def _watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: see(name, inputs[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def groups(block: Block) -> list[list[str]]:
-    """Linears that are called with the same tensor, in the order of their calls."""
-    found: list[tuple[Tensor, list[str]]] = []
+    """Group the linears that are called with the same tensor, in the order of their calls."""
+    shared, found = SharedInputs(), dict[str, list[str]]()
 
-    def see(name: str, x: Tensor) -> None:
-        if found and found[-1][0].data_ptr() == x.data_ptr() and found[-1][0].shape == x.shape:
-            found[-1][1].append(name)
-        else:
-            found.append((x, [name]))  # holding the tensor keeps its memory from being used again
+    def visit(name: str, x: Tensor) -> None:
+        group = found.setdefault(shared.owner(name, x), [])
+        if name not in group:
+            group.append(name)
 
-    with torch.no_grad(), _watching({name: linear.module for name, linear in block.linears.items()}, see):
+    with torch.no_grad(), watch({name: linear.module for name, linear in block.linears.items()}, visit):
         block.samples[0](block.module)
-    return [names for _, names in found]
+    return list(found.values())
 
 
 def _input(run: Run, module: nn.Module, linear: nn.Module) -> Tensor:
-    """float32 [T, K], what one linear of a block is given on one sample."""
+    """Return what one linear of a block is given on one sample, float32 [T, K]."""
     seen: list[Tensor] = []
 
-    def see(_name: str, x: Tensor) -> None:
+    def visit(_name: str, x: Tensor) -> None:
         seen.append(x.flatten(0, -2).float())
         raise _Enough
 
-    with _watching({"": linear}, see):
+    with watch({"": linear}, visit):
         try:
             run(module)
         except _Enough:
@@ -100,12 +64,12 @@ def _damp(metric: Tensor, share: float) -> None:
     metric.diagonal().add_(share * torch.where(mean > 0, mean, 1.0))
 
 
-Calls = tuple[Sequence[Run], nn.Module, nn.Module]  # of a block, the block, and a linear in it whose inputs are wanted
+Calls = tuple[Sequence[Run], nn.Module, nn.Module]  # the samples of a block, the block, the linear in it to look at
 
 
 @torch.no_grad()
 def _metric(calls: Calls, weight: Tensor) -> Tensor:
-    """float32 [K, K], the mean of ``x x^T`` over a linear's inputs, K as of ``weight`` [N, K]."""
+    """Return the mean of ``x x^T`` over a linear's inputs, float32 [K, K], K as of ``weight`` [N, K]."""
     runs, block, linear = calls
     tokens, metric = 0, weight.new_zeros(weight.shape[1], weight.shape[1])
     for run in runs:
@@ -117,7 +81,7 @@ def _metric(calls: Calls, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
-    """float32 [N, K], what rows must be changed by to do to ``x'`` what they do to ``x``, nearest by least squares.
+    """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares.
 
     Args:
         original: what gives ``x``.
@@ -136,12 +100,30 @@ def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
     return shift.t()
 
 
+def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: int) -> int:
+    """Estimate the bytes that fitting the codes of one linear takes, for the one with most inputs.
+
+    Args:
+        shapes: (N, K) of every linear.
+        variants: how many numbers of bits see inputs of their own.
+        length: tokens of a sample.
+    """
+    inputs = max(columns for _, columns in shapes)
+    matrices = 3 * inputs * inputs  # the Hessian, and two more for the correction, or its split
+    targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
+    return 4 * (matrices + targets + 4 * length * inputs) + 1024 * 90 * inputs  # a sample, and rows, at a time
+
+
 @torch.no_grad()
-def sweep(
-    block: Block, names: Sequence[str], widths: Sequence[int], correction: float, focus: Mapping[int, float],
+def fit_block(
+    block: Block,
+    names: Sequence[str],
+    widths: Sequence[int],
+    correction: float,
+    focus: Mapping[int, float],
     keep_zeros: bool,
-) -> dict[str, Fitted]:  # fmt: skip
-    """Quantise linears of a block; ``block.show`` then puts their weights at a variant's width into it.
+) -> dict[str, Codes]:
+    """Quantise linears of a block; ``block.show`` then loads the weights that they have at a variant's number of bits.
 
     Args:
         block: with original inputs, and those of a variant for every width up to :data:`CARRIED`.
@@ -155,7 +137,7 @@ def sweep(
         CompressError: inputs that are not finite.
     """
     original = copy.deepcopy(block.module)
-    fitted: dict[str, Fitted] = {}
+    fitted: dict[str, Codes] = {}
 
     linears = block.linears  # not the block, which would then be kept by what it keeps
 
@@ -168,32 +150,24 @@ def sweep(
         chosen = [name for name in group if name in names]
         if not chosen:
             continue
-        first = block.linears[chosen[0]].module
+        module = block.linears[chosen[0]].module
         twin = original.get_submodule(chosen[0].removeprefix(block.name + "."))
         weight = torch.cat([block.linears[name].weight.float() for name in chosen])
         dense = (block.samples, original, twin)
         metric = _metric(dense, weight)
-        if not torch.isfinite(metric).all():
-            raise CompressError(
-                f"{chosen[0]}: its inputs on the calibration text are not finite; check the model's weights."
-            )
+        check_inputs(chosen[0], metric)
         targets = dict.fromkeys(widths, weight)
         for variant, calls in block.variants.items():
             show(variant)
-            shift = _correction(dense, (calls, block.module, first), weight)
+            shift = _correction(dense, (calls, block.module, module), weight)
             targets[int(variant)] = (weight + correction * shift).contiguous()
         measured = metric.diagonal().clone()
         _damp(metric, _DAMPING)
-        tree = nested_output_codebooks(targets, metric, focus, weight == 0 if keep_zeros else None)
+        codes = nested_output_codebooks(targets, metric, focus, weight == 0 if keep_zeros else None)
         metric.diagonal().copy_(measured)
-        rows = 0
+        hessian, start = metric.cpu(), 0
         for name in chosen:
-            count = block.linears[name].shape[0]
-            fitted[name] = _part(tree, slice(rows, rows + count), metric)
-            rows += count
+            rows = slice(start, start + block.linears[name].shape[0])
+            books = {bits: book[rows].cpu() for bits, book in codes.codebooks.items()}
+            fitted[name], start = Codes(codes.codes[rows].cpu(), books, hessian), rows.stop
     return fitted
-
-
-def _part(tree: Tree, rows: slice, metric: Tensor) -> Fitted:
-    tables = {bits: table[rows].cpu() for bits, table in tree.tables.items()}
-    return Fitted(tree.codes[rows].to("cpu", torch.uint8), tables, metric.cpu())

@@ -1,0 +1,124 @@
+"""Statistics of what linear layers are given on calibration text: how to watch them, tell shared inputs, and sum them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.structure import Architecture, block_of
+
+
+@contextmanager
+def watch(modules: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``visit(name, x)`` with the first argument of every call of some modules, for the length of a ``with``."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: visit(name, inputs[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SharedInputs:
+    """Find linears that are called one after another with the same tensor: query, key and value, or gate and up.
+
+    It must be the same memory in the same order, not written to since: whoever writes to a tensor, or to a view of it, raises
+    the version of both. The last one is held, so that its memory cannot be given to another.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[str, str, Tensor, int] | None = None
+
+    def owner(self, name: str, x: Tensor) -> str:
+        """Return the first of the linears in a row that were given ``x``: ``name`` itself, or one called before it."""
+        owner = name
+        if self._last is not None:
+            before, shared, held, version = self._last
+            same = held.data_ptr() == x.data_ptr() and held.shape == x.shape and held.stride() == x.stride()
+            if same and version == x._version and before != name:
+                owner = shared
+        self._last = name, owner, x, x._version
+        return owner
+
+
+class Moments:
+    """Second moments of the inputs of linears, summed in float32; linears that share an input share its entry.
+
+    Args:
+        full: sum ``x x^T``, [K, K], instead of the square of each input alone, [K].
+
+    Attributes:
+        owner: linear -> the linear under whose name its input is kept.
+        sums: owner -> float32 [K] or [K, K], the sum over tokens.
+        tokens: owner -> how many tokens there were.
+    """
+
+    def __init__(self, full: bool = False) -> None:
+        self._full, self._shared = full, SharedInputs()
+        self.owner: dict[str, str] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add inputs of one linear, [tokens, K]; to be called in the order in which linears are."""
+        owner = self.owner[name] = self._shared.owner(name, x)
+        if owner != name:
+            return
+        self.tokens[name] = self.tokens.get(name, 0) + x.shape[0]
+        x = x.float()
+        value = x.t() @ x if self._full else x.square().sum(0)
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value
+
+    def mean(self, name: str) -> Tensor:
+        """Return the mean over tokens for the input of one linear, float32 [K] or [K, K].
+
+        Raises:
+            CompressError: it is not finite.
+        """
+        owner = self.owner[name]
+        mean = self.sums[owner] / self.tokens[owner]
+        check_inputs(name, mean)
+        return mean
+
+
+def check_inputs(name: str, statistic: Tensor) -> None:
+    """Refuse a statistic of a linear's inputs that is not finite."""
+    if not torch.isfinite(statistic).all():
+        raise CompressError(f"{name}: its inputs on the calibration text are not finite; check the model's weights.")
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse a weight [N, K] that is not finite, naming its first bad row."""
+    finite = torch.isfinite(weight)
+    if not finite.all():
+        row = int((~finite).any(dim=1).nonzero()[0])
+        raise CompressError(f"{name}: row {row} of its weight holds NaN or infinity; the model is damaged.")
+
+
+def hessian_bytes(structure: Architecture, linears: Mapping[str, tuple[int, int]]) -> int:
+    """Estimate the bytes of one float32 [K, K] matrix for every distinct input of the largest block.
+
+    Linears that servers fuse share their input; others are taken to have one of their own.
+
+    Args:
+        structure: of the model.
+        linears: full name -> (N, K) of every linear inside the blocks.
+    """
+    followers = {name for group in structure.fused for name in group[1:]}
+    sizes: dict[int | None, int] = {}
+    for name, (_, columns) in linears.items():
+        place = block_of(name, structure)
+        if name.removeprefix(f"{structure.blocks}.{place}.") not in followers:
+            sizes[place] = sizes.get(place, 0) + 4 * columns**2
+    return max(sizes.values())
