@@ -113,8 +113,8 @@ def test_a_prompt_of_another_size_is_refused(prompted, make_model):
 
 def said(*arguments):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    assert result.exit_code == 0, result.stdout
+    return result.stdout
 
 
 def test_the_command_line_uses_prompts(prompted, tmp_path):

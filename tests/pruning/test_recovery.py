@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from compress.evals.text import evaluate_text
+from compress.evals.evaluate import evaluate_text
 from transformers import AutoTokenizer
 
 import compress
 from compress.errors import CompressError
-from compress.evals.bench import Load, bench
+from compress.evals.speed import Load, bench
 from compress.evals.store import results_of
 from compress.manifest import verify
 from compress.prompts.baked import bake
