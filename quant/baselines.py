@@ -16,11 +16,6 @@ class KMeans(QuantisePass[KMeansConfig]):
 
     Config = KMeansConfig
 
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Return the one number of bits, as that of seed and parent."""
-        return self.config.bits, self.config.bits
-
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Cluster every row of one matrix."""
         return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
@@ -31,11 +26,6 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
 
     Config = RoundToNearestConfig
 
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Return the one number of bits, as that of seed and parent."""
-        return self.config.bits, self.config.bits
-
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Round one matrix; the sensitivity is not used."""
         bits = self.config.bits
@@ -43,5 +33,5 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
         step = (weight.max(axis=1, keepdims=True) - low) / (2**bits - 1)
         safe = np.where(step > 0, step, 1.0)
         codes = np.clip(np.rint((weight - low) / safe), 0, 2**bits - 1).astype(np.uint8)
-        table = (low + step * np.arange(2**bits)).astype(np.float32)
-        return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(table)})
+        codebook = (low + step * np.arange(2**bits)).astype(np.float32)
+        return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(codebook)})
