@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linear, tiled_linear, tiled_weight
 from compress.kernels.layout import Tiled, head_for
+from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 
 
@@ -74,9 +75,7 @@ class _Packed(nn.Module):
         """Return the planes of the number of bits in use, most significant first, each int32 [N, ceil(K / 32)]."""
         if self.is_tiled:
             return list(self.tiled().canonical()[0][: self.bits])
-        seed = self.shape.seed_bits
-        extra = [self.get_buffer(f"plane_{bits}") for bits in range(seed + 1, self.bits + 1)]
-        return [*self.get_buffer("weight")[: self.bits].unbind(0), *extra]
+        return join_planes(dict(self.named_buffers()), self.shape.seed_bits, self.bits)
 
     def codebook(self) -> Tensor:
         """Return the codebook of the number of bits in use, [N, 2**bits]."""
@@ -190,10 +189,9 @@ class BitPlaneLinear(_Packed):
             return
         if not gpu.serves(self.get_buffer("weight").device):
             return
-        shape = self.shape
-        extra = [self.get_buffer(f"plane_{bits}") for bits in shape.widths[1:]]
-        codebooks = {bits: self.get_buffer(f"codebook_{bits}") for bits in shape.widths}
-        planes = [*self.get_buffer("weight").unbind(0), *extra]
+        shape, buffers = self.shape, dict(self.named_buffers())
+        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.widths}
+        planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
         self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
 
     def _take(self, made: Tiled) -> None:
@@ -226,9 +224,7 @@ class BitPlaneLinear(_Packed):
     def _stored(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors, made from the layout of the kernels, bit for bit."""
         planes, codebooks = self.tiled().canonical()
-        seed = self.shape.seed_bits
-        tensors = {"weight": planes[:seed].clone()}  # a view would keep the other planes
-        tensors |= {f"plane_{bits}": planes[bits - 1].clone() for bits in self.shape.widths[1:]}
+        tensors = split_planes(planes, self.shape)
         return tensors | {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
