@@ -31,7 +31,7 @@ LOOKED_UP_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a kernel depends on.
+    """Describe a GPU, as far as the choice of a kernel depends on it.
 
     Attributes:
         name: as torch gives it.
@@ -50,13 +50,13 @@ class Device:
 
 @torch.compiler.assume_constant_result
 def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU: ``TRITON_INTERPRET=1``, which is Triton's own variable."""
+    """Tell whether Triton's interpreter stands in for a GPU: ``TRITON_INTERPRET=1``, which is Triton's own variable."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes") and missing() is None
 
 
 @cache
 def missing() -> str | None:
-    """Why Triton cannot be used, or None."""
+    """Say why Triton cannot be used, or return None."""
     try:
         found = version("triton")
     except PackageNotFoundError:
@@ -66,7 +66,7 @@ def missing() -> str | None:
 
 @cache
 def device_of(index: int) -> Device:
-    """The GPU of an index; -1 is the interpreter."""
+    """Describe the GPU of an index; -1 is the interpreter."""
     if index < 0:
         return Device("interpreter", 1, False, 1 << 30, 0)
     properties = torch.cuda.get_device_properties(index)
@@ -77,17 +77,17 @@ def device_of(index: int) -> Device:
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether there is a GPU, or an interpreter, that the kernels run on."""
+    """Tell whether there is a GPU, or an interpreter, that the kernels run on."""
     return missing() is None and (torch.cuda.is_available() or interpreting())
 
 
 def serves(device: torch.device) -> bool:
-    """Whether packed layers on a device go through these kernels."""
+    """Tell whether packed layers on a device go through these kernels."""
     return available() and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
 
 
 def describe() -> str:
-    """What serves packed layers on GPUs, and why."""
+    """Say what serves packed layers on GPUs, and why."""
     reason = missing()
     if reason is not None:
         return f"torch: reference look-up, because {reason}"
@@ -103,19 +103,15 @@ def describe() -> str:
     return f"{found}: " + "; ".join(sorted(set(kinds)))
 
 
-def _index(tensor: Tensor) -> int:
-    return tensor.get_device()  # -1 on a CPU
-
-
 @dataclass(frozen=True)
 class Packed:
-    """Hold what describes one matrix at one width.
+    """Describe one matrix at one number of bits.
 
     Attributes:
         tensors: as :meth:`compress.kernels.layout.Tiled.tensors` gives them.
         rows: N.
         columns: K.
-        bits: the width.
+        bits: of a code.
         head: of the layout.
     """
 
@@ -127,26 +123,26 @@ class Packed:
 
     @property
     def codes(self) -> Tensor:
-        """int32 [p, ceil(N / 32), ceil(K / 32), 32]."""
+        """Return the codes, int32 [p, ceil(N / 32), ceil(K / 32), 32]."""
         return self.tensors[0]
 
     @property
     def table(self) -> Tensor:
-        """Floating [ceil(N / 32), 2**bits, 32]."""
+        """Return the table, floating [ceil(N / 32), 2**bits, 32]."""
         return self.tensors[1]
 
     @property
     def registers(self) -> Tensor | None:
-        """The table as the assembly keeps it in registers, or None."""
+        """Return the table as the assembly keeps it in registers, or None."""
         return self.tensors[2] if len(self.tensors) > 2 else None
 
     @property
     def span(self) -> int:
-        """Words in a row."""
+        """Return the words in a row."""
         return words(self.columns)
 
     def variant(self, problem: Problem, config: Config, bias: bool) -> Variant:
-        """The kernel for a problem."""
+        """Return the kernel for a problem."""
         even = self.span % (config.split * config.step) == 0
         operation = "dot" if config.matrix else problem.operation
         entries: Entries = 8 if self.rounded and not _in_bfloat16(operation, problem.kind) else 16
@@ -158,16 +154,16 @@ class Packed:
 
     @property
     def rounded(self) -> bool:
-        """Whether entries have 8 bits."""
+        """Tell whether entries have 8 bits."""
         return self.registers is not None and self.registers.dim() == 2
 
     def assembly(self, kind: Kind, device: Device) -> bool:
-        """Whether the kernels with assembly serve it; those in plain Triton serve all."""
+        """Tell whether the kernels with assembly serve it; those in plain Triton serve all."""
         held = self.registers is not None or self.bits > 4
         return device.assembly and kind != "fp32" and held and self.bits >= 2
 
     def operands(self, variant: Variant) -> dict[str, Any]:
-        """Arguments that all kernels share."""
+        """Return the arguments that all kernels share."""
         found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
         if variant.assembly:
             found["table_stride"] = self.codes.shape[1] * ROWS
@@ -182,15 +178,12 @@ class Packed:
 
 
 def _in_bfloat16(operation: Operation, kind: Kind) -> bool:
-    """Whether entries are wanted in bfloat16: matrix instructions take factors of one type, and what is written is as asked for.
-
-    Single products are made of float16 entries.
-    """
+    """Tell whether entries are wanted in bfloat16, as matrix instructions and looked-up weights are; ``gemv`` takes float16."""
     return kind == "bf16" and operation != "gemv"
 
 
 def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:
-    """Activations [count, K] with unit stride, and where they are read in whole words, padded and aligned."""
+    """Return activations [count, K] with unit stride, and where they are read in whole words, padded and aligned."""
     if whole and columns % 32:
         return torch.nn.functional.pad(x, (0, 32 - columns % 32))
     if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) < x.shape[1]):
@@ -200,23 +193,23 @@ def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:
 
 
 def _launch(variant: Variant, config: Config, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    options: dict[str, int] = {} if interpreting() else {"num_warps": config.warps}
-    if variant.operation in ("dot", "tile") and not interpreting():
-        options["num_stages"] = config.stages
     kernel, constants = _compiled_for(variant, config)
-    kernel[grid](**arguments, **constants, **options)
+    kernel[grid](**arguments, **constants)
 
 
 @cache
 def _compiled_for(variant: Variant, config: Config) -> tuple[Any, dict[str, Any]]:
-    constants = variant.constants(config)
-    if variant.operation in ("dot", "tile") and not variant.assembly:
+    """Return a kernel, and its constants with the compiler's options."""
+    constants, matrix = variant.constants(config), variant.operation in ("dot", "tile")
+    if matrix and not variant.assembly:
         constants["UPCAST"] = interpreting()
+    if not interpreting():
+        constants |= {"num_warps": config.warps} | ({"num_stages": config.stages} if matrix else {})
     return variant.kernel(), constants
 
 
 def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Tensor]:
-    """The output [count, rows], and where the kernel writes: the output, or [split, count, rows] float32 behind it."""
+    """Allocate the output [count, rows], and where the kernel writes: the output, or [split, count, rows] float32 behind it."""
     if split == 1:
         y = torch.empty(count, rows, dtype=x.dtype, device=x.device)
         return y, y
@@ -227,9 +220,9 @@ def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Ten
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | None = None) -> Tensor:
-    """``x @ W.T + bias`` for [count, K] activations; ``config`` overrides the choice, for tuning and tests."""
+    """Return ``x @ W.T + bias`` for [count, K] activations; ``config`` overrides the choice, for tuning and tests."""
     count, kind = x.shape[0], KINDS[x.dtype]
-    device = device_of(_index(x))
+    device = device_of(x.get_device())
     assembly = packed.assembly(kind, device)
     problem = Problem(packed.rows, packed.columns, packed.bits, count, kind, assembly, device.capability)
     chosen = config or choose(problem, device.name, device.processors, device.shared)
@@ -265,8 +258,8 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
 
 
 def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
-    """Looked-up weights of some tiles of rows: [32 * len(tiles), 32 * span]."""
-    device = device_of(_index(packed.codes))
+    """Look up the weights of some tiles of rows: [32 * len(tiles), 32 * span]."""
+    device = device_of(packed.codes.get_device())
     assembly = packed.assembly(KINDS[dtype], device)
     problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, KINDS[dtype], assembly)
     config = choose(problem, device.name, device.processors, device.shared)
@@ -278,7 +271,7 @@ def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
 
 
 def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """All weights, a few tiles at a time: the rows they are, and [rows, K]."""
+    """Look all weights up, a few tiles at a time: the rows they are, and [rows, K]."""
     tiles = packed.codes.shape[1]
     step = max(1, LOOKED_UP_BYTES // max(1, ROWS * packed.span * 32 * dtype.itemsize))
     for first in range(0, tiles, step):
@@ -305,7 +298,7 @@ def weight(packed: Packed, dtype: torch.dtype) -> Tensor:
     """Look up every weight of a matrix: [N, K] in ``dtype``. On a device without the kernels plain torch does it."""
     if not serves(packed.codes.device) or dtype not in KINDS:
         return _reference(packed, dtype)
-    with torch.cuda.device(_index(packed.codes)):
+    with torch.cuda.device(packed.codes.get_device()):
         out = torch.empty(packed.rows, packed.columns, dtype=dtype, device=packed.codes.device)
         for part, found in _parts(packed, dtype):
             out[part] = found
@@ -324,5 +317,5 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, _reference(packed, x.dtype), bias)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], packed.rows)
-    with torch.cuda.device(_index(x)):
+    with torch.cuda.device(x.get_device()):
         return multiply(x.reshape(-1, packed.columns), packed, bias).view(*x.shape[:-1], packed.rows)

@@ -13,7 +13,7 @@ WORD = 32
 
 
 def words(columns: int) -> int:
-    """Number of int32 words that hold ``columns`` bits."""
+    """Return the number of int32 words that hold ``columns`` bits."""
     return -(-columns // WORD)
 
 

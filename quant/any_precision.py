@@ -44,11 +44,9 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
 
     def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
         """Find codes that minimise output errors; embedding and head, outside of blocks, have the weight objective."""
-        config = self.config
-        if config.objective == "weight" or not block.samples:
+        if self.config.objective == "weight" or not block.samples:
             return {}
-        all_bits = range(config.seed_bits, config.parent_bits + 1)
-        return fit_block(block, names, all_bits, config.correction, config.focus, config.keep_zeros)
+        return fit_block(block, names, self.config)
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Find nested codes of one matrix by the weight objective."""

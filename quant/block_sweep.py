@@ -11,7 +11,7 @@ All numbers of bits share one Hessian, the mean of ``x x^T``: measured, one of `
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress.passes import Block, Run
 from compress.quant.format import Codes
 from compress.quant.nested import nested_output_codebooks
+from compress.quant.settings import AnyPrecisionConfig
 from compress.statistics import SharedInputs, check_inputs, watch
 
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
@@ -115,23 +116,13 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: in
 
 
 @torch.no_grad()
-def fit_block(
-    block: Block,
-    names: Sequence[str],
-    all_bits: Sequence[int],
-    correction: float,
-    focus: Mapping[int, float],
-    keep_zeros: bool,
-) -> dict[str, Codes]:
+def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) -> dict[str, Codes]:
     """Quantise linears of a block; ``block.show`` then loads the weights that they have at a variant's number of bits.
 
     Args:
         block: with original inputs, and those of a variant for every number of bits up to :data:`CARRIED`.
         names: the linears to quantise; the others stay as they are.
-        all_bits: from the seed's to the parent's.
-        correction: share of the least-squares correction that is aimed at, from 0 (``W``) to 1.
-        focus: bits -> how much their error counts (:func:`nested_output_codebooks`).
-        keep_zeros: weights that are 0 stay 0 at every number of bits.
+        config: its objective is ``output``.
 
     Raises:
         CompressError: inputs that are not finite.
@@ -155,14 +146,15 @@ def fit_block(
         dense = (block.samples, original, twin)
         hessian = _hessian(dense, weight)
         check_inputs(chosen[0], hessian)
-        targets = dict.fromkeys(all_bits, weight)
+        targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
         for variant, calls in block.variants.items():
             show(variant)
             shift = _correction(dense, (calls, block.module, module), weight)
-            targets[int(variant)] = (weight + correction * shift).contiguous()
+            targets[int(variant)] = (weight + config.correction * shift).contiguous()
         measured = hessian.diagonal().clone()
         _damp(hessian, _DAMPING)
-        codes = nested_output_codebooks(targets, hessian, focus, weight == 0 if keep_zeros else None)
+        zeros = weight == 0 if config.keep_zeros else None
+        codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
         hessian.diagonal().copy_(measured)
         hessian, start = hessian.cpu(), 0
         for name in chosen:

@@ -281,7 +281,7 @@ class Tree:
             gradient: float32 [W, N, 1].
             curvature: float32, no dimension.
         """
-        codes = costs = old  # of the best leaf under every node of the width at hand
+        codes = costs = old  # of the best leaf under every node of this number of bits
         for w, bits in reversed(list(enumerate(sorted(one.share)))):
             entries = self.codebooks[bits]
             if one.below is not None:

@@ -76,7 +76,7 @@ class SparseShape(PackedShape):
 
     @property
     def dense(self) -> PackedShape:
-        """The matrix as it is in memory."""
+        """Return the record of the matrix as it is in memory."""
         return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
 
     @property
