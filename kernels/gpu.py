@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+from torch.nn.functional import pad
 
 from compress.kernels.configs import Problem, choose, tuned
 from compress.kernels.layout import ROWS, Tiled
@@ -185,7 +187,7 @@ def _in_bfloat16(operation: Operation, kind: Kind) -> bool:
 def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:
     """Return activations [count, K] with unit stride, and where they are read in whole words, padded and aligned."""
     if whole and columns % 32:
-        return torch.nn.functional.pad(x, (0, 32 - columns % 32))
+        return pad(x, (0, 32 - columns % 32))
     if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) < x.shape[1]):
         return x.contiguous()
     aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0)
@@ -257,34 +259,24 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     return y
 
 
-def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
-    """Look up the weights of some tiles of rows: [32 * len(tiles), 32 * span]."""
-    device = device_of(packed.codes.get_device())
-    assembly = packed.assembly(KINDS[dtype], device)
-    problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, KINDS[dtype], assembly)
-    config = choose(problem, device.name, device.processors, device.shared)
-    out = torch.empty(len(tiles) * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
-    variant = packed.variant(problem, config, False)
-    arguments = packed.operands(variant) | {"out": out, "first_tile": tiles.start}
-    _launch(variant, config, (len(tiles), -(-packed.span // config.step)), arguments)
-    return out
-
-
 def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Look all weights up, a few tiles at a time: the rows they are, and [rows, K]."""
-    tiles = packed.codes.shape[1]
-    step = max(1, LOOKED_UP_BYTES // max(1, ROWS * packed.span * 32 * dtype.itemsize))
+    """Look all weights up, a few tiles of rows at a time: the rows they are, and [rows, K]."""
+    device, kind = device_of(packed.codes.get_device()), KINDS[dtype]
+    problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, kind, packed.assembly(kind, device))
+    config = choose(problem, device.name, device.processors, device.shared)
+    variant, tiles = packed.variant(problem, config, False), packed.codes.shape[1]
+    step = max(1, LOOKED_UP_BYTES // (ROWS * packed.span * 32 * dtype.itemsize))
     for first in range(0, tiles, step):
-        part = range(first, min(first + step, tiles))
-        rows = slice(first * ROWS, min(part.stop * ROWS, packed.rows))
-        yield rows, _weights(packed, dtype, part)[: rows.stop - rows.start, : packed.columns]
+        count = min(step, tiles - first)
+        out = torch.empty(count * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
+        arguments = packed.operands(variant) | {"out": out, "first_tile": first}
+        _launch(variant, config, (count, -(-packed.span // config.step)), arguments)
+        rows = slice(first * ROWS, min((first + count) * ROWS, packed.rows))
+        yield rows, out[: rows.stop - rows.start, : packed.columns]
 
 
 def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    parts = [
-        torch.nn.functional.linear(x, weight, None if bias is None else bias[rows])
-        for rows, weight in _parts(packed, x.dtype)
-    ]
+    parts = [dense_linear(x, weight, None if bias is None else bias[rows]) for rows, weight in _parts(packed, x.dtype)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -314,7 +306,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if x.device != packed.codes.device:
         raise ValueError(f"activations are on {x.device}, and the packed layer is on {packed.codes.device}")
     if not serves(x.device) or x.dtype not in KINDS:
-        return torch.nn.functional.linear(x, _reference(packed, x.dtype), bias)
+        return dense_linear(x, _reference(packed, x.dtype), bias)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], packed.rows)
     with torch.cuda.device(x.get_device()):

@@ -20,6 +20,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compress.kernels.packing import unpack_planes, words
 
@@ -75,7 +76,7 @@ def _tile_codes(planes: Sequence[Tensor], columns: int, head: int) -> Tensor:
     tiles = -(-rows // ROWS)
     tiled = torch.zeros(count, tiles, span, ROWS, dtype=torch.int32, device=planes[0].device)
     order = torch.tensor(_order(count, head), device=tiled.device)
-    step = max(1, _AT_ONCE // max(1, ROWS * span * 32))
+    step = max(1, _AT_ONCE // (ROWS * span * 32))
     for first in range(0, tiles, step):
         part = slice(first * ROWS, min((first + step) * ROWS, rows))
         bits = torch.stack([_to_bits(plane[part]) for plane in planes], 2)  # [rows, W, p, 32]
@@ -92,7 +93,7 @@ def _untile_codes(tiled: Tensor, rows: int, head: int) -> Tensor:
     planes = torch.empty(count, tiles * ROWS, span, dtype=torch.int32, device=tiled.device)
     back = torch.empty(32 * count, dtype=torch.long, device=tiled.device)
     back[torch.tensor(_order(count, head), device=tiled.device)] = torch.arange(32 * count, device=tiled.device)
-    step = max(1, _AT_ONCE // max(1, ROWS * span * 32))
+    step = max(1, _AT_ONCE // (ROWS * span * 32))
     for first in range(0, tiles, step):
         some = tiled[:, first : first + step].permute(1, 3, 2, 0)  # [tiles, 32, W, p]
         bits = _to_bits(some).flatten(-2)[..., back].view(-1, ROWS, span, count, 32)
@@ -104,7 +105,7 @@ def _untile_codes(tiled: Tensor, rows: int, head: int) -> Tensor:
 def _padded(codebook: Tensor) -> Tensor:
     """Bring a codebook [N, 2**b] into the kernels' order of codes, with rows of zeros up to whole tiles: [tiles * 32, 2**b]."""
     order = torch.tensor(_reversed(codebook.shape[1].bit_length() - 1), device=codebook.device)
-    return torch.nn.functional.pad(codebook.detach()[:, order], (0, 0, 0, -codebook.shape[0] % ROWS))
+    return pad(codebook.detach()[:, order], (0, 0, 0, -codebook.shape[0] % ROWS))
 
 
 def _byte_tables(codebook: Tensor, kind: torch.dtype) -> Tensor:
@@ -139,7 +140,7 @@ def rounded(codebook: Tensor) -> Tensor:
 
 def _twice(values: Tensor) -> Tensor:
     """Return float64 [N, 1] as words of the same float16 twice: int32 [1, tiles * 32]."""
-    pairs = torch.nn.functional.pad(values.half().expand(-1, 2), (0, 0, 0, -len(values) % ROWS))
+    pairs = pad(values.half().expand(-1, 2), (0, 0, 0, -len(values) % ROWS))
     return pairs.contiguous().view(torch.int32).t()
 
 

@@ -50,8 +50,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     def check(self, context: Context) -> None:
         """Refuse patterns that match nothing, and an embedding that would be torn from its head by accident."""
-        for pattern in self.config.ignore:
-            matching(pattern, list(context.linears))
+        self._ignored(context)
         chosen = self.outside(context)
         head, embedding = context.head, context.structure.embedding
         if self.sensitivity == "activation" and chosen:

@@ -7,7 +7,7 @@ import torch
 
 from compress.quant.base import Array, QuantisePass
 from compress.quant.format import Codes
-from compress.quant.kmeans import kmeans_codebook
+from compress.quant.kmeans import nested_codebooks
 from compress.quant.settings import KMeansConfig, RoundToNearestConfig
 
 
@@ -18,7 +18,8 @@ class KMeans(QuantisePass[KMeansConfig]):
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Cluster every row of one matrix."""
-        return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
+        zeros, threads = self.config.keep_zeros, torch.get_num_threads()
+        return nested_codebooks(weight, sensitivity, *self.seed_and_parent, zeros, threads)
 
 
 class RoundToNearest(QuantisePass[RoundToNearestConfig]):

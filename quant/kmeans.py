@@ -239,14 +239,3 @@ def nested_codebooks(
     in_threads(run, rows, threads)
     parts = np.split(codebooks, [2**b - 2**seed_bits for b in range(seed_bits + 1, parent_bits + 1)], axis=1)
     return Codes(torch.from_numpy(codes), {b: torch.from_numpy(part.copy()) for b, part in enumerate(parts, seed_bits)})
-
-
-def kmeans_codebook(
-    weight: NDArray[np.float32],
-    sensitivity: NDArray[np.float32] | None,
-    bits: int,
-    keep_zeros: bool = False,
-    threads: int = 1,
-) -> Codes:
-    """Cluster every row at one number of bits, as `nested_codebooks` does where seed and parent are the same."""
-    return nested_codebooks(weight, sensitivity, bits, bits, keep_zeros, threads)

@@ -12,7 +12,7 @@ import typer
 from numpy.typing import NDArray
 
 from compress.evals.bench.common import JsonOption, console, quartiles, show, take_turns, write
-from compress.quant.kmeans import kmeans_codebook, nested_codebooks
+from compress.quant.kmeans import nested_codebooks
 
 Matrix = NDArray[np.float32]
 COLUMNS = 4096
@@ -66,11 +66,11 @@ def main(
         tasks: dict[str, Callable[[], object]] = {"3 to 8 bits": partial(nested_codebooks, weight, f, 3, 8)}
         above: dict[str, NDArray[np.float64]] = {}
         for bits in (3, 4):
-            tasks[f"seed of {bits} bits"] = partial(kmeans_codebook, weight, f, bits)
+            tasks[f"seed of {bits} bits"] = partial(nested_codebooks, weight, f, bits, bits)
             if flash:
                 theirs = f"flash1dkmeans, {bits} bits"
                 tasks[theirs] = partial(flash_cells, weight, f, bits)
-                ours = errors(weight, f, kmeans_codebook(weight, f, bits).codes.numpy())
+                ours = errors(weight, f, nested_codebooks(weight, f, bits, bits).codes.numpy())
                 above[theirs] = errors(weight, f, flash_cells(weight, f, bits)) / ours - 1
         for task, times in take_turns(tasks, rounds).items():
             row: dict[str, Any] = {"data": name, "task": task, "rows": rows}
