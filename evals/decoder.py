@@ -1,7 +1,7 @@
 """A Llama's decode step with random weights, for measuring kernels: static cache, one token in, fused projections.
 
-It is the model that benchmarks of such kernels use: the shapes of Llama, one matrix for query, key and value and one for gate and
-up, and nothing that is not needed for one token. Its head and embedding are float16, as in the published figures beside it.
+Benchmarks of such kernels use it: one matrix for query, key and value, one for gate and up, and head and embedding in
+float16, as in the published figures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Project = Callable[[int, int], nn.Module]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama; by default those of Llama-3.1-8B."""
+    """Give the sizes of a Llama; by default those of Llama-3.1-8B."""
 
     hidden: int = 4096
     intermediate: int = 14336
@@ -33,12 +33,12 @@ class Shape:
 
     @property
     def head(self) -> int:
-        """Size of one head."""
+        """Return the size of one head."""
         return self.hidden // self.heads
 
 
 class PackedLinear(nn.Module):
-    """A linear of random codes, in the layout of the kernels."""
+    """Multiply by random codes in the layout of the kernels."""
 
     def __init__(self, rows: int, columns: int, bits: int, seed_bits: int, exact: bool, device: str) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N]."""
+        """Apply the layer: [..., K] to [..., N]."""
         y: Tensor = packed_linear(x, list(self.buffers()), None, *self.facts)
         return y
 
 
 def dense(rows: int, columns: int, dtype: torch.dtype, device: str) -> nn.Linear:
-    """A linear of random weights."""
+    """Make a linear of random weights."""
     layer = nn.Linear(columns, rows, bias=False, dtype=dtype, device=device).requires_grad_(False)
     nn.init.normal_(layer.weight, std=0.02)
     return layer
@@ -66,13 +66,13 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary embedding of [heads, size] by cosines and sines [2, size / 2]."""
+    """Apply the rotary embedding to [heads, size], by cosines and sines [2, size / 2]."""
     low, high = x.float().chunk(2, -1)
     return torch.cat([low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]], -1).to(x.dtype)
 
 
 class Layer(nn.Module):
-    """One block, with its cache."""
+    """Compute one block, with its cache."""
 
     def __init__(self, shape: Shape, project: Project, dtype: torch.dtype, device: str) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Layer(nn.Module):
         self.register_buffer("cache", torch.zeros(size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, place: Tensor, turn: Tensor, mask: Tensor) -> Tensor:
-        """[hidden] to [hidden]; ``place`` is where in the cache this token goes."""
+        """Return the output, [hidden], of a block for ``x``, [hidden], which goes to ``place`` in the cache."""
         shape, cache, norms = self.shape, self.get_buffer("cache"), self.get_buffer("norms")
         parts = self.qkv(_norm(x, norms[0])[None])[0].view(-1, shape.head)
         query, key, value = parts.split([shape.heads, shape.key_heads, shape.key_heads])
@@ -102,7 +102,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole step: a token and its place to the next token (greedy)."""
+    """Decode a step: a token and its place to the next token (greedy)."""
 
     def __init__(self, shape: Shape, project: Project, dtype: torch.dtype, device: str) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         self.register_buffer("places", torch.arange(shape.length, device=device))
 
     def forward(self, token: Tensor, place: Tensor) -> Tensor:
-        """int64 [1] and int64 [1] to int64 [1]."""
+        """Return the next token, int64 [1], for a token and its place, int64 [1] each."""
         x = self.embedding(token)[0]
         turn = self.get_buffer("turns")[place][0]
         mask = (self.get_buffer("places") <= place)[None, None, None]

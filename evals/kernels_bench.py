@@ -1,6 +1,6 @@
 """Measure the kernels on a GPU: ``compress bench-kernels``.
 
-`products`: one layer of the shapes of Llama-2-7B, Llama-3.1-8B and Llama-2-70B, by rows of activations and width, against cuBLAS in
+`products`: one layer of the shapes of Llama-2-7B, Llama-3.1-8B and Llama-2-70B, by rows of activations and number of bits, against cuBLAS in
 float16 and against the time the memory needs for the bytes. Calls are captured in a CUDA graph over enough copies of the weights
 that none is in the cache when its turn comes. `decode`: tokens per second of a whole decode step of Llama-3.1-8B's shapes
 with random weights. Figures of others are those they published.
@@ -9,10 +9,12 @@ with random weights. Figures of others are those they published.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ from compress.evals.decoder import Decoder, PackedLinear, Shape, dense
 from compress.kernels import gpu
 from compress.kernels.bitplane import tiled_weight
 from compress.kernels.layout import random_tiled
-from compress.kernels.timing import Timer, bandwidth, cache_bytes, copies
+from compress.kernels.timing import Timer, bandwidth, copies
 from compress.kernels.tune import packed_of
+from compress.passes import Report
 
 SHAPES = {
     "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096)],
@@ -34,78 +37,67 @@ SHAPES = {
 }
 """N x K of every matrix of a block; the last two of each are query, key and value together, and gate and up together."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+FORMATS = (
+    *((bits, bits, 16) for bits in (2, 3)),
+    *((4, seed, kept) for seed in (3, 4) for kept in (16, 8)),
+    *((bits, 4, 16) for bits in range(5, 9)),
+)
 PUBLISHED = {
     "what": "tokens/s, Llama-3.1-8B, batch 1, H100, compiled (AnyBCQ, arXiv 2510.10467v2, table 8)",
     "float16": {"16": 168},
     "Any-Precision LLM": {"2": 298, "3": 273, "4": 232},
     "AnyBCQ": {"2": 325, "3": 291, "4": 260},
 }
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Say what is measured.
 
     Attributes:
         shapes: (N, K) of the layers.
         rows: of activations.
-        widths: (bits, seed bits, bits of table entries); a seed of 2 or of 4 and more is packed together, and entries have
-            16 bits or, at width 4, also 8.
+        formats: (bits, seed bits, bits of table entries); a seed of 2 or of 4 and more is packed together, and entries have
+            16 bits or, at 4 bits, also 8.
         decode: sizes of the decoder, or None.
         device: a GPU.
     """
 
     shapes: Sequence[tuple[int, int]] = tuple(dict.fromkeys(shape for group in SHAPES.values() for shape in group))
     rows: Sequence[int] = ROWS
-    widths: Sequence[tuple[int, int, int]] = (
-        (2, 2, 16),
-        (3, 3, 16),
-        (4, 3, 16),
-        (4, 3, 8),
-        (4, 4, 16),
-        (4, 4, 8),
-        (5, 4, 16),
-        (6, 4, 16),
-        (7, 4, 16),
-        (8, 4, 16),
-    )
+    formats: Sequence[tuple[int, int, int]] = FORMATS
     decode: Shape | None = field(default_factory=Shape)
     device: str = "cuda"
 
 
 def _floor(rows: int, columns: int, bits: int, count: int, rate: float) -> float:
-    """Seconds the memory needs for planes, table, activations and result."""
+    """Return the seconds the memory needs for planes, table, activations and result."""
     taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * count * (rows + columns)
     return taken / rate
 
 
 def _error(y: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Relative error of a product in the Frobenius norm, against float64."""
+    """Return the relative error of a product in the Frobenius norm, against float64."""
     exact = x.double() @ weight.double().T
     return float((y.double() - exact).norm() / exact.norm())
 
 
 def _dense_times(shape: tuple[int, int], plan: Plan, timer: Timer) -> dict[int, float]:
-    """Seconds of cuBLAS in float16, by rows of activations."""
+    """Measure the seconds of cuBLAS in float16, by rows of activations."""
     rows, columns = shape
-    weights = [
-        torch.randn(rows, columns, device=plan.device).half() for _ in range(copies(2 * rows * columns, cache_bytes()))
-    ]
+    weights = [torch.randn(rows, columns, device=plan.device).half() for _ in range(copies(2 * rows * columns))]
     inputs = {count: torch.randn(count, columns, device=plan.device).half() for count in plan.rows}
-    return {
-        count: timer([partial(nn.functional.linear, x, weight) for weight in weights]) for count, x in inputs.items()
-    }
+    return {count: timer([partial(nn.functional.linear, x, w) for w in weights]) for count, x in inputs.items()}
 
 
-def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[dict[str, Any]]:
-    """One entry per shape, width and number of rows."""
+def products(plan: Plan, timer: Timer, rate: float, progress: Report) -> list[dict[str, Any]]:
+    """Measure products: one entry per shape, number of bits and number of rows."""
     found: list[dict[str, Any]] = []
     for done, (rows, columns) in enumerate(plan.shapes):
         progress(f"{rows} x {columns}", done, len(plan.shapes))
         reference = _dense_times((rows, columns), plan, timer)
-        for bits, seed, kept in plan.widths:
-            sets = copies(rows * columns * bits // 8, cache_bytes())
+        for bits, seed, kept in plan.formats:
+            sets = copies(rows * columns * bits // 8)
             layers = [random_tiled(rows, columns, bits, seed, plan.device, i, kept == 16) for i in range(sets)]
             matrices = [packed_of(layer, bits) for layer in layers]
             weight = tiled_weight(layers[0], bits, torch.float32)
@@ -140,7 +132,7 @@ def _free() -> None:
 
 
 def _decode_seconds(shape: Shape, bits: int | None, seed: int, exact: bool, device: str, timer: Timer) -> float:
-    """Seconds of one step at a width; of float16 if there is none."""
+    """Measure the seconds of one step at a number of bits; of float16 if there is none."""
 
     def project(rows: int, columns: int) -> nn.Module:
         if bits is None:
@@ -154,11 +146,11 @@ def _decode_seconds(shape: Shape, bits: int | None, seed: int, exact: bool, devi
         return timer([partial(step, token, place)])
 
 
-def decode(plan: Plan, timer: Timer, progress: Progress) -> list[dict[str, Any]]:
-    """Tokens per second of a whole decode step, in float16 and at every width."""
+def decode(plan: Plan, timer: Timer, progress: Report) -> list[dict[str, Any]]:
+    """Measure tokens per second of a whole decode step, in float16 and at every number of bits."""
     assert plan.decode is not None
     found: list[dict[str, Any]] = []
-    choices: list[tuple[int | None, int, int]] = [(None, 0, 16), *plan.widths]
+    choices: list[tuple[int | None, int, int]] = [(None, 0, 16), *plan.formats]
     for done, (bits, seed, kept) in enumerate(choices):
         progress("decode, float16" if bits is None else f"decode, {bits} bits", done, len(choices))
         seconds = _decode_seconds(plan.decode, bits, seed, kept == 16, plan.device, timer)
@@ -169,7 +161,7 @@ def decode(plan: Plan, timer: Timer, progress: Progress) -> list[dict[str, Any]]
     return [entry | {"speedup": entry["tokens_per_second"] / base} for entry in found]
 
 
-def run(plan: Plan, timer: Timer, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def run(plan: Plan, timer: Timer, progress: Report = lambda *_: None) -> dict[str, Any]:
     """Measure all of a plan; the result is what ``--json`` writes.
 
     ``products`` has seconds of one call, the speed-up over cuBLAS, the share of the memory's speed, and the error against
@@ -202,16 +194,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}; memory {result['bytes_per_second'] / 1e9:.0f} GB/s "
         f"({result['bandwidth_from']}). Weights rotate out of the cache, calls replay from a CUDA graph."
     )
-    for (rows, columns), entries in _by(result["products"], "rows", "columns").items():
+    for (rows, columns), measured in groupby(result["products"], itemgetter("rows", "columns")):
+        entries = list(measured)
         counts = sorted({entry["count"] for entry in entries})
-        table = Table(
-            "bits",
-            *(str(count) for count in counts),
-            title=f"{rows} x {columns}: × cuBLAS float16 (% of the memory's speed), by rows",
-        )
-        for group in _by(entries, "bits", "seed_bits", "entries").values():
-            cells = [f"{entry['speedup']:.2f} ({100 * entry['roofline']:.0f})" for entry in group]
-            table.add_row(_name(group[0]), *cells)
+        title = f"{rows} x {columns}: × cuBLAS float16 (% of the memory's speed), by rows"
+        table = Table("bits", *map(str, counts), title=title)
+        for name, group in groupby(entries, _name):
+            table.add_row(name, *(f"{entry['speedup']:.2f} ({100 * entry['roofline']:.0f})" for entry in group))
         console.print(table)
     if result["products"]:
         worst = max(entry["error"] for entry in result["products"])
@@ -223,18 +212,10 @@ def show(result: dict[str, Any], console: Console) -> None:
 def _decode_table(result: dict[str, Any]) -> Table:
     published = result["published"]
     others = [name for name in published if name != "what"]
-    table = Table(
-        "bits", "tokens/s", "× float16", *(f"{name}, published" for name in others), title="decode step, batch 1"
-    )
+    heads = "bits", "tokens/s", "× float16", *(f"{name}, published" for name in others)
+    table = Table(*heads, title="decode step, batch 1")
     for entry in result["decode"]:
         figures = [str(published[name].get(str(entry["bits"]), "")) for name in others]
         table.add_row(_name(entry), f"{entry['tokens_per_second']:.1f}", f"{entry['speedup']:.2f}", *figures)
     table.caption = f"published: {published['what']}"
     return table
-
-
-def _by(entries: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault(tuple(entry[name] for name in names), []).append(entry)
-    return groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -14,36 +15,27 @@ from compress.passes import Report
 from compress.source import model_folder
 
 
-def llama(
-    hidden: int,
-    blocks: int,
-    *,
-    vocabulary: int = 2048,
-    intermediate: int | None = None,
-    heads: int | None = None,
-    key_heads: int | None = None,
-) -> LlamaConfig:
-    """Return the configuration of a Llama; heads have 64 values, two share keys, unless told otherwise."""
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate or hidden * 11 // 4,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads or hidden // 64,
-        num_key_value_heads=key_heads or hidden // 128,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+def llama(hidden: int, blocks: int, **others: int) -> LlamaConfig:
+    """Return the configuration of a Llama; heads have 64 values, two share keys, unless ``others`` say otherwise."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 2048,
+        "intermediate_size": hidden * 11 // 4,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return LlamaConfig(hidden_size=hidden, num_hidden_layers=blocks, tie_word_embeddings=False, **sizes | others)
 
 
+_LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
 SIZES = {
     "llama-tiny": llama(128, 2),
-    "llama-1b": llama(2048, 16, vocabulary=128256, intermediate=8192, heads=32, key_heads=8),
-    "llama-8b": llama(4096, 32, vocabulary=128256, intermediate=14336, heads=32, key_heads=8),
+    "llama-1b": llama(2048, 16, intermediate_size=8192, **_LLAMA_3),
+    "llama-8b": llama(4096, 32, intermediate_size=14336, **_LLAMA_3),
 }
-"""Those of Llama-3.2-1B, but for a head of its own, and of Llama-3.1-8B among them."""
+"""``llama-1b`` has the sizes of Llama-3.2-1B, but a head of its own; ``llama-8b`` those of Llama-3.1-8B."""
 
 
 def write_llama(folder: Path, config: LlamaConfig) -> Path:

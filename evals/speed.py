@@ -1,4 +1,4 @@
-"""Measure speed, memory and size of every width beside the dense model, in one run: ``compress bench``.
+"""Measure speed, memory and size at every number of bits beside the dense model, in one run: ``compress bench``.
 
 All candidates take their turn in every round, in an order that rotates, so that a busy machine is busy for all of them. Figures are medians
 over the rounds with quartiles; ratios are medians of the ratios within a round. Loading and memory are measured in
@@ -34,7 +34,6 @@ from compress.weights import Checkpoint
 
 Times = dict[str, list[float]]
 DENSE = "dense"
-
 PRUNED = "pruned"
 _LOAD = """
 import psutil, torch
@@ -87,9 +86,8 @@ class Load:
             CompressError: there are more.
         """
         if self.prompt + self.tokens > context:
-            raise CompressError(
-                f"{self.prompt} + {self.tokens} tokens: the context holds {context}; lower --prompt-tokens."
-            )
+            asked = f"{self.prompt} + {self.tokens} tokens"
+            raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -110,11 +108,11 @@ def bench(
     report: Report | None = None,
     adapter: Choice = None,
 ) -> dict[str, Any]:
-    """Measure a checkpoint at several widths, and the dense model it was made from.
+    """Measure a checkpoint at several numbers of bits, and the dense model it was made from.
 
     Args:
         folder: checkpoint, or a dense model (measured alone).
-        bits: widths; all there are if None.
+        bits: numbers of bits; all there are if None.
         reference: dense model; the recipe's if None. Without one to be had, none is measured, and the result says so.
             A checkpoint without packed matrices is measured beside the one that is given, as ``pruned``.
         load: what is timed.
@@ -129,31 +127,31 @@ def bench(
         ``{"model", "backend", "device", "dtype", "threads", "load", "dense", "widths": {"dense" | "4": {
         "decode_tokens_per_second", "prefill_tokens_per_second", "time_to_first_token_seconds", "switch_seconds",
         "load_seconds", "resident_bytes": {"median", "low", "high"}, "decode_versus_dense", "prefill_versus_dense",
-        "disk_bytes"}}}``; ``dense`` is the dense model's folder, or why there is none. Switching is changing the width and
-        computing a token. Resident bytes are those after a token above those before loading; on a GPU, allocated bytes.
+        "disk_bytes"}}}``; ``dense`` is the dense model's folder, or why there is none. Switching is changing the number of
+        bits and computing a token. Resident bytes are those after a token above those before loading; on a GPU, allocated bytes.
 
     Raises:
-        CompressError: no such model, width or device, or a prompt beyond the context.
+        CompressError: no such model, number of bits or device, or a prompt beyond the context.
     """
-    load = load or Load()
+    load, progress = load or Load(), report or (lambda what, done, total: None)
     model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
-    widths = {label: width for label, width in found.items() if width is not None}
-    for value in widths.values():
+    all_bits = {label: value for label, value in found.items() if value is not None}
+    for value in all_bits.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
     load.refuse_beyond(context_length(model, 1 << 30))
-    dense, note = _dense(folder, reference, bool(widths))
-    places = dict.fromkeys(widths or [PRUNED if dense != folder else DENSE], folder)
+    dense, note = _dense(folder, reference, bool(all_bits))
+    places = dict.fromkeys(all_bits or [PRUNED if dense != folder else DENSE], folder)
     models = dict.fromkeys(places, model)
     if dense is not None and dense != folder:
         places = {DENSE: dense, **places}
         models = {DENSE: compress.load(dense, dtype=dtype, device_map=device, adapter=False), **models}
     setting = _setting(load, dtype, device, exact)
-    times = _times(models, widths, load, device, report)
-    fresh = _fresh_loads(places, widths, load.loads, setting["dtype"], device, report, adapter)
+    times = _times(models, all_bits, load, device, progress)
+    fresh = _fresh_loads(places, all_bits, load.loads, setting["dtype"], device, progress, adapter)
     figures = {
         name: _figures(name, times, load)
         | {what: spread(values) for what, values in fresh[name].items()}
-        | {"disk_bytes": _disk_bytes(place, name if name in widths else None)}
+        | {"disk_bytes": _disk_bytes(place, name if name in all_bits else None)}
         for name, place in places.items()
     }
     result = {"model": folder, **setting, "dense": note, "widths": figures}
@@ -199,7 +197,7 @@ class _Times:
 
 
 def _times(
-    models: Mapping[str, PreTrainedModel], widths: Mapping[str, Any], load: Load, device: str, report: Report | None
+    models: Mapping[str, PreTrainedModel], all_bits: Mapping[str, Any], load: Load, device: str, progress: Report
 ) -> _Times:
     """Time every candidate in every round."""
     names = list(models)
@@ -209,20 +207,19 @@ def _times(
     for turn in range(-1, load.rounds):  # the first round is not counted: caches fill, code is compiled
         for place in range(len(names)):
             name = names[(turn + 1 + place) % len(names)]
-            switch = _switch(models[name], widths[name], prompt[:, :1]) if name in widths else None
+            switch = _switch(models[name], all_bits[name], prompt[:, :1]) if name in all_bits else None
             first, decode = _generate(models[name], prompt, load.tokens)
             if turn >= 0:
                 times.first[name].append(first)
                 times.decode[name].append(decode)
                 times.switch[name] += [] if switch is None else [switch]
-            if report is not None:
-                report(f"timing {name}", (turn + 1) * len(names) + place + 1, (load.rounds + 1) * len(names))
+            progress(f"timing {name}", (turn + 1) * len(names) + place + 1, (load.rounds + 1) * len(names))
     return times
 
 
 @torch.inference_mode()
 def _switch(model: PreTrainedModel, bits: Any, token: Tensor) -> float:
-    """Return the seconds to change the width and compute a token, which makes what is made once per width."""
+    """Return the seconds to change the number of bits and compute a token, which makes what is made once for them."""
     begun = _now(token.device)
     compress.set_bits(model, bits)
     model(input_ids=token)
@@ -253,11 +250,11 @@ def _now(device: torch.device) -> float:
 
 def _fresh_loads(
     places: Mapping[str, str],
-    widths: Mapping[str, Any],
+    all_bits: Mapping[str, Any],
     loads: int,
     dtype: str,
     device: str,
-    report: Report | None,
+    progress: Report,
     adapter: Choice,
 ) -> dict[str, Times]:
     """Measure load seconds and resident bytes in new processes, candidates in turn."""
@@ -265,10 +262,9 @@ def _fresh_loads(
     for turn in range(loads):
         for place, (name, folder) in enumerate(places.items()):
             choice = False if name == DENSE else str(adapter) if isinstance(adapter, Path) else adapter
-            for what, value in in_fresh_process(_LOAD, [folder, widths.get(name), dtype, device, choice]).items():
+            for what, value in in_fresh_process(_LOAD, [folder, all_bits.get(name), dtype, device, choice]).items():
                 found[name][what].append(float(value))
-            if report is not None:
-                report(f"loading {name}", turn * len(places) + place + 1, loads * len(places))
+            progress(f"loading {name}", turn * len(places) + place + 1, loads * len(places))
     return found
 
 
@@ -287,13 +283,13 @@ def _figures(name: str, times: _Times, load: Load) -> dict[str, Any]:
     return found
 
 
-def _disk_bytes(folder: str, width: str | None) -> int | None:
-    """Return the bytes of the tensors that loading (at a width) reads; None for a hub id."""
+def _disk_bytes(folder: str, bits: str | None) -> int | None:
+    """Return the bytes of the tensors that loading (at a number of bits) reads; None for a hub id."""
     if not Path(folder).is_dir():
         return None
-    if width is None:
+    if bits is None:
         return sum(item.nbytes for item in Checkpoint(Path(folder)).info().values())
-    return inspect(Path(folder))["bytes_at_bits"].get(width)  # type: ignore[no-any-return]
+    return inspect(Path(folder))["bytes_at_bits"].get(bits)  # type: ignore[no-any-return]
 
 
 def _device_name(device: str) -> str:

@@ -42,7 +42,7 @@ def dense_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: to
 
 
 def reference_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """:func:`dense_weight` in plain torch, on any device."""
+    """Look every weight up as :func:`dense_weight` does, in plain torch, on any device."""
     rows = codebook.shape[0]
     weight = torch.empty(rows, columns, dtype=dtype, device=codebook.device)
     step = max(1, _WEIGHTS_AT_ONCE // max(columns, 1))
@@ -128,13 +128,13 @@ packed_linear.register_autograd(_input_gradient, setup_context=_keep_for_backwar
 
 
 def tiled_linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Tensor:
-    """Multiply by a matrix in the layout of the GPU kernels at one width: [..., K] to [..., N]; differentiable in ``x``."""
+    """Multiply by a matrix in the layout of the GPU kernels at a number of bits: [..., K] to [..., N]; differentiable in ``x``."""
     y: Tensor = packed_linear(x, tiled.tensors(bits), bias, tiled.rows, tiled.columns, bits, tiled.head)
     return y
 
 
 def tiled_weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
-    """Look up every weight of a matrix in the layout of the GPU kernels at one width: [N, K]."""
+    """Look up every weight of a matrix in the layout of the GPU kernels at a number of bits: [N, K]."""
     weight: Tensor = packed_weight(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head, dtype)
     return weight
 

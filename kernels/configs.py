@@ -1,4 +1,4 @@
-"""How the kernels divide their work: measured for a GPU where somebody has, a rule elsewhere. Nothing is measured in a request.
+"""How the kernels divide their work: as measured for a GPU where somebody has, by rule elsewhere. No request measures anything.
 
 Which kernel serves how many rows of activations: ``gemv`` 1 by rule and to 4 where that was measured to be faster, ``dot`` to 64,
 ``tile`` (the same with larger tiles) to 512, and above that the weights are looked up once for cuBLAS.
@@ -21,18 +21,18 @@ from compress.kernels.ptx import PAIRED, REGISTER_BITS
 from compress.kernels.variants import Config, Kind, Operation
 
 GEMV_ROWS, DOT_ROWS, TILE_ROWS = 4, 64, 512
-PAIRED_WORDS = 128  # of a row, from which on a program is worth its table of pairs: a tenth of what it then does
+PAIRED_WORDS = 128  # a program that reads so many words of a row is worth its table of pairs, a tenth of its work
 SHIPPED = Path(__file__).with_name("tuning")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a configuration is chosen by.
+    """Describe what a configuration is chosen by.
 
     Attributes:
         rows: N.
         columns: K.
-        bits: width.
+        bits: of a code.
         count: rows of activations.
         kind: of the activations.
         assembly: whether the kernels are those with assembly.
@@ -49,29 +49,29 @@ class Problem:
 
     @property
     def span(self) -> int:
-        """Words in a row of weights."""
+        """Return the words in a row of weights."""
         return -(-self.columns // 32)
 
     @property
     def operation(self) -> Operation:
-        """The kernel that serves so many rows of activations, if its configuration does not say otherwise."""
+        """Return the kernel that serves so many rows of activations, if its configuration does not say otherwise."""
         if self.count <= GEMV_ROWS:
             return "gemv"
         return "dot" if self.count <= DOT_ROWS else "tile" if self.count <= TILE_ROWS else "look_up"
 
     @property
     def bucket(self) -> int:
-        """Counts that share a configuration: to the next power of two."""
+        """Return the power of two up to which counts share a configuration."""
         return 1 << (min(self.count, TILE_ROWS + 1) - 1).bit_length()
 
     @property
     def key(self) -> str:
-        """Of a tuning file's entry."""
+        """Return the key of a tuning file's entry."""
         return f"{self.rows}x{self.columns} {self.bits} bits, {self.bucket} rows, {self.kind}"
 
 
 def candidates(problem: Problem) -> list[Config]:
-    """Every configuration that is worth measuring: about a dozen for each kernel."""
+    """Return every configuration that is worth measuring: about a dozen for each kernel."""
     if problem.operation == "gemv" and problem.assembly:
         words = _words(problem)
         found = [Config(warps, warps * w, split) for warps in (4, 8, 16) for w in words for split in (1, 2)]
@@ -94,15 +94,16 @@ def candidates(problem: Problem) -> list[Config]:
 
 @lru_cache(4096)  # it is asked at every call
 def heuristic(problem: Problem, processors: int, shared: int) -> Config:
-    """A configuration from the sizes alone.
+    """Choose a configuration from the sizes alone.
 
     Args:
         problem: the sizes.
         processors: streaming multiprocessors of the GPU.
         shared: bytes of shared memory that one program may use.
     """
-    if not problem.assembly:
-        return _plain(problem)
+    if not problem.assembly:  # small tiles: these kernels hold 32 weights per word at once
+        few = problem.operation not in ("dot", "tile")
+        return Config(4, 4) if few else Config(4, 1, 1, 16 if problem.count <= 16 else 32, 32, 1)
     if problem.operation == "look_up":
         return Config(4, 4 if problem.bits > 4 else 16)
     if problem.operation == "gemv" and problem.count == 1:
@@ -115,7 +116,7 @@ def heuristic(problem: Problem, processors: int, shared: int) -> Config:
 
 
 def _words(problem: Problem) -> tuple[int, ...]:
-    """Words that a warp takes at a time in ``gemv``, the best guess first.
+    """Return the words that a warp may take at a time in ``gemv``, the best guess first.
 
     With one, a lane has one row: above 4 bits, where each lane then has a bank of its own, and for more than one row of
     activations, as they fill the registers. With two, two rows share what is done to activations; with four, four do.
@@ -128,7 +129,7 @@ def _words(problem: Problem) -> tuple[int, ...]:
 
 
 def by_warps(problem: Problem, processors: int, pairs: bool) -> Config:
-    """For ``gemv``: enough warps to keep the memory busy, in one program if it can be, as then no second kernel adds up.
+    """Choose for ``gemv`` enough warps to keep the memory busy, in one program if it can be: no second kernel then adds up.
 
     Where weights are looked up in pairs a lane has one row, so that each lane of a warp has a bank of its own.
     """
@@ -141,7 +142,7 @@ def by_warps(problem: Problem, processors: int, pairs: bool) -> Config:
 
 
 def _matrix(problem: Problem, shared: int = 1 << 30) -> Config:
-    """What keeps weights in registers and spills none of them, also for few rows of activations.
+    """Choose what keeps weights in registers and spills none of them, also for few rows of activations.
 
     Every further row in ``gemv`` adds instructions, and the matrix instructions take several for what one costs: by the
     counts of the static proof they win from two rows on. Those of sm_90 work on 64 rows of weights by four warps. Those of
@@ -153,17 +154,15 @@ def _matrix(problem: Problem, shared: int = 1 << 30) -> Config:
     few = bits == 8 or (bits == 7 and bm < 64) or (problem.capability >= 100 and not tile)
     bn = 128 if tile and bits <= 6 else 32 if few else 64
     sizes = [(n, stages) for n in ((64, 32) if bn == 64 and bits == 7 else (bn,)) for stages in (2, 3)]
-    every = [_of_size(problem, bm, n, stages) for n, stages in [*sizes, (sizes[-1][0], 1)]]
+    every = [
+        Config(4 if (bm, n) == (64, 32) else n // 16, 8, 1, bm, n, stages, problem.operation == "gemv")
+        for n, stages in [*sizes, (sizes[-1][0], 1)]
+    ]
     return next((config for config in every if launches(config, problem, shared)), every[-1])
 
 
-def _of_size(problem: Problem, bm: int, bn: int, stages: int) -> Config:
-    warps = 4 if bm == 64 and bn == 32 else bn // 16
-    return Config(warps, 8, 1, bm, bn, stages, problem.operation == "gemv")
-
-
 def shared_bytes(config: Config, problem: Problem) -> tuple[int, int]:
-    """What ``dot`` takes of shared memory: Triton's own part, for its pipeline and results, and tables above 4 bits."""
+    """Return what ``dot`` takes of shared memory: Triton's own part, for its pipeline and results, and tables above 4 bits."""
     codes = problem.bits * config.bn * config.step * 4 * (config.stages - 1)
     new = config.stages > 1 and 90 <= problem.capability < 120 and config.bn >= 64  # activations are read in place
     activations = config.step * config.bm * 64 * (config.stages - 1 + int(new))
@@ -172,7 +171,7 @@ def shared_bytes(config: Config, problem: Problem) -> tuple[int, int]:
 
 
 def launches(config: Config, problem: Problem, shared: int = 1 << 30) -> bool:
-    """Whether the driver gives ``dot`` its shared memory, of which a program may have so many bytes.
+    """Tell whether the driver gives ``dot`` its shared memory, of which a program may have so many bytes.
 
     More than 48 KiB have to be asked for, and Triton does so only where its own part is larger: tables beside a smaller part
     must not bring the sum above. 2 KiB are left free on either side, as another Triton may take a little more or less.
@@ -184,33 +183,26 @@ def launches(config: Config, problem: Problem, shared: int = 1 << 30) -> bool:
 
 
 def _split(programs: int, wanted: int, span: int, step: int) -> int:
-    """The power of two that gives the GPU enough to do, and no program less than one step."""
+    """Return the power of two that gives the GPU enough to do, and no program less than one step."""
     split = 1
     while programs * split < wanted and split < 8 and span >= 2 * split * step:
         split *= 2
     return split
 
 
-def _plain(problem: Problem) -> Config:
-    """Small tiles: these kernels hold 32 weights per word at once."""
-    if problem.operation in ("dot", "tile"):
-        return Config(4, 1, 1, 16 if problem.count <= 16 else 32, 32, 1)
-    return Config(4, 4)
-
-
 def file_name(gpu: str) -> str:
-    """Of the tuning file for a GPU, by the name torch gives it."""
+    """Return the name of the tuning file for a GPU, from the name torch gives it."""
     return re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower() + ".json"
 
 
 def own_folder() -> Path:
-    """Where ``compress tune`` puts its files."""
+    """Return the folder of the files that ``compress tune`` writes."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "compress" / "tuning"
 
 
 @cache
 def tuned(gpu: str) -> dict[str, Config]:
-    """Measured configurations for a GPU: one's own before those that come with the package; none if there are none.
+    """Read the measured configurations for a GPU, the user's own before those that come with the package.
 
     Raises:
         ValueError: a file that is not a tuning file.
@@ -229,5 +221,5 @@ def tuned(gpu: str) -> dict[str, Config]:
 
 
 def choose(problem: Problem, gpu: str, processors: int, shared: int) -> Config:
-    """The configuration for a problem: measured if there is one, by rule otherwise."""
+    """Return the configuration for a problem: measured if there is one, by rule otherwise."""
     return tuned(gpu).get(problem.key) or heuristic(problem, processors, shared)

@@ -1,8 +1,8 @@
 """The C library behind :mod:`compress.kernels.bitplane` on a CPU, and the int8 mode that only it has.
 
 The library (``kernels/c/*.c``) has a plain C interface and links neither torch nor an OpenMP runtime. It reads the planes
-where they are: its only layout is the stored one, so a narrower width is fewer pointers and a model in memory is
-as large as the planes and tables it holds. Threads are those of torch: the team is started through the entry
+where they are: its only layout is the stored one, so fewer bits are fewer pointers and a model in memory is
+as large as the planes and codebooks it holds. Threads are those of torch: the team is started through the entry
 point of the OpenMP runtime that torch has already brought into the process, because a second pool of threads
 would fight the first one's spinning workers for the cores.
 """
@@ -30,7 +30,7 @@ WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded library.
+    """Hold the loaded library.
 
     Attributes:
         calls: its functions.
@@ -45,7 +45,7 @@ class Library:
 
 @functools.cache
 def library() -> Library | str:
-    """The C library, or one sentence saying why there is none."""
+    """Load the C library, or return one sentence saying why there is none."""
     path = Path(__file__).with_name("_bitplane.so")
     if not path.exists():
         return "the C library was not built: install again where a C compiler works"
@@ -64,7 +64,7 @@ def library() -> Library | str:
 
 
 def _openmp() -> int:
-    """Address of the function that starts a team of threads in the runtime that torch brought, 0 if there is none."""
+    """Return the address of the function that starts a team of threads in the runtime that torch brought, 0 if there is none."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
     except (OSError, AttributeError, TypeError):
@@ -72,7 +72,7 @@ def _openmp() -> int:
 
 
 def describe() -> str:
-    """What serves packed layers on a CPU, and why."""
+    """Say what serves packed layers on a CPU, and why."""
     found = library()
     if isinstance(found, str):
         return f"torch: reference look-up, because {found}"
@@ -82,12 +82,12 @@ def describe() -> str:
 
 @torch.compiler.assume_constant_result
 def built() -> bool:
-    """Whether there is a library; compiled code takes the answer for a constant."""
+    """Tell whether there is a library; compiled code takes the answer for a constant."""
     return not isinstance(library(), str)
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether there is a library and every tensor is in this processor's memory, not a stand-in for tracing."""
+    """Tell whether there is a library and every tensor is in this processor's memory, not a stand-in for tracing."""
     return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and built()
 
 
@@ -98,21 +98,12 @@ def _library() -> Library:
     return found
 
 
-@dataclass(frozen=True)
-class Int8Tables:
-    """A codebook rounded for the int8 mode: ``entry = byte * affine[n, 0] + affine[n, 1]``.
+def int8_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Round every row of a codebook, floating [N, 2**b], to 255 equal steps between its least and its largest entry.
 
-    Attributes:
-        bytes: uint8 [N, 2**b], 1 to 255.
-        affine: float32 [N, 2].
+    Returns:
+        Bytes, uint8 [N, 2**b], 1 to 255, and float32 [N, 2]: ``entry = byte * affine[n, 0] + affine[n, 1]``.
     """
-
-    bytes: Tensor
-    affine: Tensor
-
-
-def int8_tables(codebook: Tensor) -> Int8Tables:
-    """Round every row of a codebook, floating [N, 2**b], to 255 equal steps between its least and its largest entry."""
     places, affine = torch.empty_like(codebook, dtype=torch.uint8), torch.empty(codebook.shape[0], 2)
     at_once = max(1, (1 << 18) // codebook.shape[1])  # rows: float64 copies stay small
     for rows, place, line in zip(
@@ -123,17 +114,17 @@ def int8_tables(codebook: Tensor) -> Int8Tables:
         step = (high - low) / 254
         place.copy_(torch.where(step > 0, (table - low) / step, 0.0).round() + 1)
         line.copy_(torch.cat([step, low - step], 1))
-    return Int8Tables(places, affine)
+    return places, affine
 
 
 class Prepared:
-    """A packed matrix as the C library takes it: addresses of tensors, which are kept alive, and nothing copied.
+    """Hold a packed matrix as the C library takes it: addresses of tensors, which are kept alive, and nothing copied.
 
     Args:
         planes: b int32 tensors [N, ceil(K / 32)] on the CPU, most significant first.
         codebook: floating [N, 2**b].
         columns: K.
-        int8: round activations to 8 bits, 64 at a time, and table entries to 8 bits: faster, and less exact.
+        int8: round activations to 8 bits, 64 at a time, and codebook entries to 8 bits: faster, and less exact.
         isa: index in ``ISAS``, for tests; the best one if None.
 
     Raises:
@@ -153,26 +144,18 @@ class Prepared:
         if table.shape[1] != 1 << bits or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
             shapes = [tuple(plane.shape) for plane in planes]
             raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
-        tables = int8_tables(table) if int8 else None
-        self.planes, self.codebook, self.columns, self._tables = planes, table, columns, tables
+        entries, affine = int8_codebook(table) if int8 else (table, None)
+        self.planes, self.codebook, self.columns, self._kept_alive = planes, table, columns, (entries, affine)
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
-        entries, affine, width = (
-            (table, 0, table.element_size())
-            if tables is None
-            else (
-                tables.bytes,
-                tables.affine.data_ptr(),
-                1,
-            )
-        )
         addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits)
-        fields = (affine, stride, rows, columns, bits, found.isa if isa is None else isa, width)
-        self._matrix = _MATRIX.pack(*addresses, entries.data_ptr(), *fields)
+        addresses += [entries.data_ptr(), 0 if affine is None else affine.data_ptr()]
+        sizes = stride, rows, columns, bits, found.isa if isa is None else isa, entries.element_size()
+        self._matrix = _MATRIX.pack(*addresses, *sizes)
         self._multiply = found.calls.compress_int8 if int8 else found.calls.compress_exact
         self._weights, self._rows, self._team = rows * columns, rows, found.team
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x @ W.T``: floating [..., K] to [..., N] in the same dtype, added in float32; no gradient.
+        """Return ``x @ W.T``: floating [..., K] to [..., N] in the same dtype, added in float32; no gradient.
 
         Raises:
             ValueError: the last dimension is not K.
@@ -194,11 +177,11 @@ class Prepared:
         return y if dtype == torch.float32 else y.to(dtype)
 
     def products(self, count: int) -> int:
-        """Multiplications for ``count`` rows of activations."""
+        """Count the multiplications for ``count`` rows of activations."""
         return count * self._weights
 
     def _tiled(self, x: Tensor) -> Tensor:
-        """The product by torch, a few rows of looked-up weights at a time."""
+        """Return the product by torch, a few rows of looked-up weights at a time."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
         rows = x.detach().reshape(-1, self.columns).to(dtype)
         y = torch.empty(rows.shape[0], self._rows, dtype=dtype)
@@ -211,7 +194,7 @@ class Prepared:
 
 
 def look_up(planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | None = None) -> Tensor:
-    """Every weight: [N, K] of the entries of ``table`` ([N, 2**b], floating, two or four bytes each), not rounded.
+    """Look every weight up: [N, K] entries of ``table`` ([N, 2**b], floating, two or four bytes each), not rounded.
 
     Raises:
         ValueError: shapes or types that do not belong together.

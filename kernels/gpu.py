@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+from torch.nn.functional import pad
 
 from compress.kernels.configs import Problem, choose, tuned
 from compress.kernels.layout import ROWS, Tiled
@@ -31,7 +33,7 @@ LOOKED_UP_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a kernel depends on.
+    """Describe a GPU, as far as the choice of a kernel depends on it.
 
     Attributes:
         name: as torch gives it.
@@ -50,13 +52,13 @@ class Device:
 
 @torch.compiler.assume_constant_result
 def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU: ``TRITON_INTERPRET=1``, which is Triton's own variable."""
+    """Tell whether Triton's interpreter stands in for a GPU: ``TRITON_INTERPRET=1``, which is Triton's own variable."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes") and missing() is None
 
 
 @cache
 def missing() -> str | None:
-    """Why Triton cannot be used, or None."""
+    """Say why Triton cannot be used, or return None."""
     try:
         found = version("triton")
     except PackageNotFoundError:
@@ -66,7 +68,7 @@ def missing() -> str | None:
 
 @cache
 def device_of(index: int) -> Device:
-    """The GPU of an index; -1 is the interpreter."""
+    """Describe the GPU of an index; -1 is the interpreter."""
     if index < 0:
         return Device("interpreter", 1, False, 1 << 30, 0)
     properties = torch.cuda.get_device_properties(index)
@@ -77,17 +79,17 @@ def device_of(index: int) -> Device:
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether there is a GPU, or an interpreter, that the kernels run on."""
+    """Tell whether there is a GPU, or an interpreter, that the kernels run on."""
     return missing() is None and (torch.cuda.is_available() or interpreting())
 
 
 def serves(device: torch.device) -> bool:
-    """Whether packed layers on a device go through these kernels."""
+    """Tell whether packed layers on a device go through these kernels."""
     return available() and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
 
 
 def describe() -> str:
-    """What serves packed layers on GPUs, and why."""
+    """Say what serves packed layers on GPUs, and why."""
     reason = missing()
     if reason is not None:
         return f"torch: reference look-up, because {reason}"
@@ -103,19 +105,15 @@ def describe() -> str:
     return f"{found}: " + "; ".join(sorted(set(kinds)))
 
 
-def _index(tensor: Tensor) -> int:
-    return tensor.get_device()  # -1 on a CPU
-
-
 @dataclass(frozen=True)
 class Packed:
-    """Hold what describes one matrix at one width.
+    """Describe one matrix at one number of bits.
 
     Attributes:
         tensors: as :meth:`compress.kernels.layout.Tiled.tensors` gives them.
         rows: N.
         columns: K.
-        bits: the width.
+        bits: of a code.
         head: of the layout.
     """
 
@@ -127,26 +125,26 @@ class Packed:
 
     @property
     def codes(self) -> Tensor:
-        """int32 [p, ceil(N / 32), ceil(K / 32), 32]."""
+        """Return the codes, int32 [p, ceil(N / 32), ceil(K / 32), 32]."""
         return self.tensors[0]
 
     @property
     def table(self) -> Tensor:
-        """Floating [ceil(N / 32), 2**bits, 32]."""
+        """Return the table, floating [ceil(N / 32), 2**bits, 32]."""
         return self.tensors[1]
 
     @property
     def registers(self) -> Tensor | None:
-        """The table as the assembly keeps it in registers, or None."""
+        """Return the table as the assembly keeps it in registers, or None."""
         return self.tensors[2] if len(self.tensors) > 2 else None
 
     @property
     def span(self) -> int:
-        """Words in a row."""
+        """Return the words in a row."""
         return words(self.columns)
 
     def variant(self, problem: Problem, config: Config, bias: bool) -> Variant:
-        """The kernel for a problem."""
+        """Return the kernel for a problem."""
         even = self.span % (config.split * config.step) == 0
         operation = "dot" if config.matrix else problem.operation
         entries: Entries = 8 if self.rounded and not _in_bfloat16(operation, problem.kind) else 16
@@ -158,16 +156,16 @@ class Packed:
 
     @property
     def rounded(self) -> bool:
-        """Whether entries have 8 bits."""
+        """Tell whether entries have 8 bits."""
         return self.registers is not None and self.registers.dim() == 2
 
     def assembly(self, kind: Kind, device: Device) -> bool:
-        """Whether the kernels with assembly serve it; those in plain Triton serve all."""
+        """Tell whether the kernels with assembly serve it; those in plain Triton serve all."""
         held = self.registers is not None or self.bits > 4
         return device.assembly and kind != "fp32" and held and self.bits >= 2
 
     def operands(self, variant: Variant) -> dict[str, Any]:
-        """Arguments that all kernels share."""
+        """Return the arguments that all kernels share."""
         found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
         if variant.assembly:
             found["table_stride"] = self.codes.shape[1] * ROWS
@@ -182,17 +180,14 @@ class Packed:
 
 
 def _in_bfloat16(operation: Operation, kind: Kind) -> bool:
-    """Whether entries are wanted in bfloat16: matrix instructions take factors of one type, and what is written is as asked for.
-
-    Single products are made of float16 entries.
-    """
+    """Tell whether entries are wanted in bfloat16, as matrix instructions and looked-up weights are; ``gemv`` takes float16."""
     return kind == "bf16" and operation != "gemv"
 
 
 def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:
-    """Activations [count, K] with unit stride, and where they are read in whole words, padded and aligned."""
+    """Return activations [count, K] with unit stride, and where they are read in whole words, padded and aligned."""
     if whole and columns % 32:
-        return torch.nn.functional.pad(x, (0, 32 - columns % 32))
+        return pad(x, (0, 32 - columns % 32))
     if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) < x.shape[1]):
         return x.contiguous()
     aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0)
@@ -200,23 +195,23 @@ def _ready(x: Tensor, columns: int, whole: bool) -> Tensor:
 
 
 def _launch(variant: Variant, config: Config, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    options: dict[str, int] = {} if interpreting() else {"num_warps": config.warps}
-    if variant.operation in ("dot", "tile") and not interpreting():
-        options["num_stages"] = config.stages
     kernel, constants = _compiled_for(variant, config)
-    kernel[grid](**arguments, **constants, **options)
+    kernel[grid](**arguments, **constants)
 
 
 @cache
 def _compiled_for(variant: Variant, config: Config) -> tuple[Any, dict[str, Any]]:
-    constants = variant.constants(config)
-    if variant.operation in ("dot", "tile") and not variant.assembly:
+    """Return a kernel, and its constants with the compiler's options."""
+    constants, matrix = variant.constants(config), variant.operation in ("dot", "tile")
+    if matrix and not variant.assembly:
         constants["UPCAST"] = interpreting()
+    if not interpreting():
+        constants |= {"num_warps": config.warps} | ({"num_stages": config.stages} if matrix else {})
     return variant.kernel(), constants
 
 
 def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Tensor]:
-    """The output [count, rows], and where the kernel writes: the output, or [split, count, rows] float32 behind it."""
+    """Allocate the output [count, rows], and where the kernel writes: the output, or [split, count, rows] float32 behind it."""
     if split == 1:
         y = torch.empty(count, rows, dtype=x.dtype, device=x.device)
         return y, y
@@ -227,9 +222,9 @@ def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Ten
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | None = None) -> Tensor:
-    """``x @ W.T + bias`` for [count, K] activations; ``config`` overrides the choice, for tuning and tests."""
+    """Return ``x @ W.T + bias`` for [count, K] activations; ``config`` overrides the choice, for tuning and tests."""
     count, kind = x.shape[0], KINDS[x.dtype]
-    device = device_of(_index(x))
+    device = device_of(x.get_device())
     assembly = packed.assembly(kind, device)
     problem = Problem(packed.rows, packed.columns, packed.bits, count, kind, assembly, device.capability)
     chosen = config or choose(problem, device.name, device.processors, device.shared)
@@ -264,34 +259,24 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     return y
 
 
-def _weights(packed: Packed, dtype: torch.dtype, tiles: range) -> Tensor:
-    """Looked-up weights of some tiles of rows: [32 * len(tiles), 32 * span]."""
-    device = device_of(_index(packed.codes))
-    assembly = packed.assembly(KINDS[dtype], device)
-    problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, KINDS[dtype], assembly)
-    config = choose(problem, device.name, device.processors, device.shared)
-    out = torch.empty(len(tiles) * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
-    variant = packed.variant(problem, config, False)
-    arguments = packed.operands(variant) | {"out": out, "first_tile": tiles.start}
-    _launch(variant, config, (len(tiles), -(-packed.span // config.step)), arguments)
-    return out
-
-
 def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """All weights, a few tiles at a time: the rows they are, and [rows, K]."""
-    tiles = packed.codes.shape[1]
-    step = max(1, LOOKED_UP_BYTES // max(1, ROWS * packed.span * 32 * dtype.itemsize))
+    """Look all weights up, a few tiles of rows at a time: the rows they are, and [rows, K]."""
+    device, kind = device_of(packed.codes.get_device()), KINDS[dtype]
+    problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, kind, packed.assembly(kind, device))
+    config = choose(problem, device.name, device.processors, device.shared)
+    variant, tiles = packed.variant(problem, config, False), packed.codes.shape[1]
+    step = max(1, LOOKED_UP_BYTES // (ROWS * packed.span * 32 * dtype.itemsize))
     for first in range(0, tiles, step):
-        part = range(first, min(first + step, tiles))
-        rows = slice(first * ROWS, min(part.stop * ROWS, packed.rows))
-        yield rows, _weights(packed, dtype, part)[: rows.stop - rows.start, : packed.columns]
+        count = min(step, tiles - first)
+        out = torch.empty(count * ROWS, packed.span * 32, dtype=dtype, device=packed.codes.device)
+        arguments = packed.operands(variant) | {"out": out, "first_tile": first}
+        _launch(variant, config, (count, -(-packed.span // config.step)), arguments)
+        rows = slice(first * ROWS, min((first + count) * ROWS, packed.rows))
+        yield rows, out[: rows.stop - rows.start, : packed.columns]
 
 
 def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    parts = [
-        torch.nn.functional.linear(x, weight, None if bias is None else bias[rows])
-        for rows, weight in _parts(packed, x.dtype)
-    ]
+    parts = [dense_linear(x, weight, None if bias is None else bias[rows]) for rows, weight in _parts(packed, x.dtype)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -305,7 +290,7 @@ def weight(packed: Packed, dtype: torch.dtype) -> Tensor:
     """Look up every weight of a matrix: [N, K] in ``dtype``. On a device without the kernels plain torch does it."""
     if not serves(packed.codes.device) or dtype not in KINDS:
         return _reference(packed, dtype)
-    with torch.cuda.device(_index(packed.codes)):
+    with torch.cuda.device(packed.codes.get_device()):
         out = torch.empty(packed.rows, packed.columns, dtype=dtype, device=packed.codes.device)
         for part, found in _parts(packed, dtype):
             out[part] = found
@@ -321,8 +306,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if x.device != packed.codes.device:
         raise ValueError(f"activations are on {x.device}, and the packed layer is on {packed.codes.device}")
     if not serves(x.device) or x.dtype not in KINDS:
-        return torch.nn.functional.linear(x, _reference(packed, x.dtype), bias)
+        return dense_linear(x, _reference(packed, x.dtype), bias)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], packed.rows)
-    with torch.cuda.device(_index(x)):
+    with torch.cuda.device(x.get_device()):
         return multiply(x.reshape(-1, packed.columns), packed, bias).view(*x.shape[:-1], packed.rows)

@@ -1,15 +1,15 @@
 """How a packed matrix lies in a GPU's memory: made once from the canonical planes, and back, bit for bit.
 
 Codes are int32 [p, ceil(N / 32), ceil(K / 32), 32]: word by word of every plane, and in each word 32 neighbouring rows side by
-side, so that a warp reads whole lines and a lane stays with its row. Width b reads the first b of the p words of every 32
-columns, so changing the width moves nothing. The bits of a word are in the order in which the kernels take them out: the
+side, so that a warp reads whole lines and a lane stays with its row. Products with b bits read the first b of the p words of every
+32 columns, so changing the number of bits moves nothing. The bits of a word are in the order in which the kernels take them out: the
 columns of 8 neighbouring nibbles come out in their natural order, and activations need none.
 
-The first ``head`` planes may lie together: as crumbs (2 planes) or nibbles (4), ready to look up, where the seed width is at
-least that. A code's bit t, from the least significant, is plane t; tables are in that order of codes.
+The first ``head`` planes may lie together: as crumbs (2 planes) or nibbles (4), ready to look up, where the seed has at least
+so many bits. A code's bit t, from the least significant, is plane t; tables are in that order of codes.
 
-On request the tables of width 4 are read with entries of 8 bits (:func:`rounded`). At 3 bits and less that would save the kernels
-nothing they wait for, and above 4 a table is small beside its planes, or the next lower width is the better bargain.
+On request the tables of 4 bits are read with entries of 8 bits (:func:`rounded`). At 3 bits and less that would save the kernels
+nothing they wait for, and above 4 a table is small beside its planes, or one bit less is the better bargain.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compress.kernels.packing import unpack_planes, words
 
 ROWS = 32  # of one tile
-ROUNDED = 4  # the width whose entries can be read with 8 bits
+ROUNDED = 4  # bits whose entries can be read with 8 bits
 _AT_ONCE = 1 << 22  # codes in one go: their single bits are p times as many bytes
 
 
 def head_for(seed_bits: int) -> int:
-    """How many first planes lie together: 1, 2 or 4. Three fill no word evenly, and gain nothing as 2 and 1."""
+    """Return how many first planes lie together: 1, 2 or 4. Three fill no word evenly, and gain nothing as 2 and 1."""
     return 4 if seed_bits >= 4 else 2 if seed_bits == 2 else 1
 
 
 @cache
 def _order(planes: int, head: int) -> tuple[int, ...]:
-    """Where bit k of word t comes from, at 32 t + k: plane s and column c as 32 s + c."""
+    """Return where bit k of word t comes from, at 32 t + k: plane s and column c as 32 s + c."""
     order = [0] * (32 * planes)
     for plane in range(planes):
         for column in range(32):
@@ -51,31 +52,31 @@ def _order(planes: int, head: int) -> tuple[int, ...]:
 
 @cache
 def _reversed(bits: int) -> tuple[int, ...]:
-    """Codes of so many bits with their bits in the opposite order."""
+    """Return the codes of so many bits with their bits in the opposite order."""
     return tuple(int(f"{code:0{bits}b}"[::-1], 2) for code in range(1 << bits))
 
 
 def _to_words(bits: Tensor) -> Tensor:
-    """uint8 [..., 32] of single bits to int32 [...]."""
+    """Pack uint8 [..., 32] of single bits to int32 [...]."""
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)
     octets: Tensor = (bits.view(*bits.shape[:-1], 4, 8) << place).sum(-1, dtype=torch.uint8)
     return octets.view(torch.int32).squeeze(-1)
 
 
 def _to_bits(tensor: Tensor) -> Tensor:
-    """The inverse: int32 [...] to uint8 [..., 32]."""
+    """Unpack int32 [...] to uint8 [..., 32] of single bits."""
     place = torch.arange(8, dtype=torch.uint8, device=tensor.device)
     octets = tensor.contiguous().unsqueeze(-1).view(torch.uint8)
     return ((octets.unsqueeze(-1) >> place) & 1).flatten(-2)
 
 
 def _tile_codes(planes: Sequence[Tensor], columns: int, head: int) -> Tensor:
-    """Canonical planes, p of int32 [N, W], to int32 [p, tiles, W, 32]."""
+    """Bring canonical planes, p of int32 [N, W], into the layout, int32 [p, tiles, W, 32]."""
     rows, span, count = planes[0].shape[0], words(columns), len(planes)
     tiles = -(-rows // ROWS)
     tiled = torch.zeros(count, tiles, span, ROWS, dtype=torch.int32, device=planes[0].device)
     order = torch.tensor(_order(count, head), device=tiled.device)
-    step = max(1, _AT_ONCE // max(1, ROWS * span * 32))
+    step = max(1, _AT_ONCE // (ROWS * span * 32))
     for first in range(0, tiles, step):
         part = slice(first * ROWS, min((first + step) * ROWS, rows))
         bits = torch.stack([_to_bits(plane[part]) for plane in planes], 2)  # [rows, W, p, 32]
@@ -87,12 +88,12 @@ def _tile_codes(planes: Sequence[Tensor], columns: int, head: int) -> Tensor:
 
 
 def _untile_codes(tiled: Tensor, rows: int, head: int) -> Tensor:
-    """The inverse: int32 [p, N, W]."""
+    """Undo :func:`_tile_codes`: int32 [p, N, W]."""
     count, tiles, span, _ = tiled.shape
     planes = torch.empty(count, tiles * ROWS, span, dtype=torch.int32, device=tiled.device)
     back = torch.empty(32 * count, dtype=torch.long, device=tiled.device)
     back[torch.tensor(_order(count, head), device=tiled.device)] = torch.arange(32 * count, device=tiled.device)
-    step = max(1, _AT_ONCE // max(1, ROWS * span * 32))
+    step = max(1, _AT_ONCE // (ROWS * span * 32))
     for first in range(0, tiles, step):
         some = tiled[:, first : first + step].permute(1, 3, 2, 0)  # [tiles, 32, W, p]
         bits = _to_bits(some).flatten(-2)[..., back].view(-1, ROWS, span, count, 32)
@@ -102,20 +103,20 @@ def _untile_codes(tiled: Tensor, rows: int, head: int) -> Tensor:
 
 
 def _padded(codebook: Tensor) -> Tensor:
-    """A codebook [N, 2**b] in the kernels' order of codes, with rows of zeros up to whole tiles: [tiles * 32, 2**b]."""
+    """Bring a codebook [N, 2**b] into the kernels' order of codes, with rows of zeros up to whole tiles: [tiles * 32, 2**b]."""
     order = torch.tensor(_reversed(codebook.shape[1].bit_length() - 1), device=codebook.device)
-    return torch.nn.functional.pad(codebook.detach()[:, order], (0, 0, 0, -codebook.shape[0] % ROWS))
+    return pad(codebook.detach()[:, order], (0, 0, 0, -codebook.shape[0] % ROWS))
 
 
 def _byte_tables(codebook: Tensor, kind: torch.dtype) -> Tensor:
-    """The low bytes of 16-bit entries, then the high bytes, four to a word: int32 [2**b / 2, tiles * 32]."""
+    """Return the low bytes of 16-bit entries, then the high bytes, four to a word: int32 [2**b / 2, tiles * 32]."""
     octets = _padded(codebook).to(kind).view(torch.uint8).view(-1, codebook.shape[1], 2)
     halves = [octets[..., byte].contiguous().view(torch.int32) for byte in range(2)]
     return torch.cat(halves, 1).t().contiguous()
 
 
 def _eight_bits(codebook: Tensor) -> tuple[Tensor, ...]:
-    """Entries as (byte - zero) * unit * factor: bytes [N, 2**b]; zero, unit and factor [N, 1], all float64.
+    """Write entries as (byte - zero) * unit * factor: bytes [N, 2**b]; zero, unit and factor [N, 1], all float64.
 
     The bytes of a row are spread evenly from its smallest entry or zero to its largest or zero, so that zero stays zero (the
     other way, around zero alike on both sides, has a coarser step unless both ends are equally far). Units are powers of
@@ -132,19 +133,19 @@ def _eight_bits(codebook: Tensor) -> tuple[Tensor, ...]:
 
 
 def rounded(codebook: Tensor) -> Tensor:
-    """A codebook [N, 2**b] with entries of 8 bits, as float32: exactly what the kernels then compute with."""
+    """Round a codebook [N, 2**b] to entries of 8 bits, as float32: exactly what the kernels then compute with."""
     byte, zero, unit, factor = _eight_bits(codebook)
     return ((byte - zero) * unit * factor).float()
 
 
 def _twice(values: Tensor) -> Tensor:
-    """float64 [N, 1] as words of the same float16 twice: int32 [1, tiles * 32]."""
-    pairs = torch.nn.functional.pad(values.half().expand(-1, 2), (0, 0, 0, -len(values) % ROWS))
+    """Return float64 [N, 1] as words of the same float16 twice: int32 [1, tiles * 32]."""
+    pairs = pad(values.half().expand(-1, 2), (0, 0, 0, -len(values) % ROWS))
     return pairs.contiguous().view(torch.int32).t()
 
 
 def _rounded_words(codebook: Tensor) -> Tensor:
-    """What the kernels read of entries of 8 bits: int32 [15, tiles * 32] at width 4.
+    """Return what the kernels read of entries of 8 bits: int32 [15, tiles * 32] at 4 bits.
 
     4 words of bytes; unit, -(1024 + zero) * unit, and factor, each twice; 8 words of the same entries in bfloat16, for the matrix
     instructions that want it.
@@ -156,22 +157,22 @@ def _rounded_words(codebook: Tensor) -> Tensor:
 
 
 def _tiled_table(codebook: Tensor) -> Tensor:
-    """A codebook [N, 2**b] as [tiles, 2**b, 32]."""
+    """Return a codebook [N, 2**b] as [tiles, 2**b, 32]."""
     return _padded(codebook).view(-1, ROWS, codebook.shape[1]).transpose(1, 2).contiguous()
 
 
 @dataclass
 class Tiled:
-    """A packed matrix in the layout of the kernels.
+    """Hold a packed matrix in the layout of the kernels.
 
     Attributes:
         rows: N.
         columns: K.
         head: first planes that lie together, 1, 2 or 4.
         codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
-        tables: width -> floating [ceil(N / 32), 2**width, 32].
-        registers: width -> int32 [2, 2**width / 2, 32 * ceil(N / 32)], the bytes of float16 and of bfloat16 entries, for
-            widths 2 to 4 if the codebooks are float16. With entries of 8 bits those of width 4 are int32
+        tables: bits -> floating [ceil(N / 32), 2**bits, 32].
+        registers: bits -> int32 [2, 2**bits / 2, 32 * ceil(N / 32)], the bytes of float16 and of bfloat16 entries, for
+            2 to 4 bits if the codebooks are float16. With entries of 8 bits those of 4 bits are int32
             [15, 32 * ceil(N / 32)] instead, whatever the codebooks are.
         rounded: float32 [ceil(N / 32), 16, 32], what those entries are worth; None if entries are exact.
     """
@@ -192,49 +193,48 @@ class Tiled:
 
         Args:
             planes: p int32 tensors [N, ceil(K / 32)], most significant first.
-            codebooks: width -> floating [N, 2**width] for the widths to be read.
+            codebooks: bits -> floating [N, 2**bits] for all numbers of bits to be read.
             columns: K.
-            exact: whether entries are read as they are, or with 8 bits at width 4.
+            exact: whether entries are read as they are, or with 8 bits at 4 bits.
         """
         return cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns, exact)
 
     @classmethod
     def around(cls, codes: Tensor, codebooks: Mapping[int, Tensor], columns: int, exact: bool = True) -> Tiled:
         """Put codes that are in the layout already together with canonical codebooks."""
-        widths = {bits: codebooks[bits] for bits in sorted(codebooks)}
-        rows = widths[min(widths)].shape[0]
-        tables = {bits: _tiled_table(book) for bits, book in widths.items()}
+        seed = min(codebooks)
+        tables = {bits: _tiled_table(codebooks[bits]) for bits in sorted(codebooks)}
         registers = {
-            bits: torch.stack([_byte_tables(book, kind) for kind in (torch.float16, torch.bfloat16)])
-            for bits, book in widths.items()
-            if 2 <= bits <= 4 and book.dtype == torch.float16
+            bits: torch.stack([_byte_tables(codebooks[bits], kind) for kind in (torch.float16, torch.bfloat16)])
+            for bits in tables
+            if 2 <= bits <= 4 and codebooks[bits].dtype == torch.float16
         }
-        made = cls(rows, columns, head_for(min(widths)), codes, tables, registers)
-        if not exact and ROUNDED in widths:
-            registers[ROUNDED] = _rounded_words(widths[ROUNDED])
-            made.rounded = _tiled_table(rounded(widths[ROUNDED]))
+        made = cls(codebooks[seed].shape[0], columns, head_for(seed), codes, tables, registers)
+        if not exact and ROUNDED in tables:
+            registers[ROUNDED] = _rounded_words(codebooks[ROUNDED])
+            made.rounded = _tiled_table(rounded(codebooks[ROUNDED]))
         return made
 
     def with_entries(self, exact: bool) -> Tiled:
-        """The same codes, with entries exact or of 8 bits."""
+        """Return the same codes with entries exact or of 8 bits."""
         return Tiled.around(self.codes, {bits: self.codebook(bits) for bits in self.tables}, self.columns, exact)
 
     def read(self, bits: int) -> Tensor:
-        """The table that products of a width are made with, in the form of ``tables``."""
+        """Return the table that products of a number of bits are made with, in the form of ``tables``."""
         return self.rounded if bits == ROUNDED and self.rounded is not None else self.tables[bits]
 
     def tensors(self, bits: int) -> list[Tensor]:
-        """Return what a product at one width reads: codes, table, and the registers' content where there is any."""
+        """Return what a product at a number of bits reads: codes, table, and the registers' content where there is any."""
         registers = [self.registers[bits]] if bits in self.registers else []
         return [self.codes, self.read(bits), *registers]
 
     def canonical(self) -> tuple[Tensor, dict[int, Tensor]]:
-        """The planes, int32 [p, N, ceil(K / 32)], and codebooks that this was made of, bit for bit."""
+        """Return the planes, int32 [p, N, ceil(K / 32)], and codebooks that this was made of, bit for bit."""
         planes = _untile_codes(self.codes, self.rows, self.head)
         return planes, {bits: self.codebook(bits) for bits in self.tables}
 
     def codebook(self, bits: int) -> Tensor:
-        """The canonical codebook of a width, [N, 2**bits]."""
+        """Return the canonical codebook of a number of bits, [N, 2**bits]."""
         return self._untiled(self.tables[bits])
 
     def _untiled(self, table: Tensor) -> Tensor:
@@ -242,15 +242,10 @@ class Tiled:
         return table.transpose(1, 2).flatten(0, 1)[: self.rows, order].contiguous()
 
     def dense(self, bits: int, dtype: torch.dtype) -> Tensor:
-        """Every weight looked up in plain torch, [N, K], on any device: what the kernels are measured against."""
+        """Look every weight up in plain torch, [N, K], on any device: what the kernels are measured against."""
         planes = _untile_codes(self.codes[: max(bits, self.head)], self.rows, self.head)[:bits]
         codes = unpack_planes(list(planes), self.columns)
         return self._untiled(self.read(bits)).to(dtype).gather(1, codes.long())
-
-    @property
-    def widths(self) -> list[int]:
-        """Widths it can be read at."""
-        return sorted(self.tables)
 
 
 def random_tiled(
@@ -262,13 +257,13 @@ def random_tiled(
     seed: int = 0,
     exact: bool = True,
 ) -> Tiled:
-    """Random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
+    """Make random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
     generator = torch.Generator(device).manual_seed(seed)
     tiles, first = -(-rows // ROWS), bits if seed_bits is None else seed_bits
     shape = bits, tiles, words(columns), ROWS
     codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device, generator=generator)
-    books = {
-        width: (0.02 * torch.randn(rows, 2**width, device=device, generator=generator)).half()
-        for width in range(first, bits + 1)
+    codebooks = {
+        held: (0.02 * torch.randn(rows, 2**held, device=device, generator=generator)).half()
+        for held in range(first, bits + 1)
     }
-    return Tiled.around(codes, books, columns, exact)
+    return Tiled.around(codes, codebooks, columns, exact)

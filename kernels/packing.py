@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 WORD = 32
 
 
 def words(columns: int) -> int:
-    """Number of int32 words that hold ``columns`` bits."""
+    """Return the number of int32 words that hold ``columns`` bits."""
     return -(-columns // WORD)
 
 
@@ -28,7 +29,7 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
         int32 [bits, N, ceil(K / 32)].
     """
     rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, words(columns) * WORD - columns))
+    padded = pad(codes, (0, words(columns) * WORD - columns))
     octets = padded.view(rows, -1, 8)
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
     planes = [(((octets >> (bits - 1 - plane)) & 1) << place).sum(-1, dtype=torch.uint8) for plane in range(bits)]

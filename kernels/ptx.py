@@ -23,8 +23,8 @@ pairs in float32."""
 Entries = Literal[8, 16, 32]
 """Bits of what one look-up gives: of a weight, to be converted or not, or of two neighbouring weights (:data:`PAIRED`)."""
 
-REGISTER_BITS = 4  # widest table that is held in registers
-PAIRED = 4  # the width whose table may also lie in shared memory, with an entry for every two codes
+REGISTER_BITS = 4  # of the largest table that is held in registers
+PAIRED = 4  # bits whose table may also lie in shared memory, with an entry for every two codes
 SHARED_ROWS = 32  # rows of one table in shared memory, one to a bank
 SHARED_STRIDE = 4 * SHARED_ROWS  # bytes from one entry to the next
 TABLE = "compress_table"  # the array's name in the assembly
@@ -33,21 +33,19 @@ _SELECT, _MASK_OR = 0xE4, 0xEC  # lop3 of (a, b, c): (a & c) | (b & ~c), and (a 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What ``tl.inline_asm_elementwise`` takes.
+    """Hold what ``tl.inline_asm_elementwise`` takes.
 
     Attributes:
         text: the instructions; ``$i`` are outputs, then inputs.
         constraints: one letter per operand.
-        outputs: how many.
     """
 
     text: str
     constraints: str
-    outputs: int
 
 
 class _Writer:
-    """Collects instructions and names registers."""
+    """Collect instructions and name registers."""
 
     def __init__(self, outputs: int) -> None:
         self.lines: list[str] = []
@@ -55,21 +53,21 @@ class _Writer:
         self.operands = outputs
 
     def input(self) -> str:
-        """The next input operand."""
+        """Name the next input operand."""
         self.operands += 1
         return f"${self.operands - 1}"
 
     def inputs(self, count: int) -> list[str]:
-        """The next so many input operands."""
+        """Name the next so many input operands."""
         return [self.input() for _ in range(count)]
 
     def word(self, operation: str, *sources: str | int) -> str:
-        """A 32-bit result."""
+        """Write an operation with a 32-bit result."""
         self.words += 1
         return self._write(f"w{self.words - 1}", operation, sources)
 
     def float(self, operation: str, *sources: str | int) -> str:
-        """A float32 result."""
+        """Write an operation with a float32 result."""
         self.floats += 1
         return self._write(f"f{self.floats - 1}", operation, sources)
 
@@ -85,11 +83,11 @@ class _Writer:
         return self.word("shr.u32", register, right) if right > 0 else self.word("shl.b32", register, -right)
 
     def select(self, a: str, b: str, mask: int) -> str:
-        """Bits of ``a`` where the mask is one, of ``b`` elsewhere."""
+        """Take the bits of ``a`` where the mask is one, of ``b`` elsewhere."""
         return self.word("lop3.b32", a, b, mask, _SELECT)
 
     def both(self, pair: str) -> tuple[str, str]:
-        """The two halves of a word as float16 registers."""
+        """Split a word into two float16 registers."""
         self.halves += 2
         names = f"h{self.halves - 2}", f"h{self.halves - 1}"
         self.lines.append(f"mov.b32 {{{names[0]}, {names[1]}}}, {pair};")
@@ -104,18 +102,18 @@ class _Writer:
             if count
         ]
         text = "\n".join(["{", *declared, *self.lines, *moves, "}"])
-        return Assembly(text, ",".join([f"={kind}"] * len(results) + [inputs]), len(results))
+        return Assembly(text, ",".join([f"={kind}"] * len(results) + [inputs]))
 
 
 def _crumbs(w: _Writer, low: str, high: str | None) -> tuple[str, str]:
-    """Two planes to two words of 2-bit fields: field f of word j has column bit 4 * (f // 2) + 2 * (f % 2) + j."""
+    """Turn two planes into two words of 2-bit fields: field f of word j has column bit 4 * (f // 2) + 2 * (f % 2) + j."""
     if high is None:
         return w.word("and.b32", low, 0x55555555), w.word("and.b32", w.shift(low, 1), 0x55555555)
     return w.select(low, w.shift(high, -1), 0x55555555), w.select(w.shift(low, 1), high, 0x55555555)
 
 
 def _nibbles(w: _Writer, planes: list[str], crumbs: list[str]) -> list[str]:
-    """Up to four planes, the first two perhaps as crumbs already, to four words of eight nibbles.
+    """Turn up to four planes, the first two perhaps as crumbs already, into four words of eight nibbles.
 
     Nibble i of word j belongs to column 8 j + i; plane t becomes its bit t.
     """
@@ -134,7 +132,7 @@ def _nibbles(w: _Writer, planes: list[str], crumbs: list[str]) -> list[str]:
 
 
 def _first_nibbles(w: _Writer, head: int, codes: list[str], planes: int) -> list[str]:
-    """Nibble words of the first so many planes."""
+    """Make nibble words of the first so many planes."""
     if head == 4:
         return codes[:4]
     if head == 2:
@@ -143,7 +141,7 @@ def _first_nibbles(w: _Writer, head: int, codes: list[str], planes: int) -> list
 
 
 def _four_bytes(w: _Writer, table: list[str], selector: str, chooser: str | None) -> str:
-    """Four bytes of a table of up to 16, by the low four nibbles of a selector word."""
+    """Look up four bytes of a table of up to 16, by the low four nibbles of a selector word."""
     found = w.word("prmt.b32", table[0], table[1 % len(table)], selector)
     if chooser is None:
         return found
@@ -152,7 +150,7 @@ def _four_bytes(w: _Writer, table: list[str], selector: str, chooser: str | None
 
 
 def _pairs_of_eight(w: _Writer, entries: Entries, tables: list[str], selector: str, chooser: str | None) -> list[str]:
-    """Four words of two 16-bit weights each, for the eight nibbles of a selector word."""
+    """Make four words of two 16-bit weights each, for the eight nibbles of a selector word."""
     size = len(tables) // 2 if entries == 16 else len(tables) - 2
     pairs = []
     for part in range(2):
@@ -172,7 +170,7 @@ def _pairs_of_eight(w: _Writer, entries: Entries, tables: list[str], selector: s
 def _register_weights(
     w: _Writer, bits: int, head: int, entries: Entries, codes: list[str], tables: list[str]
 ) -> list[str]:
-    """16 words of two 16-bit weights, in the order of the columns, from tables in registers."""
+    """Make 16 words of two 16-bit weights, in the order of the columns, from tables in registers."""
     if bits < 4:
         nibbles = _first_nibbles(w, head, codes, bits)
         return [pair for word in nibbles for pair in _pairs_of_eight(w, entries, tables, word, None)]
@@ -188,7 +186,7 @@ def _register_weights(
 
 
 def _shared_weights(w: _Writer, bits: int, head: int, codes: list[str], row: str) -> list[str]:
-    """32 float32 weights, in the order of the columns, from a table in shared memory whose column begins at ``row``."""
+    """Make 32 float32 weights, in the order of the columns, from a table in shared memory whose column begins at ``row``."""
     first = _first_nibbles(w, head, codes, 4)
     second = _nibbles(w, codes[4:bits], [])
     weights = []
@@ -204,7 +202,7 @@ def _shared_weights(w: _Writer, bits: int, head: int, codes: list[str], row: str
 
 
 def _paired_weights(w: _Writer, head: int, codes: list[str], row: str) -> list[str]:
-    """16 words of two 16-bit weights, by two neighbouring nibbles at a time from a table in shared memory.
+    """Make 16 words of two 16-bit weights, by two neighbouring nibbles at a time from a table in shared memory.
 
     One load for two weights, with its address: no register holds a table, and nothing is put together.
     """
@@ -217,14 +215,14 @@ def _paired_weights(w: _Writer, head: int, codes: list[str], row: str) -> list[s
 
 
 def table_words(bits: int, entries: Entries) -> int:
-    """Inputs of the assembly that say what codes mean."""
+    """Count the inputs of the assembly that say what codes mean."""
     if bits > REGISTER_BITS:
         return 1
     return {8: (1 << bits) // 4 + 2, 16: (1 << bits) // 2, 32: 1}[entries]
 
 
 def _singles(w: _Writer, pairs: list[str], form: Form) -> list[str]:
-    """Words of two 16-bit numbers as float32 registers."""
+    """Turn words of two 16-bit numbers into float32 registers."""
     singles = []
     for pair in pairs:
         if form == "bfloat16":
@@ -236,7 +234,7 @@ def _singles(w: _Writer, pairs: list[str], form: Form) -> list[str]:
 
 
 def _dot_halves(w: _Writer, pairs: list[str], x: list[str]) -> str:
-    """Sum of 32 products: chains of four in float16, two to a word; their sums in float32."""
+    """Add up 32 products: chains of four in float16, two to a word; their sums in float32."""
     parts = []
     for start in range(0, 16, 4):
         total = w.word("mul.rn.f16x2", pairs[start], x[start])
@@ -249,7 +247,7 @@ def _dot_halves(w: _Writer, pairs: list[str], x: list[str]) -> str:
 
 
 def _dot_singles(w: _Writer, weights: list[str], x: list[str]) -> str:
-    """Sum of 32 products in float32, in four chains."""
+    """Add up 32 products in float32, in four chains."""
     chains = []
     for start in range(4):
         total = w.float("mul.f32", weights[start], x[start])
@@ -268,7 +266,7 @@ def product(bits: int, head: int, rows: int, form: Form, entries: Entries = 16) 
     pairs, the address of the row's column in shared memory; 16 words of activations, two to a word, for every row.
 
     Args:
-        bits: width, 2 to 8.
+        bits: of a code, 2 to 8.
         head: 1, 2 or 4: the first planes are planes, crumbs or nibbles (:mod:`compress.kernels.layout`).
         rows: of activations, and outputs (float32).
         form: of the activations and sums.
@@ -322,37 +320,36 @@ def activations() -> Assembly:
     loads = [
         f"ld.global.nc.v4.b32 {{${4 * i}, ${4 * i + 1}, ${4 * i + 2}, ${4 * i + 3}}}, [$16+{16 * i}];" for i in range(4)
     ]
-    return Assembly("\n".join(loads), ",".join(["=r"] * 16 + ["l"]), 16)
+    return Assembly("\n".join(loads), ",".join(["=r"] * 16 + ["l"]))
 
 
 @cache
 def stored(bits: int, head: int, kind: Literal["fp16", "bf16"], entries: Entries = 16) -> Assembly:
-    """:func:`weights`, final, and then the address, a multiple of 16 bytes, to write them to. The output means nothing."""
+    """Look 32 weights up as :func:`weights` does, final, and write them to an address, a multiple of 16 bytes, the last input.
+
+    The output means nothing.
+    """
     made = weights(bits, head, kind, entries, entries == 8)
     inputs = made.constraints.split(",")[16:]
-    text = re.sub(r"\$(\d+)", lambda found: _renamed(int(found[1])), made.text)
+    text = re.sub(r"\$(\d+)", lambda found: f"o{n}" if (n := int(found[1])) < 16 else f"${n - 15}", made.text)
     address = f"${len(inputs) + 1}"
     writes = [
         f"st.global.v4.b32 [{address}+{16 * i}], {{o{4 * i}, o{4 * i + 1}, o{4 * i + 2}, o{4 * i + 3}}};"
         for i in range(4)
     ]
     lines = ["{", ".reg .b32 o<16>;", text, *writes, "mov.b32 $0, 0;", "}"]
-    return Assembly("\n".join(lines), ",".join(["=r", *inputs, "l"]), 1)
-
-
-def _renamed(operand: int) -> str:
-    return f"o{operand}" if operand < 16 else f"${operand - 15}"
+    return Assembly("\n".join(lines), ",".join(["=r", *inputs, "l"]))
 
 
 @cache
 def reserve(bits: int, tiles: int = 1, entries: Entries = 16) -> Assembly:
-    """Make tables of so many tiles in shared memory; gives their address. Input: anything (the instruction needs one)."""
+    """Make tables of so many tiles in shared memory; give their address. Input: anything (the instruction needs one)."""
     size = 2 ** (2 * bits if entries == 32 else bits)
     text = f".shared .align 128 .b8 {TABLE}[{tiles * size * SHARED_STRIDE}];\nmov.u32 $0, {TABLE};"
-    return Assembly(text, "=r,r", 1)
+    return Assembly(text, "=r,r")
 
 
 @cache
 def put() -> Assembly:
     """Store one float32 entry at an address in shared memory. The output means nothing."""
-    return Assembly("st.shared.f32 [$1], $2;\nmov.b32 $0, 0;", "=r,r,f", 1)
+    return Assembly("st.shared.f32 [$1], $2;\nmov.b32 $0, 0;", "=r,r,f")

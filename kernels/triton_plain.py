@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _weights(codes, tables, w, n, words, plane_stride, BITS: tl.constexpr, HEAD: tl.constexpr):
-    """Rows n and words w, both below their ends, to float32 [rows, words, 32]."""
+    """Look up rows n and words w, both below their ends: float32 [rows, words, 32]."""
     column = tl.arange(0, 32)[None, None, :]
     block, place = column // 8, column % 8
     first = codes + (n // 32 * words * 32 + n % 32)[:, None, None] + (w * 32)[None, :, None]
@@ -32,7 +32,7 @@ def gemv(
     x, codes, tables, bias, y, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
     M: tl.constexpr, BITS: tl.constexpr, HEAD: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """M rows of activations with 32 rows of weights: y[m, n] = sum of x[m, k] w[n, k]."""
+    """Multiply M rows of activations with 32 rows of weights: y[m, n] = sum of x[m, k] w[n, k]."""
     part = tl.program_id(1)
     n = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
     place = tl.arange(0, STEP)
@@ -67,7 +67,7 @@ def dot(
     BITS: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
     BIAS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Many rows of activations, by matrix instructions: weights of BN rows are looked up once for BM of them."""
+    """Multiply many rows of activations by matrix instructions: weights of BN rows are looked up once for BM of them."""
     part = tl.program_id(1)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m = tl.program_id(2).to(tl.int64) * BM + tl.arange(0, BM)
@@ -98,7 +98,7 @@ def look_up(
     codes, tables, out, first_tile, words, plane_stride,
     BITS: tl.constexpr, HEAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The weights of 32 rows: [rows, 32 * words] in the type of ``out``."""
+    """Look up the weights of 32 rows: [rows, 32 * words] in the type of ``out``."""
     n = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
     w = tl.program_id(1) * STEP + tl.arange(0, STEP)
     weight = _weights(codes, tables, tl.minimum(w, words - 1), first_tile * 32 + n, words, plane_stride, BITS, HEAD)

@@ -15,7 +15,7 @@ def _tables(
     tables, table_stride, tile, n, BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
     RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """The inputs that say what codes mean: registers, or the address of each row's column in shared memory."""
+    """Load the inputs that say what codes mean: registers, or the address of each row's column in shared memory."""
     given = ()
     if BITS <= 4 and ENTRIES < 32:
         for i in tl.static_range(WORDS):
@@ -48,14 +48,14 @@ def _tables(
 
 @triton.jit
 def _factor(tables, table_stride, n, WORDS: tl.constexpr):
-    """What sums of rows n over entries of 8 bits have to be multiplied by: a float16, twice in the word after theirs."""
+    """Load what sums of rows n over entries of 8 bits have to be multiplied by: a float16, twice in the word after theirs."""
     word = tl.load(tables + WORDS * table_stride + n)
     return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _sixteen(TEXT: tl.constexpr, IO: tl.constexpr, given):
-    """Assembly with 16 words of results. (A tuple of types can be written in Triton, but not given to it in all versions.)"""
+    """Run assembly with 16 words of results. (A tuple of types can be written in Triton, but not given to it in all versions.)"""
     return tl.inline_asm_elementwise(
         TEXT, IO, given, is_pure=True, pack=1,
         dtype=(
@@ -67,7 +67,7 @@ def _sixteen(TEXT: tl.constexpr, IO: tl.constexpr, given):
 
 @triton.jit
 def _sums(TEXT: tl.constexpr, IO: tl.constexpr, given, M: tl.constexpr):
-    """Assembly with M float32 results."""
+    """Run assembly with M float32 results."""
     if M == 1:
         return tl.inline_asm_elementwise(TEXT, IO, given, dtype=(tl.float32,), is_pure=True, pack=1)
     elif M == 2:
@@ -89,7 +89,7 @@ def gemv(
     EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, LOAD_TEXT: tl.constexpr,
     LOAD_IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """M rows of activations with 32 rows of weights; as :func:`compress.kernels.triton_plain.gemv`.
+    """Multiply M rows of activations with 32 rows of weights, as :func:`compress.kernels.triton_plain.gemv`.
 
     Activations are whole words of 32, each a multiple of 16 bytes from the start of memory.
     """
@@ -138,7 +138,7 @@ def dot(
     STEP: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr,
     RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """Many rows of activations by matrix instructions; as :func:`compress.kernels.triton_plain.dot`.
+    """Multiply many rows of activations by matrix instructions, as :func:`compress.kernels.triton_plain.dot`.
 
     The assembly works on the words of codes in the layout that the matrix instruction wants, so no weight crosses lanes.
     """
@@ -185,7 +185,7 @@ def look_up(
     BITS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, TEXT: tl.constexpr,
     IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """The weights of 32 rows, [rows, 32 * words]: every lane writes whole words of columns."""
+    """Look up the weights of 32 rows, [rows, 32 * words]: every lane writes whole words of columns."""
     tile = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 32)
     w = tl.program_id(1) * STEP + tl.arange(0, STEP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,26 +15,25 @@ import torch
 from compress.kernels import configs, gpu
 from compress.kernels.configs import Problem
 from compress.kernels.layout import Tiled, random_tiled
-from compress.kernels.timing import Timer, cache_bytes, copies
+from compress.kernels.timing import Timer, copies
 from compress.kernels.variants import Config
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def packed_of(tiled: Tiled, bits: int) -> gpu.Packed:
-    """Return one width of a layout as the launcher takes it."""
+    """Return a layout at one number of bits as the launcher takes it."""
     return gpu.Packed(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head)
 
 
 def measure(problem: Problem, device: str, timer: Timer) -> dict[Config, float]:
-    """Seconds of every candidate for one problem; one that the GPU has no room for is left out."""
+    """Measure the seconds of every candidate for one problem; one that the GPU has no room for is left out."""
     size = problem.rows * problem.columns * problem.bits // 8
     matrices = [
         packed_of(random_tiled(problem.rows, problem.columns, problem.bits, device=device, seed=i), problem.bits)
-        for i in range(copies(size, cache_bytes()))
+        for i in range(copies(size))
     ]
-    dtype = DTYPES[problem.kind]
-    x = torch.randn(problem.count, problem.columns, device=device).to(dtype)
+    x = torch.randn(problem.count, problem.columns, device=device).to(DTYPES[problem.kind])
     found: dict[Config, float] = {}
     for config in configs.candidates(problem):
         try:
@@ -49,31 +48,30 @@ def tune(
     problems: Iterable[Problem],
     timer: Timer,
     device: str = "cuda",
-    report: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """The content of a tuning file for some problems.
+    """Measure some problems, and return the content of a tuning file.
 
     Args:
         problems: what to measure; those of 512 rows and more have nothing to choose and are left out.
         timer: seconds of a list of calls.
         device: a GPU.
-        report: is told (what, done, total).
+        progress: called with (what, done, total).
     """
     place = gpu.device_of(torch.cuda.current_device() if torch.cuda.is_available() else -1)
     here = (replace(problem, assembly=place.assembly, capability=place.capability) for problem in problems)
     wanted = [problem for problem in here if len(configs.candidates(problem)) > 1]
     chosen: dict[str, dict[str, int | bool]] = {}
     for done, problem in enumerate(wanted):
-        if report is not None:
-            report(problem.key, done, len(wanted))
+        progress(problem.key, done, len(wanted))
         seconds = measure(problem, device, timer)
         if seconds:
-            chosen[problem.key] = min(seconds, key=lambda config: seconds[config]).json()
+            chosen[problem.key] = asdict(min(seconds, key=lambda config: seconds[config]))
     return {"gpu": place.name, "triton": version("triton"), "torch": torch.__version__, "configs": chosen}
 
 
 def write(result: dict[str, Any], path: Path | None = None) -> Path:
-    """Write a tuning file, keeping what an older one of the same GPU says of other problems; returns where."""
+    """Write a tuning file, keeping what an older one of the same GPU says of other problems; return its path."""
     path = path or configs.own_folder() / configs.file_name(result["gpu"])
     older = json.loads(path.read_text())["configs"] if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Which compile-time constants each kernel takes: one place for launching, for tuning and for the static proof."""
+"""The compile-time constants of each kernel: one place for launching, for tuning and for the static proof."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from compress.kernels import ptx
@@ -14,7 +14,7 @@ Operation = Literal["gemv", "dot", "tile", "look_up"]
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel divides its work.
+    """Say how one kernel divides its work, as tuning files do.
 
     Attributes:
         warps: of one program.
@@ -24,7 +24,7 @@ class Config:
         bn: rows of weights per program.
         stages: of the software pipeline (``dot``).
         matrix: whether ``dot`` serves, where the number of rows alone would say ``gemv``.
-        pairs: whether ``gemv`` looks two weights up at once, at the width that can (:data:`ptx.PAIRED`).
+        pairs: whether ``gemv`` looks two weights up at once, at the number of bits that can (:data:`ptx.PAIRED`).
     """
 
     warps: int = 4
@@ -36,25 +36,21 @@ class Config:
     matrix: bool = False
     pairs: bool = False
 
-    def json(self) -> dict[str, int | bool]:
-        """As stored in tuning files."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel and what it is compiled for.
+    """Name one kernel and what it is compiled for.
 
     Attributes:
         operation: which kernel.
-        bits: width, 1 to 8.
+        bits: of a code, 1 to 8.
         head: of the layout.
         kind: of the activations; of the result too.
         rows: of activations (``gemv`` only).
         assembly: whether the assembly is used, or plain Triton.
         even: whether every iteration is whole (assembly only).
         bias: whether one is added.
-        entries: bits of what a look-up gives: 16, or at width 4 also 8, and 32 in ``gemv`` (assembly only: plain Triton
+        entries: bits of what a look-up gives: 16, or at 4 bits also 8, and 32 in ``gemv`` (assembly only: plain Triton
             reads any table).
     """
 
@@ -69,7 +65,7 @@ class Variant:
     entries: ptx.Entries = 16
 
     def constants(self, config: Config) -> dict[str, Any]:
-        """The arguments that are known when the kernel is compiled."""
+        """Return the arguments that are known when the kernel is compiled."""
         matrix = self.operation in ("dot", "tile")
         found: dict[str, Any] = {"BITS": self.bits, "STEP": config.step}
         if matrix:
@@ -106,13 +102,13 @@ class Variant:
 
     @property
     def form(self) -> ptx.Form:
-        """How ``gemv`` takes and adds."""
+        """Return how ``gemv`` takes and adds."""
         if self.kind == "bf16":
             return "bfloat16"
         return "half" if self.bits <= ptx.REGISTER_BITS else "single"
 
     def kernel(self) -> Any:
-        """The function Triton compiles."""
+        """Return the function Triton compiles."""
         from compress.kernels import triton_plain, triton_ptx
 
         module = triton_ptx if self.assembly else triton_plain

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.quant.kmeans import kmeans_codebook
+from compress.quant.kmeans import nested_codebooks
 
 Floats = NDArray[np.float64]
 _BINS = 100  # of the histogram of a spectrum
@@ -184,7 +184,7 @@ def clusters(budget: Budget, losses: Sequence[float], spread: float) -> list[flo
     positive = found[found > 0]
     least = float(positive.min()) if positive.size else 1.0
     logs = np.log10(np.maximum(found, least * 1e-3)).astype(np.float32)
-    rank = kmeans_codebook(logs[None], None, bits=2).codes[0].numpy()
+    rank = nested_codebooks(logs[None], None, 2, 2).codes[0].numpy()
     most = max(int(rank.max()), 1)
     return _around(budget, spread * (1 - 2 * rank / most))
 

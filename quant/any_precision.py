@@ -1,4 +1,4 @@
-"""Any-precision quantisation: one set of nested codes read at every width (arXiv 2402.10517)."""
+"""Any-precision quantisation: one set of nested codes read at every number of bits (arXiv 2402.10517)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
     Config = AnyPrecisionConfig
 
     @property
-    def widths(self) -> tuple[int, int]:
+    def seed_and_parent(self) -> tuple[int, int]:
         """Return the seed's and the parent's number of bits."""
         return self.config.seed_bits, self.config.parent_bits
 
@@ -31,7 +31,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         needs = super().needs()
         if self.config.objective == "weight":
             return needs
-        seed, parent = self.widths
+        seed, parent = self.seed_and_parent
         corrected = range(seed, min(parent, CARRIED) + 1) if self.config.correction else ()
         variants = tuple(str(bits) for bits in corrected)
         return replace(needs, inputs="original", variants=variants)
@@ -44,15 +44,11 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
 
     def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
         """Find codes that minimise output errors; embedding and head, outside of blocks, have the weight objective."""
-        config = self.config
-        if config.objective == "weight" or not block.samples:
+        if self.config.objective == "weight" or not block.samples:
             return {}
-        widths = range(config.seed_bits, config.parent_bits + 1)
-        return fit_block(block, names, widths, config.correction, config.focus, config.keep_zeros)
+        return fit_block(block, names, self.config)
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Find nested codes of one matrix by the weight objective."""
-        config = self.config
-        return nested_codebooks(
-            weight, sensitivity, config.seed_bits, config.parent_bits, config.keep_zeros, torch.get_num_threads()
-        )
+        zeros, threads = self.config.keep_zeros, torch.get_num_threads()
+        return nested_codebooks(weight, sensitivity, *self.seed_and_parent, zeros, threads)

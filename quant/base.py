@@ -1,10 +1,10 @@
-"""What all weight quantisers share: which matrices, sensitivities, the packed result, and its measured error."""
+"""The base class of all weight quantisers: which matrices, sensitivities, the packed result, and its measured error."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ from compress.structure import matching
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
-
-
 ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)
 
 
@@ -52,8 +50,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     def check(self, context: Context) -> None:
         """Refuse patterns that match nothing, and an embedding that would be torn from its head by accident."""
-        for pattern in self.config.ignore:
-            matching(pattern, list(context.linears))
+        self._ignored(context)
         chosen = self.outside(context)
         head, embedding = context.head, context.structure.embedding
         if self.sensitivity == "activation" and chosen:
@@ -69,16 +66,17 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         return sorted({name for pattern in self.config.include for name in matching(pattern, names)})
 
     @property
-    @abstractmethod
-    def widths(self) -> tuple[int, int]:
-        """Return the seed's and the parent's number of bits."""
+    def seed_and_parent(self) -> tuple[int, int]:
+        """Return the seed's and the parent's number of bits: the setting ``bits`` twice, unless overridden."""
+        config: Any = self.config
+        return config.bits, config.bits
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Return the shape of every linear that is not ignored, and of what ``include`` names."""
         ignored = self._ignored(context)
         chosen = {name: shape for name, shape in context.linears.items() if name not in ignored}
         chosen |= {name: context.outside[name] for name in self.outside(context)}
-        return {name: PackedShape(*shape, *self.widths) for name, shape in chosen.items()}
+        return {name: PackedShape(*shape, *self.seed_and_parent) for name, shape in chosen.items()}
 
     def _ignored(self, context: Context) -> dict[str, str]:
         """Return ignored linears, and the pattern that names each."""
@@ -93,10 +91,9 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         """Quantise every linear that is not ignored, and measure the errors."""
         ignored = self._ignored(context)
         block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
-        names = [name for name in block.linears if name not in ignored]
-        weights = {name: _checked(name, block.linears[name].weight) for name in names}
+        weights = {name: _checked(name, linear.weight) for name, linear in block.linears.items() if name not in ignored}
         sensitivities = self._sensitivities(block)
-        fitted = self.fit_block(block, names)
+        fitted = self.fit_block(block, list(weights))
         errors: Record = {}
         for name, weight in weights.items():
             sensitivity = sensitivities.get(name)
@@ -132,7 +129,7 @@ def _checked(name: str, weight: Tensor) -> Tensor:
 def layer_errors(
     weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, hessian: Tensor | None
 ) -> dict[str, float]:
-    """Measure what quantising a matrix did, with ``e`` the difference of two rows.
+    """Measure the errors of a quantised matrix, with ``e`` the difference of two rows.
 
     Args:
         weight: float32 [N, K].

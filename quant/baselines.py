@@ -7,7 +7,7 @@ import torch
 
 from compress.quant.base import Array, QuantisePass
 from compress.quant.format import Codes
-from compress.quant.kmeans import kmeans_codebook
+from compress.quant.kmeans import nested_codebooks
 from compress.quant.settings import KMeansConfig, RoundToNearestConfig
 
 
@@ -16,25 +16,16 @@ class KMeans(QuantisePass[KMeansConfig]):
 
     Config = KMeansConfig
 
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Return the one number of bits, as that of seed and parent."""
-        return self.config.bits, self.config.bits
-
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Cluster every row of one matrix."""
-        return kmeans_codebook(weight, sensitivity, self.config.bits, self.config.keep_zeros, torch.get_num_threads())
+        zeros, threads = self.config.keep_zeros, torch.get_num_threads()
+        return nested_codebooks(weight, sensitivity, *self.seed_and_parent, zeros, threads)
 
 
 class RoundToNearest(QuantisePass[RoundToNearestConfig]):
     """Round to ``2**bits`` equally spaced values per row, both ends included."""
 
     Config = RoundToNearestConfig
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Return the one number of bits, as that of seed and parent."""
-        return self.config.bits, self.config.bits
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Round one matrix; the sensitivity is not used."""
@@ -43,5 +34,5 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
         step = (weight.max(axis=1, keepdims=True) - low) / (2**bits - 1)
         safe = np.where(step > 0, step, 1.0)
         codes = np.clip(np.rint((weight - low) / safe), 0, 2**bits - 1).astype(np.uint8)
-        table = (low + step * np.arange(2**bits)).astype(np.float32)
-        return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(table)})
+        codebook = (low + step * np.arange(2**bits)).astype(np.float32)
+        return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(codebook)})

@@ -1,17 +1,17 @@
 """The sweep over one block for codes that minimise the error of each layer's output.
 
-Linears are done in the order in which the block calls them. For every width up to 5, each sees its inputs in two runs: as
-the original model makes them (``x``) and as the model does whose earlier matrices are at that width already (``x'``). What
+Linears are done in the order in which the block calls them. At every number of bits up to 5, each sees its inputs in two runs: as
+the original model makes them (``x``) and as the model does whose earlier matrices have that number of bits already (``x'``). What
 the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that is ``W`` plus the least-squares correction
-``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv 2504.02692). A share of it is what each width aims at.
+``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv 2504.02692). A share of it is aimed at.
 Above 5 bits the two runs are taken for the same: measured, the correction's own error is larger there than what it corrects.
-All widths share one metric, the mean of ``x x^T``: measured, a metric of ``x'`` for each width is not better.
+All numbers of bits share one Hessian, the mean of ``x x^T``: measured, one of ``x'`` for each is not better.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from compress.passes import Block, Run
 from compress.quant.format import Codes
 from compress.quant.nested import nested_output_codebooks
+from compress.quant.settings import AnyPrecisionConfig
 from compress.statistics import SharedInputs, check_inputs, watch
 
-_DAMPING = 1e-3  # share of the metric's mean diagonal that is added to it
+_DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
 
 
@@ -59,24 +60,24 @@ def _input(run: Run, module: nn.Module, linear: nn.Module) -> Tensor:
     return seen[0]
 
 
-def _damp(metric: Tensor, share: float) -> None:
-    mean = metric.diagonal().mean()
-    metric.diagonal().add_(share * torch.where(mean > 0, mean, 1.0))
+def _damp(hessian: Tensor, share: float) -> None:
+    mean = hessian.diagonal().mean()
+    hessian.diagonal().add_(share * torch.where(mean > 0, mean, 1.0))
 
 
 Calls = tuple[Sequence[Run], nn.Module, nn.Module]  # the samples of a block, the block, the linear in it to look at
 
 
 @torch.no_grad()
-def _metric(calls: Calls, weight: Tensor) -> Tensor:
+def _hessian(calls: Calls, weight: Tensor) -> Tensor:
     """Return the mean of ``x x^T`` over a linear's inputs, float32 [K, K], K as of ``weight`` [N, K]."""
     runs, block, linear = calls
-    tokens, metric = 0, weight.new_zeros(weight.shape[1], weight.shape[1])
+    tokens, hessian = 0, weight.new_zeros(weight.shape[1], weight.shape[1])
     for run in runs:
         x = _input(run, block, linear)
-        metric.addmm_(x.t(), x)
+        hessian.addmm_(x.t(), x)
         tokens += len(x)
-    return metric.div_(tokens)
+    return hessian.div_(tokens)
 
 
 @torch.no_grad()
@@ -88,15 +89,15 @@ def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
         changed: what gives ``x'``.
         weight: float32 [N, K].
     """
-    moment, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
+    hessian, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
     for run, other in zip(original[0], changed[0], strict=True):
         x, shown = _input(run, *original[1:]), _input(other, *changed[1:])
-        moment.addmm_(shown.t(), shown)
+        hessian.addmm_(shown.t(), shown)
         drift.addmm_(shown.t(), x - shown)
     right = drift @ weight.t()
-    del drift  # as large as the metric
-    _damp(moment, _CORRECTION_DAMPING)
-    shift: Tensor = torch.linalg.solve(moment, right)
+    del drift  # as large as the Hessian
+    _damp(hessian, _CORRECTION_DAMPING)
+    shift: Tensor = torch.linalg.solve(hessian, right)
     return shift.t()
 
 
@@ -115,30 +116,19 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: in
 
 
 @torch.no_grad()
-def fit_block(
-    block: Block,
-    names: Sequence[str],
-    widths: Sequence[int],
-    correction: float,
-    focus: Mapping[int, float],
-    keep_zeros: bool,
-) -> dict[str, Codes]:
+def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) -> dict[str, Codes]:
     """Quantise linears of a block; ``block.show`` then loads the weights that they have at a variant's number of bits.
 
     Args:
-        block: with original inputs, and those of a variant for every width up to :data:`CARRIED`.
+        block: with original inputs, and those of a variant for every number of bits up to :data:`CARRIED`.
         names: the linears to quantise; the others stay as they are.
-        widths: from seed to parent.
-        correction: share of the least-squares correction that is aimed at, from 0 (``W``) to 1.
-        focus: width -> how much its error counts (:func:`nested_output_codebooks`).
-        keep_zeros: weights that are 0 stay 0 at every width.
+        config: its objective is ``output``.
 
     Raises:
         CompressError: inputs that are not finite.
     """
     original = copy.deepcopy(block.module)
     fitted: dict[str, Codes] = {}
-
     linears = block.linears  # not the block, which would then be kept by what it keeps
 
     def show(variant: str) -> None:
@@ -154,20 +144,21 @@ def fit_block(
         twin = original.get_submodule(chosen[0].removeprefix(block.name + "."))
         weight = torch.cat([block.linears[name].weight.float() for name in chosen])
         dense = (block.samples, original, twin)
-        metric = _metric(dense, weight)
-        check_inputs(chosen[0], metric)
-        targets = dict.fromkeys(widths, weight)
+        hessian = _hessian(dense, weight)
+        check_inputs(chosen[0], hessian)
+        targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
         for variant, calls in block.variants.items():
             show(variant)
             shift = _correction(dense, (calls, block.module, module), weight)
-            targets[int(variant)] = (weight + correction * shift).contiguous()
-        measured = metric.diagonal().clone()
-        _damp(metric, _DAMPING)
-        codes = nested_output_codebooks(targets, metric, focus, weight == 0 if keep_zeros else None)
-        metric.diagonal().copy_(measured)
-        hessian, start = metric.cpu(), 0
+            targets[int(variant)] = (weight + config.correction * shift).contiguous()
+        measured = hessian.diagonal().clone()
+        _damp(hessian, _DAMPING)
+        zeros = weight == 0 if config.keep_zeros else None
+        codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
+        hessian.diagonal().copy_(measured)
+        hessian, start = hessian.cpu(), 0
         for name in chosen:
             rows = slice(start, start + block.linears[name].shape[0])
-            books = {bits: book[rows].cpu() for bits, book in codes.codebooks.items()}
-            fitted[name], start = Codes(codes.codes[rows].cpu(), books, hessian), rows.stop
+            codebooks = {bits: codebook[rows].cpu() for bits, codebook in codes.codebooks.items()}
+            fitted[name], start = Codes(codes.codes[rows].cpu(), codebooks, hessian), rows.stop
     return fitted

@@ -6,16 +6,15 @@ unsigned, as a check for negative ones would keep them from doing so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.quant.kmeans_seed import compiled
+from compress.quant.kmeans_seed import compiled, in_threads
 
 Floats32 = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -38,8 +37,8 @@ def _weigh(
     """Cost every node of the code tree, from the leaves up: its own error plus that of the best path below it.
 
     Args:
-        entries: [W, C, LANES], those of width w first in its row of C.
-        old: [LANES], codes at the largest width.
+        entries: [W, C, LANES], those of the w-th number of bits first in its row of C.
+        old: [LANES], codes at the largest number of bits.
         slope: [W, LANES].
         curvature: of all.
         share: [W].
@@ -68,71 +67,78 @@ def _weigh(
 @compiled
 def _best_paths(costs: Floats32, best: Floats32, new: Codes) -> None:
     """Find the codes [LANES] of the best paths."""
-    widths, entries = costs.shape[0], costs.shape[1]
+    levels, entries = costs.shape[0], costs.shape[1]
     for lane in range(U(LANES)):
         new[lane], best[lane] = 0, costs[0, 0, lane]
-    for node in range(U(1), U(entries) >> U(widths - 1)):
+    for node in range(U(1), U(entries) >> U(levels - 1)):
         for lane in range(U(LANES)):
             less = costs[0, node, lane] < best[lane]
             new[lane] = node if less else new[lane]
             best[lane] = costs[0, node, lane] if less else best[lane]
-    for w in range(U(1), U(widths)):
+    for w in range(U(1), U(levels)):
         for lane in range(U(LANES)):
             left = U(new[lane] + new[lane])
             new[lane] = left + U(1) if costs[w, left + U(1), lane] < costs[w, left, lane] else left
 
 
 @compiled
-def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, metric: Floats32, j: int) -> None:
+def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, hessian: Floats32, j: int) -> None:
     """Add column j's change to the slopes [W, B, LANES] of later columns, and put it in place of its own slope."""
     last = U(entries.shape[0] - 1)
     for w in range(U(entries.shape[0])):
         above, moved = last - w, slope[w, j]
         for lane in range(U(LANES)):
             moved[lane] = entries[w, U(new[lane]) >> above, lane] - entries[w, U(old[lane]) >> above, lane]
-        for k in range(U(j + 1), U(metric.shape[0])):
-            by = metric[j, k]
+        for k in range(U(j + 1), U(hessian.shape[0])):
+            by = hessian[j, k]
             for lane in range(U(LANES)):
                 slope[w, k, lane] += moved[lane] * by
 
 
 @compiled
 def _descend_rows(
-    codes: Integers, fixed: Flags, tables: Floats32, share: Floats32, kept: int, gradient: Floats32, metric: Floats32
+    codes: Integers,
+    fixed: Flags,
+    codebooks: Floats32,
+    share: Floats32,
+    kept: int,
+    gradient: Floats32,
+    hessian: Floats32,
 ) -> None:
-    """Choose the codes of one block of columns; arguments as for :class:`Descent`, with tables [W, 2**parent, N]."""
+    """Choose the codes of one block of columns; arguments as for :class:`Descent`, with codebooks [W, 2**parent, N]."""
     rows, columns = codes.shape
-    widths, parent = share.shape[0], round(np.log2(tables.shape[1]))
+    levels, parent = share.shape[0], round(np.log2(codebooks.shape[1]))
     below = parent - kept
-    table = np.zeros((widths, 1 << parent, LANES), np.float32)
-    entries = np.zeros((widths, 1 << below, LANES), np.float32) if kept else table  # that the kept bits leave
-    costs, slope = np.zeros_like(entries), np.zeros((widths, columns, LANES), np.float32)
+    codebook = np.zeros((levels, 1 << parent, LANES), np.float32)
+    entries = np.zeros((levels, 1 << below, LANES), np.float32) if kept else codebook  # that the kept bits leave
+    costs, slope = np.zeros_like(entries), np.zeros((levels, columns, LANES), np.float32)
     old, new, top = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     path, free = np.zeros((columns, LANES), np.int32), np.zeros((columns, LANES), np.int32)  # free: 1 or 0
     room = np.zeros(LANES, np.float32)
     for start in range(0, rows, LANES):
         here = slice(start, min(start + LANES, rows))
         filled = here.stop - start
-        table[:, :, :filled], path[:, :filled], free[:, :filled] = tables[:, :, here], codes[here].T, ~fixed[here].T
-        for w in range(widths):
+        codebook[:, :, :filled] = codebooks[:, :, here]
+        path[:, :filled], free[:, :filled] = codes[here].T, ~fixed[here].T
+        for w in range(levels):
             slope[w, :, :filled] = gradient[w, here].T
         for j in range(columns):
             for lane in range(U(LANES)):
                 top[lane], old[lane] = path[j, lane] >> below, path[j, lane] & ((1 << below) - 1)
             if kept:
-                for w in range(U(widths)):
-                    nodes = U(1 << below) >> U(widths - 1 - w)
+                for w in range(U(levels)):
+                    nodes = U(1 << below) >> U(levels - 1 - w)
                     for node in range(nodes):
                         for lane in range(U(LANES)):
-                            entries[w, node, lane] = table[w, U(top[lane]) * nodes + node, lane]
-            _weigh(entries, old, slope[:, j], metric[j, j], share, room, costs)
+                            entries[w, node, lane] = codebook[w, U(top[lane]) * nodes + node, lane]
+            _weigh(entries, old, slope[:, j], hessian[j, j], share, room, costs)
             _best_paths(costs, room, new)
             for lane in range(U(LANES)):
                 new[lane] = old[lane] + free[j, lane] * (new[lane] - old[lane])
                 path[j, lane] = (top[lane] << below) + new[lane]
-            _tell(entries, old, new, slope, metric, j)
+            _tell(entries, old, new, slope, hessian, j)
         codes[here] = path[:, :filled].T
-        for w in range(widths):
+        for w in range(levels):
             gradient[w, here] = slope[w, :, :filled].T
 
 
@@ -140,34 +146,34 @@ class Descent:
     """Choose the paths of blocks of columns anew, one column after another.
 
     Args:
-        tables: width -> [N, 2**width], for W consecutive widths up to the parent's.
+        codebooks: bits -> [N, 2**bits], for W consecutive numbers of bits up to the parent's.
         share: [W], what the error of each counts.
         kept: how many of a code's highest bits stay.
     """
 
-    def __init__(self, tables: Mapping[int, Floats32], share: Floats32, kept: int) -> None:
+    def __init__(self, codebooks: Mapping[int, Floats32], share: Floats32, kept: int) -> None:
         self._share, self._kept = share, kept
         self._pool = ThreadPoolExecutor(torch.get_num_threads())  # its threads end with it
-        rows, entries = tables[max(tables)].shape
-        self._tables = np.zeros((len(tables), entries, rows), np.float32)
-        for w, bits in enumerate(sorted(tables)):
-            self._tables[w, : 2**bits] = tables[bits].T
+        rows, entries = codebooks[max(codebooks)].shape
+        self._codebooks = np.zeros((len(codebooks), entries, rows), np.float32)
+        for w, bits in enumerate(sorted(codebooks)):
+            self._codebooks[w, : 2**bits] = codebooks[bits].T
 
-    def __call__(self, codes: Integers, fixed: Flags, gradient: Floats32, metric: Floats32) -> None:
+    def __call__(self, codes: Integers, fixed: Flags, gradient: Floats32, hessian: Floats32) -> None:
         """Change codes in place.
 
         Args:
             codes: [N, B], parent codes.
             fixed: [N, B], weights that stay.
-            gradient: [W, N, B], half the gradient of each width's error; overwritten by the changes of the weights.
-            metric: [B, B].
+            gradient: [W, N, B], half the gradient of the error at each number of bits; overwritten by the changes of the weights.
+            hessian: [B, B].
         """
 
         def run(rows: slice) -> None:
-            of_rows = codes[rows], fixed[rows], self._tables[..., rows]
-            _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], metric)
+            of_rows = codes[rows], fixed[rows], self._codebooks[..., rows]
+            _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], hessian)
 
-        _in_threads(run, len(codes), self._pool)
+        in_threads(run, len(codes), torch.get_num_threads(), self._pool)
 
 
 @compiled
@@ -183,7 +189,7 @@ def gather_columns(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
     """Sum ``spread`` [K, D] over the columns with each code, for every row of ``codes`` [N, K]: float32 [N, entries, D]."""
     sums = torch.zeros(len(codes), entries, spread.shape[1])
     given, columns, result = codes.numpy(), spread.numpy(), sums.numpy()
-    _in_threads(lambda rows: _gather_rows(given[rows], columns, result[rows]), len(codes))
+    in_threads(lambda rows: _gather_rows(given[rows], columns, result[rows]), len(codes), torch.get_num_threads())
     return sums
 
 
@@ -192,7 +198,7 @@ def _split_rows(
     codes: Integers,
     targets: Floats32,
     weight: Floats32,
-    table: Floats32,
+    codebook: Floats32,
     zeros: Flags,
     steps: int,
     new: Integers,
@@ -201,7 +207,7 @@ def _split_rows(
     sums = np.zeros((3, found.shape[1]), np.float32)
     mass, total, held = sums[0], sums[1], sums[2]
     for r in range(U(codes.shape[0])):
-        border = table[r].copy()
+        border = codebook[r].copy()
         held[:] = 0
         for k in range(U(codes.shape[1])):
             if zeros[r, k]:
@@ -215,14 +221,14 @@ def _split_rows(
                 mass[code] += weight[k]
                 total[code] += weight[k] * targets[r, k]
             for c in range(U(len(mass))):
-                mean = total[c] / mass[c] if mass[c] > 0 else table[r, c >> U(1)]
+                mean = total[c] / mass[c] if mass[c] > 0 else codebook[r, c >> U(1)]
                 found[r, c] = np.float32(0) if held[c] > 0 else mean
             for c in range(U(len(border))):
                 border[c] = (found[r, c + c] + found[r, c + c + U(1)]) / np.float32(2)
 
 
 def split_cells(
-    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor, steps: int
+    codes: Tensor, targets: Tensor, weight: Tensor, codebook: Tensor, zeros: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Halve every cell of every row by two-means.
 
@@ -230,27 +236,19 @@ def split_cells(
         codes: int64 [N, K].
         targets: float32 [N, K].
         weight: float32 [K], what the error of a column counts.
-        table: float32 [N, C], the first borders.
+        codebook: float32 [N, C], the first borders.
         zeros: bool [N, K], weights that stay in the lower half of their cell, whose entry is 0.
         steps: of two-means, 1 or more.
 
     Returns:
-        The new codes [N, K], and the means of the halves [N, 2 * C]; that of an empty one is as in ``table``.
+        The new codes [N, K], and the means of the halves [N, 2 * C]; that of an empty one is as in ``codebook``.
     """
-    new, found = torch.empty_like(codes), torch.empty(len(table), 2 * table.shape[1])
-    old, wanted, borders, fixed = (t.contiguous().numpy() for t in (codes, targets, table, zeros))
+    new, found = torch.empty_like(codes), torch.empty(len(codebook), 2 * codebook.shape[1])
+    old, wanted, borders, fixed = (t.contiguous().numpy() for t in (codes, targets, codebook, zeros))
     columns, halves, means = weight.contiguous().numpy(), new.numpy(), found.numpy()
 
     def run(rows: slice) -> None:
         _split_rows(old[rows], wanted[rows], columns, borders[rows], fixed[rows], steps, halves[rows], means[rows])
 
-    _in_threads(run, len(codes))
+    in_threads(run, len(codes), torch.get_num_threads())
     return new, found
-
-
-def _in_threads(work: Callable[[slice], None], rows: int, pool: ThreadPoolExecutor | None = None) -> None:
-    """Spread rows over torch's number of threads; no result depends on it."""
-    threads = torch.get_num_threads()
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    with nullcontext(pool) if pool else ThreadPoolExecutor(threads) as chosen:
-        list(chosen.map(work, map(slice, bounds[:-1], bounds[1:])))

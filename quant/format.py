@@ -49,13 +49,24 @@ class Codes:
         largest: within that error of 1/256 of the largest), else float32.
         """
         dtype = torch.float16 if all(map(_fits_half, self.codebooks.values())) else torch.float32
-        return replace(self, codebooks={bits: book.to(dtype) for bits, book in self.codebooks.items()})
+        return replace(self, codebooks={bits: codebook.to(dtype) for bits, codebook in self.codebooks.items()})
 
 
 def _fits_half(codebook: Tensor) -> bool:
     error = (codebook.half().float() - codebook).abs()
     scale = codebook.abs().amax(dim=1, keepdim=True)
     return bool((error <= torch.maximum(codebook.abs(), 2.0**-8 * scale) * 2.0**-10).all())
+
+
+def split_planes(planes: Tensor, shape: PackedShape) -> dict[str, Tensor]:
+    """Copy planes, one after another along the first dimension, into tensors by their stored names."""
+    tensors = {"weight": planes[: shape.seed_bits].clone()}  # a view would keep the other planes' storage alive
+    return tensors | {f"plane_{bits}": planes[bits - 1].clone() for bits in shape.widths[1:]}
+
+
+def join_planes(tensors: Mapping[str, Tensor], seed: int, bits: int) -> list[Tensor]:
+    """Return the first planes of a stored matrix, ``bits`` of them, most significant first."""
+    return [*tensors["weight"][:bits].unbind(0), *(tensors[f"plane_{b}"] for b in range(seed + 1, bits + 1))]
 
 
 def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:
@@ -71,9 +82,7 @@ def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, d
     seed, parent = min(codebooks), max(codebooks)
     stored = Codes(codes, codebooks).as_stored().codebooks
     shape = PackedShape(codes.shape[0], codes.shape[1], seed, parent, str(stored[seed].dtype).removeprefix("torch."))
-    planes = pack_planes(codes, parent)
-    tensors = {"weight": planes[:seed].contiguous()}
-    tensors |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
+    tensors = split_planes(pack_planes(codes, parent), shape)
     return shape, tensors | {f"codebook_{bits}": stored[bits] for bits in shape.widths}
 
 
@@ -128,8 +137,8 @@ def _sparse_form(
 ) -> tuple[SparseShape, dict[str, Tensor]]:
     """Build the survivors' planes, the mask, and codebooks whose entry 0 is that of the pruned weights.
 
-    Codes of a row are renumbered by exclusive or with its zero code: that keeps every width's code the top bits
-    of the parent's, and lets a reader fill in zeros.
+    Codes of a row are renumbered by exclusive or with its zero code: the b-bit code stays the top b bits of the parent's, and
+    a reader fills in zeros.
     """
     first = zero.byte().argmax(dim=1).to(torch.uint8)  # 0 for rows without a zero code, which stay as they are
     codes = (codes ^ first[:, None]).view(-1)
@@ -138,9 +147,7 @@ def _sparse_form(
     low = _gap_bits(gaps)
     unary = _unary(gaps, low)
     found = SparseShape(**vars(shape), survivors=kept.numel(), gap_bits=low, mask_bits=unary.numel())
-    planes = _pack_row(kept, shape.parent_bits)
-    sparse = {"weight": planes[: shape.seed_bits].contiguous()}
-    sparse |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
+    sparse = split_planes(_pack_row(kept, shape.parent_bits), shape)
     for bits in shape.widths:
         moved = torch.arange(2**bits) ^ (first >> (shape.parent_bits - bits)).long()[:, None]
         sparse[f"codebook_{bits}"] = tensors[f"codebook_{bits}"].gather(1, moved)
@@ -210,7 +217,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
 
     Args:
         name: of the module, for messages.
-        shape: as recorded, with the width that was read as ``parent_bits``.
+        shape: as recorded, with the number of bits that was read as ``parent_bits``.
         tensors: as :meth:`SparseShape.specification` says.
 
     Returns:
@@ -219,8 +226,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
     Raises:
         CompressError: the mask is not that of so many survivors in a matrix of this size.
     """
-    extra = [tensors[f"plane_{bits}"] for bits in shape.widths[1:]]
-    survivors = _unpack_row([*tensors["weight"].unbind(0), *extra], shape.survivors)
+    survivors = _unpack_row(join_planes(tensors, shape.seed_bits, shape.parent_bits), shape.survivors)
     codes = torch.zeros(shape.out_features * shape.in_features, dtype=torch.uint8, device=survivors.device)
     done = 0
     for places in _places(shape, tensors):
@@ -236,9 +242,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
             "weights; the checkpoint is damaged: fetch or write it again."
         )
     planes = pack_planes(codes.view(shape.out_features, shape.in_features), shape.parent_bits)
-    dense = {"weight": planes[: shape.seed_bits].clone()}  # a view would keep the higher planes' storage alive
-    dense |= {f"plane_{bits}": planes[bits - 1].clone() for bits in shape.widths[1:]}
-    return dense | {f"codebook_{bits}": tensors[f"codebook_{bits}"] for bits in shape.widths}
+    return split_planes(planes, shape) | {f"codebook_{bits}": tensors[f"codebook_{bits}"] for bits in shape.widths}
 
 
 def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:

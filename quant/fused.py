@@ -1,67 +1,22 @@
 """Packed linears of one input, launched together on a GPU: query, key and value; gate and up.
 
-Their layouts are put one behind the other, and each holds its part as a view, so nothing is there twice. The first of a group
-multiplies by all of it and leaves the others' results for them; one that is called with another input, or at another
-width, computes its own.
+Their layouts are put one behind the other, and each holds its part as a view, so nothing is there twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from compress.kernels.bitplane import tiled_linear
 from compress.kernels.layout import ROWS, Tiled
-
-if TYPE_CHECKING:
-    from compress.quant.linear import BitPlaneLinear
-
-
-class Group:
-    """Layers that multiply the same input.
-
-    Args:
-        members: in the order in which they are called.
-    """
-
-    def __init__(self, members: Sequence[BitPlaneLinear]) -> None:
-        self.members = list(members)
-        self._sizes = [member.out_features for member in members]
-        self._tiled = _behind_each_other([member.tiled() for member in members])
-        biases: list[Tensor] = [member.bias for member in members if member.bias is not None]
-        self._bias = torch.cat(biases) if biases else None
-        self._waiting: tuple[Tensor, tuple[Tensor, ...]] | None = None
-        for member, part in zip(members, _views(self._tiled, [member.tiled() for member in members]), strict=True):
-            member.share(part, self)
-
-    def take(self, member: BitPlaneLinear, x: Tensor) -> Tensor | None:
-        """The member's product, [..., N], or None if it has to compute its own."""
-        if member is self.members[0]:
-            if any(other.bits != member.bits or other.keep_dense for other in self.members):
-                return None
-            parts = torch.split(tiled_linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
-            self._waiting = x, parts
-            return parts[0]
-        waiting = self._waiting
-        if waiting is None or waiting[0] is not x:
-            return None
-        if member is self.members[-1]:
-            self._waiting = None  # the memory is wanted elsewhere
-        place = next(place for place, other in enumerate(self.members) if other is member)
-        return waiting[1][place]
-
-    def part(self) -> None:
-        """Let every member go its own way, for good; each holds what it held."""
-        for member in self.members:
-            member.leave()
-        self._waiting = None
+from compress.quant.linear import BitPlaneLinear, Group
 
 
 def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
-    """One layout of all rows; each matrix but the last has whole tiles."""
+    """Make one layout of all rows; each matrix but the last has whole tiles."""
     first = tiles[0]
     return Tiled(
         sum(tiled.rows for tiled in tiles),
@@ -75,7 +30,7 @@ def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
 
 
 def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
-    """The parts of a joined layout."""
+    """Return the parts of a joined layout."""
     found, start = [], 0
     for tiled in tiles:
         count = tiled.codes.shape[1]
@@ -90,7 +45,7 @@ def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
 
 
 def _alike(members: Sequence[BitPlaneLinear]) -> bool:
-    """Whether layers can be put behind each other."""
+    """Tell whether layers can be put behind each other."""
     first = members[0]
     whole = all(member.out_features % ROWS == 0 for member in members[:-1])
     same = all(
@@ -113,7 +68,7 @@ def join(modules: Mapping[str, BitPlaneLinear], together: Sequence[Sequence[str]
         together: names of the members of each kind of group, relative to a block, in the order of their calls.
 
     Returns:
-        How many groups there are.
+        The number of groups.
     """
     made = 0
     for names in together:
@@ -123,6 +78,10 @@ def join(modules: Mapping[str, BitPlaneLinear], together: Sequence[Sequence[str]
             prefix = name.removesuffix(names[0])
             members = [modules[prefix + other] for other in names if prefix + other in modules]
             if len(members) == len(names) and all(member.is_tiled for member in members) and _alike(members):
-                Group(members)
+                tiles = [member.tiled() for member in members]
+                joined = _behind_each_other(tiles)
+                group = Group(members, joined)
+                for member, part in zip(members, _views(joined, tiles), strict=True):
+                    member.share(part, group)
                 made += 1
     return made

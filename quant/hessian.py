@@ -1,4 +1,4 @@
-"""A layer's metric, ``H``: the mean of ``x x^T`` over its inputs, multiplied fast.
+"""Fast products with a layer's Hessian, ``H``: the mean of ``x x^T`` over its inputs.
 
 Its few largest directions are those on which the errors of a good rounding cancel, so they need float32. What they leave does not:
 in bfloat16 it takes less than half the time, and the errors reached are the same (``tests/quant/test_hessian.py``).
@@ -18,18 +18,15 @@ _LEADING = 16  # directions in float32, and those that least-squares fits are pr
 
 def product_dtype(device: torch.device, size: int) -> torch.dtype:
     """Return bfloat16 where the device multiplies it in hardware and K is large enough to gain, else float32."""
-    if size < _LARGE:
-        return torch.float32
+    fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # newer versions of torch
         fast = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast and size >= _LARGE else torch.float32
 
 
-class Metric:
+class Hessian:
     """Split a symmetric positive definite matrix into ``U U^T`` and the rest, to multiply by it fast.
 
     Args:
@@ -51,7 +48,7 @@ class Metric:
     def times(
         self, values: Tensor, leading: Tensor | None = None, buffers: Buffers | None = None, name: str = "times"
     ) -> Tensor:
-        """Multiply by the metric, float32 [N, K].
+        """Multiply by the Hessian, float32 [N, K].
 
         Args:
             values: [N, K], float32 or of the dtype of ``rest``.
@@ -82,24 +79,24 @@ class Buffers:
 
 
 class Follower:
-    """Keep gradients up to date during a sweep over blocks of columns, by one and a half products with the metric in all.
+    """Keep gradients up to date during a sweep over blocks of columns, by one and a half products with the Hessian in all.
 
     For every block in order, :meth:`enter` adds to its gradients what was changed in all columns before the sweep and in the
     blocks swept so far, and :meth:`leave` takes note of what the sweep has changed in it. :meth:`finish` then adds to every
     block's gradients what was changed in that block and in those after it.
 
     Args:
-        metric: of [K, K].
-        gradients: float32 [N, K] each, as before ``changes``; changed.
-        changes: [W, N, K] of the dtype of the metric's rest, what has been added to all columns; changed.
+        hessian: of [K, K].
+        gradients: W of float32 [N, K], as before ``changes``; changed.
+        changes: [W, N, K] of the dtype of the Hessian's rest, what has been added to all columns; changed.
         leading: float32 [W, N, 16], ``changes @ U``; changed.
         buffers: whose memory to use.
     """
 
     def __init__(
-        self, metric: Metric, gradients: Sequence[Tensor], changes: Tensor, leading: Tensor, buffers: Buffers
+        self, hessian: Hessian, gradients: Sequence[Tensor], changes: Tensor, leading: Tensor, buffers: Buffers
     ) -> None:
-        self.metric, self.gradients, self._leading = metric, gradients, leading
+        self.hessian, self.gradients, self._leading = hessian, gradients, leading
         self._all = changes.flatten(0, 1)
         self._swept = buffers("swept", *self._all.shape, dtype=changes.dtype)
         self._entered: list[tuple[slice, Tensor]] = []
@@ -112,7 +109,7 @@ class Follower:
 
     def leave(self, part: slice, change: Tensor) -> None:
         """Take note that ``change``, float32 [W, N, B], has been added to the block's columns."""
-        self._leading.baddbmm_(change, self.metric.leading[part].expand(len(change), -1, -1))
+        self._leading.baddbmm_(change, self.hessian.leading[part].expand(len(change), -1, -1))
         self._swept[:, part] = change.flatten(0, 1)
         self._all[:, part] += self._swept[:, part]
 
@@ -122,29 +119,29 @@ class Follower:
             self._add(part, self._swept, slice(part.start, None), self._leading - leading)
 
     def _add(self, part: slice, changes: Tensor, changed: slice, leading: Tensor) -> None:
-        rest = changes[:, changed] @ self.metric.rest[part, changed].t()  # symmetric
+        rest = changes[:, changed] @ self.hessian.rest[part, changed].t()  # symmetric
         for gradient, by, of in zip(self.gradients, rest.view(*leading.shape[:2], -1), leading, strict=True):
-            gradient[:, part].addmm_(of, self.metric.leading[part].t()).add_(by)
+            gradient[:, part].addmm_(of, self.hessian.leading[part].t()).add_(by)
 
 
-def leading_directions(metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Split a metric into ``U U^T``, its largest part by subspace iteration (Nyström), and the diagonal of what remains.
+def leading_directions(hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Split a Hessian into ``U U^T``, its largest part by subspace iteration (Nyström), and the diagonal of what remains.
 
     Args:
-        metric: float32 [K, K], symmetric and positive definite.
+        hessian: float32 [K, K], symmetric and positive definite.
         rank: columns of ``U``, K at most.
 
     Returns:
         float32 [K, rank] and [K], positive.
     """
-    start = torch.randn(len(metric), min(rank, len(metric)), generator=torch.Generator().manual_seed(0))
-    basis = start.to(metric.device)
+    start = torch.randn(len(hessian), min(rank, len(hessian)), generator=torch.Generator().manual_seed(0))
+    basis = start.to(hessian.device)
     for _ in range(2):
-        basis = torch.linalg.qr(metric @ basis).Q
-    image = metric @ basis
+        basis = torch.linalg.qr(hessian @ basis).Q
+    image = hessian @ basis
     inner = (basis.t() @ image).double()
     inner.diagonal().add_(1e-5 * inner.diagonal().max())  # what float32 leaves uncertain
     factor = torch.linalg.cholesky(inner).float()
     leading = torch.linalg.solve_triangular(factor, image.t(), upper=False).t()
-    diagonal = metric.diagonal()
+    diagonal = hessian.diagonal()
     return leading, (diagonal - leading.square().sum(1)).clamp_min(1e-4 * diagonal.mean())

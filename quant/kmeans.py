@@ -1,4 +1,4 @@
-"""Weighted one-dimensional k-means per output row, as a tree of codebooks nested over bit widths.
+"""Weighted one-dimensional k-means per output row, as a tree of codebooks nested over numbers of bits.
 
 The seed codebook is (near) optimal by dynamic programming, and each further bit splits every cell at its exact best
 point: the incremental upscaling of Any-Precision LLM (Park et al., arXiv 2402.10517, section 3.2) with the two
@@ -8,21 +8,28 @@ step is optimal; the whole tree is not, as a worse seed can by chance have the b
 Nothing here is random and no sum is shared between rows, so results do not depend on the number of threads.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from compress.quant.format import Codes
-from compress.quant.kmeans_seed import Floats, Scratch, allocate_scratch, compiled, distinct_values, seed_row, sort_row
+from compress.quant.kmeans_seed import (
+    Floats,
+    Scratch,
+    allocate_scratch,
+    compiled,
+    distinct_values,
+    in_threads,
+    seed_row,
+    sort_row,
+)
 
 MAX_BITS = 8
 
 
 @compiled
 def _mean(x: Floats, w: Floats, a: int, b: int) -> tuple[float, float]:
-    """(mean, mass) of the points a..b, summed relative to one of them so that it is exact for a single point."""
+    """Return (mean, mass) of the points a..b, summed relative to one of them: exact for a single point."""
     reference = x[(a + b) // 2]
     # Two chains each: a sum waits for the latency of its addition, and the compiler may not reorder floats.
     s0 = t0 = s1 = t1 = 0.0
@@ -40,7 +47,7 @@ def _mean(x: Floats, w: Floats, a: int, b: int) -> tuple[float, float]:
 
 @compiled
 def _best_split(x: Floats, w: Floats, a: int, b: int, mean: float, mass: float) -> int:
-    """The border in a < i < b that minimises the two parts' squared error; b if there is none.
+    """Find the border in a < i < b that minimises the two parts' squared error; b if there is none.
 
     With S1 the left part's sum of w (x - mean), splitting saves S1^2 (1/left + 1/right), left and right the parts'
     masses. Ratios are compared crosswise, as a division per point would dominate.
@@ -71,7 +78,7 @@ def _best_split(x: Floats, w: Floats, a: int, b: int, mean: float, mass: float) 
 
 @compiled
 def _split_zero_cell(x: Floats, w: Floats, a: int, b: int, zero: int) -> tuple[int, bool]:
-    """Best border of the cell a..b whose part with the zeros stays centred on 0, and whether that part is the upper.
+    """Find the best border of the cell a..b whose part with the zeros stays centred on 0, and whether that part is the upper.
 
     Cutting off a part saves S1^2 / S0 of that part. Without anything to cut, the border is b.
     """
@@ -100,7 +107,7 @@ def _split_zero_cell(x: Floats, w: Floats, a: int, b: int, zero: int) -> tuple[i
 
 @compiled
 def _set_centroids(cells: int, zero_cell: int, scratch: Scratch) -> None:
-    """Centroids of the cells with members; the others keep what they inherited."""
+    """Set the centroids of the cells with members; the others keep what they inherited."""
     for c in range(cells):
         a, b = scratch.borders[c], scratch.borders[c + 1]
         if c == zero_cell:
@@ -111,7 +118,7 @@ def _set_centroids(cells: int, zero_cell: int, scratch: Scratch) -> None:
 
 @compiled
 def _split_cells(cells: int, zero: int, zero_cell: int, scratch: Scratch) -> int:
-    """Replace cell c by its children 2c and 2c + 1, in place; returns the zeros' new cell."""
+    """Replace cell c by its children 2c and 2c + 1, in place; return the zeros' new cell."""
     x, w, borders, centroids = scratch.x, scratch.w, scratch.borders, scratch.centroids
     new_zero_cell = -1
     borders[2 * cells] = borders[cells]
@@ -135,9 +142,9 @@ def _nest_rows(
     parent_bits: int,
     keep_zeros: bool,
     codes: NDArray[np.uint8],
-    tables: NDArray[np.float32],
+    codebooks: NDArray[np.float32],
 ) -> None:
-    """All rows of one chunk; the b-bit codebook goes to columns 2**b - 2**seed .. of tables.
+    """Cluster all rows of one chunk; the b-bit codebook goes to columns 2**b - 2**seed .. of ``codebooks``.
 
     sensitivity has either as many rows as weight or a single one for all.
     """
@@ -157,26 +164,23 @@ def _nest_rows(
                 cells *= 2
                 _set_centroids(cells, zero_cell, scratch)
             for c in range(cells):
-                tables[r, cells - 2**seed_bits + c] = scratch.centroids[c]
+                codebooks[r, cells - 2**seed_bits + c] = scratch.centroids[c]
         for c in range(cells):
             for i in range(scratch.start[borders[c]], scratch.start[borders[c + 1]]):
                 codes[r, order[i] & np.uint64(0xFFFFFFFF)] = c
 
 
-@compiled
-def _first_bad_row(values: NDArray[np.float32], lowest: float) -> int:
-    """Index of the first row with a value that is not finite or is below `lowest`; -1 if there is none."""
-    for r in range(values.shape[0]):
-        for value in values[r]:
-            if not (lowest <= value and value < np.inf):
-                return r
-    return -1
+def _refuse_rows(good: NDArray[np.bool_], what: str) -> None:
+    """Refuse a matrix, naming its first row that is not all good."""
+    bad = ~good.all(1)
+    if bad.any():
+        raise ValueError(what.format(bad.argmax()))
 
 
 def _checked(
     weight: NDArray[np.float32], sensitivity: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Contiguous weight [N, K] and sensitivity ([N, K], or [1, K] of ones for None), or a named error."""
+    """Return weight [N, K] and sensitivity ([N, K], or [1, K] of ones for None) contiguous, or refuse them."""
     if weight.ndim != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight must be [N, K] with K >= 1, got shape {weight.shape}")
     if sensitivity is None:
@@ -186,12 +190,10 @@ def _checked(
     if weight.dtype != np.float32 or sensitivity.dtype != np.float32:
         raise TypeError(f"weight and sensitivity must be float32, got {weight.dtype} and {sensitivity.dtype}")
     weight, sensitivity = np.ascontiguousarray(weight), np.ascontiguousarray(sensitivity)
-    row = _first_bad_row(weight, float(np.finfo(np.float32).min))
-    if row >= 0:
-        raise ValueError(f"weight row {row} has a value that is not finite")
-    row = _first_bad_row(sensitivity, 0.0)
-    if row >= 0:
-        raise ValueError(f"sensitivity row {row} has a value that is negative or not finite")
+    _refuse_rows(np.isfinite(weight), "weight row {} has a value that is not finite")
+    _refuse_rows(
+        (sensitivity >= 0) & (sensitivity < np.inf), "sensitivity row {} has a value that is negative or not finite"
+    )
     return weight, sensitivity
 
 
@@ -212,7 +214,7 @@ def nested_codebooks(
 
     weight: float32 [N, K], finite. sensitivity: float32 [N, K], finite and not negative, or None for all ones; zeros
     count as 1e-6 of the row's mean, and a row of nothing but zeros as ones. keep_zeros: represent the exact zeros of
-    a row by exactly 0.0 at every width (their cell's centroid is 0.0 instead of its mean). threads: rows are spread
+    a row by exactly 0.0 at every number of bits (their cell's centroid is 0.0 instead of its mean). threads: rows are spread
     over this many threads in contiguous chunks; the result does not depend on it.
 
     Returns codes uint8 [N, K] and codebooks float32 [N, 2**b] for b = seed_bits..parent_bits, ascending (not strictly)
@@ -228,27 +230,12 @@ def nested_codebooks(
     weight, sensitivity = _checked(weight, sensitivity)
     rows = weight.shape[0]
     codes = np.empty(weight.shape, np.uint8)
-    tables = np.empty((rows, 2 ** (parent_bits + 1) - 2**seed_bits), np.float32)
+    codebooks = np.empty((rows, 2 ** (parent_bits + 1) - 2**seed_bits), np.float32)
 
-    def run(first: int, last: int) -> None:
-        part = slice(first, last)
+    def run(part: slice) -> None:
         f = sensitivity[part] if sensitivity.shape[0] == rows else sensitivity
-        _nest_rows(weight[part], f, seed_bits, parent_bits, keep_zeros, codes[part], tables[part])
+        _nest_rows(weight[part], f, seed_bits, parent_bits, keep_zeros, codes[part], codebooks[part])
 
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, bounds[:-1], bounds[1:]))
-    offset = 2**seed_bits
-    parts = {b: tables[:, 2**b - offset : 2 ** (b + 1) - offset].copy() for b in range(seed_bits, parent_bits + 1)}
-    return Codes(torch.from_numpy(codes), {b: torch.from_numpy(part) for b, part in parts.items()})
-
-
-def kmeans_codebook(
-    weight: NDArray[np.float32],
-    sensitivity: NDArray[np.float32] | None,
-    bits: int,
-    keep_zeros: bool = False,
-    threads: int = 1,
-) -> Codes:
-    """Codes and codebook of a single width: `nested_codebooks` whose seed is its parent. Same arguments and errors."""
-    return nested_codebooks(weight, sensitivity, bits, bits, keep_zeros, threads)
+    in_threads(run, rows, threads)
+    parts = np.split(codebooks, [2**b - 2**seed_bits for b in range(seed_bits + 1, parent_bits + 1)], axis=1)
+    return Codes(torch.from_numpy(codes), {b: torch.from_numpy(part.copy()) for b, part in enumerate(parts, seed_bits)})

@@ -1,4 +1,4 @@
-"""Sorting of a row and the best weighted one-dimensional k-means of it: the kernels behind `kmeans`.
+"""Sorting of a row and the best weighted one-dimensional k-means of it: the loops behind `kmeans`.
 
 A row's distinct values are sorted, so that a cell is an interval of them and its weighted squared error follows from
 prefix sums. The best cells are found by dynamic programming over candidate borders: all of them where the row has
@@ -6,6 +6,8 @@ few distinct values (the exact optimum), else a choice that adapts to the row's 
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -25,12 +27,19 @@ ROUNDING = 1e-15  # a few units of fp64 rounding: costs below it, relative to th
 
 
 def compiled(function: _Function) -> _Function:
-    """Compile with numba; keeps the function's type, which numba's untyped decorator would lose."""
+    """Compile with numba, and keep the function's type, which numba's untyped decorator would lose."""
     return cast(_Function, njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
+def in_threads(work: Callable[[slice], None], rows: int, threads: int, pool: ThreadPoolExecutor | None = None) -> None:
+    """Spread rows over threads in contiguous parts; no result depends on their number."""
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    with nullcontext(pool) if pool else ThreadPoolExecutor(threads) as chosen:
+        list(chosen.map(work, map(slice, bounds[:-1], bounds[1:])))
+
+
 class Scratch(NamedTuple):
-    """Buffers of one thread for rows of K weights, M candidate borders at most and k seed cells."""
+    """Hold the buffers of one thread for rows of K weights, M candidate borders at most and k seed cells."""
 
     order: NDArray[np.uint64]  # [K] sort key in the upper half, column in the lower half
     swap: NDArray[np.uint64]  # [K]
@@ -54,7 +63,7 @@ class Scratch(NamedTuple):
 
 @compiled
 def allocate_scratch(columns: int, seed_cells: int, parent_cells: int) -> Scratch:
-    """Buffers for rows of ``columns`` weights."""
+    """Allocate the buffers for rows of ``columns`` weights."""
     limit = max(CANDIDATES, CANDIDATES_PER_CELL * seed_cells)
     m = limit + 2 * END_CANDIDATES + 8
     return Scratch(
@@ -81,7 +90,7 @@ def allocate_scratch(columns: int, seed_cells: int, parent_cells: int) -> Scratc
 
 @compiled
 def sort_row(row: NDArray[np.float32], scratch: Scratch) -> NDArray[np.uint64]:
-    """Least-significant-digit radix sort; returns the buffer that holds (key << 32) | column, ascending."""
+    """Sort by the least significant digit first (radix); return the buffer that holds (key << 32) | column, ascending."""
     bits = row.view(np.uint32)
     source, target, counts = scratch.order, scratch.swap, scratch.counts
     mask = np.uint64(2047)
@@ -116,7 +125,7 @@ def sort_row(row: NDArray[np.float32], scratch: Scratch) -> NDArray[np.uint64]:
 def _floor_and_scale(
     row: NDArray[np.float32], sensitivity: NDArray[np.float32], keep_zeros: bool
 ) -> tuple[float, float]:
-    """(floor, scale) such that `floor + scale * F` is a positive weight of mean about one."""
+    """Return (floor, scale) such that `floor + scale * F` is a positive weight of mean about one."""
     total = 0.0
     count = 0
     for i in range(row.size):
@@ -128,7 +137,7 @@ def _floor_and_scale(
 
 @compiled
 def _points_up_to(x: Floats, count: int, value: float) -> int:
-    """How many of the ascending x[:count] are <= value."""
+    """Count how many of the ascending x[:count] are <= value."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -147,9 +156,9 @@ def distinct_values(
     keep_zeros: bool,
     scratch: Scratch,
 ) -> tuple[int, int]:
-    """Merge equal values into one point each; returns their number and the index of a zero to keep, or -1.
+    """Merge equal values into one point each; return their number and the index of a zero to keep, or -1.
 
-    Merging is what guarantees that equal weights share a code at every width.
+    Merging is what guarantees that equal weights share a code at every number of bits.
     """
     x, w, start = scratch.x, scratch.w, scratch.start
     floor, scale = _floor_and_scale(row, sensitivity, keep_zeros)
@@ -177,7 +186,7 @@ def distinct_values(
 
 @compiled
 def _prefix_sums(x: Floats, w: Floats, count: int, pivot: int, prefix: Floats) -> None:
-    """Prefix sums of w, w d and w d^2 with d = x - x[pivot], zero at the pivot and growing outwards.
+    """Compute prefix sums of w, w d and w d^2 with d = x - x[pivot], zero at the pivot and growing outwards.
 
     Outliers lie at the ends, so in this form they cannot swamp the sums of the cells between them and the pivot.
     """
@@ -205,7 +214,7 @@ def _prefix_sums(x: Floats, w: Floats, count: int, pivot: int, prefix: Floats) -
 
 @compiled
 def _cost(sums: Floats, a: int, b: int, noise: float) -> float:
-    """Weighted squared error of the cell between borders a < b around its own mean.
+    """Return the weighted squared error of the cell between borders a < b around its own mean.
 
     The difference cancels in a cell much narrower than its distance from the centre; what is left of a lone outlier
     would hide the cost of all other cells, so a result within the rounding of the prefix sums counts as zero.
@@ -219,7 +228,7 @@ def _cost(sums: Floats, a: int, b: int, noise: float) -> float:
 
 @compiled
 def _choose_candidates(count: int, zero: int, limit: int, scratch: Scratch) -> int:
-    """Fill scratch.candidates with ascending borders, 0 and count included; returns the number of intervals.
+    """Fill scratch.candidates with ascending borders, 0 and count included; return the number of intervals.
 
     Half are equally spaced in rank and half in the measure sum sqrt(gap sqrt(w)), near the density
     gap^(2/3) w^(1/3) of optimal borders (Panter and Dite 1951) but without its powers.
@@ -257,7 +266,7 @@ def _choose_candidates(count: int, zero: int, limit: int, scratch: Scratch) -> i
 
 @compiled
 def _best_origin(sums: Floats, before: Floats, i: int, low: int, high: int, noise: float) -> tuple[float, int]:
-    """Least before[j] + cost(j, i) over low <= j <= high, and the lowest j that attains it."""
+    """Find the least before[j] + cost(j, i) over low <= j <= high, and the lowest j that attains it."""
     best = np.inf
     origin = low
     for j in range(low, high + 1):
@@ -270,7 +279,7 @@ def _best_origin(sums: Floats, before: Floats, i: int, low: int, high: int, nois
 
 @compiled
 def _fill_layer(sums: Floats, table: Floats, origin: NDArray[np.int32], t: int, m: int, noise: float) -> None:
-    """Layer t of the table from layer t - 1, by divide and conquer on the monotone origin.
+    """Compute layer t of the table from layer t - 1, by divide and conquer on the monotone origin.
 
     Borders are visited in halving strides, so that each one's origin is bounded by its two visited neighbours'; it
     is also at least the origin with one cell fewer (Song and Zhong 2020, Ckmeans.1d.dp).
@@ -308,7 +317,7 @@ def _trace(origin: NDArray[np.int32], cells: int, end: int, borders: Indices) ->
 
 @compiled
 def _seed(cells: int, m: int, noise: float, scratch: Scratch) -> int:
-    """Best seed borders over the candidates; returns the number of cells used, at most one per interval."""
+    """Find the best seed borders over the candidates; return the number of cells used, at most one per interval."""
     used = min(cells, m)
     table, origin, borders = scratch.table[0], scratch.origin[0], scratch.borders
     for t in range(1, used):
@@ -325,7 +334,7 @@ def _seed(cells: int, m: int, noise: float, scratch: Scratch) -> int:
 
 @compiled
 def _best_zero_border(sums: Floats, table: Floats, cells: int, end: int) -> tuple[float, int]:
-    """Least cost of `cells` cells of their own followed by values up to border `end` that are mapped to zero."""
+    """Find the least cost of `cells` cells of their own followed by values up to border `end` that are mapped to zero."""
     if cells == 0:
         return sums[2, end] - sums[2, 0], 0
     best = np.inf
@@ -340,7 +349,7 @@ def _best_zero_border(sums: Floats, table: Floats, cells: int, end: int) -> tupl
 
 @compiled
 def _seed_around_zero(cells: int, m: int, zero: int, noise: float, scratch: Scratch) -> tuple[int, int]:
-    """Best seed borders when the cell that holds the zeros is centred on 0; returns (cells used, zero's cell).
+    """Find the best seed borders where the cell that holds the zeros is centred on 0; return (cells used, zero's cell).
 
     Needs sums centred on zero. Negatives and positives are solved apart for every number of cells, the positives
     from the right end; the cell of zeros takes what lies between.
@@ -419,7 +428,7 @@ def _lloyd(count: int, cells: int, centre: float, zero_cell: int, noise: float, 
 
 @compiled
 def seed_row(count: int, zero: int, cells: int, scratch: Scratch) -> tuple[int, int]:
-    """Set the seed borders of a row of `count` distinct values; returns (cells used, the zeros' cell or -1)."""
+    """Set the seed borders of a row of `count` distinct values; return (cells used, the zeros' cell or -1)."""
     limit = max(CANDIDATES, CANDIDATES_PER_CELL * cells)
     pivot = zero if zero >= 0 else count // 2
     prefix = scratch.prefix

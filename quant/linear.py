@@ -1,8 +1,8 @@
-"""A linear layer and an embedding held as bit planes, readable at any width from its seed to its parent."""
+"""A linear layer and an embedding held as bit planes, readable at any number of bits from its seed's to its parent's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -12,68 +12,33 @@ from torch import Tensor, nn
 from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linear, tiled_linear, tiled_weight
 from compress.kernels.layout import Tiled, head_for
-from compress.kernels.packing import pack_planes
-from compress.quant.fused import Group
+from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 
 
-def pack(codes: Tensor, codebooks: dict[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:
-    """Turn nested codes into the tensors of one checkpoint module.
-
-    Args:
-        codes: uint8 [N, K], parent codes.
-        codebooks: width -> float32 [N, 2**width], for every width from seed to parent.
-
-    Returns:
-        The shape record, and the tensors by their names under the module. Tables are stored as float16
-        where that keeps every entry within a relative error of 2**-10 (entries below 1/256 of their row's
-        largest: within that error of 1/256 of the largest), else as float32.
-    """
-    seed, parent = min(codebooks), max(codebooks)
-    exact = all(_fits_half(table) for table in codebooks.values())
-    dtype = "float16" if exact else "float32"
-    shape = PackedShape(codes.shape[0], codes.shape[1], seed, parent, dtype)
-    planes = pack_planes(codes, parent)
-    tensors = {"weight": planes[:seed].contiguous()}
-    tensors |= {f"plane_{bits}": planes[bits - 1].contiguous() for bits in shape.widths[1:]}
-    tensors |= {f"codebook_{bits}": codebooks[bits].to(getattr(torch, dtype)) for bits in shape.widths}
-    return shape, tensors
-
-
-def _fits_half(table: Tensor) -> bool:
-    error = (table.half().float() - table).abs()
-    scale = table.abs().amax(dim=1, keepdim=True)
-    return bool((error <= torch.maximum(table.abs(), 2.0**-8 * scale) * 2.0**-10).all())
-
-
 class _Packed(nn.Module):
-    """Buffers that bear the checkpoint's own names, and a width that is a plain attribute.
+    """Hold buffers that bear the checkpoint's own names; the number of bits in use is a plain attribute.
 
     Attributes:
         keep_dense: whether the looked-up weight is kept between calls, as large as the dense layer's; None keeps it
             only where nothing multiplies by the planes themselves.
-        exact: whether sums are of float32 products; if not, a CPU may round activations and table entries to
-            8 bits where no gradient is asked for and nothing is compiled, and the kernels of a GPU read 4-bit tables
-            with entries of 8 bits (:meth:`BitPlaneLinear.tiled`).
+        exact: whether sums are of float32 products; if not, a CPU may round activations and codebook entries to
+            8 bits where no gradient is asked for and nothing is compiled, and the kernels of a GPU read 4-bit codebooks
+            with entries of 8 bits.
     """
 
     def __init__(self, shape: PackedShape) -> None:
         super().__init__()
         self.keep_dense: bool | None = None
         self.exact = True
-        self.hold(
-            shape,
-            {
-                name: torch.empty(size, dtype=getattr(torch, kind))
-                for name, (size, kind) in shape.specification().items()
-            },
-        )
+        sizes = shape.specification().items()
+        self.hold(shape, {name: torch.empty(size, dtype=getattr(torch, kind)) for name, (size, kind) in sizes})
         self.bits = shape.parent_bits
 
     def hold(self, shape: PackedShape, tensors: Mapping[str, Tensor]) -> None:
         """Take other tensors, as ``shape.specification()`` describes them, in place of those there are.
 
-        The width in use stays. A shape of another form than the dense one is for loading only: its tensors have to
+        The number of bits in use stays. A shape of another form than the dense one is for loading only: its tensors have to
         be rebuilt before the module is called.
         """
         self.shape = shape
@@ -87,14 +52,14 @@ class _Packed(nn.Module):
 
     @property
     def bits(self) -> int:
-        """The width in use."""
+        """Return the number of bits in use; setting it refuses one that is not held."""
         return self._bits
 
     @bits.setter
     def bits(self, value: int) -> None:
         if not isinstance(value, int) or value not in self.shape.widths:
-            widths = self.shape.widths
-            raise ValueError(f"width {value} is not among the {widths[0]} to {widths[-1]} bits held in memory")
+            held = self.shape.widths
+            raise ValueError(f"{value} bits are not among the {held[0]} to {held[-1]} held in memory")
         self._bits = value
         self._forget()
 
@@ -103,25 +68,41 @@ class _Packed(nn.Module):
         self._dense = self._prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle derives its own: addresses mean nothing elsewhere."""
+        """Leave out what a copy or a pickle derives for itself: addresses mean nothing elsewhere."""
         return {**self.__dict__, "_dense": None, "_prepared": None, "_group": None}
 
     def planes(self) -> list[Tensor]:
-        """The planes of the width in use, most significant first, each int32 [N, ceil(K / 32)]."""
-        seed = self.shape.seed_bits
-        extra = [self.get_buffer(f"plane_{bits}") for bits in range(seed + 1, self.bits + 1)]
-        return [*self.get_buffer("weight")[: self.bits].unbind(0), *extra]
+        """Return the planes of the number of bits in use, most significant first, each int32 [N, ceil(K / 32)]."""
+        if self.is_tiled:
+            return list(self.tiled().canonical()[0][: self.bits])
+        return join_planes(dict(self.named_buffers()), self.shape.seed_bits, self.bits)
 
     def codebook(self) -> Tensor:
-        """The table of the width in use, [N, 2**bits]."""
-        return self.get_buffer(f"codebook_{self.bits}")
+        """Return the codebook of the number of bits in use, [N, 2**bits]."""
+        return self.tiled().codebook(self.bits) if self.is_tiled else self.get_buffer(f"codebook_{self.bits}")
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight at the width in use, [N, K]; float32 unless told otherwise. Nothing is kept."""
+        """Return the weight at the number of bits in use, [N, K], float32 unless told otherwise, and keep nothing."""
+        if self.is_tiled:
+            return tiled_weight(self.tiled(), self.bits, dtype or torch.float32)
         return dense_weight(self.planes(), self.codebook(), self.shape.in_features, dtype or torch.float32)
 
+    def tiled(self) -> Tiled:
+        """Return the layout of the GPU kernels; it must be there (:meth:`BitPlaneLinear.tile`)."""
+        named = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        shape, registers = self.shape, "tiled_registers_"
+        return Tiled(
+            shape.out_features,
+            shape.in_features,
+            head_for(shape.seed_bits),
+            named["tiled_codes"],
+            {bits: named[f"tiled_table_{bits}"] for bits in shape.widths},
+            {bits: named[registers + str(bits)] for bits in shape.widths if registers + str(bits) in named},
+            named.get("tiled_rounded"),
+        )
+
     def _kept_dense(self, dtype: torch.dtype) -> Tensor | None:
-        """The dense weight kept between calls: ``N * K`` values in the activations' dtype, or None."""
+        """Return the dense weight kept between calls, ``N * K`` values in the activations' dtype, or None."""
         keep = self.keep_dense
         if keep is None:
             keep = self.codebook().device.type != "cpu" or not cpu.built()
@@ -136,12 +117,12 @@ class _Packed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         self._forget()  # it would stay on the old device
         kinds = "codebook_", "tiled_table_", "tiled_rounded"
-        tables = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
+        codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
-            """Tables move but are never cast: ``model.to(torch.bfloat16)`` must not cost precision."""
+            """Move codebooks but never cast them: ``model.to(torch.bfloat16)`` must not cost precision."""
             result = fn(tensor)
-            if id(tensor) not in tables or result.dtype == tensor.dtype:
+            if id(tensor) not in codebooks or result.dtype == tensor.dtype:
                 return result
             return tensor.to(result.device)
 
@@ -157,7 +138,7 @@ class _Packed(nn.Module):
 
 
 class BitPlaneLinear(_Packed):
-    """A frozen linear layer of N outputs and K inputs in ``bits`` planes; stands in for ``nn.Linear``.
+    """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
     On a GPU that the kernels serve it holds their layout in place of the stored tensors, which are made again where they are
     asked for (``state_dict``, ``planes``, moving to another kind of device).
@@ -172,7 +153,7 @@ class BitPlaneLinear(_Packed):
 
     @property
     def exact(self) -> bool:
-        """As for every packed module. Setting it in the layout of the kernels parts a group (:func:`fused.join`)."""
+        """Tell whether sums are of float32 products; setting it in the layout of the kernels parts a group."""
         return self._exact
 
     @exact.setter
@@ -186,7 +167,7 @@ class BitPlaneLinear(_Packed):
             self._take(made)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in the dtype of ``x``; differentiable in ``x``."""
+        """Apply the layer: [..., K] to [..., N] in the dtype of ``x``, differentiable in ``x``."""
         if self.is_tiled and not self.keep_dense:
             shared = self._group.take(self, x) if self._group is not None else None
             return tiled_linear(x, self.tiled(), self.bits, self.bias) if shared is None else shared
@@ -202,34 +183,16 @@ class BitPlaneLinear(_Packed):
             y = packed_linear(x, tensors, None, self.out_features, self.in_features, self.bits, 0)
         return y if self.bias is None else y + self.bias
 
-    def tiled(self) -> Tiled:
-        """The layout of the GPU kernels; it must be there (:meth:`tile`)."""
-        named = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        tables = {bits: named[f"tiled_table_{bits}"] for bits in self.shape.widths}
-        registers = {
-            bits: named[f"tiled_registers_{bits}"] for bits in self.shape.widths if f"tiled_registers_{bits}" in named
-        }
-        head = head_for(self.shape.seed_bits)
-        return Tiled(
-            self.out_features,
-            self.in_features,
-            head,
-            named["tiled_codes"],
-            tables,
-            registers,
-            named.get("tiled_rounded"),
-        )
-
     def tile(self) -> None:
         """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""
         if self.is_tiled or self.shape.dense is not self.shape:  # one in the sparse form is not rebuilt yet
             return
         if not gpu.serves(self.get_buffer("weight").device):
             return
-        shape = self.shape
-        extra = [self.get_buffer(f"plane_{bits}") for bits in shape.widths[1:]]
-        books = {bits: self.get_buffer(f"codebook_{bits}") for bits in shape.widths}
-        self._take(Tiled.build([*self.get_buffer("weight").unbind(0), *extra], books, shape.in_features, self.exact))
+        shape, buffers = self.shape, dict(self.named_buffers())
+        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.widths}
+        planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
+        self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
@@ -248,10 +211,6 @@ class BitPlaneLinear(_Packed):
         self._take(part)
         self._group = group
 
-    def leave(self) -> None:
-        """Be alone again."""
-        self._group = None
-
     def _part(self) -> None:
         if self._group is not None:
             self._group.part()
@@ -263,26 +222,10 @@ class BitPlaneLinear(_Packed):
             self.hold(self.shape, self._stored())
 
     def _stored(self) -> dict[str, Tensor]:
-        """The checkpoint's tensors, made from the layout of the kernels, bit for bit."""
-        planes, books = self.tiled().canonical()
-        seed = self.shape.seed_bits
-        tensors = {"weight": planes[:seed].clone()}  # a view would keep the other planes
-        tensors |= {f"plane_{bits}": planes[bits - 1].clone() for bits in self.shape.widths[1:]}
-        return tensors | {f"codebook_{bits}": book for bits, book in books.items()}
-
-    def planes(self) -> list[Tensor]:
-        """The planes of the width in use, most significant first, each int32 [N, ceil(K / 32)]."""
-        return list(self.tiled().canonical()[0][: self.bits]) if self.is_tiled else super().planes()
-
-    def codebook(self) -> Tensor:
-        """The table of the width in use, [N, 2**bits]."""
-        return self.tiled().codebook(self.bits) if self.is_tiled else super().codebook()
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight at the width in use, [N, K]; float32 unless told otherwise. Nothing is kept."""
-        if self.is_tiled:
-            return tiled_weight(self.tiled(), self.bits, dtype or torch.float32)
-        return super().dense(dtype)
+        """Return the checkpoint's tensors, made from the layout of the kernels, bit for bit."""
+        planes, codebooks = self.tiled().canonical()
+        tensors = split_planes(planes, self.shape)
+        return tensors | {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         self._part()
@@ -303,10 +246,9 @@ class BitPlaneLinear(_Packed):
         self.tile()
 
     def _direct(self, x: Tensor) -> cpu.Prepared | None:
-        """The C library's view of this layer, where it may be called past the operator; else None.
+        """Return the C library's view of this layer, where it may be called past the operator; else None.
 
-        The operator's dispatch takes longer than a small layer's product. What it is there for, gradients and tracing, goes
-        through it.
+        The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
         """
         if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
             return None
@@ -326,8 +268,48 @@ class BitPlaneLinear(_Packed):
         return prepared
 
 
+class Group:
+    """Hold layers that multiply the same input, launched together on a GPU (:func:`compress.quant.fused.join`).
+
+    The first member multiplies by the layouts of all and leaves the others' results for them; a member that is called with
+    another input, or at another number of bits, computes its own.
+
+    Args:
+        members: in the order in which they are called.
+        tiled: their layouts, one behind the other.
+    """
+
+    def __init__(self, members: Sequence[BitPlaneLinear], tiled: Tiled) -> None:
+        self.members, self._tiled = list(members), tiled
+        self._sizes = [member.out_features for member in members]
+        biases: list[Tensor] = [member.bias for member in members if member.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._waiting: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def take(self, member: BitPlaneLinear, x: Tensor) -> Tensor | None:
+        """Return the member's product, [..., N], or None if it has to compute its own."""
+        if member is self.members[0]:
+            if any(other.bits != member.bits or other.keep_dense for other in self.members):
+                return None
+            parts = torch.split(tiled_linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
+            self._waiting = x, parts
+            return parts[0]
+        waiting = self._waiting
+        if waiting is None or waiting[0] is not x:
+            return None
+        if member is self.members[-1]:
+            self._waiting = None  # the memory is wanted elsewhere
+        return waiting[1][self.members.index(member)]
+
+    def part(self) -> None:
+        """Let every member go its own way, for good; each holds what it held."""
+        for member in self.members:
+            member._group = None
+        self._waiting = None
+
+
 class BitPlaneEmbedding(_Packed):
-    """A frozen embedding table of N rows and K values each; stands in for ``nn.Embedding``."""
+    """Stand in for ``nn.Embedding``: a frozen embedding of N rows and K values each."""
 
     def __init__(self, shape: PackedShape, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
         super().__init__(shape)
@@ -335,10 +317,9 @@ class BitPlaneEmbedding(_Packed):
         self.dtype, self.scale = dtype, scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [...] -> [..., K]: only the rows asked for are looked up."""
+        """Look up the rows of tokens, int64 [...] to [..., K], and no others."""
         rows = tokens.reshape(-1)
-        table = dense_weight(
-            [plane[rows] for plane in self.planes()], self.codebook()[rows], self.embedding_dim, self.dtype
-        )
+        planes = [plane[rows] for plane in self.planes()]
+        found = dense_weight(planes, self.codebook()[rows], self.embedding_dim, self.dtype)
         # The constant is rounded to the dtype first, as the dense module does.
-        return (table * torch.tensor(self.scale, dtype=self.dtype, device=table.device)).view(*tokens.shape, -1)
+        return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)

@@ -1,11 +1,11 @@
-"""Nested codes that minimise the error of a layer's output, ``(q - w) H (q - w)^T`` per row, at several widths at once.
+"""Nested codes that minimise the error of a layer's output, ``(q - w) H (q - w)^T`` per row, at several numbers of bits at once.
 
 Any-precision's own clustering minimises a sum of weighted squared errors, one per weight. Here errors of different
 weights of a row may cancel on the inputs that occur: ``H`` is the mean of ``x x^T`` over them. Given the codes, the
-best table of a row is a least-squares problem; given the tables, codes are improved one column at a time (coordinate
-descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one width). What is new is that a weight's whole path through the
-tree is chosen at once, against the sum of the errors of all widths: the b-bit code stays the top b bits of the
-parent's, and no width's choice is taken before another's. In the end the bits below each width are chosen once more.
+best codebook of a row is a least-squares problem; given the codebooks, codes are improved one column at a time (coordinate
+descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one number of bits). What is new is that a weight's whole path
+through the tree is chosen at once, against the sum of the errors at all numbers of bits: the b-bit code stays the top b bits
+of the parent's, and no bit is chosen before another. In the end the bits below each number of bits are chosen once more.
 
 Everything is torch on whole columns of rows, on any device, but for three compiled loops on a CPU; deterministic.
 """
@@ -23,26 +23,29 @@ from torch import Tensor
 
 from compress.quant.descent import Descent, gather_columns, split_cells
 from compress.quant.format import Codes
-from compress.quant.hessian import Buffers, Follower, Metric
+from compress.quant.hessian import Buffers, Follower, Hessian
 from compress.quant.kmeans import nested_codebooks
 
-CARRIED = 5  # widths up to here see the errors of the layers before; above, correcting for them adds more than it takes
-TOGETHER = 6  # widths up to here are optimised together; above, errors are so small that splitting cells suffices
-# An error shrinks about fourfold per bit. The objective sums those of all widths, each times 4**(power * bits), so that wide ones
-# count too: with power 1 all would count alike, with 0 nearly the narrowest alone. Powers fall from pass to pass. In the end
-# the bits below each width are chosen once more, with the codes of that width kept.
+CARRIED = (
+    5  # bits; up to here codes see the errors of the layers before; above, correcting for them adds more than it takes
+)
+TOGETHER = (
+    6  # bits; codebooks up to here are optimised together; above, errors are so small that splitting cells suffices
+)
+# An error shrinks about fourfold per bit. The objective sums the errors at all numbers of bits, each times 4**(power * bits), so
+# that many bits count too: with power 1 all would count alike, with 0 nearly the fewest bits alone. Powers fall from pass to pass.
+# In the end the bits below each number of bits are chosen once more, and the codes above are kept.
 _POWERS = ((0.5, 0.5), (0.25, 0.14))  # two sweeps, each with two passes over every block
 _POWERS_BELOW_3 = ((0.5, 0.5), (0.5, 0.28))  # an error at 2 bits is so large that others counted for too little
 _BELOW = 0.3
 _ROWS = 1024  # at a time on a CPU, whose cache then holds what is at hand
 _COLUMNS = 128  # in a block: the columns after it learn of its changes in matrix products, as in GPTQ
 _STEPS = 12  # of conjugate gradients at most
-# The last fit of a width stops where about this share of its error is left to gain; one step, which needs no product with the
-# metric, ends it. Before a sweep the tables take that step only: measured, a better fit is lost as soon as codes change.
+# The last fit of a codebook stops where about this share of its error is left to gain; one step, which needs no product with the
+# Hessian, ends it. Before a sweep codebooks take that step only: measured, a better fit is lost as soon as codes change.
 _NEAR = 4e-2
 _SAMPLED, _SAFE = 64, 0.9  # rows that tell how long a step is best, and how much of that is taken
 _SPLIT_STEPS = 3
-
 
 Choice = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -52,8 +55,8 @@ class Objective:
     """Name the errors that one pass over the columns lowers, and the part of every weight's path that it may choose.
 
     Attributes:
-        share: width -> what its error counts, for consecutive widths up to the parent's.
-        below: keep the codes of this width, so that only the bits under it are chosen; None to choose all.
+        share: bits -> what their error counts, for consecutive numbers of bits up to the parent's.
+        below: keep the codes of so many bits, and choose only the bits under them; None to choose all.
     """
 
     share: Mapping[int, float]
@@ -61,45 +64,42 @@ class Objective:
 
 
 class Tree:
-    """Hold the codes and tables of N rows that share one metric, and improve them.
+    """Hold the codes and codebooks of N rows that share one Hessian, and improve them.
 
     Args:
-        targets: width -> float32 [N, K], what the rows should be.
-        metric: of [K, K].
-        codes: integer [N, K], codes at the largest width of ``tables``.
-        tables: width -> float32 [N, 2**width], for consecutive widths.
-        zeros: bool [N, K], weights whose path is fixed, and whose entries are 0 at every width; None for none.
+        targets: bits -> float32 [N, K], what the rows should be.
+        hessian: of [K, K].
+        codes: integer [N, K], codes at the largest number of bits in ``codebooks``.
+        codebooks: bits -> float32 [N, 2**bits], for consecutive numbers of bits.
+        zeros: bool [N, K], weights whose path is fixed, and whose entries are 0 at all bits; None for none.
         buffers: whose memory to use, one tree at a time.
     """
 
     def __init__(
         self,
         targets: Mapping[int, Tensor],
-        metric: Metric,
+        hessian: Hessian,
         codes: Tensor,
-        tables: Mapping[int, Tensor],
+        codebooks: Mapping[int, Tensor],
         zeros: Tensor | None = None,
         buffers: Buffers | None = None,
     ) -> None:
-        self.targets, self.metric, self.zeros = targets, metric, zeros
+        self.targets, self.hessian, self.zeros = targets, hessian, zeros
+        self._fixed = torch.zeros_like(codes, dtype=torch.bool) if zeros is None else zeros  # weights with a fixed path
         self._buffers = buffers or Buffers(codes.device)
-        self.codes, self.tables = codes.long().contiguous(), dict(tables)
-        self._spread = torch.cat([metric.leading, metric.diagonal[:, None]], dim=1)
+        self.codes, self.codebooks = codes.long().contiguous(), dict(codebooks)
+        self._spread = torch.cat([hessian.leading, hessian.diagonal[:, None]], dim=1)
         self._gathered: Tensor | None = None
         self._gradients: dict[int, Tensor] = {}
 
     @property
     def parent(self) -> int:
-        """Return the largest width so far."""
-        return max(self.tables)
+        """Return the largest number of bits so far."""
+        return max(self.codebooks)
 
-    def dense(self, bits: int) -> Tensor:
-        """Return the weights at one width, float32 [N, K]."""
-        return self._looked_up(self.tables[bits], self.codes)
-
-    def _looked_up(self, table: Tensor, codes: Tensor, out: Tensor | None = None) -> Tensor:
-        """Look up parent codes in a table of any width."""
-        entries = table.repeat_interleave(2**self.parent // table.shape[1], dim=1)
+    def _looked_up(self, codebook: Tensor, codes: Tensor, out: Tensor | None = None) -> Tensor:
+        """Look up parent codes in a codebook of any number of bits."""
+        entries = codebook.repeat_interleave(2**self.parent // codebook.shape[1], dim=1)
         return torch.gather(entries, 1, codes, out=out)
 
     def _summed(self, values: Tensor, bits: int) -> Tensor:
@@ -107,58 +107,51 @@ class Tree:
         return _sums(values, self.codes, 2**self.parent).view(len(values), 2**bits, -1).sum(2)
 
     def _missing(self, bits: int) -> Tensor:
-        """Return the error of the weights at one width, float32 [N, K]; the next product overwrites it."""
+        """Return the error of the weights at a number of bits, float32 [N, K]; the next product overwrites it."""
         wide = self._buffers("wide", *self.codes.shape)
-        return self._looked_up(self.tables[bits], self.codes, wide).sub_(self.targets[bits])
+        return self._looked_up(self.codebooks[bits], self.codes, wide).sub_(self.targets[bits])
 
     def gradient(self, bits: int) -> Tensor:
-        """Return half the gradient of one width's error, float32 [N, K]; it is kept up to date from then on."""
+        """Return half the gradient of the error at a number of bits, float32 [N, K], and keep it up to date."""
         if bits not in self._gradients:
-            self._gradients[bits] = self.metric.times(self._missing(bits), None, self._buffers, f"gradient {bits}")
+            self._gradients[bits] = self.hessian.times(self._missing(bits), None, self._buffers, f"gradient {bits}")
         return self._gradients[bits]
 
-    def _placed(self, table: Tensor, out: Tensor) -> Tensor:
-        """Write a table's entries to the places of the weights, ``out``; return float32 [N, 16], those times U."""
-        self._looked_up(table.to(out.dtype), self.codes, out)
-        leading: Tensor = (self._by_entry(table.shape[1])[..., :-1].mT @ table[..., None])[..., 0]
+    def _placed(self, codebook: Tensor, out: Tensor) -> Tensor:
+        """Write a codebook's entries to the places of the weights, ``out``; return float32 [N, 16], those times U."""
+        self._looked_up(codebook.to(out.dtype), self.codes, out)
+        leading: Tensor = (self._by_entry(codebook.shape[1])[..., :-1].mT @ codebook[..., None])[..., 0]
         return leading
 
-    def error(self, bits: int) -> float:
-        """Return the sum over rows of ``(q - w) H (q - w)^T``."""
-        error = self.dense(bits) - self.targets[bits]
-        return float(((error @ self.metric.matrix) * error).sum(dtype=torch.float64))
-
     def fit(self, bits: int, near: float) -> None:
-        """Find the best tables of one width given its codes: conjugate gradients on each row's least-squares problem.
+        """Find the best codebooks of a number of bits given the codes: conjugate gradients on each row's least-squares problem.
 
-        Args:
-            bits: the width.
-            near: share of the error that may be left to gain.
+        It stops where about the share ``near`` of the error is left to gain.
         """
-        table, gradient = self.tables[bits], self.gradient(bits)
+        codebook, gradient = self.codebooks[bits], self.gradient(bits)
         free, solve = self._preconditioner(bits)
         enough = near * float(torch.dot(self._missing(bits).flatten(), gradient.flatten()))
-        placed = self._buffers("placed", *gradient.shape, dtype=self.metric.rest.dtype)
-        residual, direction = -self._summed(gradient, bits) * free, torch.zeros_like(table)
-        before = torch.ones_like(table[:, :1])
+        placed = self._buffers("placed", *gradient.shape, dtype=self.hessian.rest.dtype)
+        residual, direction = -self._summed(gradient, bits) * free, torch.zeros_like(codebook)
+        before = torch.ones_like(codebook[:, :1])
         for _ in range(_STEPS):
             conditioned = solve(residual)
             power = (residual * conditioned).sum(1, keepdim=True)  # about what is left to gain
             if power.sum() <= enough:
                 break
             direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
-            change = self.metric.times(placed, self._placed(direction, placed), self._buffers, "wide")
+            change = self.hessian.times(placed, self._placed(direction, placed), self._buffers, "wide")
             image = self._summed(change, bits) * free
             curvature = (direction * image).sum(1, keepdim=True)
             length = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
-            table, residual, before = table + length * direction, residual - length * image, power
+            codebook, residual, before = codebook + length * direction, residual - length * image, power
             gradient.addcmul_(length, change)
-        self.tables[bits] = table
+        self.codebooks[bits] = codebook
 
     def step(self, bits: int) -> Tensor:
-        """Improve one width's tables by one step, as long as is best for a sample of rows (they share the metric).
+        """Improve the codebooks of a number of bits by one step, as long as is best for a sample of rows.
 
-        If the gradient is not known yet, that of the metric's leading directions and diagonal stands for it.
+        If the gradient is not known yet, that of the Hessian's leading directions and diagonal stands for it.
 
         Returns:
             float32 [N, 2**bits], what has been added to them; :meth:`descend` then brings the gradient up to date.
@@ -169,20 +162,20 @@ class Tree:
         direction = solve(residual)
         some = slice(None, None, max(1, len(direction) // _SAMPLED))
         change = self._looked_up(direction[some], self.codes[some])
-        curvature = float((self.metric.times(change) * change).sum())
+        curvature = float((self.hessian.times(change) * change).sum())
         length = _SAFE * float((residual[some] * direction[some]).sum()) / curvature if curvature > 0 else 0.0
-        self.tables[bits] = self.tables[bits] + length * direction
+        self.codebooks[bits] = self.codebooks[bits] + length * direction
         return length * direction
 
     def _rough_sums(self, bits: int) -> Tensor:
-        """Sum by entry the gradient that the metric's leading directions and diagonal alone would give, [N, 2**bits]."""
+        """Sum by entry the gradient that the Hessian's leading directions and diagonal alone would give, [N, 2**bits]."""
         missing = self._missing(bits)
-        leading = missing @ self.metric.leading
+        leading = missing @ self.hessian.leading
         along: Tensor = (self._by_entry(2**bits)[..., :-1] @ leading[..., None])[..., 0]
-        return along + self._summed(missing.mul_(self.metric.diagonal), bits)
+        return along + self._summed(missing.mul_(self.hessian.diagonal), bits)
 
     def _preconditioner(self, bits: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return which entries are free, and a solver of every row's problem for the approximate metric (Woodbury)."""
+        """Return which entries are free, and a solver of every row's problem for the approximate Hessian (Woodbury)."""
         gathered = self._by_entry(2**bits)
         free = (gathered[..., -1] > 0) & ~self._held(bits)
         inverse = free / gathered[..., -1].clamp_min(1e-30)
@@ -209,78 +202,73 @@ class Tree:
         return gathered[:, :, 0] if gathered.shape[2] == 1 else gathered.sum(2)
 
     def descend(self, passes: Sequence[Objective], steps: Mapping[int, Tensor] = MappingProxyType({})) -> None:
-        """Choose every weight's path anew, column by column, given the tables and all other weights.
+        """Choose every weight's path anew, column by column, given the codebooks and all other weights.
 
         Args:
-            passes: over every block of columns, one after another; the first has all widths of those after it.
-            steps: width of the first -> what :meth:`step` has just added to its tables; it counts where a gradient is known.
+            passes: over every block of columns, one after another; the first has all numbers of bits of those after it.
+            steps: bits of the first -> what :meth:`step` has just added to their codebooks; it counts where a gradient is known.
         """
-        chooser = self._compiled if self.codes.device.type == "cpu" else self._plain
-        widths, choices = sorted(passes[0].share), [chooser(one) for one in passes]
-        follower, fixed = self._follower(widths, steps), self._fixed()
+        all_bits, choices = sorted(passes[0].share), [self._choice(one) for one in passes]
+        follower, fixed = self._follower(all_bits, steps), self._fixed
         for start in range(0, self.codes.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
-            codes, metric = self.codes[:, part].contiguous(), self.metric.matrix[part, part].contiguous()
+            codes, hessian = self.codes[:, part].contiguous(), self.hessian.matrix[part, part].contiguous()
             gradient, held = follower.enter(part), fixed[:, part].contiguous()
             change = torch.zeros_like(gradient)
             for number, (one, choice) in enumerate(zip(passes, choices, strict=True)):
                 w = len(one.share)
-                now = gradient + change @ metric if number else gradient
+                now = gradient + change @ hessian if number else gradient
                 moved = now[-w:].clone()
-                choice(codes, held, moved, metric)
+                choice(codes, held, moved, hessian)
                 change[-w:] += moved
             follower.leave(part, change)
             self.codes[:, part] = codes
         follower.finish()
-        # Codes of the width that is kept, and of those above it, are what they were.
-        self._gradients = {
-            bits: found for bits, found in self._gradients.items() if bits in widths or bits <= (passes[0].below or 0)
-        }
+        known = {*all_bits, *range((passes[0].below or 0) + 1)}  # kept codes are what they were
+        self._gradients = {bits: found for bits, found in self._gradients.items() if bits in known}
         self._gathered = None
 
-    def _follower(self, widths: Sequence[int], steps: Mapping[int, Tensor]) -> Follower:
-        """Follow the gradients of some widths, bringing in the steps just taken; unknown ones start from zero."""
-        changes = self._buffers("changes", len(widths), *self.codes.shape, dtype=self.metric.rest.dtype)
+    def _follower(self, all_bits: Sequence[int], steps: Mapping[int, Tensor]) -> Follower:
+        """Follow the gradients at some numbers of bits, bringing in the steps just taken; unknown ones start from zero."""
+        changes = self._buffers("changes", len(all_bits), *self.codes.shape, dtype=self.hessian.rest.dtype)
         leading = []
-        for bits, change in zip(widths, changes, strict=True):
+        for bits, change in zip(all_bits, changes, strict=True):
             if bits in self._gradients:
-                leading.append(self._placed(steps.get(bits, torch.zeros_like(self.tables[bits])), change))
+                leading.append(self._placed(steps.get(bits, torch.zeros_like(self.codebooks[bits])), change))
             else:
                 missing = self._missing(bits)
                 change.copy_(missing)
-                leading.append(missing @ self.metric.leading)
+                leading.append(missing @ self.hessian.leading)
                 self._gradients[bits] = self._buffers(f"gradient {bits}", *self.codes.shape).zero_()
-        gradients = [self._gradients[bits] for bits in widths]
-        return Follower(self.metric, gradients, changes, torch.stack(leading), self._buffers)
+        gradients = [self._gradients[bits] for bits in all_bits]
+        return Follower(self.hessian, gradients, changes, torch.stack(leading), self._buffers)
 
-    def _compiled(self, one: Objective) -> Choice:
-        """Return the same as :meth:`_plain`, without a dozen small operations per column."""
+    def _choice(self, one: Objective) -> Choice:
+        """Return a function that chooses the codes of a block; on a CPU without a dozen small operations per column."""
+        if self.codes.device.type != "cpu":
+            return partial(self._columns, one)
         share = np.array([one.share[bits] for bits in sorted(one.share)], np.float32)
-        tables = {bits: self.tables[bits].numpy() for bits in one.share}
-        descent = Descent(tables, share, one.below or 0)
+        codebooks = {bits: self.codebooks[bits].numpy() for bits in one.share}
+        descent = Descent(codebooks, share, one.below or 0)
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
-    def _plain(self, one: Objective) -> Choice:
-        """Return a function that chooses the codes of a block, in torch."""
-        return partial(self._columns, one)
-
-    def _columns(self, one: Objective, codes: Tensor, fixed: Tensor, gradient: Tensor, metric: Tensor) -> None:
+    def _columns(self, one: Objective, codes: Tensor, fixed: Tensor, gradient: Tensor, hessian: Tensor) -> None:
         """Choose the codes of a block, one column after another, all rows at once.
 
         Args:
-            one: of W widths.
+            one: of W numbers of bits.
             codes: int64 [N, B], parent codes; changed.
             fixed: bool [N, B], weights that stay.
             gradient: float32 [W, N, B], half the gradient of the errors; overwritten by the changes of the weights.
-            metric: float32 [B, B].
+            hessian: float32 [B, B].
         """
         for column in range(codes.shape[1]):
             old = codes[:, column, None]
-            dense = torch.stack([self._looked_up(self.tables[bits], old) for bits in sorted(one.share)])
-            path = self._best_path(old, one, dense, gradient[..., column, None], metric[column, column])
+            dense = torch.stack([self._looked_up(self.codebooks[bits], old) for bits in sorted(one.share)])
+            path = self._best_path(old, one, dense, gradient[..., column, None], hessian[column, column])
             path = torch.where(fixed[:, column, None], old, path)
-            change = torch.stack([self._looked_up(self.tables[bits], path) for bits in sorted(one.share)]) - dense
-            gradient[..., column + 1 :] += change * metric[column, column + 1 :]
+            change = torch.stack([self._looked_up(self.codebooks[bits], path) for bits in sorted(one.share)]) - dense
+            gradient[..., column + 1 :] += change * hessian[column, column + 1 :]
             gradient[..., column], codes[:, column] = change[..., 0], path[:, 0]
 
     def _best_path(self, old: Tensor, one: Objective, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
@@ -288,14 +276,14 @@ class Tree:
 
         Args:
             old: int64 [N, 1].
-            one: of W widths.
+            one: of W numbers of bits.
             dense: float32 [W, N, 1], the weights.
             gradient: float32 [W, N, 1].
             curvature: float32, no dimension.
         """
-        codes = costs = old  # of the best leaf under every node of the width at hand
+        codes = costs = old  # of the best leaf under every node of this number of bits
         for w, bits in reversed(list(enumerate(sorted(one.share)))):
-            entries = self.tables[bits]
+            entries = self.codebooks[bits]
             if one.below is not None:
                 first = old >> (self.parent - one.below) << (bits - one.below)
                 entries = entries.gather(1, first + torch.arange(2 ** (bits - one.below), device=old.device))
@@ -311,21 +299,17 @@ class Tree:
         return path if one.below is None else path + (old >> (self.parent - one.below) << (self.parent - one.below))
 
     def split(self) -> None:
-        """Add a width: every cell in two around its entry, by two-means weighted with the metric's diagonal."""
+        """Add a bit: split every cell in two around its entry, by two-means weighted with the Hessian's diagonal."""
         split = split_cells if self.codes.device.type == "cpu" else _split
-        bits, weight = self.parent + 1, self.metric.matrix.diagonal()
-        given = self.codes, self.targets[bits], weight, self.tables[self.parent], self._fixed()
-        self.codes, self.tables[bits] = split(*given, _SPLIT_STEPS)
+        bits, weight = self.parent + 1, self.hessian.matrix.diagonal()
+        given = self.codes, self.targets[bits], weight, self.codebooks[self.parent], self._fixed
+        self.codes, self.codebooks[bits] = split(*given, _SPLIT_STEPS)
         self._gathered, self._gradients = None, {}
-
-    def _fixed(self) -> Tensor:
-        """Return which weights have a fixed path, bool [N, K]."""
-        return torch.zeros_like(self.codes, dtype=torch.bool) if self.zeros is None else self.zeros
 
     def _held(self, bits: int) -> Tensor:
         """Return which entries must stay 0, bool [N, 2**bits]."""
         if self.zeros is None:
-            return torch.zeros_like(self.tables[bits], dtype=torch.bool)
+            return torch.zeros_like(self.codebooks[bits], dtype=torch.bool)
         return self._summed(self.zeros.float(), bits) > 0
 
 
@@ -336,17 +320,17 @@ def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
 
 
 def _split(
-    codes: Tensor, targets: Tensor, weight: Tensor, table: Tensor, zeros: Tensor, steps: int
+    codes: Tensor, targets: Tensor, weight: Tensor, codebook: Tensor, zeros: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Do what :func:`split_cells` does, in torch on any device."""
-    new, entries, border = codes, table.repeat_interleave(2, dim=1), table
+    new, entries, border = codes, codebook.repeat_interleave(2, dim=1), codebook
     held = _sums(zeros.float(), 2 * codes, entries.shape[1]) > 0
     for _ in range(steps):
         new = 2 * codes + ((targets > border.gather(1, codes)) & ~zeros)
         mass = _sums(weight.expand_as(targets), new, entries.shape[1])
         mean = _sums(weight * targets, new, entries.shape[1]) / mass.clamp_min(1e-30)
         found = torch.where(mass > 0, mean, entries).masked_fill(held, 0.0)
-        border = found.view(len(table), -1, 2).mean(2)
+        border = found.view(len(codebook), -1, 2).mean(2)
     return new, found
 
 
@@ -358,52 +342,55 @@ def _gathered(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
 
 
 def nested_output_codebooks(
-    targets: Mapping[int, Tensor], metric: Tensor, focus: Mapping[int, float] | None = None, zeros: Tensor | None = None
+    targets: Mapping[int, Tensor],
+    hessian: Tensor,
+    focus: Mapping[int, float] | None = None,
+    zeros: Tensor | None = None,
 ) -> Codes:
     """Find nested codes and codebooks of rows that share their inputs.
 
     Args:
-        targets: for every width from the seed to the parent, float32 [N, K], finite: what the rows should be.
-        metric: float32 [K, K], mean of ``x x^T`` over the inputs, positive definite.
-        focus: width -> how much its error counts, 1 where not given; for widths up to the larger of 6 and the seed.
-        zeros: bool [N, K], weights that must be exactly 0 at every width.
+        targets: bits -> float32 [N, K], finite: what the rows should be, for all from the seed's to the parent's.
+        hessian: float32 [K, K], mean of ``x x^T`` over the inputs, positive definite.
+        focus: bits -> how much their error counts, 1 where not given; for bits up to the larger of 6 and the seed's.
+        zeros: bool [N, K], weights that must be exactly 0 at every number of bits.
 
     Returns:
         Codes and float32 codebooks, on the device of the targets.
     """
-    prepared, buffers, rows, parts = Metric(metric), Buffers(metric.device), len(targets[min(targets)]), []
-    step = _ROWS if metric.device.type == "cpu" else rows
+    prepared, buffers, rows, parts = Hessian(hessian), Buffers(hessian.device), len(targets[min(targets)]), []
+    step = _ROWS if hessian.device.type == "cpu" else rows
     for start in range(0, rows, step):
         part = slice(start, start + step)
         wanted = {bits: target[part] for bits, target in targets.items()}
         parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part], buffers))
-    tables = {bits: torch.cat([table[bits] for _, table in parts]) for bits in sorted(targets)}
-    return Codes(torch.cat([codes for codes, _ in parts]), tables)
+    codebooks = {bits: torch.cat([found[bits] for _, found in parts]) for bits in sorted(targets)}
+    return Codes(torch.cat([codes for codes, _ in parts]), codebooks)
 
 
 def _grown(
-    targets: Mapping[int, Tensor], metric: Metric, focus: Mapping[int, float], zeros: Tensor | None, buffers: Buffers
+    targets: Mapping[int, Tensor], hessian: Hessian, focus: Mapping[int, float], zeros: Tensor | None, buffers: Buffers
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Find parent codes, uint8, and tables of a few rows."""
+    """Find parent codes, uint8, and codebooks of a few rows."""
     seed, parent = min(targets), max(targets)
     together = max(seed, min(parent, TOGETHER))
     start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
-    weights = metric.matrix.diagonal().expand_as(start).contiguous()
+    weights = hessian.matrix.diagonal().expand_as(start).contiguous()
     first = nested_codebooks(
         start.cpu().numpy(), weights.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
     )
-    tables = {bits: book.to(start.device) for bits, book in first.codebooks.items()}
-    tree = Tree(targets, metric, first.codes.to(start.device), tables, zeros, buffers)
+    codebooks = {bits: codebook.to(start.device) for bits, codebook in first.codebooks.items()}
+    tree = Tree(targets, hessian, first.codes.to(start.device), codebooks, zeros, buffers)
 
     def one(below: int | None, power: float) -> Objective:
-        widths = [bits for bits in tree.tables if below is None or bits > below]
-        return Objective({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - widths[0])) for bits in widths}, below)
+        under = [bits for bits in tree.codebooks if below is None or bits > below]
+        return Objective({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - under[0])) for bits in under}, below)
 
     joint = [[one(None, power) for power in powers] for powers in (_POWERS if seed >= 3 else _POWERS_BELOW_3)]
     for passes in [*joint, [one(bits, _BELOW) for bits in range(seed, together)]]:
         if passes:
             tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
-    for bits in tree.tables:
+    for bits in tree.codebooks:
         tree.fit(bits, _NEAR)
         tree.step(bits)
     for bits in range(together + 1, parent + 1):
@@ -411,4 +398,4 @@ def _grown(
         tree.descend([Objective({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
         tree.fit(bits, _NEAR)
         tree.step(bits)
-    return tree.codes.to(torch.uint8), tree.tables
+    return tree.codes.to(torch.uint8), tree.codebooks

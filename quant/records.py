@@ -16,7 +16,7 @@ Specification = dict[str, tuple[tuple[int, ...], str]]
 
 @dataclass(frozen=True)
 class PackedShape:
-    """What the checkpoint records of one packed matrix: ``quantization_config.modules[name]``.
+    """Record one packed matrix as a checkpoint does: ``quantization_config.modules[name]``.
 
     In a model loaded at 4 of 8 bits, ``parent_bits`` is 4: what is held is what there is.
     """
@@ -29,17 +29,17 @@ class PackedShape:
 
     @property
     def widths(self) -> range:
-        """Every width this matrix can be read at."""
+        """Return every number of bits this matrix can be read at."""
         return range(self.seed_bits, self.parent_bits + 1)
 
     @property
     def dense(self) -> PackedShape:
-        """The matrix as it is in memory, whatever its form on disk."""
+        """Return the matrix as it is in memory, whatever its form on disk."""
         return self
 
     @property
     def sound(self) -> bool:
-        """Whether a matrix can have these numbers."""
+        """Tell whether a matrix can have these numbers."""
         bits = 1 <= self.seed_bits <= self.parent_bits <= 8
         return bits and min(self.in_features, self.out_features) > 0 and self.codebook_dtype in ("float16", "float32")
 
@@ -62,7 +62,7 @@ class PackedShape:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseShape(PackedShape):
-    """The record of a matrix that is stored sparse (:mod:`compress.quant.format`).
+    """Record a matrix that is stored sparse (:mod:`compress.quant.format`).
 
     Attributes:
         survivors: weights that are stored; the others have code 0, and 0.0 in that place of their row's codebooks.
@@ -76,12 +76,12 @@ class SparseShape(PackedShape):
 
     @property
     def dense(self) -> PackedShape:
-        """The matrix as it is in memory."""
+        """Return the record of the matrix as it is in memory."""
         return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
 
     @property
     def sound(self) -> bool:
-        """Whether a matrix can have these numbers."""
+        """Tell whether a matrix can have these numbers."""
         pruned = self.out_features * self.in_features - self.survivors
         if not super().sound or min(pruned, self.survivors, self.gap_bits) < 0 or self.gap_bits > MAX_GAP_BITS:
             return False
@@ -112,18 +112,18 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
 
 
 def width_of(tensor_name: str) -> int | None:
-    """Return the first width that needs a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
+    """Return the fewest bits that need a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
     return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
 
 
 def packed_bytes(shape: PackedShape, bits: int) -> int:
-    """Return the bytes of one packed matrix that loading at a width reads."""
+    """Return the bytes of one packed matrix that loading at a number of bits reads."""
     held = shape.tensor_bytes().items()
     return sum(size for tensor, size in held if (width_of(tensor) or 0) <= max(bits, shape.seed_bits))
 
 
 def width_range(shapes: Iterable[PackedShape]) -> range:
-    """Return every width that modules can be read at together, from the least seed to the largest parent; none of none."""
+    """Return all bits that modules can be read at together, from the least seed's to the largest parent's; none of none."""
     held = list(shapes)
     return range(min(s.seed_bits for s in held), max(s.parent_bits for s in held) + 1) if held else range(0)

@@ -30,31 +30,33 @@ class SensitiveConfig(QuantiseConfig):
     )
     keep_zeros: bool = Field(
         False,
-        description="Weights that are exactly zero stay exactly zero at every width; a matrix with enough of them is "
+        description="Weights that are exactly zero stay exactly zero at every number of bits; a matrix with enough of them is "
         "stored without them.",
     )
 
 
 class AnyPrecisionConfig(SensitiveConfig):
-    """Any-precision: one set of nested codes, read at every width from seed to parent.
+    """Any-precision: one set of nested codes, read at every number of bits from the seed's to the parent's.
 
-    Every output row gets a table per width; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
+    Every output row gets a codebook per number of bits; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
     method of the paper with exact clustering: the seed is the optimal weighted one-dimensional k-means of each row, every
     further bit splits each cell at its best point. Objective ``output`` starts there and lowers the error of the layer's
-    output on calibration text, all widths up to 6 together. Deterministic. Works a block at a time; the Fisher
+    output on calibration text, for all numbers of bits up to 6 together. Deterministic. Works a block at a time; the Fisher
     sensitivity costs one backward pass over the calibration samples, with one block in memory and the samples' hidden
     states on disk.
     """
 
     kind: Literal["any_precision"] = Field("any_precision", description="Name of the pass.")
-    seed_bits: int = Field(3, ge=2, le=8, description="The smallest width, whose codes are optimised directly.")
-    parent_bits: int = Field(8, ge=2, le=8, description="The largest width.")
+    seed_bits: int = Field(
+        3, ge=2, le=8, description="The smallest number of bits, whose codes are optimised directly."
+    )
+    parent_bits: int = Field(8, ge=2, le=8, description="The largest number of bits.")
     objective: Literal["weight", "output"] = Field(
         "output",
         description="Which error is made small: of each weight, by its sensitivity, or of each layer's output.",
     )
     focus: dict[int, float] = Field(
-        {}, description="Objective output: width -> how much its error counts beside the others', 1 where not given."
+        {}, description="Objective output: bits -> how much their error counts beside the others', 1 where not given."
     )
     correction: float = Field(
         0.5,
@@ -67,37 +69,39 @@ class AnyPrecisionConfig(SensitiveConfig):
     def _ordered(self) -> AnyPrecisionConfig:
         if self.seed_bits > self.parent_bits:
             raise ValueError(f"seed_bits {self.seed_bits} must not exceed parent_bits {self.parent_bits}")
-        widths = range(self.seed_bits, self.parent_bits + 1)
         for bits, share in self.focus.items():
-            if bits not in widths or not 0 < share < float("inf"):
-                raise ValueError(f"focus {bits}: {share} must be a width from seed to parent and a positive number")
+            if not self.seed_bits <= bits <= self.parent_bits or not 0 < share < float("inf"):
+                raise ValueError(f"focus {bits}: {share} must be bits from seed to parent and a positive number")
         return self
 
 
 class KMeansConfig(SensitiveConfig):
-    """Non-nested weighted k-means of each row at one width: what nesting is measured against (SqueezeLLM)."""
+    """Non-nested weighted k-means of each row at one number of bits: what nesting is measured against (SqueezeLLM)."""
 
     kind: Literal["kmeans"] = Field("kmeans", description="Name of the pass.")
-    bits: int = Field(4, ge=2, le=8, description="The width.")
+    bits: int = Field(4, ge=2, le=8, description="The number of bits.")
 
 
 class RoundToNearestConfig(QuantiseConfig):
     """Rounding to an even grid between each row's smallest and largest weight: the simplest quantiser there is."""
 
     kind: Literal["rtn"] = Field("rtn", description="Name of the pass.")
-    bits: int = Field(4, ge=2, le=8, description="The width.")
+    bits: int = Field(4, ge=2, le=8, description="The number of bits.")
 
 
 class TuneTablesConfig(PassConfig):
-    """Train the tables of a quantised model, width by width, to say what the dense model says on calibration text.
+    """Train the codebooks of a quantised model to say what the dense model says on calibration text.
 
-    It minimises the divergence of the quantised model's next-token distribution from the dense one's. Every eighth sample
-    is not trained on: tables that are not better on those stay as they were. Needs both models in memory, in float32.
+    It minimises the divergence of the quantised model's next-token distribution from the dense one's, for one number of
+    bits after another. Every eighth sample is not trained on: codebooks that are not better on those stay as they were. Needs both
+    models in memory, in float32.
     """
 
     kind: Literal["tune_tables"] = Field("tune_tables", description="Name of the pass.")
-    widths: tuple[int, ...] = Field((), description="Widths whose tables are trained; all if none is given.")
-    steps: int = Field(200, ge=1, description="Steps of Adam per width.")
+    widths: tuple[int, ...] = Field(
+        (), description="Numbers of bits whose codebooks are trained; all if none is given."
+    )
+    steps: int = Field(200, ge=1, description="Steps of Adam per number of bits.")
     batch: int = Field(16, ge=1, description="Calibration samples per step.")
     learning_rate: float = Field(
         0.02,

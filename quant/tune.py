@@ -1,13 +1,12 @@
-"""Tables trained on what the whole model says: distillation of the dense model's next-token distribution.
+"""Codebooks trained on what the whole model says: distillation of the dense model's next-token distribution.
 
-Codes stay as they are, so a width's tables are the only thing that its loss depends on, and every width is a training
-of its own. What changes is a few hundred numbers per thousand weights; the checkpoint keeps its size and format.
+Codes stay as they are, so the loss at a number of bits depends on its codebooks alone, and each is a training of its own. What changes is a few hundred numbers per thousand weights; the checkpoint keeps its size and format.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import mul
 from typing import Any
 
@@ -20,27 +19,28 @@ from transformers import PreTrainedModel
 from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
-from compress.passes import Context, Needs, Pass, Whole
+from compress.passes import Context, Needs, Pass, Report, Whole
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.quant.settings import TuneTablesConfig
+from compress.training import predictions
 from compress.workspace import Record
 
 
 class _LookUp(torch.autograd.Function):
-    """Look up a weight [N, K] in a table [N, 2**b]; the gradient of an entry is the sum over its weights."""
+    """Look up a weight [N, K] in a codebook [N, 2**b]; the gradient of an entry is the sum over its weights."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, columns: int, *planes: Tensor) -> Tensor:
+    def forward(ctx: Any, codebook: Tensor, columns: int, *planes: Tensor) -> Tensor:
         ctx.save_for_backward(*planes)
-        ctx.columns, ctx.shape = columns, table.shape
-        return table.gather(1, unpack_planes(list(planes), columns).long())
+        ctx.columns, ctx.shape = columns, codebook.shape
+        return codebook.gather(1, unpack_planes(list(planes), columns).long())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         codes = unpack_planes(list(ctx.saved_tensors), ctx.columns).long()
-        table = torch.zeros(ctx.shape, device=codes.device).scatter_add_(1, codes, gradients[0])
-        return (table, *[None] * (1 + len(ctx.saved_tensors)))
+        sums = torch.zeros(ctx.shape, device=codes.device).scatter_add_(1, codes, gradients[0])
+        return (sums, *[None] * (1 + len(ctx.saved_tensors)))
 
 
 class _Tuned(nn.Module):
@@ -55,17 +55,17 @@ class _Tuned(nn.Module):
         self.distance = 4 * self.start.std().clamp_min(1e-30) / self.start.shape[1]
         self.offset = nn.Parameter(torch.zeros_like(self.start))
 
-    def table(self) -> Tensor:
+    def codebook(self) -> Tensor:
         return self.start + self.free * self.distance * self.offset
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed
-        weight: Tensor = _LookUp.apply(self.table(), packed.in_features, *packed.planes())  # type: ignore[no-untyped-call]
+        weight: Tensor = _LookUp.apply(self.codebook(), packed.in_features, *packed.planes())  # type: ignore[no-untyped-call]
         return linear(x, weight, packed.bias)
 
 
 class TuneTables(Pass[TuneTablesConfig]):
-    """Train tables, one width at a time: codes are common to all, tables are not."""
+    """Train codebooks, one number of bits at a time: codes are common to all, codebooks are not."""
 
     Config = TuneTablesConfig
 
@@ -74,77 +74,64 @@ class TuneTables(Pass[TuneTablesConfig]):
         return Needs(packed=True, whole_model=True, teacher=True)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """Name a unit per width.
+        """Name a unit per number of bits.
 
         Raises:
-            CompressError: a width that no matrix has.
+            CompressError: a number of bits that no matrix has.
         """
         there = sorted({bits for shape in packed.values() for bits in shape.widths})
         for bits in self.config.widths:
             if bits not in there:
-                raise CompressError(f"tune_tables: width {bits} is not among {there[0]} to {there[-1]} of the model.")
+                raise CompressError(
+                    f"tune_tables: {bits} bits are not among the {there[0]} to {there[-1]} of the model."
+                )
         return [f"width-{bits}" for bits in there if bits in (self.config.widths or there)]
 
-    def run_model(
-        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
-    ) -> tuple[dict[str, Tensor], Record]:
-        """Train the tables of one width."""
+    def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
+        """Train the codebooks of one number of bits."""
         bits = int(unit.removeprefix("width-"))
-        widths = {name: module.bits for name, module in packed_modules(whole.model).items()}
+        packed = packed_modules(whole.model)
+        in_use = {name: module.bits for name, module in packed.items()}
         tuned: dict[str, _Tuned] = {}
-        for name, module in packed_modules(whole.model).items():
+        for name, module in packed.items():
             module.bits = min(max(bits, module.shape.seed_bits), module.shape.parent_bits)
             if isinstance(module, BitPlaneLinear) and module.bits == bits:
                 tuned[name] = _Tuned(module)
                 whole.model.set_submodule(name, tuned[name])
         held, trained = whole.samples[::8], [s for i, s in enumerate(whole.samples) if i % 8] or whole.samples
         try:
-            before = self._held_out(whole, held)
-            self._train(
-                list(tuned.values()),
-                whole,
-                trained,
-                context.generator(bits),
-                lambda i: report(unit, i, self.config.steps),
-            )
-            after = self._held_out(whole, held)
+            before = _held_out(whole, held)
+            for step in self._train(
+                [module.offset for module in tuned.values()], whole, trained, context.generator(bits)
+            ):
+                report(unit, step, self.config.steps)
+            after = _held_out(whole, held)
         finally:
-            for name, stand_in in tuned.items():
-                whole.model.set_submodule(name, stand_in.packed)
-            for name, width in widths.items():
-                packed_modules(whole.model)[name].bits = width
+            for name, module in packed.items():
+                if name in tuned:
+                    whole.model.set_submodule(name, module)
+                module.bits = in_use[name]
         record = {"divergence": {"before": before, "after": after}, "kept": after < before}
         if after >= before:
             return {}, record
-        tables = {f"{name}.codebook_{bits}": module for name, module in tuned.items()}
-        tensors = {
-            name: module.table().detach().to("cpu", module.packed.codebook().dtype) for name, module in tables.items()
-        }
+        tensors = {}
+        for name, stand_in in tuned.items():
+            stored = packed[name].get_buffer(f"codebook_{bits}")
+            tensors[f"{name}.codebook_{bits}"] = stand_in.codebook().detach().to("cpu", stored.dtype)
         return tensors, record
 
-    @torch.no_grad()
-    def _held_out(self, whole: Whole, samples: Sequence[Tensor]) -> float:
-        """Return the mean divergence in nats per token."""
-        tokens = [len(sample) - 1 for sample in samples]
-        apart = [divergence(whole.model, whole.dense, [sample]).item() for sample in samples]
-        return float(sum(map(mul, tokens, apart))) / sum(tokens)
-
     def _train(
-        self,
-        modules: Sequence[_Tuned],
-        whole: Whole,
-        samples: Sequence[Tensor],
-        generator: torch.Generator,
-        report: Callable[[int], None],
-    ) -> None:
+        self, offsets: Sequence[nn.Parameter], whole: Whole, samples: Sequence[Tensor], generator: torch.Generator
+    ) -> Iterator[int]:
+        """Train offsets; yield the number of every step before it is taken."""
         config = self.config
-        optimizer = torch.optim.Adam([module.offset for module in modules], config.learning_rate)
+        optimizer = torch.optim.Adam(offsets, config.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         )
         order = torch.empty(0, dtype=torch.long)
         for step in range(config.steps):
-            report(step)
+            yield step
             while len(order) < config.batch:
                 order = torch.cat([order, torch.randperm(len(samples), generator=generator)])
             chosen, order = order[: config.batch], order[config.batch :]
@@ -153,6 +140,14 @@ class TuneTables(Pass[TuneTablesConfig]):
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+
+
+@torch.no_grad()
+def _held_out(whole: Whole, samples: Sequence[Tensor]) -> float:
+    """Return the mean divergence in nats per token."""
+    tokens = [len(sample) - 1 for sample in samples]
+    apart = [divergence(whole.model, whole.dense, [sample]).item() for sample in samples]
+    return float(sum(map(mul, tokens, apart))) / sum(tokens)
 
 
 def divergence(model: PreTrainedModel, dense: PreTrainedModel, samples: Sequence[Tensor]) -> Tensor:
@@ -168,7 +163,7 @@ def divergence(model: PreTrainedModel, dense: PreTrainedModel, samples: Sequence
     tokens = pad_sequence(list(samples), batch_first=True).to(device)
     scored = pad_sequence([torch.ones(len(sample) - 1, dtype=torch.bool) for sample in samples], batch_first=True)
     with torch.no_grad():
-        wanted = dense(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    found = model(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        wanted = predictions(dense, tokens).log_softmax(-1)
+    found = predictions(model, tokens).log_softmax(-1)
     apart = kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
     return apart[scored.to(device)].mean()

@@ -22,11 +22,7 @@ Shapes = Annotated[
 
 
 def _need_gpu(command: str) -> None:
-    """Refuse before any work.
-
-    Raises:
-        CompressError: torch sees no GPU, or there is no Triton.
-    """
+    """Refuse to go on where torch sees no GPU, or there is no Triton."""
     import torch
 
     from compress.kernels import gpu
@@ -71,11 +67,10 @@ def bench_kernels(
 
     counts = list(ROWS) if rows is None else _numbers("--rows", rows)
     plan = Plan(_shapes(shape), counts, decode=Shape() if decode else None)
-    with progress_bar() as report:
-        result = run(plan, graph_time, report)
-    if write_json(result, target) and target == "-":
-        return
-    show(result, out)
+    with progress_bar() as progress:
+        result = run(plan, graph_time, progress)
+    if not write_json(result, target) or target != "-":
+        show(result, out)
 
 
 @app.command()
@@ -84,7 +79,7 @@ def tune(
         Optional[str], typer.Argument(help="Checkpoint whose layers to tune for; instead of shapes.", metavar="DIR")
     ] = None,
     shape: Shapes = None,
-    bits: Annotated[str, typer.Option(help="Widths, comma-separated.")] = "3,4,8",
+    bits: Annotated[str, typer.Option(help="Numbers of bits, comma-separated.")] = "3,4,8",
     rows: Annotated[str, typer.Option(help="Rows of activations, comma-separated.")] = "1,2,4,8,16,32,64,256",
     kind: Annotated[str, typer.Option(help="Of activations: fp16 or bf16.")] = "fp16",
     output: Annotated[
@@ -94,22 +89,17 @@ def tune(
     """Measure how the kernels best divide their work on the GPU at hand, and keep it for the next load."""
     problems = _problems(folder, shape, bits, rows, kind)
     _need_gpu("tune")
+    from compress.kernels import tune as tuning
     from compress.kernels.timing import graph_time
-    from compress.kernels.tune import tune as measured
-    from compress.kernels.tune import write
 
-    with progress_bar() as report:
-        result = measured(problems, graph_time, report=report)
-    path = write(result, output)
+    with progress_bar() as progress:
+        result = tuning.tune(problems, graph_time, progress=progress)
+    path = tuning.write(result, output)
     out.print(f"{len(result['configs'])} configurations for {result['gpu']} in {path}", soft_wrap=True)
 
 
 def _problems(folder: str | None, shapes: list[str] | None, bits: str, rows: str, kind: str) -> list[Problem]:
-    """Every combination of what was asked for.
-
-    Raises:
-        CompressError: a width, shape or kind that there is not.
-    """
+    """Return every combination of what was asked for, or refuse a number of bits, shape or kind that there is not."""
     from compress.kernels.configs import Problem
 
     if folder is not None and shapes:
@@ -117,20 +107,16 @@ def _problems(folder: str | None, shapes: list[str] | None, bits: str, rows: str
     if kind not in ("fp16", "bf16"):
         raise CompressError(f"--kind {kind!r} is not fp16 or bf16.")
     chosen: Kind = "bf16" if kind == "bf16" else "fp16"
-    widths = _numbers("--bits", bits)
-    if max(widths) > 8 or min(widths) < 2:
+    all_bits = _numbers("--bits", bits)
+    if max(all_bits) > 8 or min(all_bits) < 2:
         raise CompressError(f"--bits {bits!r}: the kernels that are tuned have 2 to 8 bits.")
     sizes = _shapes(shapes) if folder is None else _layers(folder)
     buckets = {Problem(1, 1, 3, count, chosen).bucket: count for count in _numbers("--rows", rows)}
-    return [Problem(n, k, width, count, chosen) for n, k in sizes for width in widths for count in buckets.values()]
+    return [Problem(n, k, b, count, chosen) for n, k in sizes for b in all_bits for count in buckets.values()]
 
 
 def _layers(folder: str) -> list[tuple[int, int]]:
-    """The sizes of a checkpoint's packed layers, each once.
-
-    Raises:
-        CompressError: not a compressed checkpoint.
-    """
+    """Return the sizes of a checkpoint's packed layers, each once, or refuse what is not a compressed checkpoint."""
     from compress.config import METHOD, StoredConfig
     from compress.loading import read_config
 

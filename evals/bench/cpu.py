@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,7 @@ TORCH_BITS = {"torch float32": 32, "torch bfloat16": 16, "aten int4pack": 4}
 
 
 def ratio(times: Times, name: str, base: str) -> str:
-    """Return how much faster than another: the median over the rounds."""
+    """Return how much faster a candidate is than another: the median over the rounds."""
     if base not in times:
         return ""
     return f"{statistics.median(b / a for a, b in zip(times[name], times[base], strict=True)):.2f}"
@@ -52,25 +53,23 @@ def torch_products(x: Tensor, rows: int, columns: int) -> Calls:
 
 
 def our_products(x: Tensor, rows: int, columns: int, isas: list[int], bits: int) -> Calls:
-    """Return the C library's, by instruction set and mode; all read the same planes."""
+    """Return the products of the C library, by instruction set and mode; all read the same planes."""
     planes, codebook = random_layer(bits, rows, columns)
-    return {
-        f"{cpu.ISAS[isa]} {'int8' if int8 else 'exact'} {bits}": partial(
-            cpu.Prepared(planes, codebook, columns, int8, isa), x
-        )
-        for isa in isas
-        for int8 in (False, True)
-    }
+    found: Calls = {}
+    for isa, mode in itertools.product(isas, ("exact", "int8")):
+        prepared = cpu.Prepared(planes, codebook, columns, mode == "int8", isa)
+        found[f"{cpu.ISAS[isa]} {mode} {bits}"] = partial(prepared, x)
+    return found
 
 
-def one_row(rows: int, columns: int, widths: list[int], rounds: int) -> Times:
+def one_row(rows: int, columns: int, all_bits: list[int], rounds: int) -> Times:
     """Time one row of activations, print the table and return the seconds."""
     found = cpu.library()
     isas = [found.isa, *({1} & set(range(found.isa)))] if isinstance(found, cpu.Library) else []
     memory = torch.randint(0, 9, (1 << 24,))  # 128 MiB
     x, small = torch.randn(1, columns), rows * columns < 1 << 20
     candidates = torch_products(x, rows, columns)
-    for bits in widths:
+    for bits in all_bits:
         candidates |= our_products(x, rows, columns, isas, bits)
     if not small:
         candidates["memory read"] = memory.sum
@@ -80,14 +79,11 @@ def one_row(rows: int, columns: int, widths: list[int], rounds: int) -> Times:
     for name, taken in times.items():
         rate = rows * columns / statistics.median(taken) / 1e9
         moved = rate * (TORCH_BITS.get(name) or int(name[-1])) / 8
-        figures = (quartiles([1e6 * value for value in taken]), f"{rate:.1f}", f"{moved:.1f}")
-        share = f"{moved / read:.0%}" if read else ""
-        lines.append(
-            (name, *figures, share, *(ratio(times, name, base) for base in ("torch float32", "aten int4pack")))
-        )
-    title = f"{rows} x {columns}, {torch.get_num_threads()} thread(s)" + (
-        f", memory read {read:.1f} GB/s" if read else ""
-    )
+        figures = quartiles([1e6 * value for value in taken]), f"{rate:.1f}", f"{moved:.1f}"
+        ratios = [ratio(times, name, base) for base in ("torch float32", "aten int4pack")]
+        lines.append((name, *figures, f"{moved / read:.0%}" if read else "", *ratios))
+    title = f"{rows} x {columns}, {torch.get_num_threads()} thread(s)"
+    title += f", memory read {read:.1f} GB/s" if read else ""
     show(title, ["what", "µs", "Gweights/s", "GB/s", "of memory", "x float32", "x int4pack"], lines)
     return times
 

@@ -38,10 +38,10 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure what rounding to 8 bits costs in loss, in nats per predicted token, at every width.
+    """Measure what rounding to 8 bits costs in loss, in nats per predicted token, at every number of bits.
 
     Every packed layer is computed sixteen rows at a time, as in decoding: exactly; with the C library's int8 mode, which rounds
-    activations and table entries; and with entries rounded as the GPU kernels can have them (they do at width 4 alone).
+    activations and codebook entries; and with entries rounded as the GPU kernels can have them (they do at 4 bits alone).
     """
     model: Any = compress.load(folder, dtype=torch.float32)
     documents, _ = documents_of(text, Protocol(separator, limit, 100))
@@ -52,10 +52,10 @@ def main(
         assert bits is not None
         compress.set_bits(model, int(bits))
         losses[str(bits)] = {}
-        for mode, (int8, table_of) in MODES.items():
+        for mode, (int8, entries_of) in MODES.items():
             hooks = []
             for layer in layers:
-                prepared = Prepared(layer.planes(), table_of(layer.codebook()), layer.in_features, int8)
+                prepared = Prepared(layer.planes(), entries_of(layer.codebook()), layer.in_features, int8)
                 hooks.append(layer.register_forward_hook(partial(in_pieces, prepared)))
             losses[str(bits)][mode] = score(model, scored).loss
             for hook in hooks:

@@ -1,4 +1,4 @@
-"""Measure the bytes that loading at a width really reads, by the page cache's own account (Linux)."""
+"""Measure the bytes that loading at a number of bits really reads, by the page cache's own account (Linux)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def resident(file: Path) -> int:
 
 
 def main(hidden: int = 2048, json_file: JsonOption = None) -> None:
-    """Measure the bytes that loading at a width really reads.
+    """Measure the bytes that loading at a number of bits really reads.
 
-    A random Llama of two blocks is compressed from 3 to 8 bits. For every width the files are dropped from the page cache, a
+    A random Llama of two blocks is compressed from 3 to 8 bits. For every number of bits the files are dropped from the page cache, a
     fresh process loads the checkpoint, and the operating system says which of their pages are in memory
     afterwards. The kernel reads ahead, so a little more than the tensors' own bytes is expected.
     """
@@ -61,14 +61,10 @@ def main(hidden: int = 2048, json_file: JsonOption = None) -> None:
             read[bits] = sum(map(resident, shards))
         whole = sum(file.stat().st_size for file in shards)
         size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
-    show(
-        f"{size / 1e6:.1f} MB in bfloat16, checkpoint of {whole / 1e6:.1f} MB",
-        ["bits", "tensor bytes needed, MB", "bytes read from the files, MB", "share of all"],
-        [
-            (bits, f"{needed[bits] / 1e6:.1f}", f"{read[bits] / 1e6:.1f}", f"{read[bits] / whole:.1%}")
-            for bits in needed
-        ],
-    )
-    write(
-        {"dense_bfloat16_bytes": size, "checkpoint_bytes": whole, "needed_bytes": needed, "read_bytes": read}, json_file
-    )
+    heads = ["bits", "tensor bytes needed, MB", "bytes read from the files, MB", "share of all"]
+    rows = [
+        (bits, f"{n / 1e6:.1f}", f"{read[bits] / 1e6:.1f}", f"{read[bits] / whole:.1%}") for bits, n in needed.items()
+    ]
+    show(f"{size / 1e6:.1f} MB in bfloat16, checkpoint of {whole / 1e6:.1f} MB", heads, rows)
+    figures = {"dense_bfloat16_bytes": size, "checkpoint_bytes": whole, "needed_bytes": needed, "read_bytes": read}
+    write(figures, json_file)

@@ -30,7 +30,7 @@ def correlated(size: int, generator: torch.Generator) -> Tensor:
 
 
 def search_curves(blocks: int) -> None:
-    """Search MRP's curves of a model of so many blocks, with the default step and width."""
+    """Search MRP's curves of a model of so many blocks, with the default step and spread."""
     points = grid(0.0, 0.99, 0.01)
     curves = [[0.9 + 0.09 * index / blocks - 0.1 * point for point in points] for index in range(blocks)]
     search(Budget([200_000_000] * blocks, 0.7, 0.55, 0.85), points, [curves], 0.01)

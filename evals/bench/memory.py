@@ -83,7 +83,7 @@ print(json.dumps(found | {"peak": resident("VmHWM")}))
 
 
 class Kind(str, Enum):
-    """What is measured: a kind of pass."""
+    """Name a kind of pass to measure."""
 
     any_precision = "any_precision"
     prune = "prune"
@@ -122,11 +122,10 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """Print the figures that there are; sizes in MB."""
     columns = ("float32", "tensors", "imports", "loaded", "peak", "planned", "seconds")
     there = [column for column in columns if any(column in row for row in rows)]
-    scale = {"seconds": 1.0}
     lines = []
     for row in rows:
-        figures = [f"{row[column] / scale.get(column, 1e6):.0f}" if column in row else "" for column in there]
-        lines.append((row["what"], row["blocks"], *figures))
+        scaled = {column: row[column] / (1 if column == "seconds" else 1e6) for column in there if column in row}
+        lines.append((row["what"], row["blocks"], *(f"{scaled[c]:.0f}" if c in scaled else "" for c in there)))
     show(title, ["", "blocks", *there], lines)
 
 

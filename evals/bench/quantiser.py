@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import typer
 from numpy.typing import NDArray
 
 from compress.evals.bench.common import JsonOption, console, quartiles, show, take_turns, write
-from compress.quant.kmeans import kmeans_codebook, nested_codebooks
+from compress.quant.kmeans import nested_codebooks
 
 Matrix = NDArray[np.float32]
 COLUMNS = 4096
@@ -46,15 +47,6 @@ def errors(weight: Matrix, sensitivity: Matrix, cells: NDArray[Any] | list[NDArr
     return np.array(found)
 
 
-def have_flash() -> bool:
-    """Tell whether flash1dkmeans is installed."""
-    try:
-        import flash1dkmeans  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def main(
     rows: Annotated[int, typer.Option(help="Rows to time per kind of data.")] = 256,
     rounds: int = 5,
@@ -65,34 +57,29 @@ def main(
     How far the seed's error is from the exact optimum is held by tests/quant/test_kmeans.py; here flash1dkmeans' error stands
     beside ours.
     """
-    flash = have_flash()
+    flash = find_spec("flash1dkmeans") is not None
     if not flash:
         console.print("flash1dkmeans is not installed (pip install flash1dkmeans): no comparison.")
     found: list[dict[str, Any]] = []
+    lines = []
     for name, (weight, f) in sample_rows(rows).items():
         tasks: dict[str, Callable[[], object]] = {"3 to 8 bits": partial(nested_codebooks, weight, f, 3, 8)}
         above: dict[str, NDArray[np.float64]] = {}
         for bits in (3, 4):
-            tasks[f"seed of {bits} bits"] = partial(kmeans_codebook, weight, f, bits)
+            tasks[f"seed of {bits} bits"] = partial(nested_codebooks, weight, f, bits, bits)
             if flash:
                 theirs = f"flash1dkmeans, {bits} bits"
                 tasks[theirs] = partial(flash_cells, weight, f, bits)
-                ours = errors(weight, f, kmeans_codebook(weight, f, bits).codes.numpy())
+                ours = errors(weight, f, nested_codebooks(weight, f, bits, bits).codes.numpy())
                 above[theirs] = errors(weight, f, flash_cells(weight, f, bits)) / ours - 1
         for task, times in take_turns(tasks, rounds).items():
-            row: dict[str, Any] = {
-                "data": name,
-                "task": task,
-                "rows": rows,
-                "milliseconds": [1e3 * value / rows for value in times],
-            }
+            row: dict[str, Any] = {"data": name, "task": task, "rows": rows}
+            row["milliseconds"] = [1e3 * value / rows for value in times]
             if task in above:
                 row |= {"mean_above_ours": float(above[task].mean()), "worst_above_ours": float(above[task].max())}
             found.append(row)
-    lines = []
-    for row in found:
-        error = [f"{row[key]:+.2%}" if key in row else "" for key in ("mean_above_ours", "worst_above_ours")]
-        lines.append((row["data"], row["task"], quartiles(row["milliseconds"]), *error))
+            error = [f"{row[key]:+.2%}" if key in row else "" for key in ("mean_above_ours", "worst_above_ours")]
+            lines.append((name, task, quartiles(row["milliseconds"]), *error))
     heads = ["data", "task", "ms", "mean error", "worst error"]
     show(f"ms per row of {COLUMNS} (quartiles), and error above ours", heads, lines)
     write(found, json_file)

@@ -83,8 +83,8 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "matrix.safetensors"
         results = [
-            measure(height, width, sparsity, parent, file)
-            for height, width in ((rows, 4096), (500, 500))
+            measure(*shape, sparsity, parent, file)
+            for shape in ((rows, 4096), (500, 500))
             for parent in PARENTS
             for sparsity in SPARSITIES
         ]

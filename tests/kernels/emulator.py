@@ -91,14 +91,14 @@ class Machine:
 
     def run(self, assembly, inputs):
         """Values of the outputs, uint32 [lanes] each, for inputs of uint32 [lanes]."""
-        lanes = len(inputs[0])
-        registers = {f"${assembly.outputs + i}": value for i, value in enumerate(inputs)}
+        lanes, outputs = len(inputs[0]), assembly.constraints.count("=")
+        registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
         registers["compress_table"] = np.zeros(lanes, np.uint32)
-        assert len(inputs) + assembly.outputs == len(assembly.constraints.split(","))
+        assert len(inputs) + outputs == len(assembly.constraints.split(","))
         for line in assembly.text.replace("{\n", "\n").replace("\n}", "\n").splitlines():
             if line.strip() and not line.startswith("."):
                 self._step(line.strip().rstrip(";"), registers, lanes)
-        return [registers[f"${i}"] for i in range(assembly.outputs)]
+        return [registers[f"${i}"] for i in range(outputs)]
 
     def _step(self, line, registers, lanes):
         name, rest = line.split(None, 1)

@@ -46,7 +46,7 @@ for bits, seed in [(1, 1), (2, 2), (3, 3), (4, 2), (4, 4), (5, 3), (6, 2), (7, 3
 print("every width, one row and several, with a bias: ok")
 
 nested = random_tiled(64, 64, 6, 3)
-for bits in nested.widths:
+for bits in nested.tables:
     assert worst(nested, bits, activations(2, 64)) < 2e-6
 print("every width of one layout: ok")
 

@@ -250,7 +250,7 @@ def judge(case: Case) -> dict[str, Any]:
         The case, what was read (NVIDIA only), and ``faults``: sentences, none if all is well.
     """
     variant, config = case.variant, case.config
-    found: dict[str, Any] = {"target": case.target, **asdict(variant), "config": config.json(), "faults": []}
+    found: dict[str, Any] = {"target": case.target, **asdict(variant), "config": asdict(config), "faults": []}
     try:
         kernel = compiled(variant, config, case.target)
     except Exception as error:  # whatever it is, the other cases are worth seeing

@@ -5,7 +5,7 @@ import torch
 
 from compress.evals.bench.matrix import correlated
 from compress.quant import hessian
-from compress.quant.hessian import Buffers, Follower, Metric, leading_directions, product_dtype
+from compress.quant.hessian import Buffers, Follower, Hessian, leading_directions, product_dtype
 from compress.quant.nested import nested_output_codebooks
 from tests.quant.test_nested import plain_error, problem
 
@@ -25,7 +25,7 @@ def test_leading_directions_of_a_metric():
 def test_follower_is_a_product_with_what_has_changed(dtype, near, monkeypatch):
     monkeypatch.setattr(hessian, "product_dtype", lambda device, size: dtype)
     values, matrix = problem(rows=5, columns=100)
-    metric, generator = Metric(matrix), torch.Generator().manual_seed(3)
+    metric, generator = Hessian(matrix), torch.Generator().manual_seed(3)
     before, swept = (torch.randn(2, 5, 100, generator=generator) for _ in range(2))
     gradients = [metric.times(values), metric.times(2 * values)]
     scale = float((values @ matrix).abs().max())

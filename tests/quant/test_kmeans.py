@@ -26,7 +26,7 @@ def in_numpy(function: Callable[..., Codes]) -> Callable[..., SimpleNamespace]:
     return run
 
 
-nested_codebooks, kmeans_codebook = in_numpy(kmeans.nested_codebooks), in_numpy(kmeans.kmeans_codebook)
+nested_codebooks = in_numpy(kmeans.nested_codebooks)
 
 
 def weighted_error(weight: Array, sensitivity: Array | None, codes: Array, codebook: Array) -> Array:
@@ -129,7 +129,7 @@ def check_tree(weight: Array, sensitivity: Array | None, nested: Any, seed: int,
 @pytest.mark.parametrize("bits", [1, 3, 4])
 def test_seed_is_the_exact_optimum_of_short_rows(kind: str, bits: int) -> None:
     weight, f = rows(kind, (4, 300))
-    q = kmeans_codebook(weight, f, bits)
+    q = nested_codebooks(weight, f, bits, bits)
     expected = [optimum(x, w, 2**bits) for x, w in zip(weight, f, strict=True)]
     np.testing.assert_allclose(weighted_error(weight, f, q.codes, q.codebooks[bits]), expected, rtol=1e-5)
 
@@ -137,7 +137,7 @@ def test_seed_is_the_exact_optimum_of_short_rows(kind: str, bits: int) -> None:
 @pytest.mark.parametrize("kind", ["gauss", "student", "lognormal"])
 def test_seed_is_within_two_thousandths_of_the_optimum_of_long_rows(kind: str) -> None:
     weight, f = rows(kind, (1, 4096), seed=1)
-    q = kmeans_codebook(weight, f, 3)
+    q = nested_codebooks(weight, f, 3, 3)
     error = weighted_error(weight, f, q.codes, q.codebooks[3])[0]
     exact = optimum(weight[0], f[0], 8)
     assert exact * (1 - 1e-6) <= error <= exact * 1.002
@@ -147,7 +147,7 @@ def test_few_distinct_values_are_exact_however_long_the_row() -> None:
     rng = np.random.default_rng(2)
     values, weight = np.unique(rng.standard_normal(40).astype(np.float32)), np.empty((1, 5000), np.float32)
     weight[0] = rng.choice(values, 5000)
-    q = kmeans_codebook(weight, None, 3)
+    q = nested_codebooks(weight, None, 3, 3)
     _, counts = np.unique(weight, return_counts=True)
     error = weighted_error(weight, None, q.codes, q.codebooks[3])[0]
     assert error == pytest.approx(optimum(values, counts, 8), rel=1e-5)
@@ -286,7 +286,7 @@ def best_around_zero(x: Array, cells: int, reserve: bool) -> float:
 def test_seed_with_zeros_is_the_brute_force_optimum(seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal(14).astype(np.float32) + np.float32(0.5 * seed)
     x[:3] = 0.0
-    q = kmeans_codebook(x[None], None, 2, keep_zeros=True)
+    q = nested_codebooks(x[None], None, 2, 2, keep_zeros=True)
     error = weighted_error(x[None], None, q.codes, q.codebooks[2])[0]
     assert error == pytest.approx(best_around_zero(x, 4, reserve=False), rel=1e-5)
     assert error <= best_around_zero(x, 4, reserve=True) * (1 + 1e-5)

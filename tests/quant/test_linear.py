@@ -143,7 +143,7 @@ def test_a_module_starts_at_its_parents_width():
 @pytest.mark.parametrize("bits", [2, 7, 0, "4"])
 def test_a_width_that_is_not_held_is_refused(bits):
     module = linear()
-    with pytest.raises(ValueError, match=rf"width {bits} is not among the 3 to 6 bits held in memory"):
+    with pytest.raises(ValueError, match=rf"{bits} bits are not among the 3 to 6 held in memory"):
         module.bits = bits
     assert module.bits == PARENT
 

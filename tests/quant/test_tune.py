@@ -90,7 +90,7 @@ def test_pruned_weights_stay_zero(tuned_recipe, make_model, tmp_path):
     ("passes", "complaint"),
     [
         ([{"kind": "tune_tables"}], "works on packed matrices; put a quantising pass before it"),
-        ([{"kind": "rtn", "bits": 4}, {"kind": "tune_tables", "widths": [3]}], "width 3 is not among 4 to 4"),
+        ([{"kind": "rtn", "bits": 4}, {"kind": "tune_tables", "widths": [3]}], "3 bits are not among the 4 to 4"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_before_any_work(recipe, tmp_path, passes, complaint):
