@@ -1,4 +1,4 @@
-"""What the dense model says of a text, kept as its largest logits, and the loss that asks a student to say the same."""
+"""Keep what the dense model says of a text, as its largest logits, and ask a student to say the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache_teacher(
         count: tokens kept per place; the whole vocabulary where that is smaller.
         file: gets ``logs.i`` (float32 [T - 1, count], log-probabilities over the whole vocabulary) and
             ``tokens.i`` (int32, the same shape) for sample i. It must belong to this teacher and these samples.
-        report: called with (samples done, samples in all).
+        report: called with (samples done, samples in all), to tell of progress.
     """
     try:
         with safe_open(file, framework="pt") as handle:

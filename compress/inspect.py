@@ -1,4 +1,4 @@
-"""What is in a checkpoint: modules, bytes at each number of bits, errors, provenance, zeros.
+"""Look at what is in a checkpoint: modules, bytes at each number of bits, errors, provenance, zeros.
 
 :func:`inspect` reads headers only, and imports neither torch nor transformers.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import check_tensors, read_settings
-from compress.manifest import read_manifest
-from compress.quant.records import PackedShape, SparseShape, width_of, width_range
+from compress.manifest import noted, read_manifest
+from compress.quant.records import SparseShape, packed_bytes, width_range
 from compress.sidecars import inspect_sidecars
-from compress.weights import Checkpoint, TensorInfo
+from compress.weights import Checkpoint
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -23,31 +23,39 @@ def inspect(folder: Path) -> dict[str, Any]:
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
-        "prompts": {width: {"tokens", "numbers"}}, "adapter": {"rank", "numbers"}, "not_quantised", "pruned", "blocks", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        "prompts": {bits: {"tokens", "numbers"}}, "adapter": {"rank", "numbers"}, "not_quantised", "pruned", "blocks",
+        "manifest"}``. Bytes are those of the tensors in the files; dense models have no ``bytes_at_bits``.
         ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
-        ``blocks`` are the sizes of those that are not as large as the config says (``compress.shapes.BlockShape``).
+        ``blocks`` are the sizes of those that are not as large as the config says (``compress.config.BlockShape``).
         ``adapter`` is there only where a low-rank adapter lies beside the model, which plain ``from_pretrained`` leaves off.
         ``pruned`` tells whether a pass of the recipe has set weights to zero.
 
     Raises:
         CompressError: not a model folder, or packed tensors missing or of the wrong shape.
     """
-    settings, manifest = read_settings(folder), read_manifest(folder)
+    settings, manifest = read_settings(folder), read_manifest(folder) or {}
     info = Checkpoint(folder).info()
     shapes = settings.shapes() if settings else {}
     if settings is not None:
         check_tensors(folder, settings)
-    errors, storage = _noted(manifest or {}, "errors"), _noted(manifest or {}, "storage")
+    errors, storage = dict(noted(manifest, "errors")), dict(noted(manifest, "storage"))
     modules = {
-        name: _module(name, shape, info, errors.get(name, {}), storage.get(name, {})) for name, shape in shapes.items()
+        name: {
+            "shape": [shape.out_features, shape.in_features],
+            "seed_bits": shape.seed_bits,
+            "parent_bits": shape.parent_bits,
+            "bytes_at_bits": {str(bits): packed_bytes(shape, bits) for bits in shape.widths},
+            "errors": errors.get(name, {}),
+            "storage": {**storage.get(name, {}), "form": "sparse" if isinstance(shape, SparseShape) else "dense"},
+        }
+        for name, shape in shapes.items()
     }
-    passes = (manifest or {}).get("passes", [])
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
     dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
     held = sum(dense.values())
     at = {
-        str(bits): held + sum(_at(module["bytes_at_bits"], bits) for module in modules.values())
+        str(bits): held + sum(packed_bytes(shape, bits) for shape in shapes.values())
         for bits in width_range(shapes.values())
     }
     return {
@@ -64,56 +72,14 @@ def inspect(folder: Path) -> dict[str, Any]:
         "blocks": settings.pruned if settings else {},
         "dense": dense,
         **inspect_sidecars(folder),
-        "not_quantised": (manifest or {}).get("not_quantised", {}),
-        "pruned": any(_counts_zeros(unit) for step in passes for unit in step["units"].values()),
-        "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},
+        "not_quantised": manifest.get("not_quantised", {}),
+        "pruned": any(isinstance(note, Mapping) and "zeros" in note for _, note in noted(manifest, "linears")),
+        "manifest": {key: value for key, value in manifest.items() if key not in ("files", "passes", "probe")},
     }
-
-
-def _at(by_width: Mapping[str, int], bits: int) -> int:
-    """A module's bytes at a width, brought into its own range."""
-    widths = sorted(map(int, by_width))
-    return by_width[str(min(max(bits, widths[0]), widths[-1]))]
-
-
-def _module(
-    name: str, shape: PackedShape, info: Mapping[str, TensorInfo], errors: Mapping[str, Any], storage: Mapping[str, Any]
-) -> dict[str, Any]:
-    held = {tensor: info[f"{name}.{tensor}"].nbytes for tensor in shape.specification()}
-    at = {
-        str(bits): sum(size for tensor, size in held.items() if (width_of(tensor) or 0) <= bits)
-        for bits in shape.widths
-    }
-    return {
-        "shape": [shape.out_features, shape.in_features],
-        "seed_bits": shape.seed_bits,
-        "parent_bits": shape.parent_bits,
-        "bytes_at_bits": at,
-        "errors": errors,
-        "storage": {**storage, "form": "sparse" if isinstance(shape, SparseShape) else "dense"},
-    }
-
-
-def _noted(manifest: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """What the units of all passes say of modules in one field of their records."""
-    return {
-        name: note
-        for step in manifest.get("passes", [])
-        for unit in step["units"].values()
-        for name, note in unit.get(field, {}).items()
-    }
-
-
-def _counts_zeros(unit: Mapping[str, Any]) -> bool:
-    """Tell whether a unit's record is that of a pruning pass: figures with ``zeros`` of every linear in it."""
-    linears = unit.get("linears")
-    return isinstance(linears, Mapping) and any(
-        isinstance(found, Mapping) and "zeros" in found for found in linears.values()
-    )
 
 
 def sparsity(folder: Path) -> dict[str, Any]:
-    """Count exact zeros in the linears inside the blocks, packed ones at their parent width.
+    """Count exact zeros in the linears inside the blocks, packed ones at all of their bits.
 
     One block is in memory at a time.
 

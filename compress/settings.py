@@ -1,4 +1,4 @@
-"""Settings of passes, and how they are found by name: all that a recipe's validation needs, without importing torch.
+"""Define the settings of passes, and find them by name: all that a recipe's validation needs, without importing torch.
 
 A pass is an entry point of group ``compress.passes``. Its settings may be one of group ``compress.settings`` under the same name,
 in a module that imports neither torch nor transformers: ``compress passes``, ``compress schema`` and the answer to a mistyped key
@@ -20,7 +20,7 @@ PASSES, SETTINGS = "compress.passes", "compress.settings"
 
 
 class Calibration(BaseModel):
-    """Text that passes learn from; it must not be text that anything is measured on."""
+    """Choose text that passes learn from; it must not be text that anything is measured on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +43,7 @@ class Calibration(BaseModel):
 
 
 class PassConfig(BaseModel):
-    """Base of every pass's settings. Subclasses fix ``kind`` to a literal and describe every field.
+    """Hold the settings of a pass. Subclasses fix ``kind`` to a literal and describe every field.
 
     Attributes:
         PRESETS: values of a field ``preset`` -> the settings that each stands for, which keys of the recipe override.
@@ -61,7 +61,7 @@ class PassConfig(BaseModel):
 
 
 class TrainingConfig(PassConfig):
-    """Settings of every pass that trains; subclasses fix ``kind``."""
+    """Hold the settings of a pass that trains; subclasses fix ``kind``."""
 
     text: Calibration | None = Field(None, description="Text to train on; the recipe's calibration if absent.")
     steps: int = Field(500, ge=1, description="Steps of AdamW.")
@@ -101,12 +101,7 @@ def kinds() -> list[str]:
 
 
 def load_entry(group: str, kind: str, base: type) -> Any:
-    """Import what a package names for a pass.
-
-    Args:
-        group: of the entry point, ``PASSES`` or ``SETTINGS``.
-        kind: name of the pass.
-        base: class that it must be a subclass of.
+    """Import the subclass of ``base`` that a package names for a pass, in the group ``PASSES`` or ``SETTINGS``.
 
     Raises:
         CompressError: the package cannot be imported, or names something else.
@@ -122,11 +117,7 @@ def load_entry(group: str, kind: str, base: type) -> Any:
 
 
 def config_class(kind: str) -> type[PassConfig]:
-    """Return the settings of a pass by its name.
-
-    Raises:
-        CompressError: as :func:`load_entry`.
-    """
+    """Return the settings of a pass by its name; errors as of :func:`load_entry`."""
     if kind in _entries(SETTINGS):
         loaded: type[PassConfig] = load_entry(SETTINGS, kind, PassConfig)
         return loaded

@@ -37,14 +37,15 @@ def run(
     from compress.recipe import load_recipe
 
     settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
+    from accelerate import PartialState
+
     from compress import pipeline
     from compress.inspect import inspect as look
-    from compress.processes import is_main
 
     quiet_transformers()
     with progress_bar() as report:
         target = pipeline.run(settings, output, workspace=workspace, report=report)
-    if not is_main():
+    if not PartialState().is_main_process:
         return
     found = look(target)
     out.print(f"{escape(str(target))}: {found['bytes'] / 1e6:.2f} MB of tensors" + _at_widths(found["bytes_at_bits"]))

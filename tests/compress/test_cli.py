@@ -252,7 +252,11 @@ def _with(name, text):
     [
         (_with("compression.json", "{}"), ["verify", "{}"], "has no 'compress_version', as every manifest has"),
         (_with("compression.json", "[1]"), ["inspect", "{}"], "as every manifest has"),
-        (_without("compression.json"), ["generate", "{}", "the", "--bits", "3.5"], "give a whole width, or patterns"),
+        (
+            _without("compression.json"),
+            ["generate", "{}", "the", "--bits", "3.5"],
+            "give a whole number of bits, or patterns",
+        ),
         (_without("tokenizer.json", "tokenizer_config.json"), ["generate", "{}", "the"], "its tokenizer cannot be"),
         (
             _with("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
