@@ -34,13 +34,10 @@ def with_peft() -> Iterator[None]:
 
 
 def attach_prompts(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Path]) -> PeftModel:
-    """Put stored prompts before a model.
+    """Put stored prompts before a model, and refuse prompts that do not fit it or leave no room for text.
 
     All are loaded as adapters of one ``PeftModel`` (``default`` for all numbers of bits, ``3bit`` and so on), and the one of
     the bits in use is active; :func:`compress.set_bits` keeps it so.
-
-    Raises:
-        CompressError: no prompt there, one of another model's size, or one that leaves no room for text.
     """
     found = prompts if isinstance(prompts, Mapping) else find_prompts("", prompts)
     prompted: PeftModel | None = None
@@ -127,11 +124,7 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def text_length(model: nn.Module, cap: int | None = None) -> int | None:
-    """Count the tokens of text that a model has room for beside its prompt; None if neither it nor ``cap`` limits them.
-
-    Raises:
-        CompressError: fewer than two are left.
-    """
+    """Count the tokens of text that fit beside a prompt, at least two; return None if neither model nor ``cap`` limits them."""
     limits = [getattr(model.config, "max_position_embeddings", None), cap]
     context = min((int(limit) for limit in limits if limit is not None), default=None)
     taken = virtual_tokens(model)
@@ -146,11 +139,7 @@ def text_length(model: nn.Module, cap: int | None = None) -> int | None:
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the low-rank adapter of a folder on the linears of a model, packed or not, at any number of bits.
 
-    Returns:
-        A ``PeftModel`` around the model, whose linears now hold the adapter: ``get_base_model()`` computes with it too.
-
-    Raises:
-        CompressError: it cannot be read, or was trained for other linears than this model's.
+    Return a ``PeftModel`` around the model, whose linears now hold the adapter: ``get_base_model()`` computes with it too.
     """
     fields, _ = read_adapter(folder)
     used = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "bias")

@@ -23,11 +23,7 @@ Option = tuple[int, float]
 
 
 def parse_bytes(text: str | int) -> int:
-    """Read ``"2GB"``, ``"500 MiB"`` or a plain number as bytes.
-
-    Raises:
-        CompressError: it is none of these.
-    """
+    """Read ``"2GB"``, ``"500 MiB"`` or a plain number as bytes, and refuse anything else."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMG]?I?B)?", str(text).strip().upper())
     if not found:
         raise CompressError(f"memory {text!r}: give bytes, or a number and a unit, for example 2GB or 500MiB.")
@@ -38,14 +34,8 @@ def choose(options: Sequence[Mapping[int, Option]], budget: int) -> list[int]:
     """Pick bits for every group so that the summed error is least and the bytes do not exceed the budget.
 
     Multiple-choice knapsack by dynamic programming over the budget in 20,000 parts: exact but for the rounding of each
-    group's bytes up to a part, and never worse than the same bits for all.
-
-    Args:
-        options: per group, bits -> (bytes, error).
-        budget: bytes for all groups together.
-
-    Raises:
-        CompressError: not even the smallest choices fit.
+    group's bytes up to a part, and never worse than the same bits for all. ``options`` has, per group, bits -> (bytes,
+    error); a budget below the smallest choices is refused.
     """
     smallest = [min(size for size, _ in group.values()) for group in options]
     room = budget - sum(smallest)  # only what goes beyond the smallest choices has to be counted
@@ -84,11 +74,7 @@ def choose(options: Sequence[Mapping[int, Option]], budget: int) -> list[int]:
 
 
 def _measured_errors(folder: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[int, float]]:
-    """Read the weighted error of each matrix, by bits, from the manifest.
-
-    Raises:
-        CompressError: there is no manifest, or it has no errors of a matrix.
-    """
+    """Read the weighted error of each matrix, by bits, from the manifest, and refuse one that lacks a matrix."""
     found = dict(noted(manifest, "errors"))
     if missing := [name for name in names if name not in found]:
         raise CompressError(
@@ -120,14 +106,11 @@ def widths_for_budget(
     """Choose bits for every packed matrix with the least summed error; matrices that servers fuse get the same.
 
     Args:
-        folder: where the checkpoint's manifest is.
+        folder: where the checkpoint's manifest is, with measured errors.
         shapes: of the packed matrices, as stored.
         structure: says which are fused.
         bits: a mean: as many bytes to read as lie between those of the two whole numbers around it.
         memory: bytes for all tensors once loaded, as :func:`parse_bytes` reads them.
-
-    Raises:
-        CompressError: no measured errors, a mean outside of what is stored, or memory too small for any bits.
     """
     manifest = read_manifest(folder) or {}
     errors = _measured_errors(folder, manifest, list(shapes))

@@ -39,11 +39,7 @@ class Samples:
 
 
 def read_documents(path: Path, separator: str | None = None, column: str = "text") -> list[str]:
-    """Read the documents of a text file: the whole, or its parts between separators, or a value per JSON line.
-
-    Raises:
-        CompressError: the file cannot be read, or is not what its name says.
-    """
+    """Read the documents of a text file: the whole, or its parts between separators, or a value per JSON line."""
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as handle:
@@ -97,11 +93,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Samples:
-    """Draw the first documents that are long enough, each cut to ``length`` tokens; or, from one long text, even windows.
-
-    Raises:
-        CompressError: too little text, or a length beyond the model's context.
-    """
+    """Draw the first documents that are long enough, cut to ``length`` tokens; or, from one long text, even windows."""
     if context_length is not None and settings.length > context_length:
         raise CompressError(
             f"calibration.length: {settings.length} tokens, but the model's context holds {context_length}; lower it."

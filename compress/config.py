@@ -80,11 +80,7 @@ class StoredConfig:
             )
 
     def block_shapes(self) -> dict[str, BlockShape]:
-        """Return the shapes of the recorded blocks.
-
-        Raises:
-            CompressError: a record with missing or unknown fields, or values that make no sense.
-        """
+        """Return the shapes of the recorded blocks, and refuse records that make no sense."""
         try:
             shapes = {name: BlockShape(**fields) for name, fields in self.pruned.items()}
         except TypeError as error:
@@ -96,11 +92,7 @@ class StoredConfig:
         return shapes
 
     def shapes(self) -> dict[str, PackedShape]:
-        """Return the shapes of the packed modules.
-
-        Raises:
-            CompressError: a record with missing or unknown fields, or values that make no sense.
-        """
+        """Return the shapes of the packed modules, and refuse records that make no sense."""
         try:
             shapes = {name: shape_of(fields) for name, fields in self.modules.items()}
         except TypeError as error:
@@ -141,11 +133,7 @@ def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) 
 
 
 def read_settings(folder: Path) -> StoredConfig | None:
-    """Read ``quantization_config`` of a checkpoint; return None for a dense model.
-
-    Raises:
-        CompressError: there is no readable config.json.
-    """
+    """Read ``quantization_config`` of a model folder; return None for a dense model."""
     path = folder / "config.json"
     try:
         return stored_config(json.loads(path.read_text(encoding="utf-8")).get("quantization_config"))
@@ -159,17 +147,9 @@ def index_name(bits: int | None) -> str:
 
 
 def check_tensors(folder: Path, config: StoredConfig, bits: int | None = None) -> int:
-    """Check that every packed tensor is there, of its recorded shape and dtype, and return how many there are.
+    """Check that every packed tensor that some bits need (all, for None) is there, of its recorded shape and dtype.
 
-    Only headers are read.
-
-    Args:
-        folder: the checkpoint.
-        config: what it records.
-        bits: whose index is read, and whose tensors are looked for; None for everything.
-
-    Raises:
-        CompressError: the first that is not, by file and tensor.
+    Only headers are read. Return how many there are; refuse the first that is wrong, by file and tensor.
     """
     info, count = Checkpoint(folder, index_name=index_name(bits)).info(), 0
     for name, shape in config.shapes().items():

@@ -12,11 +12,7 @@ class CompressError(Exception):
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse to write a checkpoint where there is something already.
-
-    Raises:
-        CompressError: the place is not free, or an empty folder.
-    """
+    """Refuse to write a checkpoint where there is anything but an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CompressError(f"output {output}: exists already and is not an empty folder; choose another or remove it.")
 

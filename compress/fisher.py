@@ -27,15 +27,8 @@ def unit_of(block: int) -> str:
 def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report) -> None:
     """Leave the diagonal Fisher information of every block in a stage, a unit each (:func:`unit_of`).
 
-    Args:
-        model: to differentiate.
-        samples: calibration tokens; each one's gradient is squared on its own.
-        stage: where units go; finished ones are kept.
-        outside: names among :meth:`StreamedModel.outside`.
-        report: called with (what, done, total).
-
-    Raises:
-        CompressError: the loss or a gradient is not finite.
+    Each sample's gradient is squared on its own. Finished units are kept; ``outside`` names modules among
+    :meth:`StreamedModel.outside`. A loss or gradient that is not finite is refused.
     """
     count = len(model.blocks)
     total = 2 * count + 1

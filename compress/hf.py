@@ -38,10 +38,7 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     """Resolve a number or a set of patterns to the bits of every packed module; later patterns win.
 
     Modules that no pattern names stay at the most they have. A single number is brought into each module's own range, so
-    that a mix of parents still loads at one number.
-
-    Raises:
-        CompressError: bits no module (or not the named one) can be read at; a pattern that matches nothing.
+    that a mix of parents still loads at one number. Bits that no module, or not the named one, has are refused.
     """
     if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
         raise CompressError(f"bits must be a number or a mapping of patterns to numbers, not {bits!r}.")
@@ -77,11 +74,7 @@ class CompressConfig(StoredConfig, QuantizationConfigMixin):
 
 
 def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) -> None:
-    """Put packed modules, on the meta device, where a model has dense ones.
-
-    Raises:
-        CompressError: a recorded module is not there or has other dimensions.
-    """
+    """Put packed modules, on the meta device, where a model has dense ones, and refuse records that do not fit it."""
     renamed = {old: new for new, old in architecture(model.config).renamed.items()}
     for stored, shape in shapes.items():
         name = stored if hasattr(model, stored.partition(".")[0]) else renamed.get(stored, stored)
@@ -126,13 +119,7 @@ def join_layers(model: PreTrainedModel) -> None:
 
 
 def rebuild(model: nn.Module) -> None:
-    """Let every module that was filled in the sparse form hold the planes it computes with, one after the other.
-
-    Modules that have not been filled (on the meta device) are left alone.
-
-    Raises:
-        CompressError: a mask that does not fit its matrix.
-    """
+    """Expand, one after the other, the modules filled in the sparse form; those on the meta device are left alone."""
     for name, module in packed_modules(model).items():
         if isinstance(module.shape, SparseShape) and not module.get_buffer("mask").is_meta:
             tensors = expand(name, module.shape, dict(module.named_buffers()))

@@ -79,15 +79,10 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 
 def sparsity(folder: Path) -> dict[str, Any]:
-    """Count exact zeros in the linears inside the blocks, packed ones at all of their bits.
-
-    One block is in memory at a time.
+    """Count exact zeros in the linears inside the blocks, packed ones at all of their bits, one block at a time.
 
     Returns:
         ``{"zeros", "parameters", "sparsity", "blocks": {name: the same}, "linears": {name: the same}}``.
-
-    Raises:
-        CompressError: not a model folder, or an undeclared architecture.
     """
     import torch
 

@@ -70,7 +70,12 @@ def load(
     revision = kwargs.get("revision")  # what lies beside the model is looked for before the model is read
     prompts = find_prompts(folder, prompt, revision) if prompt else None
     adapted = find_adapter(folder, adapter, revision)
-    model = _load_model(str(folder), bits, memory, keep_dense, exact, **kwargs)
+    model = _load_model(str(folder), bits, memory, **kwargs)
+    packed = packed_modules(model)
+    for module in packed.values():
+        module.keep_dense, module.exact = keep_dense, exact
+    if packed and not exact:
+        join_layers(model)
     if prompts is None and adapted is None:
         return model
     from compress.adapters import attach_adapter, attach_prompts
@@ -81,14 +86,7 @@ def load(
     return result if prompts is None else attach_prompts(model, prompts)  # type: ignore[return-value]
 
 
-def _load_model(
-    name: str,
-    bits: Bits | float | str | None,
-    memory: str | int | None,
-    keep_dense: bool | None,
-    exact: bool,
-    **kwargs: Any,
-) -> PreTrainedModel:
+def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | None, **kwargs: Any) -> PreTrainedModel:
     config = read_config(name, kwargs.get("revision"))
     stored = stored_config(getattr(config, "quantization_config", None))
     if stored is None:
@@ -108,37 +106,23 @@ def _load_model(
             kwargs["variant"] = f"{most}bit"
     if Path(name).is_dir():
         check_tensors(Path(name), stored, most)
-    model = _from_pretrained(name, config=config, **kwargs)
-    for module in packed_modules(model).values():
-        module.keep_dense, module.exact = keep_dense, exact
-    if not exact:
-        join_layers(model)
-    return model
+    return _from_pretrained(name, config=config, **kwargs)
 
 
 def read_config(name: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """Read the configuration of a folder or hub id, without running any code of its own.
-
-    Raises:
-        CompressError: there is none, or transformers cannot use it.
-    """
+    """Read the configuration of a folder or hub id, without running any code of its own."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(name), revision=revision)
+        return AutoConfig.from_pretrained(str(name), revision=revision)  # type: ignore[no-any-return]
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
         raise CompressError(
             f"{name}: is not a model folder or hub id that can be read ({first_line(error)})."
         ) from error
-    return config
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint or dense model.
-
-    Raises:
-        CompressError: there is none, or it cannot be read.
-    """
+    """Load the tokenizer of a checkpoint or dense model."""
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # tokenizer classes fail in many ways
@@ -148,11 +132,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def bits_for(
     folder: str | Path, bits: Bits | float | str | None, memory: str | int | None = None, revision: str | None = None
 ) -> Bits | None:
-    """Turn a mean or an amount of memory into bits by module; return other bits as they are. Arguments as of :func:`load`.
-
-    Raises:
-        CompressError: both are given, or nothing fits.
-    """
+    """Turn a mean or an amount of memory into bits by module; return other bits as they are. Arguments as of :func:`load`."""
     mean = as_number(bits)
     if memory is None and mean is None:
         return bits  # type: ignore[return-value]
@@ -173,12 +153,11 @@ def bits_for(
 
 def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)  # type: ignore[no-any-return]
     except SafetensorError as error:
         raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
     except OSError as error:
         raise CompressError(f"{name}: cannot be loaded ({first_line(error)}).") from error
-    return model
 
 
 def set_bits(model: nn.Module, bits: Bits) -> None:

@@ -155,13 +155,9 @@ def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
 def check_order(
     passes: Sequence[Pass[Any]], settings: Recipe, source: Source, device: torch.device
 ) -> list[tuple[State, Context]]:
-    """Refuse what cannot work before any work is done.
+    """Refuse, before any work is done, passes in the wrong place, without text, or that do not fit the model.
 
-    Returns:
-        For every pass the model it will find, and after them the one they leave; its tensors can only be looked at.
-
-    Raises:
-        CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
+    Return for every pass the model it will find, and after them the one they leave; its tensors can only be looked at.
     """
     packed_by, before, packed = None, None, dict[str, PackedShape]()
     state, context = source.state, make_context(source, device, settings.seed)

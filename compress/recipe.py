@@ -38,11 +38,7 @@ class Recipe(BaseModel):
 
 
 def parse_pass(item: Any, index: int) -> PassConfig:
-    """Validate one entry of ``passes`` by its ``kind``.
-
-    Raises:
-        CompressError: no or an unknown kind, an unknown key, a value out of range.
-    """
+    """Validate one entry of ``passes`` by its ``kind``."""
     if isinstance(item, PassConfig):
         return item
     where = f"passes.{index}"
@@ -74,11 +70,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
 
 
 def _settings_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
-    """Find the settings that a place in a recipe holds.
-
-    The path from the settings of the whole has field names, list indices, mapping keys, and class names where a field
-    takes several.
-    """
+    """Find the settings at a path of field names, indices, keys, and class names where a field takes several."""
     options: dict[int | str, type[BaseModel]] = {}
     for part in path:
         if part in options:

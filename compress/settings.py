@@ -101,11 +101,7 @@ def kinds() -> list[str]:
 
 
 def load_entry(group: str, kind: str, base: type) -> Any:
-    """Import the subclass of ``base`` that a package names for a pass, in the group ``PASSES`` or ``SETTINGS``.
-
-    Raises:
-        CompressError: the package cannot be imported, or names something else.
-    """
+    """Import what a package names for a pass, in group ``PASSES`` or ``SETTINGS``, and refuse what is no subclass of ``base``."""
     point = _entries(group)[kind]
     try:
         loaded = point.load()

@@ -19,11 +19,7 @@ from compress.structure import Architecture, Groups, Linear, architecture, block
 
 
 def groups_of(structure: Architecture) -> Groups:
-    """Return the declaration of a family's groups.
-
-    Raises:
-        CompressError: it has none.
-    """
+    """Return the declaration of a family's groups, and refuse a family that has none."""
     if structure.groups is None:
         raise CompressError(
             f"architecture {structure.model_types[0]!r} declares no groups, so nothing of it can be removed as a whole; "
@@ -38,11 +34,7 @@ def head_dim(config: PretrainedConfig) -> int:
 
 
 def config_shape(config: PretrainedConfig) -> BlockShape:
-    """Return the shape that a config gives to every block.
-
-    Raises:
-        CompressError: query heads that are no multiple of the key-value heads.
-    """
+    """Return the shape that a config gives to every block; its query heads must be a multiple of the key-value heads."""
     heads = int(config.num_attention_heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
     if heads % shared:
@@ -112,11 +104,7 @@ def set_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def replace_shapes(model: PreTrainedModel, shapes: Shapes) -> None:
-    """Give blocks of a model on the meta device their recorded shapes.
-
-    Raises:
-        CompressError: a recorded block that the model does not have, or one larger than the config's.
-    """
+    """Give blocks of a model on the meta device their recorded shapes, and refuse those the model cannot have."""
     structure, dimension = architecture(model.config), head_dim(model.config)
     whole = config_shape(model.config) if shapes else None
     for name, shape in shapes.items():

@@ -29,11 +29,7 @@ Choice = bool | str | Path | None
 def stored_prompts(folder: str | Path) -> dict[int | None, Path]:
     """Find the soft prompts of a checkpoint, of a ``soft_prompt`` folder, or of one adapter's own folder.
 
-    Returns:
-        Bits -> folder of the prompt; the key of a prompt for all bits is None. Empty if there are none.
-
-    Raises:
-        CompressError: an adapter that is not a prompt, or whose files cannot be read.
+    Return bits -> folder of the prompt, with None for a prompt for all bits; refuse what is no prompt or cannot be read.
     """
     root = Path(folder)
     if not (root / PEFT_CONFIG).exists() and (root / PROMPTS_FOLDER).is_dir():
@@ -48,11 +44,7 @@ def stored_prompts(folder: str | Path) -> dict[int | None, Path]:
 
 
 def read_prompt(folder: Path) -> tuple[str, int, int]:
-    """Read a prompt's peft type, its virtual tokens, and the numbers for each of them.
-
-    Raises:
-        CompressError: no prompt of a causal LM, or two files that do not belong together.
-    """
+    """Read a prompt's peft type, its virtual tokens, and the numbers for each; refuse files that do not belong together."""
     config, shapes = _read(folder, "a soft prompt")
     if config.get("peft_type") not in ("PROMPT_TUNING", "PREFIX_TUNING") or config.get("task_type") != "CAUSAL_LM":
         raise CompressError(
@@ -68,11 +60,7 @@ def read_prompt(folder: Path) -> tuple[str, int, int]:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], int]:
-    """Read a low-rank adapter's peft configuration, and count its numbers.
-
-    Raises:
-        CompressError: no such adapter, or files that cannot be read; pickled weights, which peft would take, are refused.
-    """
+    """Read a low-rank adapter's peft configuration, and count its numbers; pickled weights, which peft would take, are refused."""
     config, shapes = _read(folder, "an adapter")
     if config.get("peft_type") != "LORA":
         raise CompressError(f"{folder}: is a {config.get('peft_type')} adapter; a LORA adapter is wanted.")
@@ -92,11 +80,7 @@ def _read(folder: Path, what: str) -> tuple[dict[str, Any], dict[str, tuple[int,
 def find_prompts(
     folder: str | Path, prompt: bool | str | Path = True, revision: str | None = None
 ) -> dict[int | None, Path]:
-    """Find the soft prompts to use with a checkpoint, a folder or hub id: its own, or those of another folder.
-
-    Raises:
-        CompressError: there are none.
-    """
+    """Find the soft prompts to use with a checkpoint, a folder or hub id: its own, or those of another folder."""
     place = Path(folder if prompt is True else prompt)  # type: ignore[arg-type]
     if prompt is True and not place.is_dir():
         place = _fetched(str(folder), PROMPTS_FOLDER, revision)
@@ -110,10 +94,7 @@ def find_prompts(
 def find_adapter(folder: str | Path, adapter: Choice = None, revision: str | None = None) -> Path | None:
     """Find the low-rank adapter to use with a checkpoint, a folder or hub id; return the adapter's own folder, if any.
 
-    A folder that is chosen may be a checkpoint or the adapter's own.
-
-    Raises:
-        CompressError: there is none where one is asked for, or it cannot be read.
+    A folder that is chosen may be a checkpoint or the adapter's own. An adapter that is asked for must be there.
     """
     if adapter is False:
         return None

@@ -35,11 +35,7 @@ class Source:
 
 
 def open_source(model: str, revision: str | None = None) -> Source:
-    """Find a dense model: a folder, the built-in one, or a hub id.
-
-    Raises:
-        CompressError: it is not there, has no safetensors, is quantised, or of an undeclared architecture.
-    """
+    """Open a dense model of a declared architecture: a folder, the built-in one, or a hub id."""
     folder = model_folder(model, revision)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
@@ -52,11 +48,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
-    """Find, or download from the hub, the folder of a model.
-
-    Raises:
-        CompressError: it is in neither place.
-    """
+    """Find, or download from the hub, the folder of a model."""
     if model == "builtin":
         return Path(str(files("compress.demo") / "model"))
     folder = Path(model).expanduser()
@@ -76,11 +68,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
 
 
 def checkpoint_state(folder: Path) -> State:
-    """Open a checkpoint, or a dense model, as passes see it: nothing is read but headers.
-
-    Raises:
-        CompressError: not a model folder, or an undeclared architecture.
-    """
+    """Open a checkpoint, or a dense model, as passes see it: nothing is read but headers."""
     settings, config = read_settings(folder), read_config(folder)
     if settings is not None:
         del config.quantization_config  # the model is built dense and then replaced
@@ -94,11 +82,7 @@ def checkpoint_state(folder: Path) -> State:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a recipe; ``auto`` gives each process on a machine a GPU of its own.
-
-    Raises:
-        CompressError: this machine or this build of torch does not have it.
-    """
+    """Return the device of a recipe, if it is there; ``auto`` gives each process on a machine a GPU of its own."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)

@@ -78,11 +78,7 @@ class Moments:
         self.tokens[name] = self.tokens.get(name, 0) + x.shape[0]
 
     def mean(self, name: str) -> Tensor:
-        """Return the mean over tokens for the input of one linear, float32 [K] or [K, K].
-
-        Raises:
-            CompressError: it is not finite.
-        """
+        """Return the mean over tokens for the input of one linear, float32 [K] or [K, K], and refuse one that is not finite."""
         owner = self.owner[name]
         mean = self.sums[owner] / self.tokens[owner]
         check_inputs(name, mean)

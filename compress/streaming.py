@@ -77,11 +77,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
-    """Return the same tensors as a model of smaller and fewer blocks.
+    """Return the same tensors, which have their new sizes already, as a model of smaller and fewer blocks.
 
-    Args:
-        state: whose tensors have their new sizes already.
-        shapes: block -> its shape; None if it is no longer there.
+    ``shapes`` has the shape of each block, None if it is no longer there.
     """
     structure = architecture(state.config)
     names = [block_prefix(structure, index) for index in range(state.config.num_hidden_layers)]

@@ -135,11 +135,7 @@ ARCHITECTURES = (
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Return the declaration that covers a model.
-
-    Raises:
-        CompressError: mixture-of-experts models, encoder-decoders, and undeclared architectures.
-    """
+    """Return the declaration that covers a model, and refuse a model that none covers."""
     kind = str(config.model_type)
     others = (point.load() for point in entry_points(group="compress.architectures"))
     declared: list[Architecture] = [*ARCHITECTURES, *others]
@@ -160,11 +156,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
-    """Find the names a pattern means: an exact name, or ``re:`` and a regular expression for a whole name.
-
-    Raises:
-        CompressError: it matches nothing, or is not a regular expression.
-    """
+    """Find the names a pattern means, at least one: an exact name, or ``re:`` and a regular expression for a whole name."""
     if pattern.startswith("re:"):
         try:
             rule = re.compile(pattern[3:])

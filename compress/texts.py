@@ -30,11 +30,7 @@ def stdlib() -> Path:
 
 
 def read_modules(names: Sequence[str]) -> dict[str, str]:
-    """Read top-level modules of the standard library.
-
-    Raises:
-        CompressError: a module's source file is not there.
-    """
+    """Read top-level modules of the standard library."""
     try:
         return {name: (stdlib() / f"{name}.py").read_text(encoding="utf-8") for name in names}
     except OSError as error:

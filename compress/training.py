@@ -89,11 +89,7 @@ class Trained:
 
 
 def hold_out(count: int, share: int) -> tuple[list[int], list[int]]:
-    """Choose the places of the samples to train on, and of those held out: one of ``share``, at least one.
-
-    Raises:
-        CompressError: there are not two samples.
-    """
+    """Choose the places of the samples to train on, and of those held out: one of ``share``, at least one."""
     if count < 2:
         raise CompressError("training needs at least two samples, one of them to hold out; give more text.")
     held = list(range(0, count, share))

@@ -66,22 +66,14 @@ class TensorSource(Protocol):
 
 
 def refuse_elsewhere(path: Path, names: Iterable[str]) -> None:
-    """Refuse a file of a checkpoint that names files outside its folder.
-
-    Raises:
-        CompressError: the first of them.
-    """
+    """Refuse a file of a checkpoint that names files outside its folder."""
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CompressError(f"{path}: names {name!r}, which is not in its folder; do not trust this checkpoint.")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Describe what a safetensors file holds, without reading its data.
-
-    Raises:
-        CompressError: the file is damaged, truncated, or not safetensors.
-    """
+    """Describe what a safetensors file holds, without reading its data; refuse one that is damaged."""
     try:
         with safe_open(file, framework="np") as handle:
             slices = ((name, handle.get_slice(name)) for name in handle.keys())  # noqa: SIM118
@@ -100,11 +92,7 @@ def read_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
 
 def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
-    """List the safetensors files of a model folder.
-
-    Raises:
-        CompressError: there are none, only pickled weights, a broken index, or a shard is missing.
-    """
+    """List the safetensors files of a model folder, and refuse a folder without, or with some missing."""
     index = folder / index_name
     if index.exists():
         try:

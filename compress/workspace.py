@@ -106,11 +106,7 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the workspace for the length of a ``with``, and remove it then if there is no unit in it.
-
-        Raises:
-            CompressError: another process holds it.
-        """
+        """Hold the workspace against other processes for the length of a ``with``; one without a unit is removed then."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as handle:
             try:

@@ -53,19 +53,16 @@ def write_checkpoint(
     device: torch.device,
     write_beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a state as an ordinary Hugging Face folder.
+    """Write a state as an ordinary Hugging Face folder, in one move at the very end.
 
     Args:
         state: what to write.
         source: the dense model's folder, whose tokenizer and generation settings are copied.
-        target: becomes the checkpoint, in one move at the very end.
+        target: becomes the checkpoint.
         manifest: what the run knows; files, sizes and a probe are added.
         probe_tokens: a few tokens; what the model makes of them at all bits is kept for ``verify``.
         device: where the probe is computed.
         write_beside: adds files that are not the model's own.
-
-    Raises:
-        CompressError: there is not enough room on the disk.
     """
     running, state = state, _stored_state(state)
     info = state.source.info()
@@ -205,11 +202,7 @@ def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str
 
 @torch.no_grad()
 def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Compute what a written checkpoint makes of a few tokens at all bits: loss, and the last position's largest logits.
-
-    Raises:
-        CompressError: a loss that is not finite.
-    """
+    """Compute what a checkpoint makes of a few tokens at all bits: its loss, which must be finite, and the last position's largest logits."""
     structure = architecture(running.config)
     names = {name: (structure.stored_name(name),) for name in running.source.info()}
     state = replace(running, source=Checkpoint(folder, names))
