@@ -105,7 +105,12 @@ def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, cont
         cut = (start + token_ids(tokenizer, text)[: settings.length - len(start)] for text in long_enough)
         sequences = list(islice((tokens for tokens in cut if len(tokens) >= 2), settings.samples))
     else:
-        sequences = _windows([token for text in long_enough for token in token_ids(tokenizer, text)], start, settings)
+        stream = [token for text in long_enough for token in token_ids(tokenizer, text)]
+        length = settings.length - len(start)
+        available = len(stream) // length  # windows without overlap, taken evenly over the whole text
+        count = min(available, settings.samples)
+        firsts = [index * available // count * length for index in range(count)]
+        sequences = [start + stream[first : first + length] for first in firsts]
     if len(sequences) < settings.samples:
         raise CompressError(
             f"calibration.samples: {settings.samples} asked for, but the text gives {len(sequences)} of "
@@ -113,12 +118,3 @@ def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, cont
         )
     tokens = tuple(torch.tensor(sequence, dtype=torch.long) for sequence in sequences)
     return Samples(tokens, {**source, "samples": len(tokens), "tokens": sum(map(len, sequences))})
-
-
-def _windows(stream: list[int], start: list[int], settings: Calibration) -> list[list[int]]:
-    """Cut ``samples`` windows without overlap, spread evenly over the whole text."""
-    length = settings.length - len(start)
-    available = len(stream) // length
-    count = min(available, settings.samples)
-    picked = [index * available // count for index in range(count)]
-    return [start + stream[index * length : (index + 1) * length] for index in picked]

@@ -1,9 +1,8 @@
 """Measure the diagonal Fisher information by backpropagation with one block in memory.
 
-``F = sum over samples of (dL/dW)^2``, L the mean next-token loss of one sample: the sensitivity of SqueezeLLM
-and Any-Precision LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input on disk; the
-backward pass walks the blocks in reverse, recomputes one, and hands the gradient of its input on. Cost: one
-forward, one recomputation, one backward. Memory: one block, its gradients, the samples' hidden states twice.
+``F = sum over samples of (dL/dW)^2``, L the mean next-token loss of one sample: the sensitivity of SqueezeLLM and Any-Precision
+LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input on disk; the backward pass walks the blocks in
+reverse, recomputes one, and hands the gradient of its input on.
 """
 
 from __future__ import annotations

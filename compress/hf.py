@@ -191,15 +191,8 @@ class CompressQuantizer(HfQuantizer):
         """Tell that a loaded model can be saved again."""
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Tell that adapters and prompts can be trained on it; the packed weights are frozen."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Tell that it can be compiled: the forward pass of a packed module is one operator."""
-        return True
+    is_trainable = True  # adapters and prompts can be; the packed weights are frozen
+    is_compileable = True  # the forward pass of a packed module is one operator
 
 
 # Transformers refuses a second registration, which a reloaded module would be.

@@ -112,7 +112,7 @@ def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | 
 def read_config(name: str | Path, revision: str | None = None) -> PretrainedConfig:
     """Read the configuration of a folder or hub id, without running any code of its own."""
     try:
-        return AutoConfig.from_pretrained(str(name), revision=revision)  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(str(name), revision=revision)
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
@@ -153,7 +153,7 @@ def bits_for(
 
 def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except SafetensorError as error:
         raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
     except OSError as error:

@@ -1,8 +1,7 @@
 """Define the settings of passes, and find them by name: all that a recipe's validation needs, without importing torch.
 
 A pass is an entry point of group ``compress.passes``. Its settings may be one of group ``compress.settings`` under the same name,
-in a module that imports neither torch nor transformers: ``compress passes``, ``compress schema`` and the answer to a mistyped key
-then take no longer than reading the recipe does. Without that entry they are taken from the pass.
+in a module that does not import torch, so that the answer to a mistyped key is quick; else they are taken from the pass.
 """
 
 from __future__ import annotations
@@ -66,17 +65,13 @@ class TrainingConfig(PassConfig):
     text: Calibration | None = Field(None, description="Text to train on; the recipe's calibration if absent.")
     steps: int = Field(500, ge=1, description="Steps of AdamW.")
     batch: int = Field(16, ge=1, description="Samples per step, over all processes.")
-    micro_batch: int = Field(
-        16, ge=1, description="Samples in memory at once in a process; gradients are accumulated over the rest."
-    )
+    micro_batch: int = Field(16, ge=1, description="Samples in memory at once in a process; gradients are accumulated.")
     learning_rate: float = Field(1e-3, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
     warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
     clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
     validate_every: int = Field(50, ge=1, description="Steps between validations, each of which is a checkpoint.")
-    held_out: int = Field(
-        8, ge=2, description="One sample of so many is not trained on; the best state on those stays."
-    )
+    held_out: int = Field(8, ge=2, description="One sample of so many is held out; the best state on those stays.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="To compute in, by autocast; what is trained stays float32."
     )

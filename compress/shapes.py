@@ -142,16 +142,11 @@ def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedCo
         if kind in groups.heads_divide and config.hidden_size % shape.heads:
             if kind != "llama" or config.attention_bias or config.mlp_bias:
                 return None
-            return _as_mistral(config, fields)
+            dropped = {"model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"}
+            kept = {key: value for key, value in config.to_dict().items() if key not in dropped}
+            fields |= {"sliding_window": None, "architectures": ["MistralForCausalLM"]}
+            return AutoConfig.for_model("mistral", **{**kept, **fields})
     return type(config).from_dict({**config.to_dict(), **fields}) if fields else config
-
-
-def _as_mistral(config: PretrainedConfig, fields: Mapping[str, Any]) -> PretrainedConfig:
-    dropped = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version")
-    kept = {key: value for key, value in config.to_dict().items() if key not in dropped}
-    return AutoConfig.for_model(
-        "mistral", **{**kept, **fields, "sliding_window": None, "architectures": ["MistralForCausalLM"]}
-    )
 
 
 def fewer_blocks(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:

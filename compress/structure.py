@@ -6,7 +6,7 @@ A package can add its own: an entry point of group ``compress.architectures`` th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Literal
@@ -80,10 +80,7 @@ ARCHITECTURES = (
         embedding="model.embed_tokens",
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
         mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-        fused=(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("mlp.gate_proj", "mlp.up_proj"),
-        ),
+        fused=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
         groups=Groups(
             "separate",
             {"num_key_value_groups": "queries"},
@@ -221,4 +218,5 @@ def block_of(name: str, structure: Architecture) -> int | None:
 def head_name(model: PreTrainedModel) -> str:
     """Return the path of the language-model head, which some releases have renamed."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return next(name for name, module in model.named_modules() if module is head)
+    names: Iterator[str] = (name for name, module in model.named_modules() if module is head)
+    return next(names)

@@ -1,18 +1,17 @@
 """Train whatever is trained after compression, in one loop: prompts, adapters, weights that were left.
 
-It trains every parameter that requires a gradient and touches nothing else. The learning rate, the order of samples, the
-state drawn for a step and the random numbers of dropout depend on the seed and the number of the step only, so a run
-that was killed continues from its last checkpoint and ends with the same bits. Under ``torchrun`` or ``accelerate launch`` every
-process takes its share of each step's samples.
+The learning rate, the order of samples, the state drawn for a step and the random numbers of dropout depend on the seed and the
+number of the step only, so a run that was killed continues from its last checkpoint and ends with the same bits. Under
+``torchrun`` or ``accelerate launch`` every process takes its share of each step's samples.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,10 @@ class _Loop:
         )
         self.step, self.history, self.best = 0, list[dict[str, Any]](), dict[str, Any]()
         self.kept = self._copy()  # the parameters of the row that is best
-        start = [[name, _sha256(tensor)] for name, tensor in self.kept.items()]
+        start = [
+            (name, sha256(t.cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest())
+            for name, t in self.kept.items()
+        ]
         tokens = [sample.tolist() for sample in samples]
         self.key = digest(config.model_dump(mode="json"), seed, list(states), tokens, start)
         self.path = folder / "training.safetensors" if folder else None
@@ -335,7 +337,3 @@ def _loss(loss: Loss, model: nn.Module, batch: Batch, config: TrainingConfig) ->
 
 def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

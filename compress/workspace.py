@@ -1,9 +1,8 @@
 """Keep finished work on disk, so that a killed run continues where it was.
 
 A unit (one pass on one block, or one step of a statistic) is one safetensors file, written beside its final name and moved
-there when complete. It lies in a folder named by a digest of everything its content depends on: the resolved settings, the
-model, the data and all that was done before. So a unit that exists is right, a changed recipe never finds an old one, and two
-recipes that share a beginning share it.
+there when complete. It lies in a folder named by a digest of everything its content depends on (settings, model, data, all that
+was done before): a unit that exists is right, and two recipes that share a beginning share it.
 """
 
 from __future__ import annotations

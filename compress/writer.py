@@ -115,12 +115,10 @@ def _needed_at(info: Mapping[str, TensorInfo], state: State) -> dict[int | None,
     seeds = {
         f"{name}.{tensor}": shape.seed_bits for name, shape in state.packed.items() for tensor in shape.specification()
     }
-    first = {name: width_of(name) or 0 for name in seeds}
-    at = {
-        bits: [n for n in info if n not in seeds or first[n] <= max(bits, seeds[n])]
-        for bits in width_range(state.packed.values())
-    }
-    return {None: list(info), **at}
+    needed: dict[int | None, list[str]] = {None: list(info)}
+    for bits in width_range(state.packed.values()):
+        needed[bits] = [n for n in info if n not in seeds or (width_of(n) or 0) <= max(bits, seeds[n])]
+    return needed
 
 
 def _sizes(info: Mapping[str, TensorInfo], state: State) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def generate(
     adapter: AdapterFlag = None,
 ) -> None:
     """Continue a text at a width."""
-    chosen = parse_widths(bits) or [None]
+    chosen: list[Any] = parse_widths(bits) or [None]
     if len(chosen) > 1:
         raise CompressError(f"--bits {bits!r}: give one number of bits to generate at.")
     import torch
