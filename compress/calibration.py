@@ -22,12 +22,7 @@ from compress.workspace import digest
 
 @dataclass(frozen=True)
 class Samples:
-    """Hold token sequences, and where they come from.
-
-    Attributes:
-        tokens: int64 tensors [T], T at most ``Calibration.length``, BOS in front where the tokenizer has one.
-        source: what the manifest records: name and digests.
-    """
+    """Hold token sequences, int64 [T] each with BOS in front where the tokenizer has one, and what the manifest says of them."""
 
     tokens: tuple[Tensor, ...]
     source: dict[str, object]

@@ -22,13 +22,7 @@ Bits = int | Mapping[str, int]
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Hold how large one block is: what ``quantization_config.pruned`` records of it.
-
-    Attributes:
-        heads: query heads.
-        key_value_heads: heads of keys and values; ``heads`` is a multiple.
-        channels: of the MLP, between its first and last linears.
-    """
+    """Hold how large one block is: query heads, a multiple of the key-value heads, and the channels within the MLP."""
 
     heads: int
     key_value_heads: int
@@ -53,9 +47,6 @@ class StoredConfig:
         modules: packed module name -> fields of :class:`PackedShape`.
         pruned: block name -> fields of :class:`BlockShape`, for blocks that are not as the rest of the config says.
         **kwargs: keys of other releases, which are ignored.
-
-    Raises:
-        CompressError: a version that is not known, or records that are no records.
     """
 
     def __init__(

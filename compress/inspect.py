@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -92,25 +92,24 @@ def sparsity(folder: Path) -> dict[str, Any]:
     from compress.structure import block_prefix, linears_of
 
     model = StreamedModel(checkpoint_state(folder), torch.device("cpu"))
-    linears: dict[str, dict[str, float]] = {}
-    blocks: dict[str, dict[str, float]] = {}
+    blocks: dict[str, dict[str, tuple[int, int]]] = {}  # zeros and all weights, by linear
     for index in range(len(model.blocks)):
         prefix = block_prefix(model.structure, index)
         with model.block(index) as block:
             weights = ((name, linear.weight) for name, linear in linears_of(block, prefix).items())
             unpacked = ((f"{prefix}.{name}", module.dense()) for name, module in packed_modules(block).items())
-            inside = {
-                name: _counted(int((weight == 0).sum()), weight.numel())
+            blocks[prefix] = {
+                name: (int((weight == 0).sum()), weight.numel())
                 for name, weight in chain(weights, unpacked)  # a packed one's only while it is looked at
             }
-        linears |= inside
-        blocks[prefix] = _total(inside)
-    return {**_total(linears), "blocks": blocks, "linears": linears}
+    linears = {name: counts for inside in blocks.values() for name, counts in inside.items()}
+    return {
+        **_total(linears.values()),
+        "blocks": {name: _total(inside.values()) for name, inside in blocks.items()},
+        "linears": {name: _total([counts]) for name, counts in linears.items()},
+    }
 
 
-def _counted(zeros: float, parameters: float) -> dict[str, float]:
-    return {"zeros": zeros, "parameters": parameters, "sparsity": zeros / parameters if parameters else 0.0}
-
-
-def _total(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return _counted(sum(p["zeros"] for p in parts.values()), sum(p["parameters"] for p in parts.values()))
+def _total(counts: Iterable[tuple[int, int]]) -> dict[str, float]:
+    zeros, parameters = (sum(part) for part in zip(*counts, strict=True))
+    return {"zeros": zeros, "parameters": parameters, "sparsity": zeros / parameters}

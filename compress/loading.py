@@ -112,7 +112,7 @@ def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | 
 def read_config(name: str | Path, revision: str | None = None) -> PretrainedConfig:
     """Read the configuration of a folder or hub id, without running any code of its own."""
     try:
-        return AutoConfig.from_pretrained(str(name), revision=revision)
+        return AutoConfig.from_pretrained(str(name), revision=revision)  # type: ignore[no-any-return]
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json

@@ -52,7 +52,12 @@ def run(
         CompressError: anything a user can put right; nothing half-written is left at ``output``.
     """
     settings = load_recipe(recipe, overrides)
-    target = _target(output or settings.output)
+    if not (output or settings.output):
+        raise CompressError("no output folder: give -o, or output in the recipe.")
+    target = Path(output or settings.output or "")
+    if not target.name:
+        raise CompressError(f"output {target}: give the name of a folder to create.")
+    refuse_existing(target)
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
     team = processes(pick_device(settings.device))
     main = team.is_main_process
@@ -63,16 +68,6 @@ def run(
     team.wait_for_everyone()
     if workspace is None and main:
         work.remove()
-    return target
-
-
-def _target(output: str | Path | None) -> Path:
-    if output is None:
-        raise CompressError("no output folder: give -o, or output in the recipe.")
-    target = Path(output)
-    if not target.name:
-        raise CompressError(f"output {target}: give the name of a folder to create.")
-    refuse_existing(target)
     return target
 
 

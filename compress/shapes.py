@@ -5,7 +5,7 @@ Heads keep their dimension; what changes is how many there are, and how many cha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch

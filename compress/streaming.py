@@ -30,12 +30,8 @@ from compress.weights import Renamed, TensorInfo, TensorSource
 class State:
     """Hold a model between two passes.
 
-    Attributes:
-        source: its tensors.
-        config: its configuration.
-        packed: matrices that are bit planes by now.
-        key: digest of all that led here.
-        shapes: blocks that are not as large as the config says.
+    ``packed`` are the matrices that are bit planes by now, ``key`` is the digest of all that led here, and ``shapes`` are those
+    of blocks that are not as large as the config says.
     """
 
     source: TensorSource
@@ -232,11 +228,7 @@ class StreamedModel:
         return (hidden,) if self._returns_tuple else hidden
 
     def capture(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Let the model prepare one sample, int64 [T].
-
-        Returns:
-            The first block's hidden states [1, T, hidden], and how each block is called.
-        """
+        """Let the model prepare one sample, int64 [T]: the first block's inputs [1, T, hidden], and how blocks are called."""
         first: list[Tensor] = []
         calls: list[Call] = []
 

@@ -179,13 +179,7 @@ class Renamed:
 
 
 class Overlay:
-    """Lay what a pass left behind over the tensors that were there before.
-
-    Args:
-        below: the earlier state.
-        files: one per finished unit.
-        removed: names that no longer exist.
-    """
+    """Lay the files of a pass's finished units over the tensors that were there before; some names exist no longer."""
 
     def __init__(self, below: TensorSource, files: Iterable[Path], removed: Iterable[str] = ()) -> None:
         self.below, self._own = below, _headers(files)

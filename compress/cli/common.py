@@ -162,10 +162,6 @@ class ProgressLines:
 
     A line appears when work moves on, at most one a second, and within a long unit every ten seconds. The time left is that of
     what is being counted (the blocks of a pass, say), by the mean time of those that are done.
-
-    Args:
-        write: takes a line.
-        clock: seconds.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
