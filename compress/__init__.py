@@ -3,10 +3,8 @@
 ``import compress`` teaches transformers to read compressed checkpoints, so that plain
 ``AutoModelForCausalLM.from_pretrained(folder)`` works. Everything else is imported when it is used.
 
-Transformers has no way to be told of a method before it is itself imported, which with torch takes seconds. The ``compress``
-command should answer a mistyped option sooner, and only a command that loads a model needs the method: under
-:mod:`compress_command`, where that command begins, transformers is told when :mod:`compress.hf` is imported, without which
-nothing here loads a model.
+Transformers can only be taught once it is imported, which with torch takes seconds. The ``compress`` command should answer a
+mistyped option sooner: under :mod:`compress_command`, :mod:`compress.hf` is imported when something loads a model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""peft adapters around a loaded model, packed or not: soft prompts before its text, low-rank adapters on its linears.
-
-Where they lie in a checkpoint is :mod:`compress.sidecars`' business. peft is imported when it is needed.
-"""
+"""Put peft adapters around a loaded model, packed or not. They are stored by :mod:`compress.sidecars`; peft is imported late."""
 
 from __future__ import annotations
 
@@ -11,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.quant.linear import BitPlaneLinear
+from compress.shapes import head_dim
 from compress.sidecars import PROMPT_NAME, find_prompts, read_adapter, read_prompt
 
 if TYPE_CHECKING:
@@ -25,11 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def with_peft() -> Iterator[None]:
-    """Import peft for the length of a ``with``, in which what it and transformers say of each other is not shown.
-
-    Raises:
-        CompressError: peft is not installed.
-    """
+    """Import peft, and hide for the length of a ``with`` what it and transformers warn of each other."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -40,17 +34,10 @@ def with_peft() -> Iterator[None]:
 
 
 def attach_prompts(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Path]) -> PeftModel:
-    """Put stored prompts before a model.
+    """Put stored prompts before a model, and refuse prompts that do not fit it or leave no room for text.
 
-    All are loaded as adapters of one ``PeftModel`` (``default`` for all bit-widths, ``3bit`` and so on), and the one of the
-    bits in use is active; :func:`compress.set_bits` keeps it so.
-
-    Args:
-        model: as loaded by :func:`compress.load`.
-        prompts: folder for :func:`compress.sidecars.stored_prompts`, or what it returns.
-
-    Raises:
-        CompressError: no prompt there, one of another model's size, or one that leaves no room for text.
+    All are loaded as adapters of one ``PeftModel`` (``default`` for all numbers of bits, ``3bit`` and so on), and the one of
+    the bits in use is active; :func:`compress.set_bits` keeps it so.
     """
     found = prompts if isinstance(prompts, Mapping) else find_prompts("", prompts)
     prompted: PeftModel | None = None
@@ -81,8 +68,8 @@ def share_embedding(prompted: PeftModel, model: PreTrainedModel) -> None:
 def _prompt_once(prompted: Any) -> None:
     """Make ``generate`` put the prompt before the text only, and not before each new token too.
 
-    From some release on transformers hands the cache of keys and values over as ``cache``; peft (0.21 at least) looks for
-    ``past_key_values``, finds none, and takes every step for the first. What it then adds is taken away again.
+    Newer transformers releases hand the cache of keys and values over as ``cache``; peft (0.21 at least) looks for
+    ``past_key_values``, finds none, and takes every step for the first. What peft then adds is taken away again.
     """
     prepare = prompted.prepare_inputs_for_generation
 
@@ -104,11 +91,11 @@ def _prompt_once(prompted: Any) -> None:
 def _check_fit(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a prompt not as wide as the model's embedding, or a prefix not as wide as all blocks' keys and values."""
     kind, _, wide = read_prompt(folder)
-    config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config: Any = model.config
+    embedding: Any = model.get_input_embeddings()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    prefix = 2 * config.num_hidden_layers * heads * size
-    expected = int(getattr(model.get_input_embeddings(), "embedding_dim")) if kind == "PROMPT_TUNING" else prefix  # noqa: B009
+    prefix = 2 * config.num_hidden_layers * heads * head_dim(config)
+    expected = embedding.embedding_dim if kind == "PROMPT_TUNING" else prefix
     if wide != expected:
         raise CompressError(f"{folder}: does not fit this model ({wide} numbers per virtual token, not {expected}).")
 
@@ -116,17 +103,17 @@ def _check_fit(model: PreTrainedModel, folder: Path) -> None:
 def choose_prompt(prompted: nn.Module) -> None:
     """Activate the prompt of the bits in use: that very number's, else the one for all, else the nearest one's.
 
-    A mix of bits counts as its mean. Models without prompts of several bit-widths are left as they are.
+    A mix of bits counts as its mean. Models without prompts of several numbers of bits are left as they are.
     """
     names = list(getattr(prompted, "peft_config", {}))
-    widths = {int(match[1]): name for name in names if (match := PROMPT_NAME.fullmatch(name))}
+    by_bits = {int(match[1]): name for name in names if (match := PROMPT_NAME.fullmatch(name))}
     modules = packed_modules(prompted).values()
-    if not widths or not modules:
+    if not by_bits or not modules:
         return
     weights = {module: module.shape.out_features * module.shape.in_features for module in modules}
     mean = sum(module.bits * count for module, count in weights.items()) / sum(weights.values())
-    nearest = min(widths, key=lambda width: (abs(width - mean), width))
-    name = widths[nearest] if nearest == mean or "default" not in names else "default"
+    nearest = min(by_bits, key=lambda bits: (abs(bits - mean), bits))
+    name = by_bits[nearest] if nearest == mean or "default" not in names else "default"
     prompted.set_adapter(name)  # type: ignore[operator]
 
 
@@ -137,36 +124,22 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def text_length(model: nn.Module, cap: int | None = None) -> int | None:
-    """Count the tokens of text that a model has room for beside its prompt; None if neither it nor ``cap`` limits them.
-
-    Raises:
-        CompressError: fewer than two are left.
-    """
+    """Count the tokens of text that fit beside a prompt, at least two; return None if neither model nor ``cap`` limits them."""
     limits = [getattr(model.config, "max_position_embeddings", None), cap]
-    known = [limit for limit in limits if limit is not None]
-    if not known:
-        return None
-    left = int(min(known)) - virtual_tokens(model)
-    if left < 2:
+    context = min((int(limit) for limit in limits if limit is not None), default=None)
+    taken = virtual_tokens(model)
+    if context is not None and context - taken < 2:
         raise CompressError(
-            f"the prompt's {virtual_tokens(model)} virtual tokens leave no room for text in a context of {min(known)}; "
+            f"the prompt's {taken} virtual tokens leave no room for text in a context of {context}; "
             "train a shorter prompt."
         )
-    return left
+    return None if context is None else context - taken
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a low-rank adapter on the linears of a model, packed or not.
+    """Put the low-rank adapter of a folder on the linears of a model, packed or not, at any number of bits.
 
-    Args:
-        model: as loaded by :func:`compress.load`, at any bits.
-        folder: the adapter's own, as :func:`compress.sidecars.find_adapter` returns it.
-
-    Returns:
-        A ``PeftModel`` around the model, whose linears now hold the adapter: ``get_base_model()`` computes with it too.
-
-    Raises:
-        CompressError: it cannot be read, or was trained for other linears than this model's.
+    Return a ``PeftModel`` around the model, whose linears now hold the adapter: ``get_base_model()`` computes with it too.
     """
     fields, _ = read_adapter(folder)
     used = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "bias")
@@ -185,42 +158,8 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 def lora_config(**fields: Any) -> LoraConfig:
     """Return peft's configuration of low-rank adapters that knows packed linears; to be called within :func:`with_peft`."""
     from peft import LoraConfig
+    from peft.tuners.lora import Linear
 
     config = LoraConfig(**fields)
-    config._register_custom_module({BitPlaneLinear: _packed_lora()})
+    config._register_custom_module({BitPlaneLinear: Linear})  # its forward pass asks nothing of the layer within
     return config
-
-
-def _packed_lora() -> type[nn.Module]:
-    """Make the layer that peft puts around a :class:`BitPlaneLinear`, when asked for, as peft is imported late."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    class PackedLora(nn.Module, LoraLayer):
-        """``y = packed(x) + (alpha / r) B A dropout(x)``; the packed weight is frozen."""
-
-        def __init__(
-            self,
-            base_layer: BitPlaneLinear,
-            adapter_name: str,
-            config: LoraConfig,
-            r: int = 8,
-            lora_alpha: int = 16,
-            **kwargs: Any,
-        ) -> None:
-            super().__init__()
-            LoraLayer.__init__(self, base_layer, **kwargs)
-            self._active_adapter = adapter_name
-            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
-
-        def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = self.base_layer(x)
-            if self.disable_adapters:
-                return result
-            for name in self.active_adapters:
-                if name in self.lora_A:
-                    down, up = self.lora_A[name], self.lora_B[name]
-                    inner = down(self.lora_dropout[name](x).to(down.get_parameter("weight").dtype))
-                    result = result + (up(inner) * self.scaling[name]).to(result.dtype)
-            return result
-
-    return PackedLora

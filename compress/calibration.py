@@ -1,4 +1,4 @@
-"""Text to calibration samples."""
+"""Draw calibration samples from text."""
 
 from __future__ import annotations
 
@@ -22,28 +22,19 @@ from compress.workspace import digest
 
 @dataclass(frozen=True)
 class Samples:
-    """Token sequences, and where they come from.
-
-    Attributes:
-        tokens: int64 tensors [T], T at most ``Calibration.length``, BOS in front where the tokenizer has one.
-        source: what the manifest records: name and digests.
-    """
+    """Hold token sequences, int64 [T] each with BOS in front where the tokenizer has one, and what the manifest says of them."""
 
     tokens: tuple[Tensor, ...]
     source: dict[str, object]
 
     @property
     def key(self) -> str:
-        """Digest of the tokens themselves."""
+        """Return a digest of the tokens."""
         return digest([sample.tolist() for sample in self.tokens])
 
 
 def read_documents(path: Path, separator: str | None = None, column: str = "text") -> list[str]:
-    """The documents of a text file: the whole, or its parts between separators, or a value per JSON line.
-
-    Raises:
-        CompressError: the file cannot be read, or is not what its name says.
-    """
+    """Read the documents of a text file: the whole, or its parts between separators, or a value per JSON line."""
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as handle:
@@ -57,15 +48,17 @@ def read_documents(path: Path, separator: str | None = None, column: str = "text
         raise CompressError(f"text file {path}: not JSON lines with the key {column!r} ({error}).") from error
 
 
-def _documents(settings: Calibration) -> tuple[Iterable[str], dict[str, object]]:
+def _documents(settings: Calibration) -> tuple[Iterable[str], dict[str, object], bool]:
+    """Return the texts, what the manifest records of them, and whether each is a document of its own."""
     if settings.builtin:
         texts = read_modules(CALIBRATION)
-        return texts.values(), {"builtin": settings.builtin, "sha256": fingerprint(texts)}
+        return texts.values(), {"builtin": settings.builtin, "sha256": fingerprint(texts)}, False
     if settings.text is not None:
         path = Path(settings.text)
         documents = read_documents(path, settings.separator, settings.column)
-        return documents, {"text": path.name, "sha256": sha256_of(path)}
-    return _dataset(settings), {"dataset": settings.dataset, "name": settings.name, "split": settings.split}
+        separate = bool(settings.separator) or settings.text.removesuffix(".gz").endswith("jsonl")
+        return documents, {"text": path.name, "sha256": sha256_of(path)}, separate
+    return _dataset(settings), {"dataset": settings.dataset, "name": settings.name, "split": settings.split}, True
 
 
 def _dataset(settings: Calibration) -> Iterator[str]:
@@ -76,8 +69,7 @@ def _dataset(settings: Calibration) -> Iterator[str]:
             "calibration.dataset needs the datasets library: pip install 'compress-llm[data]'."
         ) from error
     try:
-        rows = load_dataset(settings.dataset, settings.name, split=settings.split, streaming=True)
-        for row in rows:
+        for row in load_dataset(settings.dataset, settings.name, split=settings.split, streaming=True):
             yield str(row[settings.column])
     except KeyError as error:
         raise CompressError(f"calibration.column: dataset {settings.dataset!r} has no column {error}.") from error
@@ -86,39 +78,34 @@ def _dataset(settings: Calibration) -> Iterator[str]:
 
 
 def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token every document starts with: BOS where the tokenizer has one."""
+    """Return the tokens every document starts with: BOS where the tokenizer has one."""
     return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text, without special ones and without a warning about its length."""
+    """Return the tokens of a text, without special ones and without a warning about its length."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Samples:
-    """The first documents long enough, each cut to ``length`` tokens; or, from one long text, even windows.
-
-    Args:
-        settings: source, number and length of the samples.
-        tokenizer: of the model.
-        context_length: the model's limit, if it has one.
-
-    Raises:
-        CompressError: too little text, or a length beyond the model's context.
-    """
+    """Draw the first documents that are long enough, cut to ``length`` tokens; or, from one long text, even windows."""
     if context_length is not None and settings.length > context_length:
         raise CompressError(
             f"calibration.length: {settings.length} tokens, but the model's context holds {context_length}; lower it."
         )
-    documents, source = _documents(settings)
+    documents, source, separate = _documents(settings)
     start = bos_tokens(tokenizer)
     long_enough = (text for text in documents if len(text) >= max(settings.min_characters, 1))
-    separate = settings.separator or settings.dataset or (settings.text or "").removesuffix(".gz").endswith("jsonl")
     if separate:
         cut = (start + token_ids(tokenizer, text)[: settings.length - len(start)] for text in long_enough)
         sequences = list(islice((tokens for tokens in cut if len(tokens) >= 2), settings.samples))
     else:
-        sequences = _windows([token for text in long_enough for token in token_ids(tokenizer, text)], start, settings)
+        stream = [token for text in long_enough for token in token_ids(tokenizer, text)]
+        length = settings.length - len(start)
+        available = len(stream) // length  # windows without overlap, taken evenly over the whole text
+        count = min(available, settings.samples)
+        firsts = [index * available // count * length for index in range(count)]
+        sequences = [start + stream[first : first + length] for first in firsts]
     if len(sequences) < settings.samples:
         raise CompressError(
             f"calibration.samples: {settings.samples} asked for, but the text gives {len(sequences)} of "
@@ -126,12 +113,3 @@ def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, cont
         )
     tokens = tuple(torch.tensor(sequence, dtype=torch.long) for sequence in sequences)
     return Samples(tokens, {**source, "samples": len(tokens), "tokens": sum(map(len, sequences))})
-
-
-def _windows(stream: list[int], start: list[int], settings: Calibration) -> list[list[int]]:
-    """``samples`` windows without overlap, spread evenly over the whole text."""
-    length = settings.length - len(start)
-    available = len(stream) // length
-    count = min(available, settings.samples)
-    picked = [index * available // count for index in range(count)] if count else []
-    return [start + stream[index * length : (index + 1) * length] for index in picked]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,12 @@ DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION = 1, 2, 3
 """Versions of the format (:func:`format_version`)."""
 
 Bits = int | Mapping[str, int]
-"""A width for all packed modules, or widths by exact module name or ``re:`` pattern."""
+"""Bits for all packed modules, or by exact module name or ``re:`` pattern."""
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """How large one block is: what ``quantization_config.pruned`` records of it.
-
-    Attributes:
-        heads: query heads.
-        key_value_heads: heads of keys and values; ``heads`` is a multiple.
-        channels: of the MLP, between its first and last linears.
-    """
+    """Hold how large one block is: query heads, a multiple of the key-value heads, and the channels within the MLP."""
 
     heads: int
     key_value_heads: int
@@ -36,7 +30,7 @@ class BlockShape:
 
     @property
     def queries(self) -> int:
-        """Query heads per key-value head."""
+        """Return the query heads per key-value head."""
         return self.heads // self.key_value_heads
 
 
@@ -44,35 +38,15 @@ Shapes = Mapping[str, BlockShape]
 """Block name -> its shape, for blocks that are not as the config says."""
 
 
-def read_shapes(records: Any) -> dict[str, BlockShape]:
-    """Read the shapes of ``quantization_config.pruned``.
-
-    Raises:
-        CompressError: a record with missing or unknown fields, or values that make no sense.
-    """
-    try:
-        shapes = {str(name): BlockShape(**fields) for name, fields in dict(records).items()}
-    except (TypeError, ValueError) as error:
-        raise CompressError(f"config.json: quantization_config.pruned is malformed: {error}.") from error
-    for name, shape in shapes.items():
-        values = asdict(shape).values()
-        if any(type(value) is not int or value < 1 for value in values) or shape.heads % shape.key_value_heads:
-            raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is out of range: {shape}.")
-    return shapes
-
-
 class StoredConfig:
-    """``quantization_config`` of a compressed checkpoint (``quant/FORMAT.md``).
+    """Hold ``quantization_config`` of a compressed checkpoint (``quant/FORMAT.md``).
 
     Args:
         format_version: of the stored tensors.
-        bits: width to load at, or patterns; None means all that is stored.
+        bits: to load at, for all modules or by patterns; None means all that is stored.
         modules: packed module name -> fields of :class:`PackedShape`.
         pruned: block name -> fields of :class:`BlockShape`, for blocks that are not as the rest of the config says.
         **kwargs: keys of other releases, which are ignored.
-
-    Raises:
-        CompressError: a version that is not known, or records that are no records.
     """
 
     def __init__(
@@ -89,26 +63,27 @@ class StoredConfig:
                 f"{SHAPED_VERSION}, which this release of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
-        try:
-            self.modules = {name: dict(fields) for name, fields in (modules or {}).items()}
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
-        self.pruned = {name: vars(shape) for name, shape in read_shapes(pruned or {}).items()}
+        self.modules, self.pruned = _fields(modules, "modules"), _fields(pruned, "pruned")
+        self.block_shapes()
         if self.pruned and format_version != SHAPED_VERSION:
             raise CompressError(
                 f"config.json: quantization_config.pruned needs format_version {SHAPED_VERSION}, not {format_version}."
             )
 
     def block_shapes(self) -> dict[str, BlockShape]:
-        """Return the recorded blocks."""
-        return read_shapes(self.pruned)
+        """Return the shapes of the recorded blocks, and refuse records that make no sense."""
+        try:
+            shapes = {name: BlockShape(**fields) for name, fields in self.pruned.items()}
+        except TypeError as error:
+            raise CompressError(f"config.json: quantization_config.pruned is malformed: {error}.") from error
+        for name, shape in shapes.items():
+            sound = all(type(value) is int and value > 0 for value in vars(shape).values())
+            if not sound or shape.heads % shape.key_value_heads:
+                raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is out of range: {shape}.")
+        return shapes
 
     def shapes(self) -> dict[str, PackedShape]:
-        """Return the packed modules.
-
-        Raises:
-            CompressError: a record with missing or unknown fields, or values that make no sense.
-        """
+        """Return the shapes of the packed modules, and refuse records that make no sense."""
         try:
             shapes = {name: shape_of(fields) for name, fields in self.modules.items()}
         except TypeError as error:
@@ -127,51 +102,45 @@ class StoredConfig:
         return shapes
 
 
-def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
-    """Return the version of the format that modules and blocks need.
+def _fields(records: Any, key: str) -> dict[str, dict[str, Any]]:
+    """Copy the records under a key of ``quantization_config``: name -> fields."""
+    try:
+        return {str(name): dict(fields) for name, fields in (records or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CompressError(f"config.json: quantization_config.{key} is malformed: {error}.") from error
 
-    ``SHAPED_VERSION`` where blocks have sizes that the rest of the config does not tell; else ``SPARSE_VERSION`` where a module
-    is stored sparse; else ``DENSE_VERSION``.
-    """
+
+def stored_config(settings: Mapping[str, Any] | None) -> StoredConfig | None:
+    """Read a ``quantization_config``; return None where it is absent or of another method."""
+    ours = settings is not None and settings.get("quant_method") == METHOD
+    return StoredConfig(**settings) if settings and ours else None
+
+
+def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
+    """Return the version of the format that modules, and blocks of sizes the rest of the config does not tell, need."""
     if pruned:
         return SHAPED_VERSION
     return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in shapes) else DENSE_VERSION
 
 
 def read_settings(folder: Path) -> StoredConfig | None:
-    """Read ``quantization_config`` of a checkpoint; None for a dense model.
-
-    Raises:
-        CompressError: there is no readable config.json.
-    """
+    """Read ``quantization_config`` of a model folder; return None for a dense model."""
     path = folder / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+        return stored_config(json.loads(path.read_text(encoding="utf-8")).get("quantization_config"))
     except (OSError, ValueError, AttributeError) as error:
         raise CompressError(f"{path}: cannot be read ({error}); is {folder} a model folder?") from error
-    if settings is None or settings.get("quant_method") != METHOD:
-        return None
-    return StoredConfig(**settings)
 
 
 def index_name(bits: int | None) -> str:
-    """Return the index of what a width needs: transformers finds it as ``variant="<bits>bit"``; None for everything."""
+    """Return the name of the index for some bits, ``variant="<bits>bit"`` for transformers; or, for None, of everything."""
     return INDEX if bits is None else INDEX.replace(".json", f".{bits}bit.json")
 
 
 def check_tensors(folder: Path, config: StoredConfig, bits: int | None = None) -> int:
-    """Check that every packed tensor which a width needs is there, of its recorded shape and dtype. Reads headers only.
+    """Check that every packed tensor that some bits need (all, for None) is there, of its recorded shape and dtype.
 
-    Args:
-        folder: the checkpoint.
-        config: what it records.
-        bits: width whose index is read; None for everything.
-
-    Returns:
-        How many there are.
-
-    Raises:
-        CompressError: the first that is not, by file and tensor.
+    Only headers are read. Return how many there are; refuse the first that is wrong, by file and tensor.
     """
     info, count = Checkpoint(folder, index_name=index_name(bits)).info(), 0
     for name, shape in config.shapes().items():

@@ -1,4 +1,4 @@
-"""What the dense model says of a text, kept as its largest logits, and the loss that asks a student to say the same."""
+"""Keep what the dense model says of a text, as its largest logits, and ask a student to say the same."""
 
 from __future__ import annotations
 
@@ -23,15 +23,11 @@ def cache_teacher(
     file: Path,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the teacher's ``count`` likeliest next tokens at every place of every sample, if that is not done yet.
+    """Write the teacher's ``count`` likeliest next tokens at every place of every sample (int64 [T]), if that is not done yet.
 
-    Args:
-        load: gives the teacher; not called where the file is there.
-        samples: int64 [T] each.
-        count: tokens kept per place; the whole vocabulary where that is smaller.
-        file: gets ``logs.i`` (float32 [T - 1, count], log-probabilities over the whole vocabulary) and
-            ``tokens.i`` (int32, the same shape) for sample i. It must belong to this teacher and these samples.
-        report: called with (samples done, samples in all).
+    The file gets ``logs.i`` (float32 [T - 1, count], log-probabilities over the whole vocabulary) and ``tokens.i`` (int32, the
+    same shape) for sample i. It must belong to these samples and this teacher, which is loaded only where there is no file.
+    ``report`` is called with (samples done, samples in all), to tell of progress.
     """
     try:
         with safe_open(file, framework="pt") as handle:

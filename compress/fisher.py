@@ -1,15 +1,15 @@
-"""Diagonal Fisher information by backpropagation with one block in memory.
+"""Measure the diagonal Fisher information by backpropagation with one block in memory.
 
-``F = sum over samples of (dL/dW)^2``, L the mean next-token loss of one sample: the sensitivity of SqueezeLLM
-and Any-Precision LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input on disk; the
-backward pass walks the blocks in reverse, recomputes one, and hands the gradient of its input on. Cost: one
-forward, one recomputation, one backward. Memory: one block, its gradients, the samples' hidden states twice.
+``F = sum over samples of (dL/dW)^2``, L the mean next-token loss of one sample: the sensitivity of SqueezeLLM and Any-Precision
+LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input on disk; the backward pass walks the blocks in
+reverse, recomputes one, and hands the gradient of its input on.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from compress.calibration import Samples
 from compress.errors import CompressError
@@ -26,19 +26,17 @@ def unit_of(block: int) -> str:
 def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report) -> None:
     """Leave the diagonal Fisher information of every block in a stage, a unit each (:func:`unit_of`).
 
-    Args:
-        model: to differentiate.
-        samples: calibration tokens; each one's gradient is squared on its own.
-        stage: where units go; finished ones are kept.
-        outside: names among :meth:`StreamedModel.outside`.
-        report: called with (what, done, total).
-
-    Raises:
-        CompressError: the loss or a gradient is not finite.
+    Each sample's gradient is squared on its own. Finished units are kept; ``outside`` names modules among
+    :meth:`StreamedModel.outside`. A loss or gradient that is not finite is refused.
     """
     count = len(model.blocks)
     total = 2 * count + 1
-    if not _can_go_on(stage, count, outside):
+    open_blocks = [index for index in range(count) if stage.record(unit_of(index)) is None]
+    outside_open = bool(outside) and stage.record(unit_of(OUTSIDE)) is None
+    # The gradient that the next open block (or the embedding) begins with is not there before the forward pass has ended,
+    # nor where a finished unit was damaged after what led to it was cleared away.
+    first = max(open_blocks, default=-1) + 1
+    if (open_blocks or outside_open) and stage.record(f"gradient-{first}") is None:
         for index in range(count):
             stage.discard(unit_of(index))
         for index in range(count):
@@ -51,29 +49,16 @@ def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outs
             _backward(model, samples, stage, index)
         stage.discard(f"hidden-{index + 1}")
         stage.discard(f"gradient-{index + 1}")
-    if outside and stage.record(unit_of(OUTSIDE)) is None:
+    if outside_open:
         _finish_outside(model, samples, stage, outside)
     for unit in ("hidden-0", "gradient-0", "head"):
         stage.discard(unit)
 
 
-def _can_go_on(stage: Stage, count: int, outside: list[str]) -> bool:
-    """Tell whether all is done, or the gradient is there that the next unfinished block begins with.
-
-    It is not before the forward pass has ended, nor where a finished unit was damaged after what led to it was
-    cleared away.
-    """
-    unfinished = [index for index in range(count) if stage.record(unit_of(index)) is None]
-    if unfinished:
-        return stage.record(f"gradient-{max(unfinished) + 1}") is not None
-    return not outside or stage.record(unit_of(OUTSIDE)) is not None or stage.record("gradient-0") is not None
-
-
 @torch.no_grad()
 def _forward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -> None:
     if index == 0 and stage.record("hidden-0") is None:
-        first = {str(i): model.capture(tokens)[0] for i, tokens in enumerate(samples.tokens)}
-        stage.save("hidden-0", first)
+        stage.save("hidden-0", model.first_inputs(samples.tokens))
     if stage.record(f"hidden-{index + 1}") is not None:
         return
     hidden = stage.load(f"hidden-{index}")
@@ -89,12 +74,12 @@ def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[st
     count = len(model.blocks)
     hidden = stage.load(f"hidden-{count}")
     wants_head = model.head in outside
-    head = model.head_weight().requires_grad_(wants_head)
+    head = model.model.get_submodule(model.head).get_parameter("weight").requires_grad_(wants_head)
     fisher = torch.zeros_like(head) if wants_head else None
     gradients: dict[str, Tensor] = {}
     for i, tokens in enumerate(samples.tokens):
         state = hidden[str(i)].to(model.device).requires_grad_()
-        loss = model.loss(tokens, state)
+        loss = cross_entropy(model.logits(tokens, state)[:-1], tokens[1:].to(model.device))
         if not torch.isfinite(loss):
             raise CompressError(f"calibration sample {i}: the model's loss is {loss.item()}; its weights are damaged.")
         found = torch.autograd.grad(loss, [state, head] if wants_head else [state])
@@ -122,17 +107,15 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
             gradients[str(i)] = found[0].cpu()
             for total, gradient in zip(fisher, found[1:], strict=True):
                 total += gradient.square()
-        result = {
-            name: total.t() if linear.transposed else total
-            for (name, linear), total in zip(linears.items(), fisher, strict=True)
-        }
-    for name, total in result.items():
+    result = {}
+    for (name, linear), total in zip(linears.items(), fisher, strict=True):
         if not torch.isfinite(total).all():
             raise CompressError(
                 f"{name}: its gradient on the calibration text is not finite; check the model's weights."
             )
+        result[name] = (total.t() if linear.transposed else total).cpu()
     stage.save(f"gradient-{index}", gradients)
-    stage.save(unit_of(index), {name: total.cpu() for name, total in result.items()})
+    stage.save(unit_of(index), result)
 
 
 def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The Hugging Face side: one quantiser that rebuilds packed modules; importing this module registers it.
+"""Teach transformers to read compressed checkpoints: importing this module registers a quantiser that rebuilds packed modules.
 
 Only the part of the interface that is the same from transformers 5.0 to the latest is used. A process
 that has not imported :mod:`compress` stops with a size mismatch: the seed planes bear the dense weight's name
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,13 +35,10 @@ from compress.structure import Linear, architecture, is_linear, matching
 
 
 def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
-    """Resolve a width or a set of patterns to one width per packed module; later patterns win.
+    """Resolve a number or a set of patterns to the bits of every packed module; later patterns win.
 
-    Modules that no pattern names stay at the most they have. A single number is brought into each
-    module's own range, so that a mix of parents still loads at one width.
-
-    Raises:
-        CompressError: a width no module (or not the named one) can be read at; a pattern that matches nothing.
+    Modules that no pattern names stay at the most they have. A single number is brought into each module's own range, so
+    that a mix of parents still loads at one number. Bits that no module, or not the named one, has are refused.
     """
     if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
         raise CompressError(f"bits must be a number or a mapping of patterns to numbers, not {bits!r}.")
@@ -52,18 +49,17 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
                 f"width {bits} is not available; this model can be read at {known[0]} to {known[-1]} bits."
             )
         return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
-    widths = {name: shape.parent_bits for name, shape in shapes.items()}
+    chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
         for name in matching(pattern, list(shapes)):
-            if not isinstance(value, int) or value not in shapes[name].widths:
-                span = shapes[name].widths
+            if not isinstance(value, int) or value not in (span := shapes[name].widths):
                 raise CompressError(f"width {value} for {name} is not available; it has {span[0]} to {span[-1]} bits.")
-            widths[name] = value
-    return widths
+            chosen[name] = value
+    return chosen
 
 
 class CompressConfig(StoredConfig, QuantizationConfigMixin):
-    """The same for transformers."""
+    """Hold ``quantization_config`` for transformers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -78,11 +74,7 @@ class CompressConfig(StoredConfig, QuantizationConfigMixin):
 
 
 def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) -> None:
-    """Put packed modules, on the meta device, where a model has dense ones.
-
-    Raises:
-        CompressError: a recorded module is not there or has other dimensions.
-    """
+    """Put packed modules, on the meta device, where a model has dense ones, and refuse records that do not fit it."""
     renamed = {old: new for new, old in architecture(model.config).renamed.items()}
     for stored, shape in shapes.items():
         name = stored if hasattr(model, stored.partition(".")[0]) else renamed.get(stored, stored)
@@ -102,12 +94,12 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
                 f"{weight.shape[0]} x {weight.shape[1]}."
             )
         with torch.device("meta"):
-            packed: nn.Module
-            if embedding:
+            packed: nn.Module = (
                 # Gemma's embeddings multiply by a constant, under this name from the release that moved it there.
-                packed = BitPlaneEmbedding(shape, weight.dtype, getattr(module, "scalar_embed_scale", 1.0))
-            else:
-                packed = BitPlaneLinear(shape, getattr(module, "bias", None) is not None, weight.dtype)
+                BitPlaneEmbedding(shape, weight.dtype, getattr(module, "scalar_embed_scale", 1.0))
+                if embedding
+                else BitPlaneLinear(shape, getattr(module, "bias", None) is not None, weight.dtype)
+            )
         model.set_submodule(name, packed)
 
 
@@ -127,26 +119,15 @@ def join_layers(model: PreTrainedModel) -> None:
 
 
 def rebuild(model: nn.Module) -> None:
-    """Let every module that was filled in the sparse form hold the planes it computes with, one after the other.
-
-    Modules that have not been filled (on the meta device) are left alone.
-
-    Raises:
-        CompressError: a mask that does not fit its matrix.
-    """
+    """Expand, one after the other, the modules filled in the sparse form; those on the meta device are left alone."""
     for name, module in packed_modules(model).items():
         if isinstance(module.shape, SparseShape) and not module.get_buffer("mask").is_meta:
             tensors = expand(name, module.shape, dict(module.named_buffers()))
             module.hold(module.shape.dense, tensors)
 
 
-def records(shapes: Mapping[str, PackedShape]) -> dict[str, dict[str, Any]]:
-    """The form of ``quantization_config.modules``."""
-    return {name: asdict(shape) for name, shape in shapes.items()}
-
-
 def _unread(stored: Mapping[str, PackedShape], loaded: Mapping[str, PackedShape]) -> list[str]:
-    """Patterns for the stored tensors that the widths in use do not need."""
+    """Make patterns for the stored tensors that the bits in use do not need."""
     by_tensors: dict[tuple[str, ...], list[str]] = {}
     for name, shape in stored.items():
         unread = shape.specification().keys() - loaded[name].specification().keys()
@@ -159,7 +140,7 @@ def _bytes(shapes: Mapping[str, PackedShape]) -> int:
 
 
 class CompressQuantizer(HfQuantizer):
-    """Builds a compressed model around its checkpoint's tensors."""
+    """Build a compressed model around its checkpoint's tensors."""
 
     requires_calibration = False
     stored_share = 1.0  # bytes of the packed modules as stored, per byte of what they become
@@ -168,20 +149,19 @@ class CompressQuantizer(HfQuantizer):
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
         stored = config.shapes()
-        widths = {name: shape.parent_bits for name, shape in stored.items()}
-        if config.bits is not None and stored:
-            widths = widths_for(config.bits, stored)
-        loaded = {name: replace(shape, parent_bits=widths[name]) for name, shape in stored.items()}
+        bits = widths_for({} if config.bits is None or not stored else config.bits, stored)
+        loaded = {name: replace(shape, parent_bits=bits[name]) for name, shape in stored.items()}
         pruned = config.block_shapes()
         replace_shapes(model, pruned)
         replace_packed(model, loaded)
         known = model._keys_to_ignore_on_load_unexpected  # a list in transformers 5.0, a set in later ones
         collection = list if known is None else type(known)
         model._keys_to_ignore_on_load_unexpected = collection([*(known or []), *_unread(stored, loaded)])
-        dense = {name: shape.dense if isinstance(shape, SparseShape) else shape for name, shape in loaded.items()}
+        dense = {name: shape.dense for name, shape in loaded.items()}
         self.stored_share = min(1.0, _bytes(loaded) / max(1, _bytes(dense)))
         # What will be in memory is what save_pretrained would write, so that is what the config says.
-        config.format_version, config.modules, config.bits = format_version([], pruned), records(dense), None
+        config.format_version, config.bits = format_version([], pruned), None
+        config.modules = {name: dict(vars(shape)) for name, shape in dense.items()}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -204,22 +184,15 @@ class CompressQuantizer(HfQuantizer):
         return model
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
-        """Devices are filled by what is stored; leave room for what sparse modules become."""
+        """Leave room on every device for what sparse modules become: transformers fills devices by what is stored."""
         return {place: int(float(room) * self.stored_share) for place, room in max_memory.items()}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """A loaded model can be saved again."""
+        """Tell that a loaded model can be saved again."""
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters and prompts can be trained on it; the packed weights are frozen."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """The forward pass of a packed module is one operator."""
-        return True
+    is_trainable = True  # adapters and prompts can be; the packed weights are frozen
+    is_compileable = True  # the forward pass of a packed module is one operator
 
 
 # Transformers refuses a second registration, which a reloaded module would be.

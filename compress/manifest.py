@@ -1,4 +1,4 @@
-"""The manifest, a checkpoint's own account of itself: reading it, and checking it against the files (no torch)."""
+"""Read the manifest, a checkpoint's own account of itself, and check the files against it (no torch)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _TOLERANCE = 1e-3  # of the largest logit: another machine or transformers relea
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest; None where a folder has none (a dense model, or one saved by ``save_pretrained``).
+    """Read the manifest; return None where a folder has none (a dense model, or one saved by ``save_pretrained``).
 
     Raises:
         CompressError: it is not JSON, lacks what every manifest has, or names files elsewhere.
@@ -40,11 +41,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found  # type: ignore[no-any-return]
 
 
-def verify(folder: Path) -> list[str]:
-    """Check a checkpoint: digests, tensors, and what a fresh process makes of it.
+def noted(manifest: Mapping[str, Any], field: str) -> Iterator[tuple[str, Any]]:
+    """Yield (module, note) for what units of all passes, in order, say in one field of their records that is a mapping."""
+    for unit in (unit for step in manifest.get("passes", []) for unit in step["units"].values()):
+        found = unit.get(field)
+        yield from found.items() if isinstance(found, Mapping) else ()
 
-    Returns:
-        One line per check that was passed.
+
+def verify(folder: Path) -> list[str]:
+    """Check a checkpoint: digests, tensors, and what a fresh process makes of it; return a line per check passed.
 
     Raises:
         CompressError: the first thing that is wrong, by file and tensor.
@@ -64,8 +69,8 @@ def verify(folder: Path) -> list[str]:
     if find_adapter(folder):
         passed.append("its adapter can be read")
     expected = manifest["probe"]["at_bits"]
-    for width, found in _probe_in_fresh_process(folder, manifest["probe"]).items():
-        _compare(width, expected[width], found)
+    for bits, found in _probe_in_fresh_process(folder, manifest["probe"]).items():
+        _compare(bits, expected[bits], found)
     passed.append(f"a fresh process loads it and computes the recorded logits at {', '.join(expected)}")
     return passed
 
@@ -92,7 +97,7 @@ def _probe_in_fresh_process(folder: Path, probe: dict[str, Any]) -> dict[str, An
 
 
 def answer_probe(folder: str) -> None:
-    """In the fresh process: read tokens from standard input, print what the loaded model makes of them."""
+    """Read tokens from standard input, in the fresh process, and print what the loaded model makes of them."""
     import torch
 
     import compress
@@ -103,20 +108,20 @@ def answer_probe(folder: str) -> None:
     settings = read_settings(Path(folder))
     results = {}
     with torch.no_grad():
-        for width in width_range(settings.shapes().values() if settings else ()) or [0]:
-            if width:
-                compress.set_bits(model, width)
+        for bits in width_range(settings.shapes().values() if settings else ()) or [0]:
+            if bits:
+                compress.set_bits(model, bits)
             logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-            results[str(width) if width else "dense"] = describe(logits, tokens)
+            results[str(bits or "dense")] = describe(logits, tokens)
     print(json.dumps(results))
 
 
-def _compare(width: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+def _compare(bits: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
     scale = max(abs(value) for _, value in expected["top"])
     values = dict(map(tuple, found["top"]))
     apart = [abs(value - values.get(token, math.nan)) for token, value in expected["top"][: len(values) // 2]]
     if not all(difference <= _TOLERANCE * scale for difference in [abs(expected["loss"] - found["loss"]), *apart]):
         raise CompressError(
-            f"at {width} bits a fresh process computes other logits (loss {found['loss']:.6f}) than were recorded when it "
+            f"at {bits} bits a fresh process computes other logits (loss {found['loss']:.6f}) than were recorded when it "
             f"was written (loss {expected['loss']:.6f}); the checkpoint or the installation is damaged."
         )

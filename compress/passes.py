@@ -1,7 +1,6 @@
-"""What a pass is, and how the pipeline finds one.
+"""Define what a pass is: a frozen config, a class that says what it needs and works on one block at a time, and an entry point.
 
-A pass is a frozen config, a class that says what it needs and works on one block at a time, and one entry
-point of group ``compress.passes``. ``CONTRIBUTING.md`` shows a whole one.
+``CONTRIBUTING.md`` shows a whole one.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Needs:
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
-        model_survey: looks at the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
+        model_survey: measures the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
         whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
             :meth:`Pass.run_block`.
         teacher: with ``whole_model``, also the dense model it came from (:attr:`Whole.dense`).
@@ -79,8 +78,8 @@ class Block:
     """Hand one transformer block to a pass, in memory, with what the pass asked for.
 
     A pass changes ``linears[name].weight`` in place, puts smaller parameters into modules (and says so in ``shape``), sets
-    ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks (embedding, head) is also handed over as a
-    block, with ``index`` :data:`OUTSIDE`.
+    ``removed``, or fills ``packed[name]``; everything else is the pipeline's work. The part of the model outside the blocks
+    (embedding, head) is also handed over as a block, with ``index`` :data:`OUTSIDE`.
 
     Attributes:
         index: position in the model.
@@ -264,28 +263,26 @@ class Pass(Generic[ConfigT]):
     def survey_model(
         self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
     ) -> dict[str, Tensor]:
-        """Look at the whole model, float32 on the context's device; what is returned is every block's ``findings``.
+        """Measure the whole model, float32 on the context's device; what is returned is every block's ``findings``.
 
         Args:
             model: to be left as it was found.
             samples: int64 [T] each, the calibration text.
             context: of the run.
-            report: called with (what, done, total).
+            report: called with (what, done, total), to tell of progress.
         """
         raise NotImplementedError(f"{type(self).__name__} has no survey_model")
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """Tell whether to look at all blocks (once more) before any is worked on.
+        """Tell whether to measure all blocks (once more) before any is worked on.
 
-        Args:
-            context: of the run.
-            surveys: of every finished round, the records of all blocks in order. The answer must depend on these
-                and the settings only.
+        ``surveys`` has, of every finished round, the records of all blocks in order. The answer must depend on these and
+        the settings only.
         """
         return False
 
     def survey_block(self, block: Block, context: Context) -> Record:
-        """Look at one block in a survey round; return what :meth:`run_block` and later rounds are to know (JSON).
+        """Measure one block in a round; return what :meth:`run_block` and later rounds are to know (JSON).
 
         Earlier rounds are in ``block.surveys``. The block may be changed: the change is forgotten afterwards, but the next
         block's inputs come from the block as it is left.
@@ -324,19 +321,12 @@ class Pass(Generic[ConfigT]):
     ) -> None:
         """Write what belongs beside the model into the checkpoint's folder; the manifest will have its digests.
 
-        Args:
-            folder: of the checkpoint.
-            units: the tensors that :meth:`run_model` returned, by unit.
-            records: the figures that it returned.
+        ``units`` and ``records`` have, by unit, the tensors and the figures that :meth:`run_model` returned.
         """
         return
 
 
 def pass_class(kind: str) -> type[Pass[Any]]:
-    """Load the class behind a name.
-
-    Raises:
-        CompressError: its package cannot be imported, or what it names is not a pass.
-    """
+    """Load the class behind a name; errors as of :func:`compress.settings.load_entry`."""
     loaded: type[Pass[Any]] = load_entry(PASSES, kind, Pass)
     return loaded

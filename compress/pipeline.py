@@ -1,4 +1,4 @@
-"""From a recipe to a checkpoint: every pass on every block, each step on disk before the next begins."""
+"""Turn a recipe into a checkpoint: every pass on every block, each step on disk before the next begins."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError, refuse_existing
 from compress.passes import Context, Pass, Report, pass_class
-from compress.processes import processes
 from compress.quant.records import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
-from compress.runner import Log, Runner
+from compress.runner import Log, Runner, figures_of
 from compress.settings import Calibration
-from compress.source import Source, make_context, open_source, pick_device
+from compress.source import Source, make_context, open_source, pick_device, processes
 from compress.streaming import State, foreseen
 from compress.workspace import Workspace
 
@@ -53,27 +52,22 @@ def run(
         CompressError: anything a user can put right; nothing half-written is left at ``output``.
     """
     settings = load_recipe(recipe, overrides)
-    target = _target(output or settings.output)
+    if not (output or settings.output):
+        raise CompressError("no output folder: give -o, or output in the recipe.")
+    target = Path(output or settings.output or "")
+    if not target.name:
+        raise CompressError(f"output {target}: give the name of a folder to create.")
+    refuse_existing(target)
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
     team = processes(pick_device(settings.device))
     main = team.is_main_process
     with _disk_errors(work.folder), work.locked() if main else nullcontext():
         source = open_source(settings.model, settings.revision)
-        log = Log(target.with_name(target.name + ".log.jsonl"), report if main else None)
+        log = Log(target.with_name(target.name + ".log.jsonl"), report, main)
         _compress(settings, source, work, target, log)
     team.wait_for_everyone()
     if workspace is None and main:
         work.remove()
-    return target
-
-
-def _target(output: str | Path | None) -> Path:
-    if output is None:
-        raise CompressError("no output folder: give -o, or output in the recipe.")
-    target = Path(output)
-    if not target.name:
-        raise CompressError(f"output {target}: give the name of a folder to create.")
-    refuse_existing(target)
     return target
 
 
@@ -102,22 +96,23 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     }
     for samples in drawn.values():
         _check_tokens(samples.tokens, source)
-    state, history, beside = source.state, [], []
+    state, history, sidecars = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
         context = make_context(source, device, settings.seed, state)
         runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
-        state, units = runner.run()
+        state, records = runner.run()
         own = {"text": drawn[text].source} if text and step.needs().text else {}
-        described = {name: unit.described() for name, unit in units.items()}
-        history.append({"config": step.config.model_dump(mode="json"), **own, "units": described})
-        beside.append((step, runner.beside, {name: unit.figures for name, unit in units.items()}))
+        # The config says what is packed.
+        units = {u: {key: r[key] for key in sorted(r) if key != "packed"} for u, r in records.items()}
+        history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
+        sidecars.append((step, runner.sidecars(records), {unit: figures_of(r) for unit, r in records.items()}))
     if not processes(device).is_main_process:
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None
 
     def write_beside(folder: Path) -> None:
-        for step, tensors, records in beside:
-            step.write_files(folder, tensors, records)
+        for step, tensors, figures in sidecars:
+            step.write_files(folder, tensors, figures)
 
     log.progress("writing", 0, 1)
     writer.write_checkpoint(
@@ -138,7 +133,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
 
 
 def _check_tokens(samples: Sequence[Tensor], source: Source) -> None:
-    """The tokenizer belongs to the model: it knows no token beyond the embedding."""
+    """Refuse a tokenizer that knows tokens beyond the model's embedding."""
     largest = max(int(tokens.max()) for tokens in samples)
     if largest >= source.state.config.vocab_size:
         raise CompressError(
@@ -148,51 +143,44 @@ def _check_tokens(samples: Sequence[Tensor], source: Source) -> None:
 
 
 def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
-    """What a pass learns from: its own text, else the recipe's calibration; None if it looks at none."""
+    """Return what a pass learns from: its own text, else the recipe's calibration; None if it looks at none."""
     return step.needs().text or settings.calibration if step.needs().calibration else None
 
 
 def check_order(
     passes: Sequence[Pass[Any]], settings: Recipe, source: Source, device: torch.device
 ) -> list[tuple[State, Context]]:
-    """Refuse what cannot work before any work is done.
+    """Refuse, before any work is done, passes in the wrong place, without text, or that do not fit the model.
 
-    Returns:
-        For every pass the model it will find, and after them the one they leave; tensors that do not exist yet can only be
-        looked at.
-
-    Raises:
-        CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
+    Return for every pass the model it will find, and after them the one they leave; its tensors can only be looked at.
     """
-    packed_by, packed = None, dict[str, PackedShape]()
+    packed_by, before, packed = None, None, dict[str, PackedShape]()
     state, context = source.state, make_context(source, device, settings.seed)
     found = [(state, context)]
     for index, step in enumerate(passes):
-        if index and passes[index - 1].needs().beside:
+        needs, kind = step.needs(), step.config.kind
+        here = f"passes.{index} ({kind})"
+        if before is not None and before.needs().beside:
             raise CompressError(
-                f"passes.{index} ({step.config.kind}) would change the model under what passes.{index - 1} "
-                f"({passes[index - 1].config.kind}) has learned for it; put {passes[index - 1].config.kind} last."
+                f"{here} would change the model under what passes.{index - 1} ({before.config.kind}) has learned for it; "
+                f"put {before.config.kind} last."
             )
-        if packed_by is not None and not step.needs().whole_model:
+        if packed_by is not None and not needs.whole_model:
             raise CompressError(
-                f"passes.{index} ({step.config.kind}) works on dense weights, but {packed_by} before it has packed "
-                "them; put it earlier."
+                f"{here} works on dense weights, but {packed_by} before it has packed them; put it earlier."
             )
-        if step.needs().calibration and text_of(step, settings) is None:
-            raise CompressError(
-                f"passes.{index} ({step.config.kind}) looks at text, but the recipe has no calibration."
-            )
-        if step.needs().packed and packed_by is None:
-            raise CompressError(
-                f"passes.{index} ({step.config.kind}) works on packed matrices; put a quantising pass before it."
-            )
+        if needs.calibration and text_of(step, settings) is None:
+            raise CompressError(f"{here} looks at text, but the recipe has no calibration.")
+        if needs.packed and packed_by is None:
+            raise CompressError(f"{here} works on packed matrices; put a quantising pass before it.")
         packed |= step.packed_shapes(context)
-        if step.needs().whole_model:
+        if needs.whole_model:
             step.model_units(packed)
-        if step.needs().packs:
-            packed_by = f"passes.{index} ({step.config.kind})"
+        if needs.packs:
+            packed_by = here
         step.check(context)
-        if step.needs().changes_shapes:
+        before = step
+        if needs.changes_shapes:
             state = foreseen(state, step.shapes_after(context))
             context = make_context(source, device, settings.seed, state)
         found.append((state, context))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.passes import Context, Needs, Pass, Sizes, pass_class
+from compress.passes import Context, Pass, Sizes, pass_class
 from compress.pipeline import check_order
 from compress.quant.records import PackedShape, packed_bytes, width_range
 from compress.recipe import Overrides, Recipe, load_recipe
@@ -25,8 +27,8 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
 
     Returns:
         ``{"model", "blocks", "parameters", "parameters_after", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
-        "memory_bytes", "workspace_bytes"}]}``. Bytes on disk are those of the tensors, exact if tables fit float16
-        (else tables take twice the room) and nothing is stored sparse (pruned weights then take less). Memory is an
+        "memory_bytes", "workspace_bytes"}]}``. Bytes on disk are those of the tensors, exact if codebooks fit float16
+        (else they take twice the room) and nothing is stored sparse (pruned weights then take less). Memory is an
         estimate, on top of what Python holds after its imports.
 
     Raises:
@@ -39,22 +41,20 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     packed: dict[str, PackedShape] = {}
     for step, (_, context) in zip(steps, found, strict=False):
         packed |= step.packed_shapes(context)
-    dense, (last, context) = source.state.source.info(), found[-1]
-    kept = {
-        name: item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in packed
+    last, context = found[-1]
+    rest = sum(item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in packed)
+    at = {
+        str(bits): rest + sum(packed_bytes(shape, bits) for shape in packed.values())
+        for bits in width_range(packed.values())
     }
-    if context.tied and context.head in packed:
-        kept.pop(f"{context.head}.weight", None)
-    at = {bits: sum(packed_bytes(shape, bits) for shape in packed.values()) for bits in width_range(packed.values())}
-    rest = sum(kept.values())
     return {
         "model": str(source.folder),
-        "blocks": found[0][0].config.num_hidden_layers,
+        "blocks": source.state.config.num_hidden_layers,
         "parameters": found[0][1].parameters,
         "parameters_after": context.parameters,
-        "dense_bytes": sum(item.nbytes for item in dense.values()),
-        "checkpoint_bytes": rest + max(at.values(), default=0),
-        "bytes_at_bits": {str(bits): rest + size for bits, size in at.items()},
+        "dense_bytes": sum(item.nbytes for item in source.state.source.info().values()),
+        "checkpoint_bytes": max(at.values(), default=rest),
+        "bytes_at_bits": at,
         "passes": [
             {"kind": step.config.kind, **_needs(step, *before, settings, packed)}
             for step, before in zip(steps, found, strict=False)
@@ -67,40 +67,30 @@ def _needs(
 ) -> dict[str, int]:
     """Estimate memory and workspace of one pass: what the pipeline holds for it, and what it says of itself."""
     needs, text = step.needs(), settings.calibration
-    blocks: dict[int | None, int] = {}
-    for name, item in state.source.info().items():
-        place = block_of(name, context.structure)
-        blocks[place] = blocks.get(place, 0) + torch.Size(item.shape).numel() * _FLOAT
+    held = {name: math.prod(item.shape) * _FLOAT for name, item in state.source.info().items()}
+    blocks = Counter[int | None]()
+    for name, size in held.items():
+        blocks[block_of(name, context.structure)] += size
     outside = blocks.pop(None, 0)
     block, inside = max(blocks.values()), sum(blocks.values())
-    hidden_size = int(getattr(state.config, "hidden_size", 0))
-    hidden = text.samples * text.length * hidden_size * _FLOAT if text and needs.calibration else 0
-    # Measured by the memory bench: a block in float32, as read, and as written; with gradients also their sum.
-    memory = outside + (4 if needs.squared_gradients else 3) * block
-    memory += (2 if needs.squared_gradients else 1) * hidden
-    if text and needs.squared_gradients:  # one sample's logits and gradient
-        memory += 2 * text.length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
-    if needs.whole_model:
-        memory = _whole_bytes(needs, outside + inside, state, packed)
+    whole, all_packed = outside + inside, sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
+    samples, length = (text.samples, text.length) if text else (0, 0)
+    hidden = samples * length * int(getattr(state.config, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
+    # Measured by the memory bench: a block in float32, as read, and as written.
+    memory, units, carried = outside + 3 * block + hidden, inside, 2 * (1 + len(needs.variants)) * hidden
+    if (
+        needs.squared_gradients
+    ):  # their sum for a block, the hidden states' gradients, and one sample's logits and gradient
+        memory += block + hidden + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
+        units, carried = 2 * inside, hidden * (len(blocks) + 3)
+    if needs.packs:
+        units += all_packed - inside
     if needs.model_survey:  # the model and one forward pass
-        memory = 2 * (outside + inside)
+        memory = 2 * whole
+    elif needs.whole_model and needs.teacher:  # both models and, in a step, a dense weight per packed one
+        memory = 3 * whole
+    elif needs.whole_model:  # as it is, in float32 or packed; activations come on top
+        memory = whole - sum(held.get(f"{name}.weight", 0) for name in packed) + all_packed
     memory += len(needs.variants) * hidden
-    sizes = Sizes(text.samples if text else 0, text.length if text else 0, block, outside + inside)
-    units = sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values()) if needs.packs else inside
-    kept = inside if needs.squared_gradients else 0
-    hidden_kept = hidden * (len(blocks) + 3) if needs.squared_gradients else 2 * (1 + len(needs.variants)) * hidden
-    return {
-        "memory_bytes": _LATE_CODE + memory + step.memory(sizes, context),
-        "workspace_bytes": units + kept + hidden_kept,
-    }
-
-
-def _whole_bytes(needs: Needs, dense: int, state: State, packed: Mapping[str, PackedShape]) -> int:
-    """Return the bytes of the model, float32 or packed, and of the dense one beside it; activations come on top."""
-    if needs.teacher:  # and, in a step, a dense weight per packed one
-        return 3 * dense
-    info = state.source.info()
-    replaced = sum(
-        torch.Size(info[f"{name}.weight"].shape).numel() * _FLOAT for name in packed if f"{name}.weight" in info
-    )
-    return dense - replaced + sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
+    sizes = Sizes(samples, length, block, whole)
+    return {"memory_bytes": _LATE_CODE + memory + step.memory(sizes, context), "workspace_bytes": units + carried}

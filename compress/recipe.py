@@ -1,4 +1,4 @@
-"""The recipe: what is compressed, on what text, by which passes. YAML or the same object in Python."""
+"""Read recipes: what is compressed, on what text, by which passes; YAML or the same object in Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compress.settings import Calibration, PassConfig, config_class, kinds
 
 
 class Recipe(BaseModel):
-    """Everything that decides the result."""
+    """Hold everything that decides the result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,17 +33,12 @@ class Recipe(BaseModel):
     @classmethod
     def _configs_by_kind(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and isinstance(data.get("passes"), (list, tuple)):
-            passes = [parse_pass(item, index) for index, item in enumerate(data["passes"])]
-            return {**data, "passes": passes}
+            return {**data, "passes": [parse_pass(item, index) for index, item in enumerate(data["passes"])]}
         return data
 
 
 def parse_pass(item: Any, index: int) -> PassConfig:
-    """Validate one entry of ``passes`` by its ``kind``.
-
-    Raises:
-        CompressError: no or an unknown kind, an unknown key, a value out of range.
-    """
+    """Validate one entry of ``passes`` by its ``kind``."""
     if isinstance(item, PassConfig):
         return item
     where = f"passes.{index}"
@@ -60,7 +55,7 @@ def parse_pass(item: Any, index: int) -> PassConfig:
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """One sentence for the first thing that is wrong."""
+    """Say in one sentence what is wrong first."""
     # A misspelt key is also a missing one: say the first.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     location = ".".join(str(part) for part in first["loc"])
@@ -75,12 +70,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
 
 
 def _settings_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
-    """Find the settings that a place in a recipe holds.
-
-    Args:
-        model: settings of the whole.
-        path: field names from there, list indices and mapping keys among them, and class names where a field takes several.
-    """
+    """Find the settings at a path of field names, indices, keys, and class names where a field takes several."""
     options: dict[int | str, type[BaseModel]] = {}
     for part in path:
         if part in options:
@@ -141,10 +131,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Over
     """
     if isinstance(recipe, Recipe) and not overrides:
         return recipe
-    if isinstance(recipe, Recipe):
-        data, where = recipe.model_dump(mode="json"), "recipe"
-    elif isinstance(recipe, Mapping):
-        data, where = plain(recipe), "recipe"
+    if isinstance(recipe, (Recipe, Mapping)):
+        data, where = _plain(recipe), "recipe"
     else:
         data, where = _read_yaml(Path(recipe)), str(recipe)
     if isinstance(overrides, Mapping):
@@ -155,13 +143,13 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Over
         raise CompressError(explain(error, Recipe, where)) from error
 
 
-def plain(value: Any) -> Any:
-    """A copy in mappings, lists and scalars, whatever config objects are in it."""
+def _plain(value: Any) -> Any:
+    """Copy settings into mappings, lists and scalars, whatever config objects are in them."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -177,7 +165,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of recipes, with every installed pass."""
+    """Return the JSON Schema of recipes, with every installed pass."""
     configs = tuple(config_class(kind) for kind in kinds())
     choice: Any = Annotated[Union[configs], Field(discriminator="kind")] if len(configs) > 1 else configs[0]
     schema = Recipe.model_json_schema(ref_template="#/$defs/{model}")

@@ -1,12 +1,14 @@
-"""One pass of a recipe: its units of work, each on disk before the next begins."""
+"""Run one pass of a recipe: its units of work, each on disk before the next begins."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +20,45 @@ from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.fisher import squared_gradients, unit_of
 from compress.passes import OUTSIDE, Block, Context, Pass, Report, Run, Whole
-from compress.processes import processes
 from compress.quant.format import pack_smaller
 from compress.quant.records import shape_of
 from compress.shapes import block_shape
+from compress.source import processes
 from compress.streaming import Call, State, StreamedModel, reshaped
-from compress.structure import block_prefix
+from compress.structure import block_of, block_prefix
 from compress.version import __version__
 from compress.weights import Overlay
 from compress.workspace import Record, Stage, Workspace
 
 NOTES = ("packed", "skipped", "shape", "storage")
-"""What the pipeline itself keeps in a unit's record, beside the figures of the pass."""
+"""What the pipeline itself keeps in a unit's record beside the figures of the pass: name -> fields of its ``PackedShape``,
+name -> reason, the block's shape (None if it is removed), name -> what :func:`pack_smaller` notes."""
 
 
-@dataclass(frozen=True)
-class Finished:
-    """Hold what is known of one finished unit of work: what the pass says of it, and what the pipeline does.
-
-    Attributes:
-        figures: as the pass returned them.
-        notes: by :data:`NOTES`: name -> fields of its ``PackedShape``, name -> reason, the block's shape (None if it is
-            removed), name -> what :func:`pack_smaller` notes.
-    """
-
-    figures: Record
-    notes: Record
-
-    @classmethod
-    def of(cls, record: Record) -> Finished:
-        """Take apart the record on disk."""
-        notes = {name: value for name, value in record.items() if name in NOTES}
-        return cls({name: value for name, value in record.items() if name not in NOTES}, notes)
-
-    def described(self) -> Record:
-        """Return what the manifest says of the unit; the config has what is packed."""
-        return {name: value for name, value in sorted({**self.figures, **self.notes}.items()) if name != "packed"}
+def figures_of(record: Record) -> Record:
+    """Return what the pass itself says of a finished unit."""
+    return {name: value for name, value in record.items() if name not in NOTES}
 
 
 class Log:
     """Write the log, one JSON line per unit, and tell the caller of progress."""
 
-    def __init__(self, path: Path, report: Report | None) -> None:
-        self.path, self._report = path, report
+    def __init__(self, path: Path, progress: Report | None, main: bool = True) -> None:
+        self.path, self.main = path, main  # only the main process writes and speaks
+        self.progress: Report = progress if progress and main else lambda what, done, total: None
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Tell the caller how far the work is."""
-        if self._report is not None:
-            self._report(what, done, total)
-
-    def unit(self, kind: str, unit: str, seconds: float, record: Record) -> None:
-        """Write the line of one unit."""
-        line = {"time": time.time(), "pass": kind, "unit": unit, "seconds": round(seconds, 4), **record}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+    @contextmanager
+    def unit(self, kind: str, unit: str) -> Iterator[Record]:
+        """Time the work within a ``with``, then write its line, with what is put into the record."""
+        record: Record = {}
+        started = time.perf_counter()
+        yield record
+        seconds = round(time.perf_counter() - started, 4)
+        line = {"time": time.time(), "pass": kind, "unit": unit, "seconds": seconds, **record}
+        if self.main:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
 
 
 class Runner:
@@ -95,49 +81,61 @@ class Runner:
         # pydantic leaves out nothing: the resolved settings, defaults included, decide the key.
         text = self.samples.key if self.samples else None
         settings = step.config.model_dump(mode="json")
-        self.stage: Stage = work.stage(
-            self.kind, state.key, settings, text, context.seed, context.device.type, __version__
-        )
+        device = context.device.type
+        self.stage: Stage = work.stage(self.kind, state.key, settings, text, context.seed, device, __version__)
         self.outside = step.outside(context)
-        self.fisher = work.stage("fisher", state.key, text, self.outside, context.device.type, __version__)
+        self.fisher = work.stage("fisher", state.key, text, self.outside, device, __version__)
         self.processes = processes(context.device)
         self.surveys: list[list[Record]] = []
-        self.beside: dict[str, dict[str, Tensor]] = {}
-        self._model: StreamedModel | None = None
+        inside = {block_of(name, context.structure) for name in context.linears}
+        self.blocks = [block_prefix(context.structure, i) for i in range(len(inside))]
 
-    @property
+    @cached_property
     def model(self) -> StreamedModel:
         """Open the model when it is first needed: a pass that is finished needs none."""
-        if self._model is None:
-            self._model = StreamedModel(self.state, self.context.device)
-        return self._model
+        return StreamedModel(self.state, self.context.device)
 
-    def run(self) -> tuple[State, dict[str, Finished]]:
-        """Do what is not done yet; return the state after the pass, and its units."""
+    def run(self) -> tuple[State, dict[str, Record]]:
+        """Do what is not done yet; return the state after the pass, and the records of its units."""
         if self.needs.whole_model:
             units = self.step.model_units(self.state.packed)
             self._run_whole(units)
         else:
-            units = [f"block-{i}" for i in range(self._block_count())] + (["outside"] if self.outside else [])
+            units = [f"block-{i}" for i in range(len(self.blocks))] + (["outside"] if self.outside else [])
             if self.processes.is_main_process and any(self.stage.record(unit) is None for unit in units):
                 self._run_blocks()
         self.processes.wait_for_everyone()
-        self._report("done", len(units), len(units))
-        return self._after(units)
+        self._progress("done", len(units), len(units))
+        records = {unit: self.stage.record(unit) or {} for unit in units}
+        return self._after(records), records
+
+    def sidecars(self, units: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Load what finished units have left beside the model; nothing where they changed the model itself."""
+        return {unit: self.stage.load(unit) for unit in units} if self.needs.beside else {}
 
     def _run_blocks(self) -> None:
         if self.needs.squared_gradients:
             assert self.samples is not None
-            started = time.perf_counter()
-            squared_gradients(self.model, self.samples, self.fisher, self.outside, self._report)
-            self.log.unit(self.kind, "squared gradients", time.perf_counter() - started, {})
+            with self.log.unit(self.kind, "squared gradients"):
+                squared_gradients(self.model, self.samples, self.fisher, self.outside, self._progress)
         if self.needs.model_survey and self.stage.record("model-survey") is None:
-            self._survey_model()
-        count = self._block_count()
-        self._survey(count)
-        self._walk("block", "inputs", count, self._block)
+            assert self.samples is not None
+            with self.log.unit(self.kind, "model survey"):
+                model = StreamedModel(self.state, self.context.device).whole()
+                found = self.step.survey_model(model, self.samples.tokens, self.context, self._progress)
+                self._check_finite(found)
+                self.stage.save("model-survey", found)
+        while self.step.wants_survey(self.context, self.surveys):
+            label = f"survey-{len(self.surveys)}"
+            self._walk(label, f"{label}-inputs", self._survey_block)
+            self.surveys.append([self.stage.record(f"{label}-{i}") or {} for i in range(len(self.blocks))])
+        self._walk("block", "inputs", self._block)
         if self.outside and self.stage.record("outside") is None:
-            self._outside()
+            with self.log.unit(self.kind, "outside") as line:
+                linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
+                block = Block(OUTSIDE, "", self.model.model, linears, self._fisher(OUTSIDE), surveys=self.surveys)
+                line |= self.step.run_block(block, self.context)
+                self._finish("outside", block, {}, line)
 
     def _run_whole(self, units: Sequence[str]) -> None:
         """Work on the units of a pass that has the whole model in memory."""
@@ -154,93 +152,68 @@ class Runner:
             self.stage.folder / "scratch",
         )
         for unit in open_units:
-            started = time.perf_counter()
-            tensors, record = self.step.run_model(unit, whole, self.context, self._report)
-            self._check_finite(tensors)
-            if not self.processes.is_main_process:
-                continue
-            stored = {} if self.needs.beside else self.state.source.info()
-            tensors = {n: t.to(getattr(torch, stored[n].dtype)) if n in stored else t for n, t in tensors.items()}
-            self._save(unit, tensors, record, {"packed": {}, "skipped": {}})
-            shutil.rmtree(whole.scratch, ignore_errors=True)
-            self.log.unit(self.kind, unit, time.perf_counter() - started, record)
+            with self.log.unit(self.kind, unit) as line:
+                tensors, record = self.step.run_model(unit, whole, self.context, self._progress)
+                line |= record
+                self._check_finite(tensors)
+                if not self.processes.is_main_process:
+                    continue
+                stored = {} if self.needs.beside else self.state.source.info()
+                tensors = {n: t.to(getattr(torch, stored[n].dtype)) if n in stored else t for n, t in tensors.items()}
+                self._save(unit, tensors, record, {"packed": {}, "skipped": {}})
+                shutil.rmtree(whole.scratch, ignore_errors=True)
 
-    def _survey_model(self) -> None:
-        """Let the pass look at the whole model; what it finds is a unit like any other."""
-        assert self.samples is not None
-        started = time.perf_counter()
-        model = StreamedModel(self.state, self.context.device).whole()
-        found = self.step.survey_model(model, self.samples.tokens, self.context, self._report)
-        self._check_finite(found)
-        self.stage.save("model-survey", found)
-        self.log.unit(self.kind, "model survey", time.perf_counter() - started, {})
-
-    def _survey(self, count: int) -> None:
-        """Go over all blocks before any is changed, for as long as the pass wants another round."""
-        while self.step.wants_survey(self.context, self.surveys):
-            label = f"survey-{len(self.surveys)}"
-            self._walk(label, f"{label}-inputs", count, self._survey_block)
-            records = [self.stage.record(f"{label}-{i}") for i in range(count)]
-            self.surveys.append([record for record in records if record is not None])
-
-    def _walk(self, label: str, inputs: str, count: int, work: Callable[[int, str, str], None]) -> None:
+    def _walk(self, label: str, inputs: str, work: Callable[[int, str, str], None]) -> None:
         """Finish units ``<label>-0 …`` in order, and clear away the inputs that led to them."""
+        count = len(self.blocks)
         first = next((i for i in range(count) if self.stage.record(f"{label}-{i}") is None), 0)
         if self.needs.inputs and first and self.stage.record(f"{inputs}-{first}") is None:
             for i in range(count):  # a finished unit was damaged later: what led to it is gone, so begin again
                 self.stage.discard(f"{label}-{i}")
         for i in range(count):
-            self._report(f"{label.replace('-', ' ')} {i}", i, count)
+            self._progress(f"{label.replace('-', ' ')} {i}", i, count)
             if self.stage.record(f"{label}-{i}") is None:
                 work(i, f"{label}-{i}", inputs)
             self.stage.discard(f"{inputs}-{i}")
         self.stage.discard(f"{inputs}-{count}")
 
-    def _block_count(self) -> int:
-        prefix = self.context.structure.blocks + "."
-        return len({name.removeprefix(prefix).split(".")[0] for name in self.context.linears})
-
-    def _report(self, what: str, done: int, total: int) -> None:
+    def _progress(self, what: str, done: int, total: int) -> None:
         self.log.progress(f"{self.kind}: {what}", done, total)
 
     def _open(self, i: int, module: nn.Module, inputs: str) -> Block:
-        name = block_prefix(self.context.structure, i)
+        name, state = self.blocks[i], self.state
         samples, variants = self._samples(i, inputs)
         findings = self.stage.load("model-survey") if self.needs.model_survey else {}
-        shape = (
-            None if self.context.structure.groups is None else block_shape(self.state.config, self.state.shapes, name)
-        )
+        shape = block_shape(state.config, state.shapes, name) if self.context.structure.groups else None
         linears = self.model.linears(i)
         return Block(i, name, module, linears, self._fisher(i), samples, variants, self.surveys, findings, shape)
 
     def _survey_block(self, i: int, unit: str, inputs: str) -> None:
-        started = time.perf_counter()
-        with self.model.block(i) as module:
+        with self.log.unit(self.kind, unit) as line, self.model.block(i) as module:
             block = self._open(i, module, inputs)
-            record = self.step.survey_block(block, self.context)
+            line |= self.step.survey_block(block, self.context)
             self._carry(i, inputs, self._outputs(module, block.samples))
-        self.stage.save(unit, {}, record)
-        self.log.unit(self.kind, unit, time.perf_counter() - started, record)
+            self.stage.save(unit, {}, line)
 
     def _block(self, i: int, unit: str, inputs: str) -> None:
-        started = time.perf_counter()
-        with self.model.block(i) as module:
+        with self.log.unit(self.kind, self.blocks[i]) as line, self.model.block(i) as module:
             block = self._open(i, module, inputs)
             unchanged = self.needs.inputs == "original"
             outputs = self._outputs(module, block.samples) if unchanged else {}
-            record = self.step.run_block(block, self.context)
+            line |= self.step.run_block(block, self.context)
             tensors = self._collect(block)
             if block.removed:
                 outputs, tensors = self.stage.load(f"{inputs}-{i}") if self.needs.inputs else {}, {}
-            elif not unchanged:
-                self._restore(module, tensors, block.name)
+            elif not unchanged:  # load exactly what will be stored
+                inner = {name.removeprefix(f"{block.name}."): tensor.float() for name, tensor in tensors.items()}
+                module.load_state_dict(inner, strict=False)
                 outputs = self._outputs(module, block.samples)
             for name, calls in ({} if block.removed else block.variants).items():
                 assert block.show is not None
                 block.show(name)
                 outputs |= self._outputs(module, calls, f"{name}-")
             self._carry(i, inputs, outputs)
-            self._finish(unit, block, tensors, record, started)
+            self._finish(unit, block, tensors, line)
 
     def _fisher(self, i: int) -> dict[str, Tensor]:
         return self.fisher.load(unit_of(i)) if self.needs.squared_gradients else {}
@@ -254,9 +227,8 @@ class Runner:
             return [], {}
         assert self.samples is not None
         tokens = self.samples.tokens
-        with torch.no_grad():
-            if i == 0 and self.stage.record(f"{inputs}-0") is None:
-                self.stage.save(f"{inputs}-0", {str(n): self.model.capture(t)[0] for n, t in enumerate(tokens)})
+        if i == 0 and self.stage.record(f"{inputs}-0") is None:
+            self.stage.save(f"{inputs}-0", self.model.first_inputs(tokens))
         hidden = self.stage.load(f"{inputs}-{i}")
         captures: dict[int, Call] = {}
 
@@ -282,30 +254,14 @@ class Runner:
         if outputs and self.stage.record(f"{inputs}-{i + 1}") is None:
             self.stage.save(f"{inputs}-{i + 1}", outputs)
 
-    def _outside(self) -> None:
-        started = time.perf_counter()
-        linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
-        block = Block(OUTSIDE, "", self.model.model, linears, self._fisher(OUTSIDE), surveys=self.surveys)
-        record = self.step.run_block(block, self.context)
-        self._finish("outside", block, {}, record, started)
-
     def _collect(self, block: Block) -> dict[str, Tensor]:
         """Return the block's dense tensors as they will be stored, in the dtype they came in."""
         stored = self.state.source.info()
         dense = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
-        packed = {f"{name}.weight" for name in block.packed}
-        return {
-            name: tensor.to("cpu", getattr(torch, stored[name].dtype))
-            for name, tensor in dense.items()
-            if name not in packed
-        }
+        kept = dense.keys() - {f"{name}.weight" for name in block.packed}
+        return {n: t.to("cpu", getattr(torch, stored[n].dtype)) for n, t in dense.items() if n in kept}
 
-    def _restore(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Load into the block exactly what was stored."""
-        inner = {name.removeprefix(prefix + "."): tensor for name, tensor in tensors.items()}
-        module.load_state_dict({name: value.float() for name, value in inner.items()}, strict=False)
-
-    def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record, started: float) -> None:
+    def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record) -> None:
         self._check_finite(tensors)
         shapes, storage = {}, {}
         for name, found in block.packed.items():
@@ -314,15 +270,13 @@ class Runner:
             shapes[name], storage[name] = vars(shape), note
         notes: Record = {"packed": shapes, "skipped": block.skipped}
         if self.needs.changes_shapes:
-            notes["shape"] = None if block.removed or block.shape is None else asdict(block.shape)
+            notes["shape"] = None if block.removed or block.shape is None else vars(block.shape)
         if any(storage.values()):  # units without a pruned weight are as they always were
             notes["storage"] = {name: note for name, note in storage.items() if note}
         self._save(unit, tensors, record, notes)
-        self.log.unit(self.kind, block.name or unit, time.perf_counter() - started, record)
 
     def _save(self, unit: str, tensors: Mapping[str, Tensor], figures: Record, notes: Record) -> None:
-        taken = sorted(figures.keys() & set(NOTES))
-        if taken:
+        if taken := sorted(figures.keys() & set(NOTES)):
             raise CompressError(
                 f"pass {self.kind}: its record has {taken[0]!r}, a name that the pipeline uses; choose another."
             )
@@ -333,21 +287,18 @@ class Runner:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise CompressError(f"{name}: {self.kind} left values that are not finite.")
 
-    def _after(self, units: Sequence[str]) -> tuple[State, dict[str, Finished]]:
-        finished = {unit: Finished.of(self.stage.record(unit) or {}) for unit in units}
-        new = {name: shape_of(fields) for unit in finished.values() for name, fields in unit.notes["packed"].items()}
-        packed = {**self.state.packed, **new}
-        config = self.state.config
+    def _after(self, records: Mapping[str, Record]) -> State:
+        """Return the model as the finished units leave it."""
+        if self.needs.beside:
+            return replace(self.state, key=self.stage.key)
+        new = {name: shape_of(fields) for record in records.values() for name, fields in record["packed"].items()}
+        packed, config = {**self.state.packed, **new}, self.state.config
         if self.context.head in packed and config.tie_word_embeddings:
             config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-        if self.needs.beside:
-            self.beside = {unit: self.stage.load(unit) for unit in units}
-            return State(self.state.source, config, packed, self.stage.key, self.state.shapes), finished
-        removed = [f"{name}.weight" for name in new]
-        source = Overlay(self.state.source, [self.stage.path(unit) for unit in units], removed)
+        files = [self.stage.path(unit) for unit in records]
+        source = Overlay(self.state.source, files, [f"{name}.weight" for name in new])
         state = State(source, config, packed, self.stage.key, self.state.shapes)
-        if self.needs.changes_shapes:
-            names = [block_prefix(self.context.structure, i) for i in range(self._block_count())]
-            found = {name: finished[f"block-{i}"].notes.get("shape") for i, name in enumerate(names)}
-            state = reshaped(state, {name: shape and BlockShape(**shape) for name, shape in found.items()})
-        return state, finished
+        if not self.needs.changes_shapes:
+            return state
+        shapes = {name: records[f"block-{i}"].get("shape") for i, name in enumerate(self.blocks)}
+        return reshaped(state, {name: shape and BlockShape(**shape) for name, shape in shapes.items()})

@@ -1,8 +1,7 @@
-"""Settings of passes, and how they are found by name: all that a recipe's validation needs, without importing torch.
+"""Define the settings of passes, and find them by name: all that a recipe's validation needs, without importing torch.
 
 A pass is an entry point of group ``compress.passes``. Its settings may be one of group ``compress.settings`` under the same name,
-in a module that imports neither torch nor transformers: ``compress passes``, ``compress schema`` and the answer to a mistyped key
-then take no longer than reading the recipe does. Without that entry they are taken from the pass.
+in a module that does not import torch, so that the answer to a mistyped key is quick; else they are taken from the pass.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ PASSES, SETTINGS = "compress.passes", "compress.settings"
 
 
 class Calibration(BaseModel):
-    """Text that passes learn from; it must not be text that anything is measured on."""
+    """Choose text that passes learn from; it must not be text that anything is measured on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +42,7 @@ class Calibration(BaseModel):
 
 
 class PassConfig(BaseModel):
-    """Base of every pass's settings. Subclasses fix ``kind`` to a literal and describe every field.
+    """Hold the settings of a pass. Subclasses fix ``kind`` to a literal and describe every field.
 
     Attributes:
         PRESETS: values of a field ``preset`` -> the settings that each stands for, which keys of the recipe override.
@@ -61,22 +60,18 @@ class PassConfig(BaseModel):
 
 
 class TrainingConfig(PassConfig):
-    """Settings of every pass that trains; subclasses fix ``kind``."""
+    """Hold the settings of a pass that trains; subclasses fix ``kind``."""
 
     text: Calibration | None = Field(None, description="Text to train on; the recipe's calibration if absent.")
     steps: int = Field(500, ge=1, description="Steps of AdamW.")
     batch: int = Field(16, ge=1, description="Samples per step, over all processes.")
-    micro_batch: int = Field(
-        16, ge=1, description="Samples in memory at once in a process; gradients are accumulated over the rest."
-    )
+    micro_batch: int = Field(16, ge=1, description="Samples in memory at once in a process; gradients are accumulated.")
     learning_rate: float = Field(1e-3, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
     warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
     clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
     validate_every: int = Field(50, ge=1, description="Steps between validations, each of which is a checkpoint.")
-    held_out: int = Field(
-        8, ge=2, description="One sample of so many is not trained on; the best state on those stays."
-    )
+    held_out: int = Field(8, ge=2, description="One sample of so many is held out; the best state on those stays.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="To compute in, by autocast; what is trained stays float32."
     )
@@ -101,16 +96,7 @@ def kinds() -> list[str]:
 
 
 def load_entry(group: str, kind: str, base: type) -> Any:
-    """Import what a package names for a pass.
-
-    Args:
-        group: of the entry point, ``PASSES`` or ``SETTINGS``.
-        kind: name of the pass.
-        base: class that it must be a subclass of.
-
-    Raises:
-        CompressError: the package cannot be imported, or names something else.
-    """
+    """Import what a package names for a pass, in group ``PASSES`` or ``SETTINGS``, and refuse what is no subclass of ``base``."""
     point = _entries(group)[kind]
     try:
         loaded = point.load()
@@ -122,11 +108,7 @@ def load_entry(group: str, kind: str, base: type) -> Any:
 
 
 def config_class(kind: str) -> type[PassConfig]:
-    """Return the settings of a pass by its name.
-
-    Raises:
-        CompressError: as :func:`load_entry`.
-    """
+    """Return the settings of a pass by its name; errors as of :func:`load_entry`."""
     if kind in _entries(SETTINGS):
         loaded: type[PassConfig] = load_entry(SETTINGS, kind, PassConfig)
         return loaded

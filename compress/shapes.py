@@ -1,12 +1,11 @@
-"""Sizes of pruned blocks: what they are, how a model of them is built, and whether a plain config can say so.
+"""Build models of pruned blocks, and find out whether a plain config can say their sizes.
 
 Heads keep their dimension; what changes is how many there are, and how many channels an MLP has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +19,7 @@ from compress.structure import Architecture, Groups, Linear, architecture, block
 
 
 def groups_of(structure: Architecture) -> Groups:
-    """The declaration of a family's groups.
-
-    Raises:
-        CompressError: it has none.
-    """
+    """Return the declaration of a family's groups, and refuse a family that has none."""
     if structure.groups is None:
         raise CompressError(
             f"architecture {structure.model_types[0]!r} declares no groups, so nothing of it can be removed as a whole; "
@@ -34,16 +29,12 @@ def groups_of(structure: Architecture) -> Groups:
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Values per head."""
+    """Return the dimension of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def config_shape(config: PretrainedConfig) -> BlockShape:
-    """The shape that a config gives to every block.
-
-    Raises:
-        CompressError: query heads that are no multiple of the key-value heads.
-    """
+    """Return the shape that a config gives to every block; its query heads must be a multiple of the key-value heads."""
     heads = int(config.num_attention_heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
     if heads % shared:
@@ -57,22 +48,21 @@ def config_shape(config: PretrainedConfig) -> BlockShape:
 
 
 def block_shape(config: PretrainedConfig, shapes: Shapes, name: str) -> BlockShape:
-    """The shape of a block, recorded or the config's."""
+    """Return the shape of a block, recorded or the config's."""
     return shapes.get(name) or config_shape(config)
 
 
 def linear_sizes(
     structure: Architecture, shape: BlockShape, dimension: int
 ) -> dict[str, tuple[int | None, int | None]]:
-    """(outputs, inputs) of the linears of a block of some shape; None where it is the hidden size, by inner name."""
-    width, shared = shape.heads * dimension, shape.key_value_heads * dimension
+    """Return (outputs, inputs) of the linears of a block of some shape, by inner name; None where it is the hidden size."""
+    queries, shared = shape.heads * dimension, shape.key_value_heads * dimension
+    separate = groups_of(structure).layout == "separate"
     sizes: dict[str, tuple[int | None, int | None]] = {}
     *first, last = structure.attention
-    layout = groups_of(structure).layout
     for position, name in enumerate(first):
-        outputs = (width if position == 0 else shared) if layout == "separate" else 3 * width
-        sizes[name] = (outputs, None)
-    sizes[last] = (None, width)
+        sizes[name] = ((queries if position == 0 else shared) if separate else 3 * queries, None)
+    sizes[last] = (None, queries)
     *first, last = structure.mlp
     return sizes | dict.fromkeys(first, (shape.channels, None)) | {last: (None, shape.channels)}
 
@@ -102,13 +92,7 @@ def tell_block(block: nn.Module, structure: Architecture, shape: BlockShape, dim
 
 
 def set_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Put other parameters into a linear.
-
-    Args:
-        module: ``nn.Linear`` or ``Conv1D``.
-        weight: [out_features, in_features] whatever the class.
-        bias: [out_features].
-    """
+    """Put other parameters into an ``nn.Linear`` or ``Conv1D``: a weight [out_features, in_features] and its bias."""
     rows, columns = weight.shape
     stored = weight.t().contiguous() if isinstance(module, Conv1D) else weight
     module.weight = nn.Parameter(stored, requires_grad=False)
@@ -120,11 +104,7 @@ def set_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def replace_shapes(model: PreTrainedModel, shapes: Shapes) -> None:
-    """Give blocks of a model on the meta device their recorded shapes.
-
-    Raises:
-        CompressError: a recorded block that the model does not have, or one larger than the config's.
-    """
+    """Give blocks of a model on the meta device their recorded shapes, and refuse those the model cannot have."""
     structure, dimension = architecture(model.config), head_dim(model.config)
     whole = config_shape(model.config) if shapes else None
     for name, shape in shapes.items():
@@ -133,13 +113,13 @@ def replace_shapes(model: PreTrainedModel, shapes: Shapes) -> None:
         except AttributeError:
             raise CompressError(f"config.json records a pruned block {name!r} that this model does not have.") from None
         assert whole is not None
-        if any(value > getattr(whole, field) for field, value in asdict(shape).items()):
+        if any(value > getattr(whole, field) for field, value in vars(shape).items()):
             raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is larger than the model: {shape}.")
         shape_block(block, structure, shape, dimension)
 
 
 def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedConfig | None:
-    """A config with which plain transformers builds every block at a shape; None where no config can say it.
+    """Return a config with which plain transformers builds every block at a shape; None where no config can say it.
 
     A Llama whose number of heads no longer divides its hidden size, which its class refuses, becomes the same network under
     the name Mistral, where that is possible.
@@ -162,32 +142,24 @@ def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedCo
         if kind in groups.heads_divide and config.hidden_size % shape.heads:
             if kind != "llama" or config.attention_bias or config.mlp_bias:
                 return None
-            return _as_mistral(config, fields)
+            dropped = {"model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"}
+            kept = {key: value for key, value in config.to_dict().items() if key not in dropped}
+            fields |= {"sliding_window": None, "architectures": ["MistralForCausalLM"]}
+            return AutoConfig.for_model("mistral", **{**kept, **fields})
     return type(config).from_dict({**config.to_dict(), **fields}) if fields else config
 
 
-def _as_mistral(config: PretrainedConfig, fields: Mapping[str, Any]) -> PretrainedConfig:
-    dropped = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version")
-    kept = {key: value for key, value in config.to_dict().items() if key not in dropped}
-    return AutoConfig.for_model(
-        "mistral", **{**kept, **fields, "sliding_window": None, "architectures": ["MistralForCausalLM"]}
-    )
-
-
 def fewer_blocks(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """The config of a model that has only some of its blocks left."""
-    fields = {"num_hidden_layers": len(kept)}
-    data = {**config.to_dict()}
-    types = getattr(config, "layer_types", None)
-    if types:
+    """Return the config of a model that has only some of its blocks left."""
+    data = config.to_dict()
+    if types := getattr(config, "layer_types", None):
         data["layer_types"] = [types[index] for index in kept]
-    key = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    data[key] = fields["num_hidden_layers"]
+    data[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     return type(config).from_dict(data)
 
 
 def settled(config: PretrainedConfig, shapes: Shapes, structure: Architecture) -> tuple[PretrainedConfig, Shapes]:
-    """Say as much as possible in the config: where all blocks have one shape that it can express, records are not needed."""
+    """Move shapes into the config where all blocks have one that it can express; return the records still needed, too."""
     if not shapes:
         return config, {}
     names = [block_prefix(structure, index) for index in range(config.num_hidden_layers)]
@@ -200,10 +172,5 @@ def settled(config: PretrainedConfig, shapes: Shapes, structure: Architecture) -
 
 
 def without(shape: BlockShape, heads: int = 0, key_value_heads: int = 0, channels: int = 0) -> BlockShape:
-    """A shape with some fewer of each."""
-    return replace(
-        shape,
-        heads=shape.heads - heads,
-        key_value_heads=shape.key_value_heads - key_value_heads,
-        channels=shape.channels - channels,
-    )
+    """Return a shape with some fewer of each."""
+    return BlockShape(shape.heads - heads, shape.key_value_heads - key_value_heads, shape.channels - channels)

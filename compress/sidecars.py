@@ -1,8 +1,8 @@
-"""What lies beside a model in a checkpoint: soft prompts and a low-rank adapter, ordinary peft adapters in folders of their own.
+"""Find soft prompts and low-rank adapters in a checkpoint: ordinary peft adapters in folders of their own.
 
-``soft_prompt/`` holds one prompt for all bit-widths, ``soft_prompt/3bit/`` and so on one for each; ``adapter/`` what
-``lora_recovery`` with ``merge: false`` has trained. Never do they lie beside the model's own ``config.json``, where
-transformers would take them for its own. Only headers are read here: neither torch nor peft is needed.
+``soft_prompt/`` holds one prompt for all bits, ``soft_prompt/3bit/`` and so on one for each number; ``adapter/`` what
+``lora_recovery`` with ``merge: false`` has trained. Never do they lie in the model's own folder, where transformers would take
+them for its own. Only headers are read here: neither torch nor peft is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compress.errors import CompressError
 PROMPTS_FOLDER, ADAPTER_FOLDER = "soft_prompt", "adapter"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT_NAME = re.compile(r"(\d+)bit")
-"""What a prompt for one bit-width is called: its folder, and the adapter when it is loaded."""
+"""What a prompt for one number of bits is called: its folder, and the adapter when it is loaded."""
 Choice = bool | str | Path | None
 """Which adapter to use: the checkpoint's own if it has one (None), that and no other (True), a folder's, or none (False)."""
 
@@ -29,11 +29,7 @@ Choice = bool | str | Path | None
 def stored_prompts(folder: str | Path) -> dict[int | None, Path]:
     """Find the soft prompts of a checkpoint, of a ``soft_prompt`` folder, or of one adapter's own folder.
 
-    Returns:
-        Bits -> folder of the prompt; the key of a prompt for all bit-widths is None. Empty if there are none.
-
-    Raises:
-        CompressError: an adapter that is not a prompt, or whose files cannot be read.
+    Return bits -> folder of the prompt, with None for a prompt for all bits; refuse what is no prompt or cannot be read.
     """
     root = Path(folder)
     if not (root / PEFT_CONFIG).exists() and (root / PROMPTS_FOLDER).is_dir():
@@ -48,11 +44,7 @@ def stored_prompts(folder: str | Path) -> dict[int | None, Path]:
 
 
 def read_prompt(folder: Path) -> tuple[str, int, int]:
-    """Read a prompt's peft type, its virtual tokens, and the numbers for each of them.
-
-    Raises:
-        CompressError: no prompt of a causal LM, or two files that do not belong together.
-    """
+    """Read a prompt's peft type, its virtual tokens, and the numbers for each; refuse files that do not belong together."""
     config, shapes = _read(folder, "a soft prompt")
     if config.get("peft_type") not in ("PROMPT_TUNING", "PREFIX_TUNING") or config.get("task_type") != "CAUSAL_LM":
         raise CompressError(
@@ -68,11 +60,7 @@ def read_prompt(folder: Path) -> tuple[str, int, int]:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], int]:
-    """Read a low-rank adapter's peft configuration, and count its numbers.
-
-    Raises:
-        CompressError: no such adapter, or files that cannot be read; pickled weights, which peft would take, are refused.
-    """
+    """Read a low-rank adapter's peft configuration, and count its numbers; pickled weights, which peft would take, are refused."""
     config, shapes = _read(folder, "an adapter")
     if config.get("peft_type") != "LORA":
         raise CompressError(f"{folder}: is a {config.get('peft_type')} adapter; a LORA adapter is wanted.")
@@ -92,16 +80,7 @@ def _read(folder: Path, what: str) -> tuple[dict[str, Any], dict[str, tuple[int,
 def find_prompts(
     folder: str | Path, prompt: bool | str | Path = True, revision: str | None = None
 ) -> dict[int | None, Path]:
-    """Find the soft prompts to use with a checkpoint.
-
-    Args:
-        folder: of the checkpoint, or its hub id.
-        prompt: True for its own prompts, else where they are.
-        revision: of a hub id.
-
-    Raises:
-        CompressError: there are none.
-    """
+    """Find the soft prompts to use with a checkpoint, a folder or hub id: its own, or those of another folder."""
     place = Path(folder if prompt is True else prompt)  # type: ignore[arg-type]
     if prompt is True and not place.is_dir():
         place = _fetched(str(folder), PROMPTS_FOLDER, revision)
@@ -113,18 +92,9 @@ def find_prompts(
 
 
 def find_adapter(folder: str | Path, adapter: Choice = None, revision: str | None = None) -> Path | None:
-    """Find the low-rank adapter to use with a checkpoint.
+    """Find the low-rank adapter to use with a checkpoint, a folder or hub id; return the adapter's own folder, if any.
 
-    Args:
-        folder: of the checkpoint, or its hub id.
-        adapter: which; a folder may be a checkpoint or the adapter's own.
-        revision: of a hub id.
-
-    Returns:
-        The adapter's own folder; None for no adapter.
-
-    Raises:
-        CompressError: there is none where one is asked for, or it cannot be read.
+    A folder that is chosen may be a checkpoint or the adapter's own. An adapter that is asked for must be there.
     """
     if adapter is False:
         return None
@@ -162,13 +132,11 @@ def inspect_sidecars(folder: Path) -> Mapping[str, Any]:
     Returns:
         ``{"prompts": {"3 bits" | "all widths": {"tokens", "numbers"}}}``, and where there is one ``"adapter": {"rank", "numbers"}``.
     """
-    prompts = {bits: read_prompt(path) for bits, path in stored_prompts(folder).items()}
-    found: dict[str, Any] = {
-        "prompts": {
-            "all widths" if bits is None else f"{bits} bits": {"tokens": tokens, "numbers": tokens * numbers}
-            for bits, (_, tokens, numbers) in prompts.items()
-        }
-    }
+    found: dict[str, Any] = {"prompts": {}}
+    for bits, path in stored_prompts(folder).items():
+        _, tokens, numbers = read_prompt(path)
+        label = "all widths" if bits is None else f"{bits} bits"
+        found["prompts"][label] = {"tokens": tokens, "numbers": tokens * numbers}
     if adapter := find_adapter(folder):
         config, numbers = read_adapter(adapter)
         found["adapter"] = {"rank": config["r"], "numbers": numbers}

@@ -1,12 +1,15 @@
-"""The model that work starts from: where it is, its configuration, its tensors, and what passes may know of it."""
+"""Open the model that work starts from, and tell passes what they may know of it before any weight is read."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from compress.config import read_settings
@@ -14,7 +17,6 @@ from compress.errors import CompressError, first_line
 from compress.hf import replace_packed
 from compress.loading import load_tokenizer, read_config
 from compress.passes import Context
-from compress.processes import processes
 from compress.shapes import replace_shapes
 from compress.streaming import State, StreamedModel, empty_model, tensor_names
 from compress.structure import architecture
@@ -24,7 +26,7 @@ from compress.workspace import digest
 
 @dataclass(frozen=True)
 class Source:
-    """The dense model a recipe starts from."""
+    """Hold the dense model a recipe starts from."""
 
     folder: Path
     state: State
@@ -33,25 +35,20 @@ class Source:
 
 
 def open_source(model: str, revision: str | None = None) -> Source:
-    """Find a dense model: a folder, the built-in one, or a hub id.
-
-    Raises:
-        CompressError: it is not there, has no safetensors, is quantised, or of an undeclared architecture.
-    """
+    """Open a dense model of a declared architecture: a folder, the built-in one, or a hub id."""
     folder = model_folder(model, revision)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
     architecture(config)
     tokenizer = load_tokenizer(folder)
-    empty = empty_model(config)
-    checkpoint = Checkpoint(folder, tensor_names(empty))
+    checkpoint = Checkpoint(folder, tensor_names(empty_model(config)))
     sha256 = checkpoint.sha256()
     return Source(folder, State(checkpoint, config, {}, digest(sha256)), tokenizer, sha256)
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model name."""
+    """Find, or download from the hub, the folder of a model."""
     if model == "builtin":
         return Path(str(files("compress.demo") / "model"))
     folder = Path(model).expanduser()
@@ -71,11 +68,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
 
 
 def checkpoint_state(folder: Path) -> State:
-    """A checkpoint, or a dense model, as passes see it: nothing is read but headers.
-
-    Raises:
-        CompressError: not a model folder, or an undeclared architecture.
-    """
+    """Open a checkpoint, or a dense model, as passes see it: nothing is read but headers."""
     settings, config = read_settings(folder), read_config(folder)
     if settings is not None:
         del config.quantization_config  # the model is built dense and then replaced
@@ -89,11 +82,7 @@ def checkpoint_state(folder: Path) -> State:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a recipe; ``auto`` gives each process on a machine a GPU of its own.
-
-    Raises:
-        CompressError: this machine or this build of torch does not have it.
-    """
+    """Return the device of a recipe, if it is there; ``auto`` gives each process on a machine a GPU of its own."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
@@ -104,32 +93,35 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def processes(device: torch.device) -> PartialState:
+    """Tell who is at work, under ``torchrun`` or ``accelerate launch``: usually one process.
+
+    The main process compresses while the others wait; all take part in training. Of the device only the type matters.
+    """
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
+
+
 def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
-    """What passes may know of the model before any weight is read; of the source's own unless a later state is given."""
+    """Tell what passes may know of a state of the model (the source's by default) before any weight is read."""
     state = state or source.state
     model = StreamedModel(state, torch.device("meta"))
-    inside = {name: linear.shape for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
-    outside = {name: linear.shape for name, linear in model.outside().items()}
+    inside = {name: linear for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
     tied = bool(state.config.tie_word_embeddings)
-    biased = frozenset(name for name in inside if getattr(model.model.get_submodule(name), "bias", None) is not None)
-    parameters = sum(
-        torch.Size(item.shape).numel()
-        for name, item in state.source.info().items()
-        if not tied or name != f"{model.head}.weight"
-    )
-    limit = getattr(state.config, "max_position_embeddings", None)
+    sizes = {name: math.prod(item.shape) for name, item in state.source.info().items()}
+    if tied:
+        sizes.pop(f"{model.head}.weight", None)
     return Context(
-        model.structure,
-        device,
-        seed,
-        inside,
-        outside,
-        model.head,
-        tied,
-        state.config,
-        state.shapes,
-        biased,
-        parameters,
-        limit,
-        source.tokenizer,
+        structure=model.structure,
+        device=device,
+        seed=seed,
+        linears={name: linear.shape for name, linear in inside.items()},
+        outside={name: linear.shape for name, linear in model.outside().items()},
+        head=model.head,
+        tied=tied,
+        config=state.config,
+        shapes=state.shapes,
+        biased=frozenset(n for n, linear in inside.items() if getattr(linear.module, "bias", None) is not None),
+        parameters=sum(sizes.values()),
+        context_length=getattr(state.config, "max_position_embeddings", None),
+        tokenizer=source.tokenizer,
     )

@@ -1,4 +1,4 @@
-"""Statistics of what linear layers are given on calibration text: how to watch them, tell shared inputs, and sum them up."""
+"""Measure what linear layers are given on calibration text: watch them, tell shared inputs, and sum statistics up."""
 
 from __future__ import annotations
 
@@ -72,20 +72,13 @@ class Moments:
         owner = self.owner[name] = self._shared.owner(name, x)
         if owner != name:
             return
-        self.tokens[name] = self.tokens.get(name, 0) + x.shape[0]
         x = x.float()
         value = x.t() @ x if self._full else x.square().sum(0)
-        if name in self.sums:
-            self.sums[name] += value
-        else:
-            self.sums[name] = value
+        self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+        self.tokens[name] = self.tokens.get(name, 0) + x.shape[0]
 
     def mean(self, name: str) -> Tensor:
-        """Return the mean over tokens for the input of one linear, float32 [K] or [K, K].
-
-        Raises:
-            CompressError: it is not finite.
-        """
+        """Return the mean over tokens for the input of one linear, float32 [K] or [K, K], and refuse one that is not finite."""
         owner = self.owner[name]
         mean = self.sums[owner] / self.tokens[owner]
         check_inputs(name, mean)
@@ -109,11 +102,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 def hessian_bytes(structure: Architecture, linears: Mapping[str, tuple[int, int]]) -> int:
     """Estimate the bytes of one float32 [K, K] matrix for every distinct input of the largest block.
 
-    Linears that servers fuse share their input; others are taken to have one of their own.
-
-    Args:
-        structure: of the model.
-        linears: full name -> (N, K) of every linear inside the blocks.
+    Linears, given as full name -> (N, K), that servers fuse share their input; others are taken to have one of their own.
     """
     followers = {name for group in structure.fused for name in group[1:]}
     sizes: dict[int | None, int] = {}

@@ -1,9 +1,8 @@
-"""Running a model that is never in memory whole.
+"""Run a model that is never in memory whole.
 
-The real model class is built without weights; the parts outside its blocks get theirs. Blocks are filled one
-at a time from the state's tensors and called as the model itself would: the arguments of every block's call
-are captured by letting the model's own ``forward`` run over blocks that only take notes. No forward
-pass is written again here, so a new transformers release or architecture needs nothing.
+The real model class is built without weights; the parts outside its blocks get theirs. Blocks are filled one at a time and
+called as the model itself would: the arguments of every block's call are captured by letting the model's own ``forward`` run
+over blocks that only take notes. No forward pass is written again here, so a new transformers release needs nothing.
 """
 
 from __future__ import annotations
@@ -29,14 +28,10 @@ from compress.weights import Renamed, TensorInfo, TensorSource
 
 @dataclass(frozen=True)
 class State:
-    """A model between two passes.
+    """Hold a model between two passes.
 
-    Attributes:
-        source: its tensors.
-        config: its configuration.
-        packed: matrices that are bit planes by now.
-        key: digest of all that led here.
-        shapes: blocks that are not as large as the config says.
+    ``packed`` are the matrices that are bit planes by now, ``key`` is the digest of all that led here, and ``shapes`` are those
+    of blocks that are not as large as the config says.
     """
 
     source: TensorSource
@@ -48,18 +43,18 @@ class State:
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one block, besides the hidden states."""
+    """Hold what the model gives to one block besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _LastBlock(Exception):
-    """Raised by the last note-taking block: the rest of the model need not run."""
+    """Stop the model after its last note-taking block: the rest need not run."""
 
 
 def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Every tensor of a model -> the names it may have in checkpoint files.
+    """Return, for every tensor of a model, the names it may have in checkpoint files.
 
     Files of a base model lack its prefix, some have it in excess, and some modules were renamed.
     """
@@ -70,7 +65,7 @@ def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The real model class with parameters on the meta device and buffers in place."""
+    """Build the real model class with parameters on the meta device and buffers in place."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.train(False)
@@ -78,21 +73,17 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
-    """The same tensors as a model of smaller and fewer blocks.
+    """Return the same tensors, which have their new sizes already, as a model of smaller and fewer blocks.
 
-    Args:
-        state: whose tensors have their new sizes already.
-        shapes: block -> its shape; None if it is no longer there.
+    ``shapes`` has the shape of each block, None if it is no longer there.
     """
     structure = architecture(state.config)
-    count = int(state.config.num_hidden_layers)
-    names = [block_prefix(structure, index) for index in range(count)]
-    gone = {name for name, shape in shapes.items() if shape is None}
-    kept = [index for index in range(count) if names[index] not in gone]
+    names = [block_prefix(structure, index) for index in range(state.config.num_hidden_layers)]
+    kept = [index for index, name in enumerate(names) if shapes.get(name, True) is not None]
     whole = {**state.shapes, **{name: shape for name, shape in shapes.items() if shape is not None}}
     source, config = state.source, state.config
-    if len(kept) < count:
-        moved = {index: block_prefix(structure, place) for place, index in enumerate(kept)}
+    if len(kept) < len(names):
+        moved = {index: names[place] for place, index in enumerate(kept)}
         renamed: dict[str, str] = {}
         for name in source.info():
             place = block_of(name, structure)
@@ -106,21 +97,21 @@ def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
     return State(source, config, state.packed, state.key, records)
 
 
+@dataclass(frozen=True)
 class _Foreseen:
-    """Tensors that are not there yet: shapes and types only."""
+    """Hold the shapes and types of tensors that are not there yet."""
 
-    def __init__(self, info: Mapping[str, TensorInfo]) -> None:
-        self._info = info
+    tensors: Mapping[str, TensorInfo]
 
     def info(self) -> Mapping[str, TensorInfo]:
-        return self._info
+        return self.tensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         raise NotImplementedError("tensors of a plan cannot be read")
 
 
 def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
-    """What :func:`reshaped` will give once a pass has done its work, with tensors that can only be looked at."""
+    """Return what :func:`reshaped` will give once a pass has done its work, with tensors that can only be looked at."""
     after = reshaped(state, shapes)
     model = empty_model(after.config)
     replace_shapes(model, after.shapes)
@@ -130,7 +121,7 @@ def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
 
 
 class StreamedModel:
-    """A model whose blocks are in memory one at a time.
+    """Hold a model whose blocks are in memory one at a time.
 
     Args:
         state: where its tensors are.
@@ -147,38 +138,30 @@ class StreamedModel:
         for packed in packed_modules(self.model).values():
             packed.keep_dense = False  # a dense copy would outlive its block
         self.blocks = list(self.model.get_submodule(self.structure.blocks).children())
-        self._check_tensors()
         self._returns_tuple = False
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        if state.config.tie_word_embeddings and self.head not in state.packed:
+            wanted.pop(f"{self.head}.weight", None)  # it shares the embedding's storage and need not be in the files
+        self._check_tensors(wanted)
         if device.type != "meta":
-            self._fill_outside()
+            self._fill_outside(wanted)
             self._find_return_type()
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict(keep_vars=True))
-
-    def _tied(self) -> set[str]:
-        """Names that share another tensor's storage and so need not be in the files."""
-        tied = self.state.config.tie_word_embeddings and self.head not in self.state.packed
-        return {f"{self.head}.weight"} if tied else set()
-
-    def _check_tensors(self) -> None:
-        """Every tensor of the model exists with the model's own shape, before any work is done."""
+    def _check_tensors(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse, before any work is done, tensors that are missing or not of the model's own shape."""
         stored = self.state.source.info()
-        for name, tensor in self._parameters().items():
-            if name in self._tied():
-                continue
+        for name, shape in wanted.items():
             info = stored.get(name)
             if info is None:
                 raise CompressError(f"tensor {name!r} of the model is missing from its safetensors files.")
-            if info.shape != tuple(tensor.shape):
+            if info.shape != shape:
                 raise CompressError(
                     f"tensor {name!r} is {list(info.shape)} in {info.file.name}, but config.json makes it "
-                    f"{list(tensor.shape)}; the two do not belong together."
+                    f"{list(shape)}; the two do not belong together."
                 )
 
-    def _fill_outside(self) -> None:
-        outside = [name for name in self._parameters() if block_of(name, self.structure) is None]
-        self._fill(self.model, {name: name for name in outside if name not in self._tied()})
+    def _fill_outside(self, wanted: Iterable[str]) -> None:
+        self._fill(self.model, {name: name for name in wanted if block_of(name, self.structure) is None})
         self.model.tie_weights()
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -199,7 +182,7 @@ class StreamedModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """A block with its weights, for the length of a ``with``; whoever prunes it may leave it smaller."""
+        """Fill a block with its weights for the length of a ``with``; whoever prunes it may leave it smaller."""
         module, prefix = self.blocks[index], block_prefix(self.structure, index)
         empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
         stored = {name: packed.shape for name, packed in packed_modules(module).items()}
@@ -215,25 +198,20 @@ class StreamedModel:
             module.load_state_dict(empty, assign=True)
 
     def whole(self) -> PreTrainedModel:
-        """The model with all its weights, for passes that need it in memory."""
+        """Fill all blocks and return the model, for passes that need it in memory."""
         for index, block in enumerate(self.blocks):
             prefix = block_prefix(self.structure, index)
             self._fill(block, {name: f"{prefix}.{name}" for name in block.state_dict()})
         return self.model
 
     def linears(self, index: int) -> dict[str, Linear]:
-        """The dense linears of a block."""
+        """Return the dense linears of a block, by full name."""
         return linears_of(self.blocks[index], block_prefix(self.structure, index))
 
     def outside(self) -> dict[str, Linear]:
-        """Embedding and head, as matrices, unless they are packed."""
-        names = (self.structure.embedding, self.head)
-        modules = {name: self.model.get_submodule(name) for name in names}
-        return {name: Linear(name, module) for name, module in modules.items() if name not in self.state.packed}
-
-    def head_weight(self) -> Tensor:
-        """The head's parameter, [vocabulary, hidden] (the embedding's own where they are tied)."""
-        return self.model.get_submodule(self.head).get_parameter("weight")
+        """Return embedding and head, as matrices, unless they are packed."""
+        names = (name for name in (self.structure.embedding, self.head) if name not in self.state.packed)
+        return {name: Linear(name, self.model.get_submodule(name)) for name in names}
 
     @contextmanager
     def _forwards(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
@@ -250,14 +228,7 @@ class StreamedModel:
         return (hidden,) if self._returns_tuple else hidden
 
     def capture(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Let the model prepare one sample.
-
-        Args:
-            tokens: int64 [T].
-
-        Returns:
-            The first block's hidden states [1, T, hidden], and how each block is called.
-        """
+        """Let the model prepare one sample, int64 [T]: the first block's inputs [1, T, hidden], and how blocks are called."""
         first: list[Tensor] = []
         calls: list[Call] = []
 
@@ -279,37 +250,26 @@ class StreamedModel:
                 pass
         return first[0], calls
 
+    @torch.no_grad()
+    def first_inputs(self, samples: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return the first block's hidden states for every sample, by its place in the list."""
+        return {str(place): self.capture(tokens)[0] for place, tokens in enumerate(samples)}
+
+    @torch.no_grad()
     def _find_return_type(self) -> None:
-        """Some releases' blocks return a tensor, some a tuple: ask the first one, with the model's own call."""
-        noted: list[tuple[Tensor, Call]] = []
-
-        def take_note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            noted.append((hidden, Call(args, kwargs)))
-            raise _LastBlock
-
-        with torch.no_grad():
-            with self._forwards(lambda _index: take_note):
-                try:
-                    self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
-                except _LastBlock:
-                    pass
-            hidden, call = noted[0]
-            with self.block(0) as block:
-                self._returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+        """Call the first block as the model does: some releases' blocks return a tensor, some a tuple."""
+        hidden, calls = self.capture(torch.zeros(2, dtype=torch.long))
+        with self.block(0) as block:
+            self._returns_tuple = isinstance(block(hidden, *calls[0].args, **calls[0].kwargs), tuple)
 
     @staticmethod
     def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """One block on one sample: [1, T, hidden] to the same."""
+        """Run one block on one sample: [1, T, hidden] to the same."""
         result: Tensor | tuple[Tensor, ...] = block(hidden, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output: [1, T, hidden] -> [T, vocabulary]."""
+        """Compute what the model makes of the last block's output: [1, T, hidden] -> float32 [T, vocabulary]."""
         with self._forwards(lambda _index: lambda _hidden, *_args, **_kwargs: self._wrapped(hidden)):
             output = self.model(input_ids=tokens[None].to(self.device), use_cache=False)
         return output.logits[0].float()  # type: ignore[no-any-return]
-
-    def loss(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Mean next-token cross-entropy of one sample, in nats."""
-        logits = self.logits(tokens, hidden)
-        return nn.functional.cross_entropy(logits[:-1], tokens[1:].to(self.device))

@@ -1,13 +1,12 @@
-"""Where things are in a model: one declaration per architecture family, as data.
+"""Find where things are in a model: one declaration per architecture family, as data.
 
-A package can add its own: an entry point of group ``compress.architectures`` that names an
-:class:`Architecture`.
+A package can add its own: an entry point of group ``compress.architectures`` that names an :class:`Architecture`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Literal
@@ -21,7 +20,7 @@ from compress.errors import CompressError, did_you_mean
 
 @dataclass(frozen=True)
 class Groups:
-    """What structured pruning may remove from a family's blocks, and how a model is told.
+    """Declare what structured pruning may remove from a family's blocks, and how a model is told.
 
     Attributes:
         layout: how heads lie in the attention linears: ``separate`` query, key and value; ``stacked``, all queries, then
@@ -46,7 +45,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of models. Module names of linears are relative to one block.
+    """Declare a family of models. Module names of linears are relative to one block.
 
     Attributes:
         model_types: values of ``config.model_type`` it covers.
@@ -54,7 +53,7 @@ class Architecture:
         embedding: path of the token embedding.
         attention: linears of one attention group, inputs first, output projection last.
         mlp: linears of one MLP group, the one that leads back to the residual stream last.
-        fused: linears that servers merge into one matrix, and that must share a width there.
+        fused: linears that servers merge into one matrix, and that must have the same bits there.
         groups: what structured pruning may remove; None where that is not declared.
         renamed: module names of newer transformers releases -> the name checkpoints are stored under.
     """
@@ -69,7 +68,7 @@ class Architecture:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def stored_name(self, name: str) -> str:
-        """The name a module or tensor has in checkpoint files."""
+        """Return the name a module or tensor has in checkpoint files."""
         first, dot, rest = name.partition(".")
         return self.renamed.get(first, first) + dot + rest
 
@@ -81,10 +80,7 @@ ARCHITECTURES = (
         embedding="model.embed_tokens",
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
         mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-        fused=(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("mlp.gate_proj", "mlp.up_proj"),
-        ),
+        fused=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
         groups=Groups(
             "separate",
             {"num_key_value_groups": "queries"},
@@ -136,11 +132,7 @@ ARCHITECTURES = (
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """The declaration that covers a model.
-
-    Raises:
-        CompressError: mixture-of-experts models, encoder-decoders, and undeclared architectures.
-    """
+    """Return the declaration that covers a model, and refuse a model that none covers."""
     kind = str(config.model_type)
     others = (point.load() for point in entry_points(group="compress.architectures"))
     declared: list[Architecture] = [*ARCHITECTURES, *others]
@@ -161,11 +153,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
-    """Find the names a pattern means: an exact name, or ``re:`` and a regular expression for a whole name.
-
-    Raises:
-        CompressError: it matches nothing, or is not a regular expression.
-    """
+    """Find the names a pattern means, at least one: an exact name, or ``re:`` and a regular expression for a whole name."""
     if pattern.startswith("re:"):
         try:
             rule = re.compile(pattern[3:])
@@ -183,7 +171,7 @@ def matching(pattern: str, names: list[str]) -> list[str]:
 
 
 class Linear:
-    """One weight matrix of a block, seen as [out_features, in_features] whatever its class.
+    """Show one weight matrix of a block as [out_features, in_features] whatever its class.
 
     GPT-2's ``Conv1D`` keeps the transpose; passes need not know.
     """
@@ -194,45 +182,41 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features], a view: writing into it changes the model."""
+        """Return the weight, [out_features, in_features], a view: writing into it changes the model."""
         weight = self.module.get_parameter("weight").data
         return weight.t() if self.transposed else weight
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
+        """Return (out_features, in_features)."""
         rows, columns = self.weight.shape
         return rows, columns
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense weight matrix that passes work on."""
+    """Tell whether a module is a dense weight matrix that passes work on."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def linears_of(block: nn.Module, prefix: str) -> dict[str, Linear]:
-    """Every dense linear inside a block, by full module name, in the order of definition."""
-    return {
-        f"{prefix}.{name}": Linear(f"{prefix}.{name}", module)
-        for name, module in block.named_modules()
-        if is_linear(module)
-    }
+    """Find every dense linear inside a block, by full module name, in the order of definition."""
+    return {name: Linear(name, module) for name, module in block.named_modules(prefix=prefix) if is_linear(module)}
 
 
 def block_prefix(structure: Architecture, index: int) -> str:
-    """Module name of a block, for example ``model.layers.3``."""
+    """Return the module name of a block, for example ``model.layers.3``."""
     return f"{structure.blocks}.{index}"
 
 
 def block_of(name: str, structure: Architecture) -> int | None:
-    """Index of the block a module or tensor name lies in, or None."""
+    """Return the index of the block a module or tensor name lies in, or None."""
     head, _, rest = name.partition(structure.blocks + ".")
     index = rest.partition(".")[0]
     return int(index) if not head and index.isdigit() else None
 
 
 def head_name(model: PreTrainedModel) -> str:
-    """Path of the language-model head, which some releases have renamed."""
+    """Return the path of the language-model head, which some releases have renamed."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    names: list[str] = [name for name, module in model.named_modules() if module is head]
-    return names[0]
+    names: Iterator[str] = (name for name, module in model.named_modules() if module is head)
+    return next(names)

@@ -1,8 +1,7 @@
-"""The built-in text: source files of Python's standard library, as found on the running machine.
+"""Read the built-in text: source files of Python's standard library, as found on the running machine.
 
-Three disjoint lists of modules: the model was trained on ``TRAINING``, passes calibrate on
-``CALIBRATION``, and every figure is measured on ``HELDOUT``. The tests of a held-out or calibration
-module are left out of the training list too.
+Three disjoint lists of modules: the model was trained on :func:`training_files`, passes calibrate on ``CALIBRATION``, and every
+figure is measured on ``HELDOUT``. The tests of a held-out or calibration module are left out of the training list too.
 """
 
 from __future__ import annotations
@@ -26,16 +25,12 @@ _TEST_FILES = tuple(f"test_{letter}*.py" for letter in "abcdefghi")
 
 
 def stdlib() -> Path:
-    """Folder of the running interpreter's standard library."""
+    """Return the folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def read_modules(names: Sequence[str]) -> dict[str, str]:
-    """Read top-level modules of the standard library.
-
-    Raises:
-        CompressError: a module's source file is not there.
-    """
+    """Read top-level modules of the standard library."""
     try:
         return {name: (stdlib() / f"{name}.py").read_text(encoding="utf-8") for name in names}
     except OSError as error:
@@ -45,7 +40,7 @@ def read_modules(names: Sequence[str]) -> dict[str, str]:
 
 
 def training_files() -> list[Path]:
-    """Every source file of the standard library that is neither held out nor for calibration."""
+    """List every source file of the standard library that is neither held out nor for calibration."""
     root = stdlib()
     reserved = {*HELDOUT, *CALIBRATION}
     library = [
@@ -59,5 +54,5 @@ def training_files() -> list[Path]:
 
 
 def fingerprint(texts: dict[str, str]) -> dict[str, str]:
-    """SHA-256 of each text, for the record of what was trained on or measured."""
+    """Return the SHA-256 of each text, for the record of what was trained on or measured."""
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}

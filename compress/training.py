@@ -1,18 +1,17 @@
-"""One training loop for whatever is trained after compression: prompts, adapters, weights that were left.
+"""Train whatever is trained after compression, in one loop: prompts, adapters, weights that were left.
 
-It trains every parameter that requires a gradient and touches nothing else. The learning rate, the order of samples, the
-state drawn for a step and the random numbers of dropout depend on the seed and the number of the step only, so a run
-that was killed continues from its last checkpoint and ends with the same bits. Under ``torchrun`` or ``accelerate launch`` every
-process takes its share of each step's samples.
+The learning rate, the order of samples, the state drawn for a step and the random numbers of dropout depend on the seed and the
+number of the step only, so a run that was killed continues from its last checkpoint and ends with the same bits. Under
+``torchrun`` or ``accelerate launch`` every process takes its share of each step's samples.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from compress.errors import CompressError
 from compress.passes import Report, derived_generator
-from compress.processes import processes
 from compress.settings import TrainingConfig as TrainingConfig  # a part of this contract
+from compress.source import processes
 from compress.weights import read_tensors
 from compress.workspace import digest, save_atomic
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples side by side.
+    """Hold some samples side by side.
 
     Attributes:
         tokens: int64 [B, T], padded on the right (out of sight of what comes before, so no mask is needed).
@@ -51,6 +50,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 States = Mapping[str, Callable[[], object]]
 """Label -> call that brings the model into a state to be trained in, a number of bits for example."""
+_AS_IT_IS: States = {"loss": lambda: None}
 
 
 def predictions(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass
 class Trained:
-    """The outcome of a training.
+    """Hold the outcome of a training.
 
     Attributes:
         history: a row per validation: ``step``, ``learning_rate``, ``loss`` (mean over the tokens trained on since the
@@ -83,16 +83,12 @@ class Trained:
     samples: dict[str, int]
 
     def record(self) -> dict[str, Any]:
-        """Return it as plain data for the manifest, without times: equal work, equal bytes."""
+        """Return plain data for the manifest, without times: equal work, equal bytes."""
         return dict(vars(self))
 
 
 def hold_out(count: int, share: int) -> tuple[list[int], list[int]]:
-    """Choose the places of the samples to train on, and of those held out: one of ``share``, at least one.
-
-    Raises:
-        CompressError: there are not two samples.
-    """
+    """Choose the places of the samples to train on, and of those held out: one of ``share``, at least one."""
     if count < 2:
         raise CompressError("training needs at least two samples, one of them to hold out; give more text.")
     held = list(range(0, count, share))
@@ -119,27 +115,18 @@ def train(
     Args:
         model: causal LM, possibly within an adapter, on its device; what is trained must be float32.
         samples: int64 [T] each, T at least 2.
-        config: how.
+        config: steps, batches, learning rate, validation.
         seed: of everything random.
         loss: what a step minimises; the validation is in its terms too.
         states: one is drawn for every step; the held-out loss is the mean over all. None trains the model as it is.
         folder: for checkpoints, which an interrupted training continues from; deleted by the caller.
-        report: called with (what, steps done, steps in all).
+        report: called with (what, steps done, steps in all), to tell of progress.
 
     Raises:
         CompressError: nothing to train, too few samples, a loss that is not finite.
     """
-    loop = _Loop(model, samples, config, seed, loss, states or {"loss": lambda: None}, folder)
+    loop = _Loop(model, samples, config, seed, loss, states or _AS_IT_IS, folder)
     return loop.run(report or (lambda *_: None))
-
-
-@dataclass
-class _Progress:
-    """What a checkpoint holds beside tensors."""
-
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
 
 
 class _Loop:
@@ -166,34 +153,36 @@ class _Loop:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.progress, self.best = _Progress(), self._copy()
-        start = [[name, _sha256(tensor)] for name, tensor in self.best.items()]
+        self.step, self.history, self.best = 0, list[dict[str, Any]](), dict[str, Any]()
+        self.kept = self._copy()  # the parameters of the row that is best
+        start = [
+            (name, sha256(t.cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest())
+            for name, t in self.kept.items()
+        ]
         tokens = [sample.tolist() for sample in samples]
         self.key = digest(config.model_dump(mode="json"), seed, list(states), tokens, start)
         self.path = folder / "training.safetensors" if folder else None
-        self._epochs: dict[int, list[int]] = {}
 
     def run(self, report: Report) -> Trained:
         total, scored = self.config.steps, (0.0, 0)
         if not self._resume():
             self._validate(None)
-        while self.progress.step < total:
-            best = self.progress.best or {}
-            report(f"held-out loss {_mean(best['held_out']):.4f} at step {best['step']}", self.progress.step, total)
-            summed, tokens = self._step(self.progress.step)
+        while self.step < total:
+            best = f"held-out loss {_mean(self.best['held_out']):.4f} at step {self.best['step']}"
+            report(best, self.step, total)
+            summed, tokens = self._step(self.step)
             scored = scored[0] + summed, scored[1] + tokens
-            self.progress.step += 1
-            if self.progress.step % self.config.validate_every == 0 or self.progress.step == total:
+            self.step += 1
+            if self.step % self.config.validate_every == 0 or self.step == total:
                 self._validate(scored[0] / scored[1])
                 self._save()
                 scored = 0.0, 0
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(self.best[name])
-        assert self.progress.best is not None
+                parameter.copy_(self.kept[name])
         count = sum(parameter.numel() for parameter in self.parameters.values())
         samples = {"trained": len(self.trained_on), "held_out": len(self.held_out)}
-        return Trained(self.progress.history, self.progress.best, count, samples)
+        return Trained(self.history, self.best, count, samples)
 
     def _step(self, step: int) -> tuple[float, int]:
         """Make one step; return the summed loss and the tokens it is over, of all processes."""
@@ -239,26 +228,24 @@ class _Loop:
 
     def _places(self, step: int) -> list[int]:
         """Choose the samples of a step: epoch after epoch, each in an order of its own."""
-        chosen, count = [], len(self.trained_on)
-        for position in range(step * self.config.batch, (step + 1) * self.config.batch):
-            epoch = position // count
-            if epoch not in self._epochs:
-                self._epochs = {epoch: torch.randperm(count, generator=derived_generator(self.seed, 0, epoch)).tolist()}
-            chosen.append(self.trained_on[self._epochs[epoch][position % count]])
-        return chosen
+        count, size = len(self.trained_on), self.config.batch
+        positions = range(step * size, (step + 1) * size)
+        orders = {
+            epoch: torch.randperm(count, generator=derived_generator(self.seed, 0, epoch)).tolist()
+            for epoch in range(positions[0] // count, positions[-1] // count + 1)
+        }
+        return [self.trained_on[orders[position // count][position % count]] for position in positions]
 
     def _validate(self, loss: float | None) -> None:
         """Add a row to the history; keep the parameters if they are the best so far."""
-        config, states = self.config, self.states
+        config, states, step = self.config, self.states, self.step
         found = held_out_losses(self.model, self.samples, config, self.device, loss=self.loss, states=states)
-        step = self.progress.step
         if not step and not math.isfinite(_mean(found)):
             raise CompressError("training: the loss of the held-out samples is not finite before the first step.")
         rate = self.learning_rate(step - 1) if step else 0.0
-        row = {"step": step, "learning_rate": rate, "loss": loss, "held_out": found}
-        self.progress.history.append(row)
-        if self.progress.best is None or _mean(found) < _mean(self.progress.best["held_out"]):
-            self.progress.best, self.best = row, self._copy()
+        self.history.append({"step": step, "learning_rate": rate, "loss": loss, "held_out": found})
+        if not self.best or _mean(found) < _mean(self.best["held_out"]):
+            self.best, self.kept = self.history[-1], self._copy()
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -267,30 +254,33 @@ class _Loop:
         if self.path is None or not self.processes.is_main_process:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
+        tensors = {f"best/{name}": tensor for name, tensor in self.kept.items()}
         for name, parameter in self.parameters.items():
             tensors[f"now/{name}"] = parameter.detach()
             for kind, value in self.optimizer.state[parameter].items():
                 tensors[f"{kind}/{name}"] = value
         on_cpu = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        save_atomic(self.path, on_cpu, {"key": self.key, "progress": json.dumps(vars(self.progress))})
+        progress = {"step": self.step, "history": self.history, "best": self.best}
+        save_atomic(self.path, on_cpu, {"key": self.key, "progress": json.dumps(progress)})
 
     def _resume(self) -> bool:
         """Continue from a checkpoint of this very training, if there is one that can be read."""
+        if self.path is None:
+            return False
         try:
-            assert self.path is not None
             with safe_open(self.path, framework="pt") as handle:
                 metadata = handle.metadata() or {}
             if metadata.get("key") != self.key:
                 return False
             tensors = read_tensors(self.path)
-        except (AssertionError, FileNotFoundError, SafetensorError):
+        except (FileNotFoundError, SafetensorError):
             return False
-        self.progress = _Progress(**json.loads(metadata["progress"]))
+        progress = json.loads(metadata["progress"])
+        self.step, self.history, self.best = progress["step"], progress["history"], progress["best"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors.pop(f"now/{name}"))
-                self.best[name] = tensors.pop(f"best/{name}").to(self.device)
+                self.kept[name] = tensors.pop(f"best/{name}").to(self.device)
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             self.optimizer.state[self.parameters[name]][kind] = tensor if kind == "step" else tensor.to(self.device)
@@ -315,7 +305,7 @@ def held_out_losses(
     modes, found = {module: module.training for module in model.modules()}, {}
     model.eval()
     try:
-        for label, enter in (states or {"loss": lambda: None}).items():
+        for label, enter in (states or _AS_IT_IS).items():
             enter()
             summed = torch.zeros((), dtype=torch.float64, device=device)
             for batch in _batches(samples, mine, config.micro_batch, device):
@@ -347,7 +337,3 @@ def _loss(loss: Loss, model: nn.Module, batch: Batch, config: TrainingConfig) ->
 
 def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

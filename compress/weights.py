@@ -1,8 +1,7 @@
-"""Tensors of a Hugging Face folder by name, read one at a time: a model is never loaded whole.
+"""Read tensors of a Hugging Face folder by name, one at a time: a model is never loaded whole.
 
-:class:`Checkpoint` reads the safetensors files of a folder; :class:`Overlay` lays the result of a pass over
-what was there before. Both are what passes, the writer and ``inspect`` read from. Torch is imported where tensors are read, and not
-for headers.
+:class:`Checkpoint` reads the safetensors files of a folder; :class:`Overlay` lays the result of a pass over what was there
+before. Torch is imported where tensors are read, and not for headers.
 """
 
 from __future__ import annotations
@@ -41,14 +40,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a stored tensor.
-
-    Attributes:
-        shape: of the tensor.
-        dtype: its name in torch, such as ``float16``.
-        itemsize: bytes of one number.
-        file: that holds it.
-    """
+    """Hold what a file's header says of a stored tensor: ``dtype`` by its name in torch, ``itemsize`` in bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -57,46 +49,35 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data on disk."""
+        """Return the bytes of its data on disk."""
         return math.prod(self.shape) * self.itemsize
 
 
 class TensorSource(Protocol):
-    """Named tensors that can be looked at before they are read."""
+    """Offer named tensors that can be looked at before they are read."""
 
     def info(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is."""
+        """Describe every tensor there is, by name."""
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of some tensors, on the CPU."""
+        """Copy some tensors to the CPU."""
         ...
 
 
 def refuse_elsewhere(path: Path, names: Iterable[str]) -> None:
-    """Refuse a file of a checkpoint that names files outside its folder.
-
-    Raises:
-        CompressError: the first of them.
-    """
+    """Refuse a file of a checkpoint that names files outside its folder."""
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CompressError(f"{path}: names {name!r}, which is not in its folder; do not trust this checkpoint.")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """What a safetensors file holds, without reading its data.
-
-    Raises:
-        CompressError: the file is damaged, truncated, or not safetensors.
-    """
+    """Describe what a safetensors file holds, without reading its data; refuse one that is damaged."""
     try:
         with safe_open(file, framework="np") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {
-                name: TensorInfo(tuple(part.get_shape()), *_DTYPES[part.get_dtype()], file)
-                for name, part in slices.items()
-            }
+            slices = ((name, handle.get_slice(name)) for name in handle.keys())  # noqa: SIM118
+            return {n: TensorInfo(tuple(part.get_shape()), *_DTYPES[part.get_dtype()], file) for n, part in slices}
     except KeyError as error:
         raise CompressError(f"{file}: holds a tensor of dtype {error}, which is not supported.") from error
     except (SafetensorError, OSError) as error:
@@ -111,11 +92,7 @@ def read_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
 
 def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises:
-        CompressError: there are none, only pickled weights, a broken index, or a shard is missing.
-    """
+    """List the safetensors files of a model folder, and refuse a folder without, or with some missing."""
     index = folder / index_name
     if index.exists():
         try:
@@ -140,7 +117,7 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face model folder.
+    """Read the tensors of a Hugging Face model folder.
 
     Args:
         folder: holds safetensors.
@@ -150,26 +127,19 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, names: Mapping[str, Sequence[str]] | None = None, index_name: str = INDEX) -> None:
-        self.folder = folder
-        self.files = shard_files(folder, index_name)
-        stored: dict[str, TensorInfo] = {}
-        for file in self.files:
-            stored |= read_header(file)
-        self._stored_name = {name: name for name in stored}
-        if names is not None:
-            self._stored_name = {
-                name: found
-                for name, options in names.items()
-                if (found := next((option for option in options if option in stored), None)) is not None
-            }
-        self._info = {name: stored[found] for name, found in self._stored_name.items()}
+        self.folder, self.files = folder, shard_files(folder, index_name)
+        stored = _headers(self.files)
+        options = {name: (name,) for name in stored} if names is None else names
+        found = {name: next((option for option in some if option in stored), None) for name, some in options.items()}
+        self._stored_name = {name: option for name, option in found.items() if option is not None}
+        self._info = {name: stored[option] for name, option in self._stored_name.items()}
 
     def info(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is, by the name to read it by."""
+        """Describe every tensor there is, by the name to read it by."""
         return self._info
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of some tensors, under the names asked for."""
+        """Copy some tensors, under the names asked for."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._info[name].file, []).append(name)
@@ -180,57 +150,48 @@ class Checkpoint:
         return result
 
     def sha256(self) -> dict[str, str]:
-        """Digest of every file that decides what the model is: weights and configuration."""
+        """Return the digest of every file that decides what the model is: weights and configuration."""
         config = [path for path in (self.folder / "config.json",) if path.exists()]
         return {path.name: sha256_of(path) for path in (*config, *self.files)}
 
 
-class Renamed:
-    """The same tensors under other names.
+def _headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Describe what several files hold; a tensor in a later file hides an earlier one of the same name."""
+    return {name: info for file in files for name, info in read_header(file).items()}
 
-    Args:
-        below: the tensors.
-        names: new name -> old name; tensors that are not listed are not there.
-    """
+
+class Renamed:
+    """Read the same tensors under other names: new name -> old name; tensors that are not listed are not there."""
 
     def __init__(self, below: TensorSource, names: Mapping[str, str]) -> None:
         self.below, self.names = below, names
 
     def info(self) -> Mapping[str, TensorInfo]:
-        """Every tensor, by its new name."""
+        """Describe every tensor, by its new name."""
         info = self.below.info()
         return {new: info[old] for new, old in self.names.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of some tensors, by their new names."""
+        """Copy some tensors, by their new names."""
         wanted = {new: self.names[new] for new in names}
         tensors = self.below.read(set(wanted.values()))
         return {new: tensors[old] for new, old in wanted.items()}
 
 
 class Overlay:
-    """What a pass left behind: its files over the tensors that were there before.
-
-    Args:
-        below: the earlier state.
-        files: one per finished unit; a tensor in a later file hides an earlier one of the same name.
-        removed: names that no longer exist.
-    """
+    """Lay the files of a pass's finished units over the tensors that were there before; some names exist no longer."""
 
     def __init__(self, below: TensorSource, files: Iterable[Path], removed: Iterable[str] = ()) -> None:
-        self.below = below
-        self._own: dict[str, TensorInfo] = {}
-        for file in files:
-            self._own |= read_header(file)
+        self.below, self._own = below, _headers(files)
         self._removed = frozenset(removed) - self._own.keys()
 
     def info(self) -> Mapping[str, TensorInfo]:
-        """Every tensor that exists now."""
+        """Describe every tensor that exists now."""
         kept = {name: info for name, info in self.below.info().items() if name not in self._removed}
         return kept | self._own
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of some tensors, each from the newest file that has it."""
+        """Copy some tensors, each from the newest file that has it."""
         wanted = list(names)
         if gone := self._removed & set(wanted):
             raise KeyError(f"{min(gone)} was removed by a pass")
@@ -242,7 +203,7 @@ class Overlay:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(1 << 22):

@@ -1,9 +1,8 @@
-"""Finished work on disk, so that a killed run continues where it was.
+"""Keep finished work on disk, so that a killed run continues where it was.
 
-A unit (one pass on one block, or one step of a statistic) is one safetensors file, written beside its final
-name and moved there when complete. It lies in a folder named by a digest of everything its content
-depends on: the resolved settings, the model, the data and all that was done before. So a unit that
-exists is right, a changed recipe never finds an old one, and two recipes that share a beginning share it.
+A unit (one pass on one block, or one step of a statistic) is one safetensors file, written beside its final name and moved
+there when complete. It lies in a folder named by a digest of everything its content depends on (settings, model, data, all that
+was done before): a unit that exists is right, and two recipes that share a beginning share it.
 """
 
 from __future__ import annotations
@@ -30,46 +29,49 @@ Record = dict[str, Any]
 
 
 def digest(*parts: Any) -> str:
-    """Hex digest of JSON-serialisable parts."""
+    """Return the hex digest of JSON-serialisable parts."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """Give a place for a file, which is moved to its own, complete and on the disk, at the end of the ``with``."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
-
-
-def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # the user's umask; safetensors would leave the file to its owner alone
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    partial.chmod(mode)
+    yield partial
     with partial.open("rb") as handle:
         os.fsync(handle.fileno())
     partial.replace(path)
 
 
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    with _atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that it is there whole or not at all."""
+    with _atomic(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # the user's umask; safetensors would leave the file to its owner alone
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        partial.chmod(mode)
+
+
 @dataclass(frozen=True)
 class Stage:
-    """The units of one pass or statistic; ``key`` is the digest of all they depend on."""
+    """Keep the units of one pass or statistic; ``key`` is the digest of all they depend on."""
 
     folder: Path
     key: str
 
     def path(self, unit: str) -> Path:
-        """Where a unit's file is."""
+        """Return the place of a unit's file."""
         return self.folder / f"{unit}.safetensors"
 
     def record(self, unit: str) -> Record | None:
-        """The record of a finished unit, or None. A damaged file counts as not finished."""
+        """Read the record of a finished unit; return None where it is not finished or its file is damaged."""
         try:
             with safe_open(self.path(unit), framework="pt") as handle:
                 return json.loads(handle.metadata()["record"])  # type: ignore[no-any-return]
@@ -77,7 +79,7 @@ class Stage:
             return None
 
     def load(self, unit: str) -> dict[str, Tensor]:
-        """The tensors of a finished unit."""
+        """Read the tensors of a finished unit."""
         return read_tensors(self.path(unit))
 
     def save(self, unit: str, tensors: Mapping[str, Tensor], record: Record | None = None) -> None:
@@ -91,23 +93,19 @@ class Stage:
 
 
 class Workspace:
-    """A folder of stages, used by one process at a time."""
+    """Keep stages in a folder, used by one process at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def stage(self, label: str, *parts: Any) -> Stage:
-        """The stage whose units depend on ``parts`` (JSON-serialisable)."""
+        """Return the stage whose units depend on ``parts`` (JSON-serialisable)."""
         key = digest(label, *parts)
         return Stage(self.folder / f"{label}-{key[:16]}", key)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the workspace; one without a unit in it does not outlive that.
-
-        Raises:
-            CompressError: another process holds it.
-        """
+        """Hold the workspace against other processes for the length of a ``with``; one without a unit is removed then."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as handle:
             try:

@@ -1,4 +1,4 @@
-"""The checkpoint folder: shards grouped by width step, configuration, manifest; there whole or not at all."""
+"""Write the checkpoint folder: shards grouped by bits, configuration, manifest; there whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import math
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from compress.config import METHOD, format_version, index_name
 from compress.errors import CompressError
-from compress.hf import packed_modules, records, widths_for
-from compress.manifest import MANIFEST
+from compress.hf import packed_modules, widths_for
+from compress.manifest import MANIFEST, noted
 from compress.quant.records import width_of, width_range
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
@@ -52,23 +53,25 @@ def write_checkpoint(
     device: torch.device,
     write_beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a state as an ordinary Hugging Face folder.
+    """Write a state as an ordinary Hugging Face folder, in one move at the very end.
 
     Args:
         state: what to write.
         source: the dense model's folder, whose tokenizer and generation settings are copied.
-        target: becomes the checkpoint, in one move at the very end.
+        target: becomes the checkpoint.
         manifest: what the run knows; files, sizes and a probe are added.
-        probe_tokens: a few tokens; what the model makes of them at every width is kept for ``verify``.
+        probe_tokens: a few tokens; what the model makes of them at all bits is kept for ``verify``.
         device: where the probe is computed.
         write_beside: adds files that are not the model's own.
-
-    Raises:
-        CompressError: there is not enough room on the disk.
     """
-    running, state = state, stored_state(state)
+    running, state = state, _stored_state(state)
     info = state.source.info()
-    _check_room(sum(item.nbytes for item in info.values()), target.parent)
+    needed, free = sum(item.nbytes for item in info.values()), shutil.disk_usage(target.parent).free
+    if free < needed * 1.05:
+        raise CompressError(
+            f"{target.parent}: the checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; what is finished "
+            "is kept: free space and run again."
+        )
     partial = target.with_name(target.name + ".partial")  # beside it: the last step is one move
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -89,7 +92,7 @@ def write_checkpoint(
         | {package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},
         **manifest,
         "not_quantised": not_quantised(running, manifest["passes"]),
-        "sizes": {"files": sum(path.stat().st_size for path in files.values())} | sizes(info, state),
+        "sizes": {"files": sum(path.stat().st_size for path in files.values())} | _sizes(info, state),
         "files": {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()},
         "probe": probe(partial, running, probe_tokens, device),
     }
@@ -99,55 +102,48 @@ def write_checkpoint(
     partial.replace(target)
 
 
-def stored_state(state: State) -> State:
-    """The same model under the names that checkpoint files use."""
+def _stored_state(state: State) -> State:
+    """Return the same model under the names that checkpoint files use."""
     rename = architecture(state.config).stored_name
     names = {rename(name): name for name in state.source.info()}
     packed = {rename(name): shape for name, shape in state.packed.items()}
-    return State(Renamed(state.source, names), state.config, packed, state.key, state.shapes)
+    return replace(state, source=Renamed(state.source, names), packed=packed)
 
 
-def _check_room(needed: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.05:
-        raise CompressError(
-            f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; what is finished is "
-            "kept: free space and run again."
-        )
-
-
-def _needed_at(name: str, bits: int, state: State) -> bool:
-    """Whether loading at a width reads a tensor: a module above its own parent width stays at the parent."""
-    first = width_of(name)
-    module = name.rpartition(".")[0]
-    if first is None or module not in state.packed:
-        return True
-    return first <= max(bits, state.packed[module].seed_bits)
-
-
-def sizes(info: Mapping[str, TensorInfo], state: State) -> dict[str, Any]:
-    """Bytes of tensor data in the files, read at each width."""
-    if not state.packed:
-        return {"tensors": sum(item.nbytes for item in info.values())}
-    at = {
-        str(bits): sum(item.nbytes for name, item in info.items() if _needed_at(name, bits, state))
-        for bits in width_range(state.packed.values())
+def _needed_at(info: Mapping[str, TensorInfo], state: State) -> dict[int | None, list[str]]:
+    """List the tensors that loading at some bits reads (None: at all), a module with fewer at most staying at its most."""
+    seeds = {
+        f"{name}.{tensor}": shape.seed_bits for name, shape in state.packed.items() for tensor in shape.specification()
     }
-    return {"tensors": sum(item.nbytes for item in info.values()), "tensors_at_bits": at}
+    needed: dict[int | None, list[str]] = {None: list(info)}
+    for bits in width_range(state.packed.values()):
+        needed[bits] = [n for n in info if n not in seeds or (width_of(n) or 0) <= max(bits, seeds[n])]
+    return needed
+
+
+def _sizes(info: Mapping[str, TensorInfo], state: State) -> dict[str, Any]:
+    """Count the bytes of tensor data in the files, and of what is read at each number of bits."""
+    at = {bits: sum(info[name].nbytes for name in names) for bits, names in _needed_at(info, state).items()}
+    found: dict[str, Any] = {"tensors": at.pop(None)}
+    return found | {"tensors_at_bits": {str(bits): size for bits, size in at.items()}} if at else found
 
 
 def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[str]]:
-    """File name -> tensors. All tensors that a width step adds lie together; a shard is about a block large.
+    """Group tensors into files: all that a further bit adds lie together; a shard is about a block large.
 
-    A packed step's files are ``model-<bits>bit-00001-of-00002.safetensors``: loading at fewer bits opens none.
+    The files of packed tensors are ``model-<bits>bit-00001-of-00002.safetensors``: loading at fewer bits opens none.
     """
     first = min(width_range(state.packed.values()), default=None)
+    structure, blocks = architecture(state.config), Counter[int]()
     groups: dict[str, list[str]] = {}
     for name in sorted(info):
         step = width_of(name) if name.rpartition(".")[0] in state.packed else None
         label = "model" if first is None else f"model-{max(step or first, first)}bit"
         groups.setdefault(label, []).append(name)
-    limit = _shard_limit(info, state)
+        if (place := block_of(name, structure)) is not None:
+            blocks[place] += info[name].nbytes
+    # A shard is in memory while it is written, so it may be as large as a block, not as large as the model.
+    limit = min(_LARGEST_SHARD, max([*blocks.values(), _SMALLEST_SHARD]))
     shards: dict[str, list[str]] = {}
     for label, names in sorted(groups.items()):
         parts: list[list[str]] = [[]]
@@ -164,33 +160,16 @@ def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[
     return shards
 
 
-def _shard_limit(info: Mapping[str, TensorInfo], state: State) -> int:
-    """A shard is in memory while it is written, so it may be as large as a block, not as large as the model."""
-    structure = architecture(state.config)
-    blocks: dict[int | None, int] = {}
-    for name, item in info.items():
-        place = block_of(name, structure)
-        blocks[place] = blocks.get(place, 0) + item.nbytes
-    largest = max((held for place, held in blocks.items() if place is not None), default=0)
-    return min(_LARGEST_SHARD, max(largest, _SMALLEST_SHARD))
-
-
 def _write_indexes(
     folder: Path, shards: Mapping[str, Iterable[str]], info: Mapping[str, TensorInfo], state: State
 ) -> None:
-    place = {name: file for file, names in shards.items() for name in names}
-    if SINGLE not in shards:
-        _write_index(folder / index_name(None), place, info)
-    for bits in width_range(state.packed.values()):
-        needed = {name: file for name, file in place.items() if _needed_at(name, bits, state)}
-        _write_index(folder / index_name(bits), needed, info)
-
-
-def _write_index(path: Path, place: Mapping[str, str], info: Mapping[str, TensorInfo]) -> None:
-    total = sum(info[name].nbytes for name in place)
-    write_atomic(
-        path, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}, indent=1)
-    )
+    file_of = {name: file for file, names in shards.items() for name in names}
+    for bits, names in _needed_at(info, state).items():
+        if bits is None and SINGLE in shards:
+            continue
+        total = sum(info[name].nbytes for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": {name: file_of[name] for name in sorted(names)}}
+        write_atomic(folder / index_name(bits), json.dumps(index, indent=1))
 
 
 def _write_config(folder: Path, state: State) -> None:
@@ -202,41 +181,33 @@ def _write_config(folder: Path, state: State) -> None:
             "quant_method": METHOD,
             "format_version": format_version(state.packed.values(), state.shapes),
             "bits": None,
-            "modules": records(state.packed),
+            "modules": {name: vars(shape) for name, shape in state.packed.items()},
         }
     if state.shapes:
-        config["quantization_config"]["pruned"] = {name: asdict(shape) for name, shape in state.shapes.items()}
+        config["quantization_config"]["pruned"] = {name: vars(shape) for name, shape in state.shapes.items()}
     write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Every linear (and embedding) that stays dense, with the reason."""
+    """List every linear (and embedding) that stays dense, with the reason."""
     model = StreamedModel(state, torch.device("meta"))
-    reasons = {
-        name: reason for step in passes for unit in step["units"].values() for name, reason in unit["skipped"].items()
-    }
-    inside = [name for index in range(len(model.blocks)) for name in model.linears(index)]
+    reasons = dict(noted({"passes": passes}, "skipped"))
     default = "the recipe has no quantising pass"
     outside = "outside the blocks; a quantising pass takes it when include names it" if state.packed else default
-    left = {name: reasons.get(name, default) for name in inside if name not in state.packed}
-    return left | {name: outside for name in model.outside() if name not in state.packed}
+    inside = (name for index in range(len(model.blocks)) for name in model.linears(index))
+    return {name: reasons.get(name, default) for name in inside} | dict.fromkeys(model.outside(), outside)
 
 
 @torch.no_grad()
 def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What a written checkpoint makes of a few tokens at every width: loss, and the last position's largest logits.
-
-    Raises:
-        CompressError: a loss that is not finite.
-    """
+    """Compute what a checkpoint makes of a few tokens at all bits: its loss, which must be finite, and the last position's largest logits."""
     structure = architecture(running.config)
     names = {name: (structure.stored_name(name),) for name in running.source.info()}
-    state = State(Checkpoint(folder, names), running.config, running.packed, "", running.shapes)
+    state = replace(running, source=Checkpoint(folder, names))
     model = StreamedModel(state, device)
-    widths = width_range(state.packed.values())
     ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])
     hidden: dict[int, Tensor] = {}
-    for bits in widths or [0]:
+    for bits in width_range(state.packed.values()) or [0]:
         set_widths(model.model, state, bits)
         hidden[bits], calls = model.capture(ids)
     for index in range(len(model.blocks)):
@@ -257,15 +228,14 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
 
 
 def set_widths(model: torch.nn.Module, state: State, bits: int) -> None:
-    """Switch every packed module of a streamed model."""
-    if bits:
-        widths = widths_for(bits, state.packed)
-        for name, module in packed_modules(model).items():
-            module.bits = widths[name]
+    """Switch every packed module of a streamed model; nothing for 0 bits."""
+    modules = packed_modules(model)
+    for name, value in widths_for(bits, state.packed).items() if bits else ():
+        modules[name].bits = value
 
 
 def describe(logits: Tensor, tokens: Tensor) -> dict[str, Any]:
-    """Loss and the eight largest logits after the last token. ``logits`` is [T, vocabulary]."""
+    """Return the loss and the eight largest logits after the last token; ``logits`` is [T, vocabulary]."""
     loss = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:].to(logits.device))
     top = logits[-1].float().topk(min(8, logits.shape[-1]))
     return {

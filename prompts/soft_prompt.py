@@ -15,11 +15,11 @@ from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
-from compress.processes import processes
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.records import PackedShape
 from compress.sidecars import PROMPTS_FOLDER
+from compress.source import processes
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record
 

@@ -1,4 +1,4 @@
-"""The ``compress`` command. Every error a user can put right is one line; tracebacks are for ``--traceback``."""
+"""Run the ``compress`` command. Every error a user can put right is one line; tracebacks are for ``--traceback``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from rich.markup import escape
 
 # Each adds its commands to the application.
-from compress.cli import making, measuring, reporting, serving, tuning  # noqa: F401
+from compress.cli import making, measuring, serving, tuning  # noqa: F401
 from compress.cli.common import app, err
 from compress.errors import CompressError
 
 
 def main() -> None:
-    """Entry point: run the command, turn errors into one line and an exit code."""
+    """Run the command, and turn errors into one line and an exit code."""
     show = "--traceback" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     try:

@@ -1,13 +1,16 @@
-"""What the commands share: the application, consoles, options, progress, JSON."""
+"""Share what commands have in common: the application, consoles, options, progress, JSON."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -21,6 +24,7 @@ from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from compress.evals import tables
+    from compress.evals.evaluate import Protocol
 
 app = typer.Typer(
     help="Compress Hugging Face causal LMs after training: one checkpoint, every bit-width, measured cost.",
@@ -53,7 +57,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")
 
 
 def _device(name: str) -> str:
-    """Refuse a device that is not there before any work."""
+    """Refuse, before any work, a device that is not there."""
     if name != "cpu":
         from compress.source import pick_device
 
@@ -64,47 +68,100 @@ def _device(name: str) -> str:
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …", callback=_device)]
 
 
+def panel(title: str, help: str, *names: str, **more: Any) -> Any:
+    """Make an option that the help lists under a title."""
+    return typer.Option(*names, help=help, rich_help_panel=title, **more)
+
+
+_TEXT, TASKS = "Text", "Tasks (lm-eval)"
+_PROTOCOL = (
+    "How a paper cuts text: 2048, llm-pruner, any-precision, any-precision-c4, any-precision-ptb, compress-then-prompt."
+)
+_TASKS = "Comma-separated: lm-eval's task names, names from --include, builtin_line, builtin_name."
+_INCLUDE = "Folder of task YAML files. They may bring Python code: only folders you trust."
+_RESULTS = "Keep measurements here (JSON lines); DIR/report/results.jsonl if absent."
+
+TasksOption = Annotated[Optional[str], panel(TASKS, _TASKS)]
+IncludeOption = Annotated[Optional[Path], panel(TASKS, _INCLUDE)]
+ResultsOption = Annotated[Optional[Path], typer.Option("--results", help=_RESULTS)]
+_Text = Annotated[Optional[str], panel(_TEXT, "Text file, or 'builtin' for held-out standard-library modules.")]
+_Separator = Annotated[
+    Optional[str], panel(_TEXT, "Divides the text into documents, each scored alone with BOS in front.")
+]
+_Limit = Annotated[Optional[int], typer.Option(help="Take the first so many documents, and items of each task.", min=1)]
+_Minimum = Annotated[int, panel(_TEXT, "Pass over documents of this length or less.", min=0)]
+_Length = Annotated[Optional[int], panel(_TEXT, "Tokens in a window; the context, at most 2048, if absent.", min=2)]
+_Stride = Annotated[Optional[int], panel(_TEXT, "Tokens a window advances by; half its length if absent.", min=1)]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Choose the text that a command measures, and how it is cut: one option per field."""
+
+    text: _Text = None
+    preset: Annotated[Optional[str], panel(_TEXT, _PROTOCOL, "--protocol")] = None
+    separator: _Separator = None
+    limit: _Limit = None
+    min_characters: _Minimum = 0
+    length: _Length = None
+    stride: _Stride = None
+    truncate: Annotated[bool, panel(_TEXT, "Score only the first window of each document.")] = False
+
+    def protocol(self) -> Protocol:
+        """Return how the text is cut, and refuse an unknown preset."""
+        from compress.evals.evaluate import protocol_of
+
+        changes = asdict(self)
+        del changes["text"]
+        return protocol_of(changes.pop("preset"), **changes)
+
+
+def with_text_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of :class:`TextOptions` instead of its parameter ``text``."""
+    fields = inspect.signature(TextOptions, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @wraps(command)
+    def call(**given: Any) -> None:
+        text = TextOptions(**{name: given.pop(name) for name in fields})
+        command(**given, text=text)
+
+    parameters = [one for name, wanted in own.items() for one in (fields.values() if name == "text" else [wanted])]
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {one.name: one.annotation for one in parameters}
+    return call
+
+
 def parse_names(text: str | None) -> tuple[str, ...]:
-    """``a, b`` to names; none for an absent option."""
+    """Read names from ``a, b``; none from an absent option."""
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def refuse_unwritable(*targets: str | Path | None) -> None:
-    """Refuse files to be written at the end whose folder is not there, before what takes long.
-
-    Raises:
-        CompressError: the first of them.
-    """
+    """Refuse, before what takes long, files to be written at the end whose folder is not there."""
     for target in targets:
         if target is not None and str(target) != "-" and not Path(target).parent.is_dir():
             raise CompressError(f"{target}: cannot be written, as there is no folder {Path(target).parent}.")
 
 
 def parse_widths(text: str | None) -> list[int | float] | None:
-    """``3,4,8`` to numbers; one with a point is a mean width.
-
-    Raises:
-        CompressError: something else.
-    """
+    """Read numbers of bits from ``3,4,8``; one with a point is a mean."""
     if text is None or text == "all":
         return None
     try:
         return [float(part) if "." in part else int(part) for part in text.split(",")]
     except ValueError:
         raise CompressError(
-            f"--bits {text!r}: give one width or several, comma-separated, for example 3,3.5,8."
+            f"--bits {text!r}: give one number or several, comma-separated, for example 3,3.5,8."
         ) from None
 
 
 class ProgressLines:
-    """Progress where nothing can be redrawn, as in a log file: a line per unit of work, with the time that is left.
+    """Tell of progress where nothing can be redrawn, as in a log file: a line per unit of work, with the time that is left.
 
     A line appears when work moves on, at most one a second, and within a long unit every ten seconds. The time left is that of
     what is being counted (the blocks of a pass, say), by the mean time of those that are done.
-
-    Args:
-        write: takes a line.
-        clock: seconds.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -145,14 +202,11 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("starting", total=None)
 
-        def report(what: str, done: int, total: int) -> None:
-            progress.update(task, description=escape(what), completed=done, total=total)
-
-        yield report
+        yield lambda what, done, all_: progress.update(task, description=escape(what), completed=done, total=all_)
 
 
 def quiet_transformers() -> None:
-    """Its own progress bars and advice would drown ours."""
+    """Silence progress bars and advice of transformers, which would drown ours."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -162,7 +216,7 @@ def quiet_transformers() -> None:
 
 
 def print_table(table: tables.Table) -> None:
-    """A report's table on the terminal."""
+    """Print a report's table."""
     drawn = Table()
     for place, head in enumerate(table.heads):
         drawn.add_column(escape(head), justify="right" if place else "left")
@@ -172,15 +226,13 @@ def print_table(table: tables.Table) -> None:
 
 
 def write_json(result: Any, target: str | None) -> bool:
-    """Write an object where ``--json`` says; False if it says nothing."""
-    if target is None:
-        return False
+    """Write an object where ``--json`` says, and tell whether that is standard output, which then has nothing else."""
     text = json.dumps(result, indent=1)
     if target == "-":
         print(text)
-    else:
+    elif target is not None:
         try:
             Path(target).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise CompressError(f"--json {target}: {error.strerror}.") from error
-    return True
+    return target == "-"

@@ -1,4 +1,4 @@
-"""Commands that make checkpoints and tell what is in them."""
+"""Add the commands that make checkpoints and tell what is in them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from compress.cli.common import Folder, JsonFlag, app, out, progress_bar, quiet_transformers
 from compress.errors import CompressError
 
+_WORKSPACE = "Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
 Assignments = Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")]
 
 
@@ -26,31 +27,27 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see `compress schema` and `compress passes`.")],
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.")] = None,
     assignments: Assignments = None,
-    workspace: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
-        ),
-    ] = None,
+    workspace: Annotated[Optional[Path], typer.Option(help=_WORKSPACE)] = None,
 ) -> None:
     """Compress a model. Interrupted, the same command continues where it was."""
     from compress.recipe import load_recipe
 
     settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
+    from accelerate import PartialState
+
     from compress import pipeline
     from compress.inspect import inspect as look
-    from compress.processes import is_main
 
     quiet_transformers()
     with progress_bar() as report:
         target = pipeline.run(settings, output, workspace=workspace, report=report)
-    if not is_main():
+    if not PartialState().is_main_process:
         return
     found = look(target)
-    out.print(f"{escape(str(target))}: {found['bytes'] / 1e6:.2f} MB of tensors" + _at_widths(found["bytes_at_bits"]))
+    out.print(f"{escape(str(target))}: {found['bytes'] / 1e6:.2f} MB of tensors" + _at_bits(found["bytes_at_bits"]))
 
 
-def _at_widths(at: dict[str, int]) -> str:
+def _at_bits(at: dict[str, int]) -> str:
     return "; read at " + ", ".join(f"{bits} bits: {size / 1e6:.2f} MB" for bits, size in at.items()) if at else ""
 
 
@@ -75,7 +72,7 @@ def plan(
     if found["parameters_after"] != found["parameters"]:
         gone = 1 - found["parameters_after"] / found["parameters"]
         out.print(f"parameters: {found['parameters']}, {found['parameters_after']} after pruning ({gone:.1%} fewer)")
-    out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_widths(found["bytes_at_bits"]))
+    out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_bits(found["bytes_at_bits"]))
     for step in found["passes"]:
         memory, room = step["memory_bytes"] / 1e6, step["workspace_bytes"] / 1e6
         out.print(f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace")
@@ -115,16 +112,19 @@ def inspect(
         steps = " → ".join([recipe["model"], *(step["kind"] for step in recipe["passes"])])
         out.print(f"{escape(steps)}, seed {recipe['seed']}, compress {origin['compress_version']}")
     out.print(
-        f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_widths(found['bytes_at_bits'])}"
+        f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_bits(found['bytes_at_bits'])}"
     )
     if modules and found["modules"]:
         out.print(_module_table(found))
-    for line in (*_pruned_lines(found["modules"]), *_block_lines(found["blocks"])):
+    for line in _pruned_lines(found["modules"]):
         out.print(line)
+    for name, sizes in found["blocks"].items():
+        heads = f"{sizes['heads']} heads, {sizes['key_value_heads']} of keys and values"
+        out.print(f"{escape(name)}: {heads}, {sizes['channels']} channels")
     if modules and "sparsity" in found:
         out.print(_sparsity_table(found["sparsity"]))
-    for width, prompt in found["prompts"].items():
-        out.print(f"soft prompt for {width}: {prompt['tokens']} virtual tokens, {prompt['numbers']} numbers")
+    for bits, prompt in found["prompts"].items():
+        out.print(f"soft prompt for {bits}: {prompt['tokens']} virtual tokens, {prompt['numbers']} numbers")
     if "adapter" in found:
         rank, numbers = found["adapter"]["rank"], found["adapter"]["numbers"]
         out.print(
@@ -137,7 +137,7 @@ def inspect(
 
 
 def _pruned_lines(modules: dict[str, Any]) -> Iterator[str]:
-    """How matrices with pruned weights are stored; nothing if the manifest knows of none."""
+    """Tell how matrices with pruned weights are stored; nothing if the manifest knows of none."""
     pruned = {name: module["storage"] for name, module in modules.items() if "zeros" in module["storage"]}
     sparse = [storage["bytes"] for storage in pruned.values() if storage["form"] == "sparse"]
     if sparse:
@@ -150,45 +150,35 @@ def _pruned_lines(modules: dict[str, Any]) -> Iterator[str]:
             yield f"stored dense, as that is smaller: {escape(name)}, {share:.1%} zeros, {sizes}"
 
 
-def _block_lines(blocks: dict[str, dict[str, int]]) -> Iterator[str]:
-    """Sizes of blocks that are not as the config says."""
-    for name, sizes in blocks.items():
-        heads = f"{sizes['heads']} heads, {sizes['key_value_heads']} of keys and values"
-        yield f"{escape(name)}: {heads}, {sizes['channels']} channels"
-
-
 def _module_table(found: dict[str, Any]) -> Table:
-    widths = list(found["bytes_at_bits"])
+    all_bits = list(found["bytes_at_bits"])
     prefix = os.path.commonpath([name.replace(".", "/") for name in found["modules"]]).replace("/", ".")
     title = f"relative squared error of each packed matrix below {prefix}, by width (of its output, where measured)"
     table = Table(title=title, box=SIMPLE)
     table.add_column("module", no_wrap=True)
-    for column in ("shape", *widths):
+    for column in ("shape", *all_bits):
         table.add_column(column, justify="right", no_wrap=True)
     for name, module in found["modules"].items():
         measured = {b: error.get("output", error["relative"]) for b, error in module["errors"].items()}
-        errors = [f"{measured[b]:.0e}" if b in measured else "" for b in widths]
+        errors = [f"{measured[b]:.0e}" if b in measured else "" for b in all_bits]
         rows, columns = module["shape"]
         table.add_row(name.removeprefix(prefix + "."), f"{rows}×{columns}", *errors)
     return table
 
 
 def _sparsity_table(found: dict[str, Any]) -> Table:
-    """Blocks down, their linears across, as shares of zeros."""
-    inner = {
-        block: {
-            name.removeprefix(block + "."): v for name, v in found["linears"].items() if name.startswith(block + ".")
-        }
-        for block in found["blocks"]
-    }
-    columns = list(dict.fromkeys(name for linears in inner.values() for name in linears))
+    """Lay out shares of zeros: blocks down, their linears across."""
+    shares = {name: f"{100 * linear['sparsity']:.1f}" for name, linear in found["linears"].items()}
+    columns = list(
+        dict.fromkeys(n.removeprefix(b + ".") for b in found["blocks"] for n in shares if n.startswith(b + "."))
+    )
     title = f"{found['zeros']} of {found['parameters']} weights in the blocks are zero, {100 * found['sparsity']:.2f} %; each, in %"
     table = Table(title=title, box=SIMPLE)
     for column in ("block", "all", *(name.rpartition(".")[2].removesuffix("_proj") for name in columns)):
         table.add_column(column, justify="right", no_wrap=True)
-    for block, linears in inner.items():
-        shares = [f"{100 * linears[name]['sparsity']:.1f}" if name in linears else "" for name in columns]
-        table.add_row(block.rpartition(".")[2], f"{100 * found['blocks'][block]['sparsity']:.1f}", *shares)
+    for block, whole in found["blocks"].items():
+        cells = [shares.get(f"{block}.{name}", "") for name in columns]
+        table.add_row(block.rpartition(".")[2], f"{100 * whole['sparsity']:.1f}", *cells)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Commands that measure."""
+"""Add the commands that measure, and those that bring measurements together."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ import typer
 from rich.markup import escape
 
 from compress.cli.common import (
+    TASKS,
     AdapterFlag,
     BitsOption,
     DeviceOption,
+    Folder,
+    IncludeOption,
     JsonOption,
     PromptFlag,
     PromptFrom,
+    ResultsOption,
+    TasksOption,
+    TextOptions,
     app,
     err,
     out,
+    panel,
     parse_names,
     parse_widths,
     print_table,
     progress_bar,
     quiet_transformers,
     refuse_unwritable,
+    with_text_options,
     write_json,
 )
-from compress.cli.options import TASKS, IncludeOption, ResultsOption, TasksOption, TextOptions, panel, with_text_options
 from compress.errors import CompressError
 
 _MORE = "Beyond accuracy"
@@ -64,14 +71,14 @@ def evaluate(
 
     What is measured is kept and not measured again: an interrupted evaluation continues.
     """
-    from compress.evals.suite import Suite, evaluate_all
-    from compress.evals.tasks import Tasks, tidy, write_lm_eval, write_table
-
-    if text.text is None and tasks is None:
+    if text.text is None and tasks is None:  # before torch is imported, which takes seconds
         raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
     if text.text is None and (agreement or robustness):
         raise CompressError("--agreement and --robustness look at text: give --text FILE too.")
     refuse_unwritable(target, table)
+    from compress.evals.suite import Suite, evaluate_all
+    from compress.evals.tasks import Tasks, tidy, write_lm_eval, write_table
+
     quiet_transformers()
     chosen, front = Tasks(parse_names(tasks), include, text.limit, fewshot), prompt_from or prompt
     suite = Suite(text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch, adapter)
@@ -81,7 +88,7 @@ def evaluate(
         write_table(tidy(rows), table)
     if output is not None:
         write_lm_eval(rows, output)
-    if write_json(result, target) and target == "-":
+    if write_json(result, target):
         return
     _print_evaluation(result, rows)
 
@@ -130,6 +137,11 @@ def bench(
     target: JsonOption = None,
 ) -> None:
     """Measure decoding, prefill, time to first token, switching, loading, memory and size, per width and dense, in turn."""
+    if (folder is None) == (random is None):
+        raise CompressError("bench: give a model's folder or --random NAME, one of the two.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
+    refuse_unwritable(target)
     import torch
 
     from compress.evals import tables
@@ -138,12 +150,7 @@ def bench(
     from compress.evals.speed import bench as measure
     from compress.evals.store import results_of
 
-    refuse_unwritable(target)
     quiet_transformers()
-    if (folder is None) == (random is None):
-        raise CompressError("bench: give a model's folder or --random NAME, one of the two.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
     if threads is not None:
         torch.set_num_threads(threads)
     load, kind = Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
@@ -151,9 +158,87 @@ def bench(
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
         store, widths = results_of(place, kept), parse_widths(bits)
         found = measure(place, widths, reference, load, kind, device, exact, store, progress, adapter)
-    if write_json(found, target) and target == "-":
+    if write_json(found, target):
         return
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
     if found["dense"].startswith("not measured"):
         out.print(f"dense {escape(found['dense'])}")
     print_table(tables.speed(found))
+
+
+_CONTROLS = "Make and measure stages and controls too: runs of their own."
+_Samples = Annotated[
+    Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
+]
+
+
+@app.command()
+@with_text_options
+def report(
+    folder: Folder,
+    text: TextOptions,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; DIR/report if absent.")] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Measure what is missing, or only lay out.")] = True,
+    tasks: TasksOption = None,
+    include: IncludeOption = None,
+    bits: BitsOption = None,
+    controls: Annotated[bool, typer.Option("--controls", help=_CONTROLS)] = False,
+    benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed and memory.")] = True,
+    samples: _Samples = None,
+    device: DeviceOption = "cpu",
+    adapter: AdapterFlag = None,
+    kept: ResultsOption = None,
+) -> None:
+    """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality of every width, controls, errors, samples.
+
+    Measures what is missing and keeps it in DIR/report/results.jsonl; stopped, the same command continues.
+    """
+    from compress.evals.gather import Wanted
+    from compress.evals.report import report as write
+    from compress.evals.speed import Load
+    from compress.evals.tasks import Tasks
+
+    quiet_transformers()
+    chosen = Tasks(parse_names(tasks), include, text.limit) if tasks else None
+    load = Load(rounds=5, loads=3) if benchmark else None
+    prompts = tuple(samples or ())
+    wanted = Wanted(text.text, text.protocol(), chosen, parse_widths(bits), controls, load, prompts, device, adapter)
+    with progress_bar() as progress:
+        written, notes = write(folder, wanted if run else None, output, kept, progress)
+    for path in written:
+        out.print(escape(str(path)), soft_wrap=True)
+    for note in notes:
+        err.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+@app.command()
+@with_text_options
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Checkpoints.", metavar="DIR...")],
+    text: TextOptions,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File: .html, .png, .svg or .pdf.")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Put several checkpoints, at all their widths, into one table and one Pareto plot."""
+    if len(folders) < 2:
+        raise CompressError("compare: give two checkpoints or more.")
+    if output is not None and output.suffix not in (".html", ".png", ".svg", ".pdf"):
+        raise CompressError(f"-o {output}: give a name that ends in .html, .png, .svg or .pdf.")
+    refuse_unwritable(output)
+    from compress.evals import compare as comparing
+    from compress.evals import plots
+    from compress.evals.page import html
+    from compress.workspace import write_atomic
+
+    quiet_transformers()
+    with progress_bar() as progress:
+        found = comparing.compare(folders, text.text, text.protocol(), device, progress)
+    if output is not None:
+        try:
+            if output.suffix == ".html":
+                write_atomic(output, html(found.page()))
+            else:
+                plots.save(found.figure(), output)
+        except OSError as error:
+            raise CompressError(f"-o {output}: {error.strerror}.") from error
+    print_table(found.table())

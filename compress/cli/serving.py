@@ -1,4 +1,4 @@
-"""Commands that put a model to use."""
+"""Add the commands that put a model to use."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ def generate(
     adapter: AdapterFlag = None,
 ) -> None:
     """Continue a text at a width."""
+    chosen: list[Any] = parse_widths(bits) or [None]
+    if len(chosen) > 1:
+        raise CompressError(f"--bits {bits!r}: give one number of bits to generate at.")
     import torch
     from transformers import TextStreamer
 
@@ -46,27 +49,17 @@ def generate(
     from compress.loading import load, load_tokenizer
 
     quiet_transformers()
-    widths = parse_widths(bits)
-    if widths is not None and len(widths) > 1:
-        raise CompressError(f"--bits {bits!r}: give one width to generate at.")
-    model: Any = load(
-        folder,
-        bits=widths[0] if widths else None,
-        memory=memory,
-        prompt=prompt_from or prompt,
-        adapter=adapter,
-        dtype=torch.float32,
-    )
+    front = prompt_from or prompt
+    model: Any = load(folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, dtype=torch.float32)
     tokenizer = load_tokenizer(folder)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         raise CompressError("the text has no tokens; give some words.")
     room, given = text_length(model), inputs["input_ids"].shape[1]
-    if room is not None:
-        if given >= room:
-            beside = " beside the soft prompt" if virtual_tokens(model) else ""
-            raise CompressError(f"the text has {given} tokens, but the context has room for {room}{beside}.")
-        max_new_tokens = min(max_new_tokens, room - given)
+    if room is not None and given >= room:
+        beside = " beside the soft prompt" if virtual_tokens(model) else ""
+        raise CompressError(f"the text has {given} tokens, but the context has room for {room}{beside}.")
+    max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room - given)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -25,15 +25,12 @@ PROMPT = "def __init__(self"
 
 
 def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], None]) -> RenderableType:
-    """Run the demo.
+    """Run the demo, and return what to print.
 
     Args:
         output: folder for checkpoints and ``quality.json``; one made by an earlier demo is replaced.
         controls: whether the weight objective, and k-means and round-to-nearest at 3 and 4 bits, are measured too.
-        report: called with (what, done, total).
-
-    Returns:
-        What to print.
+        report: called with (what, done, total), to tell of progress.
     """
     mark = output / MARK
     if output.exists():

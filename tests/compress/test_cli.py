@@ -113,6 +113,10 @@ AT_ONCE = (
         (["comprese"], 2),
         (["run"], 2),
         (["eval", "{model}", "--txet", "builtin"], 2),
+        (["eval", "{model}"], 1),
+        (["bench"], 1),
+        (["compare", "{model}"], 1),
+        (["generate", "{model}", "text", "--bits", "3,4"], 1),
         (["run", "{recipe}", "-o", "x", "--set", "passes.0.seed_bit=3"], 1),
         (["plan", "{recipe}", "--set", "passes.0.seed_bits=9"], 1),
     ],
@@ -252,7 +256,11 @@ def _with(name, text):
     [
         (_with("compression.json", "{}"), ["verify", "{}"], "has no 'compress_version', as every manifest has"),
         (_with("compression.json", "[1]"), ["inspect", "{}"], "as every manifest has"),
-        (_without("compression.json"), ["generate", "{}", "the", "--bits", "3.5"], "give a whole width, or patterns"),
+        (
+            _without("compression.json"),
+            ["generate", "{}", "the", "--bits", "3.5"],
+            "give a whole number of bits, or patterns",
+        ),
         (_without("tokenizer.json", "tokenizer_config.json"), ["generate", "{}", "the"], "its tokenizer cannot be"),
         (
             _with("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),

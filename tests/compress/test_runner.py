@@ -4,15 +4,12 @@ import pytest
 
 import compress
 from compress.quant.baselines import RoundToNearest
-from compress.runner import Finished
+from compress.runner import figures_of
 
 
-def test_figures_and_notes_are_apart():
+def test_figures_are_told_from_the_notes_of_the_pipeline():
     record = {"errors": {"q": {}}, "packed": {"q": {"seed_bits": 3}}, "skipped": {"k": "ignored"}, "zeal": 1}
-    unit = Finished.of(record)
-    assert unit.figures == {"errors": {"q": {}}, "zeal": 1}
-    assert unit.notes == {"packed": {"q": {"seed_bits": 3}}, "skipped": {"k": "ignored"}}
-    assert list(unit.described().items()) == [("errors", {"q": {}}), ("skipped", {"k": "ignored"}), ("zeal", 1)]
+    assert figures_of(record) == {"errors": {"q": {}}, "zeal": 1}
 
 
 def test_a_figure_under_a_name_of_the_pipeline_is_refused(tiny_llama, tmp_path, monkeypatch):

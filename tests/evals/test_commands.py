@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from compress.cli import app
-from compress.cli.options import TextOptions
+from compress.cli.common import TextOptions
 from compress.evals import speed
 
 
