@@ -33,6 +33,7 @@ def test_commands_that_measure_text_agree_on_how_it_is_cut():
     assert (cut.length, cut.limit, cut.disjoint) == (128, 3, True)
 
 
+@pytest.mark.slow
 def test_text_tasks_and_more_in_one_call(command, checkpoint, held_out, task_folder, tmp_path):
     pytest.importorskip("lm_eval")
     code, text, error = command(

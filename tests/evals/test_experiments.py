@@ -26,6 +26,7 @@ def test_lora_has_as_many_trained_numbers(tiny_llama):
     assert prompts.lora_of(context, 2 * (96 + 72 + 72) * 3) == (["q_proj", "k_proj", "v_proj"], 2)
 
 
+@pytest.mark.slow
 def test_prompts_beside_lora_and_beside_each_other(tiny_llama, text_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "valid.txt").write_text(TEXT)
     tiny = [

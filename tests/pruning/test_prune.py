@@ -163,6 +163,7 @@ def test_refreshed_mrp_measures_again_on_the_sparse_model(recipe, tmp_path):
     assert surveyed == {f"survey-{round}-{block}" for round in range(3) for block in range(3)}
 
 
+@pytest.mark.slow
 def test_masks_survive_quantisation_saving_and_loading(recipe, tmp_path, fresh_python):
     """At every width, in a fresh process, each pruned weight is exactly zero; survivors may round to zero too."""
     first = {"kind": "prune", "score": "sparsegpt", "sparsity": 0.6}

@@ -50,6 +50,7 @@ def test_training_lowers_the_held_out_loss(longer, tmp_path, full):
     assert torch.isfinite(logits(compress.load(folder))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_adapter_beside_the_model_does_what_the_merged_one_does(longer, make_model, tmp_path, kind):
     longer["model"] = str(make_model(kind))
@@ -65,6 +66,7 @@ def test_an_adapter_beside_the_model_does_what_the_merged_one_does(longer, make_
     assert "adapter/adapter_config.json" in json.loads((beside / "compression.json").read_text())["files"]
 
 
+@pytest.mark.slow
 def test_adapters_train_on_bit_planes_and_serve_every_width(longer, tmp_path):
     quantise = {"kind": "any_precision", "seed_bits": 2, "parent_bits": 4}
     longer["passes"] = [PRUNE, quantise, {**FAST, "merge": False, "dropout": 0.1}]
@@ -80,6 +82,7 @@ def test_adapters_train_on_bit_planes_and_serve_every_width(longer, tmp_path):
     adapted.generate(input_ids=TOKENS, max_new_tokens=3, pad_token_id=0)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_continues_to_the_same_bytes(longer, tmp_path, monkeypatch):
     longer["passes"] = [PRUNE, FAST]
     whole = compress.run(longer, tmp_path / "whole")

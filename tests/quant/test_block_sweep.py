@@ -46,6 +46,7 @@ def output_errors(checkpoint, dense_folder, tokens, bits):
     }
 
 
+@pytest.mark.slow
 def test_outputs_are_nearer_than_by_the_weight_objective(tiny_llama, text_file, tmp_path):
     tokens = torch.tensor([json.loads(_tokens(tiny_llama, text_file))])
     sums = {}
@@ -90,6 +91,7 @@ def test_layer_errors_by_hand():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [family.model_types[0] for family in ARCHITECTURES])
 def test_every_family(kind, make_model, text_file, tmp_path):
     folder = make_model(kind)
@@ -108,6 +110,7 @@ def _at(model, widths):
         yield model
 
 
+@pytest.mark.slow
 def test_pruned_weights_stay_zero(make_model, text_file, tmp_path):
     pruned = AutoModelForCausalLM.from_pretrained(make_model("llama"), dtype=torch.float32)
     folder = tmp_path / "pruned"
