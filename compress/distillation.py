@@ -17,9 +17,12 @@ from compress.workspace import save_atomic
 
 @torch.no_grad()
 def cache_teacher(
-    load: Callable[[], PreTrainedModel], samples: Sequence[Tensor], count: int, file: Path,
+    load: Callable[[], PreTrainedModel],
+    samples: Sequence[Tensor],
+    count: int,
+    file: Path,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> None:  # fmt: skip
+) -> None:
     """Write the teacher's ``count`` likeliest next tokens at every place of every sample, if that is not done yet.
 
     Args:
@@ -49,7 +52,7 @@ def cache_teacher(
 
 
 def distillation_loss(file: Path) -> Loss:
-    """Divergence of the student's next-token distribution from the cached one, summed over tokens, in nats.
+    """Return a loss: the divergence of the student's next-token distribution from the cached one, summed over tokens, in nats.
 
     ``KL(teacher || student)`` with all tokens outside the teacher's list taken as one event: never more than the
     divergence over the whole vocabulary, and equal to it where the list is the vocabulary.
@@ -73,6 +76,6 @@ def distillation_loss(file: Path) -> Loss:
 
 
 def _rest(logs: Tensor) -> Tensor:
-    """Log-probability of all tokens that are not listed; logs [..., count] -> [...]."""
+    """Return the log-probability of all tokens that are not listed, [..., count] -> [...]."""
     listed = logs.exp().sum(-1).clamp(max=1 - 1e-6)  # the largest may take up all that float32 can tell from 1
     return torch.log1p(-listed)

@@ -112,9 +112,9 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
 
 
 def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbedding]:
-    """Every packed module of a loaded model, by name."""
+    """Find every packed module of a loaded model, by the name it has in the checkpoint, whatever adapter is around it."""
     return {
-        name: module
+        name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
         if isinstance(module, (BitPlaneLinear, BitPlaneEmbedding))
     }

@@ -12,8 +12,8 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.manifest import read_manifest
-from compress.prompts.adapter import prompt_sizes
 from compress.quant.records import PackedShape, SparseShape, width_of, width_range
+from compress.sidecars import inspect_sidecars
 from compress.weights import Checkpoint, TensorInfo
 
 
@@ -23,10 +23,11 @@ def inspect(folder: Path) -> dict[str, Any]:
     Returns:
         ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
-        "prompts": {width: {"tokens", "numbers"}}, "not_quantised", "pruned", "blocks", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
+        "prompts": {width: {"tokens", "numbers"}}, "adapter": {"rank", "numbers"}, "not_quantised", "pruned", "blocks", "manifest"}``. Bytes are those of the tensors in the files; dense models have no widths.
         ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
         ``blocks`` are the sizes of those that are not as large as the config says (``compress.shapes.BlockShape``).
+        ``adapter`` is there only where a low-rank adapter lies beside the model, which plain ``from_pretrained`` leaves off.
         ``pruned`` tells whether a pass of the recipe has set weights to zero.
 
     Raises:
@@ -62,7 +63,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "modules": modules,
         "blocks": settings.pruned if settings else {},
         "dense": dense,
-        "prompts": _prompts(folder),
+        **inspect_sidecars(folder),
         "not_quantised": (manifest or {}).get("not_quantised", {}),
         "pruned": any(_counts_zeros(unit) for step in passes for unit in step["units"].values()),
         "manifest": {key: value for key, value in (manifest or {}).items() if key not in ("files", "passes", "probe")},
@@ -109,17 +110,6 @@ def _counts_zeros(unit: Mapping[str, Any]) -> bool:
     return isinstance(linears, Mapping) and any(
         isinstance(found, Mapping) and "zeros" in found for found in linears.values()
     )
-
-
-def _prompts(folder: Path) -> dict[str, dict[str, int]]:
-    """Return the sizes of stored soft prompts, by what they are for."""
-    if not (folder / "soft_prompt").is_dir():
-        return {}
-
-    return {
-        "all widths" if bits is None else f"{bits} bits": {"tokens": tokens, "numbers": tokens * wide}
-        for bits, (tokens, wide) in prompt_sizes(folder).items()
-    }
 
 
 def sparsity(folder: Path) -> dict[str, Any]:

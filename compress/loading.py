@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,22 @@ from compress.config import METHOD, Bits, StoredConfig, check_tensors, index_nam
 from compress.errors import CompressError, first_line
 from compress.hf import join_layers, packed_modules, widths_for
 from compress.manifest import MANIFEST
+from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
+
+_log = logging.getLogger(__name__)
 
 
 def load(
-    folder: str | Path, bits: Bits | float | str | None = None, memory: str | int | None = None,
-    keep_dense: bool | None = None, exact: bool = True, prompt: bool | str | Path = False, **kwargs: Any,
-) -> PreTrainedModel:  # fmt: skip
+    folder: str | Path,
+    bits: Bits | float | str | None = None,
+    memory: str | int | None = None,
+    keep_dense: bool | None = None,
+    exact: bool = True,
+    prompt: bool | str | Path = False,
+    adapter: Choice = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """Load a checkpoint as a stock Hugging Face model.
 
     Only the planes that the widest module needs are read (and, from the hub, downloaded).
@@ -49,18 +59,39 @@ def load(
             8 bits at width 4 (no other): both are faster.
         prompt: put the checkpoint's own soft prompts before the model (True), or those of a folder; the result is then
             a ``PeftModel`` around it.
+        adapter: put the checkpoint's own low-rank adapter (True), or that of a folder, on the model, which is then a
+            ``PeftModel`` too; or none (False). By default a checkpoint that was made with an adapter is loaded with it, and
+            a line on the log says so; plain ``from_pretrained`` does not know of it.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        CompressError: no such checkpoint or width, a pattern that matches nothing, damaged or missing files, no prompt.
+        CompressError: no such checkpoint or width, a pattern that matches nothing, damaged or missing files, no prompt or
+            adapter where one is asked for.
     """
-    if prompt:
-        from compress.prompts.adapter import attach, find_prompts
+    revision = kwargs.get("revision")  # what lies beside the model is looked for before the model is read
+    prompts = find_prompts(folder, prompt, revision) if prompt else None
+    adapted = find_adapter(folder, adapter, revision)
+    model = _load_model(str(folder), bits, memory, keep_dense, exact, **kwargs)
+    if prompts is None and adapted is None:
+        return model
+    from compress.adapters import attach_adapter, attach_prompts
 
-        found = find_prompts(folder, prompt, kwargs.get("revision"))  # before the model is read
-        model = load(folder, bits, memory, keep_dense, exact, **kwargs)
-        return attach(model, found)  # type: ignore[return-value]
-    name = str(folder)
+    result: Any = model
+    if adapted is not None:
+        result = attach_adapter(model, adapted)
+        if adapter is None:
+            _log.warning("%s: loaded with its %s/; adapter=False (--no-adapter) leaves it off.", folder, ADAPTER_FOLDER)
+    return result if prompts is None else attach_prompts(model, prompts)  # type: ignore[return-value]
+
+
+def _load_model(
+    name: str,
+    bits: Bits | float | str | None,
+    memory: str | int | None,
+    keep_dense: bool | None,
+    exact: bool,
+    **kwargs: Any,
+) -> PreTrainedModel:
     config = read_config(name, kwargs.get("revision"))
     settings = getattr(config, "quantization_config", None)
     if settings is None or settings.get("quant_method") != METHOD:
@@ -183,9 +214,9 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
     for name in named:
         modules[name].bits = widths[name]
     if hasattr(model, "peft_config"):
-        from compress.prompts.adapter import choose
+        from compress.adapters import choose_prompt
 
-        choose(model)
+        choose_prompt(model)
 
 
 def _inner(model: nn.Module) -> nn.Module:

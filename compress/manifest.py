@@ -12,6 +12,7 @@ from typing import Any
 from compress.config import check_tensors, read_settings
 from compress.errors import CompressError
 from compress.quant.records import width_range
+from compress.sidecars import find_adapter, stored_prompts
 from compress.weights import refuse_elsewhere, sha256_of
 
 MANIFEST = "compression.json"
@@ -58,10 +59,10 @@ def verify(folder: Path) -> list[str]:
     if settings is not None and settings.modules:
         count = check_tensors(folder, settings)
         passed.append(f"{count} tensors of {len(settings.modules)} packed modules have their recorded shape and type")
-    from compress.prompts.adapter import stored_prompts
-
     if prompts := stored_prompts(folder):
         passed.append(f"{len(prompts)} soft prompt{'s' * (len(prompts) > 1)} can be read")
+    if find_adapter(folder):
+        passed.append("its adapter can be read")
     expected = manifest["probe"]["at_bits"]
     for width, found in _probe_in_fresh_process(folder, manifest["probe"]).items():
         _compare(width, expected[width], found)
@@ -98,7 +99,7 @@ def answer_probe(folder: str) -> None:
     from compress.writer import describe
 
     tokens = torch.tensor(json.load(sys.stdin))
-    model = compress.load(folder, dtype=torch.float32)
+    model = compress.load(folder, dtype=torch.float32, adapter=False)  # the probe is of the model alone
     settings = read_settings(Path(folder))
     results = {}
     with torch.no_grad():

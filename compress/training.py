@@ -49,22 +49,25 @@ class Batch:
 Loss = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, summed (not averaged) over the tokens to be predicted, in nats."""
 
+States = Mapping[str, Callable[[], object]]
+"""Label -> call that brings the model into a state to be trained in, a number of bits for example."""
+
 
 def predictions(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits for ``tokens[:, 1:]``, float32 [B, T - 1, vocabulary]; those of a prompt's virtual tokens are dropped."""
+    """Compute the logits for ``tokens[:, 1:]``, float32 [B, T - 1, vocabulary]; those of a prompt's virtual tokens are dropped."""
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits[:, -tokens.shape[1] : -1].float()
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed cross-entropy of the tokens after each sample's first."""
+    """Sum the cross-entropy of the tokens after each sample's first."""
     losses = cross_entropy(predictions(model, batch.tokens).transpose(1, 2), batch.tokens[:, 1:], reduction="none")
     return losses[batch.scored].sum()
 
 
 @dataclass
 class Trained:
-    """What came of a training.
+    """The outcome of a training.
 
     Attributes:
         history: a row per validation: ``step``, ``learning_rate``, ``loss`` (mean over the tokens trained on since the
@@ -80,12 +83,12 @@ class Trained:
     samples: dict[str, int]
 
     def record(self) -> dict[str, Any]:
-        """As plain data for the manifest, without times: equal work, equal bytes."""
+        """Return it as plain data for the manifest, without times: equal work, equal bytes."""
         return dict(vars(self))
 
 
 def hold_out(count: int, share: int) -> tuple[list[int], list[int]]:
-    """Places of the samples to train on, and of those held out: one of ``share``, at least one.
+    """Choose the places of the samples to train on, and of those held out: one of ``share``, at least one.
 
     Raises:
         CompressError: there are not two samples.
@@ -97,10 +100,16 @@ def hold_out(count: int, share: int) -> tuple[list[int], list[int]]:
 
 
 def train(
-    model: nn.Module, samples: Sequence[Tensor], config: TrainingConfig, seed: int, *,
-    loss: Loss = next_token_loss, states: Mapping[str, Callable[[], object]] | None = None,
-    folder: Path | None = None, report: Report | None = None,
-) -> Trained:  # fmt: skip
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    config: TrainingConfig,
+    seed: int,
+    *,
+    loss: Loss = next_token_loss,
+    states: States | None = None,
+    folder: Path | None = None,
+    report: Report | None = None,
+) -> Trained:
     """Train the parameters of a model that require a gradient.
 
     Modules stay in training or evaluation mode as they are (dropout is the caller's choice), all are in evaluation mode
@@ -113,8 +122,7 @@ def train(
         config: how.
         seed: of everything random.
         loss: what a step minimises; the validation is in its terms too.
-        states: label -> call that brings the model into a state to be trained in, a width for example. One is drawn for
-            every step; the held-out loss is the mean over all. None trains it as it is.
+        states: one is drawn for every step; the held-out loss is the mean over all. None trains the model as it is.
         folder: for checkpoints, which an interrupted training continues from; deleted by the caller.
         report: called with (what, steps done, steps in all).
 
@@ -136,9 +144,15 @@ class _Progress:
 
 class _Loop:
     def __init__(
-        self, model: nn.Module, samples: Sequence[Tensor], config: TrainingConfig, seed: int, loss: Loss,
-        states: Mapping[str, Callable[[], object]], folder: Path | None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        samples: Sequence[Tensor],
+        config: TrainingConfig,
+        seed: int,
+        loss: Loss,
+        states: States,
+        folder: Path | None,
+    ) -> None:
         self.model, self.samples, self.config, self.seed = model, samples, config, seed
         self.loss, self.states = loss, states
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -182,7 +196,7 @@ class _Loop:
         return Trained(self.progress.history, self.progress.best, count, samples)
 
     def _step(self, step: int) -> tuple[float, int]:
-        """One step; returns the summed loss and the tokens it is over, of all processes."""
+        """Make one step; return the summed loss and the tokens it is over, of all processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         places = self._places(step)
@@ -218,13 +232,13 @@ class _Loop:
             parameter.grad = part.view_as(parameter).clone()
 
     def learning_rate(self, step: int) -> float:
-        """Linear up, then linear down."""
+        """Return a step's learning rate: linear up, then linear down."""
         config = self.config
         rising = min(1.0, (step + 1) / (config.warmup + 1))
         return config.learning_rate * min(rising, (config.steps - step) / max(1, config.steps - config.warmup))
 
     def _places(self, step: int) -> list[int]:
-        """Samples of a step: epoch after epoch, each in an order of its own."""
+        """Choose the samples of a step: epoch after epoch, each in an order of its own."""
         chosen, count = [], len(self.trained_on)
         for position in range(step * self.config.batch, (step + 1) * self.config.batch):
             epoch = position // count
@@ -285,10 +299,15 @@ class _Loop:
 
 @torch.no_grad()
 def held_out_losses(
-    model: nn.Module, samples: Sequence[Tensor], config: TrainingConfig, device: torch.device, *,
-    loss: Loss = next_token_loss, states: Mapping[str, Callable[[], object]] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Mean loss per token of the held-out samples in every state, all modules in evaluation mode; for arguments see :func:`train`."""
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    config: TrainingConfig,
+    device: torch.device,
+    *,
+    loss: Loss = next_token_loss,
+    states: States | None = None,
+) -> dict[str, float]:
+    """Measure the mean loss per token of the held-out samples in every state, in evaluation mode; arguments as of :func:`train`."""
     team = processes(device)
     _, held = hold_out(len(samples), config.held_out)
     mine = held[team.process_index :: team.num_processes]
@@ -309,7 +328,7 @@ def held_out_losses(
 
 
 def _batches(samples: Sequence[Tensor], places: Sequence[int], size: int, device: torch.device) -> Iterator[Batch]:
-    """Micro-batches; samples of like length go together."""
+    """Yield micro-batches; samples of like length go together."""
     ordered = sorted(places, key=lambda place: -len(samples[place]))
     for start in range(0, len(ordered), size):
         chosen = [samples[place] for place in ordered[start : start + size]]

@@ -139,7 +139,7 @@ def dense_model_of(folder: str, reference: str | None = None) -> str:
 
 
 def _key(work: OpenText, kind: str, model: str, width: str, **more: Any) -> Key:
-    return Key(kind, work.source, model, width, None, {**work.settings, **more})
+    return Key(kind, work.source, model, width, work.prompt, {**work.settings, **more})
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compress
+from compress.adapters import virtual_tokens
 from compress.calibration import read_documents
 from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
@@ -19,8 +20,8 @@ from compress.hf import packed_modules
 from compress.loading import bits_for, load_tokenizer
 from compress.manifest import read_manifest
 from compress.passes import Report
-from compress.prompts.adapter import virtual_tokens
 from compress.quant.records import width_range
+from compress.sidecars import Choice
 from compress.texts import HELDOUT, fingerprint, read_modules
 from compress.weights import sha256_of
 
@@ -151,6 +152,7 @@ def evaluate_text(
     report: Report | None = None,
     prompt: bool | str | Path = False,
     store: Results | None = None,
+    adapter: Choice = None,
 ) -> dict[str, Any]:
     """Measure loss, perplexity and bits per byte at several widths, from one load.
 
@@ -165,16 +167,17 @@ def evaluate_text(
         prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every window. Windows are
             shorter by as much unless ``protocol.length`` says otherwise: give it to compare with and without.
         store: widths that it has are not measured again; new ones are added.
+        adapter: as for :func:`compress.load`.
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
-        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
+        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` and ``"adapter"`` (its digest) where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 
     Raises:
         CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
             can be scored, or a window and the prompt are longer than the context.
     """
-    return open_text(folder, source, bits, protocol, dtype, device, report, prompt, store).evaluate()
+    return open_text(folder, source, bits, protocol, dtype, device, report, prompt, store, adapter).evaluate()
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,11 @@ class OpenText:
         folder: of the model.
         source: the text's name.
         documents: of the text.
-        settings: :func:`settings_of` it.
-        model: with its prompt.
+        settings: :func:`settings_of` it, and digests of prompts and adapter.
+        prompt: name of what is unusual about the model, for :class:`compress.evals.store.Key`.
+        model: with its prompt and adapter.
         tokenizer: of the model.
-        prompt: as given to :func:`evaluate_text`.
+        front: the prompt as given to :func:`evaluate_text`.
         widths: label -> what :func:`compress.set_bits` takes; None for the one of a dense model.
         protocol: with the length in use.
         store: for results.
@@ -199,9 +203,10 @@ class OpenText:
     source: str
     documents: list[str]
     settings: dict[str, Any]
+    prompt: str | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    prompt: bool | str | Path
+    front: bool | str | Path
     widths: dict[str, Any]
     protocol: Protocol
     store: Results
@@ -210,7 +215,7 @@ class OpenText:
     def evaluate(self) -> dict[str, Any]:
         """Measure the text at every width, as :func:`evaluate_text` returns it."""
         text = self.text(self.documents)
-        key = Key("text", self.source, identity(self.folder), "", *prompt_key(self.folder, self.prompt, self.settings))
+        key = Key("text", self.source, identity(self.folder), "", self.prompt, self.settings)
         results = {}
         for width, value in self.widths.items():
             row = self.store.find(replace(key, width=width))
@@ -221,7 +226,7 @@ class OpenText:
                 row = self.store.add(replace(key, width=width), found.json())
             results[width] = row["metrics"]
         protocol, virtual = self.protocol, virtual_tokens(self.model)
-        place = str(self.folder if self.prompt is True else self.prompt)
+        place = str(self.folder if self.front is True else self.front)
         cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
         digest = self.settings["sha256"]
         return {
@@ -229,6 +234,7 @@ class OpenText:
             "text": {"source": self.source, "sha256": digest, "documents": len(self.documents)},
             "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
             **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
+            **({"adapter": self.settings["adapter"]} if "adapter" in self.settings else {}),
             "bits": results,
         }
 
@@ -252,18 +258,23 @@ def open_text(
     report: Report | None = None,
     prompt: bool | str | Path = False,
     store: Results | None = None,
+    adapter: Choice = None,
 ) -> OpenText:
     """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
     protocol = protocol or Protocol()
     documents, digest = documents_of(source, protocol)
     refuse_calibration_text(folder, digest)
-    if isinstance(prompt, str | Path):
-        for place in (Path(prompt), *Path(prompt).parents[:2]):  # of a checkpoint, or within one
-            refuse_calibration_text(str(place), digest)
-    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
+    for other in (prompt, adapter):
+        if isinstance(other, str | Path):
+            for place in (Path(other), *Path(other).parents[:2]):  # of a checkpoint, or within one
+                refuse_calibration_text(str(place), digest)
+    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter)
     protocol = replace(protocol, length=window_length(model, protocol.length))
-    settings, tokenizer, store = settings_of(digest, protocol, dtype), load_tokenizer(folder), store or Results(None)
-    return OpenText(folder, source, documents, settings, model, tokenizer, prompt, widths, protocol, store, report)
+    name, settings = prompt_key(folder, prompt, settings_of(digest, protocol, dtype), adapter)
+    tokenizer, store = load_tokenizer(folder), store or Results(None)
+    return OpenText(
+        folder, source, documents, settings, name, model, tokenizer, prompt, widths, protocol, store, report
+    )
 
 
 def load_widths(

@@ -18,14 +18,14 @@ from compress.evals import cloze, speed
 from compress.evals.agreement import dense_model_of
 from compress.evals.controls import measure_variants
 from compress.evals.evaluate import BUILTIN, Protocol, documents_of, load_widths, window_length
-from compress.evals.store import FOLDER, Key, Results, dense_identity, identity
+from compress.evals.store import FOLDER, Key, Results, dense_identity, identity, prompt_key
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tasks import Tasks
 from compress.inspect import inspect, sparsity
 from compress.loading import load_tokenizer
 from compress.manifest import read_manifest
 from compress.passes import Report
-from compress.prompts.adapter import stored_prompts
+from compress.sidecars import Choice, stored_prompts
 from compress.weights import Checkpoint, TensorInfo
 
 
@@ -42,6 +42,7 @@ class Wanted:
         load: for the benchmark; None for no benchmark.
         prompts: to continue at every width; the beginning of the text if empty.
         device: to measure on.
+        adapter: as for :func:`compress.load`.
     """
 
     text: str | None = None
@@ -52,6 +53,7 @@ class Wanted:
     load: speed.Load | None = field(default_factory=speed.Load)
     prompts: tuple[str, ...] = ()
     device: str = "cpu"
+    adapter: Choice = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Facts:
         """Return one per text and protocol, the fullest first: ``{"name", "settings", "rows": {(width, prompt): metrics}}``."""
         found: dict[str, dict[str, Any]] = {}
         for row in self.of("text"):
-            settings = {key: value for key, value in row["settings"].items() if key != "prompt"}
+            settings = {key: value for key, value in row["settings"].items() if key not in ("prompt", "adapter")}
             empty = {"name": row["name"], "settings": settings, "rows": {}}
             text = found.setdefault(row["name"] + json.dumps(settings, sort_keys=True), empty)
             text["rows"][row["width"], row["prompt"]] = row["metrics"]
@@ -161,9 +163,9 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
         tasks = Tasks(())
     protocol, prompted = wanted.protocol, bool(stored_prompts(folder))
     if prompted:  # with and without, on the same windows: there must be room for the prompt
-        length = window_length(compress.load(folder, prompt=True), None)
+        length = window_length(compress.load(folder, prompt=True, adapter=False), None)
         protocol = replace(protocol, length=min(length, protocol.length or length))
-    plain = Suite(text, protocol, tasks, dense=bool(dense))
+    plain = Suite(text, protocol, tasks, dense=bool(dense), adapter=wanted.adapter)
     alike = replace(plain, agreement=bool(dense and text), robustness=bool(text))
     for suite in (alike, replace(plain, prompt=True)) if prompted else (alike,):
         if text or tasks.names:
@@ -173,17 +175,26 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, report: Report
     elif wanted.controls:
         whole = [int(width) for width in inspect(folder)["bytes_at_bits"]]
         measure_variants(folder, text, protocol, whole, store, wanted.device, report)
-    if wanted.load is not None and not _benched(folder, wanted.load, store):
-        speed.bench(str(folder), wanted.bits, load=wanted.load, device=wanted.device, store=store, report=report)
+    if wanted.load is not None and not _benched(folder, wanted.load, store, wanted.adapter):
+        speed.bench(
+            str(folder),
+            wanted.bits,
+            load=wanted.load,
+            device=wanted.device,
+            store=store,
+            report=report,
+            adapter=wanted.adapter,
+        )
     prompts = wanted.prompts or ((_beginning(folder, text, wanted.protocol),) if text else ())
     for place in [*dense, str(folder)] if prompts else ():
-        _continue(place, wanted.bits if place not in dense else None, prompts, wanted.device, store, report)
+        bits, adapter = (None, False) if place in dense else (wanted.bits, wanted.adapter)
+        _continue(place, bits, prompts, wanted.device, store, report, adapter)
     return notes
 
 
-def _benched(folder: Path, load: speed.Load, store: Results) -> bool:
-    origin = identity(folder)
-    return any(row["model"] == origin and row["settings"]["load"] == asdict(load) for row in store.rows("bench"))
+def _benched(folder: Path, load: speed.Load, store: Results, adapter: Choice) -> bool:
+    key = (identity(folder), asdict(load), prompt_key(folder, False, {}, adapter)[0])
+    return any((row["model"], row["settings"]["load"], row["prompt"]) == key for row in store.rows("bench"))
 
 
 def _beginning(folder: Path, source: str, protocol: Protocol, tokens: int = 24) -> str:
@@ -195,17 +206,24 @@ def _beginning(folder: Path, source: str, protocol: Protocol, tokens: int = 24) 
 
 
 def _continue(
-    place: str, bits: Sequence[int | float] | None, prompts: Sequence[str], device: str, store: Results, report: Report
+    place: str,
+    bits: Sequence[int | float] | None,
+    prompts: Sequence[str],
+    device: str,
+    store: Results,
+    report: Report,
+    adapter: Choice,
 ) -> None:
     """Continue the prompts greedily at every width of a model."""
     origin, tokenizer = identity(place), load_tokenizer(place)
-    model, widths = load_widths(place, bits, dtype=torch.float32, device_map=device)
+    unusual, settings = prompt_key(place, False, {"tokens": 48}, adapter)
+    model, widths = load_widths(place, bits, dtype=torch.float32, device_map=device, adapter=adapter)
     network: Any = model  # generate is not typed
     for label, width in widths.items():
         if width is not None:
             compress.set_bits(model, width)
         for number, prompt in enumerate(prompts, 1):
-            key = Key("sample", prompt, origin, label, settings={"tokens": 48})
+            key = Key("sample", prompt, origin, label, unusual, settings)
             report(f"continuing at {label}", number, len(prompts))
             if store.find(key) is None:
                 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
@@ -215,8 +233,8 @@ def _continue(
                 store.add(key, {}, text=str(tail))
 
 
-def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
-    """Lay out what is known; measures nothing.
+def collect(folder: Path, store: Results, notes: Sequence[str] = (), adapter: Choice = None) -> Facts:
+    """Lay out what is known; measures nothing. Texts and tasks come with every adapter, the rest with the one that is named.
 
     Raises:
         CompressError: no checkpoint, or a matrix file that is not one.
@@ -225,7 +243,13 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = ()) -> Facts:
     if manifest is None:
         raise CompressError(f"{folder}: has no compression.json; a report is about a checkpoint that compress wrote.")
     inspected, own = inspect(folder), identity(folder)
-    rows = [row for row in store.rows() if row["model"] in (own, dense_identity(manifest))]
+    dense, name = dense_identity(manifest), prompt_key(folder, False, {}, adapter)[0]
+    rows = [
+        row
+        for row in store.rows()
+        if row["model"] in (own, dense)
+        and (row["kind"] in ("text", "task", "variant") or row["prompt"] == (name if row["model"] == own else None))
+    ]
     benches = [row for row in rows if row["kind"] == "bench" and row["model"] == own]
     measured = {row["width"] for row in rows if row["kind"] in ("text", "task") and "." in row["width"]}
     widths = sorted({*inspected["bytes_at_bits"], *measured}, key=float, reverse=True) or ["dense"]

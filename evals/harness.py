@@ -10,8 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from compress.adapters import virtual_tokens
 from compress.errors import CompressError
-from compress.prompts.adapter import virtual_tokens
 
 _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothing tells that memory runs out
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compress.adapters import text_length, virtual_tokens
 from compress.calibration import bos_tokens, token_ids
 from compress.errors import CompressError
-from compress.prompts.adapter import text_length, virtual_tokens
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def report(
     store = results_of(folder, results)
     collect(folder, store)  # refuses what is no checkpoint before any long work
     notes = [] if wanted is None else measure_missing(folder, wanted, store, progress or (lambda *_: None))
-    page = report_page(collect(folder, store, notes))
+    page = report_page(collect(folder, store, notes, wanted.adapter if wanted else None))
     without = plots.why_not()
     files = [picture for section in page.sections for picture in section.pictures if picture.file and not without]
     written = [target / "index.html", target / "report.md", *(target / picture.file for picture in files)]

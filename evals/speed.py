@@ -26,9 +26,10 @@ from compress.evals.agreement import dense_model_of
 from compress.evals.evaluate import load_widths
 from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
-from compress.evals.store import Key, Results, identity, versions
+from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.inspect import inspect
 from compress.passes import Report
+from compress.sidecars import Choice
 from compress.weights import Checkpoint
 
 Times = dict[str, list[float]]
@@ -41,7 +42,7 @@ import compress
 from compress.loading import read_config
 from compress.streaming import empty_model
 
-folder, bits, dtype, device = request
+folder, bits, dtype, device, adapter = request
 dtype = getattr(torch, dtype)
 config = read_config(folder)
 config.quantization_config = None
@@ -51,7 +52,7 @@ if on_gpu:
     torch.zeros(1, device=device)
 held = (lambda: torch.cuda.memory_allocated(device)) if on_gpu else (lambda: psutil.Process().memory_info().rss)
 start, begun = held(), time.perf_counter()
-model = compress.load(folder, bits=bits, dtype=dtype, device_map=device)
+model = compress.load(folder, bits=bits, dtype=dtype, device_map=device, adapter=adapter)
 loaded = time.perf_counter() - begun
 with torch.inference_mode():
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
@@ -107,6 +108,7 @@ def bench(
     exact: bool = True,
     store: Results | None = None,
     report: Report | None = None,
+    adapter: Choice = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint at several widths, and the dense model it was made from.
 
@@ -121,6 +123,7 @@ def bench(
         exact: as for :func:`compress.load`.
         store: the result is added to it.
         report: called with (what, done, total).
+        adapter: as for :func:`compress.load`; the dense model has none.
 
     Returns:
         ``{"model", "backend", "device", "dtype", "threads", "load", "dense", "widths": {"dense" | "4": {
@@ -133,7 +136,7 @@ def bench(
         CompressError: no such model, width or device, or a prompt beyond the context.
     """
     load = load or Load()
-    model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact)
+    model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     widths = {label: width for label, width in found.items() if width is not None}
     for value in widths.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
@@ -143,10 +146,10 @@ def bench(
     models = dict.fromkeys(places, model)
     if dense is not None and dense != folder:
         places = {DENSE: dense, **places}
-        models = {DENSE: compress.load(dense, dtype=dtype, device_map=device), **models}
+        models = {DENSE: compress.load(dense, dtype=dtype, device_map=device, adapter=False), **models}
     setting = _setting(load, dtype, device, exact)
     times = _times(models, widths, load, device, report)
-    fresh = _fresh_loads(places, widths, load.loads, setting["dtype"], device, report)
+    fresh = _fresh_loads(places, widths, load.loads, setting["dtype"], device, report, adapter)
     figures = {
         name: _figures(name, times, load)
         | {what: spread(values) for what, values in fresh[name].items()}
@@ -155,7 +158,8 @@ def bench(
     }
     result = {"model": folder, **setting, "dense": note, "widths": figures}
     if store is not None:
-        store.add(Key("bench", "bench", identity(folder), "all", settings=setting), {}, result=result)
+        key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
+        store.add(key, {}, result=result)
     return result
 
 
@@ -248,13 +252,20 @@ def _now(device: torch.device) -> float:
 
 
 def _fresh_loads(
-    places: Mapping[str, str], widths: Mapping[str, Any], loads: int, dtype: str, device: str, report: Report | None
+    places: Mapping[str, str],
+    widths: Mapping[str, Any],
+    loads: int,
+    dtype: str,
+    device: str,
+    report: Report | None,
+    adapter: Choice,
 ) -> dict[str, Times]:
     """Measure load seconds and resident bytes in new processes, candidates in turn."""
     found: dict[str, Times] = {name: {"load_seconds": [], "resident_bytes": []} for name in places}
     for turn in range(loads):
         for place, (name, folder) in enumerate(places.items()):
-            for what, value in in_fresh_process(_LOAD, [folder, widths.get(name), dtype, device]).items():
+            choice = False if name == DENSE else str(adapter) if isinstance(adapter, Path) else adapter
+            for what, value in in_fresh_process(_LOAD, [folder, widths.get(name), dtype, device, choice]).items():
                 found[name][what].append(float(value))
             if report is not None:
                 report(f"loading {name}", turn * len(places) + place + 1, loads * len(places))

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from compress.errors import CompressError
 from compress.manifest import read_manifest
-from compress.prompts.adapter import WEIGHTS, find_prompts
+from compress.sidecars import ADAPTER_FOLDER, PEFT_WEIGHTS, PROMPTS_FOLDER, Choice, find_adapter, find_prompts
 from compress.version import __version__
 from compress.weights import Checkpoint, sha256_of
 from compress.workspace import digest
@@ -37,7 +37,7 @@ class Key:
         name: of the text, the task, …
         model: digest of the model's files, :func:`identity`.
         width: ``"4"``, ``"3.5"``, or ``"dense"``.
-        prompt: name of the soft prompt in front; None without one.
+        prompt: name of the soft prompt in front, or of another unusual adapter; None for the checkpoint as it was made.
         settings: everything else that changes the figures (digest of the data, protocol, dtype).
     """
 
@@ -137,27 +137,38 @@ def identity(folder: str | Path) -> str:
 
 
 def prompt_key(
-    folder: str | Path, prompt: bool | str | Path, settings: Mapping[str, Any]
+    folder: str | Path, prompt: bool | str | Path, settings: Mapping[str, Any], adapter: Choice = None
 ) -> tuple[str | None, dict[str, Any]]:
-    """Return name and settings of a measurement with soft prompts in front, for :class:`Key`.
+    """Return name and settings of a measurement with soft prompts in front, or with an adapter, for :class:`Key`.
 
     Args:
         folder: checkpoint.
         prompt: True for its own prompts, a folder for others, False for none.
-        settings: of the measurement; digests of the prompts are added.
+        settings: of the measurement; digests of the prompts and the adapter are added.
+        adapter: as for :func:`compress.load`. The checkpoint's own does not show in the name: its absence does.
 
     Raises:
-        CompressError: there are no prompts.
+        CompressError: there are no prompts, or no adapter.
     """
-    if not prompt:
-        return None, dict(settings)
-    found = find_prompts(folder, prompt)
-    name = "soft prompt"
-    if prompt is not True:
-        place = Path(prompt)
-        name = f"prompt of {place.resolve().parent.name if place.name == 'soft_prompt' else place.name}"
-    digests = {str(width or "all"): sha256_of(path / WEIGHTS) for width, path in found.items()}
-    return name, {**settings, "prompt": digests}
+    names, settings = [], dict(settings)
+    if prompt:
+        found = find_prompts(folder, prompt)
+        settings["prompt"] = {str(bits or "all"): sha256_of(path / PEFT_WEIGHTS) for bits, path in found.items()}
+        names.append("soft prompt" if prompt is True else f"prompt of {_owner(prompt)}")
+    adapted = find_adapter(folder, adapter)
+    if adapted is not None:
+        settings["adapter"] = sha256_of(adapted / PEFT_WEIGHTS)
+        if isinstance(adapter, str | Path):
+            names.append(f"adapter of {_owner(adapter)}")
+    elif find_adapter(folder):
+        names.append("without adapter")
+    return ", ".join(names) or None, settings
+
+
+def _owner(sidecar: str | Path) -> str:
+    """Name the checkpoint that a prompt's or an adapter's folder lies in, or the folder itself."""
+    place = Path(sidecar)
+    return place.resolve().parent.name if place.name in (PROMPTS_FOLDER, ADAPTER_FOLDER) else place.name
 
 
 def dense_identity(manifest: Mapping[str, Any]) -> str:

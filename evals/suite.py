@@ -13,6 +13,7 @@ from compress.evals.evaluate import Protocol, open_text
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Tasks, evaluate_tasks
 from compress.passes import Report
+from compress.sidecars import Choice
 
 Rows = dict[str, dict[str, dict[str, Any]]]
 
@@ -31,6 +32,7 @@ class Suite:
         dense: measure the dense model as well.
         reference: where that is; the recipe's if None.
         batch: rows in a batch of tasks.
+        adapter: as for :func:`compress.load`; the dense model has none.
     """
 
     text: str | None = None
@@ -42,6 +44,7 @@ class Suite:
     dense: bool = False
     reference: str | None = None
     batch: int | None = None
+    adapter: Choice = None
 
 
 def evaluate_all(
@@ -78,22 +81,20 @@ def evaluate_all(
     original = dense_model_of(folder, suite.reference) if suite.dense else None
     result: dict[str, Any] = {"model": folder}
     rows: Rows = {}
-    prompt = suite.prompt
-    places = [(folder, bits, prompt)]
+    tell: dict[str, Any] = {"device": device, "report": report}
+    places = [(folder, bits, suite.prompt, suite.adapter)]
     if original is not None:
-        places.append((original, None, folder if prompt is True else prompt))
+        places.append((original, None, folder if suite.prompt is True else suite.prompt, False))
     if suite.tasks.names:
-        for place, widths, front in places:
-            rows |= evaluate_tasks(place, suite.tasks, widths, store, front, suite.batch, device=device, report=report)
+        for place, widths, front, adapter in places:
+            rows |= evaluate_tasks(place, suite.tasks, widths, store, front, suite.batch, adapter=adapter, **tell)
         result["tasks"] = {
             width: {name: row["metrics"] for name, row in found.items()} for width, found in rows.items()
         }
     if suite.text is None:
         return result, rows
-    for place, widths, front in places:
-        work = open_text(
-            place, suite.text, widths, suite.protocol, device=device, report=report, prompt=front, store=store
-        )
+    for place, widths, front, adapter in places:
+        work = open_text(place, suite.text, widths, suite.protocol, prompt=front, store=store, adapter=adapter, **tell)
         found = work.evaluate()
         result.setdefault("bits", {}).update(found.pop("bits"))
         result = {**found, **result}

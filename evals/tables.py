@@ -85,9 +85,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def label(width: str, prompt: str | None = None) -> str:
-    """Name a row: ``4 bits``, ``dense``, with a word for the prompt."""
+    """Name a row: ``4 bits``, ``dense``, with a word for its prompt or for the adapter that it is without."""
     name = f"{width} bits" if width[0].isdigit() else width
-    return f"{name} + {prompt}" if prompt else name
+    return f"{name}, {prompt}" if prompt and "without" in prompt else f"{name} + {prompt}" if prompt else name
 
 
 def above(loss: float, dense: float) -> float:

@@ -22,6 +22,7 @@ from compress.evals.evaluate import load_widths
 from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.loading import load_tokenizer
 from compress.passes import Report
+from compress.sidecars import Choice
 from compress.weights import sha256_of
 from compress.workspace import digest
 
@@ -73,6 +74,7 @@ def evaluate_tasks(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     report: Report | None = None,
+    adapter: Choice = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Run lm-eval tasks at several widths of one load.
 
@@ -86,6 +88,7 @@ def evaluate_tasks(
         dtype: to compute in.
         device: to compute on.
         report: called with (what, requests done, requests in all). lm-eval's own bars are silenced if given.
+        adapter: as for :func:`compress.load`.
 
     Returns:
         ``{width: {task: row}}``; a row as :class:`compress.evals.store.Results` keeps it, with ``lm_eval``, the
@@ -98,15 +101,15 @@ def evaluate_tasks(
     store = store or Results(None)
     manager = task_manager(tasks)
     tokenizer = load_tokenizer(folder)
-    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt)
+    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter)
     origin = identity(folder)
+    unusual, common = prompt_key(folder, prompt, {"dtype": str(dtype).removeprefix("torch.")}, adapter)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for label, width in widths.items():
         if width is not None:
             compress.set_bits(model, width)
         for name in tasks.names:
-            settings = {**_settings(name, tasks), "dtype": str(dtype).removeprefix("torch.")}
-            key = Key("task", name, origin, label, *prompt_key(folder, prompt, settings))
+            key = Key("task", name, origin, label, unusual, {**_settings(name, tasks), **common})
             row = store.find(key)
             if row is None:
                 watch = _labelled(report, f"{name} at {label}")

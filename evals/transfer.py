@@ -21,7 +21,7 @@ from compress.evals.evaluate import Protocol, evaluate_text, window_length
 from compress.evals.grid import pivot
 from compress.evals.store import Results
 from compress.evals.tasks import Tasks, evaluate_tasks
-from compress.prompts.adapter import stored_prompts
+from compress.sidecars import stored_prompts
 
 NONE = "none"
 Prompts = Mapping[str, Optional[Path]]

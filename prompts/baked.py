@@ -7,7 +7,7 @@ tokens' logits are 0, and ``generation_config.json`` names them among those neve
 
 from __future__ import annotations
 
-import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from compress import writer
 from compress.errors import CompressError, refuse_existing
 from compress.loading import load_tokenizer
 from compress.manifest import MANIFEST, read_manifest
-from compress.prompts.adapter import CONFIG, WEIGHTS, find_prompts
+from compress.sidecars import ADAPTER_FOLDER, PEFT_WEIGHTS, find_adapter, find_prompts, read_prompt
 from compress.source import checkpoint_state
 from compress.streaming import State, empty_model
 from compress.structure import architecture, head_name
@@ -60,48 +60,52 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "vocabulary.safetensors"
         save_file(_tables(state, names, tensor / scale), file)
-        config = type(state.config).from_dict(
-            {
-                **state.config.to_dict(),
-                "vocab_size": vocabulary + len(tensor),
-                "tie_word_embeddings": False,
-            }
-        )
+        fields = {"vocab_size": vocabulary + len(tensor), "tie_word_embeddings": False}
+        config = type(state.config).from_dict({**state.config.to_dict(), **fields})
         source = Overlay(state.source, [file])
         larger = State(source, config, state.packed, digest(state.key, added), state.shapes)
 
         def write_beside(target: Path) -> None:
             tokenizer.save_pretrained(target)
             _never_generate(target, list(range(vocabulary, vocabulary + len(added))))
+            if adapter := find_adapter(folder):
+                shutil.copytree(adapter, target / ADAPTER_FOLDER)
 
         manifest = read_manifest(folder) or {
-            "recipe": {"model": str(folder), "passes": [], "seed": 0}, "model_sha256": Checkpoint(folder).sha256(),
-            "calibration": None, "passes": [],
-        }  # fmt: skip
+            "recipe": {"model": str(folder), "passes": [], "seed": 0},
+            "model_sha256": Checkpoint(folder).sha256(),
+            "calibration": None,
+            "passes": [],
+        }
         kept = {key: manifest[key] for key in ("recipe", "model_sha256", "calibration", "passes")}
         baked = {"from": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None, "tokens": added}
         ids = tokenizer("def compress(model):\n    return")["input_ids"]
         writer.write_checkpoint(
-            larger, folder, output, manifest={**kept, "baked": baked}, probe_tokens=ids, device=torch.device("cpu"),
+            larger,
+            folder,
+            output,
+            manifest={**kept, "baked": baked},
+            probe_tokens=ids,
+            device=torch.device("cpu"),
             write_beside=write_beside,
-        )  # fmt: skip
+        )
     return added
 
 
 def _prompt(folder: Path, bits: int | None, prompt: bool | Path) -> Tensor:
-    """The embeddings to bake, float32 [tokens, hidden]."""
+    """Read the embeddings to bake, float32 [tokens, hidden]."""
     found = find_prompts(folder, prompt)
     path = found.get(bits, found.get(None))
     if path is None:
         widths = ", ".join(str(width) for width in sorted(width for width in found if width is not None))
         raise CompressError(f"{folder}: has a prompt for each of {widths} bits; say with --bits whose to bake.")
-    if json.loads((path / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "PROMPT_TUNING":
+    if read_prompt(path)[0] != "PROMPT_TUNING":
         raise CompressError(f"{path}: is a prefix; only a prompt can be written as tokens.")
-    return load_file(path / WEIGHTS)["prompt_embeddings"].float()
+    return load_file(path / PEFT_WEIGHTS)["prompt_embeddings"].float()
 
 
 def _tables(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, Tensor]:
-    """Embedding and head with rows for the new tokens, in the dtypes they had."""
+    """Return embedding and head with rows for the new tokens, in the dtypes they had."""
     embedding, head = (f"{name}.weight" for name in names)
     stored = state.source.info()
     table = state.source.read([embedding])[embedding]
@@ -113,7 +117,7 @@ def _tables(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, T
 
 
 def _tokenizer(folder: Path, count: int, vocabulary: int) -> tuple[PreTrainedTokenizerFast, list[str]]:
-    """A tokenizer that puts new special tokens in front of every text."""
+    """Make a tokenizer that puts new special tokens in front of every text."""
     tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CompressError(

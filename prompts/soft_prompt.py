@@ -16,20 +16,21 @@ from compress.hf import packed_modules
 from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.processes import processes
-from compress.prompts.adapter import FOLDER, adapter_fields, embedding, new_prompt, write_prompt
 from compress.prompts.settings import SoftPromptConfig
+from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.records import PackedShape
+from compress.sidecars import PROMPTS_FOLDER
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record
 
 
 class SoftPrompt(Pass[SoftPromptConfig]):
-    """One unit per prompt."""
+    """Train each prompt in a unit of its own."""
 
     Config = SoftPromptConfig
 
     def needs(self) -> Needs:
-        """The whole model as it will be used; the dense one only to learn from it."""
+        """Ask for the whole model as it will be used, and for the dense one only to learn from it."""
         return Needs(whole_model=True, teacher=bool(self.config.distill), beside=True, text=self.config.text)
 
     def check(self, context: Context) -> None:
@@ -47,7 +48,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             self._given_tokens(self.config.start_text, context)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """``prompt``, or a unit per width.
+        """Name the units: ``prompt``, or one for each number of bits.
 
         Raises:
             CompressError: a width that the model does not have.
@@ -87,9 +88,15 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         with prompted.disable_adapter():
             without = held_out_losses(prompted, samples, config, model.device, loss=loss, states=states)
         trained = train(
-            prompted, samples, config, context.seed, loss=loss, states=states, folder=whole.scratch,
+            prompted,
+            samples,
+            config,
+            context.seed,
+            loss=loss,
+            states=states,
+            folder=whole.scratch,
             report=lambda what, done, total: report(f"{unit}, {what}", done, total),
-        )  # fmt: skip
+        )
         for name, bits in found.items():
             packed_modules(model)[name].bits = bits
         record = {
@@ -103,24 +110,24 @@ class SoftPrompt(Pass[SoftPromptConfig]):
     def write_files(
         self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Record]
     ) -> None:
-        """Each prompt as a peft adapter of its own."""
+        """Write each prompt as a peft adapter of its own."""
         for unit, tensors in units.items():
-            place = folder / FOLDER if unit == "prompt" else folder / FOLDER / unit
+            place = folder / PROMPTS_FOLDER if unit == "prompt" else folder / PROMPTS_FOLDER / unit
             write_prompt(place, tensors["prompt_embeddings"], records[unit]["adapter"])
 
     def _widths(self, unit: str, model: torch.nn.Module) -> list[int]:
-        """Widths that a unit's prompt is trained at; none where nothing is packed."""
+        """List the bits that a unit's prompt is trained at; none where nothing is packed."""
         if unit != "prompt":
             return [int(unit.removesuffix("bit"))]
         there = sorted({bits for module in packed_modules(model).values() for bits in module.shape.widths})
         return [bits for bits in there if bits in (self.config.widths or there)]
 
     def _cut(self, sample: Tensor, context: Context) -> Tensor:
-        """What of a sample fits beside the prompt."""
+        """Return what of a sample fits beside the prompt."""
         return sample if context.context_length is None else sample[: context.context_length - self.config.tokens]
 
     def _scaled(self, start: Tensor) -> SoftPromptConfig:
-        """The settings with an absolute learning rate."""
+        """Return the settings with an absolute learning rate."""
         if not self.config.relative:
             return self.config
         size = float(start.square().mean().sqrt())
@@ -128,7 +135,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
     @torch.no_grad()
     def _begin(self, whole: Whole, context: Context) -> Tensor:
-        """What is trained, as it begins: float32 [tokens, hidden]; of a prefix [tokens, 2 · blocks · keys]."""
+        """Return what the prompt begins as, float32 [tokens, hidden]; of a prefix [tokens, 2 · blocks · keys]."""
         rows, count = int(whole.model.config.vocab_size), torch.arange(self.config.tokens)
         if self.config.start == "vocabulary":
             ids = count % rows

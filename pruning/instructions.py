@@ -26,7 +26,7 @@ PAIRED = ", paired with an input that provides further context"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One sample.
+    """One sample: a prompt and its answer.
 
     Attributes:
         tokens: int64 [T], the prompt, the answer and the end-of-text token.
@@ -38,7 +38,7 @@ class Instruction:
 
 
 def read_instructions(text: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[Instruction]:
-    """The first so many lines whose answers begin within the length.
+    """Read the first lines of a file whose answers begin within the length.
 
     Args:
         text: a JSON lines file with the keys ``instruction``, ``output`` and, possibly empty, ``input``; how many and how long.
@@ -79,7 +79,10 @@ def _prompt(instruction: str, given: str) -> str:
 
 
 def answer_loss(samples: Sequence[Instruction]) -> Loss:
-    """Cross-entropy of answers only. Each sample's mean counts as many times as it has predicted tokens, prompt included."""
+    """Return the cross-entropy of answers only, as a loss to train with.
+
+    Each sample's mean counts as many times as it has predicted tokens, prompt included.
+    """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         targets = batch.tokens[:, 1:]

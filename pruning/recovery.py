@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
-from compress.pruning.adapter import FOLDER, adapter_model, write_adapter
 from compress.pruning.instructions import answer_loss, read_instructions
+from compress.pruning.lora import adapter_model, write_adapter
 from compress.pruning.settings import LoraRecoveryConfig
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
+from compress.sidecars import ADAPTER_FOLDER
 from compress.structure import block_prefix
 from compress.training import Loss, hold_out, next_token_loss, train
 from compress.workspace import Record
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class LoraRecovery(Pass[LoraRecoveryConfig]):
-    """One training, one unit."""
+    """Train once, on the whole model: one unit of work."""
 
     Config = LoraRecoveryConfig
 
     def needs(self) -> Needs:
-        """The whole model; its backward pass."""
+        """Ask for the whole model."""
         return Needs(whole_model=True, beside=not self.config.merge, text=self.config.text)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """One.
+        """Name the one unit of work.
 
         Raises:
             CompressError: weights that are to change are packed.
@@ -45,12 +46,12 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
             raise CompressError(
                 f"lora_recovery: {what}, but a pass before has quantised them; put it before that pass, or set merge: false."
             )
-        return [FOLDER if not self.config.merge else "model"]
+        return [ADAPTER_FOLDER if not self.config.merge else "model"]
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
     ) -> tuple[dict[str, Tensor], Record]:
-        """Train; return the changed weights, or the adapter's own."""
+        """Train; return the changed weights, or the adapter's tensors."""
         config, model = self._resolved(len(whole.samples)), whole.model
         model.requires_grad_(False)
         targets = _targets(model, context)
@@ -70,7 +71,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return self._adapter(trained, context, record)
 
     def _adapter(self, trained: PeftModel, context: Context, record: Record) -> tuple[dict[str, Tensor], Record]:
-        """Merge, or take the adapter's tensors."""
+        """Merge the adapter and return the changed weights, or return its own tensors."""
         from peft import get_peft_model_state_dict
 
         if not self.config.merge:
@@ -86,7 +87,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return _stored(merged, names), record
 
     def _samples(self, whole: Whole, context: Context) -> tuple[Sequence[Tensor], Loss]:
-        """What is trained on, and what of it is learned."""
+        """Return the samples to train on, and the loss that says what of them is learned."""
         if not self.config.instructions:
             return whole.samples, next_token_loss
         assert self.config.text is not None
@@ -95,7 +96,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return [sample.tokens for sample in found], answer_loss(found)
 
     def _resolved(self, samples: int) -> LoraRecoveryConfig:
-        """Epochs as steps."""
+        """Return the settings with epochs turned into steps."""
         if self.config.epochs is None:
             return self.config
         seen = len(hold_out(samples, self.config.held_out)[0])
@@ -104,20 +105,20 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
     def write_files(
         self, folder: Path, units: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Record]
     ) -> None:
-        """The adapter, in peft's own form."""
+        """Write the adapter in peft's own form."""
         for unit, tensors in units.items():
-            write_adapter(folder / FOLDER, tensors, records[unit]["adapter"])
+            write_adapter(folder / ADAPTER_FOLDER, tensors, records[unit]["adapter"])
 
 
 def _targets(model: nn.Module, context: Context) -> list[str]:
-    """Names of all linears inside the blocks, packed or not."""
+    """List the names of all linears inside the blocks, packed or not."""
     blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(int(context.config.num_hidden_layers)))
     kinds = (nn.Linear, Conv1D, BitPlaneLinear)
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)]
 
 
 def _stored(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """Some parameters, on the CPU."""
+    """Copy some parameters to the CPU."""
     state = model.state_dict()
     with torch.no_grad():
         return {name: state[name].to("cpu", copy=True) for name in sorted(names)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -13,8 +14,6 @@ from compress.settings import PassConfig, TrainingConfig
 Score = Literal["magnitude", "wanda", "sparsegpt"]
 Ratio = Literal["survivors", "all"]
 Group = Literal["row", "matrix", "columns"]
-Variant = Literal["F1", "F2", "F3", "vector"]
-Unit = Literal["groups", "queries"]
 Allocation = Literal["uniform", "random", "owl", "alpha", "dlp", "atp", "hessian", "mrp"]
 
 # Where a paper has a value, that. mrp, with M = 5, by calibration text: stories260K alone would have 0.25 of the target,
@@ -147,8 +146,47 @@ class JointConfig(SparseConfig):
 
 StructuredScore = Literal["output", "fms", "taylor", "gates", "no_gradient", "noise", "magnitude", "random"]
 Estimator = Literal["spsa", "backprop", "residual"]
+Formula = Literal["F1", "F2", "F3", "vector"]
+Aggregate = Literal["sum", "max"]
+HeadGroups = Literal["groups", "queries"]
+"""Which heads go together: a key-value head with its query heads, or one query head of every key-value head."""
 WHOLE_MODEL = ("fms", "taylor", "gates")
 """Scores of :class:`MiniLlmConfig` that look at the whole model in memory."""
+
+
+@dataclass(frozen=True)
+class SizeSettings:
+    """Settings of ``mini_llm`` that decide how much goes from where, under the recipe's names."""
+
+    ratio: float
+    ratio_of: Literal["model", "blocks", "layers"]
+    mode: Literal["uniform", "local", "global"]
+    protect: Literal["none", "llm_pruner"] | tuple[int, int]
+    attention: float
+    unit: HeadGroups
+    multiple: int
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Settings of ``mini_llm`` that decide what a group is worth, under the recipe's names."""
+
+    score: StructuredScore
+    aggregate: Aggregate
+    compensate: bool
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """Settings of ``mini_llm`` for scores of the whole model, under the recipe's names but for ``variant``: ``formula`` here."""
+
+    score: StructuredScore
+    estimator: Estimator
+    draws: int
+    step: float
+    formula: Formula
+    aggregate: Aggregate
+    rounds: int
 
 
 class MiniLlmConfig(PassConfig):
@@ -210,11 +248,11 @@ class MiniLlmConfig(PassConfig):
     )
     draws: int = Field(1, ge=1, description="Perturbations that spsa averages over.")
     step: float = Field(1e-3, gt=0, description="Size of a perturbation.")
-    variant: Variant = Field(
+    variant: Formula = Field(
         "F1",
         description="Score of one weight for fms and taylor: |W||X||g|, |W mean(X) g|, |W g|, or their signed sum.",
     )
-    aggregate: Literal["sum", "max"] = Field("sum", description="Over the matrices that a group has parts in.")
+    aggregate: Aggregate = Field("sum", description="Over the matrices that a group has parts in.")
     rounds: int = Field(
         1, ge=1, description="For fms, taylor and gates: score again after each of so many equal parts."
     )
@@ -225,7 +263,7 @@ class MiniLlmConfig(PassConfig):
     attention: float = Field(
         1.0, ge=0, description="Share that attention loses, as a multiple of what MLPs lose; 0 leaves all heads."
     )
-    unit: Unit = Field(
+    unit: HeadGroups = Field(
         "groups",
         description="Heads go as key-value heads with all their queries, or as queries, equally many of every key-value head.",
     )
@@ -261,10 +299,23 @@ class MiniLlmConfig(PassConfig):
         return self
 
     @property
-    def source(self) -> Estimator:
-        """The estimator in use."""
-        chosen: dict[str, Estimator] = {"fms": "spsa", "taylor": "backprop", "gates": "residual"}
-        return self.estimator or chosen.get(self.score, "residual")
+    def sizes(self) -> SizeSettings:
+        """Return the settings that decide how much goes from where."""
+        return SizeSettings(
+            self.ratio, self.ratio_of, self.mode, self.protect, self.attention, self.unit, self.multiple
+        )
+
+    @property
+    def scores(self) -> ScoreSettings:
+        """Return the settings that decide what a group is worth."""
+        return ScoreSettings(self.score, self.aggregate, self.compensate)
+
+    @property
+    def gradients(self) -> GradientSettings:
+        """Return the settings of scores of the whole model, with the estimator in use."""
+        usual: dict[str, Estimator] = {"fms": "spsa", "taylor": "backprop"}
+        estimator = self.estimator or usual.get(self.score, "residual")
+        return GradientSettings(self.score, estimator, self.draws, self.step, self.variant, self.aggregate, self.rounds)
 
 
 class LoraRecoveryConfig(TrainingConfig):

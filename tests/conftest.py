@@ -178,7 +178,7 @@ def kill_and_finish():
         [
             "compress.pipeline",
             "compress.quant.any_precision",
-            "compress.pruning.mini_llm",
+            "compress.pruning.structured.mini_llm",
             "compress.prompts.soft_prompt",
         ]
     )

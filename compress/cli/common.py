@@ -41,6 +41,14 @@ PromptFrom = Annotated[
     Optional[Path],
     typer.Option(help="The same with the soft prompt of this folder, of another checkpoint say.", metavar="DIR"),
 ]
+AdapterFlag = Annotated[
+    Optional[bool],
+    typer.Option(
+        "--adapter/--no-adapter",
+        help="Use the low-rank adapter in DIR/adapter, or leave it off; used where there is one if absent.",
+        show_default=False,
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

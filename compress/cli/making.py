@@ -125,6 +125,11 @@ def inspect(
         out.print(_sparsity_table(found["sparsity"]))
     for width, prompt in found["prompts"].items():
         out.print(f"soft prompt for {width}: {prompt['tokens']} virtual tokens, {prompt['numbers']} numbers")
+    if "adapter" in found:
+        rank, numbers = found["adapter"]["rank"], found["adapter"]["numbers"]
+        out.print(
+            f"adapter of rank {rank}, {numbers} numbers: in use unless left off, but not by plain from_pretrained"
+        )
     dense = sum(found["dense"].values())
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from compress.cli.common import (
+    AdapterFlag,
     BitsOption,
     DeviceOption,
     JsonOption,
@@ -55,6 +56,7 @@ def evaluate(
     device: DeviceOption = "cpu",
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
+    adapter: AdapterFlag = None,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -72,7 +74,7 @@ def evaluate(
     refuse_unwritable(target, table)
     quiet_transformers()
     chosen, front = Tasks(parse_names(tasks), include, text.limit, fewshot), prompt_from or prompt
-    suite = Suite(text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch)
+    suite = Suite(text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch, adapter)
     with progress_bar() as progress:
         result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, progress)
     if table is not None:
@@ -123,6 +125,7 @@ def bench(
     exact: Annotated[bool, typer.Option(help=_EXACT)] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
     device: DeviceOption = "cpu",
+    adapter: AdapterFlag = None,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -146,8 +149,8 @@ def bench(
     load, kind = Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
     with progress_bar() as progress, TemporaryDirectory() as scratch:
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
-        store = results_of(place, kept)
-        found = measure(place, parse_widths(bits), reference, load, kind, device, exact, store, progress)
+        store, widths = results_of(place, kept), parse_widths(bits)
+        found = measure(place, widths, reference, load, kind, device, exact, store, progress, adapter)
     if write_json(found, target) and target == "-":
         return
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")

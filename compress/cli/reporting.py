@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from compress.cli.common import (
+    AdapterFlag,
     BitsOption,
     DeviceOption,
     Folder,
@@ -44,6 +45,7 @@ def report(
     benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed and memory.")] = True,
     samples: _Samples = None,
     device: DeviceOption = "cpu",
+    adapter: AdapterFlag = None,
     kept: ResultsOption = None,
 ) -> None:
     """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality of every width, controls, errors, samples.
@@ -59,7 +61,7 @@ def report(
     chosen = Tasks(parse_names(tasks), include, text.limit) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
     prompts = tuple(samples or ())
-    wanted = Wanted(text.text, text.protocol(), chosen, parse_widths(bits), controls, load, prompts, device)
+    wanted = Wanted(text.text, text.protocol(), chosen, parse_widths(bits), controls, load, prompts, device, adapter)
     with progress_bar() as progress:
         written, notes = write(folder, wanted if run else None, output, kept, progress)
     for path in written:

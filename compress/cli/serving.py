@@ -8,7 +8,16 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.markup import escape
 
-from compress.cli.common import Folder, PromptFlag, PromptFrom, app, out, parse_widths, quiet_transformers
+from compress.cli.common import (
+    AdapterFlag,
+    Folder,
+    PromptFlag,
+    PromptFrom,
+    app,
+    out,
+    parse_widths,
+    quiet_transformers,
+)
 from compress.errors import CompressError
 
 
@@ -27,20 +36,26 @@ def generate(
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
+    adapter: AdapterFlag = None,
 ) -> None:
     """Continue a text at a width."""
     import torch
     from transformers import TextStreamer
 
+    from compress.adapters import text_length, virtual_tokens
     from compress.loading import load, load_tokenizer
-    from compress.prompts.adapter import text_length, virtual_tokens
 
     quiet_transformers()
     widths = parse_widths(bits)
     if widths is not None and len(widths) > 1:
         raise CompressError(f"--bits {bits!r}: give one width to generate at.")
     model: Any = load(
-        folder, bits=widths[0] if widths else None, memory=memory, prompt=prompt_from or prompt, dtype=torch.float32
+        folder,
+        bits=widths[0] if widths else None,
+        memory=memory,
+        prompt=prompt_from or prompt,
+        adapter=adapter,
+        dtype=torch.float32,
     )
     tokenizer = load_tokenizer(folder)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)

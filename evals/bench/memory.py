@@ -63,7 +63,7 @@ print(json.dumps(found | {"peak": resident("VmHWM")}))
 """
 PROMPT = r"""
 import torch, compress
-from compress.prompts.adapter import new_prompt
+from compress.prompts.stored import new_prompt
 from compress.prompts.settings import SoftPromptConfig
 from compress.training import train
 

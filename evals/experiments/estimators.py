@@ -19,11 +19,11 @@ from compress.calibration import draw_samples
 from compress.evals import script, tables
 from compress.evals.grid import read_grid
 from compress.passes import Block, Context
-from compress.pruning.allot import all_parts
-from compress.pruning.least_squares import removal_order
-from compress.pruning.measured import block_scores, last_linear, moments_of
 from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
-from compress.pruning.survey import whole_model_scores
+from compress.pruning.structured.gradients import whole_model_scores
+from compress.pruning.structured.groups import last_linear
+from compress.pruning.structured.scores import BlockScores, removal_order
+from compress.pruning.structured.sizes import Removals
 from compress.settings import Calibration
 from compress.shapes import config_shape
 from compress.source import Source, make_context, open_source, pick_device
@@ -54,19 +54,19 @@ def dense_blocks(
 @torch.no_grad()
 def channel_scores(config: MiniLlmConfig, source: Source, context: Context, samples: Sequence[Tensor]) -> list[Tensor]:
     """Return the scores of the channels of every MLP of the dense model, one vector per block."""
-    parts, findings, scores = all_parts(config, context), dict[str, Tensor](), []
+    parts, findings, scores = Removals(config.sizes, context).parts, dict[str, Tensor](), []
     if config.score in WHOLE_MODEL:
         with torch.enable_grad():
             model = StreamedModel(source.state, context.device).whole()
-            findings = whole_model_scores(config, model, samples, context, parts, [], lambda *_: None)
+            findings = whole_model_scores(config.gradients, model, samples, context, parts, [], lambda *_: None)
     for block in dense_blocks(source, context, samples, findings):
-        part = parts[block.index]["mlp"]
+        part, found = parts[block.index]["mlp"], BlockScores(config.scores, block, context)
         if config.score != "output":
-            scores.append(block_scores(block, part, config, context))
+            scores.append(found.scores(part))
             continue
-        weight, moments = last_linear(block, part).weight, moments_of(block, part, True)
-        order, _ = removal_order(weight, moments, part.columns, part.classes, part.units - 1)
-        rank = torch.full((part.units,), float(part.units))
+        weight, moments = last_linear(block, part).weight, found.moments(part)
+        order, _ = removal_order(weight, moments, part.columns, part.classes, part.count - 1)
+        rank = torch.full((part.count,), float(part.count))
         rank[order] = torch.arange(len(order), dtype=torch.float32)
         scores.append(rank)
     return scores

@@ -25,7 +25,7 @@ from compress.evals.tasks import Tasks
 from compress.evals.transfer import NONE, Place, matrix, transfer
 from compress.passes import Context
 from compress.prompts.settings import SoftPromptConfig
-from compress.pruning.adapter import adapter_model
+from compress.pruning.lora import adapter_model
 from compress.source import make_context, open_source, pick_device
 from compress.training import train
 

@@ -73,7 +73,7 @@ def test_a_setting_is_chosen_on_text_that_nobody_has_seen(data, tmp_path, monkey
     grid, trials = parse_grid(data), []
 
     def loss(folder, calibration, count):
-        trials.append(compress.weights.read_manifest(folder)["recipe"]["passes"][0])
+        trials.append(compress.manifest.read_manifest(folder)["recipe"]["passes"][0])
         return -trials[-1]["spread"]
 
     monkeypatch.setattr(module, "held_out_loss", loss)

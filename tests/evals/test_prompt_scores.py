@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import compress
+from compress.adapters import attach_prompts
 from compress.errors import CompressError
 from compress.evals import script, transfer
 from compress.evals.evaluate import Protocol, evaluate_text
@@ -14,7 +15,6 @@ from compress.evals.perplexity import Text, Window, context_length, score
 from compress.evals.store import Results
 from compress.evals.tasks import Tasks
 from compress.evals.transfer import NONE, Place, common_length, main, matrix
-from compress.prompts.adapter import attach
 
 WINDOWS = [Window(list(range(1, 20)), 18), Window(list(range(30, 42)), 4), Window([5, 6], 1)]
 
@@ -53,7 +53,7 @@ def test_without_a_prompt_nothing_is_diluted(prompted):
 
 def test_windows_make_room(prompted):
     model = compress.load(prompted, bits=3)
-    assert (context_length(model), context_length(attach(model, prompted))) == (64, 59)
+    assert (context_length(model), context_length(attach_prompts(model, prompted))) == (64, 59)
     prompts = {NONE: None, "own": prompted / "soft_prompt"}
     assert common_length(prompts, str(prompted)) == 59
     with pytest.raises(CompressError, match="the longest prompt leaves room for 59"):

@@ -21,10 +21,11 @@ from compress.inspect import inspect
 from compress.manifest import verify
 from compress.passes import Whole
 from compress.plan import plan
-from compress.prompts.adapter import WEIGHTS, embedding, new_prompt
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.soft_prompt import SoftPrompt
+from compress.prompts.stored import embedding, new_prompt
 from compress.recipe import parse_pass
+from compress.sidecars import PEFT_WEIGHTS
 from tests.conftest import CONFIGS, assert_same_files
 
 TOKENS = torch.arange(3, 20)[None]
@@ -260,7 +261,7 @@ def test_two_processes_make_one_checkpoint(prompt_recipe, tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.count(str(tmp_path)) == 1
     compress.run(prompt_recipe, tmp_path / "one")
-    one, two = (load_file(tmp_path / name / "soft_prompt" / "3bit" / WEIGHTS) for name in ("one", "two"))
+    one, two = (load_file(tmp_path / name / "soft_prompt" / "3bit" / PEFT_WEIGHTS) for name in ("one", "two"))
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
     assert not (tmp_path / "two.work").exists()
 

@@ -1,11 +1,13 @@
-"""Cutting units out of a block computes what zeroing them in the whole block computes, in every family."""
+"""Cutting groups out of a block computes what zeroing them in the whole block computes, in every family."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.passes import Block
-from compress.pruning.groups import cut, parts_of, remaining
+from compress.pruning.structured.groups import cut, parts_of, remaining
 from compress.shapes import block_shape, config_shape, groups_of, head_dim, linear_sizes
 from compress.structure import ARCHITECTURES, Linear, architecture, linears_of
 
@@ -13,43 +15,36 @@ KINDS = [kind for family in ARCHITECTURES for kind in family.model_types]
 TOKENS = torch.tensor([[5, 17, 40, 3, 99, 250, 12, 8]])
 
 
-def block_parts(block, structure, config, unit):
+def block_parts(block, structure, config, heads):
     names = [*structure.attention, *structure.mlp]
     biased = {name for name in names if getattr(block.module.get_submodule(name), "bias", None) is not None}
-    return parts_of(structure, config, block.shape, unit, biased)
+    return parts_of(structure, config, block.shape, heads, biased)
 
 
 def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def cut_everywhere(model, kind, unit, removed):
-    """Remove units of one part from every block; the block's own columns are zeroed in a copy's."""
+def cut_everywhere(model, kind, heads, removed):
+    """Remove groups of one part from every block; the block's own columns are zeroed in a copy's."""
     structure = architecture(model.config)
     for index, module in enumerate(model.get_submodule(structure.blocks)):
         prefix = f"{structure.blocks}.{index}"
         block = Block(index, prefix, module, linears_of(module, prefix), shape=config_shape(model.config))
-        part = block_parts(block, structure, model.config, unit)[kind]
+        part = block_parts(block, structure, model.config, heads)[kind]
         last = Linear(part.last, module.get_submodule(part.last))
         kept = remaining(last.shape[1], part.columns[torch.tensor(removed)])
         bias = getattr(last.module, "bias", None)
-        cut(
-            block,
-            part,
-            removed,
-            structure,
-            model.config,
-            last.weight[:, kept].clone(),
-            None if bias is None else bias.data,
-        )
+        context = SimpleNamespace(structure=structure, config=model.config)
+        cut(block, part, removed, context, last.weight[:, kept].clone(), None if bias is None else bias.data)
         yield block, part
 
 
-def zero_everywhere(model, kind, unit, removed):
+def zero_everywhere(model, kind, heads, removed):
     structure = architecture(model.config)
     for index, module in enumerate(model.get_submodule(structure.blocks)):
         block = Block(index, "", module, {}, shape=config_shape(model.config))
-        part = block_parts(block, structure, model.config, unit)[kind]
+        part = block_parts(block, structure, model.config, heads)[kind]
         Linear("", module.get_submodule(part.last)).weight[:, part.columns[torch.tensor(removed)].flatten()] = 0.0
 
 
@@ -62,13 +57,13 @@ def cases():
             yield kind, "attention", "queries", [1, 2]
 
 
-@pytest.mark.parametrize(("kind", "part", "unit", "removed"), list(cases()))
+@pytest.mark.parametrize(("kind", "part", "heads", "removed"), list(cases()))
 @torch.no_grad()
-def test_cut_equals_zeroed(make_model, kind, part, unit, removed):
+def test_cut_equals_zeroed(make_model, kind, part, heads, removed):
     small, zeroed = loaded(make_model(kind)), loaded(make_model(kind))
-    zero_everywhere(zeroed, part, unit, removed)
+    zero_everywhere(zeroed, part, heads, removed)
     before = sum(p.numel() for p in small.parameters())
-    blocks = list(cut_everywhere(small, part, unit, removed))
+    blocks = list(cut_everywhere(small, part, heads, removed))
     lost = sum(p.cost * len(removed) for _, p in blocks)
     assert before - sum(p.numel() for p in small.parameters()) == lost
     assert torch.allclose(small(TOKENS).logits, zeroed(TOKENS).logits, atol=1e-4)

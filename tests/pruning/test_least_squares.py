@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.pruning.least_squares import DAMPING, Moments, compensated, output_error, removal_order
+from compress.pruning.structured.scores import DAMPING, OutputMoments, compensated, output_error, removal_order
 
 
 def inputs(tokens=300, columns=12, mean=0.0, seed=0):
@@ -13,7 +13,7 @@ def inputs(tokens=300, columns=12, mean=0.0, seed=0):
 
 
 def moments_of(x, centred=False):
-    found = Moments.empty(x.shape[1], centred, x.device)
+    found = OutputMoments.empty(x.shape[1], centred, x.device)
     for part in x.split(100):
         found.add(part)
     return found.finish()
@@ -35,20 +35,20 @@ def least_error(x, weight, gone):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_units_go_in_the_order_of_their_least_squares_cost(size):
+def test_groups_go_in_the_order_of_their_least_squares_cost(size):
     x, weight = inputs(), torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
     columns = torch.arange(12).view(-1, size)
     classes = torch.zeros(len(columns), dtype=torch.long)
     order, errors = removal_order(weight, moments_of(x), columns, classes, len(columns) - 1)
     gone, before = [], []
-    for unit, error in zip(order, errors, strict=True):
+    for group, error in zip(order, errors, strict=True):
         costs = {
             u: least_error(x, weight, [*before, *columns[u].tolist()]) for u in range(len(columns)) if u not in gone
         }
-        assert min(costs, key=costs.get) == unit
-        assert error == pytest.approx(costs[unit], rel=1e-3)
-        gone.append(unit)
-        before += columns[unit].tolist()
+        assert min(costs, key=costs.get) == group
+        assert error == pytest.approx(costs[group], rel=1e-3)
+        gone.append(group)
+        before += columns[group].tolist()
 
 
 def test_every_class_loses_as_many():
@@ -85,7 +85,7 @@ def test_a_bias_takes_up_the_means():
     assert floor <= apart.square().mean() < 1.1 * floor + 1e-6
 
 
-def test_many_units_go_several_at_a_time():
+def test_many_groups_go_several_at_a_time():
     x = inputs(columns=600, tokens=900)
     weight = torch.randn(4, 600)
     order, errors = removal_order(

@@ -186,6 +186,7 @@ def test_refitting_lowers_the_error(recipe, tmp_path):
     ("kind", "settings", "message"),
     [
         ("llama", {"ratio": 0.95}, "at most .* can; lower ratio"),
+        ("llama", {"ratio": 0.95, "attention": 0}, "or protect fewer blocks.$"),
         ("llama", {"ratio": 0.3, "protect": [1, 1]}, "mode uniform leaves every block the same size"),
         ("llama", {"ratio": 0.5, "protect": [2, 0], "mode": "local"}, "at most .* can; lower ratio, or protect fewer"),
         ("llama", {"ratio": 0.1, "protect": [2, 2], "mode": "local"}, "leaves no block"),

@@ -1,14 +1,20 @@
 """Recovery: adapters merged or beside the model, whole models, instructions, resuming."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from compress.evals.evaluate import evaluate_text
 from transformers import AutoTokenizer
 
 import compress
 from compress.errors import CompressError
-from compress.pruning.adapter import load_adapter
+from compress.evals.speed import Load, bench
+from compress.evals.store import results_of
+from compress.manifest import verify
+from compress.prompts.baked import bake
+from compress.prompts.stored import embedding
 from compress.pruning.instructions import answer_loss, read_instructions
 from compress.pruning.settings import LoraRecoveryConfig
 from compress.settings import Calibration
@@ -59,11 +65,23 @@ def test_an_adapter_beside_the_model_does_what_the_merged_one_does(longer, make_
     merged = compress.run({**longer, "passes": [prune, FAST]}, tmp_path / "merged", workspace=work)
     beside = compress.run({**longer, "passes": [prune, {**FAST, "merge": False}]}, tmp_path / "beside", workspace=work)
     plain = compress.run({**longer, "passes": [prune]}, tmp_path / "plain", workspace=work)
-    model = load_adapter(compress.load(beside), beside)
+    model = compress.load(beside)
     assert torch.allclose(logits(model), logits(compress.load(merged)), atol=1e-3)
+    bare = logits(compress.load(plain))
+    assert torch.equal(logits(compress.load(beside, adapter=False)), bare)
     with model.disable_adapter():
-        assert torch.allclose(logits(model), logits(compress.load(plain)), atol=1e-5)
+        assert torch.allclose(logits(model), bare, atol=1e-5)
     assert "adapter/adapter_config.json" in json.loads((beside / "compression.json").read_text())["files"]
+    text = tmp_path / "other.txt"
+    text.write_text("the dog jumps over the fox. " * 30)
+
+    def loss(folder, **adapter):
+        [score] = evaluate_text(str(folder), str(text), **adapter)["bits"].values()
+        return score["loss"]
+
+    assert loss(beside) == pytest.approx(loss(merged), abs=1e-3)
+    assert loss(beside, adapter=False) == pytest.approx(loss(plain), abs=1e-6)
+    assert abs(loss(beside, adapter=False) - loss(beside)) > 0.01
 
 
 @pytest.mark.slow
@@ -73,13 +91,97 @@ def test_adapters_train_on_bit_planes_and_serve_every_width(longer, tmp_path):
     folder = compress.run(longer, tmp_path / "model")
     record = unit(folder)
     assert held_out(record, -1) < held_out(record, 0)
-    model = compress.load(folder)
-    bare = logits(model)
-    adapted = load_adapter(model, folder)
-    assert not torch.allclose(logits(adapted), bare)
-    compress.set_bits(adapted, 2)
-    assert not torch.allclose(logits(adapted), bare)
-    adapted.generate(input_ids=TOKENS, max_new_tokens=3, pad_token_id=0)
+    model, bare = compress.load(folder), compress.load(folder, adapter=False)
+    name = "model.layers.0.mlp.down_proj"
+    for bits in (4, 2, {"re:.*q_proj": 3, name: 4}):
+        compress.set_bits(model, bits)
+        compress.set_bits(bare, bits)
+        assert compress.get_bits(model) == compress.get_bits(bare)
+        assert not torch.allclose(logits(model), logits(bare), atol=1e-2)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(bare))
+    assert logits(compress.load(folder, bits="2.5")).isfinite().all()
+    model.generate(input_ids=TOKENS, max_new_tokens=3, pad_token_id=0)
+
+
+@pytest.fixture
+def beside(longer, tmp_path):
+    """A checkpoint of 3 and 4 bits with an adapter beside it."""
+    quantise = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
+    longer["passes"] = [quantise, {**FAST, "merge": False}]
+    return compress.run(longer, tmp_path / "model")
+
+
+def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, caplog):
+    text = tmp_path / "other.txt"
+    text.write_text("the dog jumps over the fox. " * 30)
+
+    def measured(*options):
+        code, printed, _ = command("eval", beside, "--text", text, "--bits", "3", "--json", "-", *options)
+        assert code == 0
+        return json.loads(printed)
+
+    own, without = measured(), measured("--no-adapter")
+    assert own["bits"]["3"]["loss"] < without["bits"]["3"]["loss"]
+    assert "adapter" in own and "adapter" not in without
+    assert measured() == measured("--adapter") == own
+    assert "loaded with its adapter/; adapter=False (--no-adapter) leaves it off" in caplog.text
+    rows = results_of(beside).rows("text")
+    assert [row["prompt"] for row in rows] == [None, "without adapter"]
+    report = command("report", beside, "--no-run", "-o", tmp_path / "page")
+    assert report[0] == 0
+    assert "3 bits, without adapter" in (tmp_path / "page" / "report.md").read_text()
+    assert command("generate", beside, "the quick", "--no-adapter", "--max-new-tokens", "2")[0] == 0
+    assert "adapter of rank 8, " in command("inspect", beside)[1]
+    assert any("its adapter can be read" in line for line in verify(beside))
+
+
+def test_bench_times_the_model_with_and_without_its_adapter(beside):
+    load = Load(prompt=4, tokens=1, rounds=1, loads=1)
+    store = results_of(beside)
+    for adapter in (None, False):
+        found = bench(str(beside), [3], load=load, store=store, adapter=adapter)
+        assert set(found["widths"]) == {"dense", "3"}
+    assert [row["prompt"] for row in store.rows("bench")] == [None, "without adapter"]
+
+
+def test_a_prompt_stands_before_the_adapted_model(beside, prompted, tmp_path):
+    model, adapted = compress.load(beside, prompt=prompted), compress.load(beside, bits=3)
+    assert model.active_adapter == "4bit"
+    compress.set_bits(model, 3)
+    assert model.active_adapter == "3bit"
+    states = torch.cat([embedding(model)[None], model.get_input_embeddings()(TOKENS)], 1)
+    expected = adapted(inputs_embeds=states).logits
+    torch.testing.assert_close(logits(model), expected)
+    bake(beside, tmp_path / "baked", bits=3, prompt=prompted)
+    assert compress.load(tmp_path / "baked", adapter=True).peft_config["default"].r == 8
+
+
+@pytest.mark.parametrize(
+    ("damage", "adapter", "message"),
+    [
+        (lambda folder: None, "nothing", "has no adapter/adapter_config.json, so there is no adapter to load"),
+        (shutil.rmtree, True, "has no adapter/adapter_config.json, so there is no adapter to load"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), None, "is not an adapter that can be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}'), None, "is a IA3 adapter"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(beside, damage, adapter, message):
+    damage(beside / "adapter")
+    with pytest.raises(CompressError, match=message):
+        compress.load(beside, adapter=adapter)
+
+
+def test_an_adapter_of_another_model_is_used_only_when_named(beside, tiny_llama, tmp_path):
+    folder = tmp_path / "dense"
+    shutil.copytree(tiny_llama, folder)
+    shutil.copytree(beside / "adapter", folder / "adapter")
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('".."', '"somebody/else"'))
+    bare = logits(compress.load(tiny_llama))
+    assert torch.equal(logits(compress.load(folder)), bare)
+    assert not torch.allclose(logits(compress.load(tiny_llama, adapter=folder)), bare, atol=1e-2)
+    assert not torch.allclose(logits(compress.load(tiny_llama, adapter=beside)), bare, atol=1e-2)
 
 
 @pytest.mark.slow

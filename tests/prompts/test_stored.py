@@ -9,17 +9,11 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 import compress
+from compress.adapters import attach_prompts, choose_prompt, text_length, virtual_tokens
 from compress.cli import app
 from compress.errors import CompressError
-from compress.prompts.adapter import (
-    attach,
-    choose,
-    embedding,
-    find_prompts,
-    stored_prompts,
-    text_length,
-    virtual_tokens,
-)
+from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
+from compress.sidecars import find_prompts, stored_prompts
 
 TOKENS = torch.arange(3, 20)[None]
 
@@ -49,7 +43,7 @@ def test_the_width_chooses_the_prompt(prompted):
 def test_one_for_all_stands_in_for_widths_without_their_own(prompted, tmp_path):
     shutil.copytree(prompted / "soft_prompt" / "3bit", tmp_path / "soft_prompt")
     shutil.copytree(prompted / "soft_prompt" / "4bit", tmp_path / "soft_prompt" / "4bit")
-    model = attach(compress.load(prompted, bits=4), tmp_path)
+    model = attach_prompts(compress.load(prompted, bits=4), tmp_path)
     assert model.active_adapter == "4bit"
     compress.set_bits(model, 3)
     assert model.active_adapter == "default"
@@ -58,7 +52,7 @@ def test_one_for_all_stands_in_for_widths_without_their_own(prompted, tmp_path):
 def test_the_base_model_is_as_good_as_before(prompted):
     model = compress.load(prompted, bits=3)
     expected = model(TOKENS).logits
-    prompted_model = attach(model, prompted)
+    prompted_model = attach_prompts(model, prompted)
     with prompted_model.disable_adapter():
         assert torch.equal(prompted_model(TOKENS).logits, expected)
 
@@ -80,11 +74,11 @@ def test_a_packed_embedding_takes_a_prompt(make_model, recipe, tmp_path):
 def test_room(prompted):
     model = compress.load(prompted)
     assert (virtual_tokens(model), text_length(model), text_length(model, 50)) == (0, 64, 50)
-    model = attach(model, prompted)
+    model = attach_prompts(model, prompted)
     assert (virtual_tokens(model), text_length(model), text_length(model, 50)) == (5, 59, 45)
     with pytest.raises(CompressError, match="5 virtual tokens leave no room for text in a context of 6"):
         text_length(model, 6)
-    choose(model.get_base_model())  # nothing to choose
+    choose_prompt(model.get_base_model())  # nothing to choose
 
 
 @pytest.mark.parametrize(
@@ -114,13 +108,13 @@ def change(folder, **fields):
 def test_a_prompt_of_another_size_is_refused(prompted, make_model):
     model = compress.load(make_model("llama", hidden_size=96, head_dim=24))
     with pytest.raises(CompressError, match="does not fit this model"):
-        attach(model, find_prompts(prompted))
+        attach_prompts(model, find_prompts(prompted))
 
 
 def said(*arguments):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    assert result.exit_code == 0, result.stdout
+    return result.stdout
 
 
 def test_the_command_line_uses_prompts(prompted, tmp_path):
@@ -139,15 +133,29 @@ def test_the_command_line_uses_prompts(prompted, tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@torch.no_grad()
+def test_generation_sees_the_prompt_once(prompted, tmp_path, method):
+    """Every new token's logits, with a cache, are those of one forward pass over the whole text."""
+    folder = prompted
+    if method == "prefix":
+        folder = tmp_path / "prefix"
+        prefix = new_prompt(compress.load(prompted), "prefix", torch.randn(5, 2 * 3 * 24))
+        write_prompt(folder, embedding(prefix), adapter_fields(prefix))
+    model = compress.load(prompted, bits=3, prompt=folder)
+    options = {"do_sample": False, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    made = model.generate(input_ids=TOKENS, max_new_tokens=6, min_new_tokens=6, **options)
+    whole = model(made.sequences, use_cache=False).logits[:, -7:-1]
+    torch.testing.assert_close(torch.stack(made.logits, 1), whole, atol=1e-4, rtol=1e-4)
+    bare = compress.load(prompted, bits=3)
+    expected = bare.generate(input_ids=TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with model.disable_adapter():
+        without = model.generate(input_ids=TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(without, expected)
+
+
 def test_generation_ends_where_the_context_does(prompted):
     """64 places: 5 for the prompt."""
-    model = compress.load(prompted, bits=3, prompt=True)
-    cached = model.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    states = TOKENS
-    for _ in range(4):
-        following = model(states, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-        states = torch.cat([states, following], 1)
-    assert torch.equal(cached, states)
     result = CliRunner().invoke(app, ["generate", str(prompted), "the " * 70, "--prompt"])
     assert isinstance(result.exception, CompressError)
     assert "room for 59 beside the soft prompt" in str(result.exception)

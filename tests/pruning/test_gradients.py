@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.pruning.criteria import element_scores, group_scores, lowest
-from compress.pruning.estimate import (
+from compress.pruning.structured.gradients import (
     gates_backprop,
     gates_residual,
     gates_spsa,
@@ -15,7 +14,8 @@ from compress.pruning.estimate import (
     spsa_gradient,
     weight_gradients,
 )
-from compress.pruning.groups import parts_of
+from compress.pruning.structured.groups import parts_of
+from compress.pruning.structured.scores import element_scores, group_scores, lowest
 from compress.shapes import config_shape
 from compress.structure import Linear, architecture, linears_of
 
@@ -116,7 +116,7 @@ def test_the_residual_gradient_is_exact_where_no_block_follows(model):
 
 def test_gate_spsa_comes_near_the_truth_with_many_draws(make_model):
     model = AutoModelForCausalLM.from_pretrained(make_model("llama"), dtype=torch.float32).eval().requires_grad_(False)
-    gates = {"2": (gated(model)["2"][0], torch.arange(100) // 20)}  # five units
+    gates = {"2": (gated(model)["2"][0], torch.arange(100) // 20)}  # five groups
     found = gates_spsa(model, gates, SAMPLES, 60, 1e-2, 3, quiet)["2"]
     exact = gates_backprop(model, gates, SAMPLES, quiet)["2"]
     assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.8

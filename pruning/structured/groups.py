@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from compress.config import BlockShape
-from compress.passes import Block
-from compress.pruning.settings import Unit
+from compress.passes import Block, Context
+from compress.pruning.settings import HeadGroups
 from compress.shapes import groups_of, head_dim, linear_sizes, set_linear, tell_block, without
 from compress.structure import Architecture, Linear
 
@@ -21,16 +21,16 @@ Kind = Literal["attention", "mlp"]
 
 @dataclass(frozen=True)
 class Part:
-    """The attention or the MLP of a block, as units each of which can be removed.
+    """The attention or the MLP of a block, as the G groups (heads or channels) that can be removed from it.
 
     Attributes:
         kind: which of the two.
-        last: inner name of the linear that leads back to the residual stream.
-        columns: int64 [U, c], for each unit its columns of ``last``.
-        rows: inner name -> int64 [U, r], its rows of the linears before.
-        classes: int64 [U]; units of every class are removed in equal numbers. All 0 where any may go.
-        cost: parameters that go with one unit.
-        each: what one unit takes off a :class:`BlockShape`.
+        last: name within the block of the linear that leads back to the residual stream.
+        columns: int64 [G, c], for each group its columns of ``last``.
+        rows: name within the block -> int64 [G, r], each group's rows of a linear before ``last``.
+        classes: int64 [G]; every class loses equally many groups. All 0 where any may go.
+        cost: parameters that go with one group.
+        each: what one group takes off a :class:`BlockShape`.
     """
 
     kind: Kind
@@ -42,42 +42,41 @@ class Part:
     each: Mapping[str, int]
 
     @property
-    def units(self) -> int:
-        """How many there are."""
+    def count(self) -> int:
+        """Return the number of groups, G."""
         return self.columns.shape[0]
 
     @property
     def step(self) -> int:
-        """Units go in multiples of this."""
+        """Return the number that groups go in multiples of."""
         return int(self.classes.max()) + 1
 
     @property
     def members(self) -> list[str]:
-        """Inner names of all linears that lose something."""
+        """Return the names within the block of all linears that lose something."""
         return [*self.rows, self.last]
 
     def shape(self, before: BlockShape, removed: int) -> BlockShape:
-        """A block's sizes after some units have gone."""
+        """Return a block's sizes after some groups have gone."""
         return without(before, **{field: removed * count for field, count in self.each.items()})
 
 
 def parts_of(
-    structure: Architecture, config: PretrainedConfig, shape: BlockShape, unit: Unit, biased: Collection[str]
+    structure: Architecture, config: PretrainedConfig, shape: BlockShape, heads: HeadGroups, biased: Collection[str]
 ) -> dict[Kind, Part]:
-    """The parts of a block of some shape; attention is left out where the architecture's heads are fixed.
+    """Return the parts of a block; attention is left out where the architecture's heads are fixed.
 
     Args:
         structure: of the model.
         config: of the model, for the sizes that pruning leaves alone.
         shape: of the block.
-        unit: what an attention unit is: a key-value head with its query heads, or a query head, of which every key-value
-            head then loses as many.
-        biased: inner names of linears with a bias, for the cost.
+        heads: which heads go together. Of query heads alone, every key-value head loses equally many.
+        biased: names within the block of linears with a bias, for the cost.
     """
     dimension, hidden = head_dim(config), int(config.hidden_size)
     found: dict[Kind, Part] = {}
     if groups_of(structure).layout is not None:
-        found["attention"] = _attention(structure, shape, unit, dimension, hidden, biased)
+        found["attention"] = _attention(structure, shape, heads, dimension, hidden, biased)
     *first, last = structure.mlp
     channels = torch.arange(shape.channels)[:, None]
     cost = (len(first) + 1) * hidden + sum(name in biased for name in first)
@@ -87,24 +86,24 @@ def parts_of(
 
 
 def _attention(
-    structure: Architecture, shape: BlockShape, unit: Unit, dimension: int, hidden: int, biased: Collection[str]
+    structure: Architecture, shape: BlockShape, heads: HeadGroups, dimension: int, hidden: int, biased: Collection[str]
 ) -> Part:
     *first, last = structure.attention
     layout, width = groups_of(structure).layout, shape.heads * dimension
-    heads = torch.arange(width).view(shape.heads, dimension)
+    columns = torch.arange(width).view(shape.heads, dimension)
     each = {"heads": 1}
     if layout == "stacked":
-        rows = {first[0]: torch.cat([heads + part * width for part in range(3)], dim=1)}
+        rows = {first[0]: torch.cat([columns + part * width for part in range(3)], dim=1)}
     elif layout == "interleaved":
         rows = {first[0]: torch.arange(3 * width).view(shape.heads, 3 * dimension)}
     else:
-        rows = {first[0]: heads}
-    columns, classes = heads, torch.zeros(shape.heads, dtype=torch.long)
-    if unit == "queries" and shape.queries > 1:
+        rows = {first[0]: columns}
+    classes = torch.zeros(shape.heads, dtype=torch.long)
+    if heads == "queries" and shape.queries > 1:
         classes = torch.arange(shape.heads) // shape.queries
     else:
         each = {"heads": shape.queries, "key_value_heads": 1}
-        columns = heads.view(shape.key_value_heads, -1)
+        columns = columns.view(shape.key_value_heads, -1)
         classes = torch.zeros(shape.key_value_heads, dtype=torch.long)
         if layout == "separate":
             shared = torch.arange(shape.key_value_heads * dimension).view(-1, dimension)
@@ -114,29 +113,31 @@ def _attention(
     return Part("attention", last, columns, rows, classes, cost, each)
 
 
+def last_linear(block: Block, part: Part) -> Linear:
+    """Return the linear that leads a part back to the residual stream."""
+    return Linear(part.last, block.module.get_submodule(part.last))
+
+
 def remaining(size: int, gone: Tensor) -> Tensor:
-    """Indices 0 … size - 1 without some, in order."""
+    """Return the indices 0 … size - 1 without some, int64, in order."""
     keep = torch.ones(size, dtype=torch.bool)
     keep[gone.flatten()] = False
     return keep.nonzero().flatten()
 
 
-def cut(
-    block: Block, part: Part, removed: Sequence[int], structure: Architecture, config: PretrainedConfig, last: Tensor,
-    bias: Tensor | None,
-) -> None:  # fmt: skip
-    """Take units out of a block in memory; its sizes follow.
+def cut(block: Block, part: Part, removed: Sequence[int], context: Context, last: Tensor, bias: Tensor | None) -> None:
+    """Remove groups from a block in memory, and adapt its recorded sizes.
 
     Args:
         block: to change.
         part: of it.
-        removed: units.
-        structure: of the model.
-        config: of the model.
-        last: what becomes of the weight of ``part.last``, [hidden, columns left].
-        bias: what becomes of its bias; None if it has none.
+        removed: groups that go.
+        context: of the run.
+        last: new weight of ``part.last``, [hidden, columns left].
+        bias: its new bias; None if it has none.
     """
     assert block.shape is not None
+    structure, dimension = context.structure, head_dim(context.config)
     gone = torch.tensor(list(removed), dtype=torch.long)
     for name, rows in part.rows.items():
         module = block.module.get_submodule(name)
@@ -145,9 +146,8 @@ def cut(
         set_linear(module, weight[keep].clone(), None if old is None else old.data[keep].clone())
     set_linear(block.module.get_submodule(part.last), last, bias)
     block.shape = part.shape(block.shape, len(removed))
-    tell_block(block.module, structure, block.shape, head_dim(config))
-    sizes = linear_sizes(structure, block.shape, head_dim(config))
+    tell_block(block.module, structure, block.shape, dimension)
+    sizes = linear_sizes(structure, block.shape, dimension)
     for name in part.members:  # a declaration that does not fit its model must not pass unseen
         found = Linear(name, block.module.get_submodule(name)).shape
-        wanted = sizes[name]
-        assert all(size is None or size == there for size, there in zip(wanted, found, strict=True)), name
+        assert all(size in (None, there) for size, there in zip(sizes[name], found, strict=True)), name

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.config import BlockShape
-from compress.passes import Block, Context, Needs, Pass, Sizes
-from compress.pruning.allot import all_parts, block_counts, block_names, cheapest_blocks, depth_of, kept_whole
-from compress.pruning.criteria import lowest
-from compress.pruning.estimate import SURVEY_TOKENS
-from compress.pruning.groups import Part, cut, remaining
-from compress.pruning.least_squares import compensated, output_error, removal_order
-from compress.pruning.measured import block_price, block_scores, last_linear, moments_of, prices
+from compress.passes import Block, Context, Needs, Pass, Report, Sizes
 from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
-from compress.pruning.survey import whole_model_scores
-from compress.shapes import block_shape, config_shape
+from compress.pruning.structured.gradients import SURVEY_TOKENS, whole_model_scores
+from compress.pruning.structured.groups import Part, cut, last_linear, remaining
+from compress.pruning.structured.scores import BlockScores, compensated, lowest, output_error, removal_order
+from compress.pruning.structured.sizes import Removals
+from compress.shapes import config_shape
 from compress.statistics import hessian_bytes
 from compress.workspace import Record
 
@@ -29,7 +26,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
     Config = MiniLlmConfig
 
     def needs(self) -> Needs:
-        """Inputs of blocks for what is measured there, the whole model for what is estimated there."""
+        """Ask for inputs of blocks for what is measured there, for the whole model for what is estimated there."""
         config = self.config
         inside = config.compensate or config.score in ("output", "no_gradient", "noise")
         return Needs(
@@ -41,92 +38,88 @@ class MiniLlm(Pass[MiniLlmConfig]):
     def memory(self, sizes: Sizes, context: Context) -> int:
         """Estimate what gradients of the whole model take, with all activations, and float64 Hessians of a block."""
         config, total = self.config, 0
-        if config.score in WHOLE_MODEL and config.source == "backprop":
+        if config.score in WHOLE_MODEL and config.gradients.estimator == "backprop":
             values = sum(rows + columns for rows, columns in context.linears.values())
             total += sizes.model + 4 * values * min(SURVEY_TOKENS, sizes.samples * sizes.length)
         if config.compensate or config.score == "output":  # a Hessian, its inverse and factor
             total += sizes.block + 6 * hessian_bytes(context.structure, context.linears)
         return total
 
+    def _removals(self, context: Context) -> Removals:
+        return Removals(self.config.sizes, context)
+
     def check(self, context: Context) -> None:
-        """Whether the target can be met."""
+        """Refuse a target that cannot be met."""
         config_shape(context.config)
-        if self.config.remove == "blocks":
-            depth_of(self.config, context)
-        else:
-            block_counts(self.config, context, None)
+        self.shapes_after(context)
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """Exact in modes uniform and local; in mode global, and of blocks, what goes is yet to be found."""
-        names = block_names(context)
+        """Foresee sizes: exact in modes uniform and local; in mode global, and of blocks, what goes is yet to be found."""
+        removals = self._removals(context)
         if self.config.remove == "blocks":
-            return dict.fromkeys(names[-depth_of(self.config, context) :])
-        counts = block_counts(self.config, context, None)
+            return dict.fromkeys(removals.names[-removals.depth() :])
         after: dict[str, BlockShape | None] = {}
-        for name, parts, lost in zip(names, all_parts(self.config, context), counts, strict=True):
-            shape = block_shape(context.config, context.shapes, name)
+        for name, parts, lost in zip(removals.names, removals.parts, removals.counts(), strict=True):
+            shape = removals.shape(name)
             for kind, count in lost.items():
                 shape = parts[kind].shape(shape, count)
             after[name] = shape
         return after
 
     def survey_model(
-        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context,
-        report: Callable[[str, int, int], None],
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Scores that need the whole model, ``<block>.<part>`` -> [U]."""
-        parts = all_parts(self.config, context)
-        counts = block_counts(self.config, context, None) if self.config.rounds > 1 else []
-        return whole_model_scores(self.config, model, samples, context, parts, counts, report)
+        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
+    ) -> dict[str, Tensor]:
+        """Compute the scores that need the whole model, ``<block>.<part>`` -> [G]."""
+        removals = self._removals(context)
+        counts = removals.counts() if self.config.rounds > 1 else []
+        return whole_model_scores(self.config.gradients, model, samples, context, removals.parts, counts, report)
 
     def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
-        """Comparing blocks needs a look at all of them."""
+        """Ask for a look at all blocks where they are to be compared."""
         return not surveys and (self.config.mode == "global" or self.config.remove == "blocks")
 
     def survey_block(self, block: Block, context: Context) -> Record:
-        """Prices of units in the order in which they would go; or of the whole block."""
-        parts = all_parts(self.config, context)[block.index]
+        """Price the groups in the order in which they would go, or the whole block."""
+        parts, scores = self._removals(context).parts[block.index], BlockScores(self.config.scores, block, context)
         if self.config.remove == "blocks":
-            return {"price": block_price(block, parts, self.config, context)}
-        return {"prices": {kind: prices(block, part, self.config, context) for kind, part in parts.items()}}
+            return {"price": scores.price(parts)}
+        return {"prices": {kind: scores.prices(part) for kind, part in parts.items()}}
 
     def run_block(self, block: Block, context: Context) -> Record:
         """Cut the block, attention first."""
-        survey = block.surveys[0] if block.surveys else None
+        removals, survey = self._removals(context), block.surveys[0] if block.surveys else None
         if self.config.remove == "blocks":
             assert survey is not None
             found = [record["price"] for record in survey]
-            block.removed = block.index in cheapest_blocks(self.config, context, found)
+            block.removed = block.index in removals.cheapest_blocks(found)
             return {"price": found[block.index], "removed": block.removed}
-        counts = block_counts(self.config, context, survey)[block.index]
-        parts = all_parts(self.config, context)[block.index]
+        counts = removals.counts(None if survey is None else [record["prices"] for record in survey])[block.index]
         before = sum(parameter.numel() for parameter in block.module.parameters())
         removed, errors = {}, {}
-        for kind, part in parts.items():
+        for kind, part in removals.parts[block.index].items():
             if counts.get(kind):
                 removed[kind], errors[kind] = self._remove(block, part, counts[kind], context)
         after = sum(parameter.numel() for parameter in block.module.parameters())
         record = {"parameters": {"before": before, "after": after}, "removed": removed, "output_error": errors}
-        reason = kept_whole(self.config, context)
-        return record | ({"heads_kept": reason} if reason else {})
+        return record | ({"heads_kept": removals.heads_kept} if removals.heads_kept else {})
 
     def _remove(self, block: Block, part: Part, count: int, context: Context) -> tuple[list[int], float | None]:
-        """Returns the units, lowest first, and the relative output error that remains, where it was measured."""
-        last = last_linear(block, part)
+        """Remove groups; return them, lowest first, and the relative output error that remains, where it was measured."""
+        last, scores = last_linear(block, part), BlockScores(self.config.scores, block, context)
         weight, bias = last.weight, getattr(last.module, "bias", None)
         bias = None if bias is None else bias.data
-        measured = self.config.compensate or self.config.score == "output"
-        moments = moments_of(block, part, self.config.compensate) if measured else None
-        if self.config.score == "output":
+        by_error = self.config.score == "output"
+        moments = scores.moments(part) if self.config.compensate or by_error else None
+        if by_error:
             assert moments is not None
             removed, _ = removal_order(weight, moments, part.columns, part.classes, count)
         else:
-            removed = lowest(block_scores(block, part, self.config, context), part.classes, count)
+            removed = lowest(scores.scores(part), part.classes, count)
         kept = remaining(weight.shape[1], part.columns[torch.tensor(removed)]).to(weight.device)
         changed = weight[:, kept].clone()
         if self.config.compensate:
             assert moments is not None
             changed, bias = compensated(weight, bias, moments, kept)
         error = None if moments is None else output_error(weight, changed, moments, kept)
-        cut(block, part, removed, context.structure, context.config, changed, bias)
+        cut(block, part, removed, context, changed, bias)
         return removed, error

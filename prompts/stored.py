@@ -1,0 +1,67 @@
+"""Soft prompts that are to be trained, and how they are stored: as ordinary peft adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.adapters import share_embedding, with_peft
+from compress.sidecars import PEFT_CONFIG, PEFT_WEIGHTS
+from compress.workspace import Record, save_atomic, write_atomic
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def new_prompt(model: PreTrainedModel, method: str, start: Tensor) -> PeftModel:
+    """Put a prompt that is to be trained before a model; the model itself is frozen and not changed.
+
+    Args:
+        model: causal LM, packed or not.
+        method: ``"prompt"`` or ``"prefix"``.
+        start: what it begins as, float32 [virtual tokens, hidden]; for a prefix [virtual tokens, 2 · blocks · keys], each
+            block's keys and then its values.
+    """
+    model.requires_grad_(False)
+    with with_peft():
+        from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+        kind = PromptTuningConfig if method == "prompt" else PrefixTuningConfig
+        prompted: PeftModel = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=start.shape[0]))
+    share_embedding(prompted, model)
+    prompted.eval()
+    embedding(prompted).data.copy_(start)
+    return prompted
+
+
+def embedding(prompted: PeftModel) -> nn.Parameter:
+    """Return the active prompt's numbers, float32 [tokens, hidden] (of a prefix, [tokens, 2 · blocks · keys])."""
+    weight = prompted.get_parameter(f"prompt_encoder.{prompted.active_adapter}.embedding.weight")
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def write_prompt(folder: Path, tensor: Tensor, adapter: Mapping[str, Any]) -> None:
+    """Write a prompt as peft would.
+
+    Args:
+        folder: to create.
+        tensor: the trained numbers.
+        adapter: fields of peft's configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / PEFT_CONFIG, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
+    save_atomic(folder / PEFT_WEIGHTS, {"prompt_embeddings": tensor}, {"format": "pt"})
+
+
+def adapter_fields(prompted: PeftModel) -> Record:
+    """Return the active prompt's peft configuration as plain data, for the checkpoint that it will lie in."""
+    fields = json.loads(
+        json.dumps(prompted.active_peft_config.to_dict(), default=lambda value: getattr(value, "value", str(value)))
+    )
+    return {**fields, "inference_mode": True, "base_model_name_or_path": None}

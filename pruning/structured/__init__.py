@@ -1,0 +1,1 @@
+"""Structured pruning: whole heads, channels or blocks of a model go."""

@@ -1,0 +1,320 @@
+"""What a group is worth: scores, prices, and the least-squares error that is left when it goes.
+
+Scores add up what single weights are worth; the lowest go first. F1 to F3 are readings of Feature Map Sensitivity (MINI-LLM,
+arXiv 2407.11681), whose formula mixes weight, activation and gradient.
+
+The score ``output`` is an error instead. With H the second moments of the inputs, the output error of ``W - W'`` is
+``tr((W - W') H (W - W')^T)``. The best W' without the columns S costs ``tr(W_S (H^-1_SS)^-1 W_S^T)``: the optimal brain surgeon
+for columns of a matrix (as in SparseGPT, arXiv 2301.00774, which does it for weights, and ZipLM, arXiv 2302.04089, for
+structures). Columns are removed one group after the other, each the cheapest given those that have gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.passes import Block, Context
+from compress.pruning.settings import WHOLE_MODEL, Aggregate, Formula, ScoreSettings
+from compress.pruning.structured.groups import Kind, Part, last_linear
+from compress.statistics import Moments, check_inputs
+from compress.structure import Linear
+
+DAMPING = 0.01
+"""Added to the diagonal of H, as a share of its mean."""
+STEPS = 256
+"""Removals after which costs are computed anew; more groups than that go several at a time."""
+
+
+def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor | None, formula: Formula) -> Tensor:
+    """Score every weight of a matrix, [N, K].
+
+    F1 is ``|W_ij| ||X_j|| |g_ij|``; F2 ``|W_ij mean(X_j) g_ij|``; F3 ``|W_ij g_ij|``, first-order Taylor; ``vector`` is F3 with
+    its sign, so that a group's sum is the derivative of the loss by scaling the group. Without a gradient, ``|W_ij| ||X_j||``.
+
+    Args:
+        weight: [N, K].
+        norm: [K], root mean square of each input.
+        mean: [K], signed mean of each input.
+        gradient: [N, K], or None.
+        formula: one of the four.
+    """
+    if gradient is None:
+        return weight.abs() * norm
+    if formula == "F1":
+        return weight.abs() * norm * gradient.abs()
+    if formula == "F2":
+        return (weight * mean * gradient).abs()
+    return (weight * gradient).abs() if formula == "F3" else weight * gradient
+
+
+def group_scores(part: Part, elements: Mapping[str, Tensor], aggregate: Aggregate) -> Tensor:
+    """Score a part's groups, float32 [G].
+
+    Args:
+        part: whose groups.
+        elements: name within the block -> score of every weight of a member, [N, K].
+        aggregate: how the sums over a group's rows or columns in each member matrix become one number.
+    """
+    sums = []
+    for name, scores in elements.items():
+        lines = scores.sum(0) if name == part.last else scores.sum(1)
+        index = part.columns if name == part.last else part.rows[name]
+        sums.append(lines[index.to(lines.device)].sum(1))
+    stacked = torch.stack(sums).float()
+    return stacked.sum(0).abs() if aggregate == "sum" else stacked.abs().amax(0)
+
+
+def lowest(scores: Tensor, classes: Tensor, count: int) -> list[int]:
+    """Choose the groups to remove, lowest score first; every class loses ``count / classes``."""
+    quota = [count // (int(classes.max()) + 1)] * (int(classes.max()) + 1)
+    chosen = []
+    for group in scores.cpu().argsort(stable=True).tolist():
+        if quota[int(classes[group])]:
+            quota[int(classes[group])] -= 1
+            chosen.append(group)
+    return chosen
+
+
+class BlockScores:
+    """Scores of the groups of one block in memory.
+
+    Args:
+        settings: which scores.
+        block: with samples where the score looks at inputs, and with what the whole model told where it does not.
+        context: of the run.
+    """
+
+    def __init__(self, settings: ScoreSettings, block: Block, context: Context) -> None:
+        self.settings, self.block, self.context = settings, block, context
+
+    def scores(self, part: Part) -> Tensor:
+        """Score a part's groups, [G]; not for ``output``, which finds an order instead."""
+        settings, block = self.settings, self.block
+        generator = self.context.generator(block.index, part.kind == "mlp")
+        if settings.score == "random":
+            return torch.rand(part.count, generator=generator)
+        if settings.score in WHOLE_MODEL:
+            return block.findings[f"{block.index}.{part.kind}"]
+        members = {name: Linear(name, block.module.get_submodule(name)).weight for name in part.members}
+        if settings.score == "magnitude":
+            elements = {name: weight.square() for name, weight in members.items()}
+            return group_scores(part, elements, settings.aggregate)
+        norms, elements = _input_norms(block, part), {}
+        for name, weight in members.items():
+            elements[name] = element_scores(weight, norms[name], norms[name], None, "F1")
+            if settings.score == "noise":
+                elements[name] *= torch.randn(weight.shape, generator=generator).abs().to(weight.device)
+        return group_scores(part, elements, settings.aggregate)
+
+    def moments(self, part: Part) -> OutputMoments:
+        """Measure the second moments of the inputs of a part's last linear, with the block as it is now.
+
+        Raises:
+            CompressError: inputs that are not finite.
+        """
+        block, last = self.block, last_linear(self.block, part)
+        biased = getattr(last.module, "bias", None) is not None  # and will then take up the means
+        moments = OutputMoments.empty(last.shape[1], self.settings.compensate and biased, last.weight.device)
+        block.for_each_input(lambda _name, x: moments.add(x), {part.last: last.module})
+        moments.finish()
+        check_inputs(f"{block.name}.{part.last}", moments.gram)
+        return moments
+
+    def prices(self, part: Part) -> list[float]:
+        """Price each further group, in the order in which groups go; prices of all blocks and parts compare.
+
+        An output error counts in proportion to the energy of the residual stream that the block leaves.
+        """
+        if self.settings.score == "output":
+            weight, moments = last_linear(self.block, part).weight, self.moments(part)
+            _, errors = removal_order(weight, moments, part.columns, part.classes, part.count - part.step)
+            scale = _stream_energy(self.block)
+            return [(after - before) / scale for before, after in zip([0.0, *errors], errors, strict=False)]
+        scores = self.scores(part)
+        return [float(scores[group]) for group in lowest(scores, part.classes, part.count)]
+
+    def price(self, parts: Mapping[Kind, Part]) -> float:
+        """Price the whole block: how far it turns the stream (ShortGPT, arXiv 2403.03853), or the sum of its groups' scores."""
+        if self.settings.score == "random":
+            return float(torch.rand(1, generator=self.context.generator(self.block.index)))
+        if self.settings.score == "output":
+            return _turn(self.block)
+        return sum(float(self.scores(part).sum()) for part in parts.values())
+
+
+@torch.no_grad()
+def _stream_energy(block: Block) -> float:
+    """Measure the mean square, summed over the hidden size, of what the block leaves in the residual stream."""
+    outputs = [run(block.module).flatten(0, -2) for run in block.samples]
+    total = sum(float(output.double().square().sum()) for output in outputs)
+    return total / sum(len(output) for output in outputs) or 1.0
+
+
+@torch.no_grad()
+def _turn(block: Block) -> float:
+    """Measure one minus the mean cosine between what enters a block and what leaves it."""
+    inputs: list[Tensor] = []
+    handle = block.module.register_forward_pre_hook(
+        lambda _module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        turns = [_cosine(run(block.module), inputs.pop()) for run in block.samples]
+    finally:
+        handle.remove()
+    return 1 - sum(turns) / len(turns)
+
+
+def _cosine(left: Tensor, right: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(left.float(), right.float(), dim=-1).mean())
+
+
+def _input_norms(block: Block, part: Part) -> dict[str, Tensor]:
+    """Measure the root mean square of every member's inputs, [K] each."""
+    moments = Moments()
+    block.for_each_input(moments.add, {name: block.module.get_submodule(name) for name in part.members})
+    return {name: moments.mean(name).sqrt() for name in part.members}
+
+
+@dataclass
+class OutputMoments:
+    """Second moments of a linear's inputs over the calibration tokens, and of those that a bias cannot make up for.
+
+    Attributes:
+        gram: float64 [K, K], the sum, then :meth:`finish`: the mean of ``x x^T``, or the covariance if ``centred``.
+        mean: float64 [K], the sum, then the mean.
+        tokens: how many.
+        centred: whether the linear has a bias, which then absorbs the inputs' means.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    centred: bool
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, centred: bool, device: torch.device) -> OutputMoments:
+        """Return moments of no tokens yet."""
+        zeros = torch.zeros(columns, dtype=torch.float64, device=device)
+        return cls(torch.zeros(columns, columns, dtype=torch.float64, device=device), zeros, centred)
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs [tokens, K]; products are made in their own precision, sums in float64."""
+        self.gram += x.t() @ x
+        self.mean += x.sum(0)
+        self.tokens += x.shape[0]
+
+    def finish(self) -> OutputMoments:
+        """Turn sums into means."""
+        self.gram /= self.tokens
+        self.mean /= self.tokens
+        if self.centred:
+            self.gram -= torch.outer(self.mean, self.mean)
+        return self
+
+    def damped(self) -> Tensor:
+        """Return the second moments with damping on the diagonal, the matrix to be inverted."""
+        diagonal = self.gram.diagonal()
+        added = DAMPING * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return self.gram + torch.diag(torch.full_like(diagonal, float(added)))
+
+
+def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+    """Return the least output error of removing each group alone.
+
+    Args:
+        weight: float64 [N, K].
+        inverse: float64 [K, K], of the damped second moments.
+        columns: int64 [G, c].
+
+    Returns:
+        float64 [G], in units of the output's mean square, summed over outputs.
+    """
+    if columns.shape[1] == 1:
+        one = columns[:, 0]
+        return weight[:, one].square().sum(0) / inverse.diagonal()[one]
+    inner = inverse[columns[:, :, None], columns[:, None, :]]  # [G, c, c]
+    parts = weight[:, columns].permute(1, 2, 0)  # [G, c, N]
+    found: Tensor = (parts * torch.linalg.solve(inner, parts)).sum((1, 2))
+    return found
+
+
+def removal_order(
+    weight: Tensor, moments: OutputMoments, columns: Tensor, classes: Tensor, count: int
+) -> tuple[list[int], list[float]]:
+    """Find the order in which groups go, and the output error after each.
+
+    Args:
+        weight: float [N, K].
+        moments: of the inputs.
+        columns: int64 [G, c], columns of each group.
+        classes: int64 [G]; every class loses ``count / classes`` groups.
+        count: how many go.
+    """
+    weight, inverse = weight.double().clone(), torch.linalg.inv(moments.damped())
+    columns, classes = columns.to(weight.device), classes.to(weight.device)
+    quota = torch.full((int(classes.max()) + 1,), count // (int(classes.max()) + 1), device=weight.device)
+    gone = torch.zeros(len(columns), dtype=torch.bool, device=weight.device)
+    order: list[int] = []
+    errors: list[float] = []
+    total = 0.0
+    at_once = 1 if len(quota) > 1 else -(-count // STEPS)
+    while len(order) < count:
+        cost = costs(weight, inverse, columns).masked_fill(gone | (quota[classes] == 0), float("inf"))
+        chosen = cost.argsort(stable=True)[: min(at_once, count - len(order))]
+        for group in chosen.tolist():
+            total += float(cost[group])
+            order.append(group)
+            errors.append(total)
+        gone[chosen] = True
+        quota -= torch.bincount(classes[chosen], minlength=len(quota))
+        _take_out(weight, inverse, columns[chosen].flatten())
+    return order, errors
+
+
+def _take_out(weight: Tensor, inverse: Tensor, lost: Tensor) -> None:
+    """Remove columns from W and from the inverse of H, in place: what is left of both is that of the other columns."""
+    factor = torch.linalg.solve(inverse[lost[:, None], lost], inverse[lost])  # [c, K]
+    weight -= weight[:, lost] @ factor
+    inverse -= inverse[:, lost] @ factor
+    weight[:, lost] = 0.0
+    inverse[lost] = 0.0
+    inverse[:, lost] = 0.0
+    inverse[lost, lost] = 1.0  # only to be divided by
+
+
+def compensated(
+    weight: Tensor, bias: Tensor | None, moments: OutputMoments, kept: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Refit the columns that stay, so that the output is as near as possible to the whole linear's.
+
+    Args:
+        weight: [N, K].
+        bias: [N] or None.
+        moments: of the inputs.
+        kept: int64, columns that stay.
+
+    Returns:
+        [N, kept] and the bias, in the dtypes they came in.
+    """
+    matrix, whole = moments.damped(), weight.double()
+    # The damping pulls towards the columns as they were, not towards zero.
+    target = whole @ moments.gram[:, kept] - whole[:, kept] @ moments.gram[kept[:, None], kept]
+    change = torch.linalg.solve(matrix[kept[:, None], kept], target.t()).t()
+    result = whole[:, kept] + change
+    if bias is not None and moments.centred:
+        shift = whole @ moments.mean - result @ moments.mean[kept]
+        bias = (bias.double() + shift).to(bias.dtype)
+    return result.to(weight.dtype), bias
+
+
+def output_error(weight: Tensor, changed: Tensor, moments: OutputMoments, kept: Tensor) -> float:
+    """Measure the mean square of the output's error by that of the output (about their means where a bias makes up for those)."""
+    whole = weight.double()
+    difference = whole.clone()
+    difference[:, kept] -= changed.double()
+    scale = float(((whole @ moments.gram) * whole).sum())
+    return float(((difference @ moments.gram) * difference).sum()) / scale if scale > 0 else 0.0
