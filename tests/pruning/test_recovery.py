@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from compress.evals.evaluate import evaluate_text
 from transformers import AutoTokenizer
 
 import compress
 from compress.errors import CompressError
+from compress.evals.evaluate import evaluate_text
 from compress.evals.speed import Load, bench
 from compress.evals.store import results_of
 from compress.manifest import verify
