@@ -1,10 +1,10 @@
-# make demo, make test, make check, make docs: each makes .venv first if it is not there.
+# make demo, make test, make test-fast, make check, make docs: each makes .venv first if it is not there.
 PYTHON ?= python3
 export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check docs test-matrix bench proof clean
+.PHONY: demo test test-fast check docs test-matrix bench proof clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
@@ -15,7 +15,11 @@ demo: .venv/ready
 	.venv/bin/compress demo
 
 test: .venv/ready
-	.venv/bin/python -m pytest -n auto --dist loadfile
+	.venv/bin/python -m pytest -n auto --dist worksteal
+
+# Without the tests that take more than about a second or start processes.
+test-fast: .venv/ready
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow"
 
 check: .venv/ready
 	.venv/bin/ruff check .

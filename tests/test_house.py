@@ -55,6 +55,7 @@ def test_sibling_folders_are_mounted_by_relative_links(name):
     assert os.readlink(link) == f"../{name}"
 
 
+@pytest.mark.slow
 def test_transformers_imports_beside_hugging_faces_kernels_package(tmp_path):
     """Its package, a regular one, is found first even when Python starts in the repository's root."""
     package = tmp_path / "kernels"
@@ -162,6 +163,32 @@ def test_size_counts_neither_comments_nor_docstrings():
     assert (size.lines, size.code, size.tokens, size.skips) == (11, 5, 13, 1)
 
 
+def asserts(node: ast.AST, helpers: set[str]) -> bool:
+    """Whether a function checks something: by a statement, by pytest, or by one that does."""
+    return any(
+        isinstance(part, ast.Assert)
+        or (isinstance(part, ast.Attribute) and part.attr in helpers)
+        or (isinstance(part, ast.Name) and part.id in helpers)
+        for part in ast.walk(node)
+    )
+
+
+def test_every_test_asserts_something():
+    """Among helpers count those that assert themselves, wherever in tests/ they are defined, and fixtures that are used by name."""
+    trees = {path: ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
+    functions = [
+        (path, node) for path, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    ]
+    helpers = {"raises", "warns", "fail", "assert_close", "assert_allclose"}
+    helpers |= {
+        node.name for _, node in functions if node.name.startswith(("assert_", "check")) and asserts(node, helpers)
+    }
+    tests = [(path, node) for path, node in functions if node.name.startswith("test_")]
+    assert len(tests) > 600
+    assert not [f"{path.name}::{node.name}" for path, node in tests if not asserts(node, helpers)]
+
+
+@pytest.mark.slow
 def test_importing_the_library_teaches_transformers_its_format(fresh_python):
     code = (
         "import compress\n"
@@ -171,6 +198,7 @@ def test_importing_the_library_teaches_transformers_its_format(fresh_python):
     assert fresh_python(code).strip() == "compress.hf"
 
 
+@pytest.mark.slow
 def test_a_command_that_loads_a_model_teaches_transformers_too(fresh_python):
     """Where the command begins, ``import compress`` alone does not; whatever loads a model does."""
     code = (
@@ -183,6 +211,7 @@ def test_a_command_that_loads_a_model_teaches_transformers_too(fresh_python):
     assert fresh_python(code).strip() == "compress.hf"
 
 
+@pytest.mark.slow
 def test_importing_the_library_is_light():
     """Kernels and loading work where pydantic, typer, datasets, numba and lm-eval are absent."""
     code = (

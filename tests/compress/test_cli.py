@@ -47,6 +47,7 @@ def recipe_file(recipe, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file, said, command):
     output = tmp_path / "model"
     made = compress_command("run", recipe_file, "-o", output, "--set", "passes.0.parent_bits=5")
@@ -100,6 +101,7 @@ AT_ONCE = (
 """Runs a command as its entry point does, and says which of the slow libraries it has imported."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -299,6 +301,7 @@ def test_a_flipped_bit_is_found(compressed, tmp_path, command):
     assert "model-4bit-00001-of-00001.safetensors: its content has changed" in command("verify", folder)[2]
 
 
+@pytest.mark.slow
 def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compressed, tmp_path, command):
     """Someone rewrote a table and the manifest with it: the recorded logits still tell."""
     import hashlib
@@ -317,6 +320,7 @@ def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compresse
     assert "at 3 bits a fresh process computes other logits" in command("verify", folder)[2]
 
 
+@pytest.mark.slow
 def test_a_full_disk(recipe_file, tmp_path):
     """A file system too small for the job: one line, no output, and the same command finishes elsewhere."""
     small = tmp_path / "small"

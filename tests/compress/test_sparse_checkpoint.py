@@ -116,6 +116,7 @@ def copy(sparse, tmp_path):
     return shutil.copytree(sparse, tmp_path / "copy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture_is_the_same_model_in_fewer_bytes(make_model, tmp_path, kind):
     source = prune(make_model(kind), tmp_path / "source", 0.7)
@@ -143,6 +144,7 @@ def test_bytes_on_disk(make_model, tmp_path, sparsity, saved):
     assert inspect(stored)["bytes"] == tensor_bytes(stored)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_by_plain_from_pretrained(sparse, fresh_python):
     found = json.loads(fresh_python(PRINT_LOGITS.format(imports="compress"), sparse))
     torch.testing.assert_close(torch.tensor(found), logits(compress.load(sparse))[0, -1], rtol=1e-5, atol=1e-5)
@@ -206,6 +208,7 @@ def test_an_automatic_device_map_leaves_room_for_what_is_rebuilt(sparse):
     assert stored < rebuilt
 
 
+@pytest.mark.slow
 def test_head_and_embedding(make_model, tmp_path):
     source = prune(make_model("llama", tie_word_embeddings=False), tmp_path / "source", 0.6)
     names = ["lm_head", "model.embed_tokens"]
@@ -229,6 +232,7 @@ def test_a_streamed_model_rebuilds_one_block_at_a_time(sparse):
         assert all(buffer.is_meta for buffer in module.buffers())
 
 
+@pytest.mark.slow
 def test_inspect_and_verify_know_the_form(sparse):
     assert any("recorded logits at 3, 4, 5" in line for line in verify(sparse))
     found = inspect(sparse)

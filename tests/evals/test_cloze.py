@@ -45,6 +45,7 @@ def test_held_out_modules_are_not_trained_on():
     assert not set(CALIBRATION) & set(HELDOUT)
 
 
+@pytest.mark.slow
 def test_the_task_folder_is_lm_evals(tmp_path):
     """What the script writes runs as an ordinary task folder, and gives what the tasks in memory give."""
     pytest.importorskip("lm_eval")

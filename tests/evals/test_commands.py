@@ -1,6 +1,7 @@
 """eval, bench, report and compare through the command line."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 
@@ -10,6 +11,11 @@ from typer.main import get_command
 from compress.cli import app
 from compress.cli.common import TextOptions
 from compress.evals import speed
+
+
+def complaints(error):
+    """Lines of standard error that do not say how far the work is."""
+    return [line for line in error.splitlines() if not re.fullmatch(r".* \(\d+ of \d+(, about .* left)?\)", line)]
 
 
 @pytest.fixture
@@ -33,6 +39,7 @@ def test_commands_that_measure_text_agree_on_how_it_is_cut():
     assert (cut.length, cut.limit, cut.disjoint) == (128, 3, True)
 
 
+@pytest.mark.slow
 def test_text_tasks_and_more_in_one_call(command, checkpoint, held_out, task_folder, tmp_path):
     pytest.importorskip("lm_eval")
     code, text, error = command(
@@ -56,7 +63,7 @@ def test_text_tasks_and_more_in_one_call(command, checkpoint, held_out, task_fol
         "--output",
         tmp_path / "lm",
     )
-    assert (code, error) == (0, "")
+    assert (code, complaints(error)) == (0, [])
     assert "acc_norm" in text
     result = json.loads((tmp_path / "all.json").read_text())
     assert set(result["bits"]) == set(result["tasks"]) == set(result["agreement"]) == {"3", "4", "dense"}
@@ -90,7 +97,7 @@ def test_bench_report_and_compare(command, checkpoint, compressed, held_out, tmp
     code, text, error = command(
         "report", checkpoint, "--text", held_out, "--no-bench", "--sample", "the dog", "--bits", "3,6"
     )
-    assert (code, error) == (0, "")
+    assert (code, complaints(error)) == (0, [])
     assert [line.rpartition("/")[2] for line in text.splitlines()] == ["index.html", "report.md", "pareto.png"]
     other = shutil.copytree(compressed, tmp_path / "other")
     arguments = ("compare", checkpoint, other, "--text", held_out)

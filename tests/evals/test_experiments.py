@@ -1,11 +1,14 @@
 """Experiments of the clone, on tiny models: LoRA beside prompts, and what scores know."""
 
+import itertools
+import math
 import sys
 
 import pytest
 import torch
 
 from compress.evals import script
+from compress.evals.evaluate import Protocol, evaluate_text
 from compress.evals.experiments import estimators, prompts
 from compress.pruning.settings import MiniLlmConfig
 from compress.source import make_context, open_source
@@ -19,6 +22,13 @@ def run(monkeypatch, main, *arguments):
         script.run(main)
 
 
+def rows_of(lines, header):
+    """Cells of a Markdown table by the name of the row."""
+    after = lines[lines.index(header) + 2 :]
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(bool, after)]
+    return {name: cells for name, *cells in rows}
+
+
 def test_lora_has_as_many_trained_numbers(tiny_llama):
     """Of q_proj 96 per rank and block, k_proj 72, v_proj 72, …: three blocks."""
     context = make_context(open_source(str(tiny_llama)), torch.device("cpu"), 0)
@@ -26,6 +36,7 @@ def test_lora_has_as_many_trained_numbers(tiny_llama):
     assert prompts.lora_of(context, 2 * (96 + 72 + 72) * 3) == (["q_proj", "k_proj", "v_proj"], 2)
 
 
+@pytest.mark.slow
 def test_prompts_beside_lora_and_beside_each_other(tiny_llama, text_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "valid.txt").write_text(TEXT)
     tiny = [
@@ -44,11 +55,14 @@ def test_prompts_beside_lora_and_beside_each_other(tiny_llama, text_file, tmp_pa
     run(monkeypatch, prompts.main, *arguments)
     found = (tmp_path / "out" / "tables.md").read_text().splitlines()
     assert (tmp_path / "out" / "transfer.svg").exists()
-    for line in ("no prompt", "its own prompt", "the dense model's prompt", "LoRA"):
-        cells = next(row for row in found if row.startswith(f"| {line} |")).split("|")[2:-1]
-        assert all(1 < float(cell) < 400 for cell in cells)
-    closed = next(row for row in found if row.startswith("| gap closed |"))
-    assert closed == "| gap closed | 3 bits |"
+    perplexities, closed = rows_of(found, "| perplexity | dense | 3 bits |"), rows_of(found, "| gap closed | 3 bits |")
+    dense, packed = map(float, perplexities["no prompt"])
+    measured = evaluate_text(str(tiny_llama), str(tmp_path / "valid.txt"), None, Protocol(length=40))["bits"]["dense"]
+    assert dense == pytest.approx(measured["perplexity"], abs=1e-4)
+    for row in ("its own prompt", "the dense model's prompt", "LoRA"):
+        assert all(float(cell) < without for cell, without in zip(perplexities[row], (dense, packed), strict=True))
+        share = math.log(packed / float(perplexities[row][1])) / math.log(packed / dense)
+        assert float(closed[row][0].rstrip("%")) / 100 == pytest.approx(share, abs=0.01)
     for name in ("grid.measure", "grid.make", "experiments.prompts.train", "evaluate.score"):
         monkeypatch.setattr(f"compress.evals.{name}", None)  # all of it is known
     monkeypatch.setattr(prompts.GridRun, "checkpoint", lambda run, cell: next((run.out / "models").glob("*prompt-3*")))

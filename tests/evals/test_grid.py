@@ -44,6 +44,7 @@ def data(recipe, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_every_cell_is_measured_once_and_as_the_recipe_says(data, tmp_path, monkeypatch):
     grid = parse_grid(data)
     lines = GridRun(grid, tmp_path / "out").lines()

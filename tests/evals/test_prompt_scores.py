@@ -82,6 +82,7 @@ def test_a_matrix_is_filled_once(prompted, text, tmp_path, monkeypatch):
     assert matrix(rows, [NONE], ["five"], "foxes", "loss") == [[None]]
 
 
+@pytest.mark.slow
 def test_tasks_are_rows_too(prompted, task_folder):
     prompts = {NONE: None, "of 3": prompted / "soft_prompt" / "3bit"}
     places = [Place.parse(f"three={prompted}@3")]

@@ -22,7 +22,27 @@ def test_a_recipe_runs_until_it_needs_weights(recipe):
     found = dry_run(recipe, small=True)
     assert found["model"] == written["model"]
     assert found["blocks"] == 1
-    assert found["checkpoint_bytes"] > 0
+    assert found["checkpoint_bytes"] == pytest.approx(stored_bytes(written), rel=1e-3)
+
+
+def packed_bytes(rows, columns, seed, parent):
+    """Bit planes in whole words of 32 columns, and a float16 codebook of 2**bits values per row for every width."""
+    return rows * (parent * 4 * math.ceil(columns / 32) + sum(2 * 2**bits for bits in range(seed, parent + 1)))
+
+
+def stored_bytes(recipe):
+    """What one block and a small vocabulary of the paper's model take once the recipe's first pass is done."""
+    config = type(CONFIGS[recipe["model"]])(**CONFIGS[recipe["model"]].to_dict())
+    config.num_hidden_layers, config.vocab_size = 1, 2048
+    sizes = {name: shape for name, shape in shapes(config).items() if ".layers." in name and len(shape) == 2}
+    dense = 2 * sum(map(math.prod, shapes(config).values()))
+    step = recipe["passes"][0]
+    if step["kind"] == "mini_llm":
+        return (1 - step["ratio"]) * dense
+    if step["kind"] == "prune":
+        return dense
+    seed, parent = (step[key] if key in step else step["bits"] for key in ("seed_bits", "parent_bits"))
+    return dense + sum(packed_bytes(*shape, seed, parent) - 2 * math.prod(shape) for shape in sizes.values())
 
 
 def test_there_are_recipes_for_every_paper():

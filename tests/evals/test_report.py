@@ -1,6 +1,7 @@
 """The report: one page that needs nothing from outside, with the figures that were measured."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from compress.evals.store import Key, Results, identity, results_of
 from compress.evals.tables import markdown, quality, tasks
 from compress.evals.tasks import Tasks
 from compress.inspect import inspect
+from compress.weights import Checkpoint
 
 TEXT = "the fox sleeps and the lazy dog jumps over the quick brown fox. " * 5
 
@@ -237,7 +239,10 @@ def test_smaller_shapes_are_shown_block_by_block(tiny_llama, text_file, tmp_path
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
         "passes": [{"kind": "mini_llm", "ratio": 0.3, "ratio_of": "blocks", "mode": "local", "score": "magnitude"}],
     }
-    facts = collect(compress.run(recipe, tmp_path / "model"), Results(None))
-    assert facts.kept["model.embed_tokens"] == 1
-    assert any(share < 1 for share in facts.kept.values())
+    folder = compress.run(recipe, tmp_path / "model")
+    before, after = (Checkpoint(place).info() for place in (tiny_llama, folder))
+    facts = collect(folder, Results(None))
+    shares = {f"{name}.weight": share for name, share in facts.kept.items()}
+    assert shares == {name: math.prod(after[name].shape) / math.prod(before[name].shape) for name in shares}
+    assert facts.kept["model.embed_tokens"] == 1 > facts.kept["model.layers.1.mlp.up_proj"]
     assert "<h2>Sizes per block</h2>" in html(report_page(facts))

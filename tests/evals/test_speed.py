@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -70,11 +71,14 @@ def test_ratios_are_of_the_same_round(compressed, no_processes, monkeypatch):
     assert found["decode_tokens_per_second"]["median"] == 1 / 12
 
 
+@pytest.mark.slow
 def test_a_dense_model_alone_loads_in_a_fresh_process(tiny_llama):
+    start = time.perf_counter()
     found = bench(str(tiny_llama), load=Load(prompt=8, tokens=2, rounds=1, loads=1))["widths"]
     assert list(found) == ["dense"]
-    assert found["dense"]["load_seconds"]["median"] > 0
-    assert found["dense"]["resident_bytes"]["median"] > 0
+    assert 0 < found["dense"]["load_seconds"]["median"] < time.perf_counter() - start
+    weights = (tiny_llama / "model.safetensors").stat().st_size
+    assert weights < found["dense"]["resident_bytes"]["median"] < 1 << 30  # and what loading them imports
 
 
 def test_without_the_dense_model_the_result_says_so(compressed, tmp_path, no_processes):
@@ -95,11 +99,12 @@ def test_a_prompt_beyond_the_context_is_refused(compressed):
 
 
 def test_changing_the_width_is_timed_where_there_are_widths(compressed, no_processes):
+    start = time.perf_counter()
     found = bench(str(compressed), [3, 6], load=SMALL)["widths"]
     assert {name: "switch_seconds" in figures for name, figures in found.items()} == {
         "dense": False, "6": True, "3": True,
     }  # fmt: skip
-    assert found["3"]["switch_seconds"]["median"] > 0
+    assert 0 < found["3"]["switch_seconds"]["low"] <= found["3"]["switch_seconds"]["high"] < time.perf_counter() - start
 
 
 def test_a_pruned_model_stands_beside_the_dense_one_that_is_given(tiny_llama, tmp_path, no_processes):
@@ -107,8 +112,8 @@ def test_a_pruned_model_stands_beside_the_dense_one_that_is_given(tiny_llama, tm
     pruned = compress.run({"model": str(tiny_llama), "passes": passes}, tmp_path / "pruned")
     found = bench(str(pruned), reference=str(tiny_llama), load=SMALL)["widths"]
     assert list(found) == ["dense", "pruned"]
-    assert found["pruned"]["disk_bytes"] < found["dense"]["disk_bytes"]
-    assert found["pruned"]["decode_versus_dense"]["median"] > 0
+    assert found["pruned"]["disk_bytes"] == inspect(pruned)["bytes"] < found["dense"]["disk_bytes"]
+    assert found["pruned"]["decode_versus_dense"].keys() == {"median", "low", "high"}
 
 
 def test_a_random_model_needs_no_checkpoint(command, no_processes, tmp_path):

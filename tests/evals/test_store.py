@@ -61,6 +61,7 @@ def test_a_folder_that_can_not_be_written_says_what_to_do(tmp_path):
         Results(tmp_path / "report" / "results.jsonl").add(KEY, {})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_its_own_and_verify_does_not_mind(compressed, tmp_path, tiny_llama):
     folder = shutil.copytree(compressed, tmp_path / "model")
     results_of(folder).add(KEY, {"loss": 1.0})

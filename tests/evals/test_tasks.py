@@ -51,6 +51,7 @@ def read_items(path, limit=None):
     return [json.loads(line) for line in path.read_text().splitlines()[:limit]]
 
 
+@pytest.mark.slow
 def test_every_width_equals_a_plain_loop_and_the_model_is_loaded_once(compressed, task_folder, monkeypatch):
     loads, load = [], compress.load
 
@@ -96,6 +97,7 @@ def test_log_likelihoods_with_a_soft_prompt_equal_a_plain_loop(compressed, soft_
     assert max(abs(a - b) for a, b in zip(wanted, shifted, strict=True)) > 0.01
 
 
+@pytest.mark.slow
 def test_tasks_with_and_without_the_soft_prompt(compressed, task_folder, soft_prompt):
     store = Results(None)
     for prompt in (False, soft_prompt):
@@ -106,6 +108,7 @@ def test_tasks_with_and_without_the_soft_prompt(compressed, task_folder, soft_pr
     assert rows[None]["metrics"]["ece"] != rows[name]["metrics"]["ece"]
 
 
+@pytest.mark.slow
 def test_long_requests_with_a_prompt_are_cut_to_what_fits(compressed, soft_prompt, write_task, tmp_path):
     """64 positions, 5 of them virtual: a longer request is cut on the left and counted."""
     items = [{"query": "the fox sleeps. " * 20, "choices": ["fox", "dog"], "gold": 0}] * 2
@@ -114,6 +117,7 @@ def test_long_requests_with_a_prompt_are_cut_to_what_fits(compressed, soft_promp
     assert row["truncated"] == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_continues(compressed, task_folder, tmp_path, monkeypatch):
     """Stopped after one of four (width, task) pairs, three are left; done once more, none."""
     path, wanted = tmp_path / "results.jsonl", Tasks(("animals", "verbs"), task_folder)
@@ -139,6 +143,7 @@ def test_a_stopped_evaluation_continues(compressed, task_folder, tmp_path, monke
     assert len(measured) == 4
 
 
+@pytest.mark.slow
 def test_other_items_in_the_folder_are_measured_anew(compressed, write_task, tmp_path):
     items = [{"query": "the", "choices": ["fox", "dog"], "gold": 0}] * 2
     store = Results(None)
@@ -149,6 +154,7 @@ def test_other_items_in_the_folder_are_measured_anew(compressed, write_task, tmp
     assert len(store.rows("task")) == 2
 
 
+@pytest.mark.slow
 def test_lm_evals_own_schema_and_the_tidy_table(compressed, task_folder, tmp_path):
     found = evaluate_tasks(str(compressed), Tasks(("animals", "verbs"), task_folder, limit=4), [3, 4])
     paths = write_lm_eval(found, tmp_path / "json")
@@ -166,6 +172,7 @@ def test_lm_evals_own_schema_and_the_tidy_table(compressed, task_folder, tmp_pat
     assert len((tmp_path / "table.jsonl").read_text().splitlines()) == len(records)
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_one_width(tiny_llama, task_folder):
     assert list(evaluate_tasks(str(tiny_llama), Tasks(("animals",), task_folder, limit=2))) == ["dense"]
 
@@ -218,6 +225,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 def test_four_published_tasks_equal_a_plain_loop(real, write_task, tmp_path):
     """On a trained model; the first 25 items of each (winogrande's context differs, its continuation does not)."""
     folder = str(real / "stories260K")

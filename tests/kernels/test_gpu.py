@@ -163,11 +163,13 @@ def interpret(script, *arguments):
     return process.stdout
 
 
+@pytest.mark.slow
 @interpreter
 def test_plain_kernels_against_float64():
     assert interpret("interpreted.py").count(": ok") == 7
 
 
+@pytest.mark.slow
 @interpreter
 def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path):
     model = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2)
@@ -178,6 +180,7 @@ def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path):
     assert interpret("served.py", folder, tmp_path / "saved").count(": ok") == 7
 
 
+@pytest.mark.slow
 @interpreter
 def test_the_benchmark_and_the_tuner_run_end_to_end(tmp_path):
     assert interpret("measured.py", tmp_path).count(": ok") == 3

@@ -26,6 +26,7 @@ def test_the_inner_loop_ends_with_a_backward_branch():
     assert inner_loop(SASS) == ["LDG.E R2, desc[UR6][R2.64]", "@!P0 PRMT R3, R2, 0x5140, R4", "@P0 BRA 0x10"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
 def test_every_kind_of_kernel_compiles_and_keeps_its_budget(tmp_path):
     """Registers, spills and integer instructions per weight, for sm_80, sm_90 and sm_100; AMD's gfx942 for the plain ones."""
@@ -51,6 +52,7 @@ def test_every_kind_of_kernel_compiles_and_keeps_its_budget(tmp_path):
     assert all(slim[key] <= limit for key, limit in limits.items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
 def test_shared_memory_that_nobody_asks_for_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -58,6 +60,7 @@ def test_shared_memory_that_nobody_asks_for_is_a_fault(tmp_path, monkeypatch):
     assert found["faults"] == ["49152 + 32768 bytes of shared memory, and Triton asks for neither"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
 def test_every_launch_is_bound_and_compiled_as_on_a_gpu(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}

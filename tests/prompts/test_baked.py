@@ -30,6 +30,7 @@ def test_logits_are_those_behind_the_prompt(baked, prompted, bits):
     assert not found[..., 300:].any()
 
 
+@pytest.mark.slow
 def test_it_is_a_checkpoint_like_any_other(baked, prompted):
     assert len(verify(baked)) == 3
     assert not (baked / "soft_prompt").exists()

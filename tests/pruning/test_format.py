@@ -71,6 +71,7 @@ def test_tensors_have_the_documented_sizes(shaped, kind):
                 assert info[f"{block}.{linear}.bias"].shape == wanted[:1]
 
 
+@pytest.mark.slow
 def test_packed_matrices_record_the_sizes_they_have(shaped):
     folder = shaped("llama", {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4})
     record = config_of(folder)["quantization_config"]

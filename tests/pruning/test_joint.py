@@ -35,6 +35,7 @@ def test_codes_are_the_nearest_entries():
     assert torch.equal(rounding(table)(weight[:, 3]), table.gather(1, expected)[:, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_joint_in_a_recipe(make_model, recipe, tmp_path, kind):
     recipe |= {"model": str(make_model(kind)), "passes": [{"kind": "joint", "bits": 3, "sparsity": 0.5}]}

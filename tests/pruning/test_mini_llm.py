@@ -48,6 +48,7 @@ UNIFORM = [
 ]
 
 
+@pytest.mark.slow
 def test_uniform_models_load_without_this_library(recipe, make_model, fresh_python, tmp_path):
     folders = []
     for kind, settings, expected in UNIFORM:
@@ -96,11 +97,13 @@ def test_recorded_sizes_are_rebuilt_and_generate_with_a_cache(recipe, make_model
     assert torch.equal(logits(again), logits(folder))
 
 
+@pytest.mark.slow
 def test_recorded_sizes_stop_a_process_without_this_library(recipe, fresh_python, tmp_path):
     folder = pruned(recipe, tmp_path / "model", mode="local", protect=[1, 0])
     assert "mismatch" in fresh_python(PLAIN, folder, fails=True)
 
 
+@pytest.mark.slow
 def test_pruned_then_quantised_loads_in_a_fresh_process(recipe, fresh_python, tmp_path):
     more = {"kind": "prune", "sparsity": 0.3}, {"kind": "any_precision", "seed_bits": 3, "parent_bits": 5}
     folders = [pruned(recipe, tmp_path / mode, *more, mode=mode) for mode in ("uniform", "global")]
@@ -129,6 +132,7 @@ def test_whole_blocks_can_go(recipe, make_model, tmp_path, kind):
         assert torch.allclose(dense(TOKENS, use_cache=False).logits, logits(folder), atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_target_is_met_to_within_a_channel(recipe, tiny_llama, tmp_path):
     whole = parameters(tiny_llama)
     channel = 3 * 48
@@ -140,6 +144,7 @@ def test_a_target_is_met_to_within_a_channel(recipe, tiny_llama, tmp_path):
     assert AutoConfig.from_pretrained(layers).intermediate_size == 76
 
 
+@pytest.mark.slow
 def test_the_plan_knows_the_sizes(recipe, tmp_path):
     recipe["passes"] = [{"kind": "mini_llm", "ratio": 0.3}, {"kind": "any_precision", "parent_bits": 4}]
     foreseen = plan(recipe)
@@ -165,6 +170,7 @@ def test_every_score_prunes_the_same_amount(recipe, tiny_llama, tmp_path, settin
     assert torch.isfinite(logits(folder)).all()
 
 
+@pytest.mark.slow
 def test_refitting_lowers_the_error(recipe, tmp_path):
     def errors(**settings):
         folder = pruned(recipe, tmp_path / str(settings), **settings)

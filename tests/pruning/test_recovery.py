@@ -56,6 +56,7 @@ def test_training_lowers_the_held_out_loss(longer, tmp_path, full):
     assert torch.isfinite(logits(compress.load(folder))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_adapter_beside_the_model_does_what_the_merged_one_does(longer, make_model, tmp_path, kind):
     longer["model"] = str(make_model(kind))
@@ -83,6 +84,7 @@ def test_an_adapter_beside_the_model_does_what_the_merged_one_does(longer, make_
     assert abs(loss(beside, adapter=False) - loss(beside)) > 0.01
 
 
+@pytest.mark.slow
 def test_adapters_train_on_bit_planes_and_serve_every_width(longer, tmp_path):
     quantise = {"kind": "any_precision", "seed_bits": 2, "parent_bits": 4}
     longer["passes"] = [PRUNE, quantise, {**FAST, "merge": False, "dropout": 0.1}]
@@ -182,6 +184,7 @@ def test_an_adapter_of_another_model_is_used_only_when_named(beside, tiny_llama,
     assert not torch.allclose(logits(compress.load(tiny_llama, adapter=beside)), bare, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_continues_to_the_same_bytes(longer, tmp_path, monkeypatch):
     longer["passes"] = [PRUNE, FAST]
     whole = compress.run(longer, tmp_path / "whole")

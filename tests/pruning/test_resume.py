@@ -11,6 +11,7 @@ REFRESHED = {"kind": "prune", "score": "sparsegpt", "allocation": "mrp", "refres
 SHAPED = {"kind": "mini_llm", "mode": "global", "ratio": 0.3, "score": "gates"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [REFRESHED, {"kind": "joint", "bits": 3, "allocation": "hessian"}, SHAPED])
 def test_killed_runs_end_with_the_same_bytes(recipe, tmp_path, settings, kill_and_finish):
     recipe["passes"] = [settings]

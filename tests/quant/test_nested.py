@@ -160,6 +160,7 @@ def test_descent_below_a_width_keeps_its_codes():
     assert error(tree, 4) < before
 
 
+@pytest.mark.slow
 def test_two_bits_end_near_the_best_codes_there_are():
     """Exhaustive search over all codes of rows of eight weights: within 1 % in most cases, never above the start."""
     ratios = []

@@ -9,6 +9,7 @@ import pytest
 import compress
 from compress.evals.evaluate import Protocol, evaluate_text
 
+pytestmark = pytest.mark.slow
 ANCHORS = {"8": 3.6242, "7": 3.6258, "6": 3.6300, "5": 3.6703, "4": 3.8458, "3": 5.3250}
 ROUND_TO_NEAREST = {"8": 3.6254, "4": 4.0664, "3": 8.0175}
 DENSE, SEPARATOR = 3.6244, "<|endoftext|>"
@@ -48,16 +49,20 @@ def test_the_weight_objective_is_at_least_as_good_as_the_papers_own_quantiser(re
 
 
 def test_output_errors_close_half_the_gap_at_three_bits_and_tuned_tables_more(recipe, measure, tmp_path):
-    """The paper's quantiser loses 1.70 of perplexity at 3 bits; and 0.22 at 4, 0.046 at 5, 0.006 at 6 bits."""
-    passes = [{"kind": "any_precision"}, {"kind": "tune_tables", "widths": [3], "steps": 40, "batch": 8}]
+    """The paper's quantiser loses 1.70 of perplexity at 3 bits; and 0.22 at 4, 0.046 at 5 bits, with more samples."""
+    recipe["calibration"]["samples"] = 64
+    passes = [{"kind": "any_precision"}, {"kind": "tune_tables", "widths": [3], "steps": 20, "batch": 8}]
     work = tmp_path / "work"
-    plain = measure(compress.run({**recipe, "passes": passes[:1]}, tmp_path / "plain", workspace=work))
-    tuned = measure(compress.run({**recipe, "passes": passes}, tmp_path / "tuned", workspace=work))
+    made = compress.run({**recipe, "passes": passes[:1]}, tmp_path / "plain", workspace=work)
+    again = compress.run({**recipe, "passes": passes}, tmp_path / "tuned", workspace=work)
+    plain, tuned = measure(made, [3, 4, 5]), measure(again, [3])
     assert plain["3"] - DENSE < 0.5 * (ANCHORS["3"] - DENSE)
     assert tuned["3"] < 0.97 * plain["3"]
-    for bits in ("4", "5"):
-        assert plain[bits] < ANCHORS[bits]
-        assert tuned[bits] == plain[bits]
+    assert plain["4"] < ANCHORS["4"]
+    assert plain["5"] < ANCHORS["5"]
+    for bits in range(4, 9):  # what is not tuned stays to the byte
+        (one,), (two,) = (folder.glob(f"*-{bits}bit-*.safetensors") for folder in (made, again))
+        assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize("bits", [3, 4])
