@@ -6,8 +6,9 @@ from typing import Literal
 from pydantic import Field
 
 from compress.passes import Block
-from compress.pruning.prune import Prune, PruneConfig
+from compress.pruning.prune import Prune
 from compress.pruning.scores import Measured
+from compress.pruning.settings import PruneConfig
 
 
 class PruneRelativeConfig(PruneConfig):
