@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from compress.errors import CompressError
 from compress.evals import plots, tables
-from compress.evals.evaluate import Protocol, evaluate_text, settings_of
+from compress.evals.evaluate import OpenText, Protocol
 from compress.evals.gather import Facts, collect
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
@@ -110,10 +108,9 @@ def compare(
     for folder in folders:
         store = results_of(folder)
         if text is not None:
-            measured = evaluate_text(str(folder), text, protocol=protocol, device=device, report=progress, store=store)
-            cut = replace(protocol or Protocol(), length=measured["protocol"]["length"])
-            settings = settings_of(measured["text"]["sha256"], cut, torch.float32)
-            wanted = wanted or _same_text({"settings": settings})
+            work = OpenText(str(folder), text, protocol=protocol, device=device, progress=progress, store=store)
+            work.evaluate()
+            wanted = wanted or _same_text({"settings": work.settings})
         facts = collect(folder, store)
         found.append((facts, {_same_text(item): item for item in facts.texts}))
     common = [key for key in found[0][1] if all(key in texts for _, texts in found) and wanted in (None, key)]

@@ -23,7 +23,7 @@ class Harness(HFLM):
         model: causal LM, or a peft model whose virtual tokens take a part of the context.
         tokenizer: of the model.
         batch: rows in a batch; chosen by the machine's memory if None.
-        report: called with (requests done, requests in all).
+        progress: called with (requests done, requests in all).
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class Harness(HFLM):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         batch: int | None = None,
-        report: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.virtual_tokens = virtual_tokens(model)
-        self.report, self.truncated = report, 0
+        self.progress, self.truncated = progress, 0
         self._done = self._total = 0
         if batch is not None:
             self.batch_size_per_gpu = batch
@@ -64,6 +64,6 @@ class Harness(HFLM):
         with torch.inference_mode():
             logits = super()._model_call(inps, *args, **kwargs)
         self._done = min(self._done + len(inps), self._total)
-        if self.report is not None and self._total:
-            self.report(self._done, self._total)
+        if self.progress is not None and self._total:
+            self.progress(self._done, self._total)
         return logits  # type: ignore[no-any-return]

@@ -129,13 +129,12 @@ def added(loss: float, dense: float) -> float:
 
 
 @_style()
-def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %", dense: float | None = None) -> Figure:
+def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %") -> Figure:
     """Draw size across and loss up, both logarithmic.
 
     Args:
         lines: one per checkpoint or method; x in MB.
         name: of the upward axis.
-        dense: MB of the dense model, drawn as a vertical line.
     """
     figure, axes = _axes(7.4, 4.2)
     axes.set(xscale="log", yscale="log", xlabel="MB read", ylabel=name)
@@ -151,12 +150,10 @@ def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %",
                 axes.annotate(
                     point.word, (x, y), (6, 5), "data", "offset points", color=colour, weight="bold", zorder=6
                 )
-    if dense is not None:
-        axes.axvline(dense, color=_colours()["ink"], linewidth=0.9, linestyle=":", label="size of the dense model")
     axes.grid()
     _log_ticks(axes.xaxis, axes.get_xlim())
     _log_ticks(axes.yaxis, axes.get_ylim())
-    if len(lines) > 1 or dense is not None:
+    if len(lines) > 1:
         axes.legend()
     return figure
 
@@ -237,19 +234,6 @@ def _cell(axes: Axes, x: int, y: int, shade: float, tooltip: str, written: bool)
     if written:
         colour = _colours()["on" if shade > 0.55 else "ink"]
         axes.text(x + 0.5, y + 0.52, tooltip.rpartition(" ")[2], color=colour, size=7.5, ha="center", va="center")
-
-
-def transfer(
-    values: list[list[float | None]],
-    prompts: Sequence[str],
-    places: Sequence[str],
-    title: str,
-    target: Path,
-    reverse: bool = False,
-) -> None:
-    """Write a figure of how prompts (rows) do at places (columns), shaded by column, as places differ more; ``reverse``: more is better."""
-    matrix = Matrix([*prompts], [*places], values, down="prompt learned at", across="evaluated at")
-    save(heat_map(matrix, title, by_column=True, reverse=reverse), target)
 
 
 @_style()

@@ -26,7 +26,7 @@ def report_page(facts: Facts) -> Page:
         *_errors(facts),
         *_zeros(facts),
         *_sizes(facts),
-        *map(_matrix, facts.matrices),
+        *(Section(given.title, pictures=[_heat_map(*given)]) for given in facts.matrices),
         *_samples(facts),
         _made(facts),
     ]
@@ -177,8 +177,9 @@ def _speed(facts: Facts) -> Iterable[Section]:
     yield Section("Speed and memory", tables.speed(found), note, [picture])
 
 
-def _heat_map(label: str, matrix: Matrix, caption: str, **options: Any) -> Picture:
-    return Picture(label, partial(plots.heat_map, matrix, **options), caption, matrix.table())
+def _heat_map(label: str, matrix: Matrix, caption: str, by_column: bool = False, **options: Any) -> Picture:
+    draw = partial(plots.heat_map, matrix, by_column=by_column, **options)
+    return Picture(label, draw, caption, matrix.table())
 
 
 def _errors(facts: Facts) -> Iterable[Section]:
@@ -217,14 +218,6 @@ def _sizes(facts: Facts) -> Iterable[Section]:
         matrix = tables.by_block({name: 100 * share for name, share in facts.kept.items()}, "{:.0f}".format)
         picture = _heat_map("Share of weights left in each matrix", matrix, caption, limits=(0, 100))
         yield Section("Sizes per block", pictures=[picture])
-
-
-def _matrix(item: Mapping[str, Any]) -> Section:
-    rows, columns = ([*map(str, item[axis])] for axis in ("rows", "columns"))
-    down, across = (str(item.get(f"{axis}_axis", "")) for axis in ("row", "column"))
-    matrix = Matrix(rows, columns, item["values"], down=down, across=across)
-    title, caption = str(item["title"]), str(item.get("caption", "Darker is more."))
-    return Section(title, pictures=[_heat_map(title, matrix, caption, by_column=bool(item.get("by_column")))])
 
 
 def _samples(facts: Facts) -> Iterable[Section]:

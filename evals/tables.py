@@ -64,6 +64,15 @@ def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Matri
     return Matrix(names_of(kinds), [str(block) for block in blocks], matrix, form)
 
 
+def transfer(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], models: Sequence[str], text: str, value: str
+) -> Matrix:
+    """Arrange a measure of a text with soft prompts down and models across; rows have ``prompt``, ``model`` and ``text``."""
+    found = {(row["prompt"], row["model"], row["text"]): row for row in rows}
+    values = [[found.get((prompt, model, text), {}).get(value) for model in models] for prompt in prompts]
+    return Matrix([*prompts], [*models], values, down="prompt learned at", across="evaluated at")
+
+
 def zeros(found: Mapping[str, Any]) -> Matrix:
     """Arrange the share of zeros, in %, of every linear and block that :func:`compress.inspect.sparsity` found."""
     percent = "{:.0f}".format

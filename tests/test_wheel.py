@@ -41,7 +41,7 @@ def test_the_backend_depends_on_the_compiler_and_the_installation_does_not(tmp_p
     assert (tmp_path / "installed" / "compress_command.py").is_file()  # where the compress command begins
     assert "Tag: py3-none-" in tags  # nothing in it depends on the version of Python
     evals = tmp_path / "installed" / "compress" / "evals"
-    assert (evals / "grid.py").exists()
+    assert (evals / "report.py").exists()
     assert not [name for name in ("experiments", "grids") if (evals / name).exists()]  # they are for a clone
 
 

@@ -16,13 +16,14 @@ import typer
 
 import compress
 from compress.calibration import draw_samples
-from compress.evals import grid, plots, script
+from compress.evals import plots, tables
 from compress.evals.evaluate import documents_of, windows
-from compress.evals.grid import GridRun, Line, cells_of, fill, pivot, tables_of
+from compress.evals.grids import script
+from compress.evals.grids.grid import GridRun, Line, cells_of, fill, pivot, settle, tables_of
 from compress.evals.perplexity import score
 from compress.evals.store import Key
 from compress.evals.tasks import Tasks
-from compress.evals.transfer import NONE, Place, matrix, transfer
+from compress.evals.transfer import NONE, Place, transfer
 from compress.passes import Context
 from compress.prompts.settings import SoftPromptConfig
 from compress.pruning.lora import adapter_model
@@ -129,7 +130,7 @@ def main(
     only: Annotated[Optional[list[str]], typer.Option(help="AXIS=LABEL, as given to the grid.")] = None,
 ) -> None:
     """Fill the tables of prompts, LoRA and transfer."""
-    chosen = grid.settle("prompts", model, calibration, text, separator, settings or [])
+    chosen = settle("prompts", model, calibration, text, separator, settings or [])
     run = GridRun(chosen, out, True, script.progress())
     dense, *lines = run.lines(only or [])
     cells = [cell for cell in cells_of(chosen, only or []) if cell.place["row"] == OWN]
@@ -145,8 +146,8 @@ def main(
     elsewhere = [row for row in rows if row["model"] == DENSE and row["prompt"] != NONE]
     lines += [{**row, "row": f"{OWN} on the dense model", "level": row["prompt"]} for row in elsewhere]
     value = "bits_per_byte" if chosen.text == "builtin" else "perplexity"
-    values = matrix(rows, list(prompts), levels, "text", value)
-    plots.transfer(values, list(prompts), levels, value.replace("_", " "), out / "transfer.svg")
+    matrix = tables.transfer(rows, list(prompts), levels, "text", value)
+    plots.save(plots.heat_map(matrix, value.replace("_", " "), by_column=True), out / "transfer.svg")
     gaps = [pivot(lines, ["row"], ["level"], [name]) for name in ("gap_closed", "gap_closed_to_prompted")]
     found = "\n\n".join([tables_of(chosen, [dense, *lines]), *gaps, pivot(rows, ["prompt"], ["model"], [value])]) + "\n"
     (out / "tables.md").write_text(found, encoding="utf-8")

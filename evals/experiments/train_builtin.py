@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from compress.errors import CompressError
-from compress.evals import script
+from compress.evals.grids import script
 from compress.texts import SEPARATOR, fingerprint, stdlib, training_files
 
 VOCABULARY = 2048

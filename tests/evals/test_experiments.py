@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from compress.evals import script
 from compress.evals.experiments import estimators, prompts
+from compress.evals.grids import script
 from compress.pruning.settings import MiniLlmConfig
 from compress.source import make_context, open_source
 
@@ -49,7 +49,7 @@ def test_prompts_beside_lora_and_beside_each_other(tiny_llama, text_file, tmp_pa
         assert all(1 < float(cell) < 400 for cell in cells)
     closed = next(row for row in found if row.startswith("| gap closed |"))
     assert closed == "| gap closed | 3 bits |"
-    for name in ("grid.measure", "grid.make", "experiments.prompts.train", "evaluate.score"):
+    for name in ("grids.grid.measure", "grids.grid.make", "experiments.prompts.train", "evaluate.score"):
         monkeypatch.setattr(f"compress.evals.{name}", None)  # all of it is known
     monkeypatch.setattr(prompts.GridRun, "checkpoint", lambda run, cell: next((run.out / "models").glob("*prompt-3*")))
     run(monkeypatch, prompts.main, *arguments)

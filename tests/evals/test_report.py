@@ -189,9 +189,9 @@ def test_rows_of_a_transfer_become_a_matrix_per_text(tmp_path):
     ]
     (tmp_path / "transfer.json").write_text(json.dumps(rows))
     first, second = read_matrices(tmp_path)
-    assert (first["rows"], first["columns"]) == (["none", "3"], ["3", "4"])
-    assert first["values"] == [[0, 1], [2, None]]
-    assert second["values"] == [[3]]
+    assert (first.matrix.rows, first.matrix.columns) == (["none", "3"], ["3", "4"])
+    assert first.matrix.values == [[0, 1], [2, None]]
+    assert second.matrix.values == [[3]]
 
 
 def test_a_matrix_whose_shape_is_wrong_is_named(tmp_path):

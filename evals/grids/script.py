@@ -1,10 +1,9 @@
-"""What the command lines of experiments share: a quiet transformers, errors in one line, JSON."""
+"""Run functions as command lines of a clone: a quiet transformers, errors in one line, JSON."""
 
 from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ def run(main: Callable[..., None]) -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, at what peft asks it
     try:
         typer.run(main)
     except CompressError as error:

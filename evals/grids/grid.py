@@ -1,4 +1,4 @@
-"""Run a grid of recipes and tabulate what they make: ``python -m compress.evals.grid NAME OUT --help``.
+"""Run a grid of recipes and tabulate what they make.
 
 A grid is a YAML file: recipes with ``{axis}`` in place of settings, the values of the axes, and what to measure::
 
@@ -27,16 +27,16 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar, Union
+from typing import Any, Union
 
-import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.errors import CompressError, did_you_mean
-from compress.evals import script, tables
+from compress.evals import tables
 from compress.evals.evaluate import BUILTIN, Protocol, documents_of
-from compress.evals.measure import Figures, facts_of, held_out_loss, make, measure
+from compress.evals.grids.figures import facts_of, held_out_loss
+from compress.evals.measure import Figures, make, measure
 from compress.evals.store import Key, Results, identity
 from compress.passes import Report
 from compress.recipe import explain, load_recipe, override
@@ -44,7 +44,7 @@ from compress.settings import Calibration
 from compress.source import model_folder
 from compress.workspace import digest
 
-GRIDS = Path(__file__).with_name("grids")
+GRIDS = Path(__file__).parent
 HELD_OUT = "held-out"
 """In place of a text: calibration text that no pass has seen."""
 Scalar = Union[str, int, float, bool, None]
@@ -120,26 +120,16 @@ class Cell:
         return {"model": grid.model, "calibration": calibration, "passes": passes, "seed": self.seed}
 
 
-StrictT = TypeVar("StrictT", bound=Strict)
-
-
-def _valid(model: type[StrictT], data: Any, where: str) -> StrictT:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise CompressError(explain(error, model, where)) from error
-
-
 def parse_grid(data: Mapping[str, Any], where: str = "grid") -> Grid:
     """Validate a grid's plain data.
 
     Raises:
         CompressError: an unknown key, or a value of the wrong kind.
     """
-    rows = data.get("rows")
-    if isinstance(rows, Mapping):
-        data = {**data, "rows": {label: _valid(Row, row, f"{where}: rows.{label}") for label, row in rows.items()}}
-    return _valid(Grid, data, where)
+    try:
+        return Grid.model_validate(data)
+    except ValidationError as error:
+        raise CompressError(explain(error, Grid, where)) from error
 
 
 def read_grid(name: str) -> dict[str, Any]:
@@ -173,11 +163,8 @@ def settle(
     data = read_grid(name)
     data |= {key: value for key, value in (("model", model), ("text", text)) if value is not None}
     if calibration is not None:
-        kept = {
-            key: value
-            for key, value in data.get("calibration", {}).items()
-            if key in ("samples", "length", "min_characters")
-        }
+        old = data.get("calibration", {})
+        kept = {key: old[key] for key in ("samples", "length", "min_characters") if key in old}
         data["calibration"] = {**kept, "text": calibration, "separator": separator}
     if separator is not None:
         data["protocol"] = {**data.get("protocol", {}), "separator": separator}
@@ -213,11 +200,7 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def cells_of(grid: Grid, only: Sequence[str] = ()) -> list[Cell]:
-    """Return the cells of all rows, in order.
-
-    Args:
-        grid: the grid.
-        only: ``AXIS=LABEL``, or ``row=LABEL``; of cells that have the axis, those with another label are left out.
+    """Return the cells of all rows, in order; with ``AXIS=LABEL`` or ``row=LABEL``, not those that have another label.
 
     Raises:
         CompressError: no cell has such a label.
@@ -266,10 +249,9 @@ class GridRun:
     def __init__(self, grid: Grid, out: Path, keep: bool = False, progress: Report | None = None) -> None:
         self.grid, self.out, self.keep, self.progress = grid, out, keep, progress
         self.protocol, self.store = Protocol(**grid.protocol), Results(out / "results.jsonl")
-        self.dense = model_folder(grid.model)
         text = grid.text if grid.text == HELD_OUT else documents_of(grid.text, self.protocol)[1]
         self.about: dict[str, Any] = {
-            "model": identity(self.dense),
+            "model": identity(model_folder(grid.model)),
             "text": text,
             "protocol": asdict(self.protocol),
             "calibration": grid.calibration.model_dump(mode="json"),
@@ -403,29 +385,3 @@ def _figure(metric: str, lines: Sequence[Line]) -> str:
     if len(found) < 2:
         return "".join(format(value, form) for value in found) or "–"
     return f"{statistics.mean(found):{form}} ({min(found):{form}} to {max(found):{form}})"
-
-
-def main(
-    grid: Annotated[str, typer.Argument(help="Name of a grid in evals/grids, or a YAML file.")],
-    out: Annotated[Path, typer.Argument(help="Folder for results.jsonl and tables.md.")],
-    model: Annotated[Optional[str], typer.Option(help="Dense model.")] = None,
-    calibration: Annotated[Optional[str], typer.Option(help="Text file to calibrate on.")] = None,
-    text: Annotated[Optional[str], typer.Option(help="Text file to measure on, or 'builtin'.")] = None,
-    separator: Annotated[Optional[str], typer.Option(help="Divides both texts into documents.")] = None,
-    settings: Annotated[Optional[list[str]], typer.Option("--set", help="KEY.KEY=VALUE on the grid.")] = None,
-    only: Annotated[Optional[list[str]], typer.Option(help="AXIS=LABEL or row=LABEL of cells to run.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints.")] = False,
-    json_file: Annotated[Optional[str], typer.Option("--json", help="Write all figures here, or to '-'.")] = None,
-) -> None:
-    """Run every recipe of a grid, measure what it makes, and write tables."""
-    chosen = settle(grid, model, calibration, text, separator, settings or [])
-    lines = GridRun(chosen, out, keep, script.progress()).lines(only or [])
-    found = tables_of(chosen, lines)
-    (out / "tables.md").write_text(found + "\n", encoding="utf-8")
-    typer.echo(found)
-    if json_file is not None:
-        script.write_json(lines, json_file)
-
-
-if __name__ == "__main__":
-    script.run(main)
