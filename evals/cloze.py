@@ -13,7 +13,6 @@ command above writes them as a task folder for lm-eval's own ``--include_path``.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import keyword
@@ -22,6 +21,9 @@ import tokenize
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import typer
+import yaml
 
 from compress.texts import HELDOUT, read_modules
 from compress.workspace import digest
@@ -38,10 +40,6 @@ def line_items(source: str, generator: random.Random) -> list[Item]:
     """Ask for every line of code in a module that has three rivals: indented alike, of like length, elsewhere in the file.
 
     Comments and docstrings are neither asked for nor offered.
-
-    Args:
-        source: of a module.
-        generator: draws rivals and the order of choices.
     """
     lines = source.splitlines()
     code = {row: _split(lines[row]) for row in _rows_of_code(source)}
@@ -78,12 +76,7 @@ def _rows_of_code(source: str) -> list[int]:
 
 
 def name_items(source: str, generator: random.Random) -> list[Item]:
-    """Ask for every name of a module that stands in the lines before too, with three rivals from those lines.
-
-    Args:
-        source: of a module.
-        generator: draws rivals and the order of choices.
-    """
+    """Ask for every name of a module that stands in the lines before too, with three rivals from those lines."""
     lines = source.splitlines()
     names: list[tuple[int, int, str]] = [
         (token.start[0] - 1, token.start[1], token.string)
@@ -120,12 +113,7 @@ MAKERS: Mapping[str, Callable[[str, random.Random], list[Item]]] = {
 
 
 def builtin_items(task: str, count: int = _ITEMS) -> list[Item]:
-    """Return the items of a built-in task, drawn evenly from all held-out modules and always the same.
-
-    Args:
-        task: ``builtin_line`` or ``builtin_name``.
-        count: how many.
-    """
+    """Return the items of a built-in task, drawn evenly from all held-out modules and always the same."""
     generator = random.Random(0)
     found = [item for source in read_modules(HELDOUT).values() for item in MAKERS[task](source.expandtabs(), generator)]
     return generator.sample(found, min(count, len(found)))
@@ -153,9 +141,7 @@ def fingerprint(task: str) -> str:
 
 
 def write(folder: Path) -> list[Path]:
-    """Write both tasks as YAML and JSON lines; returns the files."""
-    import yaml
-
+    """Write both tasks as YAML and JSON lines; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for task in MAKERS:
@@ -167,15 +153,13 @@ def write(folder: Path) -> list[Path]:
     return written
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     """Write the task folder and say what is in it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    for path in write(parser.parse_args().folder):
+    for path in write(folder):
         print(path)
     for task in MAKERS:
         print(f"{task}: {len(builtin_items(task))} items, sha256 {fingerprint(task)}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -24,17 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold checkpoints that were measured on the same text in the same way.
+    """Hold checkpoints that were measured on the same text in the same way."""
 
-    Attributes:
-        rivals: name of a checkpoint -> (width, bytes, metrics of the text).
-        text: the common text, ``{"name", "settings", "rows"}``, with the rows of the first checkpoint.
-        dense: the dense model's metrics, where all were made from one and it was measured.
-    """
-
-    rivals: dict[str, list[tuple[str, int, Mapping[str, float]]]]
-    text: Mapping[str, Any]
-    dense: Mapping[str, float] | None
+    rivals: dict[str, list[tuple[str, int, Mapping[str, float]]]]  # checkpoint -> (bits, bytes, metrics of the text)
+    text: Mapping[str, Any]  # the common text, with the rows of the first checkpoint
+    dense: Mapping[str, float] | None  # the dense model's metrics, where all were made from one and it was measured
 
     def lines(self) -> tuple[list[Line], str]:
         """Return the lines of the Pareto plot, and the name of its upward axis."""

@@ -56,29 +56,25 @@ class Protocol:
     disjoint: bool = False
 
 
+_JOINED = Protocol(join="\n\n", length=2048, disjoint=True)
+_C4 = Protocol(join=" ", limit=1100, characters=2_088_528, length=2048, disjoint=True)
 PRESETS: Mapping[str, tuple[Protocol, str]] = {
     "2048": (
-        Protocol(join="\n\n", length=2048, disjoint=True),
+        _JOINED,
         "GPTQ, SparseGPT, Wanda, OWL: the documents as one text, windows of 2048 tokens side by side",
     ),
-    "llm-pruner": (
-        Protocol(join="\n\n", length=128, disjoint=True),
-        "LLM-Pruner, MINI-LLM: the same in windows of 128 tokens",
-    ),
-    "any-precision": (
-        Protocol(join="\n\n", length=2048, disjoint=True),
-        "Any-Precision LLM on WikiText-2 (the same as 2048)",
-    ),
+    "llm-pruner": (replace(_JOINED, length=128), "LLM-Pruner, MINI-LLM: the same in windows of 128 tokens"),
+    "any-precision": (_JOINED, "Any-Precision LLM on WikiText-2 (the same as 2048)"),
     "any-precision-c4": (
-        Protocol(join=" ", limit=1100, characters=2_088_528, length=2048, disjoint=True),
+        _C4,
         "Any-Precision LLM on C4: the first 1100 documents of the validation split, joined by spaces, 2,088,528 characters",
     ),
     "any-precision-ptb": (
-        Protocol(join=" ", length=2048, disjoint=True),
+        replace(_JOINED, join=" "),
         "Any-Precision LLM on PTB: sentences joined by spaces; write <unk> as < u n k > in the file, as there",
     ),
     "compress-then-prompt": (
-        Protocol(join="\n\n", length=1024, disjoint=True),
+        replace(_JOINED, length=1024),
         "Compress, then Prompt: windows of 1024 tokens; averaged over text tokens, which its code did not",
     ),
 }

@@ -30,54 +30,33 @@ from compress.weights import Checkpoint, TensorInfo
 
 @dataclass(frozen=True)
 class Wanted:
-    """Say what a report is to have.
+    """Say what a report is to have."""
 
-    Attributes:
-        text: file, or ``builtin``; None takes ``builtin`` for a checkpoint of the built-in model, else none.
-        protocol: how it is cut.
-        tasks: for lm-eval; None takes the built-in tasks for a checkpoint of the built-in model.
-        bits: widths; all there are if None.
-        controls: whether stages and controls are made and measured.
-        load: for the benchmark; None for no benchmark.
-        prompts: to continue at every width; the beginning of the text if empty.
-        device: to measure on.
-        adapter: as for :func:`compress.load`.
-    """
-
-    text: str | None = None
+    text: str | None = None  # file, or builtin; if None, builtin for a checkpoint of the built-in model, else none
     protocol: Protocol = field(default_factory=Protocol)
-    tasks: Tasks | None = None
-    bits: Sequence[int | float] | None = None
-    controls: bool = False
-    load: speed.Load | None = field(default_factory=speed.Load)
-    prompts: tuple[str, ...] = ()
+    tasks: Tasks | None = None  # if None, the built-in tasks for a checkpoint of the built-in model
+    bits: Sequence[int | float] | None = None  # all there are if None
+    controls: bool = False  # make and measure stages and controls
+    load: speed.Load | None = field(default_factory=speed.Load)  # None for no benchmark
+    prompts: tuple[str, ...] = ()  # to continue at all bits; the beginning of the text if empty
     device: str = "cpu"
-    adapter: Choice = None
+    adapter: Choice = None  # as for :func:`compress.load`
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold everything that is known of a checkpoint, from its files and its results.
-
-    Attributes:
-        original: the dense model's tensors; empty if it is not there.
-        widths: ``["8", …]``, most bits first, with mean numbers that were measured; ``["dense"]`` where nothing is packed.
-        rows: measurements of the checkpoint and of its dense model, as :class:`compress.evals.store.Results` has them.
-        bench: the latest result, or None.
-        sparsity: :func:`compress.inspect.sparsity`, or None where nothing is pruned.
-        notes: what is not in it, and why.
-    """
+    """Hold everything that is known of a checkpoint, from its files and its results."""
 
     folder: Path
     inspected: dict[str, Any]
     manifest: dict[str, Any]
-    original: Mapping[str, TensorInfo]
-    widths: list[str]
-    rows: list[dict[str, Any]]
-    bench: dict[str, Any] | None
-    sparsity: dict[str, Any] | None
+    original: Mapping[str, TensorInfo]  # the dense model's tensors; empty if it is not there
+    widths: list[str]  # "8", …, most bits first, with mean numbers that were measured; "dense" where nothing is packed
+    rows: list[dict[str, Any]]  # of the store, of the checkpoint and of its dense model
+    bench: dict[str, Any] | None  # the latest result
+    sparsity: dict[str, Any] | None  # None where nothing is pruned
     matrices: list[Given]
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # what is not in it, and why
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """Return the measurements of a kind, oldest first."""
@@ -120,7 +99,7 @@ class Facts:
 
     @property
     def dense_bytes(self) -> int | None:
-        """Return the bytes of the dense model's tensors in its files; None if it is not there."""
+        """Return the bytes of the dense model's tensors; None if it is not there."""
         return sum(item.nbytes for item in self.original.values()) or None
 
     def bytes_at(self, width: str) -> int | None:
@@ -130,9 +109,11 @@ class Facts:
         at = self.inspected["bytes_at_bits"]
         if width in at or not at:
             return at.get(width, self.inspected["bytes"])  # type: ignore[no-any-return]
-        low = str(int(float(width)))  # a mean width has the bytes between its neighbours, by its own definition
-        share = float(width) - int(float(width))
-        return round(at[low] + share * (at.get(str(int(low) + 1), at[low]) - at[low])) if low in at else None
+        share, low = math.modf(
+            float(width)
+        )  # a mean number has the bytes between its neighbours, by its own definition
+        below, above = (at.get(str(int(low) + more)) for more in (0, 1))
+        return None if below is None else round(below + share * ((above or below) - below))
 
 
 def measure_missing(folder: Path, wanted: Wanted, store: Results, progress: Report | None = None) -> list[str]:

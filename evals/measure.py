@@ -17,16 +17,10 @@ Figures = dict[str, dict[str, Any]]
 
 
 def make(recipe: Mapping[str, Any], folder: Path, work: Path, progress: Report | None = None) -> Path:
-    """Run a recipe unless its checkpoint is there.
-
-    Args:
-        recipe: whole, as plain data; one without passes stands for the dense model.
-        folder: to write.
-        work: workspace, shared with other recipes.
-        progress: called with (what, done, total).
+    """Run a recipe (plain data) unless its checkpoint is there, in a workspace shared with other recipes.
 
     Returns:
-        The checkpoint, or the dense model's folder.
+        The checkpoint; of a recipe without passes the dense model's folder.
     """
     if not recipe["passes"]:
         return model_folder(recipe["model"])

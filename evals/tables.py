@@ -51,12 +51,7 @@ class Matrix:
 
 
 def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Matrix:
-    """Arrange figures of modules with kinds of linears down and blocks across.
-
-    Args:
-        values: module name -> figure; the first number in a name is its block, modules without one are left out.
-        form: writes a figure.
-    """
+    """Arrange figures of modules with kinds of linears down and blocks across; modules outside the blocks are left out."""
     parts = {name: re.match(r"(.*?)(\d+)\.(.*)", name) for name in values}
     places = {(found[3], int(found[2])): values[name] for name, found in parts.items() if found}
     kinds, blocks = list(dict.fromkeys(kind for kind, _ in places)), sorted({block for _, block in places})
@@ -163,8 +158,7 @@ def tasks(facts: Facts) -> Table:
 def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, Any]]]) -> Table:
     """Show every task by its main metric with standard error, and by the answers that differ from the dense model's.
 
-    Args:
-        found: (width, prompt) -> task -> row.
+    ``found`` is (bits, prompt) -> task -> row.
     """
     metrics = {name: main_metric(row["metrics"]) for rows in found.values() for name, row in rows.items()}
     table = Table(["", *(head for name in metrics for head in (f"{name}, {metrics[name]}", "answers changed", "ece"))])

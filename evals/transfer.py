@@ -72,15 +72,7 @@ def transfer(
     protocol: Protocol,
     store: Results,
 ) -> list[dict[str, Any]]:
-    """Score every prompt at every place.
-
-    Args:
-        places: models; those of one folder that follow each other are loaded once.
-        prompts: to put before them.
-        texts: name -> file, or ``builtin``.
-        tasks: of lm-eval.
-        protocol: how texts are cut, with the length of the windows.
-        store: what it has is not measured again.
+    """Score every prompt at every place on texts (name -> file, or ``builtin``) and tasks; a folder is loaded once per prompt.
 
     Returns:
         One row per prompt, place and text or task: ``prompt, model, text`` (the name) and the metrics.

@@ -149,7 +149,7 @@ def test_without_matplotlib_everything_but_the_picture_is_there(measured, tmp_pa
     assert [path.name for path in written] == ["index.html", "report.md"]
     assert notes == ["There are no figures: drawing needs matplotlib: pip install 'compress-llm[plots]'."]
     page = written[0].read_text()
-    assert notes[0].replace("'", "&#x27;") in page
+    assert notes[0].replace("'", "&#39;") in page
     assert "<svg" not in page
     assert "<h2>Where the error is</h2>" in page  # as tables
     assert "pareto.png" not in written[1].read_text()
