@@ -54,14 +54,9 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
 
 def with_typos(text: str, rate: float = 0.05, seed: int = 0) -> str:
-    """Swap two neighbouring inner letters in a share of the words of at least four letters.
+    """Swap two neighbouring inner letters in a share of the words of at least four letters; a seed gives the same errors.
 
     The number of bytes stays the same where letters are ASCII, so bits per byte compare.
-
-    Args:
-        text: any text.
-        rate: share of those words that get an error.
-        seed: the same seed gives the same errors.
     """
     generator = random.Random(seed)
 
@@ -86,13 +81,7 @@ class Comparison:
     right: list[Tensor] = field(default_factory=list)
 
     def add(self, dense: Tensor, other: Tensor, target: Tensor) -> None:
-        """Add tokens to the sums.
-
-        Args:
-            dense: log-probabilities of the dense model, [T, vocabulary].
-            other: of the compressed model, the same shape.
-            target: the next tokens, [T].
-        """
+        """Add tokens to the sums: log-probabilities of both models, [T, vocabulary], and the next tokens, [T]."""
         likeliest, choice = dense.argmax(-1), other.argmax(-1)
         self.kl += float((dense.exp() * (dense - other)).sum(dtype=torch.float64))
         self.agreeing += int((likeliest == choice).sum())
@@ -115,11 +104,7 @@ class Comparison:
 
 
 def dense_model_of(folder: str, reference: str | None = None) -> str:
-    """Find the dense model of a checkpoint.
-
-    Args:
-        folder: the checkpoint.
-        reference: dense model to take instead of the recipe's.
+    """Return the dense model of a checkpoint: ``reference`` if it is given, or the recipe's.
 
     Raises:
         CompressError: a folder without a manifest, or the dense model is not there or no longer the same.
@@ -160,7 +145,7 @@ def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str
     sums = {label: Comparison() for label, key in keys.items() if work.store.find(key) is None}
     if sums:
         dense = load(original, dtype=getattr(torch, work.dtype), device_map=str(work.model.device))
-        windows, watch = work.windows(work.documents).windows, work.watch("agreement")
+        windows, watch = work.protocol.cut(work.documents, work.tokenizer).windows, work.watch("agreement")
         longest = max(window.scored for window in windows)
         step = max(1, _HELD // (4 * longest * int(dense.config.vocab_size)))
         for start in range(0, len(windows), step):
@@ -198,7 +183,7 @@ def evaluate_robustness(work: OpenText, rate: float = 0.05) -> dict[str, dict[st
         ``{bits: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
     """
     before = work.evaluate()["bits"]
-    spoilt = work.windows([with_typos(document, rate) for document in work.documents])
+    spoilt = work.protocol.cut([with_typos(document, rate) for document in work.documents], work.tokenizer)
 
     def measure(label: str) -> dict[str, Any]:
         clean = before[label]["bits_per_byte"]

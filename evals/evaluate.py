@@ -55,30 +55,23 @@ class Protocol:
     characters: int | None = None
     disjoint: bool = False
 
+    def cut(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Text:
+        """Cut documents into windows; ``length`` is given."""
+        assert self.length is not None
+        return prepare(documents, tokenizer, self.length, self.stride, self.truncate, self.disjoint)
 
-_JOINED = Protocol(join="\n\n", length=2048, disjoint=True)
-_C4 = Protocol(join=" ", limit=1100, characters=2_088_528, length=2048, disjoint=True)
-PRESETS: Mapping[str, tuple[Protocol, str]] = {
-    "2048": (
-        _JOINED,
-        "GPTQ, SparseGPT, Wanda, OWL: the documents as one text, windows of 2048 tokens side by side",
-    ),
-    "llm-pruner": (replace(_JOINED, length=128), "LLM-Pruner, MINI-LLM: the same in windows of 128 tokens"),
-    "any-precision": (_JOINED, "Any-Precision LLM on WikiText-2 (the same as 2048)"),
-    "any-precision-c4": (
-        _C4,
-        "Any-Precision LLM on C4: the first 1100 documents of the validation split, joined by spaces, 2,088,528 characters",
-    ),
-    "any-precision-ptb": (
-        replace(_JOINED, join=" "),
-        "Any-Precision LLM on PTB: sentences joined by spaces; write <unk> as < u n k > in the file, as there",
-    ),
-    "compress-then-prompt": (
-        replace(_JOINED, length=1024),
-        "Compress, then Prompt: windows of 1024 tokens; averaged over text tokens, which its code did not",
-    ),
+
+_JOINED = Protocol(join="\n\n", length=2048, disjoint=True)  # windows side by side in the documents as one text
+PRESETS: Mapping[str, Protocol] = {
+    "2048": _JOINED,  # GPTQ, SparseGPT, Wanda, OWL
+    "llm-pruner": replace(_JOINED, length=128),  # MINI-LLM too
+    "any-precision": _JOINED,  # on WikiText-2
+    # 1100 documents of the validation split
+    "any-precision-c4": replace(_JOINED, join=" ", limit=1100, characters=2_088_528),
+    "any-precision-ptb": replace(_JOINED, join=" "),  # the file has < u n k > for <unk>, as there
+    "compress-then-prompt": replace(_JOINED, length=1024),  # averaged over text tokens, which its code did not
 }
-"""Protocols of papers by name, and what they are. The text is given as a file, or as documents by ``separator`` or JSON lines."""
+"""Protocols of papers by name. The text is given as a file, or as documents by ``separator`` or JSON lines."""
 
 
 def protocol_of(preset: str | None, **changes: Any) -> Protocol:
@@ -89,7 +82,7 @@ def protocol_of(preset: str | None, **changes: Any) -> Protocol:
     """
     if preset is not None and preset not in PRESETS:
         raise CompressError(f"--protocol: there is no {preset!r}. {did_you_mean(preset, PRESETS)}")
-    start = PRESETS[preset][0] if preset else Protocol()
+    start = PRESETS[preset] if preset else Protocol()
     return replace(start, **{key: value for key, value in changes.items() if value not in (None, False)})
 
 
@@ -104,12 +97,6 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     if protocol.join is not None:
         kept = [protocol.join.join(kept)[: protocol.characters]]
     return kept, digest
-
-
-def windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Text:
-    """Cut documents as a protocol says, whose ``length`` is given."""
-    assert protocol.length is not None
-    return prepare(documents, tokenizer, protocol.length, protocol.stride, protocol.truncate, protocol.disjoint)
 
 
 def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
@@ -216,7 +203,8 @@ class OpenText(OpenModel):
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the text at all numbers of bits, as :func:`evaluate_text` returns it."""
-        text, protocol, virtual = self.windows(self.documents), self.protocol, virtual_tokens(self.model)
+        protocol, virtual = self.protocol, virtual_tokens(self.model)
+        text = protocol.cut(self.documents, self.tokenizer)
         rows = self.measure(
             self.key("text", self.source, self.settings),
             lambda label: {"metrics": score(self.model, text, report=self.watch(label)).json()},
@@ -233,10 +221,6 @@ class OpenText(OpenModel):
             **({"adapter": self.digests["adapter"]} if "adapter" in self.digests else {}),
             "bits": {label: row["metrics"] for label, row in rows.items()},
         }
-
-    def windows(self, documents: Sequence[str]) -> Text:
-        """Cut documents as this text is cut."""
-        return windows(documents, self.tokenizer, self.protocol)
 
 
 def evaluate_text(

@@ -90,12 +90,11 @@ class Facts:
         """Return matrix -> share of the weights of the dense model's matrix of that name; empty where all shapes are the same."""
         ours = {name: item.shape for name, item in Checkpoint(self.folder).info().items() if len(item.shape) == 2}
         ours |= {f"{name}.weight": tuple(module["shape"]) for name, module in self.inspected["modules"].items()}
-        shares = {
-            name.removesuffix(".weight"): math.prod(shape) / math.prod(self.original[name].shape)
-            for name, shape in ours.items()
-            if name in self.original
-        }
-        return shares if any(share != 1 for share in shares.values()) else {}
+        sizes = {name: math.prod(shape) for name, shape in ours.items() if name in self.original}
+        shares = {name: size / math.prod(self.original[name].shape) for name, size in sizes.items()}
+        if all(share == 1 for share in shares.values()):
+            return {}
+        return {name.removesuffix(".weight"): share for name, share in shares.items()}
 
     @property
     def dense_bytes(self) -> int | None:
@@ -167,11 +166,11 @@ def _benched(folder: Path, load: speed.Load, store: Results, adapter: Choice) ->
     return any((row["model"], row["settings"]["load"], row["prompt"]) == key for row in store.rows("bench"))
 
 
-def _beginning(folder: Path, source: str, protocol: Protocol, tokens: int = 24) -> str:
-    """Return the first tokens of the first document as text, up to the end of a word."""
+def _beginning(folder: Path, source: str, protocol: Protocol) -> str:
+    """Return the first 24 tokens of the first document as text, up to the end of a word."""
     tokenizer = load_tokenizer(folder)
     document = documents_of(source, protocol)[0][0]
-    text = str(tokenizer.decode(tokenizer(document[:2000], add_special_tokens=False)["input_ids"][:tokens]))
+    text = str(tokenizer.decode(tokenizer(document[:2000], add_special_tokens=False)["input_ids"][:24]))
     return text.rpartition(" ")[0] or text
 
 

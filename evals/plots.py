@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from html import escape
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+_ABSENT = "drawing needs matplotlib: pip install 'compress-llm[plots]'."
 _FLOOR = 1e-5  # added loss, as a share, below which a point sits on the lower edge of the plot
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # equal figures are equal bytes
 _TOOLTIP = "tooltip:"  # an artist with such an id becomes a group with a title, shown on pointing at it
@@ -53,7 +55,7 @@ def _style(**more: Any) -> Iterator[None]:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise CompressError("drawing needs matplotlib: pip install 'compress-llm[plots]'.") from error
+        raise CompressError(_ABSENT) from error
     look = str(files("compress.evals") / "plots.mplstyle")
     style: dict[Any, Any] = {**matplotlib.rc_params_from_file(look, use_default_template=False), **more}
     with matplotlib.rc_context(style):
@@ -62,11 +64,7 @@ def _style(**more: Any) -> Iterator[None]:
 
 def why_not() -> list[str]:
     """Return a sentence on why there are no figures; none where matplotlib is installed."""
-    try:
-        with _style():
-            return []
-    except CompressError as error:
-        return [f"There are no figures: {error}"]
+    return [] if find_spec("matplotlib") else [f"There are no figures: {_ABSENT}"]
 
 
 @_style()

@@ -24,8 +24,7 @@ def report_page(facts: Facts) -> Page:
         *_agreement(facts),
         *_speed(facts),
         *_errors(facts),
-        *_zeros(facts),
-        *_sizes(facts),
+        *_shares(facts),
         *(Section(given.title, pictures=[_heat_map(*given)]) for given in facts.matrices),
         *_samples(facts),
         _made(facts),
@@ -119,10 +118,8 @@ def pareto_lines(facts: Facts, text: Mapping[str, Any]) -> list[Line]:
 
     lines = []
     for prompt in sorted({prompt for _, prompt in rows}, key=lambda prompt: prompt or ""):
-        found = [
-            (width, facts.bytes_at(width), rows.get((width, prompt))) for width in facts.widths if width != "dense"
-        ]
-        points = [point(width, size, metrics["loss"]) for width, size, metrics in found if size and metrics]
+        packed = [width for width in facts.widths if width != "dense" and (width, prompt) in rows]
+        points = [point(bits, size, rows[bits, prompt]["loss"]) for bits in packed if (size := facts.bytes_at(bits))]
         if points:
             lines.append(Line(prompt or "this checkpoint", points))
     for name, measured in tables.control_points(facts, text).items():
@@ -201,21 +198,18 @@ def _errors(facts: Facts) -> Iterable[Section]:
     yield Section("Where the error is", note=note, pictures=pictures)
 
 
-def _zeros(facts: Facts) -> Iterable[Section]:
-    found = facts.sparsity
-    if found is not None:
+def _shares(facts: Facts) -> Iterable[Section]:
+    """Show what is zero and what is gone, block by block."""
+    if found := facts.sparsity:
         caption = (
             f"Zeros in %, counted in the files: {found['zeros']:,} of {found['parameters']:,} weights in the blocks. "
             "A mask alone makes nothing faster; what it saves on disk is in the sizes above."
         )
         picture = _heat_map("Share of zeros in each matrix", tables.zeros(found), caption, limits=(0, 100))
         yield Section("Allocation per block", pictures=[picture])
-
-
-def _sizes(facts: Facts) -> Iterable[Section]:
-    if facts.kept:
+    if kept := facts.kept:
         caption = "Weights that each matrix has left, in % of the dense model's matrix of that name: these are gone, not zero."
-        matrix = tables.by_block({name: 100 * share for name, share in facts.kept.items()}, "{:.0f}".format)
+        matrix = tables.by_block({name: 100 * share for name, share in kept.items()}, "{:.0f}".format)
         picture = _heat_map("Share of weights left in each matrix", matrix, caption, limits=(0, 100))
         yield Section("Sizes per block", pictures=[picture])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -262,7 +263,6 @@ def markdown(table: Table) -> str:
 def names_of(rows: Sequence[str]) -> list[str]:
     """Return dotted names without what they have in common in front."""
     parts = [name.split(".") for name in rows]
-    common = 0
-    while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
-        common += 1
+    levels = zip(*(part[:-1] for part in parts), strict=False)
+    common = len([*takewhile(lambda level: len(set(level)) == 1, levels)])
     return [".".join(part[common:]) for part in parts]

@@ -17,7 +17,7 @@ import typer
 import compress
 from compress.calibration import draw_samples
 from compress.evals import plots, tables
-from compress.evals.evaluate import documents_of, windows
+from compress.evals.evaluate import documents_of
 from compress.evals.grids import script
 from compress.evals.grids.grid import GridRun, Line, cells_of, fill, pivot, settle, tables_of
 from compress.evals.perplexity import score
@@ -50,11 +50,7 @@ def lora_of(context: Context, count: int) -> tuple[list[str], int]:
 
 
 class Lora:
-    """LoRA as a control of the grid's prompts.
-
-    Args:
-        run: the grid's results, with the checkpoints without prompts kept.
-    """
+    """Train LoRA as a control of a grid's prompts, on its checkpoints without prompts, which it has kept."""
 
     def __init__(self, run: GridRun) -> None:
         self.run = run
@@ -63,22 +59,14 @@ class Lora:
         self.config = SoftPromptConfig(**fill("{prompt}", {**run.grid.define, "calibration": calibration}))
         self.context, self.tokenizer = make_context(source, pick_device("cpu"), 0), source.tokenizer
         text, limit = self.config.text or run.grid.calibration, self.context.context_length
-        self.samples = [
-            sample[: (limit or 2048) - self.config.tokens]
-            for sample in draw_samples(text, self.tokenizer, limit).tokens
-        ]
+        room = (limit or 2048) - self.config.tokens
+        self.samples = [sample[:room] for sample in draw_samples(text, self.tokenizer, limit).tokens]
 
     def figures(self, place: Place) -> dict[str, Any]:
         """Return the score of LoRA trained at a level, its rate chosen on what training holds back."""
-        tuned = place_of(self.run, TUNED_AT)
-        quarter = max(1, self.config.steps // 4)
-        trials = [
-            (
-                self._trained(tuned, {"learning_rate": rate, "steps": quarter, "validate_every": quarter})["held_out"],
-                rate,
-            )
-            for rate in RATES
-        ]
+        tuned, quarter = place_of(self.run, TUNED_AT), max(1, self.config.steps // 4)
+        short = {"steps": quarter, "validate_every": quarter}
+        trials = [(self._trained(tuned, {**short, "learning_rate": rate})["held_out"], rate) for rate in RATES]
         return self._trained(place, {"learning_rate": min(trials)[1]})
 
     def _trained(self, place: Place, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,8 +82,8 @@ class Lora:
         adapted.eval()
         record = train(adapted, self.samples, config, self.context.seed).record()
         documents, _ = documents_of(self.run.grid.text, self.run.protocol)
-        found = score(model, windows(documents, self.tokenizer, self.run.protocol)).json()
-        metrics = {**found, "held_out": sum(record["best"]["held_out"].values())}
+        metrics = score(model, self.run.protocol.cut(documents, self.tokenizer)).json()
+        metrics["held_out"] = sum(record["best"]["held_out"].values())
         return self.run.store.add(key, metrics, rank=rank, targets=targets)["metrics"]  # type: ignore[no-any-return]
 
 
@@ -106,9 +94,9 @@ def place_of(run: GridRun, level: str) -> Place:
 
 
 def add_gaps(lines: Sequence[Line]) -> None:
-    """Add the share of a level's loss above the dense model's that every way closes: ``gap_closed``.
+    """Add ``gap_closed``, the share of a level's loss above the dense model's that every way closes.
 
-    That of its own prompt is also told against the dense model with a prompt of its own: ``gap_closed_to_prompted``.
+    ``gap_closed_to_prompted`` is that of a level's own prompt to the dense model with a prompt of its own.
     """
     losses = {(line["row"], line["level"]): line["loss"] for line in lines}
     dense, prompted = losses[WITHOUT, DENSE], losses[OWN, DENSE]

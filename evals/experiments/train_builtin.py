@@ -107,7 +107,7 @@ def main(
             report_to=[],
             seed=0,
         ),
-        train_dataset=[{"input_ids": window, "labels": window} for window in windows],  # type: ignore[arg-type]
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
     )
     resumable = any((output / "training").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resumable)

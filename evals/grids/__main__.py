@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -21,7 +22,9 @@ def main(
     settings: Annotated[Optional[list[str]], typer.Option("--set", help="KEY.KEY=VALUE on the grid.")] = None,
     only: Annotated[Optional[list[str]], typer.Option(help="AXIS=LABEL or row=LABEL of cells to run.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints.")] = False,
-    json_file: Annotated[Optional[str], typer.Option("--json", help="Write all figures here, or to '-'.")] = None,
+    target: Annotated[
+        Optional[typer.FileTextWrite], typer.Option("--json", help="File for all figures, or '-'.")
+    ] = None,
 ) -> None:
     """Run every recipe of a grid, measure what it makes, and write tables."""
     chosen = settle(grid, model, calibration, text, separator, settings or [])
@@ -29,8 +32,8 @@ def main(
     found = tables_of(chosen, lines)
     (out / "tables.md").write_text(found + "\n", encoding="utf-8")
     typer.echo(found)
-    if json_file is not None:
-        script.write_json(lines, json_file)
+    if target is not None:
+        target.write(json.dumps(lines, indent=1) + "\n")
 
 
 if __name__ == "__main__":

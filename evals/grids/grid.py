@@ -219,28 +219,23 @@ def cells_of(grid: Grid, only: Sequence[str] = ()) -> list[Cell]:
 
 
 def _cells_of_row(grid: Grid, label: str, row: Row) -> Iterator[Cell]:
-    named = set(re.findall(r"\{(\w+)", json.dumps([label, row.passes, row.bits])))
-    shared = {name: axis for name, axis in grid.axes.items() if name in named}
-    axes: dict[str, dict[Any, Any]] = {}
-    for name, given in {**shared, **row.axes}.items():
-        known = given if isinstance(given, dict) else grid.axes.get(name)
-        values = known if isinstance(known, dict) else {}
-        axes[name] = {item: values.get(str(item), item) for item in given}
+    named = re.findall(r"\{(\w+)", json.dumps([label, row.passes, row.bits]))
+    axes = {name: axis for name, axis in grid.axes.items() if name in named} | row.axes
     for labels in itertools.product(*axes.values()):
         point = dict(zip(axes, labels, strict=True))
-        values = {name: axes[name][chosen] for name, chosen in point.items()}
+        values = {name: _value(axes[name], grid.axes.get(name), chosen) for name, chosen in point.items()}
         for seed in row.seeds:
             yield Cell(row, {"row": label.format(**point), **point}, values, seed)
 
 
-class GridRun:
-    """The results of a grid in a folder.
+def _value(axis: Any, shared: Any, label: Any) -> Any:
+    """Return what a label stands for: itself, unless the axis, or the grid's axis of that name, is a mapping."""
+    known = axis if isinstance(axis, dict) else shared
+    return known.get(str(label), label) if isinstance(known, dict) else label
 
-    Args:
-        grid: what to run.
-        out: folder of ``results.jsonl``, of the workspace, and of the checkpoints while they are measured.
-        keep: leave checkpoints (in ``out/models``) and the workspace there.
-        progress: called with (what, done, total).
+
+class GridRun:
+    """Run a grid in a folder, which keeps ``results.jsonl``, and the workspace and ``models`` if asked to.
 
     Raises:
         CompressError: the folder has results of another model, text, calibration or protocol.
@@ -294,9 +289,9 @@ class GridRun:
         choose = cell.row.choose
         if choose is None:
             return {}
-        axes = {axis: known for axis, known in self.grid.axes.items() if isinstance(known, dict)}
+        axes = self.grid.axes
         labels = {axis: fill(label, self.grid.define) for axis, label in choose.at.items()}
-        fixed = {axis: axes.get(axis, {}).get(str(label), label) for axis, label in labels.items()}
+        fixed = {axis: _value(axes.get(axis), None, label) for axis, label in labels.items()}
         losses = []
         for value in choose.among:
             recipe = {**cell.recipe(self.grid, **fixed, **{choose.axis: value}), "seed": cell.row.seeds[0]}
@@ -347,24 +342,18 @@ def tables_of(grid: Grid, lines: Sequence[Line]) -> str:
     for label in dict.fromkeys(line.get(grid.per or "") for line in cells):
         mine = [line for line in cells if line.get(grid.per or "") == label]
         parts += [f"{grid.per}: {label}"] if grid.per else []
-        parts += [
-            pivot(mine, grid.down, grid.across, group)
-            for group in ([[m] for m in metrics] if grid.across else [metrics])
-        ]
+        groups = [[name] for name in metrics] if grid.across else [metrics]
+        parts += [pivot(mine, grid.down, grid.across, group) for group in groups]
     return "\n\n".join(parts)
 
 
 def pivot(lines: Sequence[Line], down: Sequence[str], across: Sequence[str], metrics: Sequence[str]) -> str:
     """Return a Markdown table of metrics, by what heads its lines and its columns; of equal places the mean and the range."""
-
-    def place(line: Line) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        labels = [tuple(str(line.get(name, "")) for name in names) for names in (down, across)]
-        return labels[0], labels[1]
-
     cells: dict[Any, list[Line]] = {}
     for line in lines:
         if any(line.get(name) is not None for name in metrics):
-            cells.setdefault(place(line), []).append(line)
+            place = tuple(tuple(str(line.get(name, "")) for name in names) for names in (down, across))
+            cells.setdefault(place, []).append(line)
     columns = [(labels, name) for labels in dict.fromkeys(labels for _, labels in cells) for name in metrics]
     corner = _head(metrics[0]) if across else ""
     heads = [", ".join(labels) if across else _head(name) for labels, name in columns]

@@ -1,12 +1,9 @@
-"""Run functions as command lines of a clone: a quiet transformers, errors in one line, JSON."""
+"""Run functions as command lines of a clone: a quiet transformers, errors in one line."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -37,19 +34,3 @@ def progress() -> Report:
             typer.echo(f"[{done}/{total}] {what}", err=True)
 
     return tell
-
-
-def write_json(result: Any, target: str) -> None:
-    """Write a result to a file, or to standard output if the target is ``-``.
-
-    Raises:
-        CompressError: the file cannot be written.
-    """
-    text = json.dumps(result, indent=1)
-    if target == "-":
-        typer.echo(text)
-        return
-    try:
-        Path(target).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CompressError(f"--json {target}: {error.strerror}.") from error
