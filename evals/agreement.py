@@ -32,9 +32,7 @@ from compress.loading import load
 from compress.manifest import read_manifest
 from compress.source import model_folder
 
-_HELD = (
-    1 << 28
-)  # bytes of the dense model's log-probabilities held while the model is compared with them at all its bits
+_HELD = 1 << 28  # bytes of the dense model's log-probabilities held while all numbers of bits are compared with them
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:

@@ -117,8 +117,8 @@ def compare(
         rows = texts[key]["rows"]
         if one_origin:
             dense = dense or rows.get(("dense", None))
-        widths = [width for width in facts.widths if (width, None) in rows]
-        rivals[name] = [(width, facts.bytes_at(width) or 0, rows[width, None]) for width in widths]
+        measured = [bits for bits in facts.widths if (bits, None) in rows]
+        rivals[name] = [(bits, facts.bytes_at(bits) or 0, rows[bits, None]) for bits in measured]
     return Comparison(rivals, found[0][1][key], dense)
 
 

@@ -78,11 +78,11 @@ class Facts:
         return sorted(found.values(), key=lambda text: -len(text["rows"]))
 
     @property
-    def tasks(self) -> dict[str, dict[tuple[str, str | None], dict[str, Any]]]:
-        """Return name of a task -> (width, prompt) -> row."""
-        found: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}
-        for row in self.of("task"):
-            found.setdefault(row["name"], {})[row["width"], row["prompt"]] = row
+    def tasks(self) -> dict[tuple[str, str | None], dict[str, dict[str, Any]]]:
+        """Return (bits, prompt) -> name of a task -> row, the dense model first."""
+        found: dict[tuple[str, str | None], dict[str, dict[str, Any]]] = {}
+        for row in sorted(self.of("task"), key=lambda row: (self.rank(row["width"]), row["prompt"] or "")):
+            found.setdefault((row["width"], row["prompt"]), {})[row["name"]] = row
         return found
 
     @property

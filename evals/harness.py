@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.adapters import virtual_tokens
 from compress.errors import CompressError
-from compress.evals.perplexity import context_length
 
 _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothing tells that memory runs out
 
@@ -36,10 +35,9 @@ class Harness(HFLM):
     ) -> None:
         self.virtual_tokens, self.progress, self.truncated = virtual_tokens(model), progress, 0
         self._done = self._total = 0
-        size: int | str = batch or "auto"  # lm-eval tries, and halves at out of memory
-        if batch is None and model.device.type == "cpu":
-            size = min(32, max(1, _LOGITS // (4 * context_length(model, 1 << 30) * len(tokenizer))))
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch or "auto")
+        if batch is None and self.device.type == "cpu":  # elsewhere lm-eval tries, and halves at out of memory
+            self.batch_size_per_gpu = min(32, max(1, _LOGITS // (4 * self.max_length * len(tokenizer))))
 
     @property
     def max_length(self) -> int:

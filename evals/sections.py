@@ -13,7 +13,7 @@ from compress.evals import plots, tables
 from compress.evals.gather import Facts
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
-from compress.evals.tables import Matrix
+from compress.evals.tables import Matrix, Table
 
 
 def report_page(facts: Facts) -> Page:
@@ -77,7 +77,56 @@ def _quality(facts: Facts) -> Iterable[Section]:
         picture = Picture(label, partial(plots.pareto, lines), caption, file="" if place else "pareto.png")
         pictures = [picture] if sum(len(line.points) for line in lines) > 1 else []
         title = "Quality at every width" + f": {_name_of(text)}" * bool(place)
-        yield Section(title, tables.quality(facts, text), protocol_words(text), pictures)
+        yield Section(title, quality_table(facts, text), protocol_words(text), pictures)
+
+
+def quality_table(facts: Facts, text: Mapping[str, Any]) -> Table:
+    """Set size and loss of the dense model, of stages and of every width (with and without prompts) beside the controls' loss."""
+    rows: Mapping[tuple[str, str | None], Mapping[str, float]] = text["rows"]
+    dense = rows.get(("dense", None))
+    controls = {
+        f"control loss: {name}": {width: loss for width, _, loss in points}
+        for name, points in control_points(facts, text).items()
+    }
+    heads = ["", "read", "× dense", "loss, nats", "vs dense", "perplexity", "bits per byte", *controls]
+    table = Table(heads)
+
+    def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], width: str = "") -> None:
+        share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
+        change = "–" if dense is None or kind == "dense" else f"{tables.above(metrics['loss'], dense['loss']):+.2f} %"
+        figures = [tables.number(metrics["perplexity"]), tables.number(metrics["bits_per_byte"])]
+        beside = [tables.number(losses.get(width)) if kind == "width" else "–" for losses in controls.values()]
+        table.add(kind, name, tables.megabytes(size), share, tables.number(metrics["loss"]), change, *figures, *beside)
+
+    if dense is not None:
+        add("dense", "dense", facts.dense_bytes, dense)
+    for row in _variants(facts, text, "stage"):
+        for width, metrics in row["widths"].items():
+            name = row["label"] if width == "dense" else f"{row['label']}, {tables.label(width)}"
+            add("stage", name, metrics["disk_bytes"], metrics)
+    prompts = sorted({prompt for _, prompt in rows if prompt})
+    for width in dict.fromkeys(["dense", *facts.widths]):
+        if (width, None) in rows and width != "dense":
+            add("width", tables.label(width), facts.bytes_at(width), rows[width, None], width)
+        for prompt in prompts:
+            if (width, prompt) in rows:
+                add("prompt", tables.label(width, prompt), facts.bytes_at(width), rows[width, prompt])
+    return table.without_empty()
+
+
+def _variants(facts: Facts, text: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
+    same = text["name"], text["settings"]["sha256"]
+    rows = [row for row in facts.of("variant") if row["group"] == group]
+    return [row for row in rows if (row["name"], row["settings"]["sha256"]) == same]
+
+
+def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
+    """Return label -> [(width, bytes, loss)] of the controls that were measured on a text, smallest first."""
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for row in _variants(facts, text, "control"):
+        points = [(width, metrics["disk_bytes"], metrics["loss"]) for width, metrics in row["widths"].items()]
+        found.setdefault(row["label"], []).extend(points)
+    return {name: sorted(points, key=lambda point: point[1]) for name, points in found.items()}
 
 
 def _name_of(text: Mapping[str, Any]) -> str:
@@ -122,21 +171,22 @@ def pareto_lines(facts: Facts, text: Mapping[str, Any]) -> list[Line]:
         points = [point(bits, size, rows[bits, prompt]["loss"]) for bits in packed if (size := facts.bytes_at(bits))]
         if points:
             lines.append(Line(prompt or "this checkpoint", points))
-    for name, measured in tables.control_points(facts, text).items():
+    for name, measured in control_points(facts, text).items():
         lines.append(Line(f"control: {name}", [point(*one) for one in measured], control=True))
     return lines
 
 
 def _tasks(facts: Facts) -> Iterable[Section]:
-    if facts.tasks:
-        sizes = ", ".join(f"{name} {next(iter(rows.values()))['n']} items" for name, rows in facts.tasks.items())
-        builtin = any(name.startswith("builtin_") for name in facts.tasks)
+    if found := facts.tasks:
+        items = {name: row["n"] for rows in found.values() for name, row in rows.items()}
+        sizes = ", ".join(f"{name} {count} items" for name, count in items.items())
+        builtin = any(name.startswith("builtin_") for name in items)
         chance = " The built-in tasks have four choices, so chance is 0.25." if builtin else ""
         note = (
             f"lm-eval, in process; {sizes}; ± is one standard error.{chance} “Answers changed” counts items whose chosen answer is "
             "not the dense model’s, right or wrong; calibration error (ece) is of the softmax over the choices."
         )
-        yield Section("Tasks", tables.tasks(facts), note)
+        yield Section("Tasks", tables.task_table(found), note)
 
 
 def _agreement(facts: Facts) -> Iterable[Section]:
@@ -248,7 +298,7 @@ def _made(facts: Facts) -> Section:
         "Files": f"{len(manifest['files'])}, {tables.megabytes(manifest['sizes']['files'])}",
         "Kept dense": ", ".join(dict.fromkeys(manifest["not_quantised"])),
     }
-    table = tables.Table(["", ""])
+    table = Table(["", ""])
     for name, value in known.items():
         table.add("fact", name, value or "none")
     recipe = yaml.safe_dump(_given(manifest["recipe"]), sort_keys=False, allow_unicode=True, width=100)

@@ -6,10 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from compress.evals.gather import Facts
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -98,62 +95,6 @@ def label(width: str, prompt: str | None = None) -> str:
 def above(loss: float, dense: float) -> float:
     """Return how far a loss is above the dense model's, in % of that."""
     return 100 * (loss / dense - 1)
-
-
-def quality(facts: Facts, text: Mapping[str, Any]) -> Table:
-    """Set size and loss of the dense model, of stages and of every width (with and without prompts) beside the controls' loss."""
-    rows: Mapping[tuple[str, str | None], Mapping[str, float]] = text["rows"]
-    dense = rows.get(("dense", None))
-    controls = {
-        f"control loss: {name}": {width: loss for width, _, loss in points}
-        for name, points in control_points(facts, text).items()
-    }
-    heads = ["", "read", "× dense", "loss, nats", "vs dense", "perplexity", "bits per byte", *controls]
-    table = Table(heads)
-
-    def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], width: str = "") -> None:
-        share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
-        change = "–" if dense is None or kind == "dense" else f"{above(metrics['loss'], dense['loss']):+.2f} %"
-        figures = [number(metrics["perplexity"]), number(metrics["bits_per_byte"])]
-        beside = [number(losses.get(width)) if kind == "width" else "–" for losses in controls.values()]
-        table.add(kind, name, megabytes(size), share, number(metrics["loss"]), change, *figures, *beside)
-
-    if dense is not None:
-        add("dense", "dense", facts.dense_bytes, dense)
-    for row in _variants(facts, text, "stage"):
-        for width, metrics in row["widths"].items():
-            name = row["label"] if width == "dense" else f"{row['label']}, {label(width)}"
-            add("stage", name, metrics["disk_bytes"], metrics)
-    prompts = sorted({prompt for _, prompt in rows if prompt})
-    for width in dict.fromkeys(["dense", *facts.widths]):
-        if (width, None) in rows and width != "dense":
-            add("width", label(width), facts.bytes_at(width), rows[width, None], width)
-        for prompt in prompts:
-            if (width, prompt) in rows:
-                add("prompt", label(width, prompt), facts.bytes_at(width), rows[width, prompt])
-    return table.without_empty()
-
-
-def _variants(facts: Facts, text: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
-    same = text["name"], text["settings"]["sha256"]
-    rows = [row for row in facts.of("variant") if row["group"] == group]
-    return [row for row in rows if (row["name"], row["settings"]["sha256"]) == same]
-
-
-def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
-    """Return label -> [(width, bytes, loss)] of the controls that were measured on a text, smallest first."""
-    found: dict[str, list[tuple[str, float, float]]] = {}
-    for row in _variants(facts, text, "control"):
-        points = [(width, metrics["disk_bytes"], metrics["loss"]) for width, metrics in row["widths"].items()]
-        found.setdefault(row["label"], []).extend(points)
-    return {name: sorted(points, key=lambda point: point[1]) for name, points in found.items()}
-
-
-def tasks(facts: Facts) -> Table:
-    """Set what lm-eval found at every width and with every prompt beside the dense model."""
-    keys = {key for rows in facts.tasks.values() for key in rows}
-    ranked = sorted(keys, key=lambda key: (facts.rank(key[0]), key[1] or ""))
-    return task_table({key: {name: rows[key] for name, rows in facts.tasks.items() if key in rows} for key in ranked})
 
 
 def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, Any]]]) -> Table:
