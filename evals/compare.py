@@ -1,4 +1,4 @@
-"""Compare several checkpoints, at all their widths, on one text (``compress compare``)."""
+"""Compare several checkpoints, at all their numbers of bits, on one text (``compress compare``)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Comparison:
         lines = []
         for name, rows in self.rivals.items():
             points = []
-            for width, size, metrics in rows:
+            for bits, size, metrics in rows:
                 figures = f"{tables.megabytes(size)}, perplexity {metrics['perplexity']:.4g}"
                 up = plots.added(metrics["loss"], self.dense["loss"]) if self.dense else metrics["bits_per_byte"]
-                word = "" if width == "dense" else width
-                points.append(Point(size / 1e6, up, word, f"{name}, {tables.label(width)}: {figures}"))
+                word = "" if bits == "dense" else bits
+                points.append(Point(size / 1e6, up, word, f"{name}, {tables.label(bits)}: {figures}"))
             lines.append(Line(name, points))
         return lines, "loss above the dense model's, %" if self.dense else "bits per byte"
 
@@ -48,12 +48,12 @@ class Comparison:
         return plots.pareto(*self.lines())
 
     def table(self) -> tables.Table:
-        """Set a row per checkpoint and width, smallest first, and say whether any other is both smaller and better."""
+        """Set a row per checkpoint and number of bits, smallest first, and say whether any other is both smaller and better."""
         figures = ["read", "loss, nats", "vs dense", "perplexity", "bits per byte", "best at its size"]
         table = tables.Table(["checkpoint", "bits", *figures])
-        rows = [(size, name, width, metrics) for name, mine in self.rivals.items() for width, size, metrics in mine]
+        rows = [(size, name, bits, metrics) for name, mine in self.rivals.items() for bits, size, metrics in mine]
         by = "bits_per_byte"  # means the same for every tokenizer
-        for size, name, width, metrics in sorted(rows, key=lambda row: row[0]):
+        for size, name, bits, metrics in sorted(rows, key=lambda row: row[0]):
             beaten = any(
                 other <= size and theirs[by] <= metrics[by] and (other < size or theirs[by] < metrics[by])
                 for other, _, _, theirs in rows
@@ -61,7 +61,7 @@ class Comparison:
             change = f"{tables.above(metrics['loss'], self.dense['loss']):+.2f} %" if self.dense else "–"
             losses = [tables.number(metrics[key]) for key in ("loss", "perplexity", by)]
             cells = [tables.megabytes(size), losses[0], change, *losses[1:], "" if beaten else "yes"]
-            table.add("width", name, width, *cells)
+            table.add("width", name, bits, *cells)
         return table.without_empty()
 
     def page(self) -> Page:
@@ -117,7 +117,7 @@ def compare(
         rows = texts[key]["rows"]
         if one_origin:
             dense = dense or rows.get(("dense", None))
-        measured = [bits for bits in facts.widths if (bits, None) in rows]
+        measured = [bits for bits in facts.all_bits if (bits, None) in rows]
         rivals[name] = [(bits, facts.bytes_at(bits) or 0, rows[bits, None]) for bits in measured]
     return Comparison(rivals, found[0][1][key], dense)
 

@@ -51,7 +51,9 @@ class Facts:
     inspected: dict[str, Any]
     manifest: dict[str, Any]
     original: Mapping[str, TensorInfo]  # the dense model's tensors; empty if it is not there
-    widths: list[str]  # "8", …, most bits first, with mean numbers that were measured; "dense" where nothing is packed
+    all_bits: list[
+        str
+    ]  # "8", …, most bits first, with mean numbers that were measured; "dense" where nothing is packed
     rows: list[dict[str, Any]]  # of the store, of the checkpoint and of its dense model
     bench: dict[str, Any] | None  # the latest result
     sparsity: dict[str, Any] | None  # None where nothing is pruned
@@ -62,13 +64,13 @@ class Facts:
         """Return the measurements of a kind, oldest first."""
         return [row for row in self.rows if row["kind"] == kind]
 
-    def rank(self, width: str) -> int:
-        """Return where a width comes in tables: the dense model, the widths, anything else."""
-        return ["dense", *self.widths, width].index(width)
+    def rank(self, bits: str) -> int:
+        """Return where a number of bits comes in tables: the dense model, the checkpoint's, anything else."""
+        return ["dense", *self.all_bits, bits].index(bits)
 
     @property
     def texts(self) -> list[dict[str, Any]]:
-        """Return one per text and protocol, the fullest first: ``{"name", "settings", "rows": {(width, prompt): metrics}}``."""
+        """Return one per text and protocol, the fullest first: ``{"name", "settings", "rows": {(bits, prompt): metrics}}``."""
         found: dict[str, dict[str, Any]] = {}
         for row in self.of("text"):
             settings = {key: value for key, value in row["settings"].items() if key not in ("prompt", "adapter")}
@@ -101,16 +103,15 @@ class Facts:
         """Return the bytes of the dense model's tensors; None if it is not there."""
         return sum(item.nbytes for item in self.original.values()) or None
 
-    def bytes_at(self, width: str) -> int | None:
-        """Return the bytes of the tensors that loading at a width reads."""
-        if width == "dense":
+    def bytes_at(self, bits: str) -> int | None:
+        """Return the bytes of the tensors that loading at a number of bits reads."""
+        if bits == "dense":
             return self.dense_bytes
         at = self.inspected["bytes_at_bits"]
-        if width in at or not at:
-            return at.get(width, self.inspected["bytes"])  # type: ignore[no-any-return]
-        share, low = math.modf(
-            float(width)
-        )  # a mean number has the bytes between its neighbours, by its own definition
+        if bits in at or not at:
+            return at.get(bits, self.inspected["bytes"])  # type: ignore[no-any-return]
+        # A mean number has the bytes between its neighbours, by its own definition.
+        share, low = math.modf(float(bits))
         below, above = (at.get(str(int(low) + more)) for more in (0, 1))
         return None if below is None else round(below + share * ((above or below) - below))
 
@@ -210,7 +211,7 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = (), adapter: Ch
     ]
     benches = [row for row in rows if row["kind"] == "bench" and row["model"] == own]
     measured = {row["width"] for row in rows if row["kind"] in ("text", "task") and "." in row["width"]}
-    widths = sorted({*inspected["bytes_at_bits"], *measured}, key=float, reverse=True) or ["dense"]
+    all_bits = sorted({*inspected["bytes_at_bits"], *measured}, key=float, reverse=True) or ["dense"]
     try:
         original = Checkpoint(Path(dense_model_of(str(folder)))).info()
     except CompressError:
@@ -218,7 +219,7 @@ def collect(folder: Path, store: Results, notes: Sequence[str] = (), adapter: Ch
     zeros = sparsity(folder) if inspected["pruned"] else None
     latest = benches[-1]["result"] if benches else None
     matrices = read_matrices(folder / FOLDER)
-    return Facts(folder, inspected, manifest, original, widths, rows, latest, zeros, matrices, notes)
+    return Facts(folder, inspected, manifest, original, all_bits, rows, latest, zeros, matrices, notes)
 
 
 class Given(NamedTuple):

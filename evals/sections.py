@@ -36,8 +36,8 @@ def report_page(facts: Facts) -> Page:
 
 def showcase(facts: Facts) -> str:
     """Return the number of bits that headlines are about: 4, or the nearest there is; ``dense`` where nothing is packed."""
-    whole = [width for width in facts.widths if width.isdigit()]
-    return min(whole, key=lambda width: (abs(int(width) - 4), width)) if whole else "dense"
+    whole = [bits for bits in facts.all_bits if bits.isdigit()]
+    return min(whole, key=lambda bits: (abs(int(bits) - 4), bits)) if whole else "dense"
 
 
 def _leads(facts: Facts) -> Iterable[tuple[str, str, str]]:
@@ -46,20 +46,20 @@ def _leads(facts: Facts) -> Iterable[tuple[str, str, str]]:
     if at:
         whole = f"{tables.megabytes(facts.inspected['bytes'])} of tensors in all"
         yield "One checkpoint", f"{min(map(int, at))} to {max(map(int, at))} bits", whole
-    width = showcase(facts)
-    size, full = facts.bytes_at(width), facts.dense_bytes
+    bits = showcase(facts)
+    size, full = facts.bytes_at(bits), facts.dense_bytes
     share = f"{size / full:.2f} of the dense {tables.megabytes(full)}" if size and full else ""
-    yield "Size" if width == "dense" else f"Read at {tables.label(width)}", tables.megabytes(size), share
+    yield "Size" if bits == "dense" else f"Read at {tables.label(bits)}", tables.megabytes(size), share
     rows = facts.texts[0]["rows"] if facts.texts else {}
-    here, dense = rows.get((width, None)), rows.get(("dense", None))
-    if here and dense and width != "dense":
+    here, dense = rows.get((bits, None)), rows.get(("dense", None))
+    if here and dense and bits != "dense":
         perplexities = f"perplexity {here['perplexity']:.4g}, dense {dense['perplexity']:.4g}"
-        yield f"Loss at {tables.label(width)}", f"{tables.above(here['loss'], dense['loss']):+.2f} %", perplexities
-    if facts.bench and width in facts.bench["widths"]:
-        figures = facts.bench["widths"][width]
+        yield f"Loss at {tables.label(bits)}", f"{tables.above(here['loss'], dense['loss']):+.2f} %", perplexities
+    if facts.bench and bits in facts.bench["widths"]:
+        figures = facts.bench["widths"][bits]
         ratio = figures.get("decode_versus_dense")
         speed = tables.plain(figures["decode_tokens_per_second"]["median"])
-        yield f"Decoding at {tables.label(width)}", f"{speed} tok/s", f"{ratio['median']:.2f} × dense" if ratio else ""
+        yield f"Decoding at {tables.label(bits)}", f"{speed} tok/s", f"{ratio['median']:.2f} × dense" if ratio else ""
 
 
 def _quality(facts: Facts) -> Iterable[Section]:
@@ -81,36 +81,36 @@ def _quality(facts: Facts) -> Iterable[Section]:
 
 
 def quality_table(facts: Facts, text: Mapping[str, Any]) -> Table:
-    """Set size and loss of the dense model, of stages and of every width (with and without prompts) beside the controls' loss."""
+    """Set size and loss of the dense model, of stages and at all bits (with and without prompts) beside the controls' loss."""
     rows: Mapping[tuple[str, str | None], Mapping[str, float]] = text["rows"]
     dense = rows.get(("dense", None))
     controls = {
-        f"control loss: {name}": {width: loss for width, _, loss in points}
+        f"control loss: {name}": {bits: loss for bits, _, loss in points}
         for name, points in control_points(facts, text).items()
     }
     heads = ["", "read", "× dense", "loss, nats", "vs dense", "perplexity", "bits per byte", *controls]
     table = Table(heads)
 
-    def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], width: str = "") -> None:
+    def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], bits: str = "") -> None:
         share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
         change = "–" if dense is None or kind == "dense" else f"{tables.above(metrics['loss'], dense['loss']):+.2f} %"
         figures = [tables.number(metrics["perplexity"]), tables.number(metrics["bits_per_byte"])]
-        beside = [tables.number(losses.get(width)) if kind == "width" else "–" for losses in controls.values()]
+        beside = [tables.number(losses.get(bits)) if kind == "width" else "–" for losses in controls.values()]
         table.add(kind, name, tables.megabytes(size), share, tables.number(metrics["loss"]), change, *figures, *beside)
 
     if dense is not None:
         add("dense", "dense", facts.dense_bytes, dense)
     for row in _variants(facts, text, "stage"):
-        for width, metrics in row["widths"].items():
-            name = row["label"] if width == "dense" else f"{row['label']}, {tables.label(width)}"
+        for bits, metrics in row["widths"].items():
+            name = row["label"] if bits == "dense" else f"{row['label']}, {tables.label(bits)}"
             add("stage", name, metrics["disk_bytes"], metrics)
     prompts = sorted({prompt for _, prompt in rows if prompt})
-    for width in dict.fromkeys(["dense", *facts.widths]):
-        if (width, None) in rows and width != "dense":
-            add("width", tables.label(width), facts.bytes_at(width), rows[width, None], width)
+    for bits in dict.fromkeys(["dense", *facts.all_bits]):
+        if (bits, None) in rows and bits != "dense":
+            add("width", tables.label(bits), facts.bytes_at(bits), rows[bits, None], bits)
         for prompt in prompts:
-            if (width, prompt) in rows:
-                add("prompt", tables.label(width, prompt), facts.bytes_at(width), rows[width, prompt])
+            if (bits, prompt) in rows:
+                add("prompt", tables.label(bits, prompt), facts.bytes_at(bits), rows[bits, prompt])
     return table.without_empty()
 
 
@@ -121,10 +121,10 @@ def _variants(facts: Facts, text: Mapping[str, Any], group: str) -> list[dict[st
 
 
 def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
-    """Return label -> [(width, bytes, loss)] of the controls that were measured on a text, smallest first."""
+    """Return label -> [(bits, bytes, loss)] of the controls that were measured on a text, smallest first."""
     found: dict[str, list[tuple[str, float, float]]] = {}
     for row in _variants(facts, text, "control"):
-        points = [(width, metrics["disk_bytes"], metrics["loss"]) for width, metrics in row["widths"].items()]
+        points = [(bits, metrics["disk_bytes"], metrics["loss"]) for bits, metrics in row["widths"].items()]
         found.setdefault(row["label"], []).extend(points)
     return {name: sorted(points, key=lambda point: point[1]) for name, points in found.items()}
 
@@ -155,19 +155,19 @@ def protocol_words(text: Mapping[str, Any]) -> str:
 
 
 def pareto_lines(facts: Facts, text: Mapping[str, Any]) -> list[Line]:
-    """Return the checkpoint's widths, with and without prompts, and its controls; none without the dense model's loss."""
+    """Return the checkpoint at all its bits, with and without prompts, and its controls; none without the dense model's loss."""
     rows = text["rows"]
     if ("dense", None) not in rows:
         return []
     dense = rows["dense", None]["loss"]
 
-    def point(width: str, size: float, loss: float) -> Point:
-        tooltip = f"{tables.label(width)}: {tables.megabytes(size)}, loss {tables.above(loss, dense):+.3f} %"
-        return Point(size / 1e6, plots.added(loss, dense), width, tooltip)
+    def point(bits: str, size: float, loss: float) -> Point:
+        tooltip = f"{tables.label(bits)}: {tables.megabytes(size)}, loss {tables.above(loss, dense):+.3f} %"
+        return Point(size / 1e6, plots.added(loss, dense), bits, tooltip)
 
     lines = []
     for prompt in sorted({prompt for _, prompt in rows}, key=lambda prompt: prompt or ""):
-        packed = [width for width in facts.widths if width != "dense" and (width, prompt) in rows]
+        packed = [bits for bits in facts.all_bits if bits != "dense" and (bits, prompt) in rows]
         points = [point(bits, size, rows[bits, prompt]["loss"]) for bits in packed if (size := facts.bytes_at(bits))]
         if points:
             lines.append(Line(prompt or "this checkpoint", points))
@@ -214,8 +214,8 @@ def _speed(facts: Facts) -> Iterable[Section]:
     )
     if found["dense"].startswith("not measured"):
         note += f" The dense model was {found['dense']}."
-    decoding = {width: figures["decode_tokens_per_second"] for width, figures in found["widths"].items()}
-    rows = [(width, figure["median"], figure["low"], figure["high"]) for width, figure in decoding.items()]
+    decoding = {bits: figures["decode_tokens_per_second"] for bits, figures in found["widths"].items()}
+    rows = [(bits, figure["median"], figure["low"], figure["high"]) for bits, figure in decoding.items()]
     picture = Picture(
         "Tokens per second when decoding, by width",
         partial(plots.bars, rows, tables.plain, decoding.get("dense", {}).get("median")),
@@ -231,16 +231,16 @@ def _heat_map(label: str, matrix: Matrix, caption: str, by_column: bool = False,
 
 def _errors(facts: Facts) -> Iterable[Section]:
     modules = facts.inspected["modules"]
-    widths = [width for width in facts.widths if any(width in module["errors"] for module in modules.values())]
-    if not widths:
+    all_bits = [bits for bits in facts.all_bits if any(bits in module["errors"] for module in modules.values())]
+    if not all_bits:
         return
     first = showcase(facts)
     pictures = []
-    for width in dict.fromkeys([widths[-1], first if first in widths else widths[0]]):
-        errors = {name: module["errors"].get(width, {}) for name, module in modules.items()}
+    for bits in dict.fromkeys([all_bits[-1], first if first in all_bits else all_bits[0]]):
+        errors = {name: module["errors"].get(bits, {}) for name, module in modules.items()}
         figures = {name: error.get("output", error.get("relative")) for name, error in errors.items()}
         matrix = tables.by_block({name: one for name, one in figures.items() if one is not None}, tables.short)
-        pictures.append(_heat_map(f"Relative squared error at {width} bits", matrix, f"{width} bits", log=True))
+        pictures.append(_heat_map(f"Relative squared error at {bits} bits", matrix, f"{bits} bits", log=True))
     note = (
         "Relative squared error of each matrix (of its output on calibration text, where the pass measured that; else of its weights), "
         "as recorded when the checkpoint was made. Darker is more, on a logarithmic scale of its own in each panel."
@@ -268,7 +268,7 @@ def _samples(facts: Facts) -> Iterable[Section]:
     blocks = []
     for prompt in dict.fromkeys(sample["name"] for sample in facts.of("sample")):
         blocks.append(("", prompt))
-        written: dict[str, list[str]] = {}  # the same words at several widths are shown once
+        written: dict[str, list[str]] = {}  # the same words at several bits are shown once
         mine = [sample for sample in facts.of("sample") if sample["name"] == prompt]
         for sample in sorted(mine, key=lambda sample: facts.rank(sample["width"])):
             written.setdefault(sample["text"], []).append(sample["width"])

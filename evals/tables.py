@@ -86,9 +86,9 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def label(width: str, prompt: str | None = None) -> str:
+def label(bits: str, prompt: str | None = None) -> str:
     """Name a row: ``4 bits``, ``dense``, with a word for its prompt or for the adapter that it is without."""
-    name = f"{width} bits" if width[0].isdigit() else width
+    name = f"{bits} bits" if bits[0].isdigit() else bits
     return f"{name}, {prompt}" if prompt and "without" in prompt else f"{name} + {prompt}" if prompt else name
 
 
@@ -105,9 +105,9 @@ def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, 
     metrics = {name: main_metric(row["metrics"]) for rows in found.values() for name, row in rows.items()}
     table = Table(["", *(head for name in metrics for head in (f"{name}, {metrics[name]}", "answers changed", "ece"))])
     dense = found.get(("dense", None), {})
-    for (width, prompt), rows in found.items():
+    for (bits, prompt), rows in found.items():
         cells = [cell for name in metrics for cell in _task_cells(rows.get(name), dense.get(name))]
-        table.add("dense" if width == "dense" else "prompt" if prompt else "width", label(width, prompt), *cells)
+        table.add("dense" if bits == "dense" else "prompt" if prompt else "width", label(bits, prompt), *cells)
     return table.without_empty()
 
 
@@ -136,12 +136,12 @@ def flipped(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> float | 
 
 
 def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[str, Mapping[str, float]]) -> Table:
-    """Set likeness to the dense model, calibration and robustness side by side; both arguments are width -> metrics."""
+    """Set likeness to the dense model, calibration and robustness side by side; both arguments are bits -> metrics."""
     found = ["KL to dense, nats", "same top token", "right ↔ wrong", "top token right", "calibration error"]
     table = Table(["", *found, "bits per byte with typos", "added by typos"])
-    widths = (compared.keys() | robustness.keys()) - {"dense"}
-    for width in ["dense", *sorted(widths, key=float, reverse=True)]:
-        metrics = {**compared.get(width, {}), **robustness.get(width, {})}
+    all_bits = (compared.keys() | robustness.keys()) - {"dense"}
+    for bits in ["dense", *sorted(all_bits, key=float, reverse=True)]:
+        metrics = {**compared.get(bits, {}), **robustness.get(bits, {})}
         if not metrics:
             continue
         alike = ("kl", "{:.4g}"), ("top1_agreement", "{:.2%}"), ("flipped", "{:.2%}")
@@ -149,9 +149,9 @@ def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[s
         shown = [
             form.format(metrics[name]).replace("%", " %") if name in metrics else "–" for name, form in alike + own
         ]
-        if width == "dense":  # it is like itself
+        if bits == "dense":  # it is like itself
             shown[: len(alike)] = ["–"] * len(alike)
-        table.add("dense" if width == "dense" else "width", label(width), *shown)
+        table.add("dense" if bits == "dense" else "width", label(bits), *shown)
     return table.without_empty()
 
 
@@ -159,17 +159,17 @@ def speed(found: Mapping[str, Any]) -> Table:
     """Show the medians of a benchmark, each with half the distance between its quartiles."""
     heads = ["decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s"]
     table = Table(["", *heads, "resident", "read from disk"])
-    for width, figures in found["widths"].items():
+    for bits, figures in found["widths"].items():
         cells = []
         for what in ("decode", "prefill"):
             ratio = figures.get(f"{what}_versus_dense")
             cells.append(with_spread(figures[f"{what}_tokens_per_second"]))
-            cells.append(f"{ratio['median']:.2f}" if ratio and width != "dense" else "–")
+            cells.append(f"{ratio['median']:.2f}" if ratio and bits != "dense" else "–")
         cells.append(with_spread(figures["time_to_first_token_seconds"], 1e3))
         cells.append(with_spread(figures["switch_seconds"], 1e3) if "switch_seconds" in figures else "–")
         cells.append(with_spread(figures["load_seconds"]))
         cells += [megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"])]
-        table.add("dense" if width == "dense" else "width", label(width), *cells)
+        table.add("dense" if bits == "dense" else "width", label(bits), *cells)
     return table.without_empty()
 
 
