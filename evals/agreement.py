@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,15 @@ import compress
 from compress.errors import CompressError
 from compress.evals.evaluate import OpenText
 from compress.evals.perplexity import Window, score
-from compress.evals.store import Key, dense_identity, identity
+from compress.evals.store import dense_identity, identity
 from compress.loading import load
 from compress.manifest import read_manifest
 from compress.source import model_folder
 
-BINS = 15
-_CHUNK = 1 << 28  # bytes of the dense model's log-probabilities held while all widths are compared with them
+_HELD = 1 << 28  # bytes of the dense model's log-probabilities held while all numbers of bits are compared with them
 
 
-def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
 
     Predictions are sorted into ``bins`` equal intervals (m/bins, (m+1)/bins] of confidence; the result is the mean over
@@ -54,14 +52,9 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> fl
 
 
 def with_typos(text: str, rate: float = 0.05, seed: int = 0) -> str:
-    """Swap two neighbouring inner letters in a share of the words of at least four letters.
+    """Swap two neighbouring inner letters in a share of the words of at least four letters; a seed gives the same errors.
 
     The number of bytes stays the same where letters are ASCII, so bits per byte compare.
-
-    Args:
-        text: any text.
-        rate: share of those words that get an error.
-        seed: the same seed gives the same errors.
     """
     generator = random.Random(seed)
 
@@ -86,13 +79,7 @@ class Comparison:
     right: list[Tensor] = field(default_factory=list)
 
     def add(self, dense: Tensor, other: Tensor, target: Tensor) -> None:
-        """Add tokens to the sums.
-
-        Args:
-            dense: log-probabilities of the dense model, [T, vocabulary].
-            other: of the compressed model, the same shape.
-            target: the next tokens, [T].
-        """
+        """Add tokens to the sums: log-probabilities of both models, [T, vocabulary], and the next tokens, [T]."""
         likeliest, choice = dense.argmax(-1), other.argmax(-1)
         self.kl += float((dense.exp() * (dense - other)).sum(dtype=torch.float64))
         self.agreeing += int((likeliest == choice).sum())
@@ -115,11 +102,7 @@ class Comparison:
 
 
 def dense_model_of(folder: str, reference: str | None = None) -> str:
-    """Find the dense model of a checkpoint.
-
-    Args:
-        folder: the checkpoint.
-        reference: dense model to take instead of the recipe's.
+    """Return the dense model of a checkpoint: ``reference`` if it is given, or the recipe's.
 
     Raises:
         CompressError: a folder without a manifest, or the dense model is not there or no longer the same.
@@ -138,61 +121,46 @@ def dense_model_of(folder: str, reference: str | None = None) -> str:
     return found
 
 
-def _key(work: OpenText, kind: str, model: str, width: str, **more: Any) -> Key:
-    return Key(kind, work.source, model, width, work.prompt, {**work.settings, **more})
-
-
 @torch.no_grad()
 def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str, dict[str, float]]:
-    """Compare every width with the dense model, token by token; that is loaded once.
+    """Compare a model at all its numbers of bits with the dense model, token by token; that is loaded once.
 
     Args:
         work: checkpoint and text.
         reference: dense model; the recipe's if None.
 
     Returns:
-        ``{width: {"kl", "top1_agreement", "flipped", "accuracy", "ece", "tokens"}}``, and the dense model as ``"dense"``.
+        ``{bits: {"kl", "top1_agreement", "flipped", "accuracy", "ece", "tokens"}}``, and the dense model as ``"dense"``.
 
     Raises:
         CompressError: no dense model, or nothing to score.
     """
-    original, own = dense_model_of(work.folder, reference), identity(work.folder)
-    digests = dict.fromkeys(work.widths, own) | {"dense": identity(original)}
-    keys = {width: _key(work, "agreement", model, width, dense=digests["dense"]) for width, model in digests.items()}
-    missing = [width for width in keys if work.store.find(keys[width]) is None]
-    if missing:
-        dense = load(original, dtype=getattr(torch, work.settings["dtype"]), device_map=str(work.model.device))
-        sums = {width: Comparison() for width in missing}
-        text, watch, done = work.text(work.documents), work.watch("agreement"), 0
-        for chunk in _chunks(text.windows, int(dense.config.vocab_size)):
+    original = dense_model_of(work.folder, reference)
+    origin = identity(original)
+    key = work.key("agreement", work.source, {**work.settings, "dense": origin})
+    keys = {label: replace(key, width=label) for label in work.all_bits}
+    keys["dense"] = replace(key, width="dense", model=origin)
+    sums = {label: Comparison() for label, key in keys.items() if work.store.find(key) is None}
+    if sums:
+        dense = load(original, dtype=getattr(torch, work.dtype), device_map=str(work.model.device))
+        windows, watch = work.protocol.cut(work.documents, work.tokenizer).windows, work.watch("agreement")
+        longest = max(window.scored for window in windows)
+        step = max(1, _HELD // (4 * longest * int(dense.config.vocab_size)))
+        for start in range(0, len(windows), step):
+            chunk = windows[start : start + step]
             expected = [_log_probabilities(dense, window) for window in chunk]
-            for width, comparison in sums.items():
-                if width != "dense":
-                    compress.set_bits(work.model, work.widths[width])
+            for label, comparison in sums.items():
+                if label != "dense":
+                    compress.set_bits(work.model, work.all_bits[label])
                 for window, truth in zip(chunk, expected, strict=True):
-                    got = truth if width == "dense" else _log_probabilities(work.model, window)
+                    got = truth if label == "dense" else _log_probabilities(work.model, window)
                     comparison.add(truth, got, torch.tensor(window.tokens[-window.scored :], device=truth.device))
-            done += len(chunk)
             if watch is not None:
-                watch(done, len(text.windows))
-        for width in missing:
-            work.store.add(keys[width], sums[width].metrics())
-    found = {width: work.store.find(key) for width, key in keys.items()}
-    return {width: row["metrics"] for width, row in found.items() if row is not None}
-
-
-def _chunks(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
-    """Yield windows whose log-probabilities fit together in ``_CHUNK`` bytes."""
-    chunk: list[Window] = []
-    held = 0
-    for window in windows:
-        size = 4 * window.scored * vocabulary
-        if chunk and held + size > _CHUNK:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(window)
-        held += size
-    yield chunk
+                watch(start + len(chunk), len(windows))
+        for label, comparison in sums.items():
+            work.store.add(keys[label], comparison.metrics())
+    rows = {label: work.store.find(key) for label, key in keys.items()}
+    return {label: row["metrics"] for label, row in rows.items() if row is not None}
 
 
 def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
@@ -203,27 +171,22 @@ def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
 
 
 def evaluate_robustness(work: OpenText, rate: float = 0.05) -> dict[str, dict[str, float]]:
-    """Measure what typing errors in a text cost, at every width.
+    """Measure what typing errors in a text cost, at every number of bits.
 
     Args:
         work: checkpoint, or a dense model, and text.
         rate: share of words with an error, :func:`with_typos`.
 
     Returns:
-        ``{width: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
+        ``{bits: {"bits_per_byte", "bits_per_byte_typos", "increase"}}``.
     """
-    before = {width: metrics["bits_per_byte"] for width, metrics in work.evaluate()["bits"].items()}
-    spoilt = work.text([with_typos(document, rate) for document in work.documents])
-    model = identity(work.folder)
-    found: dict[str, dict[str, float]] = {}
-    for width, value in work.widths.items():
-        key = _key(work, "robustness", model, width, rate=rate)
-        row: Mapping[str, Any] | None = work.store.find(key)
-        if row is None:
-            if value is not None:
-                compress.set_bits(work.model, value)
-            after = score(work.model, spoilt, report=work.watch(f"with typos, {width}")).bits_per_byte
-            figures = {"bits_per_byte": before[width], "bits_per_byte_typos": after, "increase": after - before[width]}
-            row = work.store.add(key, figures)
-        found[width] = row["metrics"]
-    return found
+    before = work.evaluate()["bits"]
+    spoilt = work.protocol.cut([with_typos(document, rate) for document in work.documents], work.tokenizer)
+
+    def measure(label: str) -> dict[str, Any]:
+        clean = before[label]["bits_per_byte"]
+        after = score(work.model, spoilt, report=work.watch(f"with typos, {label}")).bits_per_byte
+        return {"metrics": {"bits_per_byte": clean, "bits_per_byte_typos": after, "increase": after - clean}}
+
+    rows = work.measure(work.key("robustness", work.source, {**work.settings, "rate": rate}), measure)
+    return {label: row["metrics"] for label, row in rows.items()}

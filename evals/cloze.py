@@ -13,15 +13,17 @@ command above writes them as a task folder for lm-eval's own ``--include_path``.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import keyword
 import random
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import typer
+import yaml
 
 from compress.texts import HELDOUT, read_modules
 from compress.workspace import digest
@@ -34,18 +36,17 @@ _CONTEXT_LINES = 6
 _ITEMS = 200
 
 
-def line_items(source: str, generator: random.Random) -> list[Item]:
-    """Ask for every line of code in a module that has three rivals: indented alike, of like length, elsewhere in the file.
+Question = tuple[str, str, set[str]]
+"""The text before, what is asked for, and its rivals."""
+
+
+def line_items(source: str) -> Iterator[Question]:
+    """Ask for every line of code in a module; rivals are indented alike, of like length and elsewhere in the file.
 
     Comments and docstrings are neither asked for nor offered.
-
-    Args:
-        source: of a module.
-        generator: draws rivals and the order of choices.
     """
     lines = source.splitlines()
     code = {row: _split(lines[row]) for row in _rows_of_code(source)}
-    items: list[Item] = []
     for place, (wanted, indent) in code.items():
         if place < _CONTEXT_LINES or not 12 <= len(wanted) <= 72:
             continue
@@ -55,10 +56,7 @@ def line_items(source: str, generator: random.Random) -> list[Item]:
             for text, depth in code.values()
             if depth == indent and abs(len(text) - len(wanted)) <= len(wanted) // 4 and text != wanted
         } - {_split(line)[0] for line in before}
-        if len(rivals) >= CHOICES - 1:
-            query = "\n".join(before) + "\n" + " " * indent
-            items.append(_item(query, wanted, generator.sample(sorted(rivals), CHOICES - 1), generator))
-    return items
+        yield "\n".join(before) + "\n" + " " * indent, wanted, rivals
 
 
 def _split(line: str) -> tuple[str, int]:
@@ -77,13 +75,8 @@ def _rows_of_code(source: str) -> list[int]:
     return rows
 
 
-def name_items(source: str, generator: random.Random) -> list[Item]:
-    """Ask for every name of a module that stands in the lines before too, with three rivals from those lines.
-
-    Args:
-        source: of a module.
-        generator: draws rivals and the order of choices.
-    """
+def name_items(source: str) -> Iterator[Question]:
+    """Ask for every name of a module that stands in the lines before too; rivals are other names of those lines."""
     lines = source.splitlines()
     names: list[tuple[int, int, str]] = [
         (token.start[0] - 1, token.start[1], token.string)
@@ -93,41 +86,32 @@ def name_items(source: str, generator: random.Random) -> list[Item]:
     inside: dict[int, set[str]] = {}
     for row, _, name in names:
         inside.setdefault(row, set()).add(name)
-    items: list[Item] = []
     for row, column, wanted in names:
-        if row < _CONTEXT_LINES or not lines[row][:column].strip():
-            continue
         near = set().union(*(inside.get(row - back, ()) for back in range(1, _CONTEXT_LINES + 1)))
-        rivals = {
-            name for name in near if name != wanted and not wanted.startswith(name) and not name.startswith(wanted)
-        }
-        if wanted in near and len(rivals) >= CHOICES - 1:
-            query = "\n".join(lines[row - _CONTEXT_LINES : row]) + "\n" + lines[row][:column]
-            items.append(_item(query, wanted, generator.sample(sorted(rivals), CHOICES - 1), generator))
+        if row >= _CONTEXT_LINES and lines[row][:column].strip() and wanted in near:
+            query = "\n".join([*lines[row - _CONTEXT_LINES : row], lines[row][:column]])
+            yield query, wanted, {n for n in near if not wanted.startswith(n) and not n.startswith(wanted)}
+
+
+def items_of(questions: Iterable[Question], generator: random.Random) -> list[Item]:
+    """Make items of the questions that have enough rivals, drawing rivals and the order of choices."""
+    items = []
+    for query, right, rivals in questions:
+        if len(rivals) >= CHOICES - 1:
+            choices = [right, *generator.sample(sorted(rivals), CHOICES - 1)]
+            generator.shuffle(choices)
+            items.append({"query": query, "choices": choices, "gold": choices.index(right)})
     return items
 
 
-def _item(query: str, right: str, wrong: list[str], generator: random.Random) -> Item:
-    choices = [right, *wrong]
-    generator.shuffle(choices)
-    return {"query": query, "choices": choices, "gold": choices.index(right)}
-
-
-MAKERS: Mapping[str, Callable[[str, random.Random], list[Item]]] = {
-    "builtin_line": line_items,
-    "builtin_name": name_items,
-}
+MAKERS: Mapping[str, Callable[[str], Iterator[Question]]] = {"builtin_line": line_items, "builtin_name": name_items}
 
 
 def builtin_items(task: str, count: int = _ITEMS) -> list[Item]:
-    """Return the items of a built-in task, drawn evenly from all held-out modules and always the same.
-
-    Args:
-        task: ``builtin_line`` or ``builtin_name``.
-        count: how many.
-    """
+    """Return the items of a built-in task, drawn evenly from all held-out modules and always the same."""
     generator = random.Random(0)
-    found = [item for source in read_modules(HELDOUT).values() for item in MAKERS[task](source.expandtabs(), generator)]
+    sources = [source.expandtabs() for source in read_modules(HELDOUT).values()]
+    found = [item for source in sources for item in items_of(MAKERS[task](source), generator)]
     return generator.sample(found, min(count, len(found)))
 
 
@@ -153,9 +137,7 @@ def fingerprint(task: str) -> str:
 
 
 def write(folder: Path) -> list[Path]:
-    """Write both tasks as YAML and JSON lines; returns the files."""
-    import yaml
-
+    """Write both tasks as YAML and JSON lines; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for task in MAKERS:
@@ -167,15 +149,13 @@ def write(folder: Path) -> list[Path]:
     return written
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     """Write the task folder and say what is in it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    for path in write(parser.parse_args().folder):
+    for path in write(folder):
         print(path)
     for task in MAKERS:
         print(f"{task}: {len(builtin_items(task))} items, sha256 {fingerprint(task)}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,18 +1,16 @@
-"""Compare several checkpoints, at all their widths, on one text (``compress compare``)."""
+"""Compare several checkpoints, at all their numbers of bits, on one text (``compress compare``)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from compress.errors import CompressError
 from compress.evals import plots, tables
-from compress.evals.evaluate import Protocol, evaluate_text, settings_of
+from compress.evals.evaluate import OpenText, Protocol
 from compress.evals.gather import Facts, collect
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
@@ -26,28 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold checkpoints that were measured on the same text in the same way.
+    """Hold checkpoints that were measured on the same text in the same way."""
 
-    Attributes:
-        rivals: name of a checkpoint -> (width, bytes, metrics of the text).
-        text: the common text, ``{"name", "settings", "rows"}``, with the rows of the first checkpoint.
-        dense: the dense model's metrics, where all were made from one and it was measured.
-    """
-
-    rivals: dict[str, list[tuple[str, int, Mapping[str, float]]]]
-    text: Mapping[str, Any]
-    dense: Mapping[str, float] | None
+    rivals: dict[str, list[tuple[str, int, Mapping[str, float]]]]  # checkpoint -> (bits, bytes, metrics of the text)
+    text: Mapping[str, Any]  # the common text, with the rows of the first checkpoint
+    dense: Mapping[str, float] | None  # the dense model's metrics, where all were made from one and it was measured
 
     def lines(self) -> tuple[list[Line], str]:
         """Return the lines of the Pareto plot, and the name of its upward axis."""
         lines = []
         for name, rows in self.rivals.items():
             points = []
-            for width, size, metrics in rows:
+            for bits, size, metrics in rows:
                 figures = f"{tables.megabytes(size)}, perplexity {metrics['perplexity']:.4g}"
                 up = plots.added(metrics["loss"], self.dense["loss"]) if self.dense else metrics["bits_per_byte"]
-                word = "" if width == "dense" else width
-                points.append(Point(size / 1e6, up, word, f"{name}, {tables.label(width)}: {figures}"))
+                word = "" if bits == "dense" else bits
+                points.append(Point(size / 1e6, up, word, f"{name}, {tables.label(bits)}: {figures}"))
             lines.append(Line(name, points))
         return lines, "loss above the dense model's, %" if self.dense else "bits per byte"
 
@@ -56,12 +48,12 @@ class Comparison:
         return plots.pareto(*self.lines())
 
     def table(self) -> tables.Table:
-        """Set a row per checkpoint and width, smallest first, and say whether any other is both smaller and better."""
+        """Set a row per checkpoint and number of bits, smallest first, and say whether any other is both smaller and better."""
         figures = ["read", "loss, nats", "vs dense", "perplexity", "bits per byte", "best at its size"]
         table = tables.Table(["checkpoint", "bits", *figures])
-        rows = [(size, name, width, metrics) for name, mine in self.rivals.items() for width, size, metrics in mine]
+        rows = [(size, name, bits, metrics) for name, mine in self.rivals.items() for bits, size, metrics in mine]
         by = "bits_per_byte"  # means the same for every tokenizer
-        for size, name, width, metrics in sorted(rows, key=lambda row: row[0]):
+        for size, name, bits, metrics in sorted(rows, key=lambda row: row[0]):
             beaten = any(
                 other <= size and theirs[by] <= metrics[by] and (other < size or theirs[by] < metrics[by])
                 for other, _, _, theirs in rows
@@ -69,7 +61,7 @@ class Comparison:
             change = f"{tables.above(metrics['loss'], self.dense['loss']):+.2f} %" if self.dense else "–"
             losses = [tables.number(metrics[key]) for key in ("loss", "perplexity", by)]
             cells = [tables.megabytes(size), losses[0], change, *losses[1:], "" if beaten else "yes"]
-            table.add("width", name, width, *cells)
+            table.add("width", name, bits, *cells)
         return table.without_empty()
 
     def page(self) -> Page:
@@ -110,10 +102,9 @@ def compare(
     for folder in folders:
         store = results_of(folder)
         if text is not None:
-            measured = evaluate_text(str(folder), text, protocol=protocol, device=device, report=progress, store=store)
-            cut = replace(protocol or Protocol(), length=measured["protocol"]["length"])
-            settings = settings_of(measured["text"]["sha256"], cut, torch.float32)
-            wanted = wanted or _same_text({"settings": settings})
+            work = OpenText(str(folder), text, protocol=protocol, device=device, progress=progress, store=store)
+            work.evaluate()
+            wanted = wanted or _same_text({"settings": work.settings})
         facts = collect(folder, store)
         found.append((facts, {_same_text(item): item for item in facts.texts}))
     common = [key for key in found[0][1] if all(key in texts for _, texts in found) and wanted in (None, key)]
@@ -126,8 +117,8 @@ def compare(
         rows = texts[key]["rows"]
         if one_origin:
             dense = dense or rows.get(("dense", None))
-        widths = [width for width in facts.widths if (width, None) in rows]
-        rivals[name] = [(width, facts.bytes_at(width) or 0, rows[width, None]) for width in widths]
+        measured = [bits for bits in facts.all_bits if (bits, None) in rows]
+        rivals[name] = [(bits, facts.bytes_at(bits) or 0, rows[bits, None]) for bits in measured]
     return Comparison(rivals, found[0][1][key], dense)
 
 

@@ -1,9 +1,10 @@
-"""Measure a text (``compress eval --text``): one load, every width asked for, one documented object."""
+"""Measure a text (``compress eval --text``) at several numbers of bits from one load."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,34 +55,23 @@ class Protocol:
     characters: int | None = None
     disjoint: bool = False
 
+    def cut(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Text:
+        """Cut documents into windows; ``length`` is given."""
+        assert self.length is not None
+        return prepare(documents, tokenizer, self.length, self.stride, self.truncate, self.disjoint)
 
-PRESETS: Mapping[str, tuple[Protocol, str]] = {
-    "2048": (
-        Protocol(join="\n\n", length=2048, disjoint=True),
-        "GPTQ, SparseGPT, Wanda, OWL: the documents as one text, windows of 2048 tokens side by side",
-    ),
-    "llm-pruner": (
-        Protocol(join="\n\n", length=128, disjoint=True),
-        "LLM-Pruner, MINI-LLM: the same in windows of 128 tokens",
-    ),
-    "any-precision": (
-        Protocol(join="\n\n", length=2048, disjoint=True),
-        "Any-Precision LLM on WikiText-2 (the same as 2048)",
-    ),
-    "any-precision-c4": (
-        Protocol(join=" ", limit=1100, characters=2_088_528, length=2048, disjoint=True),
-        "Any-Precision LLM on C4: the first 1100 documents of the validation split, joined by spaces, 2,088,528 characters",
-    ),
-    "any-precision-ptb": (
-        Protocol(join=" ", length=2048, disjoint=True),
-        "Any-Precision LLM on PTB: sentences joined by spaces; write <unk> as < u n k > in the file, as there",
-    ),
-    "compress-then-prompt": (
-        Protocol(join="\n\n", length=1024, disjoint=True),
-        "Compress, then Prompt: windows of 1024 tokens; averaged over text tokens, which its code did not",
-    ),
+
+_JOINED = Protocol(join="\n\n", length=2048, disjoint=True)  # windows side by side in the documents as one text
+PRESETS: Mapping[str, Protocol] = {
+    "2048": _JOINED,  # GPTQ, SparseGPT, Wanda, OWL
+    "llm-pruner": replace(_JOINED, length=128),  # MINI-LLM too
+    "any-precision": _JOINED,  # on WikiText-2
+    # 1100 documents of the validation split
+    "any-precision-c4": replace(_JOINED, join=" ", limit=1100, characters=2_088_528),
+    "any-precision-ptb": replace(_JOINED, join=" "),  # the file has < u n k > for <unk>, as there
+    "compress-then-prompt": replace(_JOINED, length=1024),  # averaged over text tokens, which its code did not
 }
-"""Protocols of papers by name, and what they are. The text is given as a file, or as documents by ``separator`` or JSON lines."""
+"""Protocols of papers by name. The text is given as a file, or as documents by ``separator`` or JSON lines."""
 
 
 def protocol_of(preset: str | None, **changes: Any) -> Protocol:
@@ -92,10 +82,8 @@ def protocol_of(preset: str | None, **changes: Any) -> Protocol:
     """
     if preset is not None and preset not in PRESETS:
         raise CompressError(f"--protocol: there is no {preset!r}. {did_you_mean(preset, PRESETS)}")
-    start = PRESETS[preset][0] if preset else Protocol()
-    return replace(
-        start, **{name: value for name, value in changes.items() if value is not None and value is not False}
-    )
+    start = PRESETS[preset] if preset else Protocol()
+    return replace(start, **{key: value for key, value in changes.items() if value not in (None, False)})
 
 
 def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
@@ -111,22 +99,11 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     return kept, digest
 
 
-def windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Text:
-    """Cut documents as a protocol says, whose ``length`` is given."""
-    assert protocol.length is not None
-    return prepare(documents, tokenizer, protocol.length, protocol.stride, protocol.truncate, protocol.disjoint)
-
-
-def settings_of(digest: str, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what else decides the figures of a text: its content, how it is cut (with the length in use), the arithmetic."""
-    return {"sha256": digest, "protocol": asdict(protocol), "dtype": str(dtype).removeprefix("torch.")}
-
-
 def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
-    """Return the widths to measure, largest first; ``[None]`` for a dense model.
+    """Return the numbers of bits to measure at, most first; ``[None]`` for a dense model.
 
     Raises:
-        CompressError: widths asked of a dense model, or one that it does not have.
+        CompressError: bits asked of a dense model, or a number that the model does not have.
     """
     modules = packed_modules(model).values()
     if not modules:
@@ -134,12 +111,116 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
             raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
         return [None]
     stored = width_range(module.shape for module in modules)
-    for width in asked or ():
-        if not stored[0] <= width <= stored[-1]:
-            raise CompressError(
-                f"--bits: width {width} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
-            )
+    if missing := [bits for bits in asked or () if not stored[0] <= bits <= stored[-1]]:
+        raise CompressError(
+            f"--bits: width {missing[0]} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
+        )
     return [*sorted(asked or stored, reverse=True)]
+
+
+class OpenModel:
+    """Load a model once, to measure it at several numbers of bits.
+
+    Args:
+        folder: checkpoint, or a dense model.
+        bits: numbers of bits, or mean numbers such as 3.5 (:func:`compress.load`); all there are if None.
+        dtype: to compute in.
+        device: to compute on.
+        prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every text.
+        adapter: as for :func:`compress.load`.
+        store: what it has is not measured again; what is measured is added.
+        progress: called with (what, done, total).
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        bits: Sequence[int | float] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        prompt: bool | str | Path = False,
+        adapter: Choice = None,
+        store: Results | None = None,
+        progress: Report | None = None,
+    ) -> None:
+        self.folder, self.prompt, self.progress = folder, prompt, progress
+        self.store, self.dtype = store or Results(None), str(dtype).removeprefix("torch.")
+        self.model, self.all_bits = load_widths(
+            folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter
+        )
+        self.tokenizer: Any = load_tokenizer(folder)
+        self._name, self.digests = prompt_key(folder, prompt, {}, adapter)
+
+    def key(self, kind: str, name: str, settings: Mapping[str, Any]) -> Key:
+        """Return the key of a measurement, but for the number of bits."""
+        return Key(kind, name, identity(self.folder), "", self._name, {**settings, **self.digests})
+
+    def measure(self, key: Key, work: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return number of bits -> row of the store, after measuring what is missing.
+
+        Args:
+            key: of the measurement (:meth:`key`).
+            work: measures at a number of bits, which the model is set to; returns ``metrics`` and other parts of a row.
+        """
+        rows = {}
+        for label, bits in self.all_bits.items():
+            here = replace(key, width=label)
+            row = self.store.find(here)
+            if row is None:
+                if bits is not None:
+                    compress.set_bits(self.model, bits)
+                row = self.store.add(here, **work(label))
+            rows[label] = row
+        return rows
+
+    def watch(self, what: str) -> Callable[[int, int], None] | None:
+        """Return the progress of one part of the work."""
+        return None if self.progress is None else partial(self.progress, what)
+
+
+class OpenText(OpenModel):
+    """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
+
+    def __init__(
+        self,
+        folder: str,
+        source: str,
+        bits: Sequence[int | float] | None = None,
+        protocol: Protocol | None = None,
+        **options: Any,
+    ) -> None:
+        protocol = protocol or Protocol()
+        self.source, (self.documents, digest) = source, documents_of(source, protocol)
+        places = [Path(folder)]
+        for other in (options.get("prompt"), options.get("adapter")):
+            if isinstance(other, str | Path):
+                places += [Path(other), *Path(other).parents[:2]]  # of a checkpoint, or within one
+        for place in places:
+            refuse_calibration_text(place, digest)
+        super().__init__(folder, bits, **options)
+        self.protocol = replace(protocol, length=window_length(self.model, protocol.length))
+        self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the text at all numbers of bits, as :func:`evaluate_text` returns it."""
+        protocol, virtual = self.protocol, virtual_tokens(self.model)
+        text = protocol.cut(self.documents, self.tokenizer)
+        rows = self.measure(
+            self.key("text", self.source, self.settings),
+            lambda label: {"metrics": score(self.model, text, report=self.watch(label)).json()},
+        )
+        length = protocol.length or 2
+        stride = length if protocol.disjoint else protocol.stride or max(1, length // 2)
+        cut = {"length": length, "stride": stride, "truncate": protocol.truncate}
+        place = str(self.folder if self.prompt is True else self.prompt)
+        return {
+            "model": self.folder,
+            "text": {"source": self.source, "sha256": self.settings["sha256"], "documents": len(self.documents)},
+            "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+            **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
+            **({"adapter": self.digests["adapter"]} if "adapter" in self.digests else {}),
+            "bits": {label: row["metrics"] for label, row in rows.items()},
+        }
 
 
 def evaluate_text(
@@ -147,157 +228,51 @@ def evaluate_text(
     source: str,
     bits: Sequence[int | float] | None = None,
     protocol: Protocol | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    report: Report | None = None,
-    prompt: bool | str | Path = False,
-    store: Results | None = None,
-    adapter: Choice = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Measure loss, perplexity and bits per byte at several widths, from one load.
+    """Measure loss, perplexity and bits per byte at several numbers of bits, from one load.
 
     Args:
         folder: checkpoint, or a dense model.
         source: text file, or ``builtin`` for the held-out modules of the standard library.
-        bits: widths, or mean widths such as 3.5 (:func:`compress.load`); all there are if None.
-        protocol: how the text is cut.
-        dtype: to compute in.
-        device: to compute on.
-        report: called with (width, windows done, windows in all).
-        prompt: put the checkpoint's own soft prompts (True), or those of a folder, before every window. Windows are
-            shorter by as much unless ``protocol.length`` says otherwise: give it to compare with and without.
-        store: widths that it has are not measured again; new ones are added.
-        adapter: as for :func:`compress.load`.
+        bits: numbers of bits, or mean numbers such as 3.5 (:func:`compress.load`); all there are if None.
+        protocol: how the text is cut. A soft prompt makes windows shorter by its tokens unless ``protocol.length`` is
+            given: give it to compare with and without.
+        **options: ``dtype``, ``device``, ``prompt``, ``adapter``, ``store`` and ``progress`` of :class:`OpenModel`.
 
     Returns:
-        ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss",
-        "perplexity", "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` and ``"adapter"`` (its digest) where one is used; a mean width's key is ``"3.5"``; a dense model's only key is ``"dense"``.
+        ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss", "perplexity",
+        "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` and ``"adapter"`` (its digest) where one is used; a mean
+        number's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 
     Raises:
         CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
             can be scored, or a window and the prompt are longer than the context.
     """
-    return open_text(folder, source, bits, protocol, dtype, device, report, prompt, store, adapter).evaluate()
-
-
-@dataclass(frozen=True)
-class OpenText:
-    """Hold a loaded model and a text, ready to be measured at several widths.
-
-    Attributes:
-        folder: of the model.
-        source: the text's name.
-        documents: of the text.
-        settings: :func:`settings_of` it, and digests of prompts and adapter.
-        prompt: name of what is unusual about the model, for :class:`compress.evals.store.Key`.
-        model: with its prompt and adapter.
-        tokenizer: of the model.
-        front: the prompt as given to :func:`evaluate_text`.
-        widths: label -> what :func:`compress.set_bits` takes; None for the one of a dense model.
-        protocol: with the length in use.
-        store: for results.
-        report: called with (what, windows done, windows in all).
-    """
-
-    folder: str
-    source: str
-    documents: list[str]
-    settings: dict[str, Any]
-    prompt: str | None
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    front: bool | str | Path
-    widths: dict[str, Any]
-    protocol: Protocol
-    store: Results
-    report: Report | None
-
-    def evaluate(self) -> dict[str, Any]:
-        """Measure the text at every width, as :func:`evaluate_text` returns it."""
-        text = self.text(self.documents)
-        key = Key("text", self.source, identity(self.folder), "", self.prompt, self.settings)
-        results = {}
-        for width, value in self.widths.items():
-            row = self.store.find(replace(key, width=width))
-            if row is None:
-                if value is not None:
-                    compress.set_bits(self.model, value)
-                found = score(self.model, text, report=self.watch(width))
-                row = self.store.add(replace(key, width=width), found.json())
-            results[width] = row["metrics"]
-        protocol, virtual = self.protocol, virtual_tokens(self.model)
-        place = str(self.folder if self.front is True else self.front)
-        cut = {"length": protocol.length, "stride": _stride(protocol), "truncate": protocol.truncate}
-        digest = self.settings["sha256"]
-        return {
-            "model": self.folder,
-            "text": {"source": self.source, "sha256": digest, "documents": len(self.documents)},
-            "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
-            **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
-            **({"adapter": self.settings["adapter"]} if "adapter" in self.settings else {}),
-            "bits": results,
-        }
-
-    def text(self, documents: Sequence[str]) -> Text:
-        """Cut documents into windows."""
-        return windows(documents, self.tokenizer, self.protocol)
-
-    def watch(self, what: str) -> Callable[[int, int], None] | None:
-        """Return the report of one part of the work."""
-        report = self.report
-        return None if report is None else lambda done, total: report(what, done, total)
-
-
-def open_text(
-    folder: str,
-    source: str,
-    bits: Sequence[int | float] | None = None,
-    protocol: Protocol | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    report: Report | None = None,
-    prompt: bool | str | Path = False,
-    store: Results | None = None,
-    adapter: Choice = None,
-) -> OpenText:
-    """Read a text and load a model to measure on it; arguments and errors as of :func:`evaluate_text`."""
-    protocol = protocol or Protocol()
-    documents, digest = documents_of(source, protocol)
-    refuse_calibration_text(folder, digest)
-    for other in (prompt, adapter):
-        if isinstance(other, str | Path):
-            for place in (Path(other), *Path(other).parents[:2]):  # of a checkpoint, or within one
-                refuse_calibration_text(str(place), digest)
-    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter)
-    protocol = replace(protocol, length=window_length(model, protocol.length))
-    name, settings = prompt_key(folder, prompt, settings_of(digest, protocol, dtype), adapter)
-    tokenizer, store = load_tokenizer(folder), store or Results(None)
-    return OpenText(
-        folder, source, documents, settings, name, model, tokenizer, prompt, widths, protocol, store, report
-    )
+    return OpenText(folder, source, bits, protocol, **options).evaluate()
 
 
 def load_widths(
     folder: str, bits: Sequence[int | float] | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model once, for several widths.
+    """Load a model once, for several numbers of bits.
 
     Args:
         folder: checkpoint, or a dense model.
-        bits: widths, or mean widths such as 3.5; all there are if None.
+        bits: numbers of bits, or mean numbers such as 3.5; all there are if None.
         **options: for :func:`compress.load`.
 
     Returns:
-        The model, and label -> what :func:`compress.set_bits` takes, widest first; ``{"dense": None}`` for a dense model.
+        The model, and label -> what :func:`compress.set_bits` takes, most bits first; ``{"dense": None}`` for a dense model.
     """
-    chosen = {str(width): bits_for(folder, width) for width in bits or ()}  # 4 and 4.0 are not the same
-    whole = [width for width in bits or () if isinstance(width, int)]
+    chosen = {str(number): bits_for(folder, number) for number in bits or ()}  # 4 and 4.0 are not the same
+    whole = [number for number in bits or () if isinstance(number, int)]
     model = compress.load(folder, bits=max(whole) if whole and len(whole) == len(chosen) else None, **options)
-    widths = widths_to_measure(model, bits)
-    return model, {"dense" if w is None else str(w): chosen.get(str(w)) or w for w in widths}
+    found = widths_to_measure(model, bits)
+    return model, {"dense" if n is None else str(n): chosen.get(str(n)) or n for n in found}
 
 
-def window_length(model: PreTrainedModel, wanted: int | None) -> int:
+def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
     """Return the tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
 
     Raises:
@@ -305,27 +280,19 @@ def window_length(model: PreTrainedModel, wanted: int | None) -> int:
     """
     longest = context_length(model, cap=1 << 30)
     if wanted is not None and wanted > longest:
-        room = (
-            f"beside the soft prompt there is room for {longest}"
-            if virtual_tokens(model)
-            else f"the context holds {longest}"
-        )
+        prompted = bool(virtual_tokens(model))
+        room = f"{'beside the soft prompt there is room for' if prompted else 'the context holds'} {longest}"
         raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
-    return min(longest, context_length(model)) if wanted is None else wanted
+    return context_length(model) if wanted is None else wanted
 
 
-def _stride(protocol: Protocol) -> int:
-    length = protocol.length or 2
-    return length if protocol.disjoint else protocol.stride or max(1, length // 2)
-
-
-def refuse_calibration_text(folder: str, digest: str) -> None:
+def refuse_calibration_text(folder: Path, digest: str) -> None:
     """Refuse a text that shaped the model, as it says nothing about it.
 
     Raises:
         CompressError: the manifest names this very text as one the model was calibrated or trained on.
     """
-    manifest = read_manifest(Path(folder)) or {}
+    manifest = read_manifest(folder) or {}
     texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
     if any(text and text.get("sha256") == digest for text in texts):
         raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")

@@ -36,9 +36,7 @@ def in_fresh_process(code: str, request: Any, environment: Mapping[str, str] | N
         CompressError: the script fails; with the last line of what it said.
     """
     command = [sys.executable, "-c", _BEFORE + code, json.dumps(request)]
-    child = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
-    )
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
     if child.returncode:
         raise CompressError(f"a fresh process failed ({(child.stderr.strip() or 'no message').splitlines()[-1]}).")
     found: dict[str, float] = json.loads(child.stdout.splitlines()[-1])

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.adapters import virtual_tokens
 from compress.errors import CompressError
@@ -17,38 +17,32 @@ _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothin
 
 
 class Harness(HFLM):
-    """Show lm-eval a loaded model, or one with a soft prompt in front.
+    """Show lm-eval a loaded causal LM, or a peft model whose virtual tokens take a part of the context.
 
     Args:
-        model: causal LM, or a peft model whose virtual tokens take a part of the context.
+        model: to evaluate.
         tokenizer: of the model.
         batch: rows in a batch; chosen by the machine's memory if None.
-        report: called with (requests done, requests in all).
+        progress: called with (requests done, requests in all).
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch: int | None = None,
-        report: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        self.virtual_tokens = virtual_tokens(model)
-        self.report, self.truncated = report, 0
+        self.virtual_tokens, self.progress, self.truncated = virtual_tokens(model), progress, 0
         self._done = self._total = 0
-        if batch is not None:
-            self.batch_size_per_gpu = batch
-        elif self.device.type == "cpu":
-            row = 4 * self.max_length * len(tokenizer)
-            self.batch_size_per_gpu = min(32, max(1, _LOGITS // row))
-        else:
-            self.batch_size_per_gpu = "auto"  # type: ignore[assignment]  # lm-eval tries, and halves at out of memory
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch or "auto")
+        if batch is None and self.device.type == "cpu":  # elsewhere lm-eval tries, and halves at out of memory
+            self.batch_size_per_gpu = min(32, max(1, _LOGITS // (4 * self.max_length * len(tokenizer))))
 
     @property
     def max_length(self) -> int:
         """Return the tokens of text that fit; virtual tokens take their part."""
-        return int(super().max_length) - getattr(self, "virtual_tokens", 0)
+        return int(super().max_length) - self.virtual_tokens
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
         longest = max((len(after) for _, _, after in requests), default=0)
@@ -64,6 +58,6 @@ class Harness(HFLM):
         with torch.inference_mode():
             logits = super()._model_call(inps, *args, **kwargs)
         self._done = min(self._done + len(inps), self._total)
-        if self.report is not None and self._total:
-            self.report(self._done, self._total)
+        if self.progress is not None and self._total:
+            self.progress(self._done, self._total)
         return logits  # type: ignore[no-any-return]

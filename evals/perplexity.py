@@ -17,30 +17,18 @@ from compress.errors import CompressError
 
 @dataclass(frozen=True)
 class Score:
-    """Hold the result of one model on one text.
+    """Hold the result of one model on one text."""
 
-    Attributes:
-        loss: mean negative log-likelihood of a predicted token, in nats.
-        perplexity: ``exp(loss)``.
-        bits_per_byte: summed negative log-likelihood in bits over the UTF-8 bytes that were predicted.
-        tokens: number of predicted tokens.
-        bytes: number of predicted bytes.
-        virtual: places that a soft prompt took in all windows together; they are not among ``tokens``.
-    """
-
-    loss: float
+    loss: float  # mean negative log-likelihood of a predicted token, in nats
     perplexity: float
-    bits_per_byte: float
-    tokens: int
-    bytes: int
-    virtual: int = 0
+    bits_per_byte: float  # summed negative log-likelihood in bits over the UTF-8 bytes that were predicted
+    tokens: int  # predicted
+    bytes: int  # predicted
+    virtual: int = 0  # places that a soft prompt took in all windows together; they are not among ``tokens``
 
     @property
     def diluted_perplexity(self) -> float:
-        """Return the perplexity with the prompt's own places counted as predicted without loss, as some published figures are.
-
-        A prompt that changes nothing lowers it; it is here to compare with such figures, and for nothing else.
-        """
+        """Return the perplexity with the prompt's own places counted as predicted without loss, to compare with figures so published."""
         return math.exp(min(700.0, self.loss * self.tokens / (self.tokens + self.virtual)))
 
     def json(self) -> dict[str, float | int]:
@@ -60,15 +48,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Text:
-    """Hold a text ready to be scored.
-
-    Attributes:
-        windows: every token after a document's first is scored in just one of them.
-        bytes: UTF-8 bytes of all scored tokens.
-    """
+    """Hold a text ready to be scored: every token after a document's first is scored in just one window."""
 
     windows: list[Window]
-    bytes: int
+    bytes: int  # of all scored tokens, in UTF-8
 
 
 def prepare(
@@ -91,8 +74,8 @@ def prepare(
         length: tokens in a window, BOS included.
         stride: half of ``length`` if None.
         truncate: score only the first window of each document.
-        disjoint: the papers' way: windows of ``length`` side by side, each without the others' tokens, its first token not
-            predicted; what is left over is not scored.
+        disjoint: the papers' way: windows side by side, each without the others' tokens, its first token not predicted; what
+            is left over is not scored.
 
     Raises:
         CompressError: no document has anything to score, or the window is too short.
@@ -151,16 +134,10 @@ def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, sco
 def score(
     model: PreTrainedModel, text: Text, batch_tokens: int = 8192, report: Callable[[int, int], None] | None = None
 ) -> Score:
-    """Score a prepared text.
+    """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window.
 
-    Windows of like length share a batch, padded on the right without a mask: causal attention keeps what is to
-    the right from changing what is scored.
-
-    Args:
-        model: causal LM in evaluation mode, with or without a soft prompt, which stands before every window.
-        text: from :func:`prepare`.
-        batch_tokens: tokens in a batch, padding included.
-        report: called with (windows done, windows in all).
+    Windows of like length share a batch of at most ``batch_tokens`` with padding. That is on the right, without a mask:
+    causal attention keeps what is to the right from changing what is scored.
     """
     ordered = sorted(text.windows, key=lambda window: len(window.tokens), reverse=True)
     total, tokens, done = 0.0, 0, 0
@@ -182,18 +159,17 @@ def score(
 
 def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
     """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
-    device = model.device
-    width = max(len(window.tokens) for window in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    wanted = torch.zeros(len(batch), width - 1, dtype=torch.bool)
+    longest = max(len(window.tokens) for window in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    wanted = torch.zeros(len(batch), longest - 1, dtype=torch.bool)
     for row, window in enumerate(batch):
         size = len(window.tokens)
         ids[row, :size] = torch.tensor(window.tokens)
         wanted[row, size - 1 - window.scored : size - 1] = True
-    ids = ids.to(device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, -width:-1].float()  # without those of a prompt
+    ids, wanted = ids.to(model.device), wanted.to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, -longest:-1].float()  # without those of a prompt
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses.masked_fill(~wanted.to(device), 0.0)
+    return losses.masked_fill(~wanted, 0.0)
 
 
 def context_length(model: PreTrainedModel, cap: int = 2048) -> int:

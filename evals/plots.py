@@ -7,12 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.errors import CompressError
 from compress.evals.tables import Matrix
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+_ABSENT = "drawing needs matplotlib: pip install 'compress-llm[plots]'."
 _FLOOR = 1e-5  # added loss, as a share, below which a point sits on the lower edge of the plot
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # equal figures are equal bytes
 _TOOLTIP = "tooltip:"  # an artist with such an id becomes a group with a title, shown on pointing at it
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """Hold a mark of a line: its place, the word beside it, and the words shown on pointing at it in a page."""
 
     x: float
@@ -37,8 +37,7 @@ class Point:
     tooltip: str = ""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """Hold points that belong together; a control is drawn dashed and thinner."""
 
     name: str
@@ -56,7 +55,7 @@ def _style(**more: Any) -> Iterator[None]:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise CompressError("drawing needs matplotlib: pip install 'compress-llm[plots]'.") from error
+        raise CompressError(_ABSENT) from error
     look = str(files("compress.evals") / "plots.mplstyle")
     style: dict[Any, Any] = {**matplotlib.rc_params_from_file(look, use_default_template=False), **more}
     with matplotlib.rc_context(style):
@@ -65,11 +64,7 @@ def _style(**more: Any) -> Iterator[None]:
 
 def why_not() -> list[str]:
     """Return a sentence on why there are no figures; none where matplotlib is installed."""
-    try:
-        with _style():
-            return []
-    except CompressError as error:
-        return [f"There are no figures: {error}"]
+    return [] if find_spec("matplotlib") else [f"There are no figures: {_ABSENT}"]
 
 
 @_style()
@@ -95,9 +90,7 @@ def _colours() -> dict[str, str]:
 def svg(figure: Figure, label: str) -> str:
     """Return a figure as an SVG element for a page: its text is text, its colours are variables of ``page.css``.
 
-    Args:
-        figure: drawn here.
-        label: what it shows, for those who cannot see it; figures of one page need labels of their own.
+    The label says what it shows, for those who cannot see it; figures of one page need labels of their own.
     """
     for artist in figure.findobj():
         artist.set_clip_on(False)  # ids of clipping paths would be the page's
@@ -129,14 +122,8 @@ def added(loss: float, dense: float) -> float:
 
 
 @_style()
-def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %", dense: float | None = None) -> Figure:
-    """Draw size across and loss up, both logarithmic.
-
-    Args:
-        lines: one per checkpoint or method; x in MB.
-        name: of the upward axis.
-        dense: MB of the dense model, drawn as a vertical line.
-    """
+def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %") -> Figure:
+    """Draw size in MB across and loss up, both logarithmic, with a line for each checkpoint or method."""
     figure, axes = _axes(7.4, 4.2)
     axes.set(xscale="log", yscale="log", xlabel="MB read", ylabel=name)
     axes.margins(0.07)
@@ -145,18 +132,15 @@ def pareto(lines: Sequence[Line], name: str = "loss above the dense model's, %",
         wide, size, style = (1.0, 4, (0, (4, 3))) if line.control else (1.7, 6, "-")
         xs, ys = [point.x for point in line.points], [point.y for point in line.points]
         axes.plot(xs, ys, color=colour, label=line.name, linewidth=wide, linestyle=style, zorder=level)
-        for x, y, point in zip(xs, ys, line.points, strict=True):
-            axes.plot(x, y, "o", color=colour, markersize=size, zorder=level + 0.1, gid=_TOOLTIP + point.tooltip)
+        for x, y, word, tooltip in line.points:
+            axes.plot(x, y, "o", color=colour, markersize=size, zorder=level + 0.1, gid=_TOOLTIP + tooltip)
             if not line.control:
-                axes.annotate(
-                    point.word, (x, y), (6, 5), "data", "offset points", color=colour, weight="bold", zorder=6
-                )
-    if dense is not None:
-        axes.axvline(dense, color=_colours()["ink"], linewidth=0.9, linestyle=":", label="size of the dense model")
+                shown: dict[str, Any] = {"color": colour, "weight": "bold", "zorder": 6}
+                axes.annotate(word, (x, y), (6, 5), "data", "offset points", **shown)
     axes.grid()
     _log_ticks(axes.xaxis, axes.get_xlim())
     _log_ticks(axes.yaxis, axes.get_ylim())
-    if len(lines) > 1 or dense is not None:
+    if len(lines) > 1:
         axes.legend()
     return figure
 
@@ -239,28 +223,9 @@ def _cell(axes: Axes, x: int, y: int, shade: float, tooltip: str, written: bool)
         axes.text(x + 0.5, y + 0.52, tooltip.rpartition(" ")[2], color=colour, size=7.5, ha="center", va="center")
 
 
-def transfer(
-    values: list[list[float | None]],
-    prompts: Sequence[str],
-    places: Sequence[str],
-    title: str,
-    target: Path,
-    reverse: bool = False,
-) -> None:
-    """Write a figure of how prompts (rows) do at places (columns), shaded by column, as places differ more; ``reverse``: more is better."""
-    matrix = Matrix([*prompts], [*places], values, down="prompt learned at", across="evaluated at")
-    save(heat_map(matrix, title, by_column=True, reverse=reverse), target)
-
-
 @_style()
 def bars(rows: Sequence[tuple[str, float, float, float]], form: Callable[[float], str], base: float | None) -> Figure:
-    """Draw horizontal bars with whiskers from the lower to the upper quartile.
-
-    Args:
-        rows: (name, median, low, high).
-        form: writes a figure.
-        base: drawn as a line across, such as the dense model's figure.
-    """
+    """Draw horizontal bars of (name, median, low, high), with whiskers from low to high and a line at ``base``."""
     figure, axes = _axes(7.4, 0.3 + 0.26 * len(rows))
     ink, soft = _colours()["ink"], _colours()["soft"]
     for place, (name, median, low, high) in enumerate(rows):

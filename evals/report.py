@@ -41,7 +41,7 @@ def report(
         raise CompressError(f"{target}: is a file; give a folder with -o.")
     store = results_of(folder, results)
     collect(folder, store)  # refuses what is no checkpoint before any long work
-    notes = [] if wanted is None else measure_missing(folder, wanted, store, progress or (lambda *_: None))
+    notes = [] if wanted is None else measure_missing(folder, wanted, store, progress)
     page = report_page(collect(folder, store, notes, wanted.adapter if wanted else None))
     without = plots.why_not()
     files = [picture for section in page.sections for picture in section.pictures if picture.file and not without]

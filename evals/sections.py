@@ -13,7 +13,7 @@ from compress.evals import plots, tables
 from compress.evals.gather import Facts
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
-from compress.evals.tables import Matrix
+from compress.evals.tables import Matrix, Table
 
 
 def report_page(facts: Facts) -> Page:
@@ -24,9 +24,8 @@ def report_page(facts: Facts) -> Page:
         *_agreement(facts),
         *_speed(facts),
         *_errors(facts),
-        *_zeros(facts),
-        *_sizes(facts),
-        *map(_matrix, facts.matrices),
+        *_shares(facts),
+        *(Section(given.title, pictures=[_heat_map(*given)]) for given in facts.matrices),
         *_samples(facts),
         _made(facts),
     ]
@@ -37,8 +36,8 @@ def report_page(facts: Facts) -> Page:
 
 def showcase(facts: Facts) -> str:
     """Return the number of bits that headlines are about: 4, or the nearest there is; ``dense`` where nothing is packed."""
-    whole = [width for width in facts.widths if width.isdigit()]
-    return min(whole, key=lambda width: (abs(int(width) - 4), width)) if whole else "dense"
+    whole = [bits for bits in facts.all_bits if bits.isdigit()]
+    return min(whole, key=lambda bits: (abs(int(bits) - 4), bits)) if whole else "dense"
 
 
 def _leads(facts: Facts) -> Iterable[tuple[str, str, str]]:
@@ -47,20 +46,20 @@ def _leads(facts: Facts) -> Iterable[tuple[str, str, str]]:
     if at:
         whole = f"{tables.megabytes(facts.inspected['bytes'])} of tensors in all"
         yield "One checkpoint", f"{min(map(int, at))} to {max(map(int, at))} bits", whole
-    width = showcase(facts)
-    size, full = facts.bytes_at(width), facts.dense_bytes
+    bits = showcase(facts)
+    size, full = facts.bytes_at(bits), facts.dense_bytes
     share = f"{size / full:.2f} of the dense {tables.megabytes(full)}" if size and full else ""
-    yield "Size" if width == "dense" else f"Read at {tables.label(width)}", tables.megabytes(size), share
+    yield "Size" if bits == "dense" else f"Read at {tables.label(bits)}", tables.megabytes(size), share
     rows = facts.texts[0]["rows"] if facts.texts else {}
-    here, dense = rows.get((width, None)), rows.get(("dense", None))
-    if here and dense and width != "dense":
+    here, dense = rows.get((bits, None)), rows.get(("dense", None))
+    if here and dense and bits != "dense":
         perplexities = f"perplexity {here['perplexity']:.4g}, dense {dense['perplexity']:.4g}"
-        yield f"Loss at {tables.label(width)}", f"{tables.above(here['loss'], dense['loss']):+.2f} %", perplexities
-    if facts.bench and width in facts.bench["widths"]:
-        figures = facts.bench["widths"][width]
+        yield f"Loss at {tables.label(bits)}", f"{tables.above(here['loss'], dense['loss']):+.2f} %", perplexities
+    if facts.bench and bits in facts.bench["widths"]:
+        figures = facts.bench["widths"][bits]
         ratio = figures.get("decode_versus_dense")
         speed = tables.plain(figures["decode_tokens_per_second"]["median"])
-        yield f"Decoding at {tables.label(width)}", f"{speed} tok/s", f"{ratio['median']:.2f} × dense" if ratio else ""
+        yield f"Decoding at {tables.label(bits)}", f"{speed} tok/s", f"{ratio['median']:.2f} × dense" if ratio else ""
 
 
 def _quality(facts: Facts) -> Iterable[Section]:
@@ -78,7 +77,56 @@ def _quality(facts: Facts) -> Iterable[Section]:
         picture = Picture(label, partial(plots.pareto, lines), caption, file="" if place else "pareto.png")
         pictures = [picture] if sum(len(line.points) for line in lines) > 1 else []
         title = "Quality at every width" + f": {_name_of(text)}" * bool(place)
-        yield Section(title, tables.quality(facts, text), protocol_words(text), pictures)
+        yield Section(title, quality_table(facts, text), protocol_words(text), pictures)
+
+
+def quality_table(facts: Facts, text: Mapping[str, Any]) -> Table:
+    """Set size and loss of the dense model, of stages and at all bits (with and without prompts) beside the controls' loss."""
+    rows: Mapping[tuple[str, str | None], Mapping[str, float]] = text["rows"]
+    dense = rows.get(("dense", None))
+    controls = {
+        f"control loss: {name}": {bits: loss for bits, _, loss in points}
+        for name, points in control_points(facts, text).items()
+    }
+    heads = ["", "read", "× dense", "loss, nats", "vs dense", "perplexity", "bits per byte", *controls]
+    table = Table(heads)
+
+    def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], bits: str = "") -> None:
+        share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
+        change = "–" if dense is None or kind == "dense" else f"{tables.above(metrics['loss'], dense['loss']):+.2f} %"
+        figures = [tables.number(metrics["perplexity"]), tables.number(metrics["bits_per_byte"])]
+        beside = [tables.number(losses.get(bits)) if kind == "width" else "–" for losses in controls.values()]
+        table.add(kind, name, tables.megabytes(size), share, tables.number(metrics["loss"]), change, *figures, *beside)
+
+    if dense is not None:
+        add("dense", "dense", facts.dense_bytes, dense)
+    for row in _variants(facts, text, "stage"):
+        for bits, metrics in row["widths"].items():
+            name = row["label"] if bits == "dense" else f"{row['label']}, {tables.label(bits)}"
+            add("stage", name, metrics["disk_bytes"], metrics)
+    prompts = sorted({prompt for _, prompt in rows if prompt})
+    for bits in dict.fromkeys(["dense", *facts.all_bits]):
+        if (bits, None) in rows and bits != "dense":
+            add("width", tables.label(bits), facts.bytes_at(bits), rows[bits, None], bits)
+        for prompt in prompts:
+            if (bits, prompt) in rows:
+                add("prompt", tables.label(bits, prompt), facts.bytes_at(bits), rows[bits, prompt])
+    return table.without_empty()
+
+
+def _variants(facts: Facts, text: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
+    same = text["name"], text["settings"]["sha256"]
+    rows = [row for row in facts.of("variant") if row["group"] == group]
+    return [row for row in rows if (row["name"], row["settings"]["sha256"]) == same]
+
+
+def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
+    """Return label -> [(bits, bytes, loss)] of the controls that were measured on a text, smallest first."""
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for row in _variants(facts, text, "control"):
+        points = [(bits, metrics["disk_bytes"], metrics["loss"]) for bits, metrics in row["widths"].items()]
+        found.setdefault(row["label"], []).extend(points)
+    return {name: sorted(points, key=lambda point: point[1]) for name, points in found.items()}
 
 
 def _name_of(text: Mapping[str, Any]) -> str:
@@ -107,39 +155,38 @@ def protocol_words(text: Mapping[str, Any]) -> str:
 
 
 def pareto_lines(facts: Facts, text: Mapping[str, Any]) -> list[Line]:
-    """Return the checkpoint's widths, with and without prompts, and its controls; none without the dense model's loss."""
+    """Return the checkpoint at all its bits, with and without prompts, and its controls; none without the dense model's loss."""
     rows = text["rows"]
     if ("dense", None) not in rows:
         return []
     dense = rows["dense", None]["loss"]
 
-    def point(width: str, size: float, loss: float) -> Point:
-        tooltip = f"{tables.label(width)}: {tables.megabytes(size)}, loss {tables.above(loss, dense):+.3f} %"
-        return Point(size / 1e6, plots.added(loss, dense), width, tooltip)
+    def point(bits: str, size: float, loss: float) -> Point:
+        tooltip = f"{tables.label(bits)}: {tables.megabytes(size)}, loss {tables.above(loss, dense):+.3f} %"
+        return Point(size / 1e6, plots.added(loss, dense), bits, tooltip)
 
     lines = []
     for prompt in sorted({prompt for _, prompt in rows}, key=lambda prompt: prompt or ""):
-        found = [
-            (width, facts.bytes_at(width), rows.get((width, prompt))) for width in facts.widths if width != "dense"
-        ]
-        points = [point(width, size, metrics["loss"]) for width, size, metrics in found if size and metrics]
+        packed = [bits for bits in facts.all_bits if bits != "dense" and (bits, prompt) in rows]
+        points = [point(bits, size, rows[bits, prompt]["loss"]) for bits in packed if (size := facts.bytes_at(bits))]
         if points:
             lines.append(Line(prompt or "this checkpoint", points))
-    for name, measured in tables.control_points(facts, text).items():
+    for name, measured in control_points(facts, text).items():
         lines.append(Line(f"control: {name}", [point(*one) for one in measured], control=True))
     return lines
 
 
 def _tasks(facts: Facts) -> Iterable[Section]:
-    if facts.tasks:
-        sizes = ", ".join(f"{name} {next(iter(rows.values()))['n']} items" for name, rows in facts.tasks.items())
-        builtin = any(name.startswith("builtin_") for name in facts.tasks)
+    if found := facts.tasks:
+        items = {name: row["n"] for rows in found.values() for name, row in rows.items()}
+        sizes = ", ".join(f"{name} {count} items" for name, count in items.items())
+        builtin = any(name.startswith("builtin_") for name in items)
         chance = " The built-in tasks have four choices, so chance is 0.25." if builtin else ""
         note = (
             f"lm-eval, in process; {sizes}; ± is one standard error.{chance} “Answers changed” counts items whose chosen answer is "
             "not the dense model’s, right or wrong; calibration error (ece) is of the softmax over the choices."
         )
-        yield Section("Tasks", tables.tasks(facts), note)
+        yield Section("Tasks", tables.task_table(found), note)
 
 
 def _agreement(facts: Facts) -> Iterable[Section]:
@@ -167,8 +214,8 @@ def _speed(facts: Facts) -> Iterable[Section]:
     )
     if found["dense"].startswith("not measured"):
         note += f" The dense model was {found['dense']}."
-    decoding = {width: figures["decode_tokens_per_second"] for width, figures in found["widths"].items()}
-    rows = [(width, figure["median"], figure["low"], figure["high"]) for width, figure in decoding.items()]
+    decoding = {bits: figures["decode_tokens_per_second"] for bits, figures in found["widths"].items()}
+    rows = [(bits, figure["median"], figure["low"], figure["high"]) for bits, figure in decoding.items()]
     picture = Picture(
         "Tokens per second when decoding, by width",
         partial(plots.bars, rows, tables.plain, decoding.get("dense", {}).get("median")),
@@ -177,22 +224,23 @@ def _speed(facts: Facts) -> Iterable[Section]:
     yield Section("Speed and memory", tables.speed(found), note, [picture])
 
 
-def _heat_map(label: str, matrix: Matrix, caption: str, **options: Any) -> Picture:
-    return Picture(label, partial(plots.heat_map, matrix, **options), caption, matrix.table())
+def _heat_map(label: str, matrix: Matrix, caption: str, by_column: bool = False, **options: Any) -> Picture:
+    draw = partial(plots.heat_map, matrix, by_column=by_column, **options)
+    return Picture(label, draw, caption, matrix.table())
 
 
 def _errors(facts: Facts) -> Iterable[Section]:
     modules = facts.inspected["modules"]
-    widths = [width for width in facts.widths if any(width in module["errors"] for module in modules.values())]
-    if not widths:
+    all_bits = [bits for bits in facts.all_bits if any(bits in module["errors"] for module in modules.values())]
+    if not all_bits:
         return
     first = showcase(facts)
     pictures = []
-    for width in dict.fromkeys([widths[-1], first if first in widths else widths[0]]):
-        errors = {name: module["errors"].get(width, {}) for name, module in modules.items()}
+    for bits in dict.fromkeys([all_bits[-1], first if first in all_bits else all_bits[0]]):
+        errors = {name: module["errors"].get(bits, {}) for name, module in modules.items()}
         figures = {name: error.get("output", error.get("relative")) for name, error in errors.items()}
         matrix = tables.by_block({name: one for name, one in figures.items() if one is not None}, tables.short)
-        pictures.append(_heat_map(f"Relative squared error at {width} bits", matrix, f"{width} bits", log=True))
+        pictures.append(_heat_map(f"Relative squared error at {bits} bits", matrix, f"{bits} bits", log=True))
     note = (
         "Relative squared error of each matrix (of its output on calibration text, where the pass measured that; else of its weights), "
         "as recorded when the checkpoint was made. Darker is more, on a logarithmic scale of its own in each panel."
@@ -200,38 +248,27 @@ def _errors(facts: Facts) -> Iterable[Section]:
     yield Section("Where the error is", note=note, pictures=pictures)
 
 
-def _zeros(facts: Facts) -> Iterable[Section]:
-    found = facts.sparsity
-    if found is not None:
+def _shares(facts: Facts) -> Iterable[Section]:
+    """Show what is zero and what is gone, block by block."""
+    if found := facts.sparsity:
         caption = (
             f"Zeros in %, counted in the files: {found['zeros']:,} of {found['parameters']:,} weights in the blocks. "
             "A mask alone makes nothing faster; what it saves on disk is in the sizes above."
         )
         picture = _heat_map("Share of zeros in each matrix", tables.zeros(found), caption, limits=(0, 100))
         yield Section("Allocation per block", pictures=[picture])
-
-
-def _sizes(facts: Facts) -> Iterable[Section]:
-    if facts.kept:
+    if kept := facts.kept:
         caption = "Weights that each matrix has left, in % of the dense model's matrix of that name: these are gone, not zero."
-        matrix = tables.by_block({name: 100 * share for name, share in facts.kept.items()}, "{:.0f}".format)
+        matrix = tables.by_block({name: 100 * share for name, share in kept.items()}, "{:.0f}".format)
         picture = _heat_map("Share of weights left in each matrix", matrix, caption, limits=(0, 100))
         yield Section("Sizes per block", pictures=[picture])
-
-
-def _matrix(item: Mapping[str, Any]) -> Section:
-    rows, columns = ([*map(str, item[axis])] for axis in ("rows", "columns"))
-    down, across = (str(item.get(f"{axis}_axis", "")) for axis in ("row", "column"))
-    matrix = Matrix(rows, columns, item["values"], down=down, across=across)
-    title, caption = str(item["title"]), str(item.get("caption", "Darker is more."))
-    return Section(title, pictures=[_heat_map(title, matrix, caption, by_column=bool(item.get("by_column")))])
 
 
 def _samples(facts: Facts) -> Iterable[Section]:
     blocks = []
     for prompt in dict.fromkeys(sample["name"] for sample in facts.of("sample")):
         blocks.append(("", prompt))
-        written: dict[str, list[str]] = {}  # the same words at several widths are shown once
+        written: dict[str, list[str]] = {}  # the same words at several bits are shown once
         mine = [sample for sample in facts.of("sample") if sample["name"] == prompt]
         for sample in sorted(mine, key=lambda sample: facts.rank(sample["width"])):
             written.setdefault(sample["text"], []).append(sample["width"])
@@ -261,7 +298,7 @@ def _made(facts: Facts) -> Section:
         "Files": f"{len(manifest['files'])}, {tables.megabytes(manifest['sizes']['files'])}",
         "Kept dense": ", ".join(dict.fromkeys(manifest["not_quantised"])),
     }
-    table = tables.Table(["", ""])
+    table = Table(["", ""])
     for name, value in known.items():
         table.add("fact", name, value or "none")
     recipe = yaml.safe_dump(_given(manifest["recipe"]), sort_keys=False, allow_unicode=True, width=100)

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,31 +30,18 @@ FOLDER, FILE = "report", "results.jsonl"
 
 @dataclass(frozen=True)
 class Key:
-    """Tell whether two measurements are the same.
+    """Tell whether two measurements are the same."""
 
-    Attributes:
-        kind: ``text``, ``task``, ``agreement``, ``robustness``, ``bench``, ``sample`` or another word.
-        name: of the text, the task, …
-        model: digest of the model's files, :func:`identity`.
-        width: ``"4"``, ``"3.5"``, or ``"dense"``.
-        prompt: name of the soft prompt in front, or of another unusual adapter; None for the checkpoint as it was made.
-        settings: everything else that changes the figures (digest of the data, protocol, dtype).
-    """
-
-    kind: str
-    name: str
-    model: str
-    width: str
-    prompt: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def json(self) -> dict[str, Any]:
-        """Return the key as plain data, the beginning of a line."""
-        return asdict(self)
+    kind: str  # text, task, agreement, robustness, bench, sample or another word
+    name: str  # of the text, the task, …
+    model: str  # digest of the model's files, :func:`identity`
+    width: str  # number of bits, "4" or "3.5", or "dense"
+    prompt: str | None = None  # name of the soft prompt in front, or of another unusual adapter
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what else changes the figures: data, protocol, dtype
 
 
 def _same(row: Mapping[str, Any]) -> str:
-    return json.dumps([row[name] for name in ("kind", "name", "model", "width", "prompt", "settings")], sort_keys=True)
+    return json.dumps([row[part.name] for part in fields(Key)], sort_keys=True)
 
 
 def _end_of_lines(text: bytes) -> int:
@@ -63,10 +50,7 @@ def _end_of_lines(text: bytes) -> int:
 
 
 class Results:
-    """Hold the measurements of one file, by key; the last of equal keys counts.
-
-    Args:
-        path: JSON lines, created with the first measurement; None keeps them in memory alone.
+    """Hold the measurements of a file of JSON lines, or of memory alone, by key; the last of equal keys counts.
 
     Raises:
         CompressError: a line is not one of ours. A last line without its end, as a kill leaves it, is passed over.
@@ -90,17 +74,11 @@ class Results:
 
     def find(self, key: Key) -> dict[str, Any] | None:
         """Return the measurement with this key; None if there is none."""
-        return self._rows.get(_same(key.json()))
+        return self._rows.get(_same(asdict(key)))
 
     def add(self, key: Key, metrics: Mapping[str, Any], **details: Any) -> dict[str, Any]:
-        """Keep a measurement: in memory, and as a line of the file.
-
-        Args:
-            key: what was measured.
-            metrics: name -> figure.
-            **details: anything else that is plain data (answers, units, the label in a table).
-        """
-        row = {**key.json(), "metrics": dict(metrics), **details, "compress_version": __version__}
+        """Keep a measurement, and plain data beside its metrics, in memory and as a line of the file."""
+        row = {**asdict(key), "metrics": dict(metrics), **details, "compress_version": __version__}
         self._rows[_same(row)] = row
         if self.path is not None:
             try:
@@ -141,11 +119,8 @@ def prompt_key(
 ) -> tuple[str | None, dict[str, Any]]:
     """Return name and settings of a measurement with soft prompts in front, or with an adapter, for :class:`Key`.
 
-    Args:
-        folder: checkpoint.
-        prompt: True for its own prompts, a folder for others, False for none.
-        settings: of the measurement; digests of the prompts and the adapter are added.
-        adapter: as for :func:`compress.load`. The checkpoint's own does not show in the name: its absence does.
+    Prompts and adapter are given as for :func:`compress.load`; their digests are added to the settings. The checkpoint's own
+    adapter does not show in the name: its absence does.
 
     Raises:
         CompressError: there are no prompts, or no adapter.

@@ -9,13 +9,11 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluate_robustness
-from compress.evals.evaluate import Protocol, open_text
+from compress.evals.evaluate import OpenText, Protocol
 from compress.evals.store import Results, results_of
-from compress.evals.tasks import Tasks, evaluate_tasks
+from compress.evals.tasks import Rows, Tasks, evaluate_tasks
 from compress.passes import Report
 from compress.sidecars import Choice
-
-Rows = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Suite:
 
     text: str | None = None
     protocol: Protocol = field(default_factory=Protocol)
-    tasks: Tasks = field(default_factory=lambda: Tasks(()))
+    tasks: Tasks = field(default_factory=Tasks)
     prompt: bool | str | Path = False
     agreement: bool = False
     robustness: bool = False
@@ -51,50 +49,51 @@ def evaluate_all(
     folder: str,
     suite: Suite,
     bits: Sequence[int | float] | None = None,
-    results: Path | None = None,
+    store: Results | Path | None = None,
     device: str = "cpu",
-    report: Report | None = None,
-    store: Results | None = None,
+    progress: Report | None = None,
 ) -> tuple[dict[str, Any], Rows]:
     """Measure everything that a suite names.
 
     Args:
         folder: checkpoint, or a dense model.
         suite: what to measure.
-        bits: widths; all there are if None.
-        results: where measurements are kept; :func:`compress.evals.store.results_of` if None.
+        bits: numbers of bits; all there are if None.
+        store: where measurements are kept, or the file; :func:`compress.evals.store.results_of` the folder if None.
         device: to compute on.
-        report: called with (what, done, total).
-        store: an open one, instead of ``results``.
+        progress: called with (what, done, total).
 
     Returns:
-        One documented object, and the rows of the tasks by width and name. The object has ``model``; with a text
-        ``text``, ``protocol`` and ``bits`` (:func:`compress.evals.evaluate.evaluate_text`); ``tasks``: width -> task -> metrics;
-        ``agreement`` and ``robustness``: width -> metrics. The dense model is the width ``dense``.
+        One documented object, and the rows of the tasks by number of bits and name. The object has ``model``; with a text
+        ``text``, ``protocol`` and ``bits`` (:func:`compress.evals.evaluate.evaluate_text`); ``tasks``: bits -> task -> metrics;
+        ``agreement`` and ``robustness``: bits -> metrics. The dense model's key is ``dense``.
 
     Raises:
         CompressError: anything a user can put right.
     """
     if suite.prompt and (suite.agreement or suite.robustness):
         raise CompressError("agreement and robustness are measured without a soft prompt; ask for them on their own.")
-    store = store or results_of(folder, results)
-    original = dense_model_of(folder, suite.reference) if suite.dense else None
+    if not isinstance(store, Results):
+        store = results_of(folder, store)
     result: dict[str, Any] = {"model": folder}
     rows: Rows = {}
-    tell: dict[str, Any] = {"device": device, "report": report}
-    places = [(folder, bits, suite.prompt, suite.adapter)]
-    if original is not None:
-        places.append((original, None, folder if suite.prompt is True else suite.prompt, False))
+    places: list[tuple[str, dict[str, Any]]] = [
+        (folder, {"bits": bits, "prompt": suite.prompt, "adapter": suite.adapter})
+    ]
+    if suite.dense:
+        front = folder if suite.prompt is True else suite.prompt
+        places.append((dense_model_of(folder, suite.reference), {"prompt": front, "adapter": False}))
+    common: dict[str, Any] = {"device": device, "progress": progress, "store": store}
     if suite.tasks.names:
-        for place, widths, front, adapter in places:
-            rows |= evaluate_tasks(place, suite.tasks, widths, store, front, suite.batch, adapter=adapter, **tell)
+        for place, options in places:
+            rows |= evaluate_tasks(place, suite.tasks, batch=suite.batch, **options, **common)
         result["tasks"] = {
-            width: {name: row["metrics"] for name, row in found.items()} for width, found in rows.items()
+            label: {name: row["metrics"] for name, row in found.items()} for label, found in rows.items()
         }
     if suite.text is None:
         return result, rows
-    for place, widths, front, adapter in places:
-        work = open_text(place, suite.text, widths, suite.protocol, prompt=front, store=store, adapter=adapter, **tell)
+    for place, options in places:
+        work = OpenText(place, suite.text, protocol=suite.protocol, **options, **common)
         found = work.evaluate()
         result.setdefault("bits", {}).update(found.pop("bits"))
         result = {**found, **result}

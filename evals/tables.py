@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from compress.evals.gather import Facts
+from itertools import takewhile
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,21 @@ class Matrix:
 
 
 def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Matrix:
-    """Arrange figures of modules with kinds of linears down and blocks across.
-
-    Args:
-        values: module name -> figure; the first number in a name is its block, modules without one are left out.
-        form: writes a figure.
-    """
+    """Arrange figures of modules with kinds of linears down and blocks across; modules outside the blocks are left out."""
     parts = {name: re.match(r"(.*?)(\d+)\.(.*)", name) for name in values}
     places = {(found[3], int(found[2])): values[name] for name, found in parts.items() if found}
     kinds, blocks = list(dict.fromkeys(kind for kind, _ in places)), sorted({block for _, block in places})
     matrix = [[places.get((kind, block)) for block in blocks] for kind in kinds]
     return Matrix(names_of(kinds), [str(block) for block in blocks], matrix, form)
+
+
+def transfer(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], models: Sequence[str], text: str, value: str
+) -> Matrix:
+    """Arrange a measure of a text with soft prompts down and models across; rows have ``prompt``, ``model`` and ``text``."""
+    found = {(row["prompt"], row["model"], row["text"]): row for row in rows}
+    values = [[found.get((prompt, model, text), {}).get(value) for model in models] for prompt in prompts]
+    return Matrix([*prompts], [*models], values, down="prompt learned at", across="evaluated at")
 
 
 def zeros(found: Mapping[str, Any]) -> Matrix:
@@ -84,9 +86,9 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def label(width: str, prompt: str | None = None) -> str:
+def label(bits: str, prompt: str | None = None) -> str:
     """Name a row: ``4 bits``, ``dense``, with a word for its prompt or for the adapter that it is without."""
-    name = f"{width} bits" if width[0].isdigit() else width
+    name = f"{bits} bits" if bits[0].isdigit() else bits
     return f"{name}, {prompt}" if prompt and "without" in prompt else f"{name} + {prompt}" if prompt else name
 
 
@@ -95,74 +97,17 @@ def above(loss: float, dense: float) -> float:
     return 100 * (loss / dense - 1)
 
 
-def quality(facts: Facts, text: Mapping[str, Any]) -> Table:
-    """Set size and loss of the dense model, of stages and of every width (with and without prompts) beside the controls' loss."""
-    rows: Mapping[tuple[str, str | None], Mapping[str, float]] = text["rows"]
-    dense = rows.get(("dense", None))
-    controls = {
-        f"control loss: {name}": {width: loss for width, _, loss in points}
-        for name, points in control_points(facts, text).items()
-    }
-    heads = ["", "read", "× dense", "loss, nats", "vs dense", "perplexity", "bits per byte", *controls]
-    table = Table(heads)
-
-    def add(kind: str, name: str, size: int | None, metrics: Mapping[str, float], width: str = "") -> None:
-        share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
-        change = "–" if dense is None or kind == "dense" else f"{above(metrics['loss'], dense['loss']):+.2f} %"
-        figures = [number(metrics["perplexity"]), number(metrics["bits_per_byte"])]
-        beside = [number(losses.get(width)) if kind == "width" else "–" for losses in controls.values()]
-        table.add(kind, name, megabytes(size), share, number(metrics["loss"]), change, *figures, *beside)
-
-    if dense is not None:
-        add("dense", "dense", facts.dense_bytes, dense)
-    for row in _variants(facts, text, "stage"):
-        for width, metrics in row["widths"].items():
-            name = row["label"] if width == "dense" else f"{row['label']}, {label(width)}"
-            add("stage", name, metrics["disk_bytes"], metrics)
-    prompts = sorted({prompt for _, prompt in rows if prompt})
-    for width in dict.fromkeys(["dense", *facts.widths]):
-        if (width, None) in rows and width != "dense":
-            add("width", label(width), facts.bytes_at(width), rows[width, None], width)
-        for prompt in prompts:
-            if (width, prompt) in rows:
-                add("prompt", label(width, prompt), facts.bytes_at(width), rows[width, prompt])
-    return table.without_empty()
-
-
-def _variants(facts: Facts, text: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
-    same = text["name"], text["settings"]["sha256"]
-    rows = [row for row in facts.of("variant") if row["group"] == group]
-    return [row for row in rows if (row["name"], row["settings"]["sha256"]) == same]
-
-
-def control_points(facts: Facts, text: Mapping[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
-    """Return label -> [(width, bytes, loss)] of the controls that were measured on a text, smallest first."""
-    found: dict[str, list[tuple[str, float, float]]] = {}
-    for row in _variants(facts, text, "control"):
-        points = [(width, metrics["disk_bytes"], metrics["loss"]) for width, metrics in row["widths"].items()]
-        found.setdefault(row["label"], []).extend(points)
-    return {name: sorted(points, key=lambda point: point[1]) for name, points in found.items()}
-
-
-def tasks(facts: Facts) -> Table:
-    """Set what lm-eval found at every width and with every prompt beside the dense model."""
-    keys = {key for rows in facts.tasks.values() for key in rows}
-    ranked = sorted(keys, key=lambda key: (facts.rank(key[0]), key[1] or ""))
-    return task_table({key: {name: rows[key] for name, rows in facts.tasks.items() if key in rows} for key in ranked})
-
-
 def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, Any]]]) -> Table:
     """Show every task by its main metric with standard error, and by the answers that differ from the dense model's.
 
-    Args:
-        found: (width, prompt) -> task -> row.
+    ``found`` is (bits, prompt) -> task -> row.
     """
     metrics = {name: main_metric(row["metrics"]) for rows in found.values() for name, row in rows.items()}
     table = Table(["", *(head for name in metrics for head in (f"{name}, {metrics[name]}", "answers changed", "ece"))])
     dense = found.get(("dense", None), {})
-    for (width, prompt), rows in found.items():
+    for (bits, prompt), rows in found.items():
         cells = [cell for name in metrics for cell in _task_cells(rows.get(name), dense.get(name))]
-        table.add("dense" if width == "dense" else "prompt" if prompt else "width", label(width, prompt), *cells)
+        table.add("dense" if bits == "dense" else "prompt" if prompt else "width", label(bits, prompt), *cells)
     return table.without_empty()
 
 
@@ -191,12 +136,12 @@ def flipped(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> float | 
 
 
 def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[str, Mapping[str, float]]) -> Table:
-    """Set likeness to the dense model, calibration and robustness side by side; both arguments are width -> metrics."""
+    """Set likeness to the dense model, calibration and robustness side by side; both arguments are bits -> metrics."""
     found = ["KL to dense, nats", "same top token", "right ↔ wrong", "top token right", "calibration error"]
     table = Table(["", *found, "bits per byte with typos", "added by typos"])
-    widths = (compared.keys() | robustness.keys()) - {"dense"}
-    for width in ["dense", *sorted(widths, key=float, reverse=True)]:
-        metrics = {**compared.get(width, {}), **robustness.get(width, {})}
+    all_bits = (compared.keys() | robustness.keys()) - {"dense"}
+    for bits in ["dense", *sorted(all_bits, key=float, reverse=True)]:
+        metrics = {**compared.get(bits, {}), **robustness.get(bits, {})}
         if not metrics:
             continue
         alike = ("kl", "{:.4g}"), ("top1_agreement", "{:.2%}"), ("flipped", "{:.2%}")
@@ -204,9 +149,9 @@ def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[s
         shown = [
             form.format(metrics[name]).replace("%", " %") if name in metrics else "–" for name, form in alike + own
         ]
-        if width == "dense":  # it is like itself
+        if bits == "dense":  # it is like itself
             shown[: len(alike)] = ["–"] * len(alike)
-        table.add("dense" if width == "dense" else "width", label(width), *shown)
+        table.add("dense" if bits == "dense" else "width", label(bits), *shown)
     return table.without_empty()
 
 
@@ -214,17 +159,17 @@ def speed(found: Mapping[str, Any]) -> Table:
     """Show the medians of a benchmark, each with half the distance between its quartiles."""
     heads = ["decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s"]
     table = Table(["", *heads, "resident", "read from disk"])
-    for width, figures in found["widths"].items():
+    for bits, figures in found["widths"].items():
         cells = []
         for what in ("decode", "prefill"):
             ratio = figures.get(f"{what}_versus_dense")
             cells.append(with_spread(figures[f"{what}_tokens_per_second"]))
-            cells.append(f"{ratio['median']:.2f}" if ratio and width != "dense" else "–")
+            cells.append(f"{ratio['median']:.2f}" if ratio and bits != "dense" else "–")
         cells.append(with_spread(figures["time_to_first_token_seconds"], 1e3))
         cells.append(with_spread(figures["switch_seconds"], 1e3) if "switch_seconds" in figures else "–")
         cells.append(with_spread(figures["load_seconds"]))
         cells += [megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"])]
-        table.add("dense" if width == "dense" else "width", label(width), *cells)
+        table.add("dense" if bits == "dense" else "width", label(bits), *cells)
     return table.without_empty()
 
 
@@ -259,7 +204,6 @@ def markdown(table: Table) -> str:
 def names_of(rows: Sequence[str]) -> list[str]:
     """Return dotted names without what they have in common in front."""
     parts = [name.split(".") for name in rows]
-    common = 0
-    while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
-        common += 1
+    levels = zip(*(part[:-1] for part in parts), strict=False)
+    common = len([*takewhile(lambda level: len(set(level)) == 1, levels)])
     return [".".join(part[common:]) for part in parts]

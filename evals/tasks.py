@@ -1,50 +1,35 @@
-"""Run lm-eval (``compress eval --tasks``) in process, several widths in one load, resumable by (model, width, task)."""
+"""Run lm-eval (``compress eval --tasks``) in process, at several numbers of bits from one load."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-import compress
 from compress.errors import CompressError, did_you_mean, first_line
 from compress.evals import cloze
 from compress.evals.agreement import calibration_error
-from compress.evals.evaluate import load_widths
-from compress.evals.store import Key, Results, identity, prompt_key, versions
-from compress.loading import load_tokenizer
-from compress.passes import Report
-from compress.sidecars import Choice
+from compress.evals.evaluate import OpenModel
+from compress.evals.store import Results, versions
 from compress.weights import sha256_of
 from compress.workspace import digest
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-_KEPT = (
-    "results",
-    "groups",
-    "group_subtasks",
-    "configs",
-    "versions",
-    "n-shot",
-    "higher_is_better",
-    "n-samples",
-    "config",
-    "git_hash",
-    "date",
-    "transformers_version",
-    "lm_eval_version",
-    "max_length",
-)
+Row = Mapping[str, Any]
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""Number of bits -> task -> row of the store."""
+_LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "eot_token_id")
+"""What is not kept of lm-eval's result, beside what it says of the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Tasks:
         fewshot: examples in front; as the task says if None.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
     include: Path | None = None
     limit: int | None = None
     fewshot: int | None = None
@@ -71,50 +56,35 @@ def evaluate_tasks(
     store: Results | None = None,
     prompt: bool | str | Path = False,
     batch: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    report: Report | None = None,
-    adapter: Choice = None,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Run lm-eval tasks at several widths of one load.
+    **options: Any,
+) -> Rows:
+    """Run lm-eval tasks at several numbers of bits from one load.
 
     Args:
         folder: checkpoint, or a dense model.
         tasks: what to run.
-        bits: widths, or mean widths such as 3.5; all there are if None.
+        bits: numbers of bits, or mean numbers such as 3.5; all there are if None.
         store: measurements that are in it are not made again; new ones are added.
         prompt: put the checkpoint's own soft prompts (True), or those of a folder, in front.
         batch: rows in a batch; chosen automatically if None.
-        dtype: to compute in.
-        device: to compute on.
-        report: called with (what, requests done, requests in all). lm-eval's own bars are silenced if given.
-        adapter: as for :func:`compress.load`.
+        **options: ``dtype``, ``device``, ``adapter`` and ``progress`` of :class:`compress.evals.evaluate.OpenModel`;
+            with progress lm-eval's own bars are silenced.
 
     Returns:
-        ``{width: {task: row}}``; a row as :class:`compress.evals.store.Results` keeps it, with ``lm_eval``, the
+        ``{bits: {task: row}}``; a row as :class:`compress.evals.store.Results` keeps it, with ``lm_eval``, the
         result in lm-eval's own schema, and for multiple choice ``answers`` (the choice of every item) and the
-        metric ``ece`` (:func:`compress.evals.agreement.calibration_error` over items). A dense model's width is ``dense``.
+        metric ``ece`` (:func:`compress.evals.agreement.calibration_error` over items). A dense model's key is ``dense``.
 
     Raises:
         CompressError: lm-eval is absent, a task is unknown, or its data can not be had.
     """
-    store = store or Results(None)
     manager = task_manager(tasks)
-    tokenizer = load_tokenizer(folder)
-    model, widths = load_widths(folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter)
-    origin = identity(folder)
-    unusual, common = prompt_key(folder, prompt, {"dtype": str(dtype).removeprefix("torch.")}, adapter)
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for label, width in widths.items():
-        if width is not None:
-            compress.set_bits(model, width)
-        for name in tasks.names:
-            key = Key("task", name, origin, label, unusual, {**_settings(name, tasks), **common})
-            row = store.find(key)
-            if row is None:
-                watch = _labelled(report, f"{name} at {label}")
-                row = _measure(key, tasks, manager, model, tokenizer, batch, watch, store)
-            found.setdefault(label, {})[name] = row
+    at = OpenModel(folder, bits, store=store, prompt=prompt, **options)
+    found: Rows = {label: {} for label in at.all_bits}
+    for name in tasks.names:
+        key = at.key("task", name, {**_settings(name, tasks), "dtype": at.dtype})
+        for label, row in at.measure(key, partial(_measure, name, tasks, manager, at, batch)).items():
+            found[label][name] = row
     return found
 
 
@@ -136,12 +106,11 @@ def task_manager(tasks: Tasks) -> TaskManager:
         manager = TaskManager(include_path=include, include_defaults=False)
         if not wanted <= set(manager.all_tasks):
             manager = TaskManager(include_path=include)
-    if unknown := sorted(wanted - set(manager.all_tasks)):
-        raise CompressError(
-            f"--tasks: there is no task {unknown[0]!r}. {did_you_mean(unknown[0], [*manager.all_tasks, *cloze.MAKERS])}"
-            if len(manager.all_tasks) < 50 or did_you_mean(unknown[0], manager.all_tasks).startswith("Did")
-            else f"--tasks: lm-eval has no task {unknown[0]!r}, nor is it in --include or built in."
-        )
+    for name in sorted(wanted - set(manager.all_tasks)):
+        hint = did_you_mean(name, [*manager.all_tasks, *cloze.MAKERS])
+        if len(manager.all_tasks) < 50 or hint.startswith("Did"):
+            raise CompressError(f"--tasks: there is no task {name!r}. {hint}")
+        raise CompressError(f"--tasks: lm-eval has no task {name!r}, nor is it in --include or built in.")
     return manager
 
 
@@ -154,54 +123,44 @@ def _settings(name: str, tasks: Tasks) -> dict[str, Any]:
     return {"limit": tasks.limit, "fewshot": tasks.fewshot, "data": data, **versions(["lm_eval"])}
 
 
-def _labelled(report: Report | None, label: str) -> Callable[[int, int], None] | None:
-    return None if report is None else lambda done, total: report(label, done, total)
-
-
 def _measure(
-    key: Key,
-    tasks: Tasks,
-    manager: TaskManager,
-    model: nn.Module,
-    tokenizer: Any,
-    batch: int | None,
-    report: Callable[[int, int], None] | None,
-    store: Results,
+    name: str, tasks: Tasks, manager: TaskManager, at: OpenModel, batch: int | None, label: str
 ) -> dict[str, Any]:
-    """Measure one task at one width, and keep it."""
+    """Run one task with the model as it is."""
     from lm_eval import simple_evaluate
 
     from compress.evals.harness import Harness
 
-    with _silent(report is not None):
-        harness = Harness(model, tokenizer, batch, report)
+    watch = at.watch(f"{name} at {label}")
+    with redirect_stderr(io.StringIO()) if watch else nullcontext():
+        harness = Harness(at.model, at.tokenizer, batch, watch)
         try:
             found: Any = simple_evaluate(
                 model=harness,
-                tasks=[_definition(key.name)],
+                tasks=[_definition(name)],
                 task_manager=manager,
                 num_fewshot=tasks.fewshot,
                 limit=tasks.limit,
                 bootstrap_iters=1000,
                 log_samples=True,
             )
-        except (OSError, ValueError, FileNotFoundError, ConnectionError) as error:
+        except (OSError, ValueError) as error:
             raise CompressError(
-                f"task {key.name}: cannot be run ({type(error).__name__}: {first_line(error)}); its data must be in the datasets "
+                f"task {name}: cannot be run ({type(error).__name__}: {first_line(error)}); its data must be in the datasets "
                 "cache, within reach, or named by a local file."
             ) from error
     metrics = {
-        name.removesuffix(",none"): value
-        for name, value in found["results"][key.name].items()
-        if isinstance(value, float) and not isinstance(value, bool)
+        metric.removesuffix(",none"): value
+        for metric, value in found["results"][name].items()
+        if isinstance(value, float)
     }
-    details: dict[str, Any] = {"n": len(found["samples"].get(key.name, ())), "truncated": harness.truncated}
-    answers = multiple_choice(found["samples"].get(key.name, ()))
-    if answers is not None:
+    samples = found["samples"].get(name, ())
+    answers = multiple_choice(samples) or {}
+    if answers:
         metrics["ece"] = answers.pop("ece")
-        details |= answers
-    kept = json.loads(json.dumps({name: found[name] for name in _KEPT if name in found}, default=str))
-    return store.add(key, metrics, **details, lm_eval=kept)
+    kept = {key: part for key, part in found.items() if key not in _LEFT_OUT and not key.startswith("tokenizer_")}
+    row = {"metrics": metrics, "n": len(samples), "truncated": harness.truncated, **answers}
+    return {**row, "lm_eval": json.loads(json.dumps(kept, default=str))}
 
 
 def _definition(name: str) -> str | dict[str, Any]:
@@ -217,17 +176,7 @@ def _definition(name: str) -> str | dict[str, Any]:
     return {**cloze.task_settings(name), "custom_dataset": dataset}
 
 
-@contextmanager
-def _silent(quiet: bool) -> Iterator[None]:
-    """Silence lm-eval's bars and advice, where ours are drawn."""
-    if not quiet:
-        yield
-        return
-    with redirect_stderr(io.StringIO()):
-        yield
-
-
-def multiple_choice(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def multiple_choice(samples: Sequence[Row]) -> dict[str, Any] | None:
     """Return answers and their calibration, from lm-eval's own samples; None where they are not of one choice each.
 
     Returns:
@@ -249,12 +198,12 @@ def multiple_choice(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
     return {"answers": answers, "right": right, "ece": ece}
 
 
-def tidy(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return one record per (width, prompt, task, metric) with its value, standard error and number of items."""
+def tidy(found: Rows) -> list[dict[str, Any]]:
+    """Return one record per (bits, prompt, task, metric) with its value, standard error and number of items."""
     return [
         {
             "model": row["model"][:12],
-            "width": width,
+            "width": label,
             "prompt": row["prompt"] or "",
             "task": task,
             "metric": metric,
@@ -262,14 +211,14 @@ def tidy(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str,
             "stderr": row["metrics"].get(metric + "_stderr"),
             "n": row["n"],
         }
-        for width, rows in found.items()
+        for label, rows in found.items()
         for task, row in rows.items()
         for metric, value in row["metrics"].items()
         if not metric.endswith("_stderr")
     ]
 
 
-def write_table(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_table(records: Sequence[Row], path: Path) -> None:
     """Write tidy records as ``.csv``, or as JSON lines.
 
     Raises:
@@ -288,8 +237,8 @@ def write_table(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         raise CompressError(f"--table {path}: {error.strerror}.") from error
 
 
-def merged(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Join the results of several tasks at one width as one object of lm-eval's schema."""
+def merged(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Join the results of several tasks at one number of bits as one object of lm-eval's schema."""
     whole: dict[str, Any] = {}
     for row in rows.values():
         for name, value in row["lm_eval"].items():
@@ -300,8 +249,8 @@ def merged(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def write_lm_eval(found: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Path) -> list[Path]:
-    """Write ``results_<width>.json`` in lm-eval's own schema, one per width.
+def write_lm_eval(found: Rows, folder: Path) -> list[Path]:
+    """Write ``results_<width>.json`` in lm-eval's own schema, one per number of bits.
 
     Raises:
         CompressError: the folder cannot be written.
@@ -309,9 +258,8 @@ def write_lm_eval(found: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: 
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for width, rows in found.items():
-            label = width if width == "dense" else f"{width}bit"
-            path = folder / f"results_{label}.json"
+        for label, rows in found.items():
+            path = folder / f"results_{label if label == 'dense' else f'{label}bit'}.json"
             path.write_text(json.dumps(merged(rows), indent=2) + "\n", encoding="utf-8")
             written.append(path)
     except OSError as error:

@@ -7,21 +7,23 @@ run continues; ``OUT/transfer.json`` has all rows, which ``compress report`` sho
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from transformers.utils import logging
 
 import compress
 from compress.errors import CompressError
-from compress.evals import plots, script
+from compress.evals import plots, tables
 from compress.evals.evaluate import Protocol, evaluate_text, window_length
-from compress.evals.grid import pivot
 from compress.evals.store import Results
 from compress.evals.tasks import Tasks, evaluate_tasks
 from compress.sidecars import stored_prompts
+from compress.workspace import write_atomic
 
 NONE = "none"
 Prompts = Mapping[str, Optional[Path]]
@@ -56,7 +58,7 @@ def common_length(prompts: Prompts, folder: str, length: int | None = None) -> i
     Raises:
         CompressError: ``length`` leaves no room for one of the prompts.
     """
-    room = min(window_length(compress.load(folder, prompt=path or False), None) for path in prompts.values())
+    room = min(window_length(compress.load(folder, prompt=path or False)) for path in prompts.values())
     if length is not None and length > room:
         raise CompressError(f"windows of {length} tokens: the longest prompt leaves room for {room}.")
     return length or room
@@ -70,15 +72,7 @@ def transfer(
     protocol: Protocol,
     store: Results,
 ) -> list[dict[str, Any]]:
-    """Score every prompt at every place.
-
-    Args:
-        places: models; those of one folder that follow each other are loaded once.
-        prompts: to put before them.
-        texts: name -> file, or ``builtin``.
-        tasks: of lm-eval.
-        protocol: how texts are cut, with the length of the windows.
-        store: what it has is not measured again.
+    """Score every prompt at every place on texts (name -> file, or ``builtin``) and tasks; a folder is loaded once per prompt.
 
     Returns:
         One row per prompt, place and text or task: ``prompt, model, text`` (the name) and the metrics.
@@ -88,28 +82,19 @@ def transfer(
         here = [place for place in places if place.folder == folder]
         bits = sorted({place.bits for place in here if place.bits is not None})
         for prompt, path in prompts.items():
-            found: dict[str, dict[str, Any]] = {}
-            for name, source in texts.items():
-                result = evaluate_text(folder, source, bits, protocol, prompt=path or False, store=store)
-                for width, metrics in result["bits"].items():
-                    found.setdefault(width, {})[name] = metrics
-            measured = evaluate_tasks(folder, tasks, bits, store, path or False) if tasks.names else {}
-            for width, row in measured.items():
-                found.setdefault(width, {}).update(
-                    {n: {**task["metrics"], "items": task["n"]} for n, task in row.items()}
-                )
+            options: dict[str, Any] = {"bits": bits, "prompt": path or False, "store": store}
+            scores = {
+                name: evaluate_text(folder, source, protocol=protocol, **options)["bits"]
+                for name, source in texts.items()
+            }
+            answers = evaluate_tasks(folder, tasks, **options) if tasks.names else {}
+            for name in tasks.names:
+                scores[name] = {at: {**row[name]["metrics"], "items": row[name]["n"]} for at, row in answers.items()}
             for place in here:
-                each = found.get(str(place.bits)) or next(iter(found.values()))
-                rows += [{"prompt": prompt, "model": place.label, "text": name, **m} for name, m in each.items()]
+                for name, found in scores.items():
+                    metrics = found.get(str(place.bits)) or next(iter(found.values()))
+                    rows.append({"prompt": prompt, "model": place.label, "text": name, **metrics})
     return rows
-
-
-def matrix(
-    rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], places: Sequence[str], text: str, value: str
-) -> list[list[float | None]]:
-    """Return a measure with prompts down and models across; None where nothing was measured."""
-    found = {(row["prompt"], row["model"], row["text"]): row for row in rows}
-    return [[found.get((prompt, place, text), {}).get(value) for place in places] for prompt in prompts]
 
 
 def main(
@@ -150,14 +135,19 @@ def main(
     protocol = replace(protocol, length=common_length(prompts, places[0].folder, length))
     wanted = Tasks(tuple(tasks.split(",")) if tasks else (), include, limit)
     rows = transfer(places, prompts, sources, wanted, protocol, Results(out / "results.jsonl"))
-    out.mkdir(parents=True, exist_ok=True)
-    script.write_json(rows, str(out / "transfer.json"))
-    across = [place.label for place in places]
+    write_atomic(out / "transfer.json", json.dumps(rows, indent=1) + "\n")
+    labels = [place.label for place in places]
     for name, measure in [(name, value) for name in sources] + [(name, "acc") for name in wanted.names]:
-        values, title = matrix(rows, list(prompts), across, name, measure), f"{name}: {measure.replace('_', ' ')}"
-        plots.transfer(values, list(prompts), across, title, out / f"transfer-{name}.svg", reverse=measure == "acc")
-        typer.echo(pivot([row for row in rows if row["text"] == name], ["prompt"], ["model"], [measure]))
+        matrix = tables.transfer(rows, list(prompts), labels, name, measure)
+        title = f"{name}: {measure.replace('_', ' ')}"
+        heat_map = plots.heat_map(matrix, title, by_column=True, reverse=measure == "acc")
+        plots.save(heat_map, out / f"transfer-{name}.svg")
+        typer.echo(tables.markdown(matrix.table()))
 
 
 if __name__ == "__main__":
-    script.run(main)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        typer.run(main)
+    except CompressError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -56,7 +56,7 @@ def test_the_backend_depends_on_the_compiler_and_the_installation_does_not(insta
     assert (installed / "compress_command.py").is_file()  # where the compress command begins
     assert "Tag: py3-none-" in tags  # nothing in it depends on the version of Python
     evals = installed / "compress" / "evals"
-    assert (evals / "grid.py").exists()
+    assert (evals / "report.py").exists()
     assert not [name for name in ("experiments", "grids") if (evals / name).exists()]  # they are for a clone
 
 

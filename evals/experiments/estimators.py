@@ -16,8 +16,9 @@ import typer
 from torch import Tensor
 
 from compress.calibration import draw_samples
-from compress.evals import script, tables
-from compress.evals.grid import read_grid
+from compress.evals import tables
+from compress.evals.grids import script
+from compress.evals.grids.grid import read_grid
 from compress.passes import Block, Context
 from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
 from compress.pruning.structured.gradients import whole_model_scores

@@ -16,13 +16,14 @@ import typer
 
 import compress
 from compress.calibration import draw_samples
-from compress.evals import grid, plots, script
-from compress.evals.evaluate import documents_of, windows
-from compress.evals.grid import GridRun, Line, cells_of, fill, pivot, tables_of
+from compress.evals import plots, tables
+from compress.evals.evaluate import documents_of
+from compress.evals.grids import script
+from compress.evals.grids.grid import GridRun, Line, cells_of, fill, pivot, settle, tables_of
 from compress.evals.perplexity import score
 from compress.evals.store import Key
 from compress.evals.tasks import Tasks
-from compress.evals.transfer import NONE, Place, matrix, transfer
+from compress.evals.transfer import NONE, Place, transfer
 from compress.passes import Context
 from compress.prompts.settings import SoftPromptConfig
 from compress.pruning.lora import adapter_model
@@ -49,11 +50,7 @@ def lora_of(context: Context, count: int) -> tuple[list[str], int]:
 
 
 class Lora:
-    """LoRA as a control of the grid's prompts.
-
-    Args:
-        run: the grid's results, with the checkpoints without prompts kept.
-    """
+    """Train LoRA as a control of a grid's prompts, on its checkpoints without prompts, which it has kept."""
 
     def __init__(self, run: GridRun) -> None:
         self.run = run
@@ -62,22 +59,14 @@ class Lora:
         self.config = SoftPromptConfig(**fill("{prompt}", {**run.grid.define, "calibration": calibration}))
         self.context, self.tokenizer = make_context(source, pick_device("cpu"), 0), source.tokenizer
         text, limit = self.config.text or run.grid.calibration, self.context.context_length
-        self.samples = [
-            sample[: (limit or 2048) - self.config.tokens]
-            for sample in draw_samples(text, self.tokenizer, limit).tokens
-        ]
+        room = (limit or 2048) - self.config.tokens
+        self.samples = [sample[:room] for sample in draw_samples(text, self.tokenizer, limit).tokens]
 
     def figures(self, place: Place) -> dict[str, Any]:
         """Return the score of LoRA trained at a level, its rate chosen on what training holds back."""
-        tuned = place_of(self.run, TUNED_AT)
-        quarter = max(1, self.config.steps // 4)
-        trials = [
-            (
-                self._trained(tuned, {"learning_rate": rate, "steps": quarter, "validate_every": quarter})["held_out"],
-                rate,
-            )
-            for rate in RATES
-        ]
+        tuned, quarter = place_of(self.run, TUNED_AT), max(1, self.config.steps // 4)
+        short = {"steps": quarter, "validate_every": quarter}
+        trials = [(self._trained(tuned, {**short, "learning_rate": rate})["held_out"], rate) for rate in RATES]
         return self._trained(place, {"learning_rate": min(trials)[1]})
 
     def _trained(self, place: Place, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +82,8 @@ class Lora:
         adapted.eval()
         record = train(adapted, self.samples, config, self.context.seed).record()
         documents, _ = documents_of(self.run.grid.text, self.run.protocol)
-        found = score(model, windows(documents, self.tokenizer, self.run.protocol)).json()
-        metrics = {**found, "held_out": sum(record["best"]["held_out"].values())}
+        metrics = score(model, self.run.protocol.cut(documents, self.tokenizer)).json()
+        metrics["held_out"] = sum(record["best"]["held_out"].values())
         return self.run.store.add(key, metrics, rank=rank, targets=targets)["metrics"]  # type: ignore[no-any-return]
 
 
@@ -105,9 +94,9 @@ def place_of(run: GridRun, level: str) -> Place:
 
 
 def add_gaps(lines: Sequence[Line]) -> None:
-    """Add the share of a level's loss above the dense model's that every way closes: ``gap_closed``.
+    """Add ``gap_closed``, the share of a level's loss above the dense model's that every way closes.
 
-    That of its own prompt is also told against the dense model with a prompt of its own: ``gap_closed_to_prompted``.
+    ``gap_closed_to_prompted`` is that of a level's own prompt to the dense model with a prompt of its own.
     """
     losses = {(line["row"], line["level"]): line["loss"] for line in lines}
     dense, prompted = losses[WITHOUT, DENSE], losses[OWN, DENSE]
@@ -129,7 +118,7 @@ def main(
     only: Annotated[Optional[list[str]], typer.Option(help="AXIS=LABEL, as given to the grid.")] = None,
 ) -> None:
     """Fill the tables of prompts, LoRA and transfer."""
-    chosen = grid.settle("prompts", model, calibration, text, separator, settings or [])
+    chosen = settle("prompts", model, calibration, text, separator, settings or [])
     run = GridRun(chosen, out, True, script.progress())
     dense, *lines = run.lines(only or [])
     cells = [cell for cell in cells_of(chosen, only or []) if cell.place["row"] == OWN]
@@ -145,8 +134,8 @@ def main(
     elsewhere = [row for row in rows if row["model"] == DENSE and row["prompt"] != NONE]
     lines += [{**row, "row": f"{OWN} on the dense model", "level": row["prompt"]} for row in elsewhere]
     value = "bits_per_byte" if chosen.text == "builtin" else "perplexity"
-    values = matrix(rows, list(prompts), levels, "text", value)
-    plots.transfer(values, list(prompts), levels, value.replace("_", " "), out / "transfer.svg")
+    matrix = tables.transfer(rows, list(prompts), levels, "text", value)
+    plots.save(plots.heat_map(matrix, value.replace("_", " "), by_column=True), out / "transfer.svg")
     gaps = [pivot(lines, ["row"], ["level"], [name]) for name in ("gap_closed", "gap_closed_to_prompted")]
     found = "\n\n".join([tables_of(chosen, [dense, *lines]), *gaps, pivot(rows, ["prompt"], ["model"], [value])]) + "\n"
     (out / "tables.md").write_text(found, encoding="utf-8")

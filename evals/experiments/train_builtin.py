@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from compress.errors import CompressError
-from compress.evals import script
+from compress.evals.grids import script
 from compress.texts import SEPARATOR, fingerprint, stdlib, training_files
 
 VOCABULARY = 2048
@@ -69,22 +68,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Random windows of one long token stream; window ``i`` is the same in every run."""
-
-    def __init__(self, stream: Tensor, count: int) -> None:
-        self.stream, self.count = stream, count
-        self.starts = torch.randint(len(stream) - CONTEXT, (count,), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = int(self.starts[index])
-        window = self.stream[start : start + CONTEXT].long()
-        return {"input_ids": window, "labels": window}
-
-
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the model, and for the training's own checkpoints.")],
     steps: Annotated[int, typer.Option(help="Steps of AdamW.")] = 5000,
@@ -98,10 +81,9 @@ def main(
     files = training_files()
     texts = {str(path.relative_to(stdlib())): path.read_text("utf-8", "ignore") for path in files}
     tokenizer = train_tokenizer(list(texts.values()))
-    stream = torch.tensor(
-        [token for text in texts.values() for token in (0, *tokenizer(text)["input_ids"])],
-        dtype=torch.int16,
-    )
+    stream = torch.tensor([token for text in texts.values() for token in (0, *tokenizer(text)["input_ids"])])
+    starts = torch.randint(len(stream) - CONTEXT, (steps * batch,), generator=torch.Generator().manual_seed(0))
+    windows = [stream[start : start + CONTEXT] for start in starts.tolist()]  # the same ones in every run
     print(f"{len(texts)} files, {sum(map(len, texts.values()))} characters, {len(stream)} tokens", flush=True)
     kind, sizes = SHAPES[shape]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON, **sizes))  # type: ignore[no-untyped-call]
@@ -123,10 +105,9 @@ def main(
             save_steps=200,
             save_total_limit=1,
             report_to=[],
-            dataloader_num_workers=0,
             seed=0,
         ),
-        train_dataset=Windows(stream, steps * batch),
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
     )
     resumable = any((output / "training").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resumable)

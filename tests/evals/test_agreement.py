@@ -15,7 +15,7 @@ from compress.evals.agreement import (
     evaluate_robustness,
     with_typos,
 )
-from compress.evals.evaluate import open_text
+from compress.evals.evaluate import OpenText
 from compress.evals.perplexity import prepare
 from compress.evals.store import Results
 from compress.evals.tables import flipped
@@ -79,7 +79,7 @@ def text(tmp_path):
 
 def test_every_width_beside_the_dense_model_equals_a_plain_loop(compressed, tiny_llama, text):
     store = Results(None)
-    found = evaluate_agreement(open_text(str(compressed), text, bits=[6, 3], store=store))
+    found = evaluate_agreement(OpenText(str(compressed), text, bits=[6, 3], store=store))
     assert list(found) == ["6", "3", "dense"]
     assert found["dense"]["kl"] == 0
     assert found["dense"]["top1_agreement"] == 1
@@ -102,11 +102,11 @@ def test_every_width_beside_the_dense_model_equals_a_plain_loop(compressed, tiny
     assert found["3"]["kl"] == pytest.approx(total / count, rel=1e-3)
     assert ties <= 1
     assert found["3"]["top1_agreement"] == pytest.approx(same / count, abs=ties / count + 1e-6)
-    assert evaluate_agreement(open_text(str(compressed), text, bits=[6, 3], store=store)) == found
+    assert evaluate_agreement(OpenText(str(compressed), text, bits=[6, 3], store=store)) == found
 
 
 def test_robustness_is_the_difference_of_two_measurements(compressed, text):
-    found = evaluate_robustness(open_text(str(compressed), text, bits=[4]), rate=0.5)["4"]
+    found = evaluate_robustness(OpenText(str(compressed), text, bits=[4]), rate=0.5)["4"]
     assert found["increase"] == found["bits_per_byte_typos"] - found["bits_per_byte"]
     assert found["increase"] != 0
 

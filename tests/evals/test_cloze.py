@@ -32,11 +32,11 @@ def test_items_of_a_small_module_by_hand():
 
     body = [f"    value_{letter} = function_{letter}(argument)" for letter in "abcdefghij"]
     source = "def first(argument):\n" + "\n".join(body) + "\n"
-    items = cloze.line_items(source, random.Random(0))
+    items = cloze.items_of(cloze.line_items(source), random.Random(0))
     assert len(items) == 5  # lines f to j: six lines before them, and rivals among the first ones
     assert items[0]["query"].endswith("value_e = function_e(argument)\n    ")
     assert items[0]["choices"][items[0]["gold"]] == "value_f = function_f(argument)"
-    names = cloze.name_items(source, random.Random(0))
+    names = cloze.items_of(cloze.name_items(source), random.Random(0))
     assert {item["choices"][item["gold"]] for item in names} == {"argument"}
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from compress.evals import script
 from compress.evals.evaluate import Protocol, evaluate_text
 from compress.evals.experiments import estimators, prompts
+from compress.evals.grids import script
 from compress.pruning.settings import MiniLlmConfig
 from compress.source import make_context, open_source
 
@@ -63,7 +63,7 @@ def test_prompts_beside_lora_and_beside_each_other(tiny_llama, text_file, tmp_pa
         assert all(float(cell) < without for cell, without in zip(perplexities[row], (dense, packed), strict=True))
         share = math.log(packed / float(perplexities[row][1])) / math.log(packed / dense)
         assert float(closed[row][0].rstrip("%")) / 100 == pytest.approx(share, abs=0.01)
-    for name in ("grid.measure", "grid.make", "experiments.prompts.train", "evaluate.score"):
+    for name in ("grids.grid.measure", "grids.grid.make", "experiments.prompts.train", "evaluate.score"):
         monkeypatch.setattr(f"compress.evals.{name}", None)  # all of it is known
     monkeypatch.setattr(prompts.GridRun, "checkpoint", lambda run, cell: next((run.out / "models").glob("*prompt-3*")))
     run(monkeypatch, prompts.main, *arguments)

@@ -7,12 +7,12 @@ import yaml
 
 import compress
 from compress.errors import CompressError
-from compress.evals import grid as module
-from compress.evals import measure as measuring
-from compress.evals import script
 from compress.evals.evaluate import evaluate_text
-from compress.evals.grid import GRIDS, GridRun, Row, cells_of, fill, main, parse_grid, pivot, read_grid, tables_of
-from compress.evals.measure import held_out_loss
+from compress.evals.grids import figures, script
+from compress.evals.grids import grid as module
+from compress.evals.grids.__main__ import main
+from compress.evals.grids.figures import held_out_loss
+from compress.evals.grids.grid import GRIDS, GridRun, Row, cells_of, fill, parse_grid, pivot, read_grid, tables_of
 from compress.recipe import load_recipe
 from compress.settings import Calibration
 
@@ -84,7 +84,7 @@ def test_a_setting_is_chosen_on_text_that_nobody_has_seen(data, tmp_path, monkey
 
 def test_held_out_samples_are_not_those_of_the_recipe(compressed, text_file, monkeypatch):
     seen = []
-    monkeypatch.setattr(measuring, "score", lambda model, text: seen.append(text) or type("S", (), {"loss": 1.5}))
+    monkeypatch.setattr(figures, "score", lambda model, text: seen.append(text) or type("S", (), {"loss": 1.5}))
     calibration = Calibration(text=str(text_file), samples=4, length=32)
     assert held_out_loss(compressed, calibration, 2) == 1.5
     tokenizer = compress.loading.load_tokenizer(compressed)
@@ -105,7 +105,7 @@ def test_results_of_other_settings_are_refused(data, tmp_path):
     ("change", "message"),
     [
         ({"row": {}}, r"row is not a known key. Did you mean 'rows'"),
-        ({"rows": {"a": {"passes": [], "chose": 1}}}, r"rows.a: chose is not a known key. Did you mean 'choose'"),
+        ({"rows": {"a": {"passes": [], "chose": 1}}}, r"rows.a.chose is not a known key. Did you mean 'choose'"),
         ({"protocol": {"strides": 3}}, "protocol has no key 'strides'"),
         ({"rows": {}}, "rows"),
     ],

@@ -38,7 +38,7 @@ def test_a_figure_for_a_page_has_its_colours_and_needs_nothing_else():
 
 def test_a_figure_in_a_file_is_the_same_bytes_every_time(tmp_path):
     for name in ("a.svg", "b.svg"):
-        plots.save(plots.pareto(LINES, dense=1.0), tmp_path / name)
+        plots.save(plots.pareto(LINES), tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert b"<dc:date>" not in (tmp_path / "a.svg").read_bytes()
     with pytest.raises(CompressError, match="cannot be drawn"):

@@ -9,12 +9,13 @@ import torch
 import compress
 from compress.adapters import attach_prompts
 from compress.errors import CompressError
-from compress.evals import script, transfer
+from compress.evals import tables, transfer
 from compress.evals.evaluate import Protocol, evaluate_text
+from compress.evals.grids import script
 from compress.evals.perplexity import Text, Window, context_length, score
 from compress.evals.store import Results
 from compress.evals.tasks import Tasks
-from compress.evals.transfer import NONE, Place, common_length, main, matrix
+from compress.evals.transfer import NONE, Place, common_length, main
 
 WINDOWS = [Window(list(range(1, 20)), 18), Window(list(range(30, 42)), 4), Window([5, 6], 1)]
 
@@ -73,13 +74,13 @@ def test_a_matrix_is_filled_once(prompted, text, tmp_path, monkeypatch):
     prompts = {NONE: None, "of 3": prompted / "soft_prompt" / "3bit"}
     arguments = (places, prompts, {"foxes": text}, Tasks(()), Protocol(length=40))
     rows = transfer.transfer(*arguments, Results(tmp_path / "results.jsonl"))
-    found = matrix(rows, list(prompts), ["three", "four"], "foxes", "loss")
+    found = tables.transfer(rows, list(prompts), ["three", "four"], "foxes", "loss").values
     for line, prompt in enumerate((False, prompts["of 3"])):
         alone = evaluate_text(str(prompted), text, [3, 4], Protocol(length=40), prompt=prompt)["bits"]
         assert found[line] == [alone["3"]["loss"], alone["4"]["loss"]]
     monkeypatch.setattr("compress.evals.evaluate.score", None)
     assert transfer.transfer(*arguments, Results(tmp_path / "results.jsonl")) == rows
-    assert matrix(rows, [NONE], ["five"], "foxes", "loss") == [[None]]
+    assert tables.transfer(rows, [NONE], ["five"], "foxes", "loss").values == [[None]]
 
 
 @pytest.mark.slow
@@ -87,7 +88,7 @@ def test_tasks_are_rows_too(prompted, task_folder):
     prompts = {NONE: None, "of 3": prompted / "soft_prompt" / "3bit"}
     places = [Place.parse(f"three={prompted}@3")]
     rows = transfer.transfer(places, prompts, {}, Tasks(("animals",), task_folder), Protocol(), Results(None))
-    assert all(0 <= row[0] <= 1 for row in matrix(rows, list(prompts), ["three"], "animals", "acc"))
+    assert all(0 <= row[0] <= 1 for row in tables.transfer(rows, list(prompts), ["three"], "animals", "acc").values)
     assert [row["items"] for row in rows] == [8, 8]
 
 

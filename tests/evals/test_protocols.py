@@ -50,11 +50,11 @@ def test_documents_become_one_text_as_the_paper_joins_them(tmp_path):
 
 
 def test_presets_are_the_papers():
-    assert (PRESETS["2048"][0].length, PRESETS["2048"][0].disjoint) == (2048, True)
-    assert (PRESETS["llm-pruner"][0].length, PRESETS["llm-pruner"][0].join) == (128, "\n\n")
-    c4 = PRESETS["any-precision-c4"][0]
+    assert (PRESETS["2048"].length, PRESETS["2048"].disjoint) == (2048, True)
+    assert (PRESETS["llm-pruner"].length, PRESETS["llm-pruner"].join) == (128, "\n\n")
+    c4 = PRESETS["any-precision-c4"]
     assert (c4.limit, c4.join, c4.characters, c4.length) == (1100, " ", 2088528, 2048)
-    assert PRESETS["compress-then-prompt"][0].length == 1024
+    assert PRESETS["compress-then-prompt"].length == 1024
 
 
 def test_a_preset_can_be_changed_and_its_name_mistyped():

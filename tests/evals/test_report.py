@@ -17,9 +17,9 @@ from compress.evals.evaluate import Protocol
 from compress.evals.gather import Wanted, collect, measure_missing, read_matrices
 from compress.evals.page import html
 from compress.evals.report import report
-from compress.evals.sections import report_page, showcase
+from compress.evals.sections import quality_table, report_page, showcase
 from compress.evals.store import Key, Results, identity, results_of
-from compress.evals.tables import markdown, quality, tasks
+from compress.evals.tables import markdown, task_table
 from compress.evals.tasks import Tasks
 from compress.inspect import inspect
 from compress.weights import Checkpoint
@@ -113,7 +113,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(measured):
 def test_the_tables_have_the_figures_that_were_measured(measured):
     store = results_of(measured)
     facts = collect(measured, store)
-    table = quality(facts, facts.texts[0])
+    table = quality_table(facts, facts.texts[0])
     assert [row[0] for row in table.rows] == ["dense", "6 bits", "5 bits", "4 bits", "3 bits"]
     rows = {row["width"]: row["metrics"] for row in store.rows("text")}
     at = inspect(measured)["bytes_at_bits"]
@@ -123,10 +123,10 @@ def test_the_tables_have_the_figures_that_were_measured(measured):
     assert last["read"] == f"{at['3'] / 1e6:.2f} MB"
     control = next(row for row in store.rows("variant") if row["label"] == "round to nearest")
     assert last["control loss: round to nearest"] == f"{control['widths']['3']['loss']:.4f}"
-    found = tasks(facts)
+    found = task_table(facts.tasks)
     assert found.rows[0][0] == "dense"
     changed = found.heads.index("answers changed")
-    ours, dense = (facts.tasks["animals"][width, None]["answers"] for width in ("3", "dense"))
+    ours, dense = (facts.tasks[width, None]["animals"]["answers"] for width in ("3", "dense"))
     share = sum(a != b for a, b in zip(ours, dense, strict=True)) / len(dense)
     assert found.rows[-1][changed] == f"{100 * share:.1f} %"
     assert showcase(facts) == "4"
@@ -151,7 +151,7 @@ def test_without_matplotlib_everything_but_the_picture_is_there(measured, tmp_pa
     assert [path.name for path in written] == ["index.html", "report.md"]
     assert notes == ["There are no figures: drawing needs matplotlib: pip install 'compress-llm[plots]'."]
     page = written[0].read_text()
-    assert notes[0].replace("'", "&#x27;") in page
+    assert notes[0].replace("'", "&#39;") in page
     assert "<svg" not in page
     assert "<h2>Where the error is</h2>" in page  # as tables
     assert "pareto.png" not in written[1].read_text()
@@ -191,9 +191,9 @@ def test_rows_of_a_transfer_become_a_matrix_per_text(tmp_path):
     ]
     (tmp_path / "transfer.json").write_text(json.dumps(rows))
     first, second = read_matrices(tmp_path)
-    assert (first["rows"], first["columns"]) == (["none", "3"], ["3", "4"])
-    assert first["values"] == [[0, 1], [2, None]]
-    assert second["values"] == [[3]]
+    assert (first.matrix.rows, first.matrix.columns) == (["none", "3"], ["3", "4"])
+    assert first.matrix.values == [[0, 1], [2, None]]
+    assert second.matrix.values == [[3]]
 
 
 def test_a_matrix_whose_shape_is_wrong_is_named(tmp_path):
@@ -220,7 +220,7 @@ def test_a_soft_prompt_is_measured_with_and_without_and_on_the_dense_model(compr
     }
     assert len({metrics["tokens"] for metrics in rows.values()}) == 1
     assert facts.texts[0]["settings"]["protocol"]["length"] == 64 - 5
-    names = [row[0] for row in quality(facts, facts.texts[0]).rows]
+    names = [row[0] for row in quality_table(facts, facts.texts[0]).rows]
     assert names == [
         "dense",
         "dense + prompt of model",

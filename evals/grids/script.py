@@ -1,13 +1,9 @@
-"""What the command lines of experiments share: a quiet transformers, errors in one line, JSON."""
+"""Run functions as command lines of a clone: a quiet transformers, errors in one line."""
 
 from __future__ import annotations
 
-import json
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -21,7 +17,6 @@ def run(main: Callable[..., None]) -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, at what peft asks it
     try:
         typer.run(main)
     except CompressError as error:
@@ -39,19 +34,3 @@ def progress() -> Report:
             typer.echo(f"[{done}/{total}] {what}", err=True)
 
     return tell
-
-
-def write_json(result: Any, target: str) -> None:
-    """Write a result to a file, or to standard output if the target is ``-``.
-
-    Raises:
-        CompressError: the file cannot be written.
-    """
-    text = json.dumps(result, indent=1)
-    if target == "-":
-        typer.echo(text)
-        return
-    try:
-        Path(target).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CompressError(f"--json {target}: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""Run a grid of recipes and tabulate what they make: ``python -m compress.evals.grid NAME OUT --help``.
+"""Run a grid of recipes and tabulate what they make.
 
 A grid is a YAML file: recipes with ``{axis}`` in place of settings, the values of the axes, and what to measure::
 
@@ -27,16 +27,16 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar, Union
+from typing import Any, Union
 
-import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.errors import CompressError, did_you_mean
-from compress.evals import script, tables
+from compress.evals import tables
 from compress.evals.evaluate import BUILTIN, Protocol, documents_of
-from compress.evals.measure import Figures, facts_of, held_out_loss, make, measure
+from compress.evals.grids.figures import facts_of, held_out_loss
+from compress.evals.measure import Figures, make, measure
 from compress.evals.store import Key, Results, identity
 from compress.passes import Report
 from compress.recipe import explain, load_recipe, override
@@ -44,7 +44,7 @@ from compress.settings import Calibration
 from compress.source import model_folder
 from compress.workspace import digest
 
-GRIDS = Path(__file__).with_name("grids")
+GRIDS = Path(__file__).parent
 HELD_OUT = "held-out"
 """In place of a text: calibration text that no pass has seen."""
 Scalar = Union[str, int, float, bool, None]
@@ -120,26 +120,16 @@ class Cell:
         return {"model": grid.model, "calibration": calibration, "passes": passes, "seed": self.seed}
 
 
-StrictT = TypeVar("StrictT", bound=Strict)
-
-
-def _valid(model: type[StrictT], data: Any, where: str) -> StrictT:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise CompressError(explain(error, model, where)) from error
-
-
 def parse_grid(data: Mapping[str, Any], where: str = "grid") -> Grid:
     """Validate a grid's plain data.
 
     Raises:
         CompressError: an unknown key, or a value of the wrong kind.
     """
-    rows = data.get("rows")
-    if isinstance(rows, Mapping):
-        data = {**data, "rows": {label: _valid(Row, row, f"{where}: rows.{label}") for label, row in rows.items()}}
-    return _valid(Grid, data, where)
+    try:
+        return Grid.model_validate(data)
+    except ValidationError as error:
+        raise CompressError(explain(error, Grid, where)) from error
 
 
 def read_grid(name: str) -> dict[str, Any]:
@@ -173,11 +163,8 @@ def settle(
     data = read_grid(name)
     data |= {key: value for key, value in (("model", model), ("text", text)) if value is not None}
     if calibration is not None:
-        kept = {
-            key: value
-            for key, value in data.get("calibration", {}).items()
-            if key in ("samples", "length", "min_characters")
-        }
+        old = data.get("calibration", {})
+        kept = {key: old[key] for key in ("samples", "length", "min_characters") if key in old}
         data["calibration"] = {**kept, "text": calibration, "separator": separator}
     if separator is not None:
         data["protocol"] = {**data.get("protocol", {}), "separator": separator}
@@ -213,11 +200,7 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def cells_of(grid: Grid, only: Sequence[str] = ()) -> list[Cell]:
-    """Return the cells of all rows, in order.
-
-    Args:
-        grid: the grid.
-        only: ``AXIS=LABEL``, or ``row=LABEL``; of cells that have the axis, those with another label are left out.
+    """Return the cells of all rows, in order; with ``AXIS=LABEL`` or ``row=LABEL``, not those that have another label.
 
     Raises:
         CompressError: no cell has such a label.
@@ -236,28 +219,23 @@ def cells_of(grid: Grid, only: Sequence[str] = ()) -> list[Cell]:
 
 
 def _cells_of_row(grid: Grid, label: str, row: Row) -> Iterator[Cell]:
-    named = set(re.findall(r"\{(\w+)", json.dumps([label, row.passes, row.bits])))
-    shared = {name: axis for name, axis in grid.axes.items() if name in named}
-    axes: dict[str, dict[Any, Any]] = {}
-    for name, given in {**shared, **row.axes}.items():
-        known = given if isinstance(given, dict) else grid.axes.get(name)
-        values = known if isinstance(known, dict) else {}
-        axes[name] = {item: values.get(str(item), item) for item in given}
+    named = re.findall(r"\{(\w+)", json.dumps([label, row.passes, row.bits]))
+    axes = {name: axis for name, axis in grid.axes.items() if name in named} | row.axes
     for labels in itertools.product(*axes.values()):
         point = dict(zip(axes, labels, strict=True))
-        values = {name: axes[name][chosen] for name, chosen in point.items()}
+        values = {name: _value(axes[name], grid.axes.get(name), chosen) for name, chosen in point.items()}
         for seed in row.seeds:
             yield Cell(row, {"row": label.format(**point), **point}, values, seed)
 
 
-class GridRun:
-    """The results of a grid in a folder.
+def _value(axis: Any, shared: Any, label: Any) -> Any:
+    """Return what a label stands for: itself, unless the axis, or the grid's axis of that name, is a mapping."""
+    known = axis if isinstance(axis, dict) else shared
+    return known.get(str(label), label) if isinstance(known, dict) else label
 
-    Args:
-        grid: what to run.
-        out: folder of ``results.jsonl``, of the workspace, and of the checkpoints while they are measured.
-        keep: leave checkpoints (in ``out/models``) and the workspace there.
-        progress: called with (what, done, total).
+
+class GridRun:
+    """Run a grid in a folder, which keeps ``results.jsonl``, and the workspace and ``models`` if asked to.
 
     Raises:
         CompressError: the folder has results of another model, text, calibration or protocol.
@@ -266,10 +244,9 @@ class GridRun:
     def __init__(self, grid: Grid, out: Path, keep: bool = False, progress: Report | None = None) -> None:
         self.grid, self.out, self.keep, self.progress = grid, out, keep, progress
         self.protocol, self.store = Protocol(**grid.protocol), Results(out / "results.jsonl")
-        self.dense = model_folder(grid.model)
         text = grid.text if grid.text == HELD_OUT else documents_of(grid.text, self.protocol)[1]
         self.about: dict[str, Any] = {
-            "model": identity(self.dense),
+            "model": identity(model_folder(grid.model)),
             "text": text,
             "protocol": asdict(self.protocol),
             "calibration": grid.calibration.model_dump(mode="json"),
@@ -312,9 +289,9 @@ class GridRun:
         choose = cell.row.choose
         if choose is None:
             return {}
-        axes = {axis: known for axis, known in self.grid.axes.items() if isinstance(known, dict)}
+        axes = self.grid.axes
         labels = {axis: fill(label, self.grid.define) for axis, label in choose.at.items()}
-        fixed = {axis: axes.get(axis, {}).get(str(label), label) for axis, label in labels.items()}
+        fixed = {axis: _value(axes.get(axis), None, label) for axis, label in labels.items()}
         losses = []
         for value in choose.among:
             recipe = {**cell.recipe(self.grid, **fixed, **{choose.axis: value}), "seed": cell.row.seeds[0]}
@@ -365,24 +342,18 @@ def tables_of(grid: Grid, lines: Sequence[Line]) -> str:
     for label in dict.fromkeys(line.get(grid.per or "") for line in cells):
         mine = [line for line in cells if line.get(grid.per or "") == label]
         parts += [f"{grid.per}: {label}"] if grid.per else []
-        parts += [
-            pivot(mine, grid.down, grid.across, group)
-            for group in ([[m] for m in metrics] if grid.across else [metrics])
-        ]
+        groups = [[name] for name in metrics] if grid.across else [metrics]
+        parts += [pivot(mine, grid.down, grid.across, group) for group in groups]
     return "\n\n".join(parts)
 
 
 def pivot(lines: Sequence[Line], down: Sequence[str], across: Sequence[str], metrics: Sequence[str]) -> str:
     """Return a Markdown table of metrics, by what heads its lines and its columns; of equal places the mean and the range."""
-
-    def place(line: Line) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        labels = [tuple(str(line.get(name, "")) for name in names) for names in (down, across)]
-        return labels[0], labels[1]
-
     cells: dict[Any, list[Line]] = {}
     for line in lines:
         if any(line.get(name) is not None for name in metrics):
-            cells.setdefault(place(line), []).append(line)
+            place = tuple(tuple(str(line.get(name, "")) for name in names) for names in (down, across))
+            cells.setdefault(place, []).append(line)
     columns = [(labels, name) for labels in dict.fromkeys(labels for _, labels in cells) for name in metrics]
     corner = _head(metrics[0]) if across else ""
     heads = [", ".join(labels) if across else _head(name) for labels, name in columns]
@@ -403,29 +374,3 @@ def _figure(metric: str, lines: Sequence[Line]) -> str:
     if len(found) < 2:
         return "".join(format(value, form) for value in found) or "–"
     return f"{statistics.mean(found):{form}} ({min(found):{form}} to {max(found):{form}})"
-
-
-def main(
-    grid: Annotated[str, typer.Argument(help="Name of a grid in evals/grids, or a YAML file.")],
-    out: Annotated[Path, typer.Argument(help="Folder for results.jsonl and tables.md.")],
-    model: Annotated[Optional[str], typer.Option(help="Dense model.")] = None,
-    calibration: Annotated[Optional[str], typer.Option(help="Text file to calibrate on.")] = None,
-    text: Annotated[Optional[str], typer.Option(help="Text file to measure on, or 'builtin'.")] = None,
-    separator: Annotated[Optional[str], typer.Option(help="Divides both texts into documents.")] = None,
-    settings: Annotated[Optional[list[str]], typer.Option("--set", help="KEY.KEY=VALUE on the grid.")] = None,
-    only: Annotated[Optional[list[str]], typer.Option(help="AXIS=LABEL or row=LABEL of cells to run.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints.")] = False,
-    json_file: Annotated[Optional[str], typer.Option("--json", help="Write all figures here, or to '-'.")] = None,
-) -> None:
-    """Run every recipe of a grid, measure what it makes, and write tables."""
-    chosen = settle(grid, model, calibration, text, separator, settings or [])
-    lines = GridRun(chosen, out, keep, script.progress()).lines(only or [])
-    found = tables_of(chosen, lines)
-    (out / "tables.md").write_text(found + "\n", encoding="utf-8")
-    typer.echo(found)
-    if json_file is not None:
-        script.write_json(lines, json_file)
-
-
-if __name__ == "__main__":
-    script.run(main)

@@ -1,0 +1,1 @@
+"""Grids of recipes behind the tables of this library: what runs them, and the grids themselves."""
