@@ -1,6 +1,6 @@
-"""peft adapters around a loaded model, packed or not: soft prompts before its text, low-rank adapters on its linears.
+"""Put stored peft adapters around a loaded model, packed or not: soft prompts before its text, low-rank adapters on its linears.
 
-Where they lie in a checkpoint is :mod:`compress.sidecars`' business. peft is imported when it is needed.
+:mod:`compress.sidecars` finds them in a checkpoint. peft is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ def choose_prompt(prompted: nn.Module) -> None:
     A mix of bits counts as its mean. Models without prompts of several bit-widths are left as they are.
     """
     names = list(getattr(prompted, "peft_config", {}))
-    widths = {int(match[1]): name for name in names if (match := PROMPT_NAME.fullmatch(name))}
+    by_bits = {int(match[1]): name for name in names if (match := PROMPT_NAME.fullmatch(name))}
     modules = packed_modules(prompted).values()
-    if not widths or not modules:
+    if not by_bits or not modules:
         return
     weights = {module: module.shape.out_features * module.shape.in_features for module in modules}
     mean = sum(module.bits * count for module, count in weights.items()) / sum(weights.values())
-    nearest = min(widths, key=lambda width: (abs(width - mean), width))
-    name = widths[nearest] if nearest == mean or "default" not in names else "default"
+    nearest = min(by_bits, key=lambda bits: (abs(bits - mean), bits))
+    name = by_bits[nearest] if nearest == mean or "default" not in names else "default"
     prompted.set_adapter(name)  # type: ignore[operator]
 
 

@@ -1,7 +1,7 @@
-"""What lies beside a model in a checkpoint: soft prompts and a low-rank adapter, ordinary peft adapters in folders of their own.
+"""Find and read the sidecars of a checkpoint: soft prompts and a low-rank adapter, ordinary peft adapters in folders of their own.
 
-``soft_prompt/`` holds one prompt for all bit-widths, ``soft_prompt/3bit/`` and so on one for each; ``adapter/`` what
-``lora_recovery`` with ``merge: false`` has trained. Never do they lie beside the model's own ``config.json``, where
+``soft_prompt/`` holds one prompt for all bit-widths, ``soft_prompt/3bit/`` and so on one for each; ``adapter/`` holds the
+adapter of ``lora_recovery`` with ``merge: false``. They never lie beside the model's own ``config.json``, where
 transformers would take them for its own. Only headers are read here: neither torch nor peft is needed.
 """
 
@@ -92,12 +92,7 @@ def _read(folder: Path, what: str) -> tuple[dict[str, Any], dict[str, tuple[int,
 def find_prompts(
     folder: str | Path, prompt: bool | str | Path = True, revision: str | None = None
 ) -> dict[int | None, Path]:
-    """Find the soft prompts to use with a checkpoint.
-
-    Args:
-        folder: of the checkpoint, or its hub id.
-        prompt: True for its own prompts, else where they are.
-        revision: of a hub id.
+    """Find the soft prompts to use with a checkpoint, a folder or a hub id: its own (True), or those of another folder.
 
     Raises:
         CompressError: there are none.
@@ -113,11 +108,11 @@ def find_prompts(
 
 
 def find_adapter(folder: str | Path, adapter: Choice = None, revision: str | None = None) -> Path | None:
-    """Find the low-rank adapter to use with a checkpoint.
+    """Find the low-rank adapter to use with a checkpoint, a folder or a hub id.
 
     Args:
         folder: of the checkpoint, or its hub id.
-        adapter: which; a folder may be a checkpoint or the adapter's own.
+        adapter: which; a folder may be a checkpoint's or the adapter's own.
         revision: of a hub id.
 
     Returns:
@@ -157,7 +152,7 @@ def _fetched(name: str, folder: str, revision: str | None) -> Path:
 
 
 def inspect_sidecars(folder: Path) -> Mapping[str, Any]:
-    """Describe what lies beside a model, for ``compress inspect``.
+    """Describe the sidecars of a model, for ``compress inspect``.
 
     Returns:
         ``{"prompts": {"3 bits" | "all widths": {"tokens", "numbers"}}}``, and where there is one ``"adapter": {"rank", "numbers"}``.

@@ -1,4 +1,4 @@
-"""Soft prompts that are to be trained, and how they are stored: as ordinary peft adapters."""
+"""Put fresh soft prompts before a model to be trained, and store them as ordinary peft adapters."""
 
 from __future__ import annotations
 
@@ -47,13 +47,7 @@ def embedding(prompted: PeftModel) -> nn.Parameter:
 
 
 def write_prompt(folder: Path, tensor: Tensor, adapter: Mapping[str, Any]) -> None:
-    """Write a prompt as peft would.
-
-    Args:
-        folder: to create.
-        tensor: the trained numbers.
-        adapter: fields of peft's configuration.
-    """
+    """Write a prompt's numbers and the fields of its peft configuration, as peft would."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / PEFT_CONFIG, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
     save_atomic(folder / PEFT_WEIGHTS, {"prompt_embeddings": tensor}, {"format": "pt"})
