@@ -12,13 +12,13 @@ structures). Columns are removed one group after the other, each the cheapest gi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from compress.passes import Block, Context
+from compress.pruning.scores import wanda
 from compress.pruning.settings import WHOLE_MODEL, Aggregate, Formula, ScoreSettings
 from compress.pruning.structured.groups import Kind, Part, last_linear
 from compress.statistics import Moments, check_inputs
@@ -30,21 +30,19 @@ STEPS = 256
 """Removals after which costs are computed anew; more groups than that go several at a time."""
 
 
-def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor | None, formula: Formula) -> Tensor:
+def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor, formula: Formula) -> Tensor:
     """Score every weight of a matrix, [N, K].
 
     F1 is ``|W_ij| ||X_j|| |g_ij|``; F2 ``|W_ij mean(X_j) g_ij|``; F3 ``|W_ij g_ij|``, first-order Taylor; ``vector`` is F3 with
-    its sign, so that a group's sum is the derivative of the loss by scaling the group. Without a gradient, ``|W_ij| ||X_j||``.
+    its sign, so that a group's sum is the derivative of the loss by scaling the group.
 
     Args:
         weight: [N, K].
         norm: [K], root mean square of each input.
         mean: [K], signed mean of each input.
-        gradient: [N, K], or None.
+        gradient: [N, K].
         formula: one of the four.
     """
-    if gradient is None:
-        return weight.abs() * norm
     if formula == "F1":
         return weight.abs() * norm * gradient.abs()
     if formula == "F2":
@@ -98,9 +96,10 @@ class BlockScores:
         if settings.score == "magnitude":
             elements = {name: weight.square() for name, weight in members.items()}
             return group_scores(part, elements, settings.aggregate)
-        norms, elements = _input_norms(block, part), {}
+        inputs, elements = Moments(), {}
+        block.for_each_input(inputs.add, {name: block.module.get_submodule(name) for name in members})
         for name, weight in members.items():
-            elements[name] = element_scores(weight, norms[name], norms[name], None, "F1")
+            elements[name] = wanda(weight, inputs.mean(name))
             if settings.score == "noise":
                 elements[name] *= torch.randn(weight.shape, generator=generator).abs().to(weight.device)
         return group_scores(part, elements, settings.aggregate)
@@ -113,7 +112,7 @@ class BlockScores:
         """
         block, last = self.block, last_linear(self.block, part)
         biased = getattr(last.module, "bias", None) is not None  # and will then take up the means
-        moments = OutputMoments.empty(last.shape[1], self.settings.compensate and biased, last.weight.device)
+        moments = OutputMoments(last.shape[1], self.settings.compensate and biased, last.weight.device)
         block.for_each_input(lambda _name, x: moments.add(x), {part.last: last.module})
         moments.finish()
         check_inputs(f"{block.name}.{part.last}", moments.hessian)
@@ -164,14 +163,6 @@ def _turn(block: Block) -> float:
     return 1 - sum(turns) / len(turns)
 
 
-def _input_norms(block: Block, part: Part) -> dict[str, Tensor]:
-    """Measure the root mean square of every member's inputs, [K] each."""
-    moments = Moments()
-    block.for_each_input(moments.add, {name: block.module.get_submodule(name) for name in part.members})
-    return {name: moments.mean(name).sqrt() for name in part.members}
-
-
-@dataclass
 class OutputMoments:
     """Sum up a linear's inputs over the calibration tokens.
 
@@ -181,16 +172,10 @@ class OutputMoments:
         centred: whether the linear has a bias, which then absorbs the inputs' means.
     """
 
-    hessian: Tensor
-    mean: Tensor
-    centred: bool
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, columns: int, centred: bool, device: torch.device) -> OutputMoments:
-        """Return moments of no tokens yet."""
-        zeros = torch.zeros(columns, dtype=torch.float64, device=device)
-        return cls(torch.zeros(columns, columns, dtype=torch.float64, device=device), zeros, centred)
+    def __init__(self, columns: int, centred: bool, device: torch.device) -> None:
+        self.centred, self.tokens = centred, 0
+        self.mean = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.hessian = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add inputs [tokens, K]; products are made in their own precision, sums in float64."""
@@ -236,14 +221,10 @@ def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
 def removal_order(
     weight: Tensor, moments: OutputMoments, columns: Tensor, classes: Tensor, count: int
 ) -> tuple[list[int], list[float]]:
-    """Find the order in which groups go, and the output error after each.
+    """Find the order in which ``count`` groups go, and the output error after each.
 
-    Args:
-        weight: float [N, K].
-        moments: of the inputs.
-        columns: int64 [G, c], columns of each group.
-        classes: int64 [G]; every class loses ``count / classes`` groups.
-        count: how many go.
+    ``columns``, int64 [G, c], holds each group's columns of a weight [N, K]; every class of ``classes``, int64 [G], loses equally
+    many groups.
     """
     weight, inverse = weight.double().clone(), torch.linalg.inv(moments.damped())
     columns, classes = columns.to(weight.device), classes.to(weight.device)
