@@ -122,7 +122,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
     @torch.no_grad()
     def _begin(self, whole: Whole, context: Context) -> Tensor:
-        """Return what the prompt begins as, float32 [tokens, hidden]; of a prefix [tokens, 2 · blocks · keys]."""
+        """Return what the prompt begins as, float32 [tokens, embedding width]; of a prefix [tokens, 2 · blocks · keys]."""
         rows, count = int(whole.model.config.vocab_size), torch.arange(self.config.tokens)
         if self.config.start == "vocabulary":
             ids = count % rows
