@@ -17,8 +17,23 @@ import torch
 from peft import PeftModelForCausalLM
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from compress.errors import CompressError
+
+
+class _TextOnly(BaseStreamer):
+    """Hand a streamer its tokens without the first columns of the first."""
+
+    def __init__(self, streamer: BaseStreamer, count: int) -> None:
+        self.streamer, self.count = streamer, count
+
+    def put(self, value: Tensor) -> None:
+        self.streamer.put(value[:, self.count :] if self.count else value)
+        self.count = 0
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 class PromptedModel(PeftModelForCausalLM):
@@ -100,25 +115,28 @@ class PromptedModel(PeftModelForCausalLM):
             padded = config.pad_token_id is not None and config.pad_token_id not in ends
             mask = ids.ne(config.pad_token_id).long() if padded else torch.ones_like(ids)
         length = 0 if ids is None else ids.shape[1]
-        for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if getattr(config, whole):  # transformers would count the virtual tokens
-                setattr(config, new, getattr(config, new) or max(getattr(config, whole) - length, 0))
-                setattr(config, whole, None)
+        for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if getattr(config, limit):  # transformers would count the virtual tokens
+                setattr(config, new, getattr(config, new) or max(getattr(config, limit) - length, 0))
+                setattr(config, limit, None)
         placed = self._mask(mask, config.max_new_tokens or 20)
-        embedded = model.get_input_embeddings()(ids) if embeds is None else embeds
-        if self._is_prefix:
-            copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-            kwargs[self._cache_name] = self.get_prompt(len(embedded) * copies)
-            front = embedded.new_zeros(
-                len(embedded), self._tokens, embedded.shape[2]
-            )  # stands for what the cache holds
-            embedded = torch.cat([front, embedded], 1)
-        else:
-            embedded = self._behind_prompt(embedded, mask)
-        begin = {} if ids is None else {"input_ids": ids}
-        return model.generate(
-            **begin, inputs_embeds=embedded, attention_mask=placed, generation_config=config, **kwargs
-        )
+        if not self._is_prefix:
+            embedded = model.get_input_embeddings()(ids) if embeds is None else embeds
+            kwargs |= {"inputs_embeds": self._behind_prompt(embedded, mask), "attention_mask": placed}
+            return model.generate(**({} if ids is None else {"input_ids": ids}), generation_config=config, **kwargs)
+        if ids is None:
+            raise CompressError("behind a prefix generate needs input_ids; embeddings alone can follow a prompt.")
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        kwargs |= {self._cache_name: self.get_prompt(len(ids) * copies), "attention_mask": placed}
+        if kwargs.get("streamer"):
+            kwargs["streamer"] = _TextOnly(kwargs["streamer"], self._tokens)
+        # A cache that is given stands for the first ids; which these are does not matter, and they are taken away again.
+        whole = torch.cat([ids[:, :1].expand(-1, self._tokens), ids], 1)
+        made = model.generate(whole, generation_config=config, **kwargs)
+        if isinstance(made, Tensor):
+            return made[:, self._tokens :]
+        made.sequences = made.sequences[:, self._tokens :]
+        return made
 
     @property
     def _is_prefix(self) -> bool:

@@ -19,6 +19,7 @@ from compress.processes import processes
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.records import PackedShape
+from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record
@@ -37,12 +38,18 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """Refuse a prompt that leaves no room for text.
 
         Raises:
-            CompressError: that, or a starting text without tokens.
+            CompressError: that, a prefix for blocks of different sizes, or a starting text without tokens.
         """
         limit, tokens = context.context_length, self.config.tokens
         if limit is not None and limit - tokens < 2:
             raise CompressError(
                 f"soft_prompt: {tokens} virtual tokens leave no room for text in a context of {limit}; lower tokens."
+            )
+        heads = {shape.key_value_heads for shape in context.shapes.values()}
+        if self.config.method == "prefix" and heads - {config_shape(context.config).key_value_heads}:
+            raise CompressError(
+                "soft_prompt: a prefix has keys for the heads that config.json names in every block, but a pass before leaves blocks "
+                "with fewer; take method prompt, or prune in mode uniform."
             )
         if self.config.start_text is not None:
             self._given_tokens(self.config.start_text, context)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 import compress
 from compress.errors import CompressError
@@ -107,6 +108,27 @@ def test_lengths_and_masks_are_those_of_the_text(behind, method):
     assert torch.equal(beams[2:, 9:], alone[:, 3:])
 
 
+class Seen(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@torch.no_grad()
+def test_a_streamer_sees_the_text_alone(behind, method):
+    model, seen = behind("llama", method), Seen()
+    made = model.generate(text(6)[None], streamer=seen, output_logits=True, return_dict_in_generate=True, **GREEDY)
+    assert seen.tokens == [*made.sequences[0].tolist(), "end"]
+    assert made.sequences.shape == (1, 11)
+    assert len(made.logits) == 5
+
+
 @torch.no_grad()
 def test_a_cache_that_is_begun_holds_the_prompt(behind):
     model, rows = behind("llama", "prompt"), [text(6), text(4)]
@@ -131,5 +153,7 @@ def test_what_cannot_be_right_is_refused(behind):
     windowed = behind("gemma3_text", "prefix", sliding_window=10)
     with pytest.raises(CompressError, match="window of 10 tokens in padded rows only"):
         windowed(**batch([text(8), text(3)]))
+    with pytest.raises(CompressError, match="needs input_ids"):
+        behind("llama", "prefix").generate(inputs_embeds=torch.zeros(1, 3, 48))
     with pytest.raises(CompressError, match=r"attention_mask must be \[rows, tokens\]"):
         behind("llama", "prompt")(text(3)[None], torch.ones(1, 1, 3, 3))
