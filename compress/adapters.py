@@ -20,6 +20,8 @@ from compress.sidecars import PROMPT_NAME, find_prompts, read_adapter, read_prom
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+    from compress.prompted import PromptedModel
+
 
 @contextmanager
 def with_peft() -> Iterator[None]:
@@ -33,59 +35,30 @@ def with_peft() -> Iterator[None]:
         yield
 
 
-def attach_prompts(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Path]) -> PeftModel:
+def attach_prompts(model: PreTrainedModel, prompts: str | Path | Mapping[int | None, Path]) -> PromptedModel:
     """Put stored prompts before a model, and refuse prompts that do not fit it or leave no room for text.
 
-    All are loaded as adapters of one ``PeftModel`` (``default`` for all numbers of bits, ``3bit`` and so on), and the one of
-    the bits in use is active; :func:`compress.set_bits` keeps it so.
+    All are loaded as adapters of one :class:`compress.prompted.PromptedModel`, a ``PeftModel`` (``default`` for all numbers of
+    bits, ``3bit`` and so on), and the one of the bits in use is active; :func:`compress.set_bits` keeps it so.
     """
     found = prompts if isinstance(prompts, Mapping) else find_prompts("", prompts)
-    prompted: PeftModel | None = None
+    prompted: PromptedModel | None = None
     with with_peft():
-        from peft import PeftModel
+        from peft import PeftConfig
+
+        from compress.prompted import PromptedModel
 
         for bits, path in found.items():
             name = "default" if bits is None else f"{bits}bit"
             _check_fit(model, path)
             if prompted is None:
-                prompted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
-            else:
-                prompted.load_adapter(str(path), adapter_name=name)
+                prompted = PromptedModel(model, PeftConfig.from_pretrained(str(path), inference_mode=True), name)
+            prompted.load_adapter(str(path), adapter_name=name)
     assert prompted is not None
-    share_embedding(prompted, model)
-    _prompt_once(prompted)
     prompted.eval()
     choose_prompt(prompted)
     text_length(prompted)
     return prompted
-
-
-def share_embedding(prompted: PeftModel, model: PreTrainedModel) -> None:
-    """Tell peft the model's embedding: it looks for a parameter as long as the vocabulary; a packed embedding has none."""
-    prompted.word_embeddings = model.get_input_embeddings()
-
-
-def _prompt_once(prompted: Any) -> None:
-    """Make ``generate`` put the prompt before the text only, and not before each new token too.
-
-    Newer transformers releases hand the cache of keys and values over as ``cache``; peft (0.21 at least) looks for
-    ``past_key_values``, finds none, and takes every step for the first. What peft then adds is taken away again.
-    """
-    prepare = prompted.prepare_inputs_for_generation
-
-    def prepare_once(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        found: dict[str, Any] = prepare(*args, **kwargs)
-        cache = found.get("cache")
-        if cache is None:  # a transformers that has the other name, or no cache
-            return found
-        prefix, states = found.pop("past_key_values", None), found.get("inputs_embeds")
-        if not cache.get_seq_length():
-            found["cache"] = prefix or cache
-        elif states is not None:
-            found["inputs_embeds"] = states[:, prompted.active_peft_config.num_virtual_tokens :]
-        return found
-
-    prompted.prepare_inputs_for_generation = prepare_once
 
 
 def _check_fit(model: PreTrainedModel, folder: Path) -> None:

@@ -127,7 +127,7 @@ def _fetched(name: str, folder: str, revision: str | None) -> Path:
 
 
 def inspect_sidecars(folder: Path) -> Mapping[str, Any]:
-    """Describe what lies beside a model, for ``compress inspect``.
+    """Describe the sidecars of a model, for ``compress inspect``.
 
     Returns:
         ``{"prompts": {"3 bits" | "all widths": {"tokens", "numbers"}}}``, and where there is one ``"adapter": {"rank", "numbers"}``.

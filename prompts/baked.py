@@ -1,4 +1,4 @@
-"""A prompt as words of the vocabulary, for servers that know no prompt adapters: ``compress bake-prompt``.
+"""Write a prompt as words of the vocabulary, for servers that know no prompt adapters: ``compress bake-prompt``.
 
 Every virtual token becomes a special token with an embedding of its own, and the tokenizer puts all of them in front of every text.
 The logits of the old vocabulary are those of the model behind its prompt. A tied head is untied for it: the new
@@ -36,7 +36,7 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
     Args:
         folder: checkpoint, or a dense model.
         output: folder to create; it has no prompt adapters.
-        bits: whose prompt, where there is one for each width; the others are served behind it too.
+        bits: whose prompt, where there is one for each number of bits; the others are served behind it too.
         prompt: the checkpoint's own, or the folder of another.
 
     Returns:
@@ -59,13 +59,13 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
     scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "vocabulary.safetensors"
-        save_file(_tables(state, names, tensor / scale), file)
+        save_file(_vocabulary(state, names, tensor / scale), file)
         fields = {"vocab_size": vocabulary + len(tensor), "tie_word_embeddings": False}
         config = type(state.config).from_dict({**state.config.to_dict(), **fields})
         source = Overlay(state.source, [file])
         larger = State(source, config, state.packed, digest(state.key, added), state.shapes)
 
-        def write_beside(target: Path) -> None:
+        def write_sidecars(target: Path) -> None:
             tokenizer.save_pretrained(target)
             _never_generate(target, list(range(vocabulary, vocabulary + len(added))))
             if adapter := find_adapter(folder):
@@ -87,32 +87,31 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
             manifest={**kept, "baked": baked},
             probe_tokens=ids,
             device=torch.device("cpu"),
-            write_beside=write_beside,
+            write_beside=write_sidecars,
         )
     return added
 
 
 def _prompt(folder: Path, bits: int | None, prompt: bool | Path) -> Tensor:
-    """Read the embeddings to bake, float32 [tokens, hidden]."""
+    """Read the embeddings to bake, float32 [virtual tokens, embedding width]."""
     found = find_prompts(folder, prompt)
     path = found.get(bits, found.get(None))
     if path is None:
-        widths = ", ".join(str(width) for width in sorted(width for width in found if width is not None))
-        raise CompressError(f"{folder}: has a prompt for each of {widths} bits; say with --bits whose to bake.")
+        known = ", ".join(map(str, sorted(filter(None, found))))
+        raise CompressError(f"{folder}: has a prompt for each of {known} bits; say with --bits whose to bake.")
     if read_prompt(path)[0] != "PROMPT_TUNING":
         raise CompressError(f"{path}: is a prefix; only a prompt can be written as tokens.")
     return load_file(path / PEFT_WEIGHTS)["prompt_embeddings"].float()
 
 
-def _tables(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, Tensor]:
+def _vocabulary(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, Tensor]:
     """Return embedding and head with rows for the new tokens, in the dtypes they had."""
     embedding, head = (f"{name}.weight" for name in names)
-    stored = state.source.info()
-    table = state.source.read([embedding])[embedding]
-    rows = table if head not in stored else state.source.read([head])[head]
+    found = state.source.read([name for name in (embedding, head) if name in state.source.info()])
+    rows, heads = found[embedding], found.get(head, found[embedding])
     return {
-        embedding: torch.cat([table, prompt.to(table.dtype)]).contiguous(),
-        head: torch.cat([rows, rows.new_zeros(len(prompt), rows.shape[1])]).contiguous(),
+        embedding: torch.cat([rows, prompt.to(rows.dtype)]).contiguous(),
+        head: torch.cat([heads, heads.new_zeros(len(prompt), heads.shape[1])]).contiguous(),
     }
 
 

@@ -1,8 +1,8 @@
-"""Compress, then prompt (arXiv 2305.11186): virtual tokens before the text, trained on the compressed model itself."""
+"""Train virtual tokens before the text on the compressed model itself: compress, then prompt (arXiv 2305.11186)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.records import PackedShape
+from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
 from compress.source import processes
 from compress.training import Loss, held_out_losses, next_token_loss, train
@@ -37,12 +38,18 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """Refuse a prompt that leaves no room for text.
 
         Raises:
-            CompressError: that, or a starting text without tokens.
+            CompressError: that, a prefix for blocks of different sizes, or a starting text without tokens.
         """
         limit, tokens = context.context_length, self.config.tokens
         if limit is not None and limit - tokens < 2:
             raise CompressError(
                 f"soft_prompt: {tokens} virtual tokens leave no room for text in a context of {limit}; lower tokens."
+            )
+        heads = {shape.key_value_heads for shape in context.shapes.values()}
+        if self.config.method == "prefix" and heads - {config_shape(context.config).key_value_heads}:
+            raise CompressError(
+                "soft_prompt: a prefix has keys for the heads that config.json names in every block, but a pass before leaves blocks "
+                "with fewer; take method prompt, or prune in mode uniform."
             )
         if self.config.start_text is not None:
             self._given_tokens(self.config.start_text, context)
@@ -51,9 +58,9 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """Name the units: ``prompt``, or one for each number of bits.
 
         Raises:
-            CompressError: a width that the model does not have.
+            CompressError: bits that the model does not have.
         """
-        there = sorted({bits for shape in packed.values() for bits in shape.widths})
+        chosen, there = self._bits(packed.values())
         for bits in self.config.widths:
             if bits not in there:
                 span = f"{there[0]} to {there[-1]}" if there else "none, as no pass before has quantised it"
@@ -62,7 +69,12 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             return ["prompt"]
         if not there:
             raise CompressError("soft_prompt: per_width needs a quantised model; put a quantising pass before it.")
-        return [f"{bits}bit" for bits in there if bits in (self.config.widths or there)]
+        return [f"{bits}bit" for bits in chosen]
+
+    def _bits(self, packed: Iterable[PackedShape]) -> tuple[list[int], list[int]]:
+        """List the numbers of bits to train at, and all that the model has."""
+        there = sorted({bits for shape in packed for bits in shape.widths})
+        return [bits for bits in there if bits in (self.config.widths or there)], there
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
@@ -71,13 +83,18 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
         The record's ``without`` is the held-out loss without any prompt, which one that is any good beats.
         """
-        model = whole.model
-        found = {name: module.bits for name, module in packed_modules(model).items()}
-        samples = [self._cut(sample, context) for sample in whole.samples]
+        model, config, room = whole.model, self.config, context.context_length
+        packed = packed_modules(model).values()
+        found = {module: module.bits for module in packed}
+        samples = [sample if room is None else sample[: room - config.tokens] for sample in whole.samples]
         start = self._begin(whole, context)
-        config = self._scaled(start)
+        if config.relative:
+            scale = float(start.square().mean().sqrt())
+            config = config.model_copy(update={"learning_rate": config.learning_rate * scale})
         prompted = new_prompt(model, config.method, start)
-        states = {str(bits): partial(set_bits, model, bits) for bits in self._widths(unit, model)}
+        chosen, _ = self._bits(module.shape for module in packed)
+        used = chosen if unit == "prompt" else [int(unit.removesuffix("bit"))]
+        states = {str(bits): partial(set_bits, model, bits) for bits in used}
         loss: Loss = next_token_loss
         if config.distill:
             file = whole.scratch / "teacher.safetensors"
@@ -97,14 +114,9 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             folder=whole.scratch,
             report=lambda what, done, total: report(f"{unit}, {what}", done, total),
         )
-        for name, bits in found.items():
-            packed_modules(model)[name].bits = bits
-        record = {
-            "adapter": adapter_fields(prompted),
-            "widths": [int(bits) for bits in states],
-            "without": without,
-            **trained.record(),
-        }
+        for module, bits in found.items():
+            module.bits = bits
+        record = {"adapter": adapter_fields(prompted), "widths": used, "without": without, **trained.record()}
         return {"prompt_embeddings": embedding(prompted).detach().to("cpu", copy=True)}, record
 
     def write_files(
@@ -115,27 +127,9 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             place = folder / PROMPTS_FOLDER if unit == "prompt" else folder / PROMPTS_FOLDER / unit
             write_prompt(place, tensors["prompt_embeddings"], records[unit]["adapter"])
 
-    def _widths(self, unit: str, model: torch.nn.Module) -> list[int]:
-        """List the bits that a unit's prompt is trained at; none where nothing is packed."""
-        if unit != "prompt":
-            return [int(unit.removesuffix("bit"))]
-        there = sorted({bits for module in packed_modules(model).values() for bits in module.shape.widths})
-        return [bits for bits in there if bits in (self.config.widths or there)]
-
-    def _cut(self, sample: Tensor, context: Context) -> Tensor:
-        """Return what of a sample fits beside the prompt."""
-        return sample if context.context_length is None else sample[: context.context_length - self.config.tokens]
-
-    def _scaled(self, start: Tensor) -> SoftPromptConfig:
-        """Return the settings with an absolute learning rate."""
-        if not self.config.relative:
-            return self.config
-        size = float(start.square().mean().sqrt())
-        return self.config.model_copy(update={"learning_rate": self.config.learning_rate * size})
-
     @torch.no_grad()
     def _begin(self, whole: Whole, context: Context) -> Tensor:
-        """Return what the prompt begins as, float32 [tokens, hidden]; of a prefix [tokens, 2 · blocks · keys]."""
+        """Return what the prompt begins as, float32 [tokens, embedding width]; of a prefix [tokens, 2 · blocks · keys]."""
         rows, count = int(whole.model.config.vocab_size), torch.arange(self.config.tokens)
         if self.config.start == "vocabulary":
             ids = count % rows

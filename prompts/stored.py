@@ -1,4 +1,4 @@
-"""Soft prompts that are to be trained, and how they are stored: as ordinary peft adapters."""
+"""Put fresh soft prompts before a model to be trained, and store them as ordinary peft adapters."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.adapters import share_embedding, with_peft
+from compress.adapters import with_peft
 from compress.sidecars import PEFT_CONFIG, PEFT_WEIGHTS
 from compress.workspace import Record, save_atomic, write_atomic
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from compress.prompted import PromptedModel
 
-def new_prompt(model: PreTrainedModel, method: str, start: Tensor) -> PeftModel:
+
+def new_prompt(model: PreTrainedModel, method: str, start: Tensor) -> PromptedModel:
     """Put a prompt that is to be trained before a model; the model itself is frozen and not changed.
 
     Args:
         model: causal LM, packed or not.
         method: ``"prompt"`` or ``"prefix"``.
-        start: what it begins as, float32 [virtual tokens, hidden]; for a prefix [virtual tokens, 2 · blocks · keys], each
+        start: what it begins as, float32 [virtual tokens, embedding width]; for a prefix [virtual tokens, 2 · blocks · keys], each
             block's keys and then its values.
     """
     model.requires_grad_(False)
     with with_peft():
-        from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+        from peft import PrefixTuningConfig, PromptTuningConfig
 
-        kind = PromptTuningConfig if method == "prompt" else PrefixTuningConfig
-        prompted: PeftModel = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=start.shape[0]))
-    share_embedding(prompted, model)
+        from compress.prompted import PromptedModel
+
+        kind = PrefixTuningConfig if method == "prefix" else PromptTuningConfig
+        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=start.shape[0])
+        if method == "prompt":  # peft takes the hidden size, which is another where an embedding is projected
+            config.token_dim = start.shape[1]
+        prompted = PromptedModel(model, config)
     prompted.eval()
     embedding(prompted).data.copy_(start)
     return prompted
 
 
 def embedding(prompted: PeftModel) -> nn.Parameter:
-    """Return the active prompt's numbers, float32 [tokens, hidden] (of a prefix, [tokens, 2 · blocks · keys])."""
+    """Return the active prompt's numbers, float32 [virtual tokens, embedding width] (of a prefix, [tokens, 2 · blocks · keys])."""
     weight = prompted.get_parameter(f"prompt_encoder.{prompted.active_adapter}.embedding.weight")
     assert isinstance(weight, nn.Parameter)
     return weight
 
 
 def write_prompt(folder: Path, tensor: Tensor, adapter: Mapping[str, Any]) -> None:
-    """Write a prompt as peft would.
-
-    Args:
-        folder: to create.
-        tensor: the trained numbers.
-        adapter: fields of peft's configuration.
-    """
+    """Write a prompt's numbers and the fields of its peft configuration, as peft would."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / PEFT_CONFIG, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
     save_atomic(folder / PEFT_WEIGHTS, {"prompt_embeddings": tensor}, {"format": "pt"})

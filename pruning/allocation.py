@@ -1,8 +1,8 @@
-"""How much of each unit (a block, or one linear) goes: uniform, random, and what the literature measures.
+"""Divide sparsity over units (blocks, or single linears): uniformly, at random, and by what the literature measures.
 
-Every rule takes a :class:`Budget` and what it needs to know of the units, and returns one sparsity per unit, all
-within the budget's bounds and meeting its target; :func:`whole_numbers` turns them into exact counts. All are
-deterministic; ``random`` depends on its generator only.
+Every rule takes a :class:`Budget` and one value per unit, and returns one sparsity per unit, all within the budget's bounds
+and meeting its target; :func:`whole_numbers` turns them into exact counts. ``spread`` is half the distance between the
+densest and the sparsest unit.
 """
 
 from __future__ import annotations
@@ -25,14 +25,7 @@ _BINS = 100  # of the histogram of a spectrum
 
 @dataclass(frozen=True)
 class Budget:
-    """Say what an allocation has to meet.
-
-    Attributes:
-        sizes: parameters of each unit.
-        sparsity: share of zeros over all units.
-        floor: least sparsity of a unit.
-        cap: largest sparsity of a unit.
-    """
+    """Hold what an allocation has to meet: parameters of each unit, share of zeros over all units, and each unit's bounds."""
 
     sizes: Sequence[int]
     sparsity: float
@@ -50,9 +43,7 @@ class Budget:
 def meet(budget: Budget, shape: Callable[[float], Floats]) -> list[float]:
     """Solve for the one parameter of a family of allocations so that the target is met.
 
-    Args:
-        budget: to meet.
-        shape: parameter in [-1, 2] -> wanted sparsity of each unit, not falling; clipped to the bounds here.
+    ``shape`` maps a parameter in [-1, 2] to the wanted sparsity of each unit, not falling; it is clipped to the bounds here.
     """
     sizes = np.asarray(budget.sizes, np.float64)
     target = budget.sparsity * sizes.sum()
@@ -72,11 +63,11 @@ def _around(budget: Budget, offsets: Floats) -> list[float]:
     return meet(budget, lambda shift: shift + offsets)
 
 
-def _between(values: Sequence[float] | Floats, width: float) -> Floats:
-    """Map values linearly onto 0 .. width; all to 0 where they are equal."""
+def _between(values: Sequence[float] | Floats, top: float) -> Floats:
+    """Map values linearly onto 0 .. top; all to 0 where they are equal."""
     found = np.asarray(values, np.float64)
     extent = float(found.max() - found.min())
-    return (found - found.min()) / extent * width if extent > 0 else np.zeros_like(found)
+    return (found - found.min()) / extent * top if extent > 0 else np.zeros_like(found)
 
 
 def uniform(budget: Budget) -> list[float]:
@@ -85,47 +76,34 @@ def uniform(budget: Budget) -> list[float]:
 
 
 def random(budget: Budget, spread: float, generator: torch.Generator) -> list[float]:
-    """Draw evenly within ``spread`` of the target: what any measured allocation has to beat."""
+    """Draw sparsities evenly within ``spread`` of the target: the control of all measured allocations."""
     draws = torch.rand(len(budget.sizes), generator=generator, dtype=torch.float64).numpy()
     return _around(budget, (2 * draws - 1) * spread)
 
 
 def atp(budget: Budget, spread: float) -> list[float]:
-    """Rise evenly from the first unit to the last, over twice ``spread`` (ATP; its slope is that over L - 1)."""
+    """Raise sparsity evenly from the first unit to the last, over twice ``spread`` (ATP; its slope is that over L - 1)."""
     return _around(budget, np.linspace(-spread, spread, len(budget.sizes)))
 
 
 def owl(budget: Budget, outliers: Sequence[float], spread: float) -> list[float]:
-    """Let blocks with more outliers keep more, over a range of twice ``spread`` (OWL, arXiv 2310.05175; its lambda).
+    """Keep more of blocks with more outliers (OWL, arXiv 2310.05175; ``spread`` is its lambda).
 
-    Args:
-        budget: to meet.
-        outliers: share of each block's Wanda scores above M times their mean.
-        spread: half the distance between the densest and the sparsest block.
+    ``outliers`` is the share of each block's Wanda scores above M times their mean (:func:`compress.pruning.mrp.outlier_share`).
     """
     return _around(budget, -_between(outliers, 2 * spread))
 
 
 def dlp(budget: Budget, medians: Sequence[float], spread: float) -> list[float]:
-    """Map the importance ``1 - median / sum of medians`` like OWL's outliers (DLP; its alpha is ``spread``).
-
-    Args:
-        budget: to meet.
-        medians: of each block's Wanda scores.
-        spread: half the distance between the densest and the sparsest block.
-    """
+    """Keep more of blocks with a larger importance, ``1 - median / sum of medians`` of Wanda scores (DLP; ``spread`` is its alpha)."""
     found = np.asarray(medians, np.float64)
     return _around(budget, -_between(1 - found / (found.sum() or 1.0), 2 * spread))
 
 
 def alpha(budget: Budget, exponents: Sequence[float], spread: float) -> list[float]:
-    """Scale the target by ``1 - spread .. 1 + spread`` by power-law exponent (AlphaPruning, arXiv 2410.10912).
+    """Scale the target by ``1 - spread .. 1 + spread`` by power-law exponent (AlphaPruning, arXiv 2410.10912; its epsilon).
 
-    Args:
-        budget: to meet.
-        exponents: of each unit's spectrum; a small one (heavy tail, well trained) is pruned less, an infinite one
-            like the largest.
-        spread: epsilon, a share of the target.
+    A unit with a small exponent (heavy tail, well trained) is pruned less, one with an infinite exponent like the largest.
     """
     found = np.asarray(exponents, np.float64)
     most = found[np.isfinite(found)].max(initial=0.0)
@@ -138,13 +116,8 @@ def exponent(weight: Tensor) -> float:
 
     ``alpha = 1 + n / sum ln(x_i / x_min)`` over the n eigenvalues from x_min on. Among those up to 1.5 times the peak of
     the histogram of ``log10 x`` (100 bins), x_min is the one whose fit has the least Kolmogorov-Smirnov distance. The
-    original also has a lower bound, but compares a logarithm with a value there, so that it does not bind.
-
-    Args:
-        weight: float32 [N, K].
-
-    Returns:
-        The exponent; infinite for a matrix without two distinct eigenvalues (nothing to tell it from noise).
+    original also has a lower bound, but compares a logarithm with a value there, so that it does not bind. The exponent of
+    a matrix [N, K] without two distinct eigenvalues is infinite (nothing tells it from noise).
     """
     small = weight if weight.shape[0] <= weight.shape[1] else weight.t()
     x = torch.linalg.eigvalsh(small.double() @ small.double().t())
@@ -170,15 +143,10 @@ def exponent(weight: Tensor) -> float:
 
 
 def clusters(budget: Budget, losses: Sequence[float], spread: float) -> list[float]:
-    """Cluster the logarithms of estimated losses, one sparsity each (arXiv 2409.20094, section 3; our reading).
+    """Cluster units by the logarithm of their estimated loss per weight (arXiv 2409.20094, section 3; our reading).
 
-    One-dimensional k-means, with 4 clusters or as many as there are distinct losses, of ``log10(loss)``; the clusters, from the least loss to the largest, stand at equal distances
-    from ``+spread`` to ``-spread``, and all are shifted to meet the target.
-
-    Args:
-        budget: to meet.
-        losses: estimated loss per weight of each unit, not negative.
-        spread: half the distance between the first and the last cluster.
+    One-dimensional k-means makes 4 clusters, or as many as there are distinct losses. From the least loss to the largest
+    they stand at equal distances from ``+spread`` to ``-spread``, and all are shifted to meet the target.
     """
     found = np.asarray(losses, np.float64)
     positive = found[found > 0]
@@ -190,10 +158,9 @@ def clusters(budget: Budget, losses: Sequence[float], spread: float) -> list[flo
 
 
 def whole_numbers(budget: Budget, sparsities: Sequence[float]) -> list[int]:
-    """Round shares to zeros of each unit so that their sum is the target, rounded to a whole weight.
+    """Round sparsities to numbers of zeros whose sum is the target, rounded to a whole weight.
 
-    Rounding is cumulative: the first l units together have as many zeros as their shares, to within half a weight; the
-    last takes what is left.
+    Rounding is cumulative: the first l units together are right to within half a weight; the last takes what is left.
     """
     exact = np.cumsum(np.asarray(sparsities) * np.asarray(budget.sizes, np.float64))
     edges = [0, *(int(value + 0.5) for value in exact[:-1]), round(budget.sparsity * sum(budget.sizes))]

@@ -1,4 +1,4 @@
-"""Instruction data from a file: prompts that are only read, answers that are learned."""
+"""Read instruction data from a file: prompts that are only read, answers that are learned."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ PAIRED = ", paired with an input that provides further context"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One sample: a prompt and its answer.
-
-    Attributes:
-        tokens: int64 [T], the prompt, the answer and the end-of-text token.
-        prompt: how many of them are the prompt.
-    """
+    """Hold one sample: int64 [T] tokens of a prompt, its answer and the end of text; how many are the prompt."""
 
     tokens: Tensor
     prompt: int
@@ -40,9 +35,7 @@ class Instruction:
 def read_instructions(text: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[Instruction]:
     """Read the first lines of a file whose answers begin within the length.
 
-    Args:
-        text: a JSON lines file with the keys ``instruction``, ``output`` and, possibly empty, ``input``; how many and how long.
-        tokenizer: of the model.
+    ``text`` names a JSON lines file with the keys ``instruction``, ``output`` and, possibly empty, ``input``.
 
     Raises:
         CompressError: not such a file, or too few lines.

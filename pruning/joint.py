@@ -17,7 +17,7 @@ from compress.quant.records import PackedShape
 
 
 class Joint(SparsePass[JointConfig]):
-    """Prune and round column by column, as SparseGPT does."""
+    """Prune and round column by column in one SparseGPT sweep."""
 
     Config = JointConfig
 
@@ -31,52 +31,44 @@ class Joint(SparsePass[JointConfig]):
         return {name: PackedShape(*context.linears[name], bits, bits) for name in self.chosen(context)}
 
     def prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
-        """Sweep, and hand over codes; the dense weights become what the codes stand for."""
+        """Sweep the linears and hand over their codes; the dense weights become what the codes stand for."""
         result = {}
         for name, factor in measured.factors.items():
             weight = block.linears[name].weight
-            table = even_tables(weight, self.config.bits)
-            swept = sweep(weight, factor, self.rule(zeros[name]), rounding(table))
+            codebook = even_codebook(weight, self.config.bits)
+            swept = sweep(weight, factor, self.rule(zeros[name]), rounding(codebook))
             weight.copy_(swept.weight)
-            block.packed[name] = Codes(codes_of(swept.weight, table).cpu(), {self.config.bits: table.cpu()})
+            block.packed[name] = Codes(codes_of(swept.weight, codebook).cpu(), {self.config.bits: codebook.cpu()})
             result[name] = Pruned(swept.pruned, swept.figures(factor))
         for name in block.linears.keys() - result.keys():
             block.skipped[name] = f"ignored by the pass {self.config.kind}"
         return result
 
 
-def even_tables(weight: Tensor, bits: int) -> Tensor:
+def even_codebook(weight: Tensor, bits: int) -> Tensor:
     """Space ``2**bits`` values evenly from about a row's smallest to its largest weight, one of them exactly 0.
 
-    Values are those of float16, in which tables are stored, unless a row is too large or too small for that.
-
-    Args:
-        weight: float32 [N, K].
-        bits: width.
+    Values are those of float16, in which codebooks are stored, unless a row is too large or too small for that.
 
     Returns:
-        float32 [N, 2**bits], ascending.
+        float32 [N, 2**bits], ascending in every row.
     """
     top = 2**bits - 1
     low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
     step = (high - low) / top
     zero = torch.where(step > 0, -low / step, 0.0).round()
-    table = (torch.arange(top + 1, device=weight.device) - zero) * step
-    half = table.half().float()
-    close = (half - table).abs() <= table.abs() * 2.0**-10
-    return torch.where(close.all(), half, table)
+    codebook = (torch.arange(top + 1, device=weight.device) - zero) * step
+    half = codebook.half().float()
+    close = (half - codebook).abs() <= codebook.abs() * 2.0**-10
+    return torch.where(close.all(), half, codebook)
 
 
-def codes_of(weight: Tensor, table: Tensor) -> Tensor:
+def codes_of(weight: Tensor, codebook: Tensor) -> Tensor:
     """Find the code of the nearest entry, uint8 [N, K]; of two equally near the lower."""
-    middles = (table[:, 1:] + table[:, :-1]) / 2
+    middles = (codebook[:, 1:] + codebook[:, :-1]) / 2
     return torch.searchsorted(middles.contiguous(), weight.contiguous()).to(torch.uint8)
 
 
-def rounding(table: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that rounds a column [N], each row to its own table."""
-
-    def nearest(column: Tensor) -> Tensor:
-        return table.gather(1, codes_of(column[:, None], table).long())[:, 0]
-
-    return nearest
+def rounding(codebook: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that rounds a column [N], each row to its own codebook."""
+    return lambda column: codebook.gather(1, codes_of(column[:, None], codebook).long())[:, 0]

@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft: fresh ones to be trained, and how they are stored."""
+"""Put fresh low-rank adapters on a model to be trained, and store them: ordinary peft adapters."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def adapter_model(
             task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)
         )
         return get_peft_model(model, config)
+
+
+def adapter_state(adapted: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter's tensors, copied to the CPU, and its peft configuration as plain data."""
+    from peft import get_peft_model_state_dict
+
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True) for name, tensor in get_peft_model_state_dict(adapted).items()
+    }
+    settings = adapted.peft_config["default"].to_dict()
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    plain = (str, int, float, bool, list, dict, type(None))
+    return tensors, {key: value for key, value in fields.items() if isinstance(value, plain)}
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

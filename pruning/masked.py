@@ -1,4 +1,4 @@
-"""What passes share that set weights to zero: settings, which linears, how much of each, and the record of a block."""
+"""Set weights to zero: which linears, how much of each, and the record of a block, as all passes that prune share them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress.errors import CompressError
 from compress.passes import Block, Context, Needs, Pass, Sizes
 from compress.pruning import allocation as rules
 from compress.pruning.allocation import Budget, exponent, whole_numbers
-from compress.pruning.mrp import Step, curve, grid, non_outlier_ratio, outlier_share, search
+from compress.pruning.mrp import Search, Step, curve, grid, non_outlier_ratio, outlier_share, search
 from compress.pruning.scores import DEFAULT_GROUP, Measured, measure, pattern_zeros
 from compress.pruning.settings import Group, Score, SparseConfig
 from compress.pruning.sparsegpt import Rule
@@ -25,19 +25,17 @@ from compress.workspace import Record
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what every linear loses.
+    """Hold what every linear loses.
 
     Attributes:
         zeros: full name -> number of weights to prune.
-        sparsities: of the units the allocation works on, in order.
         steps: of MRP's search; ``unit`` counts blocks that have anything to prune.
         finished: false while the search waits for another round.
     """
 
     zeros: dict[str, int]
-    sparsities: list[float]
-    steps: list[Step]
-    finished: bool
+    steps: Sequence[Step] = ()
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,13 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             return 0
         return sizes.block + 3 * hessian_bytes(context.structure, context.linears)
 
-    def rule(self, zeros: int) -> Rule:
-        """Return how the weights of one linear are chosen."""
-        return Rule(zeros, self._group, self.config.kept_of)
-
     @property
     def _group(self) -> Group:
         return self.config.group or DEFAULT_GROUP[self.score]
+
+    def rule(self, zeros: int) -> Rule:
+        """Return how the weights of one linear are chosen."""
+        return Rule(zeros, self._group, self.config.kept_of)
 
     def check(self, context: Context) -> None:
         """Refuse patterns of names that match nothing, and a target that is not between floor and cap."""
@@ -132,23 +130,19 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
 
     def survey_block(self, block: Block, context: Context) -> Record:
         """Measure what the allocation must know of a block; in MRP's later rounds leave it as pruned so far."""
-        names = self._names(block, context)
-        config = self.config
+        names, config = self._names(block, context), self.config
         if not names:
             return {}
         if config.allocation == "alpha":
             return {"exponents": {name: exponent(block.linears[name].weight) for name in names}}
-        if config.allocation == "owl":
-            scores = measure(block, names, "wanda", config.damping).scores
-            return {"outliers": outlier_share(scores.values(), config.outlier)}
-        if config.allocation == "dlp":
-            flat = torch.cat(
-                [score.flatten() for score in measure(block, names, "wanda", config.damping).scores.values()]
-            )
-            return {"median": float(flat.median())}
         if config.allocation == "hessian":
             scores = measure(block, names, "sparsegpt", config.damping).scores
             return {"losses": {name: self._estimated_loss(score) for name, score in scores.items()}}
+        if config.allocation in ("owl", "dlp"):
+            wanda = list(measure(block, names, "wanda", config.damping).scores.values())
+            if config.allocation == "owl":
+                return {"outliers": outlier_share(wanda, config.outlier)}
+            return {"median": float(torch.cat([score.flatten() for score in wanda]).median())}
         measured = self.scored(block, names)
         groups = dict.fromkeys(names, self._group)
         record = {"nor": curve(measured.scores, groups, self._points(), config.outlier, config.ratio)}
@@ -167,34 +161,33 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return 0.5 * float(flat.sort()[0][:count].double().square().sum()) / flat.numel()
 
     def plan(self, context: Context, surveys: Sequence[Sequence[Record]]) -> Plan:
-        """Divide the target over the linears.
-
-        Args:
-            context: of the run.
-            surveys: of every round, the records of all blocks.
-        """
+        """Divide the target over the linears, knowing the records of all blocks of every round."""
         config, units = self.config, self._units(context)
-        size = {name: rows * columns for name, (rows, columns) in context.linears.items()}
         if config.kept_of:
-            zeros = {n: pattern_zeros(*context.linears[n], *config.kept_of) for unit in units for n in unit}
-            return Plan(zeros, [config.sparsity] * len(units), [], True)
+            return Plan({n: pattern_zeros(*context.linears[n], *config.kept_of) for unit in units for n in unit})
+        size = {name: rows * columns for name, (rows, columns) in context.linears.items()}
         budget = self._budget([sum(size[name] for name in unit) for unit in units])
-        steps, finished = list[Step](), True
         if config.allocation == "mrp":
             curves = [[record["nor"] for record in records if record] for records in surveys]
-            found = search(
-                budget, self._points(), curves, config.step, 0 if self.score == "magnitude" else config.refresh
-            )
-            sparsities, steps, finished = found.sparsities, found.steps, found.finished
+            refresh = 0 if self.score == "magnitude" else config.refresh
+            found = search(budget, self._points(), curves, config.step, refresh)
         else:
-            sparsities = self._allocated(context, budget, [record for record in (surveys or [[]])[0] if record])
-        each = [(name, sparsity) for unit, sparsity in zip(units, sparsities, strict=True) for name in unit]
-        whole = Budget([size[name] for name, _ in each], config.sparsity if finished else _mean(size, each))
-        counts = whole_numbers(whole, [sparsity for _, sparsity in each])
-        return Plan(dict(zip([name for name, _ in each], counts, strict=True)), sparsities, steps, finished)
+            records = [record for record in (surveys or [[]])[0] if record]
+            found = Search(self._allocated(context, budget, records), [], True)
+        each = {n: sparsity for unit, sparsity in zip(units, found.sparsities, strict=True) for n in unit}
+        sizes, target = [size[name] for name in each], config.sparsity
+        if not found.finished:
+            target = sum(size[name] * sparsity for name, sparsity in each.items()) / sum(sizes)
+        counts = whole_numbers(Budget(sizes, target), list(each.values()))
+        return Plan(dict(zip(each, counts, strict=True)), found.steps, found.finished)
 
     def _allocated(self, context: Context, budget: Budget, records: Sequence[Record]) -> list[float]:
+        """Apply the rule of the settings to what the blocks' records say."""
         spread, units = self.config.half_range, self._units(context)
+
+        def by_name(key: str) -> dict[str, float]:
+            return {name: value for record in records for name, value in record[key].items()}
+
         match self.config.allocation:
             case "random":
                 return rules.random(budget, spread, context.generator(len(budget.sizes)))
@@ -205,11 +198,10 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             case "dlp":
                 return rules.dlp(budget, [record["median"] for record in records], spread)
             case "alpha":
-                found = {name: value for record in records for name, value in record["exponents"].items()}
-                means = [sum(found[name] for name in unit) / len(unit) for unit in units]
-                return rules.alpha(budget, means, spread)
+                found = by_name("exponents")
+                return rules.alpha(budget, [sum(found[name] for name in unit) / len(unit) for unit in units], spread)
             case "hessian":
-                found = {name: loss for record in records for name, loss in record["losses"].items()}
+                found = by_name("losses")
                 return rules.clusters(budget, [found[name] for unit in units for name in unit], spread)
             case _:
                 return rules.uniform(budget)
@@ -228,11 +220,10 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         pruned = self.prune(block, plan.zeros, measured)
         masks = {name: part.mask for name, part in pruned.items()}
         unit = next(index for index, unit in enumerate(self._units(context)) if names[0] in unit)
-        linears = {
-            name: {"zeros": int((block.linears[name].weight == 0).sum()), "parameters": mask.numel()}
-            | pruned[name].figures
-            for name, mask in masks.items()
-        }
+        linears = {}
+        for name, part in pruned.items():
+            weight = block.linears[name].weight
+            linears[name] = {"zeros": int((weight == 0).sum()), "parameters": weight.numel(), **part.figures}
         total = sum(linear["parameters"] for linear in linears.values())
         return {
             "sparsity": sum(linear["zeros"] for linear in linears.values()) / total,
@@ -243,7 +234,3 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             "linears": linears,
             "iterations": [vars(step) for step in plan.steps if step.unit == unit],
         }
-
-
-def _mean(size: Mapping[str, int], each: Sequence[tuple[str, float]]) -> float:
-    return sum(size[name] * sparsity for name, sparsity in each) / sum(size[name] for name, _ in each)

@@ -36,26 +36,26 @@ def _mean(scores: Sequence[Tensor]) -> float:
 def non_outlier_ratio(
     scores: Mapping[str, Tensor], pruned: Mapping[str, Tensor] | None, outlier: float, ratio: Ratio
 ) -> float:
-    """Return the NOR of a block, dense or under masks.
+    """Return the NOR of a block, in [0, 1]; 1 where nothing is left.
 
     Args:
         scores: of the dense block, linear -> [N, K].
         pruned: linear -> bool [N, K]; None for the dense block.
         outlier: M.
-        ratio: over what, see above.
-
-    Returns:
-        A ratio in [0, 1]; 1 for a block of which nothing is left.
+        ratio: over which weights (see above).
     """
-    kept = {name: score[~pruned[name]] for name, score in scores.items()} if pruned else dict(scores)
-    entries = sum(score.numel() for score in scores.values())
-    survivors = sum(score.numel() for score in kept.values())
+    dense = list(scores.values())
+    kept = [score[~pruned[name]] for name, score in scores.items()] if pruned else dense
     if ratio == "all":
-        mean, survivors = sum(float(s.sum(dtype=torch.float64)) for s in kept.values()) / entries, entries
-    else:
-        mean = _mean(list(scores.values()))
-    outliers = sum(int((score > outlier * mean).sum()) for score in kept.values())
-    return 1 - outliers / survivors if survivors else 1.0
+        return _ratio_of_all(kept, sum(score.numel() for score in dense), outlier)
+    threshold, survivors = outlier * _mean(dense), sum(score.numel() for score in kept)
+    return 1 - sum(int((score > threshold).sum()) for score in kept) / survivors if survivors else 1.0
+
+
+def _ratio_of_all(kept: Sequence[Tensor], entries: int, outlier: float) -> float:
+    """Return the NOR over all entries of a sparse block, of which only the survivors' scores are given."""
+    mean = sum(float(score.sum(dtype=torch.float64)) for score in kept) / entries
+    return 1 - sum(int((score > outlier * mean).sum()) for score in kept) / entries
 
 
 def grid(low: float, high: float, step: float) -> list[float]:
@@ -68,14 +68,9 @@ def grid(low: float, high: float, step: float) -> list[float]:
 def curve(
     scores: Mapping[str, Tensor], groups: Mapping[str, Group], points: Sequence[float], outlier: float, ratio: Ratio
 ) -> list[float]:
-    """Return the NOR of a block at every sparsity of a grid, all its linears pruned alike, by one sort.
+    """Return the NOR of a block at every sparsity of an ascending grid, all its linears pruned alike, by one sort.
 
-    Args:
-        scores: of the dense block, linear -> [N, K].
-        groups: comparison group of each.
-        points: sparsities, ascending.
-        outlier: M.
-        ratio: over what.
+    ``groups`` holds the comparison group of each linear; the other arguments are those of :func:`non_outlier_ratio`.
     """
     held = list(scores.values())
     entries = sum(score.numel() for score in held)
@@ -92,8 +87,7 @@ def curve(
     found = []
     for index in range(len(points)):
         kept = [score.flatten()[g > index] for g, score in zip(gone, held, strict=True)]
-        mean = sum(float(part.sum(dtype=torch.float64)) for part in kept) / entries
-        found.append(1 - sum(int((part > outlier * mean).sum()) for part in kept) / entries)
+        found.append(_ratio_of_all(kept, entries, outlier))
     return found
 
 
@@ -103,7 +97,7 @@ def _counts(gone: Sequence[Tensor], points: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """Record one iteration: a block's sparsity before and after, and its NOR, the largest of all that can go on."""
+    """Record one iteration: a block's sparsity before and after, and its NOR, the largest of all blocks below the cap."""
 
     iteration: int
     unit: int
@@ -114,7 +108,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Search:
-    """Tell where the search stands: sparsities of all blocks, the steps taken, and whether the target is met."""
+    """Hold the state of the search: sparsities of all blocks, the steps taken, and whether the target is met."""
 
     sparsities: list[float]
     steps: list[Step]

@@ -1,19 +1,18 @@
-"""Recovery: train what pruning has left, by low-rank adapters or as a whole, to say again what the text says."""
+"""Train what pruning has left, by low-rank adapters or as a whole, to say again what the text says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.instructions import answer_loss, read_instructions
-from compress.pruning.lora import adapter_model, write_adapter
+from compress.pruning.lora import adapter_model, adapter_state, write_adapter
 from compress.pruning.settings import LoraRecoveryConfig
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
@@ -21,9 +20,6 @@ from compress.sidecars import ADAPTER_FOLDER
 from compress.structure import block_prefix
 from compress.training import Loss, hold_out, next_token_loss, train
 from compress.workspace import Record
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class LoraRecovery(Pass[LoraRecoveryConfig]):
@@ -53,38 +49,23 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
     ) -> tuple[dict[str, Tensor], Record]:
         """Train; return the changed weights, or the adapter's tensors."""
         config, model = self._resolved(len(whole.samples)), whole.model
-        model.requires_grad_(False)
+        model.requires_grad_(config.full)
         targets = _targets(model, context)
-        if self.config.full:
-            trained: Any = model
-            model.requires_grad_(True)
-        else:
+        trained: Any = model
+        if not config.full:
             trained = adapter_model(model, targets, config.rank, config.alpha, config.dropout, context.seed)
             for name, module in trained.named_modules():
                 module.train("lora_dropout" in name)  # the model's own dropout stays off
         samples, loss = self._samples(whole, context)
         result = train(trained, samples, config, context.seed, loss=loss, folder=whole.scratch, report=report)
-        record = result.record()
-        if self.config.full:
-            names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-            return _stored(model, names), record
-        return self._adapter(trained, context, record)
-
-    def _adapter(self, trained: PeftModel, context: Context, record: Record) -> tuple[dict[str, Tensor], Record]:
-        """Merge the adapter and return the changed weights, or return its own tensors."""
-        from peft import get_peft_model_state_dict
-
-        if not self.config.merge:
-            tensors = get_peft_model_state_dict(trained)
-            settings = trained.peft_config["default"].to_dict()
-            kept = {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
-            plain = {
-                key: v for key, v in kept.items() if isinstance(v, (str, int, float, bool, list, dict, type(None)))
-            }
-            return {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}, {**record, "adapter": plain}
-        merged: Any = trained.merge_and_unload()
-        names = {f"{name}.weight" for name in _targets(merged, context)}
-        return _stored(merged, names), record
+        if not config.merge:
+            tensors, fields = adapter_state(trained)
+            return tensors, {**result.record(), "adapter": fields}
+        names = {name for name, _ in model.named_parameters()}
+        if not config.full:
+            model, names = trained.merge_and_unload(), {f"{name}.weight" for name in targets}
+        state = model.state_dict()
+        return {name: state[name].to("cpu", copy=True) for name in sorted(names)}, result.record()
 
     def _samples(self, whole: Whole, context: Context) -> tuple[Sequence[Tensor], Loss]:
         """Return the samples to train on, and the loss that says what of them is learned."""
@@ -115,10 +96,3 @@ def _targets(model: nn.Module, context: Context) -> list[str]:
     blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(int(context.config.num_hidden_layers)))
     kinds = (nn.Linear, Conv1D, BitPlaneLinear)
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)]
-
-
-def _stored(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """Copy some parameters to the CPU."""
-    state = model.state_dict()
-    with torch.no_grad():
-        return {name: state[name].to("cpu", copy=True) for name in sorted(names)}

@@ -1,4 +1,4 @@
-"""What a weight is worth, and which weights go: scores, comparison groups, n:m patterns.
+"""Score weights and choose those to prune: scores, comparison groups, n:m patterns.
 
 Smaller scores are pruned first; equal scores by position, so that the result never depends on the sorting routine.
 """
@@ -18,7 +18,7 @@ from compress.pruning.settings import Group, Score
 from compress.statistics import Moments, check_inputs, check_weight
 
 COLUMNS = 128
-"""Width of a block of columns: SparseGPT's lazy batch and its comparison group."""
+"""Columns in a block: SparseGPT's lazy batch and its comparison group."""
 
 DEFAULT_GROUP: dict[str, Group] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "columns"}
 """The comparison group of each score's original implementation."""
@@ -31,12 +31,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def wanda(weight: Tensor, squares: Tensor) -> Tensor:
-    """Score by ``|W_ij| * ||X_j||`` (arXiv 2306.11695, equation 1).
-
-    Args:
-        weight: float32 [N, K].
-        squares: float32 [K], each input's sum (or mean) of squares.
-    """
+    """Score by ``|W_ij| * ||X_j||`` (arXiv 2306.11695, equation 1); ``squares`` [K] are the inputs' means (or sums) of squares."""
     return weight.abs() * squares.sqrt()
 
 
@@ -145,15 +140,15 @@ def shares(total: int, parts: int) -> list[int]:
     return [after - before for before, after in pairwise(edges)]
 
 
-def column_blocks(columns: int, width: int = COLUMNS) -> list[tuple[int, int]]:
+def column_blocks(columns: int, size: int = COLUMNS) -> list[tuple[int, int]]:
     """Return (first, end) of every block of columns."""
-    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+    return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
-def column_shares(zeros: int, columns: int, width: int = COLUMNS) -> list[int]:
-    """Divide the zeros of a matrix over its blocks of columns in proportion to their widths."""
-    edges = [zeros * end // columns for _, end in column_blocks(columns, width)]
-    return [after - before for before, after in zip([0, *edges], edges, strict=False)]
+def column_shares(zeros: int, columns: int, size: int = COLUMNS) -> list[int]:
+    """Divide the zeros of a matrix over its blocks of columns in proportion to their sizes."""
+    edges = [0, *(zeros * end // columns for _, end in column_blocks(columns, size))]
+    return [after - before for before, after in pairwise(edges)]
 
 
 def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
@@ -183,13 +178,9 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
 
 
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:
-    """Choose the weights to prune so that ``kept`` survive of every ``of`` consecutive inputs of a row.
+    """Choose the weights to prune so that ``kept`` survive of every ``of`` consecutive inputs of a row (n:m).
 
-    Args:
-        scores: float32 [N, K]. A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern
-            once padded with zeros.
-        kept: n of an n:m pattern.
-        of: m.
+    A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern once padded with zeros.
 
     Returns:
         bool [N, K], true where pruned.

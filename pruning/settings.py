@@ -30,6 +30,11 @@ SPREAD: dict[str, float] = {
 OUTLIER = 5.0
 
 
+def _pattern(text: object) -> tuple[int, int] | None:
+    match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+    return (int(match[1]), int(match[2])) if match and 0 < int(match[1]) < int(match[2]) <= 64 else None
+
+
 class SparseConfig(PassConfig):
     """Settings of every pass that sets weights to zero."""
 
@@ -83,19 +88,18 @@ class SparseConfig(PassConfig):
     @model_validator(mode="before")
     @classmethod
     def _what_a_pattern_implies(cls, data: Any) -> Any:
-        match = re.fullmatch(r"(\d+):([1-9]\d*)", str(data.get("pattern"))) if isinstance(data, Mapping) else None
-        if match is None:
+        numbers = _pattern(data.get("pattern")) if isinstance(data, Mapping) else None
+        if numbers is None:
             return data
-        return {"sparsity": max(1 - int(match[1]) / int(match[2]), 0.0), "allocation": "uniform", **data}
+        return {"sparsity": 1 - numbers[0] / numbers[1], "allocation": "uniform", **data}
 
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> SparseConfig:
         if self.pattern is None:
             return self
-        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        if match is None or not 0 < int(match[1]) < int(match[2]) <= 64:
+        if self.kept_of is None:
             raise ValueError(f"pattern {self.pattern!r} is not n:m with 0 < n < m <= 64, for example 2:4")
-        share = 1 - int(match[1]) / int(match[2])
+        share = 1 - self.kept_of[0] / self.kept_of[1]
         if abs(self.sparsity - share) > 1e-9 or self.allocation != "uniform" or self.group is not None:
             raise ValueError(
                 f"pattern {self.pattern} fixes what goes: it needs sparsity {share:g}, allocation uniform and no group"
@@ -104,11 +108,8 @@ class SparseConfig(PassConfig):
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
-        """The pattern as numbers."""
-        if self.pattern is None:
-            return None
-        kept, of = self.pattern.split(":")
-        return int(kept), int(of)
+        """Return n and m of the pattern, n kept of every m."""
+        return _pattern(self.pattern)
 
     @property
     def half_range(self) -> float:
@@ -134,14 +135,14 @@ class PruneConfig(SparseConfig):
 
 
 class JointConfig(SparseConfig):
-    """Prune and round to an even grid in one SparseGPT sweep; what is left is packed at one width.
+    """Prune and round to an even grid in one SparseGPT sweep; what is left is packed at one number of bits.
 
     Every row has an even grid between its smallest and largest weight, fixed beforehand and moved so that it holds an
     exact zero (arXiv 2301.00774, section 3.5; arXiv 2409.20094). Survivors that round to zero come on top of the target.
     """
 
     kind: Literal["joint"] = Field("joint", description="Name of the pass.")
-    bits: int = Field(4, ge=2, le=8, description="The width.")
+    bits: int = Field(4, ge=2, le=8, description="Number of bits.")
 
 
 StructuredScore = Literal["output", "fms", "taylor", "gates", "no_gradient", "noise", "magnitude", "random"]
@@ -150,13 +151,18 @@ Formula = Literal["F1", "F2", "F3", "vector"]
 Aggregate = Literal["sum", "max"]
 HeadGroups = Literal["groups", "queries"]
 """Which heads go together: a key-value head with its query heads, or one query head of every key-value head."""
-WHOLE_MODEL = ("fms", "taylor", "gates")
-"""Scores of :class:`MiniLlmConfig` that look at the whole model in memory."""
+ESTIMATORS: dict[str, tuple[Estimator, ...]] = {
+    "fms": ("spsa", "backprop"),
+    "taylor": ("backprop", "spsa"),
+    "gates": ("residual", "spsa", "backprop"),
+}
+"""Scores of :class:`MiniLlmConfig` that look at the whole model in memory, and where their gradients may come from, the usual first."""
+WHOLE_MODEL = tuple(ESTIMATORS)
 
 
 @dataclass(frozen=True)
 class SizeSettings:
-    """Settings of ``mini_llm`` that decide how much goes from where, under the recipe's names."""
+    """Hold the settings of ``mini_llm`` that decide how much goes from where, under the recipe's names."""
 
     ratio: float
     ratio_of: Literal["model", "blocks", "layers"]
@@ -169,7 +175,7 @@ class SizeSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Settings of ``mini_llm`` that decide what a group is worth, under the recipe's names."""
+    """Hold the settings of ``mini_llm`` that decide what a group is worth, under the recipe's names."""
 
     score: StructuredScore
     aggregate: Aggregate
@@ -178,7 +184,7 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """Settings of ``mini_llm`` for scores of the whole model, under the recipe's names but for ``variant``: ``formula`` here."""
+    """Hold the settings of ``mini_llm`` for scores of the whole model, under the recipe's names but for ``variant``: ``formula`` here."""
 
     score: StructuredScore
     estimator: Estimator
@@ -276,13 +282,9 @@ class MiniLlmConfig(PassConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> MiniLlmConfig:
-        fitting = {
-            "fms": ("spsa", "backprop"),
-            "taylor": ("backprop", "spsa"),
-            "gates": ("residual", "spsa", "backprop"),
-        }
-        if self.estimator is not None and self.estimator not in fitting.get(self.score, ()):
-            known = ", ".join(fitting.get(self.score, ())) or "none"
+        fitting = ESTIMATORS.get(self.score, ())
+        if self.estimator is not None and self.estimator not in fitting:
+            known = ", ".join(fitting) or "none"
             raise ValueError(f"estimator {self.estimator} does not go with score {self.score}, which knows {known}")
         if self.rounds > 1 and self.score not in WHOLE_MODEL:
             raise ValueError(f"rounds {self.rounds} goes with the scores {', '.join(WHOLE_MODEL)} only")
@@ -313,8 +315,7 @@ class MiniLlmConfig(PassConfig):
     @property
     def gradients(self) -> GradientSettings:
         """Return the settings of scores of the whole model, with the estimator in use."""
-        usual: dict[str, Estimator] = {"fms": "spsa", "taylor": "backprop"}
-        estimator = self.estimator or usual.get(self.score, "residual")
+        estimator = self.estimator or ESTIMATORS.get(self.score, ESTIMATORS["gates"])[0]
         return GradientSettings(self.score, estimator, self.draws, self.step, self.variant, self.aggregate, self.rounds)
 
 

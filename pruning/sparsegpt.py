@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column and let the columns to the right make up for it (arXiv 2301.00774).
+"""Prune column by column and let the columns to the right make up for it: SparseGPT (arXiv 2301.00774).
 
 With H = 2/n sum x x^T and U the upper Cholesky factor of its (damped) inverse, ``U_j,j: / U_jj`` is what optimal brain
 surgery adds to the columns j.. per unit of error in column j once all columns before j are settled. One
@@ -14,28 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.pruning.scores import (
-    COLUMNS,
-    Factor,
-    column_blocks,
-    column_shares,
-    removal,
-    select,
-    select_pattern,
-)
+from compress.pruning.scores import COLUMNS, Factor, column_blocks, column_shares, removal, select, select_pattern
 from compress.pruning.settings import Group
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Say which weights of a matrix go: a number in comparison groups, or ``pattern`` = (n, m), n kept of every m."""
+    """Hold which weights of a matrix go: a number in comparison groups, or ``pattern`` = (n, m), n kept of every m."""
 
     zeros: int
     group: Group = "columns"
     pattern: tuple[int, int] | None = None
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Choose once, from scores that no update changes: bool [N, K], true where pruned."""
+        """Choose the weights to prune from scores that no update changes: bool [N, K], true where pruned."""
         return select_pattern(scores, *self.pattern) if self.pattern else select(scores, self.zeros, self.group)
 
 
@@ -54,12 +46,12 @@ class Swept:
     loss: float
 
     def figures(self, factor: Factor) -> dict[str, Any]:
-        """Return what the record of a block says of it."""
+        """Return the figures for the record of a block."""
         return {"loss": self.loss, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
 
 
 def sweep(
-    weight: Tensor, factor: Factor, rule: Rule, round_to: Callable[[Tensor], Tensor] | None = None, width: int = COLUMNS
+    weight: Tensor, factor: Factor, rule: Rule, round_to: Callable[[Tensor], Tensor] | None = None, size: int = COLUMNS
 ) -> Swept:
     """Prune (and round) every column from left to right, updating the columns after it.
 
@@ -71,19 +63,19 @@ def sweep(
         factor: of the linear's inputs.
         rule: what to prune.
         round_to: what survivors of one column [N] are rounded to, row by row; identity if None.
-        width: columns in a lazy batch; it does not change the result with a mask chosen beforehand.
+        size: columns in a lazy batch; it does not change the result with a mask chosen beforehand.
     """
     result = weight.clone()
     columns, upper, diagonal = weight.shape[1], factor.upper, factor.diagonal
     if rule.pattern:
-        width -= width % rule.pattern[1]
+        size -= size % rule.pattern[1]
     by_block = rule.pattern is None and rule.group == "columns"
-    counts = column_shares(rule.zeros, columns, width) if by_block else []
+    counts = column_shares(rule.zeros, columns, size) if by_block else []
     pruned = torch.zeros_like(weight, dtype=torch.bool)
     if not by_block and not rule.pattern:
         pruned = rule.mask(removal(weight, diagonal))
     loss = 0.0
-    for index, (start, end) in enumerate(column_blocks(columns, width)):
+    for index, (start, end) in enumerate(column_blocks(columns, size)):
         part = result[:, start:end].t().contiguous()  # one row per column: updates are contiguous
         if by_block:
             pruned[:, start:end] = select(removal(part.t(), diagonal[start:end]), counts[index], "matrix")

@@ -1,4 +1,4 @@
-"""Scores that need the whole model in memory: gradients of weights and of gates on groups, by forward passes or backpropagation.
+"""Score groups by the whole model in memory: gradients of weights and of gates on groups, by forward passes or backpropagation.
 
 Nothing here writes a weight. A perturbed weight is a forward pass with ``x (W + e Z)^T`` computed as two products, Z
 drawn again from its seed each time, so the model is restored exactly because it was never changed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,11 @@ def whole_model_scores(
 
     Args:
         settings: which scores, and how they are estimated.
-        model: the whole, its weights without gradients.
+        model: the whole model, its weights without gradients.
         samples: int64 [T] each.
         context: of the run.
-        blocks: their parts.
-        counts: how many groups each block loses in the end, for rounds.
+        blocks: parts of every block.
+        counts: how many groups each block loses in the end; used for several rounds only.
         progress: called with (what, done, total).
 
     Returns:
@@ -66,16 +67,13 @@ def whole_model_scores(
     gone: dict[str, list[int]] = {label: [] for label in parts}
     gated = _gated(model, parts)
     scores: dict[str, Tensor] = {}
-
-    def told(turn: int) -> Progress:
-        return lambda done, total: progress(f"scoring, round {turn + 1}", done, total)
-
     for turn in range(settings.rounds):
         off = {label: torch.ones(1, parts[label][1].count, device=model.device) for label in parts if gone[label]}
         for label, mask in off.items():
             mask[0, gone[label]] = 0.0
+        told = partial(progress, f"scoring, round {turn + 1}")
         with gates(gated, off):
-            found = _scores(settings, model, samples, context, parts, gated, told(turn))
+            found = _scores(settings, model, samples, context, parts, gated, told)
         for label, (_, part) in parts.items():
             ranked = found[label].float().cpu()
             for place, group in enumerate(gone[label]):
@@ -117,7 +115,15 @@ def _scores(
     names = [f"{block}.{name}" for block, part in parts.values() for name in part.members]
     members = {name: Linear(name, model.get_submodule(name)) for name in names}
     norms, means = _inputs(model, members, samples) if settings.formula in ("F1", "F2") else ({}, {})
-    gradient = _gradients(settings, model, members, samples, seed, progress)
+    if settings.estimator == "backprop":
+        gradient = weight_gradients(model, members, samples, progress).__getitem__
+    else:
+        draws = spsa(model, members, samples, settings.draws, settings.step, seed, progress)
+
+        def estimated(name: str) -> Tensor:  # put together when it is asked for, one matrix at a time
+            return spsa_gradient(draws, names.index(name), torch.Size(members[name].shape), model.device)
+
+        gradient = estimated
     found, nothing = {}, torch.empty(0)
     for label, (block, part) in parts.items():
         elements = {}
@@ -127,22 +133,6 @@ def _scores(
             elements[name] = element_scores(members[whole].weight, *inputs, gradient(whole), settings.formula)
         found[label] = group_scores(part, elements, settings.aggregate)
     return found
-
-
-def _gradients(
-    settings: GradientSettings,
-    model: PreTrainedModel,
-    members: Mapping[str, Linear],
-    samples: Sequence[Tensor],
-    seed: int,
-    progress: Progress,
-) -> Callable[[str], Tensor]:
-    """Return a function from a matrix' name to its gradient; estimates are put together when asked for, one at a time."""
-    if settings.estimator == "backprop":
-        return weight_gradients(model, members, samples, progress).__getitem__
-    draws = spsa(model, members, samples, settings.draws, settings.step, seed, progress)
-    places = {name: place for place, name in enumerate(members)}
-    return lambda name: spsa_gradient(draws, places[name], torch.Size(members[name].shape), model.device)
 
 
 @contextmanager
@@ -227,8 +217,7 @@ def spsa(
 ) -> list[tuple[int, float]]:
     """Estimate slopes by two-sided simultaneous perturbation of all weights, both sides on the same text (MeZO, arXiv 2305.17333).
 
-    Returns:
-        (seed, c) of every draw; the gradient of matrix number i is estimated by the mean of ``c * noise(seed, i)``.
+    Returns (seed, c) of every draw: the mean of ``c * noise(seed, i)`` estimates the gradient of matrix number i.
     """
     found = []
     for draw in range(draws):
@@ -293,21 +282,14 @@ def _gate(x: Tensor, values: Tensor) -> Tensor:
     return (x.view(values.shape[0], -1, x.shape[-1]) * values[:, None]).view(x.shape)
 
 
-def _count(group: Tensor) -> int:
-    return int(group.max()) + 1
-
-
 def gates_backprop(
     model: PreTrainedModel, gated: Gated, samples: Sequence[Tensor], progress: Progress
 ) -> dict[str, Tensor]:
     """Compute the gate Fisher, [G] each: the mean over samples of the squared derivative of a sample's loss by a gate."""
-    found = {label: torch.zeros(_count(group), device=model.device) for label, (_, group) in gated.items()}
+    found = _zeros(model, gated)
     for done, (tokens, scored) in enumerate(batches(samples, model.device)):
         progress(done, len(samples))
-        ones = {
-            label: torch.ones(len(tokens), _count(group), device=model.device, requires_grad=True)
-            for label, (_, group) in gated.items()
-        }
+        ones = {label: torch.ones(len(tokens), len(sums)).to(sums).requires_grad_() for label, sums in found.items()}
         with torch.enable_grad(), gates(gated, ones):
             loss = sample_losses(model, tokens, scored).sum()
             slopes = torch.autograd.grad(loss, list(ones.values()))
@@ -331,13 +313,12 @@ def gates_spsa(
     Every sample's derivative is estimated by the mean over draws of ``c * z``, and squared. The squares are too large by
     the same amount for all gates of a part, which leaves their order alone. ``2 * draws * parts`` forward passes.
     """
-    found = {}
-    for done, (label, (_, group)) in enumerate(gated.items()):
+    found = _zeros(model, gated)
+    for done, (label, total) in enumerate(found.items()):
         progress(done, len(gated))
-        total = torch.zeros(_count(group), device=model.device)
         generator = torch.Generator(model.device).manual_seed(seed + done)
         for tokens, scored in batches(samples, model.device):
-            mean = torch.zeros(len(tokens), _count(group), device=model.device)
+            mean = total.new_zeros(len(tokens), len(total))
             for _ in range(draws):
                 z = torch.randint(0, 2, mean.shape, generator=generator, device=model.device) * 2.0 - 1.0
                 sides = []
@@ -346,7 +327,7 @@ def gates_spsa(
                         sides.append(sample_losses(model, tokens, scored))
                 mean += (sides[0] - sides[1])[:, None] / (2 * size * draws) * z
             total += mean.square().sum(0)
-        found[label] = total / len(samples)
+        total /= len(samples)
     return found
 
 
@@ -360,26 +341,25 @@ def gates_residual(
     derivative d stands for its own: a gate on the columns S has the slope ``sum_t x_tS . (W_S^T d_t)``. Ways through later
     blocks are left out; in the last MLP there are none, and it is exact.
     """
-    found = {label: torch.zeros(_count(group), device=model.device) for label, (_, group) in gated.items()}
+    found = _zeros(model, gated)
     for done, (tokens, scored) in enumerate(batches(samples, model.device)):
         progress(done, len(samples))
         slope = _stream_slope(model, last_block, tokens, scored)
 
-        def add(label: str, slope: Tensor = slope) -> Callable[..., None]:
+        def add(label: str, x: Tensor, slope: Tensor = slope) -> None:
             linear, group = gated[label]
+            each = (x.view(*slope.shape[:2], -1) * (slope @ linear.weight)).sum(1)  # [B, K]
+            summed = each.new_zeros(len(each), len(found[label])).index_add_(1, group, each)
+            found[label] += summed.square().sum(0) / len(samples)
 
-            def visit(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0].view(*slope.shape[:2], -1)
-                each = (x * (slope @ linear.weight)).sum(1)  # [B, K]
-                summed = torch.zeros(len(each), _count(group), device=each.device).index_add_(1, group, each)
-                found[label] += summed.square().sum(0) / len(samples)
-
-            return visit
-
-        hooks = [linear.module.register_forward_pre_hook(add(label)) for label, (linear, _) in gated.items()]
-        with torch.no_grad(), _hooked(hooks):
+        with torch.no_grad(), watch({label: linear.module for label, (linear, _) in gated.items()}, add):
             model(input_ids=tokens, use_cache=False)
     return found
+
+
+def _zeros(model: PreTrainedModel, gated: Gated) -> dict[str, Tensor]:
+    """Return a zero for every gate, [G] each."""
+    return {label: torch.zeros(int(group.max()) + 1, device=model.device) for label, (_, group) in gated.items()}
 
 
 def _stream_slope(model: PreTrainedModel, last_block: nn.Module, tokens: Tensor, scored: Tensor) -> Tensor:

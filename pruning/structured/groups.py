@@ -1,4 +1,4 @@
-"""What structured pruning removes together: heads with their rows and columns, channels with theirs."""
+"""Find and cut what structured pruning removes together: heads with their rows and columns, channels with theirs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["attention", "mlp"]
 
 @dataclass(frozen=True)
 class Part:
-    """The attention or the MLP of a block, as the G groups (heads or channels) that can be removed from it.
+    """Hold the attention or the MLP of a block, as the G groups (heads or channels) that can be removed from it.
 
     Attributes:
         kind: which of the two.
@@ -66,12 +66,8 @@ def parts_of(
 ) -> dict[Kind, Part]:
     """Return the parts of a block; attention is left out where the architecture's heads are fixed.
 
-    Args:
-        structure: of the model.
-        config: of the model, for the sizes that pruning leaves alone.
-        shape: of the block.
-        heads: which heads go together. Of query heads alone, every key-value head loses equally many.
-        biased: names within the block of linears with a bias, for the cost.
+    Of query heads alone, every key-value head loses equally many. ``biased`` holds the names within the block of linears
+    with a bias, which count in a group's cost.
     """
     dimension, hidden = head_dim(config), int(config.hidden_size)
     found: dict[Kind, Part] = {}
@@ -89,13 +85,13 @@ def _attention(
     structure: Architecture, shape: BlockShape, heads: HeadGroups, dimension: int, hidden: int, biased: Collection[str]
 ) -> Part:
     *first, last = structure.attention
-    layout, width = groups_of(structure).layout, shape.heads * dimension
-    columns = torch.arange(width).view(shape.heads, dimension)
+    layout, size = groups_of(structure).layout, shape.heads * dimension
+    columns = torch.arange(size).view(shape.heads, dimension)
     each = {"heads": 1}
     if layout == "stacked":
-        rows = {first[0]: torch.cat([columns + part * width for part in range(3)], dim=1)}
+        rows = {first[0]: torch.cat([columns + part * size for part in range(3)], dim=1)}
     elif layout == "interleaved":
-        rows = {first[0]: torch.arange(3 * width).view(shape.heads, 3 * dimension)}
+        rows = {first[0]: torch.arange(3 * size).view(shape.heads, 3 * dimension)}
     else:
         rows = {first[0]: columns}
     classes = torch.zeros(shape.heads, dtype=torch.long)
@@ -128,13 +124,7 @@ def remaining(size: int, gone: Tensor) -> Tensor:
 def cut(block: Block, part: Part, removed: Sequence[int], context: Context, last: Tensor, bias: Tensor | None) -> None:
     """Remove groups from a block in memory, and adapt its recorded sizes.
 
-    Args:
-        block: to change.
-        part: of it.
-        removed: groups that go.
-        context: of the run.
-        last: new weight of ``part.last``, [hidden, columns left].
-        bias: its new bias; None if it has none.
+    ``last`` is the new weight of ``part.last``, [hidden, columns left], ``bias`` its new bias (None if it has none).
     """
     assert block.shape is not None
     structure, dimension = context.structure, head_dim(context.config)

@@ -1,4 +1,4 @@
-"""Structured pruning: whole heads, channels or blocks go, and the model that stays is really smaller."""
+"""Remove whole heads, channels or blocks, so that the model is really smaller."""
 
 from __future__ import annotations
 
@@ -110,16 +110,14 @@ class MiniLlm(Pass[MiniLlmConfig]):
         bias = None if bias is None else bias.data
         by_error = self.config.score == "output"
         moments = scores.moments(part) if self.config.compensate or by_error else None
-        if by_error:
-            assert moments is not None
+        if by_error and moments:
             removed, _ = removal_order(weight, moments, part.columns, part.classes, count)
         else:
             removed = lowest(scores.scores(part), part.classes, count)
         kept = remaining(weight.shape[1], part.columns[torch.tensor(removed)]).to(weight.device)
         changed = weight[:, kept].clone()
-        if self.config.compensate:
-            assert moments is not None
+        if self.config.compensate and moments:
             changed, bias = compensated(weight, bias, moments, kept)
-        error = None if moments is None else output_error(weight, changed, moments, kept)
+        error = output_error(weight, changed, moments, kept) if moments else None
         cut(block, part, removed, context, changed, bias)
         return removed, error

@@ -1,9 +1,9 @@
-"""What a group is worth: scores, prices, and the least-squares error that is left when it goes.
+"""Score and price groups, and refit what stays: scores, prices, and the least-squares error that is left when a group goes.
 
 Scores add up what single weights are worth; the lowest go first. F1 to F3 are readings of Feature Map Sensitivity (MINI-LLM,
 arXiv 2407.11681), whose formula mixes weight, activation and gradient.
 
-The score ``output`` is an error instead. With H the second moments of the inputs, the output error of ``W - W'`` is
+The score ``output`` is an error instead. With H the Hessian, the mean of ``x x^T``, the output error of ``W - W'`` is
 ``tr((W - W') H (W - W')^T)``. The best W' without the columns S costs ``tr(W_S (H^-1_SS)^-1 W_S^T)``: the optimal brain surgeon
 for columns of a matrix (as in SparseGPT, arXiv 2301.00774, which does it for weights, and ZipLM, arXiv 2302.04089, for
 structures). Columns are removed one group after the other, each the cheapest given those that have gone.
@@ -12,12 +12,13 @@ structures). Columns are removed one group after the other, each the cheapest gi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from compress.passes import Block, Context
+from compress.pruning.scores import wanda
 from compress.pruning.settings import WHOLE_MODEL, Aggregate, Formula, ScoreSettings
 from compress.pruning.structured.groups import Kind, Part, last_linear
 from compress.statistics import Moments, check_inputs
@@ -29,21 +30,19 @@ STEPS = 256
 """Removals after which costs are computed anew; more groups than that go several at a time."""
 
 
-def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor | None, formula: Formula) -> Tensor:
+def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor, formula: Formula) -> Tensor:
     """Score every weight of a matrix, [N, K].
 
     F1 is ``|W_ij| ||X_j|| |g_ij|``; F2 ``|W_ij mean(X_j) g_ij|``; F3 ``|W_ij g_ij|``, first-order Taylor; ``vector`` is F3 with
-    its sign, so that a group's sum is the derivative of the loss by scaling the group. Without a gradient, ``|W_ij| ||X_j||``.
+    its sign, so that a group's sum is the derivative of the loss by scaling the group.
 
     Args:
         weight: [N, K].
         norm: [K], root mean square of each input.
         mean: [K], signed mean of each input.
-        gradient: [N, K], or None.
+        gradient: [N, K].
         formula: one of the four.
     """
-    if gradient is None:
-        return weight.abs() * norm
     if formula == "F1":
         return weight.abs() * norm * gradient.abs()
     if formula == "F2":
@@ -57,7 +56,7 @@ def group_scores(part: Part, elements: Mapping[str, Tensor], aggregate: Aggregat
     Args:
         part: whose groups.
         elements: name within the block -> score of every weight of a member, [N, K].
-        aggregate: how the sums over a group's rows or columns in each member matrix become one number.
+        aggregate: how the sums over a group's rows or columns in each member become one number.
     """
     sums = []
     for name, scores in elements.items():
@@ -80,13 +79,7 @@ def lowest(scores: Tensor, classes: Tensor, count: int) -> list[int]:
 
 
 class BlockScores:
-    """Scores of the groups of one block in memory.
-
-    Args:
-        settings: which scores.
-        block: with samples where the score looks at inputs, and with what the whole model told where it does not.
-        context: of the run.
-    """
+    """Score the groups of one block in memory, by its samples or by the calibration statistics of the whole model."""
 
     def __init__(self, settings: ScoreSettings, block: Block, context: Context) -> None:
         self.settings, self.block, self.context = settings, block, context
@@ -103,25 +96,26 @@ class BlockScores:
         if settings.score == "magnitude":
             elements = {name: weight.square() for name, weight in members.items()}
             return group_scores(part, elements, settings.aggregate)
-        norms, elements = _input_norms(block, part), {}
+        inputs, elements = Moments(), {}
+        block.for_each_input(inputs.add, {name: block.module.get_submodule(name) for name in members})
         for name, weight in members.items():
-            elements[name] = element_scores(weight, norms[name], norms[name], None, "F1")
+            elements[name] = wanda(weight, inputs.mean(name))
             if settings.score == "noise":
                 elements[name] *= torch.randn(weight.shape, generator=generator).abs().to(weight.device)
         return group_scores(part, elements, settings.aggregate)
 
     def moments(self, part: Part) -> OutputMoments:
-        """Measure the second moments of the inputs of a part's last linear, with the block as it is now.
+        """Measure the Hessian of a part's last linear, with the block as it is now.
 
         Raises:
             CompressError: inputs that are not finite.
         """
         block, last = self.block, last_linear(self.block, part)
         biased = getattr(last.module, "bias", None) is not None  # and will then take up the means
-        moments = OutputMoments.empty(last.shape[1], self.settings.compensate and biased, last.weight.device)
+        moments = OutputMoments(last.shape[1], self.settings.compensate and biased, last.weight.device)
         block.for_each_input(lambda _name, x: moments.add(x), {part.last: last.module})
         moments.finish()
-        check_inputs(f"{block.name}.{part.last}", moments.gram)
+        check_inputs(f"{block.name}.{part.last}", moments.hessian)
         return moments
 
     def prices(self, part: Part) -> list[float]:
@@ -151,7 +145,7 @@ def _stream_energy(block: Block) -> float:
     """Measure the mean square, summed over the hidden size, of what the block leaves in the residual stream."""
     outputs = [run(block.module).flatten(0, -2) for run in block.samples]
     total = sum(float(output.double().square().sum()) for output in outputs)
-    return total / sum(len(output) for output in outputs) or 1.0
+    return total / sum(map(len, outputs)) or 1.0
 
 
 @torch.no_grad()
@@ -162,64 +156,46 @@ def _turn(block: Block) -> float:
         lambda _module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     try:
-        turns = [_cosine(run(block.module), inputs.pop()) for run in block.samples]
+        outputs = ((run(block.module), inputs.pop()) for run in block.samples)
+        turns = [float(cosine_similarity(after.float(), before.float(), dim=-1).mean()) for after, before in outputs]
     finally:
         handle.remove()
     return 1 - sum(turns) / len(turns)
 
 
-def _cosine(left: Tensor, right: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(left.float(), right.float(), dim=-1).mean())
-
-
-def _input_norms(block: Block, part: Part) -> dict[str, Tensor]:
-    """Measure the root mean square of every member's inputs, [K] each."""
-    moments = Moments()
-    block.for_each_input(moments.add, {name: block.module.get_submodule(name) for name in part.members})
-    return {name: moments.mean(name).sqrt() for name in part.members}
-
-
-@dataclass
 class OutputMoments:
-    """Second moments of a linear's inputs over the calibration tokens, and of those that a bias cannot make up for.
+    """Sum up a linear's inputs over the calibration tokens.
 
     Attributes:
-        gram: float64 [K, K], the sum, then :meth:`finish`: the mean of ``x x^T``, or the covariance if ``centred``.
-        mean: float64 [K], the sum, then the mean.
-        tokens: how many.
+        hessian: float64 [K, K], the sum, and after :meth:`finish` the mean of ``x x^T``, or the covariance if ``centred``.
+        mean: float64 [K], the sum, and after :meth:`finish` the mean.
         centred: whether the linear has a bias, which then absorbs the inputs' means.
     """
 
-    gram: Tensor
-    mean: Tensor
-    centred: bool
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, columns: int, centred: bool, device: torch.device) -> OutputMoments:
-        """Return moments of no tokens yet."""
-        zeros = torch.zeros(columns, dtype=torch.float64, device=device)
-        return cls(torch.zeros(columns, columns, dtype=torch.float64, device=device), zeros, centred)
+    def __init__(self, columns: int, centred: bool, device: torch.device) -> None:
+        self.centred, self.tokens = centred, 0
+        self.mean = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.hessian = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add inputs [tokens, K]; products are made in their own precision, sums in float64."""
-        self.gram += x.t() @ x
+        self.hessian += x.t() @ x
         self.mean += x.sum(0)
         self.tokens += x.shape[0]
 
     def finish(self) -> OutputMoments:
-        """Turn sums into means."""
-        self.gram /= self.tokens
+        """Turn the sums into means."""
+        self.hessian /= self.tokens
         self.mean /= self.tokens
         if self.centred:
-            self.gram -= torch.outer(self.mean, self.mean)
+            self.hessian -= torch.outer(self.mean, self.mean)
         return self
 
     def damped(self) -> Tensor:
-        """Return the second moments with damping on the diagonal, the matrix to be inverted."""
-        diagonal = self.gram.diagonal()
+        """Return the Hessian with damping on its diagonal, the matrix to be inverted."""
+        diagonal = self.hessian.diagonal()
         added = DAMPING * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return self.gram + torch.diag(torch.full_like(diagonal, float(added)))
+        return self.hessian + torch.diag(torch.full_like(diagonal, float(added)))
 
 
 def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
@@ -227,7 +203,7 @@ def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         weight: float64 [N, K].
-        inverse: float64 [K, K], of the damped second moments.
+        inverse: float64 [K, K], of the damped Hessian.
         columns: int64 [G, c].
 
     Returns:
@@ -245,14 +221,10 @@ def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
 def removal_order(
     weight: Tensor, moments: OutputMoments, columns: Tensor, classes: Tensor, count: int
 ) -> tuple[list[int], list[float]]:
-    """Find the order in which groups go, and the output error after each.
+    """Find the order in which ``count`` groups go, and the output error after each.
 
-    Args:
-        weight: float [N, K].
-        moments: of the inputs.
-        columns: int64 [G, c], columns of each group.
-        classes: int64 [G]; every class loses ``count / classes`` groups.
-        count: how many go.
+    ``columns``, int64 [G, c], holds each group's columns of a weight [N, K]; every class of ``classes``, int64 [G], loses equally
+    many groups.
     """
     weight, inverse = weight.double().clone(), torch.linalg.inv(moments.damped())
     columns, classes = columns.to(weight.device), classes.to(weight.device)
@@ -289,20 +261,14 @@ def _take_out(weight: Tensor, inverse: Tensor, lost: Tensor) -> None:
 def compensated(
     weight: Tensor, bias: Tensor | None, moments: OutputMoments, kept: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Refit the columns that stay, so that the output is as near as possible to the whole linear's.
-
-    Args:
-        weight: [N, K].
-        bias: [N] or None.
-        moments: of the inputs.
-        kept: int64, columns that stay.
+    """Refit the columns that stay (int64 ``kept``), so that the output is as near as possible to the whole linear's.
 
     Returns:
         [N, kept] and the bias, in the dtypes they came in.
     """
     matrix, whole = moments.damped(), weight.double()
     # The damping pulls towards the columns as they were, not towards zero.
-    target = whole @ moments.gram[:, kept] - whole[:, kept] @ moments.gram[kept[:, None], kept]
+    target = whole @ moments.hessian[:, kept] - whole[:, kept] @ moments.hessian[kept[:, None], kept]
     change = torch.linalg.solve(matrix[kept[:, None], kept], target.t()).t()
     result = whole[:, kept] + change
     if bias is not None and moments.centred:
@@ -316,5 +282,5 @@ def output_error(weight: Tensor, changed: Tensor, moments: OutputMoments, kept: 
     whole = weight.double()
     difference = whole.clone()
     difference[:, kept] -= changed.double()
-    scale = float(((whole @ moments.gram) * whole).sum())
-    return float(((difference @ moments.gram) * difference).sum()) / scale if scale > 0 else 0.0
+    scale = float(((whole @ moments.hessian) * whole).sum())
+    return float(((difference @ moments.hessian) * difference).sum()) / scale if scale > 0 else 0.0

@@ -1,4 +1,4 @@
-"""How many heads and channels every block loses, or which blocks go, so that a share of the parameters goes."""
+"""Choose how many heads and channels every block loses, or which blocks go, so that a share of the parameters goes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,7 @@ _UNSAYABLE = "mode uniform: config.json cannot say fewer heads of the same size"
 
 
 class Removals:
-    """The parts of a model's blocks, and how much of each goes.
-
-    Args:
-        settings: how much, and from where.
-        context: of the run.
-    """
+    """Find the parts of a model's blocks, and choose how much of each goes."""
 
     def __init__(self, settings: SizeSettings, context: Context) -> None:
         self.settings, self.context = settings, context
@@ -133,8 +128,7 @@ class Removals:
         exact = settings.mode == "local" and settings.multiple == 1  # then blocks differ by a channel at most
         even = _leaving_multiple(round(total / blocks), mlp.count, settings.multiple)
         channels = iter(shares(total, blocks) if exact else [even] * blocks)
-        lost = [(count, next(channels)) if parts else (0, 0) for parts in self.parts]
-        return [_without_zeros({"attention": heads, "mlp": rest}) for heads, rest in lost]
+        return [_without_zeros({"attention": count, "mlp": next(channels)}) if parts else {} for parts in self.parts]
 
     def _common_shape(self) -> BlockShape:
         shapes = {self.shape(name) for name in self.names}
@@ -173,7 +167,11 @@ class Removals:
 
     def _cheapest(self, prices: Sequence[Prices] | None) -> list[Counts]:
         """Take the group that is cheapest per parameter, wherever it is, until the target is met."""
-        prices = self._even_prices() if prices is None else prices
+        if prices is None:  # an estimate: prices rise with the share of a part that has gone
+            prices = [
+                {kind: [part.cost * (n + 1) / part.count for n in range(part.count)] for kind, part in parts.items()}
+                for parts in self.parts
+            ]
         taken = [dict.fromkeys(parts, 0) for parts in self.parts]
         heap: list[tuple[float, int, Kind]] = []
 
@@ -199,13 +197,6 @@ class Removals:
             left -= part.cost * part.step
             offer(block, kind)
         return [_without_zeros(counts) for counts in taken]
-
-    def _even_prices(self) -> list[Prices]:
-        """Make up prices that rise with the share of a part that has gone."""
-        return [
-            {kind: [part.cost * (n + 1) / part.count for n in range(part.count)] for kind, part in parts.items()}
-            for parts in self.parts
-        ]
 
     def depth(self) -> int:
         """Count the whole blocks that come nearest to the share that is to go.

@@ -21,6 +21,7 @@ from compress.inspect import inspect
 from compress.manifest import verify
 from compress.passes import Whole
 from compress.plan import plan
+from compress.prompts.baked import bake
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.soft_prompt import SoftPrompt
 from compress.prompts.stored import embedding, new_prompt
@@ -272,3 +273,28 @@ def test_prompts_train_on_a_dense_model(recipe, tmp_path):
     model = compress.load(output, prompt=True)
     assert isinstance(model, PeftModel)
     assert embedding(model).shape == (4, 48)
+
+
+def test_a_prompt_is_as_wide_as_the_embedding(recipe, make_model, tmp_path):
+    """Of an OPT that projects its embedding, narrower than its blocks."""
+    recipe["model"] = str(make_model("opt", word_embed_proj_dim=32))
+    prompt = {"kind": "soft_prompt", "tokens": 4, "steps": 2, "batch": 2}
+    for method, width in (("prompt", 32), ("prefix", 2 * 3 * 48)):
+        recipe["passes"] = [{"kind": "rtn"}, {**prompt, "method": method}]
+        folder = compress.run(recipe, tmp_path / method)
+        model = compress.load(folder, prompt=True)
+        assert embedding(model).shape == (4, width)
+        assert model(torch.tensor([[5, 17, 40]])).logits.isfinite().all()
+    bake(tmp_path / "prompt", tmp_path / "baked")
+    ids = torch.tensor([[*range(300, 304), 5, 17, 40]])
+    expected = compress.load(tmp_path / "prompt", prompt=True)(ids[:, 4:]).logits
+    torch.testing.assert_close(compress.load(tmp_path / "baked")(ids).logits[..., :300], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prefix_of_blocks_with_different_heads_is_refused_in_the_plan(recipe):
+    prune = {"kind": "mini_llm", "ratio": 0.4, "mode": "global", "score": "magnitude", "compensate": False}
+    recipe["passes"] = [prune, {"kind": "soft_prompt", "tokens": 4, "method": "prefix"}]
+    with pytest.raises(CompressError, match="a prefix has keys for the heads that"):
+        plan(recipe)
+    recipe["passes"][1]["method"] = "prompt"
+    plan(recipe)

@@ -9,7 +9,7 @@ import compress
 from compress.errors import CompressError
 from compress.manifest import verify
 from compress.plan import plan
-from compress.pruning.joint import codes_of, even_tables, rounding
+from compress.pruning.joint import codes_of, even_codebook, rounding
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -18,7 +18,7 @@ def test_every_table_has_a_zero_and_covers_its_row(bits):
     weight[0] = 0  # a row of nothing
     weight[1] = weight[1].abs()  # one-sided
     weight[2] *= 1e-9  # too small for float16
-    table = even_tables(weight, bits)
+    table = even_codebook(weight, bits)
     assert ((table == 0).any(dim=1)).all()
     assert (table[1:].diff(dim=1) > 0).all()
     step = (weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)) / (2**bits - 1)

@@ -13,7 +13,7 @@ def inputs(tokens=300, columns=12, mean=0.0, seed=0):
 
 
 def moments_of(x, centred=False):
-    found = OutputMoments.empty(x.shape[1], centred, x.device)
+    found = OutputMoments(x.shape[1], centred, x.device)
     for part in x.split(100):
         found.add(part)
     return found.finish()

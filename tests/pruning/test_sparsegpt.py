@@ -55,7 +55,7 @@ def test_masks_by_blocks_of_columns_are_chosen_on_updated_weights():
         mask = select(scores[:, j : j + 8], counts[j], "matrix")
         return [(j + k, mask[:, k]) for k in range(mask.shape[1])]
 
-    swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(60, "columns"), width=8)
+    swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(60, "columns"), size=8)
     assert_agree(swept, surgery(weight, hessian, choose))
 
 
@@ -67,8 +67,8 @@ def test_masks_by_row_and_matrix_are_chosen_beforehand(group):
         mask = select(scores, 70, group)
         return [(k, mask[:, k]) for k in range(20)] if j == 0 else []
 
-    for width in (1, 7, 128):
-        swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(70, group), width=width)
+    for size in (1, 7, 128):
+        swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(70, group), size=size)
         assert_agree(swept, surgery(weight, hessian, choose))
 
 
@@ -82,7 +82,7 @@ def test_patterns_are_chosen_as_the_sweep_arrives(kept, of):
         mask = select_pattern(scores[:, j : j + of], kept, of)
         return [(j + k, mask[:, k]) for k in range(mask.shape[1])]
 
-    swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(0, pattern=(kept, of)), width=8)
+    swept = sweep(weight, factorise(hessian, 0.01, "w"), Rule(0, pattern=(kept, of)), size=8)
     assert_agree(swept, surgery(weight, hessian, choose))
 
 
