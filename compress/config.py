@@ -64,7 +64,7 @@ class StoredConfig:
             )
         self.format_version, self.bits = format_version, bits
         self.modules, self.pruned = _fields(modules, "modules"), _fields(pruned, "pruned")
-        self.block_shapes()
+        self.pruned = {name: dict(vars(shape)) for name, shape in self.block_shapes().items()}
         if self.pruned and format_version != SHAPED_VERSION:
             raise CompressError(
                 f"config.json: quantization_config.pruned needs format_version {SHAPED_VERSION}, not {format_version}."
