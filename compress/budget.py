@@ -12,7 +12,7 @@ import numpy as np
 
 from compress.errors import CompressError
 from compress.manifest import noted, read_manifest
-from compress.quant.records import PackedShape, packed_bytes, width_range
+from compress.quant.records import PackedShape, bits_range, packed_bytes
 from compress.structure import Architecture, block_of, block_prefix
 
 _STEPS = 20_000  # the budget is counted in this many parts, each matrix's bytes rounded up
@@ -96,7 +96,7 @@ def groups(names: Sequence[str], structure: Architecture) -> list[list[str]]:
     return list(found.values())
 
 
-def widths_for_budget(
+def bits_for_budget(
     folder: Path,
     shapes: Mapping[str, PackedShape],
     structure: Architecture,
@@ -114,7 +114,7 @@ def widths_for_budget(
     """
     manifest = read_manifest(folder) or {}
     errors = _measured_errors(folder, manifest, list(shapes))
-    stored = width_range(shapes.values())
+    stored = bits_range(shapes.values())
     low, high = stored[0], stored[-1]
 
     def size(names: Sequence[str], bits: int) -> int:
@@ -139,7 +139,7 @@ def widths_for_budget(
     together = groups(everything, structure)
     options: list[dict[int, Option]] = []
     for names in together:
-        common = set.intersection(*(set(shapes[name].widths) for name in names))
+        common = set.intersection(*(set(shapes[name].all_bits) for name in names))
         if not common:
             raise CompressError(f"{names[0]} and {names[-1]} are served as one matrix, but have no bits in common.")
         options.append({bits: (size(names, bits), sum(errors[name][bits] for name in names)) for bits in common})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.quant.records import PackedShape, SparseShape, shape_of, width_of
+from compress.quant.records import PackedShape, SparseShape, first_bits, shape_of
 from compress.weights import INDEX, Checkpoint
 
 METHOD = "compress"
@@ -145,7 +145,7 @@ def check_tensors(folder: Path, config: StoredConfig, bits: int | None = None) -
     info, count = Checkpoint(folder, index_name=index_name(bits)).info(), 0
     for name, shape in config.shapes().items():
         for tensor, (size, dtype) in shape.specification().items():
-            if (width_of(tensor) or 0) > max(bits or 8, shape.seed_bits):
+            if (first_bits(tensor) or 0) > max(bits or 8, shape.seed_bits):
                 continue
             found = info.get(f"{name}.{tensor}")
             if found is None:

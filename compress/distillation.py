@@ -21,13 +21,13 @@ def cache_teacher(
     samples: Sequence[Tensor],
     count: int,
     file: Path,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write the teacher's ``count`` likeliest next tokens at every place of every sample (int64 [T]), if that is not done yet.
 
     The file gets ``logs.i`` (float32 [T - 1, count], log-probabilities over the whole vocabulary) and ``tokens.i`` (int32, the
     same shape) for sample i. It must belong to these samples and this teacher, which is loaded only where there is no file.
-    ``report`` is called with (samples done, samples in all), to tell of progress.
+    ``progress`` is called with (samples done, samples in all), to tell of progress.
     """
     try:
         with safe_open(file, framework="pt") as handle:
@@ -38,7 +38,7 @@ def cache_teacher(
     teacher = load()
     kept: dict[str, Tensor] = {}
     for place, sample in enumerate(samples):
-        report(place, len(samples))
+        progress(place, len(samples))
         logs = predictions(teacher, sample[None].to(teacher.device))[0].log_softmax(-1)
         largest = logs.topk(min(count, logs.shape[-1]))
         kept[f"logs.{place}"] = largest.values.cpu()

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from compress.calibration import Samples
 from compress.errors import CompressError
-from compress.passes import OUTSIDE, Report
+from compress.passes import OUTSIDE, Progress
 from compress.streaming import StreamedModel
 from compress.workspace import Stage
 
@@ -23,7 +23,9 @@ def unit_of(block: int) -> str:
     return f"fisher-{block}"
 
 
-def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], report: Report) -> None:
+def squared_gradients(
+    model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], progress: Progress
+) -> None:
     """Leave the diagonal Fisher information of every block in a stage, a unit each (:func:`unit_of`).
 
     Each sample's gradient is squared on its own. Finished units are kept; ``outside`` names modules among
@@ -40,12 +42,12 @@ def squared_gradients(model: StreamedModel, samples: Samples, stage: Stage, outs
         for index in range(count):
             stage.discard(unit_of(index))
         for index in range(count):
-            report("forward", index, total)
+            progress("forward", index, total)
             _forward(model, samples, stage, index)
         _loss(model, samples, stage, outside)
     for index in reversed(range(count)):
         if stage.record(unit_of(index)) is None:
-            report("backward", 2 * count - index, total)
+            progress("backward", 2 * count - index, total)
             _backward(model, samples, stage, index)
         stage.discard(f"hidden-{index + 1}")
         stage.discard(f"gradient-{index + 1}")

@@ -29,12 +29,12 @@ from compress.errors import CompressError
 from compress.quant.format import expand
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
-from compress.quant.records import PackedShape, SparseShape, width_range
+from compress.quant.records import PackedShape, SparseShape, bits_range
 from compress.shapes import replace_shapes
 from compress.structure import Linear, architecture, is_linear, matching
 
 
-def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
+def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     """Resolve a number or a set of patterns to the bits of every packed module; later patterns win.
 
     Modules that no pattern names stay at the most they have. A single number is brought into each module's own range, so
@@ -43,7 +43,7 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
         raise CompressError(f"bits must be a number or a mapping of patterns to numbers, not {bits!r}.")
     if isinstance(bits, int):
-        known = width_range(shapes.values())
+        known = bits_range(shapes.values())
         if bits not in known:
             raise CompressError(
                 f"width {bits} is not available; this model can be read at {known[0]} to {known[-1]} bits."
@@ -52,7 +52,7 @@ def widths_for(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
     chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
         for name in matching(pattern, list(shapes)):
-            if not isinstance(value, int) or value not in (span := shapes[name].widths):
+            if not isinstance(value, int) or value not in (span := shapes[name].all_bits):
                 raise CompressError(f"width {value} for {name} is not available; it has {span[0]} to {span[-1]} bits.")
             chosen[name] = value
     return chosen
@@ -149,7 +149,7 @@ class CompressQuantizer(HfQuantizer):
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
         stored = config.shapes()
-        bits = widths_for({} if config.bits is None or not stored else config.bits, stored)
+        bits = bits_by_module({} if config.bits is None or not stored else config.bits, stored)
         loaded = {name: replace(shape, parent_bits=bits[name]) for name, shape in stored.items()}
         pruned = config.block_shapes()
         replace_shapes(model, pruned)

@@ -12,7 +12,7 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.manifest import noted, read_manifest
-from compress.quant.records import SparseShape, packed_bytes, width_range
+from compress.quant.records import SparseShape, bits_range, packed_bytes
 from compress.sidecars import inspect_sidecars
 from compress.weights import Checkpoint
 
@@ -45,7 +45,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             "shape": [shape.out_features, shape.in_features],
             "seed_bits": shape.seed_bits,
             "parent_bits": shape.parent_bits,
-            "bytes_at_bits": {str(bits): packed_bytes(shape, bits) for bits in shape.widths},
+            "bytes_at_bits": {str(bits): packed_bytes(shape, bits) for bits in shape.all_bits},
             "errors": errors.get(name, {}),
             "storage": {**storage.get(name, {}), "form": "sparse" if isinstance(shape, SparseShape) else "dense"},
         }
@@ -56,7 +56,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     held = sum(dense.values())
     at = {
         str(bits): held + sum(packed_bytes(shape, bits) for shape in shapes.values())
-        for bits in width_range(shapes.values())
+        for bits in bits_range(shapes.values())
     }
     return {
         "folder": str(folder),

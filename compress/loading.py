@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from compress.budget import as_number, widths_for_budget
+from compress.budget import as_number, bits_for_budget
 from compress.config import Bits, check_tensors, index_name, stored_config
 from compress.errors import CompressError, first_line
-from compress.hf import join_layers, packed_modules, widths_for
+from compress.hf import bits_by_module, join_layers, packed_modules
 from compress.manifest import MANIFEST
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
@@ -98,7 +98,7 @@ def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | 
     if chosen is not None:
         if not shapes:
             raise CompressError(f"{name}: none of its matrices is packed, so it has no bits to choose from.")
-        most = max(widths_for(chosen, shapes).values())
+        most = max(bits_by_module(chosen, shapes).values())
         config.quantization_config["bits"] = chosen if isinstance(chosen, int) else dict(chosen)
         if Path(name).is_dir() and not (Path(name) / index_name(most)).exists():
             most = None  # save_pretrained writes no index by bits
@@ -148,7 +148,7 @@ def bits_for(
     stored = stored_config(config.quantization_config)
     assert manifest is not None  # cached_file raises where it finds nothing
     assert stored is not None
-    return widths_for_budget(Path(manifest).parent, stored.shapes(), architecture(config), mean, memory)
+    return bits_for_budget(Path(manifest).parent, stored.shapes(), architecture(config), mean, memory)
 
 
 def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -173,7 +173,7 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
     modules = _packed_within(model)
     shapes = {name: module.shape for name, module in modules.items()}
     try:
-        by_module = widths_for(bits, shapes)
+        by_module = bits_by_module(bits, shapes)
     except CompressError as error:
         raise CompressError(f"{error} Load it at more bits to have more to choose from.") from error
     if not isinstance(bits, int):

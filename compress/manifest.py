@@ -12,7 +12,7 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.errors import CompressError
-from compress.quant.records import width_range
+from compress.quant.records import bits_range
 from compress.sidecars import find_adapter, stored_prompts
 from compress.weights import refuse_elsewhere, sha256_of
 
@@ -108,7 +108,7 @@ def answer_probe(folder: str) -> None:
     settings = read_settings(Path(folder))
     results = {}
     with torch.no_grad():
-        for bits in width_range(settings.shapes().values() if settings else ()) or [0]:
+        for bits in bits_range(settings.shapes().values() if settings else ()) or [0]:
             if bits:
                 compress.set_bits(model, bits)
             logits = model(input_ids=tokens[None], use_cache=False).logits[0]

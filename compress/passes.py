@@ -25,7 +25,7 @@ from compress.statistics import watch
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
 
-Report = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 """Called as work proceeds, with (what, steps done, steps in all)."""
 Run = Callable[[nn.Module], Tensor]
 """Calls a block on one calibration sample as the model does: [1, T, hidden]."""
@@ -46,11 +46,11 @@ class Needs:
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
-        model_survey: measures the whole model, in memory, before any block is worked on (:meth:`Pass.survey_model`).
+        model_statistics: measures the whole model, in memory, before any block is worked on (:meth:`Pass.measure_model`).
         whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
             :meth:`Pass.run_block`.
         teacher: with ``whole_model``, also the dense model it came from (:attr:`Whole.dense`).
-        beside: what :meth:`Pass.run_model` returns belongs beside the model, not into it: the model stays as it is, and
+        sidecar: what :meth:`Pass.run_model` returns belongs beside the model, not into it: the model stays as it is, and
             :meth:`Pass.write_files` makes files of it. Such a pass comes last.
         text: what it learns from in place of the recipe's calibration.
     """
@@ -61,16 +61,16 @@ class Needs:
     packs: bool = False
     packed: bool = False
     changes_shapes: bool = False
-    model_survey: bool = False
+    model_statistics: bool = False
     whole_model: bool = False
     teacher: bool = False
-    beside: bool = False
+    sidecar: bool = False
     text: Calibration | None = None
 
     @property
     def calibration(self) -> bool:
         """Tell whether it looks at text."""
-        return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_survey
+        return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_statistics
 
 
 @dataclass
@@ -89,8 +89,8 @@ class Block:
         squared_gradients: full name -> [out_features, in_features] float32, if asked for.
         samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
         variants: the same calls on the inputs that each variant of the earlier blocks produces.
-        surveys: of every finished survey round, the records of all blocks in order.
-        findings: what :meth:`Pass.survey_model` returned.
+        statistics: of every finished survey round, the records of all blocks in order.
+        model_statistics: what :meth:`Pass.measure_model` returned.
         shape: its sizes; None where the architecture declares no groups.
         removed: whether the model is to go on without it.
         packed: full name -> codes and codebooks on the CPU, filled by a packing pass.
@@ -105,8 +105,8 @@ class Block:
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Run] = ()
     variants: Mapping[str, Sequence[Run]] = field(default_factory=dict)
-    surveys: Sequence[Sequence[Record]] = ()
-    findings: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Sequence[Sequence[Record]] = ()
+    model_statistics: Mapping[str, Tensor] = field(default_factory=dict)
     shape: BlockShape | None = None
     removed: bool = False
     packed: dict[str, Codes] = field(default_factory=dict)
@@ -260,37 +260,37 @@ class Pass(Generic[ConfigT]):
         """
         return 0
 
-    def survey_model(
-        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
+    def measure_model(
+        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, progress: Progress
     ) -> dict[str, Tensor]:
-        """Measure the whole model, float32 on the context's device; what is returned is every block's ``findings``.
+        """Measure the whole model, float32 on the context's device; what is returned is every block's ``model_statistics``.
 
         Args:
             model: to be left as it was found.
             samples: int64 [T] each, the calibration text.
             context: of the run.
-            report: called with (what, done, total), to tell of progress.
+            progress: called with (what, done, total), to tell of progress.
         """
         raise NotImplementedError(f"{type(self).__name__} has no survey_model")
 
-    def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
+    def wants_statistics(self, context: Context, statistics: Sequence[Sequence[Record]]) -> bool:
         """Tell whether to measure all blocks (once more) before any is worked on.
 
-        ``surveys`` has, of every finished round, the records of all blocks in order. The answer must depend on these and
+        ``statistics`` has, of every finished round, the records of all blocks in order. The answer must depend on these and
         the settings only.
         """
         return False
 
-    def survey_block(self, block: Block, context: Context) -> Record:
+    def measure_block(self, block: Block, context: Context) -> Record:
         """Measure one block in a round; return what :meth:`run_block` and later rounds are to know (JSON).
 
-        Earlier rounds are in ``block.surveys``. The block may be changed: the change is forgotten afterwards, but the next
+        Earlier rounds are in ``block.statistics``. The block may be changed: the change is forgotten afterwards, but the next
         block's inputs come from the block as it is left.
         """
         return {}
 
     def run_block(self, block: Block, context: Context) -> Record:
-        """Work on one block, knowing ``block.surveys``.
+        """Work on one block, knowing ``block.statistics``.
 
         Returns:
             Figures for the log and the manifest (JSON), without times: equal work, equal bytes. Every pass chooses its
@@ -307,7 +307,9 @@ class Pass(Generic[ConfigT]):
         """Name the units of a pass with ``whole_model``, in order: each is finished, and resumed, by itself."""
         return ["model"]
 
-    def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
+    def run_model(
+        self, unit: str, whole: Whole, context: Context, progress: Progress
+    ) -> tuple[dict[str, Tensor], Record]:
         """Work on the whole model.
 
         Returns:

@@ -15,7 +15,7 @@ from torch import Tensor
 from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError, refuse_existing
-from compress.passes import Context, Pass, Report, pass_class
+from compress.passes import Context, Pass, Progress, pass_class
 from compress.quant.records import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner, figures_of
@@ -30,7 +30,7 @@ def run(
     output: str | Path | None = None,
     overrides: Overrides = (),
     workspace: str | Path | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Compress a model.
 
@@ -43,7 +43,7 @@ def run(
         overrides: ``key.0.key=value`` assignments on the recipe, or a mapping of paths to values.
         workspace: where finished units are kept; ``<output>.work`` otherwise, which is deleted at the end. One
             that is given stays, and recipes that share a beginning share its units.
-        report: called as work proceeds.
+        progress: called as work proceeds.
 
     Returns:
         The checkpoint folder. Beside it, ``<output>.log.jsonl`` has one line per unit, with seconds.
@@ -63,7 +63,7 @@ def run(
     main = team.is_main_process
     with _disk_errors(work.folder), work.locked() if main else nullcontext():
         source = open_source(settings.model, settings.revision)
-        log = Log(target.with_name(target.name + ".log.jsonl"), report, main)
+        log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
         _compress(settings, source, work, target, log)
     team.wait_for_everyone()
     if workspace is None and main:
@@ -110,7 +110,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None
 
-    def write_beside(folder: Path) -> None:
+    def write_sidecars(folder: Path) -> None:
         for step, tensors, figures in sidecars:
             step.write_files(folder, tensors, figures)
 
@@ -127,7 +127,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         },
         probe_tokens=source.tokenizer("def compress(model):\n    return", add_special_tokens=False)["input_ids"],
         device=device,
-        write_beside=write_beside,
+        write_sidecars=write_sidecars,
     )
     log.progress("writing", 1, 1)
 
@@ -160,7 +160,7 @@ def check_order(
     for index, step in enumerate(passes):
         needs, kind = step.needs(), step.config.kind
         here = f"passes.{index} ({kind})"
-        if before is not None and before.needs().beside:
+        if before is not None and before.needs().sidecar:
             raise CompressError(
                 f"{here} would change the model under what passes.{index - 1} ({before.config.kind}) has learned for it; "
                 f"put {before.config.kind} last."

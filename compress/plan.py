@@ -12,7 +12,7 @@ import torch
 
 from compress.passes import Context, Pass, Sizes, pass_class
 from compress.pipeline import check_order
-from compress.quant.records import PackedShape, packed_bytes, width_range
+from compress.quant.records import PackedShape, bits_range, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.source import open_source
 from compress.streaming import State
@@ -45,7 +45,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     rest = sum(item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in packed)
     at = {
         str(bits): rest + sum(packed_bytes(shape, bits) for shape in packed.values())
-        for bits in width_range(packed.values())
+        for bits in bits_range(packed.values())
     }
     return {
         "model": str(source.folder),
@@ -85,7 +85,7 @@ def _needs(
         units, carried = 2 * inside, hidden * (len(blocks) + 3)
     if needs.packs:
         units += all_packed - inside
-    if needs.model_survey:  # the model and one forward pass
+    if needs.model_statistics:  # the model and one forward pass
         memory = 2 * whole
     elif needs.whole_model and needs.teacher:  # both models and, in a step, a dense weight per packed one
         memory = 3 * whole

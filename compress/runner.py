@@ -19,7 +19,7 @@ from compress.calibration import Samples
 from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.fisher import squared_gradients, unit_of
-from compress.passes import OUTSIDE, Block, Context, Pass, Report, Run, Whole
+from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
 from compress.quant.format import pack_smaller
 from compress.quant.records import shape_of
 from compress.shapes import block_shape
@@ -43,9 +43,9 @@ def figures_of(record: Record) -> Record:
 class Log:
     """Write the log, one JSON line per unit, and tell the caller of progress."""
 
-    def __init__(self, path: Path, progress: Report | None, main: bool = True) -> None:
+    def __init__(self, path: Path, progress: Progress | None, main: bool = True) -> None:
         self.path, self.main = path, main  # only the main process writes and speaks
-        self.progress: Report = progress if progress and main else lambda what, done, total: None
+        self.progress: Progress = progress if progress and main else lambda what, done, total: None
         path.parent.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -86,7 +86,7 @@ class Runner:
         self.outside = step.outside(context)
         self.fisher = work.stage("fisher", state.key, text, self.outside, device, __version__)
         self.processes = processes(context.device)
-        self.surveys: list[list[Record]] = []
+        self.statistics: list[list[Record]] = []
         inside = {block_of(name, context.structure) for name in context.linears}
         self.blocks = [block_prefix(context.structure, i) for i in range(len(inside))]
 
@@ -111,29 +111,29 @@ class Runner:
 
     def sidecars(self, units: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Load what finished units have left beside the model; nothing where they changed the model itself."""
-        return {unit: self.stage.load(unit) for unit in units} if self.needs.beside else {}
+        return {unit: self.stage.load(unit) for unit in units} if self.needs.sidecar else {}
 
     def _run_blocks(self) -> None:
         if self.needs.squared_gradients:
             assert self.samples is not None
             with self.log.unit(self.kind, "squared gradients"):
                 squared_gradients(self.model, self.samples, self.fisher, self.outside, self._progress)
-        if self.needs.model_survey and self.stage.record("model-survey") is None:
+        if self.needs.model_statistics and self.stage.record("model-survey") is None:
             assert self.samples is not None
             with self.log.unit(self.kind, "model survey"):
                 model = StreamedModel(self.state, self.context.device).whole()
-                found = self.step.survey_model(model, self.samples.tokens, self.context, self._progress)
+                found = self.step.measure_model(model, self.samples.tokens, self.context, self._progress)
                 self._check_finite(found)
                 self.stage.save("model-survey", found)
-        while self.step.wants_survey(self.context, self.surveys):
-            label = f"survey-{len(self.surveys)}"
-            self._walk(label, f"{label}-inputs", self._survey_block)
-            self.surveys.append([self.stage.record(f"{label}-{i}") or {} for i in range(len(self.blocks))])
+        while self.step.wants_statistics(self.context, self.statistics):
+            label = f"survey-{len(self.statistics)}"
+            self._walk(label, f"{label}-inputs", self._measure_block)
+            self.statistics.append([self.stage.record(f"{label}-{i}") or {} for i in range(len(self.blocks))])
         self._walk("block", "inputs", self._block)
         if self.outside and self.stage.record("outside") is None:
             with self.log.unit(self.kind, "outside") as line:
                 linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
-                block = Block(OUTSIDE, "", self.model.model, linears, self._fisher(OUTSIDE), surveys=self.surveys)
+                block = Block(OUTSIDE, "", self.model.model, linears, self._fisher(OUTSIDE), statistics=self.statistics)
                 line |= self.step.run_block(block, self.context)
                 self._finish("outside", block, {}, line)
 
@@ -158,7 +158,7 @@ class Runner:
                 self._check_finite(tensors)
                 if not self.processes.is_main_process:
                     continue
-                stored = {} if self.needs.beside else self.state.source.info()
+                stored = {} if self.needs.sidecar else self.state.source.info()
                 tensors = {n: t.to(getattr(torch, stored[n].dtype)) if n in stored else t for n, t in tensors.items()}
                 self._save(unit, tensors, record, {"packed": {}, "skipped": {}})
                 shutil.rmtree(whole.scratch, ignore_errors=True)
@@ -183,15 +183,17 @@ class Runner:
     def _open(self, i: int, module: nn.Module, inputs: str) -> Block:
         name, state = self.blocks[i], self.state
         samples, variants = self._samples(i, inputs)
-        findings = self.stage.load("model-survey") if self.needs.model_survey else {}
+        model_statistics = self.stage.load("model-survey") if self.needs.model_statistics else {}
         shape = block_shape(state.config, state.shapes, name) if self.context.structure.groups else None
         linears = self.model.linears(i)
-        return Block(i, name, module, linears, self._fisher(i), samples, variants, self.surveys, findings, shape)
+        return Block(
+            i, name, module, linears, self._fisher(i), samples, variants, self.statistics, model_statistics, shape
+        )
 
-    def _survey_block(self, i: int, unit: str, inputs: str) -> None:
+    def _measure_block(self, i: int, unit: str, inputs: str) -> None:
         with self.log.unit(self.kind, unit) as line, self.model.block(i) as module:
             block = self._open(i, module, inputs)
-            line |= self.step.survey_block(block, self.context)
+            line |= self.step.measure_block(block, self.context)
             self._carry(i, inputs, self._outputs(module, block.samples))
             self.stage.save(unit, {}, line)
 
@@ -289,7 +291,7 @@ class Runner:
 
     def _after(self, records: Mapping[str, Record]) -> State:
         """Return the model as the finished units leave it."""
-        if self.needs.beside:
+        if self.needs.sidecar:
             return replace(self.state, key=self.stage.key)
         new = {name: shape_of(fields) for record in records.values() for name, fields in record["packed"].items()}
         packed, config = {**self.state.packed, **new}, self.state.config

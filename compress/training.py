@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from compress.errors import CompressError
-from compress.passes import Report, derived_generator
+from compress.passes import Progress, derived_generator
 from compress.settings import TrainingConfig as TrainingConfig  # a part of this contract
 from compress.source import processes
 from compress.weights import read_tensors
@@ -104,7 +104,7 @@ def train(
     loss: Loss = next_token_loss,
     states: States | None = None,
     folder: Path | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Trained:
     """Train the parameters of a model that require a gradient.
 
@@ -120,13 +120,13 @@ def train(
         loss: what a step minimises; the validation is in its terms too.
         states: one is drawn for every step; the held-out loss is the mean over all. None trains the model as it is.
         folder: for checkpoints, which an interrupted training continues from; deleted by the caller.
-        report: called with (what, steps done, steps in all), to tell of progress.
+        progress: called with (what, steps done, steps in all), to tell of progress.
 
     Raises:
         CompressError: nothing to train, too few samples, a loss that is not finite.
     """
     loop = _Loop(model, samples, config, seed, loss, states or _AS_IT_IS, folder)
-    return loop.run(report or (lambda *_: None))
+    return loop.run(progress or (lambda *_: None))
 
 
 class _Loop:
@@ -163,13 +163,13 @@ class _Loop:
         self.key = digest(config.model_dump(mode="json"), seed, list(states), tokens, start)
         self.path = folder / "training.safetensors" if folder else None
 
-    def run(self, report: Report) -> Trained:
+    def run(self, progress: Progress) -> Trained:
         total, scored = self.config.steps, (0.0, 0)
         if not self._resume():
             self._validate(None)
         while self.step < total:
             best = f"held-out loss {_mean(self.best['held_out']):.4f} at step {self.best['step']}"
-            report(best, self.step, total)
+            progress(best, self.step, total)
             summed, tokens = self._step(self.step)
             scored = scored[0] + summed, scored[1] + tokens
             self.step += 1

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from compress.config import METHOD, format_version, index_name
 from compress.errors import CompressError
-from compress.hf import packed_modules, widths_for
+from compress.hf import bits_by_module, packed_modules
 from compress.manifest import MANIFEST, noted
-from compress.quant.records import width_of, width_range
+from compress.quant.records import bits_range, first_bits
 from compress.streaming import State, StreamedModel
 from compress.structure import architecture, block_of
 from compress.version import __version__
@@ -51,7 +51,7 @@ def write_checkpoint(
     manifest: dict[str, Any],
     probe_tokens: Sequence[int],
     device: torch.device,
-    write_beside: Callable[[Path], None] = lambda folder: None,
+    write_sidecars: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a state as an ordinary Hugging Face folder, in one move at the very end.
 
@@ -62,7 +62,7 @@ def write_checkpoint(
         manifest: what the run knows; files, sizes and a probe are added.
         probe_tokens: a few tokens; what the model makes of them at all bits is kept for ``verify``.
         device: where the probe is computed.
-        write_beside: adds files that are not the model's own.
+        write_sidecars: adds files that are not the model's own.
     """
     running, state = state, _stored_state(state)
     info = state.source.info()
@@ -83,7 +83,7 @@ def write_checkpoint(
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, partial / path.name)
-    write_beside(partial)
+    write_sidecars(partial)
     files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
     whole = {
         "format_version": format_version(state.packed.values(), state.shapes),
@@ -116,8 +116,8 @@ def _needed_at(info: Mapping[str, TensorInfo], state: State) -> dict[int | None,
         f"{name}.{tensor}": shape.seed_bits for name, shape in state.packed.items() for tensor in shape.specification()
     }
     needed: dict[int | None, list[str]] = {None: list(info)}
-    for bits in width_range(state.packed.values()):
-        needed[bits] = [n for n in info if n not in seeds or (width_of(n) or 0) <= max(bits, seeds[n])]
+    for bits in bits_range(state.packed.values()):
+        needed[bits] = [n for n in info if n not in seeds or (first_bits(n) or 0) <= max(bits, seeds[n])]
     return needed
 
 
@@ -133,11 +133,11 @@ def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[
 
     The files of packed tensors are ``model-<bits>bit-00001-of-00002.safetensors``: loading at fewer bits opens none.
     """
-    first = min(width_range(state.packed.values()), default=None)
+    first = min(bits_range(state.packed.values()), default=None)
     structure, blocks = architecture(state.config), Counter[int]()
     groups: dict[str, list[str]] = {}
     for name in sorted(info):
-        step = width_of(name) if name.rpartition(".")[0] in state.packed else None
+        step = first_bits(name) if name.rpartition(".")[0] in state.packed else None
         label = "model" if first is None else f"model-{max(step or first, first)}bit"
         groups.setdefault(label, []).append(name)
         if (place := block_of(name, structure)) is not None:
@@ -207,17 +207,17 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     model = StreamedModel(state, device)
     ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])
     hidden: dict[int, Tensor] = {}
-    for bits in width_range(state.packed.values()) or [0]:
-        set_widths(model.model, state, bits)
+    for bits in bits_range(state.packed.values()) or [0]:
+        set_all_bits(model.model, state, bits)
         hidden[bits], calls = model.capture(ids)
     for index in range(len(model.blocks)):
         with model.block(index) as block:
             for bits in hidden:
-                set_widths(model.model, state, bits)
+                set_all_bits(model.model, state, bits)
                 hidden[bits] = model.run(block, hidden[bits], calls[index])
     results = {}
     for bits, value in hidden.items():
-        set_widths(model.model, state, bits)
+        set_all_bits(model.model, state, bits)
         label = str(bits) if bits else "dense"
         results[label] = describe(model.logits(ids, value), ids)
         if not math.isfinite(results[label]["loss"]):
@@ -227,10 +227,10 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     return {"tokens": ids.tolist(), "at_bits": results}
 
 
-def set_widths(model: torch.nn.Module, state: State, bits: int) -> None:
+def set_all_bits(model: torch.nn.Module, state: State, bits: int) -> None:
     """Switch every packed module of a streamed model; nothing for 0 bits."""
     modules = packed_modules(model)
-    for name, value in widths_for(bits, state.packed).items() if bits else ():
+    for name, value in bits_by_module(bits, state.packed).items() if bits else ():
         modules[name].bits = value
 
 

@@ -185,7 +185,7 @@ def evaluate_robustness(work: OpenText, rate: float = 0.05) -> dict[str, dict[st
 
     def measure(label: str) -> dict[str, Any]:
         clean = before[label]["bits_per_byte"]
-        after = score(work.model, spoilt, report=work.watch(f"with typos, {label}")).bits_per_byte
+        after = score(work.model, spoilt, progress=work.watch(f"with typos, {label}")).bits_per_byte
         return {"metrics": {"bits_per_byte": clean, "bits_per_byte_typos": after, "increase": after - clean}}
 
     rows = work.measure(work.key("robustness", work.source, {**work.settings, "rate": rate}), measure)

@@ -16,7 +16,7 @@ from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
 from compress.evals.sections import protocol_words
 from compress.evals.store import dense_identity, results_of
-from compress.passes import Report
+from compress.passes import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def compare(
     text: str | None = None,
     protocol: Protocol | None = None,
     device: str = "cpu",
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Bring several checkpoints together on one text.
 

@@ -16,7 +16,7 @@ from compress.evals.evaluate import Protocol, documents_of
 from compress.evals.measure import make, measure
 from compress.evals.store import Key, Results, identity
 from compress.manifest import read_manifest
-from compress.passes import Report
+from compress.passes import Progress
 
 Passes = list[dict[str, Any]]
 CONTROLS = {"rtn": "round to nearest", "kmeans": "k-means"}
@@ -59,7 +59,7 @@ def measure_variants(
     all_bits: Sequence[int],
     store: Results,
     device: str = "cpu",
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Make every stage and control of a checkpoint, measure it on a text, keep the figures.
 

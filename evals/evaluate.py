@@ -20,8 +20,8 @@ from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.loading import bits_for, load_tokenizer
 from compress.manifest import read_manifest
-from compress.passes import Report
-from compress.quant.records import width_range
+from compress.passes import Progress
+from compress.quant.records import bits_range
 from compress.sidecars import Choice
 from compress.texts import HELDOUT, fingerprint, read_modules
 from compress.weights import sha256_of
@@ -99,7 +99,7 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
     return kept, digest
 
 
-def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
+def bits_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
     """Return the numbers of bits to measure at, most first; ``[None]`` for a dense model.
 
     Raises:
@@ -110,7 +110,7 @@ def widths_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | Non
         if asked:
             raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
         return [None]
-    stored = width_range(module.shape for module in modules)
+    stored = bits_range(module.shape for module in modules)
     if missing := [bits for bits in asked or () if not stored[0] <= bits <= stored[-1]]:
         raise CompressError(
             f"--bits: width {missing[0]} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
@@ -141,11 +141,11 @@ class OpenModel:
         prompt: bool | str | Path = False,
         adapter: Choice = None,
         store: Results | None = None,
-        progress: Report | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.folder, self.prompt, self.progress = folder, prompt, progress
         self.store, self.dtype = store or Results(None), str(dtype).removeprefix("torch.")
-        self.model, self.all_bits = load_widths(
+        self.model, self.all_bits = load_bits(
             folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter
         )
         self.tokenizer: Any = load_tokenizer(folder)
@@ -207,7 +207,7 @@ class OpenText(OpenModel):
         text = protocol.cut(self.documents, self.tokenizer)
         rows = self.measure(
             self.key("text", self.source, self.settings),
-            lambda label: {"metrics": score(self.model, text, report=self.watch(label)).json()},
+            lambda label: {"metrics": score(self.model, text, progress=self.watch(label)).json()},
         )
         length = protocol.length or 2
         stride = length if protocol.disjoint else protocol.stride or max(1, length // 2)
@@ -252,7 +252,7 @@ def evaluate_text(
     return OpenText(folder, source, bits, protocol, **options).evaluate()
 
 
-def load_widths(
+def load_bits(
     folder: str, bits: Sequence[int | float] | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model once, for several numbers of bits.
@@ -268,7 +268,7 @@ def load_widths(
     chosen = {str(number): bits_for(folder, number) for number in bits or ()}  # 4 and 4.0 are not the same
     whole = [number for number in bits or () if isinstance(number, int)]
     model = compress.load(folder, bits=max(whole) if whole and len(whole) == len(chosen) else None, **options)
-    found = widths_to_measure(model, bits)
+    found = bits_to_measure(model, bits)
     return model, {"dense" if n is None else str(n): chosen.get(str(n)) or n for n in found}
 
 

@@ -23,7 +23,7 @@ from compress.evals.tasks import Tasks
 from compress.inspect import inspect, sparsity
 from compress.loading import load_tokenizer
 from compress.manifest import read_manifest
-from compress.passes import Report
+from compress.passes import Progress
 from compress.sidecars import Choice, stored_prompts
 from compress.weights import Checkpoint, TensorInfo
 
@@ -116,7 +116,7 @@ class Facts:
         return None if below is None else round(below + share * ((above or below) - below))
 
 
-def measure_missing(folder: Path, wanted: Wanted, store: Results, progress: Report | None = None) -> list[str]:
+def measure_missing(folder: Path, wanted: Wanted, store: Results, progress: Progress | None = None) -> list[str]:
     """Measure what a report wants and the store does not have.
 
     Returns:
@@ -153,7 +153,7 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, progress: Repo
         measure_variants(folder, text, protocol, whole, store, wanted.device, progress)
     common: dict[str, Any] = {"device": wanted.device, "store": store}
     if wanted.load is not None and not _benched(folder, wanted.load, store, wanted.adapter):
-        speed.bench(str(folder), wanted.bits, load=wanted.load, report=progress, adapter=wanted.adapter, **common)
+        speed.bench(str(folder), wanted.bits, load=wanted.load, progress=progress, adapter=wanted.adapter, **common)
     prompts = wanted.prompts or ((_beginning(folder, text, wanted.protocol),) if text else ())
     if prompts:
         if dense is not None:

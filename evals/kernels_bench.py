@@ -28,7 +28,7 @@ from compress.kernels.bitplane import tiled_weight
 from compress.kernels.layout import random_tiled
 from compress.kernels.timing import Timer, bandwidth, copies
 from compress.kernels.tune import packed_of
-from compress.passes import Report
+from compress.passes import Progress
 
 SHAPES = {
     "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096)],
@@ -90,7 +90,7 @@ def _dense_times(shape: tuple[int, int], plan: Plan, timer: Timer) -> dict[int, 
     return {count: timer([partial(nn.functional.linear, x, w) for w in weights]) for count, x in inputs.items()}
 
 
-def products(plan: Plan, timer: Timer, rate: float, progress: Report) -> list[dict[str, Any]]:
+def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[dict[str, Any]]:
     """Measure products: one entry per shape, number of bits and number of rows."""
     found: list[dict[str, Any]] = []
     for done, (rows, columns) in enumerate(plan.shapes):
@@ -146,7 +146,7 @@ def _decode_seconds(shape: Shape, bits: int | None, seed: int, exact: bool, devi
         return timer([partial(step, token, place)])
 
 
-def decode(plan: Plan, timer: Timer, progress: Report) -> list[dict[str, Any]]:
+def decode(plan: Plan, timer: Timer, progress: Progress) -> list[dict[str, Any]]:
     """Measure tokens per second of a whole decode step, in float16 and at every number of bits."""
     assert plan.decode is not None
     found: list[dict[str, Any]] = []
@@ -161,7 +161,7 @@ def decode(plan: Plan, timer: Timer, progress: Report) -> list[dict[str, Any]]:
     return [entry | {"speedup": entry["tokens_per_second"] / base} for entry in found]
 
 
-def run(plan: Plan, timer: Timer, progress: Report = lambda *_: None) -> dict[str, Any]:
+def run(plan: Plan, timer: Timer, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Measure all of a plan; the result is what ``--json`` writes.
 
     ``products`` has seconds of one call, the speed-up over cuBLAS, the share of the memory's speed, and the error against

@@ -9,14 +9,14 @@ from typing import Any
 import compress
 from compress.evals.evaluate import Protocol, evaluate_text
 from compress.inspect import inspect
-from compress.passes import Report
+from compress.passes import Progress
 from compress.source import model_folder
 
 Figures = dict[str, dict[str, Any]]
 """Number of bits, or ``dense`` -> metrics."""
 
 
-def make(recipe: Mapping[str, Any], folder: Path, work: Path, progress: Report | None = None) -> Path:
+def make(recipe: Mapping[str, Any], folder: Path, work: Path, progress: Progress | None = None) -> Path:
     """Run a recipe (plain data) unless its checkpoint is there, in a workspace shared with other recipes.
 
     Returns:
@@ -25,7 +25,7 @@ def make(recipe: Mapping[str, Any], folder: Path, work: Path, progress: Report |
     if not recipe["passes"]:
         return model_folder(recipe["model"])
     if not (folder / "config.json").exists():
-        compress.run(recipe, folder, workspace=work, report=progress)
+        compress.run(recipe, folder, workspace=work, progress=progress)
     return folder
 
 
@@ -36,7 +36,7 @@ def measure(
     bits: Sequence[int] | None = None,
     prompt: bool = False,
     device: str = "cpu",
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Figures:
     """Measure a checkpoint, or a dense model, on a text.
 

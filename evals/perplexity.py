@@ -132,7 +132,7 @@ def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, sco
 
 @torch.no_grad()
 def score(
-    model: PreTrainedModel, text: Text, batch_tokens: int = 8192, report: Callable[[int, int], None] | None = None
+    model: PreTrainedModel, text: Text, batch_tokens: int = 8192, progress: Callable[[int, int], None] | None = None
 ) -> Score:
     """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window.
 
@@ -147,8 +147,8 @@ def score(
         total += float(_losses(model, batch).sum(dtype=torch.float64))
         tokens += sum(window.scored for window in batch)
         done += len(batch)
-        if report is not None:
-            report(done, len(ordered))
+        if progress is not None:
+            progress(done, len(ordered))
     loss = total / tokens
     if math.isnan(loss):
         raise CompressError("the model's loss on this text is not a number; its weights or its arithmetic are damaged.")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import compress
 from compress.errors import CompressError, did_you_mean
-from compress.passes import Report
+from compress.passes import Progress
 from compress.source import model_folder
 
 
@@ -49,7 +49,7 @@ def write_llama(folder: Path, config: LlamaConfig) -> Path:
     return folder
 
 
-def write_packed_llama(folder: Path, size: str, progress: Report | None = None) -> Path:
+def write_packed_llama(folder: Path, size: str, progress: Progress | None = None) -> Path:
     """Write a random Llama and quantise it from 2 to 8 bits, head included.
 
     Args:
@@ -68,4 +68,4 @@ def write_packed_llama(folder: Path, size: str, progress: Report | None = None) 
     settings = {"objective": "weight", "sensitivity": "none", "seed_bits": 2, "include": ["lm_head"]}
     dense = write_llama(folder / "dense", SIZES[size])
     recipe = {"model": str(dense), "passes": [{"kind": "any_precision", **settings}]}
-    return compress.run(recipe, folder / "packed", report=progress)
+    return compress.run(recipe, folder / "packed", progress=progress)

@@ -10,7 +10,7 @@ from compress.evals.gather import Wanted, collect, measure_missing
 from compress.evals.page import html, markdown
 from compress.evals.sections import report_page
 from compress.evals.store import FOLDER, results_of
-from compress.passes import Report
+from compress.passes import Progress
 from compress.workspace import write_atomic
 
 
@@ -19,7 +19,7 @@ def report(
     wanted: Wanted | None,
     output: Path | None = None,
     results: Path | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Measure what is missing and write the report of a checkpoint.
 

@@ -95,8 +95,8 @@ def quality_table(facts: Facts, text: Mapping[str, Any]) -> Table:
         share = f"{size / facts.dense_bytes:.2f}" if size and facts.dense_bytes else "–"
         change = "–" if dense is None or kind == "dense" else f"{tables.above(metrics['loss'], dense['loss']):+.2f} %"
         figures = [tables.number(metrics["perplexity"]), tables.number(metrics["bits_per_byte"])]
-        beside = [tables.number(losses.get(bits)) if kind == "width" else "–" for losses in controls.values()]
-        table.add(kind, name, tables.megabytes(size), share, tables.number(metrics["loss"]), change, *figures, *beside)
+        sidecar = [tables.number(losses.get(bits)) if kind == "width" else "–" for losses in controls.values()]
+        table.add(kind, name, tables.megabytes(size), share, tables.number(metrics["loss"]), change, *figures, *sidecar)
 
     if dense is not None:
         add("dense", "dense", facts.dense_bytes, dense)

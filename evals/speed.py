@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 import compress
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
-from compress.evals.evaluate import load_widths
+from compress.evals.evaluate import load_bits
 from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.inspect import inspect
-from compress.passes import Report
+from compress.passes import Progress
 from compress.sidecars import Choice
 from compress.weights import Checkpoint
 
@@ -105,7 +105,7 @@ def bench(
     device: str = "cpu",
     exact: bool = True,
     store: Results | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
     adapter: Choice = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint at several numbers of bits, and the dense model it was made from.
@@ -120,7 +120,7 @@ def bench(
         device: where it runs.
         exact: as for :func:`compress.load`.
         store: the result is added to it.
-        report: called with (what, done, total).
+        progress: called with (what, done, total).
         adapter: as for :func:`compress.load`; the dense model has none.
 
     Returns:
@@ -133,8 +133,8 @@ def bench(
     Raises:
         CompressError: no such model, number of bits or device, or a prompt beyond the context.
     """
-    load, progress = load or Load(), report or (lambda what, done, total: None)
-    model, found = load_widths(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
+    load, progress = load or Load(), progress or (lambda what, done, total: None)
+    model, found = load_bits(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     all_bits = {label: value for label, value in found.items() if value is not None}
     for value in all_bits.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
@@ -197,7 +197,7 @@ class _Times:
 
 
 def _times(
-    models: Mapping[str, PreTrainedModel], all_bits: Mapping[str, Any], load: Load, device: str, progress: Report
+    models: Mapping[str, PreTrainedModel], all_bits: Mapping[str, Any], load: Load, device: str, progress: Progress
 ) -> _Times:
     """Time every candidate in every round."""
     names = list(models)
@@ -254,7 +254,7 @@ def _fresh_loads(
     loads: int,
     dtype: str,
     device: str,
-    progress: Report,
+    progress: Progress,
     adapter: Choice,
 ) -> dict[str, Times]:
     """Measure load seconds and resident bytes in new processes, candidates in turn."""

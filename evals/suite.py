@@ -12,7 +12,7 @@ from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluat
 from compress.evals.evaluate import OpenText, Protocol
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Rows, Tasks, evaluate_tasks
-from compress.passes import Report
+from compress.passes import Progress
 from compress.sidecars import Choice
 
 
@@ -51,7 +51,7 @@ def evaluate_all(
     bits: Sequence[int | float] | None = None,
     store: Results | Path | None = None,
     device: str = "cpu",
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], Rows]:
     """Measure everything that a suite names.
 

@@ -87,7 +87,7 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
             manifest={**kept, "baked": baked},
             probe_tokens=ids,
             device=torch.device("cpu"),
-            write_beside=write_sidecars,
+            write_sidecars=write_sidecars,
         )
     return added
 

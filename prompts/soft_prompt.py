@@ -32,7 +32,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
     def needs(self) -> Needs:
         """Ask for the whole model as it will be used, and for the dense one only to learn from it."""
-        return Needs(whole_model=True, teacher=bool(self.config.distill), beside=True, text=self.config.text)
+        return Needs(whole_model=True, teacher=bool(self.config.distill), sidecar=True, text=self.config.text)
 
     def check(self, context: Context) -> None:
         """Refuse a prompt that leaves no room for text.
@@ -73,11 +73,11 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
     def _bits(self, packed: Iterable[PackedShape]) -> tuple[list[int], list[int]]:
         """List the numbers of bits to train at, and all that the model has."""
-        there = sorted({bits for shape in packed for bits in shape.widths})
+        there = sorted({bits for shape in packed for bits in shape.all_bits})
         return [bits for bits in there if bits in (self.config.widths or there)], there
 
     def run_model(
-        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
+        self, unit: str, whole: Whole, context: Context, progress: Callable[[str, int, int], None]
     ) -> tuple[dict[str, Tensor], Record]:
         """Train one prompt.
 
@@ -98,7 +98,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         loss: Loss = next_token_loss
         if config.distill:
             file = whole.scratch / "teacher.safetensors"
-            tell = partial(report, "what the dense model says")
+            tell = partial(progress, "what the dense model says")
             with processes(model.device).main_process_first():
                 cache_teacher(lambda: whole.dense, samples, config.distill, file, tell)
             loss = distillation_loss(file)
@@ -112,7 +112,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             loss=loss,
             states=states,
             folder=whole.scratch,
-            report=lambda what, done, total: report(f"{unit}, {what}", done, total),
+            progress=lambda what, done, total: progress(f"{unit}, {what}", done, total),
         )
         for module, bits in found.items():
             module.bits = bits

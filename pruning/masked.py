@@ -120,15 +120,15 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             return Budget(sizes, config.sparsity, max(config.floor, low), min(config.cap, high))
         return budget
 
-    def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
+    def wants_statistics(self, context: Context, statistics: Sequence[Sequence[Record]]) -> bool:
         """Ask for one round where the allocation measures; for MRP for more, until its search has met the target."""
         if self.config.allocation in ("uniform", "random", "atp"):
             return False
-        if self.config.allocation != "mrp" or not surveys:
-            return not surveys
-        return not self.plan(context, surveys).finished
+        if self.config.allocation != "mrp" or not statistics:
+            return not statistics
+        return not self.plan(context, statistics).finished
 
-    def survey_block(self, block: Block, context: Context) -> Record:
+    def measure_block(self, block: Block, context: Context) -> Record:
         """Measure what the allocation must know of a block; in MRP's later rounds leave it as pruned so far."""
         names, config = self._names(block, context), self.config
         if not names:
@@ -146,8 +146,8 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         measured = self.scored(block, names)
         groups = dict.fromkeys(names, self._group)
         record = {"nor": curve(measured.scores, groups, self._points(), config.outlier, config.ratio)}
-        if block.surveys:
-            self.prune(block, self.plan(context, block.surveys).zeros, measured)
+        if block.statistics:
+            self.prune(block, self.plan(context, block.statistics).zeros, measured)
         return record
 
     def _points(self) -> list[float]:
@@ -160,7 +160,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         count = round(self.config.sparsity * flat.numel())
         return 0.5 * float(flat.sort()[0][:count].double().square().sum()) / flat.numel()
 
-    def plan(self, context: Context, surveys: Sequence[Sequence[Record]]) -> Plan:
+    def plan(self, context: Context, statistics: Sequence[Sequence[Record]]) -> Plan:
         """Divide the target over the linears, knowing the records of all blocks of every round."""
         config, units = self.config, self._units(context)
         if config.kept_of:
@@ -168,11 +168,11 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         size = {name: rows * columns for name, (rows, columns) in context.linears.items()}
         budget = self._budget([sum(size[name] for name in unit) for unit in units])
         if config.allocation == "mrp":
-            curves = [[record["nor"] for record in records if record] for records in surveys]
+            curves = [[record["nor"] for record in records if record] for records in statistics]
             refresh = 0 if self.score == "magnitude" else config.refresh
             found = search(budget, self._points(), curves, config.step, refresh)
         else:
-            records = [record for record in (surveys or [[]])[0] if record]
+            records = [record for record in (statistics or [[]])[0] if record]
             found = Search(self._allocated(context, budget, records), [], True)
         each = {n: sparsity for unit, sparsity in zip(units, found.sparsities, strict=True) for n in unit}
         sizes, target = [size[name] for name in each], config.sparsity
@@ -215,7 +215,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         names = self._names(block, context)
         if not names:
             return {"linears": {}}
-        config, plan = self.config, self.plan(context, block.surveys)
+        config, plan = self.config, self.plan(context, block.statistics)
         measured = self.scored(block, names)
         pruned = self.prune(block, plan.zeros, measured)
         masks = {name: part.mask for name, part in pruned.items()}

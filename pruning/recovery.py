@@ -29,7 +29,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
 
     def needs(self) -> Needs:
         """Ask for the whole model."""
-        return Needs(whole_model=True, beside=not self.config.merge, text=self.config.text)
+        return Needs(whole_model=True, sidecar=not self.config.merge, text=self.config.text)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """Name the one unit of work.
@@ -45,7 +45,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return [ADAPTER_FOLDER if not self.config.merge else "model"]
 
     def run_model(
-        self, unit: str, whole: Whole, context: Context, report: Callable[[str, int, int], None]
+        self, unit: str, whole: Whole, context: Context, progress: Callable[[str, int, int], None]
     ) -> tuple[dict[str, Tensor], Record]:
         """Train; return the changed weights, or the adapter's tensors."""
         config, model = self._resolved(len(whole.samples)), whole.model
@@ -57,7 +57,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
             for name, module in trained.named_modules():
                 module.train("lora_dropout" in name)  # the model's own dropout stays off
         samples, loss = self._samples(whole, context)
-        result = train(trained, samples, config, context.seed, loss=loss, folder=whole.scratch, report=report)
+        result = train(trained, samples, config, context.seed, loss=loss, folder=whole.scratch, progress=progress)
         if not config.merge:
             tensors, fields = adapter_state(trained)
             return tensors, {**result.record(), "adapter": fields}

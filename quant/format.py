@@ -61,7 +61,7 @@ def _fits_half(codebook: Tensor) -> bool:
 def split_planes(planes: Tensor, shape: PackedShape) -> dict[str, Tensor]:
     """Copy planes, one after another along the first dimension, into tensors by their stored names."""
     tensors = {"weight": planes[: shape.seed_bits].clone()}  # a view would keep the other planes' storage alive
-    return tensors | {f"plane_{bits}": planes[bits - 1].clone() for bits in shape.widths[1:]}
+    return tensors | {f"plane_{bits}": planes[bits - 1].clone() for bits in shape.all_bits[1:]}
 
 
 def join_planes(tensors: Mapping[str, Tensor], seed: int, bits: int) -> list[Tensor]:
@@ -83,7 +83,7 @@ def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, d
     stored = Codes(codes, codebooks).as_stored().codebooks
     shape = PackedShape(codes.shape[0], codes.shape[1], seed, parent, str(stored[seed].dtype).removeprefix("torch."))
     tensors = split_planes(pack_planes(codes, parent), shape)
-    return shape, tensors | {f"codebook_{bits}": stored[bits] for bits in shape.widths}
+    return shape, tensors | {f"codebook_{bits}": stored[bits] for bits in shape.all_bits}
 
 
 def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
@@ -117,7 +117,7 @@ def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[
 def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
     """Tell which parent codes mean 0.0 at every number of bits: bool [N, 2**parent]."""
     zero = torch.ones(shape.out_features, 2**shape.parent_bits, dtype=torch.bool)
-    for bits in shape.widths:
+    for bits in shape.all_bits:
         zero &= (tensors[f"codebook_{bits}"] == 0).repeat_interleave(2 ** (shape.parent_bits - bits), dim=1)
     return zero
 
@@ -148,7 +148,7 @@ def _sparse_form(
     unary = _unary(gaps, low)
     found = SparseShape(**vars(shape), survivors=kept.numel(), gap_bits=low, mask_bits=unary.numel())
     sparse = split_planes(_pack_row(kept, shape.parent_bits), shape)
-    for bits in shape.widths:
+    for bits in shape.all_bits:
         moved = torch.arange(2**bits) ^ (first >> (shape.parent_bits - bits)).long()[:, None]
         sparse[f"codebook_{bits}"] = tensors[f"codebook_{bits}"].gather(1, moved)
     sparse["mask"] = _pack_row(unary, 1).view(-1)
@@ -242,7 +242,7 @@ def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict
             "weights; the checkpoint is damaged: fetch or write it again."
         )
     planes = pack_planes(codes.view(shape.out_features, shape.in_features), shape.parent_bits)
-    return split_planes(planes, shape) | {f"codebook_{bits}": tensors[f"codebook_{bits}"] for bits in shape.widths}
+    return split_planes(planes, shape) | {f"codebook_{bits}": tensors[f"codebook_{bits}"] for bits in shape.all_bits}
 
 
 def _places(shape: SparseShape, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:

@@ -50,7 +50,7 @@ def _alike(members: Sequence[BitPlaneLinear]) -> bool:
     whole = all(member.out_features % ROWS == 0 for member in members[:-1])
     same = all(
         member.in_features == first.in_features
-        and member.shape.widths == first.shape.widths
+        and member.shape.all_bits == first.shape.all_bits
         and member.shape.codebook_dtype == first.shape.codebook_dtype
         and member.exact == first.exact
         and (member.bias is None) == (first.bias is None)

@@ -57,8 +57,8 @@ class _Packed(nn.Module):
 
     @bits.setter
     def bits(self, value: int) -> None:
-        if not isinstance(value, int) or value not in self.shape.widths:
-            held = self.shape.widths
+        if not isinstance(value, int) or value not in self.shape.all_bits:
+            held = self.shape.all_bits
             raise ValueError(f"{value} bits are not among the {held[0]} to {held[-1]} held in memory")
         self._bits = value
         self._forget()
@@ -96,8 +96,8 @@ class _Packed(nn.Module):
             shape.in_features,
             head_for(shape.seed_bits),
             named["tiled_codes"],
-            {bits: named[f"tiled_table_{bits}"] for bits in shape.widths},
-            {bits: named[registers + str(bits)] for bits in shape.widths if registers + str(bits) in named},
+            {bits: named[f"tiled_table_{bits}"] for bits in shape.all_bits},
+            {bits: named[registers + str(bits)] for bits in shape.all_bits if registers + str(bits) in named},
             named.get("tiled_rounded"),
         )
 
@@ -190,7 +190,7 @@ class BitPlaneLinear(_Packed):
         if not gpu.serves(self.get_buffer("weight").device):
             return
         shape, buffers = self.shape, dict(self.named_buffers())
-        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.widths}
+        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.all_bits}
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
         self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
 

@@ -28,7 +28,7 @@ class PackedShape:
     codebook_dtype: str = "float16"
 
     @property
-    def widths(self) -> range:
+    def all_bits(self) -> range:
         """Return every number of bits this matrix can be read at."""
         return range(self.seed_bits, self.parent_bits + 1)
 
@@ -50,7 +50,7 @@ class PackedShape:
             "weight": ((self.seed_bits, rows, span), "int32"),
             f"codebook_{self.seed_bits}": ((rows, 2**self.seed_bits), self.codebook_dtype),
         }
-        for bits in self.widths[1:]:
+        for bits in self.all_bits[1:]:
             tensors[f"plane_{bits}"] = ((rows, span), "int32")
             tensors[f"codebook_{bits}"] = ((rows, 2**bits), self.codebook_dtype)
         return tensors
@@ -111,7 +111,7 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     return (SparseShape if "survivors" in record else PackedShape)(**record)
 
 
-def width_of(tensor_name: str) -> int | None:
+def first_bits(tensor_name: str) -> int | None:
     """Return the fewest bits that need a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
     return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
@@ -120,10 +120,10 @@ def width_of(tensor_name: str) -> int | None:
 def packed_bytes(shape: PackedShape, bits: int) -> int:
     """Return the bytes of one packed matrix that loading at a number of bits reads."""
     held = shape.tensor_bytes().items()
-    return sum(size for tensor, size in held if (width_of(tensor) or 0) <= max(bits, shape.seed_bits))
+    return sum(size for tensor, size in held if (first_bits(tensor) or 0) <= max(bits, shape.seed_bits))
 
 
-def width_range(shapes: Iterable[PackedShape]) -> range:
+def bits_range(shapes: Iterable[PackedShape]) -> range:
     """Return all bits that modules can be read at together, from the least seed's to the largest parent's; none of none."""
     held = list(shapes)
     return range(min(s.seed_bits for s in held), max(s.parent_bits for s in held) + 1) if held else range(0)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
-from compress.passes import Context, Needs, Pass, Report, Whole
+from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.quant.settings import TuneTablesConfig
@@ -79,7 +79,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         Raises:
             CompressError: a number of bits that no matrix has.
         """
-        there = sorted({bits for shape in packed.values() for bits in shape.widths})
+        there = sorted({bits for shape in packed.values() for bits in shape.all_bits})
         for bits in self.config.widths:
             if bits not in there:
                 raise CompressError(
@@ -87,7 +87,9 @@ class TuneTables(Pass[TuneTablesConfig]):
                 )
         return [f"width-{bits}" for bits in there if bits in (self.config.widths or there)]
 
-    def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
+    def run_model(
+        self, unit: str, whole: Whole, context: Context, progress: Progress
+    ) -> tuple[dict[str, Tensor], Record]:
         """Train the codebooks of one number of bits."""
         bits = int(unit.removeprefix("width-"))
         packed = packed_modules(whole.model)
@@ -104,7 +106,7 @@ class TuneTables(Pass[TuneTablesConfig]):
             for step in self._train(
                 [module.offset for module in tuned.values()], whole, trained, context.generator(bits)
             ):
-                report(unit, step, self.config.steps)
+                progress(unit, step, self.config.steps)
             after = _held_out(whole, held)
         finally:
             for name, module in packed.items():

@@ -145,7 +145,7 @@ def refuse_unwritable(*targets: str | Path | None) -> None:
             raise CompressError(f"{target}: cannot be written, as there is no folder {Path(target).parent}.")
 
 
-def parse_widths(text: str | None) -> list[int | float] | None:
+def parse_bits(text: str | None) -> list[int | float] | None:
     """Read numbers of bits from ``3,4,8``; one with a point is a mean."""
     if text is None or text == "all":
         return None

@@ -39,8 +39,8 @@ def run(
     from compress.inspect import inspect as look
 
     quiet_transformers()
-    with progress_bar() as report:
-        target = pipeline.run(settings, output, workspace=workspace, report=report)
+    with progress_bar() as progress:
+        target = pipeline.run(settings, output, workspace=workspace, progress=progress)
     if not PartialState().is_main_process:
         return
     found = look(target)
@@ -230,6 +230,6 @@ def demo(
     from compress.demo.main import demonstrate
 
     quiet_transformers()
-    with progress_bar() as report:
-        result = demonstrate(output, controls, report)
+    with progress_bar() as progress:
+        result = demonstrate(output, controls, progress)
     out.print(result)

@@ -26,8 +26,8 @@ from compress.cli.common import (
     err,
     out,
     panel,
+    parse_bits,
     parse_names,
-    parse_widths,
     print_table,
     progress_bar,
     quiet_transformers,
@@ -83,7 +83,7 @@ def evaluate(
     chosen, front = Tasks(parse_names(tasks), include, text.limit, fewshot), prompt_from or prompt
     suite = Suite(text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch, adapter)
     with progress_bar() as progress:
-        result, rows = evaluate_all(folder, suite, parse_widths(bits), kept, device, progress)
+        result, rows = evaluate_all(folder, suite, parse_bits(bits), kept, device, progress)
     if table is not None:
         write_table(tidy(rows), table)
     if output is not None:
@@ -156,8 +156,8 @@ def bench(
     load, kind = Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
     with progress_bar() as progress, TemporaryDirectory() as scratch:
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
-        store, widths = results_of(place, kept), parse_widths(bits)
-        found = measure(place, widths, reference, load, kind, device, exact, store, progress, adapter)
+        store, chosen = results_of(place, kept), parse_bits(bits)
+        found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter)
     if write_json(found, target):
         return
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
@@ -174,7 +174,7 @@ _Samples = Annotated[
 
 @app.command()
 @with_text_options
-def report(
+def progress(
     folder: Folder,
     text: TextOptions,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; DIR/report if absent.")] = None,
@@ -194,7 +194,7 @@ def report(
     Measures what is missing and keeps it in DIR/report/results.jsonl; stopped, the same command continues.
     """
     from compress.evals.gather import Wanted
-    from compress.evals.report import report as write
+    from compress.evals.progress import progress as write
     from compress.evals.speed import Load
     from compress.evals.tasks import Tasks
 
@@ -202,7 +202,7 @@ def report(
     chosen = Tasks(parse_names(tasks), include, text.limit) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
     prompts = tuple(samples or ())
-    wanted = Wanted(text.text, text.protocol(), chosen, parse_widths(bits), controls, load, prompts, device, adapter)
+    wanted = Wanted(text.text, text.protocol(), chosen, parse_bits(bits), controls, load, prompts, device, adapter)
     with progress_bar() as progress:
         written, notes = write(folder, wanted if run else None, output, kept, progress)
     for path in written:

@@ -15,7 +15,7 @@ from compress.cli.common import (
     PromptFrom,
     app,
     out,
-    parse_widths,
+    parse_bits,
     quiet_transformers,
 )
 from compress.errors import CompressError
@@ -39,7 +39,7 @@ def generate(
     adapter: AdapterFlag = None,
 ) -> None:
     """Continue a text at a width."""
-    chosen: list[Any] = parse_widths(bits) or [None]
+    chosen: list[Any] = parse_bits(bits) or [None]
     if len(chosen) > 1:
         raise CompressError(f"--bits {bits!r}: give one number of bits to generate at.")
     import torch
@@ -57,8 +57,8 @@ def generate(
         raise CompressError("the text has no tokens; give some words.")
     room, given = text_length(model), inputs["input_ids"].shape[1]
     if room is not None and given >= room:
-        beside = " beside the soft prompt" if virtual_tokens(model) else ""
-        raise CompressError(f"the text has {given} tokens, but the context has room for {room}{beside}.")
+        sidecar = " beside the soft prompt" if virtual_tokens(model) else ""
+        raise CompressError(f"the text has {given} tokens, but the context has room for {room}{sidecar}.")
     max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room - given)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

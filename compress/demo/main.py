@@ -24,13 +24,13 @@ MARK = "made-by-compress-demo"
 PROMPT = "def __init__(self"
 
 
-def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], None]) -> RenderableType:
+def demonstrate(output: Path, controls: bool, progress: Callable[[str, int, int], None]) -> RenderableType:
     """Run the demo, and return what to print.
 
     Args:
         output: folder for checkpoints and ``quality.json``; one made by an earlier demo is replaced.
         controls: whether the weight objective, and k-means and round-to-nearest at 3 and 4 bits, are measured too.
-        report: called with (what, done, total), to tell of progress.
+        progress: called with (what, done, total), to tell of progress.
     """
     mark = output / MARK
     if output.exists():
@@ -39,8 +39,8 @@ def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], 
         shutil.rmtree(output)
     output.mkdir(parents=True)
     mark.touch()
-    rows = measure_all(output, controls, report)
-    report("loading in a fresh process", 0, 1)
+    rows = measure_all(output, controls, progress)
+    progress("loading in a fresh process", 0, 1)
     checkpoint = output / CHECKPOINT
     checks = verify(checkpoint)
     (output / "quality.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -50,7 +50,7 @@ def demonstrate(output: Path, controls: bool, report: Callable[[str, int, int], 
     return Group(table_of(rows), *(Text(line) for line in [*lines, next_step]))
 
 
-def measure_all(output: Path, controls: bool, report: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
+def measure_all(output: Path, controls: bool, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
     """Make every checkpoint and measure it; return ``method, bits, disk_bytes`` and the metrics of the text, line by line."""
     from compress.evals.measure import make, measure  # the core does without evals
 
@@ -62,8 +62,8 @@ def measure_all(output: Path, controls: bool, report: Callable[[str, int, int], 
     rows = []
     for (method, folder), passes in recipes.items():
         recipe = {"model": "builtin", "calibration": {"builtin": "stdlib", "samples": 64}, "passes": passes}
-        made = make(recipe, output / folder, output / "work", report)
-        for bits, metrics in measure(made, "builtin", progress=report).items():
+        made = make(recipe, output / folder, output / "work", progress)
+        for bits, metrics in measure(made, "builtin", progress=progress).items():
             rows.append({"method": method, "bits": bits, **metrics})
     return rows
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.evals.bench.common import JsonOption, show, write
-from compress.evals.evaluate import Protocol, documents_of, widths_to_measure
+from compress.evals.evaluate import Protocol, bits_to_measure, documents_of
 from compress.evals.perplexity import context_length, prepare, score
 from compress.hf import packed_modules
 from compress.kernels.cpu import FUSED_ROWS, Prepared
@@ -48,7 +48,7 @@ def main(
     scored = prepare(documents, load_tokenizer(folder), min(length, context_length(model)), truncate=True)
     layers = [layer for layer in packed_modules(model).values() if isinstance(layer, BitPlaneLinear)]
     losses: dict[str, dict[str, float]] = {}
-    for bits in widths_to_measure(model, None):
+    for bits in bits_to_measure(model, None):
         assert bits is not None
         compress.set_bits(model, int(bits))
         losses[str(bits)] = {}

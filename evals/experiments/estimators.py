@@ -37,7 +37,7 @@ PARTS = 2
 
 
 def dense_blocks(
-    source: Source, context: Context, samples: Sequence[Tensor], findings: Mapping[str, Tensor]
+    source: Source, context: Context, samples: Sequence[Tensor], model_statistics: Mapping[str, Tensor]
 ) -> Iterator[Block]:
     """Yield the blocks of the dense model in order, each with its inputs."""
     streamed = StreamedModel(source.state, context.device)
@@ -48,19 +48,21 @@ def dense_blocks(
         calls = [call[index] for _, call in captured]
         runs = [partial(streamed.run, hidden=h, call=call) for h, call in zip(hidden, calls, strict=True)]
         name, shape = block_prefix(context.structure, index), config_shape(context.config)
-        yield Block(index, name, module, linears_of(module, name), samples=runs, findings=findings, shape=shape)
+        yield Block(
+            index, name, module, linears_of(module, name), samples=runs, model_statistics=model_statistics, shape=shape
+        )
         hidden = [run(module) for run in runs]
 
 
 @torch.no_grad()
 def channel_scores(config: MiniLlmConfig, source: Source, context: Context, samples: Sequence[Tensor]) -> list[Tensor]:
     """Return the scores of the channels of every MLP of the dense model, one vector per block."""
-    parts, findings, scores = Removals(config.sizes, context).parts, dict[str, Tensor](), []
+    parts, model_statistics, scores = Removals(config.sizes, context).parts, dict[str, Tensor](), []
     if config.score in WHOLE_MODEL:
         with torch.enable_grad():
             model = StreamedModel(source.state, context.device).whole()
-            findings = whole_model_scores(config.gradients, model, samples, context, parts, [], lambda *_: None)
-    for block in dense_blocks(source, context, samples, findings):
+            model_statistics = whole_model_scores(config.gradients, model, samples, context, parts, [], lambda *_: None)
+    for block in dense_blocks(source, context, samples, model_statistics):
         part, found = parts[block.index]["mlp"], BlockScores(config.scores, block, context)
         if config.score != "output":
             scores.append(found.scores(part))

@@ -38,7 +38,7 @@ from compress.evals.evaluate import BUILTIN, Protocol, documents_of
 from compress.evals.grids.figures import facts_of, held_out_loss
 from compress.evals.measure import Figures, make, measure
 from compress.evals.store import Key, Results, identity
-from compress.passes import Report
+from compress.passes import Progress
 from compress.recipe import explain, load_recipe, override
 from compress.settings import Calibration
 from compress.source import model_folder
@@ -241,7 +241,7 @@ class GridRun:
         CompressError: the folder has results of another model, text, calibration or protocol.
     """
 
-    def __init__(self, grid: Grid, out: Path, keep: bool = False, progress: Report | None = None) -> None:
+    def __init__(self, grid: Grid, out: Path, keep: bool = False, progress: Progress | None = None) -> None:
         self.grid, self.out, self.keep, self.progress = grid, out, keep, progress
         self.protocol, self.store = Protocol(**grid.protocol), Results(out / "results.jsonl")
         text = grid.text if grid.text == HELD_OUT else documents_of(grid.text, self.protocol)[1]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 from compress.errors import CompressError
-from compress.passes import Report
+from compress.passes import Progress
 
 
 def run(main: Callable[..., None]) -> None:
@@ -23,7 +23,7 @@ def run(main: Callable[..., None]) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
-def progress() -> Report:
+def progress() -> Progress:
     """Return a progress function that prints a line on standard error every ten seconds."""
     last = 0.0
 

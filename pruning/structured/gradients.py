@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
-from compress.passes import Context, Report
+from compress.passes import Context, Progress
 from compress.pruning.settings import GradientSettings
 from compress.pruning.structured.groups import Kind, Part
 from compress.pruning.structured.scores import element_scores, group_scores, lowest
@@ -25,9 +25,9 @@ from compress.pruning.structured.sizes import Counts
 from compress.statistics import Moments, watch
 from compress.structure import Linear, block_prefix
 
-SURVEY_TOKENS = 4096
+STATISTICS_TOKENS = 4096
 """Tokens that are run through the whole model at once."""
-Progress = Callable[[int, int], None]
+Steps = Callable[[int, int], None]
 Parts = Mapping[str, tuple[str, Part]]
 """``<block>.<part>`` -> the block's name and the part."""
 Gated = Mapping[str, tuple[Linear, Tensor]]
@@ -41,7 +41,7 @@ def whole_model_scores(
     context: Context,
     blocks: Sequence[Mapping[Kind, Part]],
     counts: Sequence[Counts],
-    progress: Report,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Score every group of every part; with several rounds, again each time an equal share of them is gated off.
 
@@ -101,7 +101,7 @@ def _scores(
     context: Context,
     parts: Parts,
     gated: Gated,
-    progress: Progress,
+    progress: Steps,
 ) -> dict[str, Tensor]:
     """Score every group once."""
     seed = int(torch.randint(1 << 40, (), generator=context.generator(7)))
@@ -170,7 +170,7 @@ def batches(samples: Sequence[Tensor], device: torch.device) -> Iterator[tuple[T
     """Yield (tokens [B, T], which of ``tokens[:, 1:]`` count [B, T - 1]), samples of like length together."""
     ordered = sorted(samples, key=len, reverse=True)
     while ordered:
-        count = max(1, SURVEY_TOKENS // len(ordered[0]))
+        count = max(1, STATISTICS_TOKENS // len(ordered[0]))
         chosen, ordered = ordered[:count], ordered[count:]
         scored = pad_sequence([torch.ones(len(sample) - 1, dtype=torch.bool) for sample in chosen], batch_first=True)
         yield pad_sequence(list(chosen), batch_first=True).to(device), scored.to(device)
@@ -213,7 +213,7 @@ def spsa(
     draws: int,
     size: float,
     seed: int,
-    progress: Progress,
+    progress: Steps,
 ) -> list[tuple[int, float]]:
     """Estimate slopes by two-sided simultaneous perturbation of all weights, both sides on the same text (MeZO, arXiv 2305.17333).
 
@@ -243,7 +243,7 @@ def spsa_gradient(draws: Sequence[tuple[int, float]], place: int, shape: torch.S
 
 
 def weight_gradients(
-    model: PreTrainedModel, linears: Mapping[str, Linear], samples: Sequence[Tensor], progress: Progress
+    model: PreTrainedModel, linears: Mapping[str, Linear], samples: Sequence[Tensor], progress: Steps
 ) -> dict[str, Tensor]:
     """Compute the true gradient of the mean loss by every matrix, [N, K] each, by backpropagation."""
     weights = {name: linear.module.get_parameter("weight") for name, linear in linears.items()}
@@ -283,7 +283,7 @@ def _gate(x: Tensor, values: Tensor) -> Tensor:
 
 
 def gates_backprop(
-    model: PreTrainedModel, gated: Gated, samples: Sequence[Tensor], progress: Progress
+    model: PreTrainedModel, gated: Gated, samples: Sequence[Tensor], progress: Steps
 ) -> dict[str, Tensor]:
     """Compute the gate Fisher, [G] each: the mean over samples of the squared derivative of a sample's loss by a gate."""
     found = _zeros(model, gated)
@@ -306,7 +306,7 @@ def gates_spsa(
     draws: int,
     size: float,
     seed: int,
-    progress: Progress,
+    progress: Steps,
 ) -> dict[str, Tensor]:
     """Estimate the gate Fisher from antithetic pairs of forward passes: one part's gates at a time, signs drawn per sample.
 
@@ -332,7 +332,7 @@ def gates_spsa(
 
 
 def gates_residual(
-    model: PreTrainedModel, last_block: nn.Module, gated: Gated, samples: Sequence[Tensor], progress: Progress
+    model: PreTrainedModel, last_block: nn.Module, gated: Gated, samples: Sequence[Tensor], progress: Steps
 ) -> dict[str, Tensor]:
     """Estimate the gate Fisher from two forward passes, taking the residual stream for the only way to the loss.
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.config import BlockShape
-from compress.passes import Block, Context, Needs, Pass, Report, Sizes
+from compress.passes import Block, Context, Needs, Pass, Progress, Sizes
 from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
-from compress.pruning.structured.gradients import SURVEY_TOKENS, whole_model_scores
+from compress.pruning.structured.gradients import STATISTICS_TOKENS, whole_model_scores
 from compress.pruning.structured.groups import Part, cut, last_linear, remaining
 from compress.pruning.structured.scores import BlockScores, compensated, lowest, output_error, removal_order
 from compress.pruning.structured.sizes import Removals
@@ -31,7 +31,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
         inside = config.compensate or config.score in ("output", "no_gradient", "noise")
         return Needs(
             inputs="updated" if inside or config.remove == "blocks" else None,
-            model_survey=config.score in WHOLE_MODEL,
+            model_statistics=config.score in WHOLE_MODEL,
             changes_shapes=True,
         )
 
@@ -40,7 +40,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
         config, total = self.config, 0
         if config.score in WHOLE_MODEL and config.gradients.estimator == "backprop":
             values = sum(rows + columns for rows, columns in context.linears.values())
-            total += sizes.model + 4 * values * min(SURVEY_TOKENS, sizes.samples * sizes.length)
+            total += sizes.model + 4 * values * min(STATISTICS_TOKENS, sizes.samples * sizes.length)
         if config.compensate or config.score == "output":  # a Hessian, its inverse and factor
             total += sizes.block + 6 * hessian_bytes(context.structure, context.linears)
         return total
@@ -66,19 +66,19 @@ class MiniLlm(Pass[MiniLlmConfig]):
             after[name] = shape
         return after
 
-    def survey_model(
-        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, report: Report
+    def measure_model(
+        self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, progress: Progress
     ) -> dict[str, Tensor]:
         """Compute the scores that need the whole model, ``<block>.<part>`` -> [G]."""
         removals = self._removals(context)
         counts = removals.counts() if self.config.rounds > 1 else []
-        return whole_model_scores(self.config.gradients, model, samples, context, removals.parts, counts, report)
+        return whole_model_scores(self.config.gradients, model, samples, context, removals.parts, counts, progress)
 
-    def wants_survey(self, context: Context, surveys: Sequence[Sequence[Record]]) -> bool:
+    def wants_statistics(self, context: Context, statistics: Sequence[Sequence[Record]]) -> bool:
         """Ask for a look at all blocks where they are to be compared."""
-        return not surveys and (self.config.mode == "global" or self.config.remove == "blocks")
+        return not statistics and (self.config.mode == "global" or self.config.remove == "blocks")
 
-    def survey_block(self, block: Block, context: Context) -> Record:
+    def measure_block(self, block: Block, context: Context) -> Record:
         """Price the groups in the order in which they would go, or the whole block."""
         parts, scores = self._removals(context).parts[block.index], BlockScores(self.config.scores, block, context)
         if self.config.remove == "blocks":
@@ -87,13 +87,13 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     def run_block(self, block: Block, context: Context) -> Record:
         """Cut the block, attention first."""
-        removals, survey = self._removals(context), block.surveys[0] if block.surveys else None
+        removals, measured = self._removals(context), block.statistics[0] if block.statistics else None
         if self.config.remove == "blocks":
-            assert survey is not None
-            found = [record["price"] for record in survey]
+            assert measured is not None
+            found = [record["price"] for record in measured]
             block.removed = block.index in removals.cheapest_blocks(found)
             return {"price": found[block.index], "removed": block.removed}
-        counts = removals.counts(None if survey is None else [record["prices"] for record in survey])[block.index]
+        counts = removals.counts(None if measured is None else [record["prices"] for record in measured])[block.index]
         before = sum(parameter.numel() for parameter in block.module.parameters())
         removed, errors = {}, {}
         for kind, part in removals.parts[block.index].items():

@@ -91,7 +91,7 @@ class BlockScores:
         if settings.score == "random":
             return torch.rand(part.count, generator=generator)
         if settings.score in WHOLE_MODEL:
-            return block.findings[f"{block.index}.{part.kind}"]
+            return block.model_statistics[f"{block.index}.{part.kind}"]
         members = {name: Linear(name, block.module.get_submodule(name)).weight for name in part.members}
         if settings.score == "magnitude":
             elements = {name: weight.square() for name, weight in members.items()}

@@ -26,7 +26,7 @@ def test_a_finished_unit_is_not_done_again(recipe, tmp_path):
     compress.run(recipe, tmp_path / "one", workspace=work)
     recipe["passes"] = [{"kind": "kmeans", "bits": 4}]
     seen = []
-    compress.run(recipe, tmp_path / "two", workspace=work, report=lambda what, *_: seen.append(what))
+    compress.run(recipe, tmp_path / "two", workspace=work, progress=lambda what, *_: seen.append(what))
     assert "kmeans: block 0" in seen
     assert not any("forward" in what or "backward" in what for what in seen)
 

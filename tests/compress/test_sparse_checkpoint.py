@@ -323,7 +323,7 @@ def test_a_killed_run_ends_with_the_same_sparse_files(pruned, sparse, tmp_path):
     settings = {"ignore": ["model.layers.0.self_attn.v_proj"]}
     recipe = {"model": str(pruned), "passes": [{**PASS, **settings}]}
     with pytest.raises(KeyboardInterrupt):
-        compress.run(recipe, tmp_path / "model", report=lambda what, done, total: stop(done))
+        compress.run(recipe, tmp_path / "model", progress=lambda what, done, total: stop(done))
     again = compress.run(recipe, tmp_path / "model")
     for file in sparse.glob("*.safetensors"):
         assert (again / file.name).read_bytes() == file.read_bytes()

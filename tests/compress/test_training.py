@@ -114,7 +114,7 @@ def test_a_killed_training_ends_with_the_same_bits(model, samples, tmp_path, cal
     model.get_parameter(TRAINED).data.copy_(start)
     seen = []
     resumed = train(
-        model, samples, config, 3, states=states, folder=tmp_path, report=lambda _what, done, _all: seen.append(done)
+        model, samples, config, 3, states=states, folder=tmp_path, progress=lambda _what, done, _all: seen.append(done)
     )
     assert seen[0] == {1: 0, 9: 2, 14: 4}[calls]
     assert resumed == whole
@@ -126,7 +126,7 @@ def test_other_settings_do_not_continue_a_checkpoint(model, samples, tmp_path):
     train(model, samples, settings(), 0, folder=tmp_path)
     model.get_parameter(TRAINED).data.copy_(start)
     seen = []
-    train(model, samples, settings(), 1, folder=tmp_path, report=lambda _what, done, _all: seen.append(done))
+    train(model, samples, settings(), 1, folder=tmp_path, progress=lambda _what, done, _all: seen.append(done))
     assert seen[0] == 0
 
 

@@ -193,7 +193,7 @@ def test_a_model_that_knows_nothing_needs_ln_v_nats_per_token(model):
 
 def test_progress_is_reported_up_to_the_last_window(model):
     seen = []
-    score(model, Text(WINDOWS, bytes=30), 12, report=lambda done, total: seen.append((done, total)))
+    score(model, Text(WINDOWS, bytes=30), 12, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (len(WINDOWS), len(WINDOWS))
 

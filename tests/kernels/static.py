@@ -42,7 +42,7 @@ _ALIGNED = ("x", "codes", "tables", "bias", "y", "out", "plane_stride", "table_s
 
 
 @dataclass(frozen=True)
-class Report:
+class Progress:
     """What the machine code of one kernel shows.
 
     Attributes:
@@ -93,7 +93,7 @@ def compiled(variant: Variant, config: Config, target: str) -> Any:
     return triton.compile(source, target=place, options=options)
 
 
-def report(kernel: Any, variant: Variant, config: Config) -> Report:
+def progress(kernel: Any, variant: Variant, config: Config) -> Progress:
     """Read the machine code of a kernel that was compiled for an NVIDIA GPU."""
     import triton
 
@@ -112,7 +112,7 @@ def report(kernel: Any, variant: Variant, config: Config) -> Report:
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in loop)
     integer = sum(count for name, count in names.items() if name in INTEGER)
     matrix = sum(count for name, count in names.items() if name in ("HMMA", "HGMMA", "UTCHMMA"))
-    return Report(
+    return Progress(
         found["REG"],
         found["STACK"] + found["LOCAL"],
         kernel.metadata.shared,
@@ -258,7 +258,7 @@ def judge(case: Case) -> dict[str, Any]:
         return found
     if not case.target.startswith("sm_"):
         return found
-    seen = report(kernel, variant, config)
+    seen = progress(kernel, variant, config)
     found |= {**asdict(seen), "budget": case.budget}
     if seen.spilled > _TWO_ADDRESSES and case.variant.assembly:
         found["faults"].append(f"{seen.spilled} bytes are spilled")

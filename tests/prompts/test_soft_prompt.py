@@ -231,9 +231,9 @@ def test_an_interrupted_training_ends_with_the_same_bytes(prompt_recipe, tmp_pat
             raise Stopped
 
     with pytest.raises(Stopped):
-        compress.run(prompt_recipe, tmp_path / "stopped", report=stop)
+        compress.run(prompt_recipe, tmp_path / "stopped", progress=stop)
     seen.clear()
-    compress.run(prompt_recipe, tmp_path / "stopped", report=lambda what, done, total: seen.append((what[:31], done)))
+    compress.run(prompt_recipe, tmp_path / "stopped", progress=lambda what, done, total: seen.append((what[:31], done)))
     assert ("soft_prompt: 3bit, held-out los", 2) in seen
     assert ("soft_prompt: 3bit, held-out los", 1) not in seen
     assert not any("dense model says" in what for what, _ in seen)

@@ -128,8 +128,8 @@ def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, 
     assert "loaded with its adapter/; adapter=False (--no-adapter) leaves it off" in caplog.text
     rows = results_of(beside).rows("text")
     assert [row["prompt"] for row in rows] == [None, "without adapter"]
-    report = command("report", beside, "--no-run", "-o", tmp_path / "page")
-    assert report[0] == 0
+    progress = command("report", beside, "--no-run", "-o", tmp_path / "page")
+    assert progress[0] == 0
     assert "3 bits, without adapter" in (tmp_path / "page" / "report.md").read_text()
     assert command("generate", beside, "the quick", "--no-adapter", "--max-new-tokens", "2")[0] == 0
     assert "adapter of rank 8, " in command("inspect", beside)[1]
@@ -194,7 +194,7 @@ def test_a_stopped_training_continues_to_the_same_bytes(longer, tmp_path, monkey
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress.run(longer, tmp_path / "again", report=stop)
+        compress.run(longer, tmp_path / "again", progress=stop)
     again = compress.run(longer, tmp_path / "again")
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 

@@ -10,7 +10,7 @@ from compress.kernels import cpu
 from compress.kernels.packing import unpack_planes
 from compress.quant.format import pack
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
-from compress.quant.records import PackedShape, width_of
+from compress.quant.records import PackedShape, first_bits
 
 ROWS, COLUMNS, SEED, PARENT = 6, 45, 3, 6
 
@@ -108,7 +108,7 @@ def test_a_row_of_subnormal_entries_makes_all_tables_float32():
     ],
 )
 def test_width_of_a_tensor_is_in_its_name(name, width):
-    assert width_of(name) == width
+    assert first_bits(name) == width
 
 
 @pytest.mark.parametrize("kind", [BitPlaneLinear, BitPlaneEmbedding])
@@ -298,7 +298,7 @@ def test_the_forward_pass_compiles_to_one_graph(keep_dense):
     module.keep_dense = keep_dense
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     x = inputs(4)
-    for bits in module.shape.widths:
+    for bits in module.shape.all_bits:
         module.bits = bits
         torch.testing.assert_close(compiled(x), module(x))
 

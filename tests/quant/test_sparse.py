@@ -42,7 +42,7 @@ def weight_at(shape, tensors, bits):
 
 def always_zero(shape, tensors):
     """[N, K]: 0.0 at every width. That is every pruned weight, and survivors too small for the widest table."""
-    return torch.stack([weight_at(shape, tensors, bits) == 0 for bits in shape.widths]).all(0)
+    return torch.stack([weight_at(shape, tensors, bits) == 0 for bits in shape.all_bits]).all(0)
 
 
 def read_at(shape, tensors, bits):
@@ -62,7 +62,7 @@ def assert_rebuilt(weight, seed=3, parent=6):
     assert {
         name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in stored.items()
     } == shape.specification()
-    for bits in dense.widths:
+    for bits in dense.all_bits:
         narrow, read = read_at(shape, stored, bits)
         rebuilt = expand("it", narrow, read)
         assert narrow.dense == replace(dense, parent_bits=bits)
@@ -124,7 +124,7 @@ def test_the_chosen_form_is_never_larger_and_never_another_matrix(rows, columns,
         stored = expand("it", shape, stored)
     else:
         assert shape == dense
-    for bits in dense.widths:
+    for bits in dense.all_bits:
         assert torch.equal(weight_at(dense, stored, bits), weight_at(dense, tensors, bits))
 
 
@@ -139,9 +139,9 @@ def test_planes_hold_the_survivors_alone_row_after_row():
 
 def test_code_0_is_zero_at_every_width_in_rows_with_pruned_weights():
     dense, tensors = packed(pruned(20, 100, 0.7))
-    assert any(tensors[f"codebook_{bits}"][:, 0].any() for bits in dense.widths)  # not so before
+    assert any(tensors[f"codebook_{bits}"][:, 0].any() for bits in dense.all_bits)  # not so before
     _, stored, _ = pack_smaller(coded(pruned(20, 100, 0.7)))
-    for bits in dense.widths:
+    for bits in dense.all_bits:
         table = stored[f"codebook_{bits}"]
         assert not table[:, 0].any()
         assert torch.equal(table.sort().values, tensors[f"codebook_{bits}"].sort().values)

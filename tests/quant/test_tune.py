@@ -71,9 +71,9 @@ def test_killed_between_widths_it_goes_on_with_the_same_bytes(tuned_recipe, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress.run(tuned_recipe, tmp_path / "again", report=stop)
+        compress.run(tuned_recipe, tmp_path / "again", progress=stop)
     seen = []
-    again = compress.run(tuned_recipe, tmp_path / "again", report=lambda what, done, total: seen.append(what))
+    again = compress.run(tuned_recipe, tmp_path / "again", progress=lambda what, done, total: seen.append(what))
     assert not any("width-3" in what or "block" in what for what in seen)
     names = [path.name for path in whole.iterdir()]
     assert filecmp.cmpfiles(whole, again, names, shallow=False)[0] == names

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from compress.passes import Context, Needs, Pass, Report, Whole
+from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.training import Batch, TrainingConfig, predictions, train
 from compress.workspace import Record
 
@@ -27,7 +27,9 @@ class TuneNorms(Pass[TuneNormsConfig]):
         """Ask for the whole model as it is by now, and for the dense one it came from."""
         return Needs(whole_model=True, teacher=True, text=self.config.text)
 
-    def run_model(self, unit: str, whole: Whole, context: Context, report: Report) -> tuple[dict[str, Tensor], Record]:
+    def run_model(
+        self, unit: str, whole: Whole, context: Context, progress: Progress
+    ) -> tuple[dict[str, Tensor], Record]:
         """Train; return the changed tensors by name."""
         for parameter in whole.model.parameters():
             parameter.requires_grad_(parameter.ndim == 1)
@@ -39,7 +41,7 @@ class TuneNorms(Pass[TuneNormsConfig]):
             return kl_div(found, wanted, reduction="none", log_target=True).sum(-1)[batch.scored].sum()
 
         trained = train(
-            whole.model, whole.samples, self.config, context.seed, loss=loss, folder=whole.scratch, report=report
+            whole.model, whole.samples, self.config, context.seed, loss=loss, folder=whole.scratch, progress=progress
         )
         changed = {name: p.detach().cpu() for name, p in whole.model.named_parameters() if p.requires_grad}
         return changed, trained.record()
