@@ -112,9 +112,7 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
     result = {}
     for (name, linear), total in zip(linears.items(), fisher, strict=True):
         if not torch.isfinite(total).all():
-            raise CompressError(
-                f"{name}: its gradient on the calibration text is not finite; check the model's weights."
-            )
+            raise CompressError(f"{name}: its gradient on calibration text is not finite; check the model's weights.")
         result[name] = (total.t() if linear.transposed else total).cpu()
     stage.save(f"gradient-{index}", gradients)
     stage.save(unit_of(index), result)

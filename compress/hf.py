@@ -173,9 +173,7 @@ class CompressQuantizer(HfQuantizer):
         }
         if not all(buffers.values()):
             absent = next(name for name, read in buffers.items() if not read)
-            raise CompressError(
-                f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."
-            )
+            raise CompressError(f"{model.name_or_path}: tensor {absent} is missing; fetch or write it again.")
         rebuild(model)
         for module in packed_modules(model).values():
             if isinstance(module, BitPlaneLinear):

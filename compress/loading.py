@@ -116,9 +116,7 @@ def read_config(name: str | Path, revision: str | None = None) -> PretrainedConf
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
-        raise CompressError(
-            f"{name}: is not a model folder or hub id that can be read ({first_line(error)})."
-        ) from error
+        raise CompressError(f"{name}: is no model folder or hub id that can be read ({first_line(error)}).") from error
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -196,10 +194,6 @@ def _packed_within(model: nn.Module) -> dict[str, Any]:
 
 
 def get_bits(model: nn.Module) -> int | dict[str, int]:
-    """Return the bits in use: a number if all packed modules share it, else one per module.
-
-    Raises:
-        CompressError: the model has no packed modules.
-    """
+    """Return the bits in use: one number if all packed modules share it, else one each; refuse a model without any."""
     bits = {name: module.bits for name, module in _packed_within(model).items()}
     return next(iter(bits.values())) if len(set(bits.values())) == 1 else bits

@@ -22,11 +22,7 @@ _TOLERANCE = 1e-3  # of the largest logit: another machine or transformers relea
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest; return None where a folder has none (a dense model, or one saved by ``save_pretrained``).
-
-    Raises:
-        CompressError: it is not JSON, lacks what every manifest has, or names files elsewhere.
-    """
+    """Read the manifest, and refuse a damaged one; return None where there is none (as after ``save_pretrained``)."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -51,8 +47,7 @@ def noted(manifest: Mapping[str, Any], field: str) -> Iterator[tuple[str, Any]]:
 def verify(folder: Path) -> list[str]:
     """Check a checkpoint: digests, tensors, and what a fresh process makes of it; return a line per check passed.
 
-    Raises:
-        CompressError: the first thing that is wrong, by file and tensor.
+    The first thing that is wrong is refused, by file and tensor.
     """
     manifest = read_manifest(folder)
     if manifest is None:

@@ -117,11 +117,9 @@ class Block:
     def for_each_input(
         self, visit: Callable[[str, Tensor], None], modules: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears.
+        """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears, in order.
 
-        Args:
-            visit: called in the order in which the block calls its linears.
-            modules: name -> module to look at; every linear by its full name if None.
+        ``modules`` are those to look at, by name; every linear by its full name if None.
         """
         watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
         with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
@@ -230,11 +228,7 @@ class Pass(Generic[ConfigT]):
         return Needs()
 
     def check(self, context: Context) -> None:
-        """Refuse, before any work, settings that do not fit the model.
-
-        Raises:
-            CompressError: with the reason.
-        """
+        """Refuse, before any work and with a :class:`CompressError`, settings that do not fit the model."""
         return
 
     def outside(self, context: Context) -> list[str]:
@@ -265,13 +259,9 @@ class Pass(Generic[ConfigT]):
     ) -> dict[str, Tensor]:
         """Measure the whole model, float32 on the context's device; what is returned is every block's ``model_statistics``.
 
-        Args:
-            model: to be left as it was found.
-            samples: int64 [T] each, the calibration text.
-            context: of the run.
-            progress: called with (what, done, total), to tell of progress.
+        The model is to be left as it was found; ``samples``, int64 [T] each, are the calibration text.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no survey_model")
+        raise NotImplementedError(f"{type(self).__name__} has no measure_model")
 
     def wants_statistics(self, context: Context, statistics: Sequence[Sequence[Record]]) -> bool:
         """Tell whether to measure all blocks (once more) before any is worked on.
@@ -312,9 +302,7 @@ class Pass(Generic[ConfigT]):
     ) -> tuple[dict[str, Tensor], Record]:
         """Work on the whole model.
 
-        Returns:
-            Changed tensors by their full names, on the CPU and as they are to be stored; and figures as for
-            :meth:`run_block`.
+        Return changed tensors by full name, on the CPU as they are to be stored, and figures as for :meth:`run_block`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no run_model")
 

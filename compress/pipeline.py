@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from compress import writer
 from compress.calibration import draw_samples
@@ -95,7 +94,12 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
     }
     for samples in drawn.values():
-        _check_tokens(samples.tokens, source)
+        largest = max(int(tokens.max()) for tokens in samples.tokens)
+        if largest >= source.state.config.vocab_size:
+            raise CompressError(
+                f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
+                f"{source.state.config.vocab_size} tokens; the two do not belong together."
+            )
     state, history, sidecars = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
         context = make_context(source, device, settings.seed, state)
@@ -132,16 +136,6 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     log.progress("writing", 1, 1)
 
 
-def _check_tokens(samples: Sequence[Tensor], source: Source) -> None:
-    """Refuse a tokenizer that knows tokens beyond the model's embedding."""
-    largest = max(int(tokens.max()) for tokens in samples)
-    if largest >= source.state.config.vocab_size:
-        raise CompressError(
-            f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
-            f"{source.state.config.vocab_size} tokens; the two do not belong together."
-        )
-
-
 def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
     """Return what a pass learns from: its own text, else the recipe's calibration; None if it looks at none."""
     return step.needs().text or settings.calibration if step.needs().calibration else None
@@ -166,9 +160,7 @@ def check_order(
                 f"put {before.config.kind} last."
             )
         if packed_by is not None and not needs.whole_model:
-            raise CompressError(
-                f"{here} works on dense weights, but {packed_by} before it has packed them; put it earlier."
-            )
+            raise CompressError(f"{here} works on dense weights, but {packed_by} has packed them; put it earlier.")
         if needs.calibration and text_of(step, settings) is None:
             raise CompressError(f"{here} looks at text, but the recipe has no calibration.")
         if needs.packed and packed_by is None:

@@ -97,11 +97,7 @@ class PromptedModel(PeftModelForCausalLM):
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """Continue texts behind the prompt, as ``generate`` of the base model does; lengths count text alone.
-
-        Raises:
-            CompressError: as for :meth:`forward`.
-        """
+        """Continue texts behind the prompt, as ``generate`` of the base model does; lengths count text alone."""
         model: Any = self.get_base_model()
         if self._disabled:
             return model.generate(inputs, generation_config=generation_config, **kwargs)
@@ -170,9 +166,7 @@ class PromptedModel(PeftModelForCausalLM):
         if mask is None:
             return None
         if mask.dim() != 2:
-            raise CompressError(
-                "behind a soft prompt attention_mask must be [rows, tokens], one number per token of text."
-            )
+            raise CompressError("behind a soft prompt attention_mask must be [rows, tokens], a number per text token.")
         ones = mask.new_ones(len(mask), self._tokens)
         if not self._is_prefix:
             return self._placed(ones, mask, mask)

@@ -121,11 +121,9 @@ def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
 
 
 class StreamedModel:
-    """Hold a model whose blocks are in memory one at a time.
+    """Hold a model whose blocks are in memory one at a time, computed in float32.
 
-    Args:
-        state: where its tensors are.
-        device: where to compute, in float32; ``meta`` reads nothing and serves to look at the structure.
+    Device ``meta`` reads nothing and serves to look at the structure.
     """
 
     def __init__(self, state: State, device: torch.device) -> None:

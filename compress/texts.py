@@ -34,9 +34,7 @@ def read_modules(names: Sequence[str]) -> dict[str, str]:
     try:
         return {name: (stdlib() / f"{name}.py").read_text(encoding="utf-8") for name in names}
     except OSError as error:
-        raise CompressError(
-            f"{error.filename}: cannot be read; the built-in text needs Python with its sources."
-        ) from error
+        raise CompressError(f"{error.filename}: cannot be read; the built-in text needs Python's sources.") from error
 
 
 def training_files() -> list[Path]:

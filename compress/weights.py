@@ -117,13 +117,9 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
 
 
 class Checkpoint:
-    """Read the tensors of a Hugging Face model folder.
+    """Read the tensors of a Hugging Face model folder that an index, or a single file, says belong to it.
 
-    Args:
-        folder: holds safetensors.
-        names: the names tensors are to bear -> the names they may have in the files, most likely first; as they
-            are stored if None.
-        index_name: which index says what belongs to it.
+    ``names`` maps the names tensors are to bear to those they may have in the files, most likely first.
     """
 
     def __init__(self, folder: Path, names: Mapping[str, Sequence[str]] | None = None, index_name: str = INDEX) -> None:

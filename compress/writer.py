@@ -55,14 +55,8 @@ def write_checkpoint(
 ) -> None:
     """Write a state as an ordinary Hugging Face folder, in one move at the very end.
 
-    Args:
-        state: what to write.
-        source: the dense model's folder, whose tokenizer and generation settings are copied.
-        target: becomes the checkpoint.
-        manifest: what the run knows; files, sizes and a probe are added.
-        probe_tokens: a few tokens; what the model makes of them at all bits is kept for ``verify``.
-        device: where the probe is computed.
-        write_sidecars: adds files that are not the model's own.
+    Tokenizer and generation settings are copied from ``source``, the dense model's folder. Files, sizes, and what the
+    model makes of ``probe_tokens`` at all bits (for ``verify``) are added to the manifest.
     """
     running, state = state, _stored_state(state)
     info = state.source.info()

@@ -87,9 +87,7 @@ def inspect(
         Optional[bool],
         typer.Option(help="Count zeros per block and linear, which reads all weights; if absent, of pruned models."),
     ] = None,
-    plot: Annotated[
-        Optional[Path], typer.Option(help="Draw the sparsity of blocks and linears here (.svg, .png).")
-    ] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the sparsity of blocks and linears (.svg, .png).")] = None,
 ) -> None:
     """Show what is in a checkpoint: modules, bytes by width, errors, sparsity, where it came from."""
     from compress.inspect import inspect as look
@@ -127,9 +125,7 @@ def inspect(
         out.print(f"soft prompt for {bits}: {prompt['tokens']} virtual tokens, {prompt['numbers']} numbers")
     if "adapter" in found:
         rank, numbers = found["adapter"]["rank"], found["adapter"]["numbers"]
-        out.print(
-            f"adapter of rank {rank}, {numbers} numbers: in use unless left off, but not by plain from_pretrained"
-        )
+        out.print(f"adapter of rank {rank}, {numbers} numbers: in use unless left off, not by plain from_pretrained")
     dense = sum(found["dense"].values())
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():

@@ -118,9 +118,7 @@ def bench(
     ] = None,
     random: Annotated[
         Optional[str],
-        typer.Option(
-            help="Make a model of random weights and quantise it to 2 to 8 bits: llama-tiny, llama-1b or llama-8b."
-        ),
+        typer.Option(help="Quantise a model of random weights to 2 to 8 bits: llama-tiny, llama-1b or llama-8b."),
     ] = None,
     bits: BitsOption = None,
     reference: Annotated[Optional[str], typer.Option(help="Dense model; the recipe's if absent.")] = None,
@@ -168,7 +166,7 @@ def bench(
 
 _CONTROLS = "Make and measure stages and controls too: runs of their own."
 _Samples = Annotated[
-    Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
+    Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; repeatable.")
 ]
 
 
