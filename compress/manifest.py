@@ -54,7 +54,14 @@ def verify(folder: Path) -> list[str]:
         raise CompressError(f"{folder}: has no {MANIFEST}, so there is nothing to verify it against.")
     settings = read_settings(folder)
     for name, recorded in manifest["files"].items():
-        _check_file(folder / name, recorded)
+        path = folder / name
+        if not path.is_file():
+            raise CompressError(f"{path}: is missing; fetch or write the checkpoint again.")
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
+            raise CompressError(f"{path}: has {size} bytes instead of {recorded['bytes']}; fetch or write it again.")
+        if sha256_of(path) != recorded["sha256"]:
+            raise CompressError(f"{path}: its content has changed (SHA-256 differs from the manifest); fetch it again.")
     passed = [f"{len(manifest['files'])} files have their recorded size and SHA-256"]
     if settings is not None and settings.modules:
         count = check_tensors(folder, settings)
@@ -68,16 +75,6 @@ def verify(folder: Path) -> list[str]:
         _compare(bits, expected[bits], found)
     passed.append(f"a fresh process loads it and computes the recorded logits at {', '.join(expected)}")
     return passed
-
-
-def _check_file(path: Path, recorded: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise CompressError(f"{path}: is missing; fetch or write the checkpoint again.")
-    size = path.stat().st_size
-    if size != recorded["bytes"]:
-        raise CompressError(f"{path}: has {size} bytes instead of {recorded['bytes']}; fetch or write it again.")
-    if sha256_of(path) != recorded["sha256"]:
-        raise CompressError(f"{path}: its content has changed (SHA-256 differs from the manifest); fetch it again.")
 
 
 def _probe_in_fresh_process(folder: Path, probe: dict[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,6 @@ class Pass(Generic[ConfigT]):
 
     def check(self, context: Context) -> None:
         """Refuse, before any work and with a :class:`CompressError`, settings that do not fit the model."""
-        return
 
     def outside(self, context: Context) -> list[str]:
         """Name the modules outside the blocks that it also works on, out of ``context.outside``."""
@@ -313,7 +312,6 @@ class Pass(Generic[ConfigT]):
 
         ``units`` and ``records`` have, by unit, the tensors and the figures that :meth:`run_model` returned.
         """
-        return
 
 
 def pass_class(kind: str) -> type[Pass[Any]]:

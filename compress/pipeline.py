@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,29 +60,23 @@ def run(
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
     team = processes(pick_device(settings.device))
     main = team.is_main_process
-    with _disk_errors(work.folder), work.locked() if main else nullcontext():
-        source = open_source(settings.model, settings.revision)
-        log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
-        _compress(settings, source, work, target, log)
-    team.wait_for_everyone()
-    if workspace is None and main:
-        work.remove()
-    return target
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
     try:
-        yield
+        with work.locked() if main else nullcontext():
+            source = open_source(settings.model, settings.revision)
+            log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
+            _compress(settings, source, work, target, log)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise CompressError(
-                f"{folder}: the disk is full; what is finished is kept: free space and run again."
+                f"{work.folder}: the disk is full; what is finished is kept: free space and run again."
             ) from error
         if isinstance(error, OSError) and error.filename:
             raise CompressError(f"{error.filename}: {error.strerror}.") from error
         raise
+    team.wait_for_everyone()
+    if workspace is None and main:
+        work.remove()
+    return target
 
 
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
@@ -90,9 +84,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     device = pick_device(settings.device)
     (_, context), *_ = check_order(passes, settings, source, device)
     texts = [text_of(step, settings) for step in passes]
-    drawn = {
-        text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
-    }
+    drawn = {one: draw_samples(one, source.tokenizer, context.context_length) for one in dict.fromkeys(texts) if one}
     for samples in drawn.values():
         largest = max(int(tokens.max()) for tokens in samples.tokens)
         if largest >= source.state.config.vocab_size:

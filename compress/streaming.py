@@ -142,7 +142,12 @@ class StreamedModel:
             wanted.pop(f"{self.head}.weight", None)  # it shares the embedding's storage and need not be in the files
         self._check_tensors(wanted)
         if device.type != "meta":
-            self._fill_outside(wanted)
+            self._fill(self.model, {name: name for name in wanted if block_of(name, self.structure) is None})
+            self.model.tie_weights()
+            for module in self.model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.device.type != "meta":
+                        setattr(module, name, buffer.to(device))
             self._find_return_type()
 
     def _check_tensors(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -157,14 +162,6 @@ class StreamedModel:
                     f"tensor {name!r} is {list(info.shape)} in {info.file.name}, but config.json makes it "
                     f"{list(shape)}; the two do not belong together."
                 )
-
-    def _fill_outside(self, wanted: Iterable[str]) -> None:
-        self._fill(self.model, {name: name for name in wanted if block_of(name, self.structure) is None})
-        self.model.tie_weights()
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device.type != "meta":
-                    setattr(module, name, buffer.to(self.device))
 
     def _fill(self, module: nn.Module, names: Mapping[str, str]) -> None:
         """Give a module its tensors: names inside it -> names in the state."""

@@ -17,9 +17,7 @@ SEPARATOR = "<|endoftext|>"
 
 HELDOUT = ("configparser", "fractions", "heapq", "sched", "shelve", "textwrap")
 CALIBRATION = ("argparse", "bisect", "queue", "statistics", "tempfile", "zipapp")
-_SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "encodings", "pydoc_data", "turtledemo", "ensurepip", "__pycache__"}
-)
+_SKIPPED = {"site-packages", "dist-packages", "encodings", "pydoc_data", "turtledemo", "ensurepip", "__pycache__"}
 # Of the test suite only these letters: enough of its style, without drowning the library's own.
 _TEST_FILES = tuple(f"test_{letter}*.py" for letter in "abcdefghi")
 
@@ -44,7 +42,7 @@ def training_files() -> list[Path]:
     library = [
         path
         for path in root.rglob("*.py")
-        if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+        if not _SKIPPED & set(path.relative_to(root).parts)
         and not {"test", "tests", "idle_test"} & set(path.relative_to(root).parts[:-1])
     ]
     tests = [path for pattern in _TEST_FILES for path in (root / "test").glob(pattern)]

@@ -58,11 +58,9 @@ class TensorSource(Protocol):
 
     def info(self) -> Mapping[str, TensorInfo]:
         """Describe every tensor there is, by name."""
-        ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copy some tensors to the CPU."""
-        ...
 
 
 def refuse_elsewhere(path: Path, names: Iterable[str]) -> None:

@@ -87,7 +87,6 @@ ResultsOption = Annotated[Optional[Path], typer.Option("--results", help=_RESULT
 _Text = Annotated[Optional[str], panel(_TEXT, "Text file, or 'builtin' for held-out standard-library modules.")]
 _Separator = Annotated[Optional[str], panel(_TEXT, "Divides the text into documents, each scored alone after BOS.")]
 _Limit = Annotated[Optional[int], typer.Option(help="Take the first so many documents, and items of each task.", min=1)]
-_Minimum = Annotated[int, panel(_TEXT, "Pass over documents of this length or less.", min=0)]
 _Length = Annotated[Optional[int], panel(_TEXT, "Tokens in a window; the context, at most 2048, if absent.", min=2)]
 _Stride = Annotated[Optional[int], panel(_TEXT, "Tokens a window advances by; half its length if absent.", min=1)]
 
@@ -100,7 +99,7 @@ class TextOptions:
     preset: Annotated[Optional[str], panel(_TEXT, _PROTOCOL, "--protocol")] = None
     separator: _Separator = None
     limit: _Limit = None
-    min_characters: _Minimum = 0
+    min_characters: Annotated[int, panel(_TEXT, "Pass over documents of this length or less.", min=0)] = 0
     length: _Length = None
     stride: _Stride = None
     truncate: Annotated[bool, panel(_TEXT, "Score only the first window of each document.")] = False

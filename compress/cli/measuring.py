@@ -165,9 +165,7 @@ def bench(
 
 
 _CONTROLS = "Make and measure stages and controls too: runs of their own."
-_Samples = Annotated[
-    Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; repeatable.")
-]
+_Samples = Annotated[Optional[list[str]], typer.Option("--sample", help="Text to continue at every width; repeatable.")]
 
 
 @app.command()
