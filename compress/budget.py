@@ -1,7 +1,5 @@
 """Choose bits for every matrix: the least measured error that fits a number of bytes."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Draw calibration samples from text."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """What ``config.json`` records of a compressed model, and whether its files agree with it (no torch)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

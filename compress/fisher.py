@@ -5,8 +5,6 @@ LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input o
 reverse, recomputes one, and hands the gradient of its input on.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy

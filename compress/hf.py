@@ -5,8 +5,6 @@ that has not imported :mod:`compress` stops with a size mismatch: the seed plane
 with another shape, so transformers can not take them for weights nor fill them with random numbers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

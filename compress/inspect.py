@@ -3,8 +3,6 @@
 :func:`inspect` reads headers only, and imports neither torch nor transformers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path

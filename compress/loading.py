@@ -1,7 +1,5 @@
 """Load a checkpoint at some bits, and change the bits of a loaded model."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

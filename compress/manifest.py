@@ -1,7 +1,5 @@
 """Read the manifest, a checkpoint's own account of itself, and check the files against it (no torch)."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

@@ -3,8 +3,6 @@
 ``CONTRIBUTING.md`` shows a whole one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

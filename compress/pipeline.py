@@ -1,7 +1,5 @@
 """Turn a recipe into a checkpoint: every pass on every block, each step on disk before the next begins."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Foresee what a recipe will need and give, from headers alone: no weight is read."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ the longest row, and takes part in every step of ``generate`` by names that tran
 between padding and text, and ``generate`` is the base model's own, begun with their embeddings.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Read recipes: what is compressed, on what text, by which passes; YAML or the same object in Python."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run one pass of a recipe: its units of work, each on disk before the next begins."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -3,8 +3,6 @@
 Heads keep their dimension; what changes is how many there are, and how many channels an MLP has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

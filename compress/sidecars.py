@@ -5,8 +5,6 @@
 them for its own. Only headers are read here: neither torch nor peft is needed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

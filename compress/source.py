@@ -1,7 +1,5 @@
 """Open the model that work starts from, and tell passes what they may know of it before any weight is read."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from datetime import timedelta

@@ -5,8 +5,6 @@ called as the model itself would: the arguments of every block's call are captur
 over blocks that only take notes. No forward pass is written again here, so a new transformers release needs nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

@@ -3,8 +3,6 @@
 A package can add its own: an entry point of group ``compress.architectures`` that names an :class:`Architecture`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Three disjoint lists of modules: the model was trained on :func:`training_files`
 figure is measured on ``HELDOUT``. The tests of a held-out or calibration module are left out of the training list too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sysconfig
 from collections.abc import Sequence

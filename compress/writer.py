@@ -1,7 +1,5 @@
 """Write the checkpoint folder: shards grouped by bits, configuration, manifest; there whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import math
 import platform

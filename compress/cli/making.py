@@ -1,7 +1,5 @@
 """Add the commands that make checkpoints and tell what is in them."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Add the commands that measure, and those that bring measurements together."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Optional

@@ -1,7 +1,5 @@
 """Add the commands that put a model to use."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Optional
 

@@ -1,7 +1,5 @@
 """The main job on the built-in model: compress, load in a fresh process, measure beside the controls."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
