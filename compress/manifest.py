@@ -43,10 +43,7 @@ def noted(manifest: Mapping[str, Any], field: str) -> Iterator[tuple[str, Any]]:
 
 
 def verify(folder: Path) -> list[str]:
-    """Check a checkpoint: digests, tensors, and what a fresh process makes of it; return a line per check passed.
-
-    The first thing that is wrong is refused, by file and tensor.
-    """
+    """Check digests, tensors, and what a fresh process computes; return a line per check, or refuse the first that fails."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise CompressError(f"{folder}: has no {MANIFEST}, so there is nothing to verify it against.")

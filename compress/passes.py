@@ -1,7 +1,4 @@
-"""Define what a pass is: a frozen config, a class that says what it needs and works on one block at a time, and an entry point.
-
-``CONTRIBUTING.md`` shows a whole one.
-"""
+"""Define what a pass is: a frozen config, a class that works on one block at a time, an entry point (``CONTRIBUTING.md``)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,10 +234,7 @@ class Pass(Generic[ConfigT]):
         return {}
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """Foresee, for checks and the plan, the shape of every block it changes: None for one that is removed.
-
-        What depends on the weights is to be estimated.
-        """
+        """Foresee (or estimate, where weights decide) the shape of every block it changes: None for one that is removed."""
         return {}
 
     def memory(self, sizes: Sizes, context: Context) -> int:

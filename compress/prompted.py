@@ -56,20 +56,10 @@ class PromptedModel(PeftModelForCausalLM):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model on text behind the prompt.
+        """Run the model on text behind the prompt; logits are [B, virtual tokens + T, vocabulary], the last ones the text's.
 
-        Args:
-            input_ids: int64 [B, T].
-            attention_mask: [B, T], 0 for padding, on either side; with a cache that is not empty, of the whole text so far.
-            inputs_embeds: [B, T, embedding width] in place of ``input_ids``.
-            labels: int64 [B, T].
-            **kwargs: for the base model; a cache that is not empty holds the prompt already.
-
-        Returns:
-            The base model's output. Behind a prompt, logits are [B, virtual tokens + T, vocabulary]; the last ones are the text's.
-
-        Raises:
-            CompressError: a mask that is not [B, T], or a prefix that a sliding window would lose with the padding.
+        A cache that is not empty holds the prompt already, and ``attention_mask`` [B, T], 0 for padding on either side, is
+        then of the whole text so far. A prefix that a sliding window would lose with the padding is refused.
         """
         model: Any = self.get_base_model()
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}

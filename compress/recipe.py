@@ -116,11 +116,7 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> Recipe:
-    """Read and validate a recipe: a YAML file, the same as a mapping, or a :class:`Recipe`.
-
-    Raises:
-        CompressError: the file is not there or not YAML, or anything in it is wrong.
-    """
+    """Read a recipe, a YAML file, the same as a mapping or a :class:`Recipe`, and refuse anything that is wrong in it."""
     if isinstance(recipe, Recipe) and not overrides:
         return recipe
     if isinstance(recipe, (Recipe, Mapping)):

@@ -52,10 +52,7 @@ class _LastBlock(Exception):
 
 
 def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Return, for every tensor of a model, the names it may have in checkpoint files.
-
-    Files of a base model lack its prefix, some have it in excess, and some modules were renamed.
-    """
+    """Return, for every tensor, the names it may have in files, which lack a prefix, have one in excess, or an old name."""
     structure, start = architecture(model.config), f"{model.base_model_prefix}."
     return {
         name: (name, name.removeprefix(start), start + name, structure.stored_name(name)) for name in model.state_dict()
@@ -71,10 +68,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
-    """Return the same tensors, which have their new sizes already, as a model of smaller and fewer blocks.
-
-    ``shapes`` has the shape of each block, None if it is no longer there.
-    """
+    """Return the same tensors, of their new sizes already, as a model of other shapes; None for a block that is removed."""
     structure = architecture(state.config)
     names = [block_prefix(structure, index) for index in range(state.config.num_hidden_layers)]
     kept = [index for index, name in enumerate(names) if shapes.get(name, True) is not None]
@@ -119,10 +113,7 @@ def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
 
 
 class StreamedModel:
-    """Hold a model whose blocks are in memory one at a time, computed in float32.
-
-    Device ``meta`` reads nothing and serves to look at the structure.
-    """
+    """Hold a model, in float32, whose blocks are in memory one at a time; on ``meta`` nothing is read, only looked at."""
 
     def __init__(self, state: State, device: torch.device) -> None:
         self.state, self.device = state, device

@@ -1,8 +1,4 @@
-"""Read tensors of a Hugging Face folder by name, one at a time: a model is never loaded whole.
-
-:class:`Checkpoint` reads the safetensors files of a folder; :class:`Overlay` lays the result of a pass over what was there
-before. Torch is imported where tensors are read, and not for headers.
-"""
+"""Read tensors of a Hugging Face folder by name, one at a time; torch is imported for tensors, and not for headers."""
 
 from __future__ import annotations
 
@@ -115,10 +111,7 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
 
 
 class Checkpoint:
-    """Read the tensors of a Hugging Face model folder that an index, or a single file, says belong to it.
-
-    ``names`` maps the names tensors are to bear to those they may have in the files, most likely first.
-    """
+    """Read tensors of a model folder; ``names`` has those they are to bear -> those they may have in files, likeliest first."""
 
     def __init__(self, folder: Path, names: Mapping[str, Sequence[str]] | None = None, index_name: str = INDEX) -> None:
         self.folder, self.files = folder, shard_files(folder, index_name)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.cli.common import Folder, JsonFlag, app, out, progress_bar, quiet_transformers
-from compress.errors import CompressError
+from compress.errors import CompressError, did_you_mean
 
 _WORKSPACE = "Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
 Assignments = Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")]
@@ -188,7 +188,6 @@ def verify(folder: Folder) -> None:
 @app.command()
 def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:
     """List the installed passes, or one with all its settings."""
-    from compress.errors import did_you_mean
     from compress.settings import config_class, kinds
 
     if kind is None:
