@@ -114,7 +114,9 @@ def read_config(name: str | Path, revision: str | None = None) -> PretrainedConf
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
-        raise CompressError(f"{name}: is no model folder or hub id that can be read ({first_line(error)}).") from error
+        raise CompressError(
+            f"{name}: is not a model folder or hub id that can be read ({first_line(error)})."
+        ) from error
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -60,7 +60,9 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, absence: the hub's own types change between releases
-        raise CompressError(f"model {model!r}: is no folder, and the hub failed ({first_line(error)}).") from error
+        raise CompressError(
+            f"model {model!r}: is no folder, and the hub did not deliver it ({first_line(error)})."
+        ) from error
 
 
 def checkpoint_state(folder: Path) -> State:

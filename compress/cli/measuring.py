@@ -168,7 +168,7 @@ _Samples = Annotated[Optional[list[str]], typer.Option("--sample", help="Text to
 
 @app.command()
 @with_text_options
-def progress(
+def report(
     folder: Folder,
     text: TextOptions,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; DIR/report if absent.")] = None,
@@ -188,7 +188,7 @@ def progress(
     Measures what is missing and keeps it in DIR/report/results.jsonl; stopped, the same command continues.
     """
     from compress.evals.gather import Wanted
-    from compress.evals.progress import progress as write
+    from compress.evals.report import report as write
     from compress.evals.speed import Load
     from compress.evals.tasks import Tasks
 
