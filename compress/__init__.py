@@ -26,13 +26,8 @@ if "compress_command" not in sys.modules:
 
 __all__ = ["CompressError", "__version__", "backend", "get_bits", "load", "run", "set_bits"]
 
-_HOMES = {
-    "backend": "compress.kernels.bitplane",
-    "get_bits": "compress.loading",
-    "load": "compress.loading",
-    "run": "compress.pipeline",
-    "set_bits": "compress.loading",
-}
+_HOMES = dict.fromkeys(("get_bits", "load", "set_bits"), "compress.loading")
+_HOMES |= {"backend": "compress.kernels.bitplane", "run": "compress.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -74,10 +74,7 @@ def _check_fit(model: PreTrainedModel, folder: Path) -> None:
 
 
 def choose_prompt(prompted: nn.Module) -> None:
-    """Activate the prompt of the bits in use: that very number's, else the one for all, else the nearest one's.
-
-    A mix of bits counts as its mean. Models without prompts of several numbers of bits are left as they are.
-    """
+    """Activate the prompt of the bits in use (a mix counts as its mean): that number's, the one for all, or the nearest."""
     names = list(getattr(prompted, "peft_config", {}))
     by_bits = {int(match[1]): name for name in names if (match := PROMPT_NAME.fullmatch(name))}
     modules = packed_modules(prompted).values()

@@ -1,7 +1,5 @@
 """Choose bits for every matrix: the least measured error that fits a number of bytes."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -40,9 +38,7 @@ def choose(options: Sequence[Mapping[int, Option]], budget: int) -> list[int]:
     smallest = [min(size for size, _ in group.values()) for group in options]
     room = budget - sum(smallest)  # only what goes beyond the smallest choices has to be counted
     if room < 0:
-        raise CompressError(
-            f"the packed matrices take {sum(smallest) / 1e6:.2f} MB at their smallest, above {budget / 1e6:.2f} MB."
-        )
+        raise CompressError(f"packed matrices take at least {sum(smallest) / 1e6:.2f} MB, above {budget / 1e6:.2f} MB.")
     part = max(1.0, room / _STEPS)
     parts = int(room / part)
     costs = [
@@ -105,12 +101,8 @@ def bits_for_budget(
 ) -> dict[str, int]:
     """Choose bits for every packed matrix with the least summed error; matrices that servers fuse get the same.
 
-    Args:
-        folder: where the checkpoint's manifest is, with measured errors.
-        shapes: of the packed matrices, as stored.
-        structure: says which are fused.
-        bits: a mean: as many bytes to read as lie between those of the two whole numbers around it.
-        memory: bytes for all tensors once loaded, as :func:`parse_bytes` reads them.
+    A mean of ``bits`` allows as many bytes to read as lie between those of the two whole numbers around it; ``memory`` is
+    the bytes for all tensors once loaded, as :func:`parse_bytes` reads them.
     """
     manifest = read_manifest(folder) or {}
     errors = _measured_errors(folder, manifest, list(shapes))

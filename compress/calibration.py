@@ -1,7 +1,5 @@
 """Draw calibration samples from text."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterable, Iterator
@@ -65,9 +63,7 @@ def _dataset(settings: Calibration) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise CompressError(
-            "calibration.dataset needs the datasets library: pip install 'compress-llm[data]'."
-        ) from error
+        raise CompressError("calibration.dataset needs datasets: pip install 'compress-llm[data]'.") from error
     try:
         for row in load_dataset(settings.dataset, settings.name, split=settings.split, streaming=True):
             yield str(row[settings.column])

@@ -1,7 +1,5 @@
 """What ``config.json`` records of a compressed model, and whether its files agree with it (no torch)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,14 +37,9 @@ Shapes = Mapping[str, BlockShape]
 
 
 class StoredConfig:
-    """Hold ``quantization_config`` of a compressed checkpoint (``quant/FORMAT.md``).
+    """Hold ``quantization_config`` of a compressed checkpoint (``quant/FORMAT.md``); keys of other releases are ignored.
 
-    Args:
-        format_version: of the stored tensors.
-        bits: to load at, for all modules or by patterns; None means all that is stored.
-        modules: packed module name -> fields of :class:`PackedShape`.
-        pruned: block name -> fields of :class:`BlockShape`, for blocks that are not as the rest of the config says.
-        **kwargs: keys of other releases, which are ignored.
+    ``modules`` has fields of :class:`PackedShape` by packed module, ``pruned`` those of :class:`BlockShape` by block.
     """
 
     def __init__(

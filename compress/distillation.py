@@ -1,7 +1,5 @@
 """Keep what the dense model says of a text, as its largest logits, and ask a student to say the same."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Define the error for everything a user can put right, and the help that goes with a misspelt name."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from pathlib import Path

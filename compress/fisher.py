@@ -5,8 +5,6 @@ LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input o
 reverse, recomputes one, and hands the gradient of its input on.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -112,9 +110,7 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
     result = {}
     for (name, linear), total in zip(linears.items(), fisher, strict=True):
         if not torch.isfinite(total).all():
-            raise CompressError(
-                f"{name}: its gradient on the calibration text is not finite; check the model's weights."
-            )
+            raise CompressError(f"{name}: its gradient on calibration text is not finite; check the model's weights.")
         result[name] = (total.t() if linear.transposed else total).cpu()
     stage.save(f"gradient-{index}", gradients)
     stage.save(unit_of(index), result)

@@ -5,8 +5,6 @@ that has not imported :mod:`compress` stops with a size mismatch: the seed plane
 with another shape, so transformers can not take them for weights nor fill them with random numbers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -173,9 +171,7 @@ class CompressQuantizer(HfQuantizer):
         }
         if not all(buffers.values()):
             absent = next(name for name, read in buffers.items() if not read)
-            raise CompressError(
-                f"{model.name_or_path}: tensor {absent} is missing; fetch or write the checkpoint again."
-            )
+            raise CompressError(f"{model.name_or_path}: tensor {absent} is missing; fetch or write it again.")
         rebuild(model)
         for module in packed_modules(model).values():
             if isinstance(module, BitPlaneLinear):

@@ -1,9 +1,4 @@
-"""Look at what is in a checkpoint: modules, bytes at each number of bits, errors, provenance, zeros.
-
-:func:`inspect` reads headers only, and imports neither torch nor transformers.
-"""
-
-from __future__ import annotations
+"""Look at what is in a checkpoint: modules, bytes, errors, provenance (from headers, without torch), and zeros."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain

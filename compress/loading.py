@@ -1,7 +1,5 @@
 """Load a checkpoint at some bits, and change the bits of a loaded model."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -196,10 +194,6 @@ def _packed_within(model: nn.Module) -> dict[str, Any]:
 
 
 def get_bits(model: nn.Module) -> int | dict[str, int]:
-    """Return the bits in use: a number if all packed modules share it, else one per module.
-
-    Raises:
-        CompressError: the model has no packed modules.
-    """
+    """Return the bits in use: one number if all packed modules share it, else one each; refuse a model without any."""
     bits = {name: module.bits for name, module in _packed_within(model).items()}
     return next(iter(bits.values())) if len(set(bits.values())) == 1 else bits

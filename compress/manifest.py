@@ -1,7 +1,5 @@
 """Read the manifest, a checkpoint's own account of itself, and check the files against it (no torch)."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
@@ -22,11 +20,7 @@ _TOLERANCE = 1e-3  # of the largest logit: another machine or transformers relea
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest; return None where a folder has none (a dense model, or one saved by ``save_pretrained``).
-
-    Raises:
-        CompressError: it is not JSON, lacks what every manifest has, or names files elsewhere.
-    """
+    """Read the manifest, and refuse a damaged one; return None where there is none (as after ``save_pretrained``)."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -49,17 +43,20 @@ def noted(manifest: Mapping[str, Any], field: str) -> Iterator[tuple[str, Any]]:
 
 
 def verify(folder: Path) -> list[str]:
-    """Check a checkpoint: digests, tensors, and what a fresh process makes of it; return a line per check passed.
-
-    Raises:
-        CompressError: the first thing that is wrong, by file and tensor.
-    """
+    """Check digests, tensors, and what a fresh process computes; return a line per check, or refuse the first that fails."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise CompressError(f"{folder}: has no {MANIFEST}, so there is nothing to verify it against.")
     settings = read_settings(folder)
     for name, recorded in manifest["files"].items():
-        _check_file(folder / name, recorded)
+        path = folder / name
+        if not path.is_file():
+            raise CompressError(f"{path}: is missing; fetch or write the checkpoint again.")
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
+            raise CompressError(f"{path}: has {size} bytes instead of {recorded['bytes']}; fetch or write it again.")
+        if sha256_of(path) != recorded["sha256"]:
+            raise CompressError(f"{path}: its content has changed (SHA-256 differs from the manifest); fetch it again.")
     passed = [f"{len(manifest['files'])} files have their recorded size and SHA-256"]
     if settings is not None and settings.modules:
         count = check_tensors(folder, settings)
@@ -73,16 +70,6 @@ def verify(folder: Path) -> list[str]:
         _compare(bits, expected[bits], found)
     passed.append(f"a fresh process loads it and computes the recorded logits at {', '.join(expected)}")
     return passed
-
-
-def _check_file(path: Path, recorded: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise CompressError(f"{path}: is missing; fetch or write the checkpoint again.")
-    size = path.stat().st_size
-    if size != recorded["bytes"]:
-        raise CompressError(f"{path}: has {size} bytes instead of {recorded['bytes']}; fetch or write it again.")
-    if sha256_of(path) != recorded["sha256"]:
-        raise CompressError(f"{path}: its content has changed (SHA-256 differs from the manifest); fetch it again.")
 
 
 def _probe_in_fresh_process(folder: Path, probe: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""Define what a pass is: a frozen config, a class that says what it needs and works on one block at a time, and an entry point.
-
-``CONTRIBUTING.md`` shows a whole one.
-"""
-
-from __future__ import annotations
+"""Define what a pass is: a frozen config, a class that works on one block at a time, an entry point (``CONTRIBUTING.md``)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,11 +112,9 @@ class Block:
     def for_each_input(
         self, visit: Callable[[str, Tensor], None], modules: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears.
+        """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears, in order.
 
-        Args:
-            visit: called in the order in which the block calls its linears.
-            modules: name -> module to look at; every linear by its full name if None.
+        ``modules`` are those to look at, by name; every linear by its full name if None.
         """
         watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
         with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
@@ -230,12 +223,7 @@ class Pass(Generic[ConfigT]):
         return Needs()
 
     def check(self, context: Context) -> None:
-        """Refuse, before any work, settings that do not fit the model.
-
-        Raises:
-            CompressError: with the reason.
-        """
-        return
+        """Refuse, before any work and with a :class:`CompressError`, settings that do not fit the model."""
 
     def outside(self, context: Context) -> list[str]:
         """Name the modules outside the blocks that it also works on, out of ``context.outside``."""
@@ -246,10 +234,7 @@ class Pass(Generic[ConfigT]):
         return {}
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
-        """Foresee, for checks and the plan, the shape of every block it changes: None for one that is removed.
-
-        What depends on the weights is to be estimated.
-        """
+        """Foresee (or estimate, where weights decide) the shape of every block it changes: None for one that is removed."""
         return {}
 
     def memory(self, sizes: Sizes, context: Context) -> int:
@@ -265,13 +250,9 @@ class Pass(Generic[ConfigT]):
     ) -> dict[str, Tensor]:
         """Measure the whole model, float32 on the context's device; what is returned is every block's ``model_statistics``.
 
-        Args:
-            model: to be left as it was found.
-            samples: int64 [T] each, the calibration text.
-            context: of the run.
-            progress: called with (what, done, total), to tell of progress.
+        The model is to be left as it was found; ``samples``, int64 [T] each, are the calibration text.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no survey_model")
+        raise NotImplementedError(f"{type(self).__name__} has no measure_model")
 
     def wants_statistics(self, context: Context, statistics: Sequence[Sequence[Record]]) -> bool:
         """Tell whether to measure all blocks (once more) before any is worked on.
@@ -312,9 +293,7 @@ class Pass(Generic[ConfigT]):
     ) -> tuple[dict[str, Tensor], Record]:
         """Work on the whole model.
 
-        Returns:
-            Changed tensors by their full names, on the CPU and as they are to be stored; and figures as for
-            :meth:`run_block`.
+        Return changed tensors by full name, on the CPU as they are to be stored, and figures as for :meth:`run_block`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no run_model")
 
@@ -325,7 +304,6 @@ class Pass(Generic[ConfigT]):
 
         ``units`` and ``records`` have, by unit, the tensors and the figures that :meth:`run_model` returned.
         """
-        return
 
 
 def pass_class(kind: str) -> type[Pass[Any]]:

@@ -1,16 +1,13 @@
 """Turn a recipe into a checkpoint: every pass on every block, each step on disk before the next begins."""
 
-from __future__ import annotations
-
 import errno
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from compress import writer
 from compress.calibration import draw_samples
@@ -61,29 +58,23 @@ def run(
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
     team = processes(pick_device(settings.device))
     main = team.is_main_process
-    with _disk_errors(work.folder), work.locked() if main else nullcontext():
-        source = open_source(settings.model, settings.revision)
-        log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
-        _compress(settings, source, work, target, log)
-    team.wait_for_everyone()
-    if workspace is None and main:
-        work.remove()
-    return target
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
     try:
-        yield
+        with work.locked() if main else nullcontext():
+            source = open_source(settings.model, settings.revision)
+            log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
+            _compress(settings, source, work, target, log)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise CompressError(
-                f"{folder}: the disk is full; what is finished is kept: free space and run again."
+                f"{work.folder}: the disk is full; what is finished is kept: free space and run again."
             ) from error
         if isinstance(error, OSError) and error.filename:
             raise CompressError(f"{error.filename}: {error.strerror}.") from error
         raise
+    team.wait_for_everyone()
+    if workspace is None and main:
+        work.remove()
+    return target
 
 
 def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, log: Log) -> None:
@@ -91,11 +82,14 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     device = pick_device(settings.device)
     (_, context), *_ = check_order(passes, settings, source, device)
     texts = [text_of(step, settings) for step in passes]
-    drawn = {
-        text: draw_samples(text, source.tokenizer, context.context_length) for text in dict.fromkeys(texts) if text
-    }
+    drawn = {one: draw_samples(one, source.tokenizer, context.context_length) for one in dict.fromkeys(texts) if one}
     for samples in drawn.values():
-        _check_tokens(samples.tokens, source)
+        largest = max(int(tokens.max()) for tokens in samples.tokens)
+        if largest >= source.state.config.vocab_size:
+            raise CompressError(
+                f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
+                f"{source.state.config.vocab_size} tokens; the two do not belong together."
+            )
     state, history, sidecars = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
         context = make_context(source, device, settings.seed, state)
@@ -132,16 +126,6 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     log.progress("writing", 1, 1)
 
 
-def _check_tokens(samples: Sequence[Tensor], source: Source) -> None:
-    """Refuse a tokenizer that knows tokens beyond the model's embedding."""
-    largest = max(int(tokens.max()) for tokens in samples)
-    if largest >= source.state.config.vocab_size:
-        raise CompressError(
-            f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
-            f"{source.state.config.vocab_size} tokens; the two do not belong together."
-        )
-
-
 def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
     """Return what a pass learns from: its own text, else the recipe's calibration; None if it looks at none."""
     return step.needs().text or settings.calibration if step.needs().calibration else None
@@ -166,9 +150,7 @@ def check_order(
                 f"put {before.config.kind} last."
             )
         if packed_by is not None and not needs.whole_model:
-            raise CompressError(
-                f"{here} works on dense weights, but {packed_by} before it has packed them; put it earlier."
-            )
+            raise CompressError(f"{here} works on dense weights, but {packed_by} has packed them; put it earlier.")
         if needs.calibration and text_of(step, settings) is None:
             raise CompressError(f"{here} looks at text, but the recipe has no calibration.")
         if needs.packed and packed_by is None:

@@ -1,7 +1,5 @@
 """Foresee what a recipe will need and give, from headers alone: no weight is read."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -78,9 +76,7 @@ def _needs(
     hidden = samples * length * int(getattr(state.config, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
     # Measured by the memory bench: a block in float32, as read, and as written.
     memory, units, carried = outside + 3 * block + hidden, inside, 2 * (1 + len(needs.variants)) * hidden
-    if (
-        needs.squared_gradients
-    ):  # their sum for a block, the hidden states' gradients, and one sample's logits and gradient
+    if needs.squared_gradients:  # their sum for a block, those of hidden states, one sample's logits and gradient
         memory += block + hidden + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
         units, carried = 2 * inside, hidden * (len(blocks) + 3)
     if needs.packs:

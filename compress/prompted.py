@@ -5,8 +5,6 @@ the longest row, and takes part in every step of ``generate`` by names that tran
 between padding and text, and ``generate`` is the base model's own, begun with their embeddings.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Iterator
@@ -58,20 +56,10 @@ class PromptedModel(PeftModelForCausalLM):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model on text behind the prompt.
+        """Run the model on text behind the prompt; logits are [B, virtual tokens + T, vocabulary], the last ones the text's.
 
-        Args:
-            input_ids: int64 [B, T].
-            attention_mask: [B, T], 0 for padding, on either side; with a cache that is not empty, of the whole text so far.
-            inputs_embeds: [B, T, embedding width] in place of ``input_ids``.
-            labels: int64 [B, T].
-            **kwargs: for the base model; a cache that is not empty holds the prompt already.
-
-        Returns:
-            The base model's output. Behind a prompt, logits are [B, virtual tokens + T, vocabulary]; the last ones are the text's.
-
-        Raises:
-            CompressError: a mask that is not [B, T], or a prefix that a sliding window would lose with the padding.
+        A cache that is not empty holds the prompt already, and ``attention_mask`` [B, T], 0 for padding on either side, is
+        then of the whole text so far. A prefix that a sliding window would lose with the padding is refused.
         """
         model: Any = self.get_base_model()
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
@@ -97,11 +85,7 @@ class PromptedModel(PeftModelForCausalLM):
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """Continue texts behind the prompt, as ``generate`` of the base model does; lengths count text alone.
-
-        Raises:
-            CompressError: as for :meth:`forward`.
-        """
+        """Continue texts behind the prompt, as ``generate`` of the base model does; lengths count text alone."""
         model: Any = self.get_base_model()
         if self._disabled:
             return model.generate(inputs, generation_config=generation_config, **kwargs)
@@ -170,9 +154,7 @@ class PromptedModel(PeftModelForCausalLM):
         if mask is None:
             return None
         if mask.dim() != 2:
-            raise CompressError(
-                "behind a soft prompt attention_mask must be [rows, tokens], one number per token of text."
-            )
+            raise CompressError("behind a soft prompt attention_mask must be [rows, tokens], a number per text token.")
         ones = mask.new_ones(len(mask), self._tokens)
         if not self._is_prefix:
             return self._placed(ones, mask, mask)

@@ -1,7 +1,5 @@
 """Read recipes: what is compressed, on what text, by which passes; YAML or the same object in Python."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +17,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(
-        description="Folder or hub id of a dense causal LM, or 'builtin' for the one that comes with us."
-    )
+    model: str = Field(description="Folder or hub id of a dense causal LM, or 'builtin' for the built-in one.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     calibration: Calibration | None = Field(None, description="Needed by passes that look at text.")
     passes: tuple[SerializeAsAny[PassConfig], ...] = Field(min_length=1, description="Applied in this order.")
@@ -89,11 +85,7 @@ def _settings_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def override(data: Any, assignments: Sequence[str]) -> Any:
-    """Apply ``key.0.key=value`` assignments to a recipe's plain data; values are read as YAML.
-
-    Raises:
-        CompressError: no '=', a path through something that is not there, a list index out of range.
-    """
+    """Apply ``key.0.key=value`` assignments to a recipe's plain data, as far as they lead somewhere; values are YAML."""
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
@@ -124,11 +116,7 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> Recipe:
-    """Read and validate a recipe: a YAML file, the same as a mapping, or a :class:`Recipe`.
-
-    Raises:
-        CompressError: the file is not there or not YAML, or anything in it is wrong.
-    """
+    """Read a recipe, a YAML file, the same as a mapping or a :class:`Recipe`, and refuse anything that is wrong in it."""
     if isinstance(recipe, Recipe) and not overrides:
         return recipe
     if isinstance(recipe, (Recipe, Mapping)):

@@ -1,7 +1,5 @@
 """Run one pass of a recipe: its units of work, each on disk before the next begins."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -183,12 +181,10 @@ class Runner:
     def _open(self, i: int, module: nn.Module, inputs: str) -> Block:
         name, state = self.blocks[i], self.state
         samples, variants = self._samples(i, inputs)
-        model_statistics = self.stage.load("model-survey") if self.needs.model_statistics else {}
+        whole = self.stage.load("model-survey") if self.needs.model_statistics else {}
         shape = block_shape(state.config, state.shapes, name) if self.context.structure.groups else None
         linears = self.model.linears(i)
-        return Block(
-            i, name, module, linears, self._fisher(i), samples, variants, self.statistics, model_statistics, shape
-        )
+        return Block(i, name, module, linears, self._fisher(i), samples, variants, self.statistics, whole, shape)
 
     def _measure_block(self, i: int, unit: str, inputs: str) -> None:
         with self.log.unit(self.kind, unit) as line, self.model.block(i) as module:
@@ -279,9 +275,7 @@ class Runner:
 
     def _save(self, unit: str, tensors: Mapping[str, Tensor], figures: Record, notes: Record) -> None:
         if taken := sorted(figures.keys() & set(NOTES)):
-            raise CompressError(
-                f"pass {self.kind}: its record has {taken[0]!r}, a name that the pipeline uses; choose another."
-            )
+            raise CompressError(f"pass {self.kind}: its record has {taken[0]!r}, the pipeline's own; choose another.")
         self.stage.save(unit, tensors, {**figures, **notes})
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:

@@ -72,9 +72,7 @@ class TrainingConfig(PassConfig):
     clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
     validate_every: int = Field(50, ge=1, description="Steps between validations, each of which is a checkpoint.")
     held_out: int = Field(8, ge=2, description="One sample of so many is held out; the best state on those stays.")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="To compute in, by autocast; what is trained stays float32."
-    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Of autocast; parameters stay float32.")
 
 
 @cache

@@ -1,9 +1,4 @@
-"""Build models of pruned blocks, and find out whether a plain config can say their sizes.
-
-Heads keep their dimension; what changes is how many there are, and how many channels an MLP has.
-"""
-
-from __future__ import annotations
+"""Build models of blocks with fewer heads and MLP channels, and find out whether a plain config can say their sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -68,10 +63,7 @@ def linear_sizes(
 
 
 def shape_block(block: nn.Module, structure: Architecture, shape: BlockShape, dimension: int) -> None:
-    """Give a block's linears empty parameters of a shape, on the meta device, and tell its modules.
-
-    What has that size already stays as it is.
-    """
+    """Give linears of another size empty parameters of a shape, on the meta device, and tell the block's modules."""
     for name, (outputs, inputs) in linear_sizes(structure, shape, dimension).items():
         module = block.get_submodule(name)
         rows, columns = Linear(name, module).shape

@@ -5,8 +5,6 @@
 them for its own. Only headers are read here: neither torch nor peft is needed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -47,9 +45,7 @@ def read_prompt(folder: Path) -> tuple[str, int, int]:
     """Read a prompt's peft type, its virtual tokens, and the numbers for each; refuse files that do not belong together."""
     config, shapes = _read(folder, "a soft prompt")
     if config.get("peft_type") not in ("PROMPT_TUNING", "PREFIX_TUNING") or config.get("task_type") != "CAUSAL_LM":
-        raise CompressError(
-            f"{folder}: is a {config.get('peft_type')} adapter; a prompt or prefix of a causal LM is wanted."
-        )
+        raise CompressError(f"{folder}: is a {config.get('peft_type')} adapter, not a prompt or prefix of a causal LM.")
     tokens, numbers = (*shapes.get("prompt_embeddings", ()), 0, 0)[:2]
     if tokens != config.get("num_virtual_tokens"):
         raise CompressError(
@@ -127,11 +123,7 @@ def _fetched(name: str, folder: str, revision: str | None) -> Path:
 
 
 def inspect_sidecars(folder: Path) -> Mapping[str, Any]:
-    """Describe the sidecars of a model, for ``compress inspect``.
-
-    Returns:
-        ``{"prompts": {"3 bits" | "all widths": {"tokens", "numbers"}}}``, and where there is one ``"adapter": {"rank", "numbers"}``.
-    """
+    """Describe the sidecars of a model, for ``compress inspect``: prompts by label, and the adapter where there is one."""
     found: dict[str, Any] = {"prompts": {}}
     for bits, path in stored_prompts(folder).items():
         _, tokens, numbers = read_prompt(path)

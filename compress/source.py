@@ -1,7 +1,5 @@
 """Open the model that work starts from, and tell passes what they may know of it before any weight is read."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,7 +61,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, absence: the hub's own types change between releases
         raise CompressError(
-            f"model {model!r}: there is no such folder, and the hub did not deliver it ({first_line(error)})."
+            f"model {model!r}: is no folder, and the hub did not deliver it ({first_line(error)})."
         ) from error
 
 

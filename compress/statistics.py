@@ -1,7 +1,5 @@
 """Measure what linear layers are given on calibration text: watch them, tell shared inputs, and sum statistics up."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ called as the model itself would: the arguments of every block's call are captur
 over blocks that only take notes. No forward pass is written again here, so a new transformers release needs nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -54,10 +52,7 @@ class _LastBlock(Exception):
 
 
 def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Return, for every tensor of a model, the names it may have in checkpoint files.
-
-    Files of a base model lack its prefix, some have it in excess, and some modules were renamed.
-    """
+    """Return, for every tensor, the names it may have in files, which lack a prefix, have one in excess, or an old name."""
     structure, start = architecture(model.config), f"{model.base_model_prefix}."
     return {
         name: (name, name.removeprefix(start), start + name, structure.stored_name(name)) for name in model.state_dict()
@@ -73,10 +68,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
-    """Return the same tensors, which have their new sizes already, as a model of smaller and fewer blocks.
-
-    ``shapes`` has the shape of each block, None if it is no longer there.
-    """
+    """Return the same tensors, of their new sizes already, as a model of other shapes; None for a block that is removed."""
     structure = architecture(state.config)
     names = [block_prefix(structure, index) for index in range(state.config.num_hidden_layers)]
     kept = [index for index, name in enumerate(names) if shapes.get(name, True) is not None]
@@ -121,12 +113,7 @@ def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
 
 
 class StreamedModel:
-    """Hold a model whose blocks are in memory one at a time.
-
-    Args:
-        state: where its tensors are.
-        device: where to compute, in float32; ``meta`` reads nothing and serves to look at the structure.
-    """
+    """Hold a model, in float32, whose blocks are in memory one at a time; on ``meta`` nothing is read, only looked at."""
 
     def __init__(self, state: State, device: torch.device) -> None:
         self.state, self.device = state, device
@@ -144,7 +131,12 @@ class StreamedModel:
             wanted.pop(f"{self.head}.weight", None)  # it shares the embedding's storage and need not be in the files
         self._check_tensors(wanted)
         if device.type != "meta":
-            self._fill_outside(wanted)
+            self._fill(self.model, {name: name for name in wanted if block_of(name, self.structure) is None})
+            self.model.tie_weights()
+            for module in self.model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.device.type != "meta":
+                        setattr(module, name, buffer.to(device))
             self._find_return_type()
 
     def _check_tensors(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -159,14 +151,6 @@ class StreamedModel:
                     f"tensor {name!r} is {list(info.shape)} in {info.file.name}, but config.json makes it "
                     f"{list(shape)}; the two do not belong together."
                 )
-
-    def _fill_outside(self, wanted: Iterable[str]) -> None:
-        self._fill(self.model, {name: name for name in wanted if block_of(name, self.structure) is None})
-        self.model.tie_weights()
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device.type != "meta":
-                    setattr(module, name, buffer.to(self.device))
 
     def _fill(self, module: nn.Module, names: Mapping[str, str]) -> None:
         """Give a module its tensors: names inside it -> names in the state."""

@@ -3,8 +3,6 @@
 A package can add its own: an entry point of group ``compress.architectures`` that names an :class:`Architecture`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -171,10 +169,7 @@ def matching(pattern: str, names: list[str]) -> list[str]:
 
 
 class Linear:
-    """Show one weight matrix of a block as [out_features, in_features] whatever its class.
-
-    GPT-2's ``Conv1D`` keeps the transpose; passes need not know.
-    """
+    """Show one weight matrix as [out_features, in_features] whatever its class: GPT-2's ``Conv1D`` keeps the transpose."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module

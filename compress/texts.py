@@ -4,8 +4,6 @@ Three disjoint lists of modules: the model was trained on :func:`training_files`
 figure is measured on ``HELDOUT``. The tests of a held-out or calibration module are left out of the training list too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sysconfig
 from collections.abc import Sequence
@@ -17,9 +15,7 @@ SEPARATOR = "<|endoftext|>"
 
 HELDOUT = ("configparser", "fractions", "heapq", "sched", "shelve", "textwrap")
 CALIBRATION = ("argparse", "bisect", "queue", "statistics", "tempfile", "zipapp")
-_SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "encodings", "pydoc_data", "turtledemo", "ensurepip", "__pycache__"}
-)
+_SKIPPED = {"site-packages", "dist-packages", "encodings", "pydoc_data", "turtledemo", "ensurepip", "__pycache__"}
 # Of the test suite only these letters: enough of its style, without drowning the library's own.
 _TEST_FILES = tuple(f"test_{letter}*.py" for letter in "abcdefghi")
 
@@ -34,9 +30,7 @@ def read_modules(names: Sequence[str]) -> dict[str, str]:
     try:
         return {name: (stdlib() / f"{name}.py").read_text(encoding="utf-8") for name in names}
     except OSError as error:
-        raise CompressError(
-            f"{error.filename}: cannot be read; the built-in text needs Python with its sources."
-        ) from error
+        raise CompressError(f"{error.filename}: cannot be read; the built-in text needs Python's sources.") from error
 
 
 def training_files() -> list[Path]:
@@ -46,7 +40,7 @@ def training_files() -> list[Path]:
     library = [
         path
         for path in root.rglob("*.py")
-        if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+        if not _SKIPPED & set(path.relative_to(root).parts)
         and not {"test", "tests", "idle_test"} & set(path.relative_to(root).parts[:-1])
     ]
     tests = [path for pattern in _TEST_FILES for path in (root / "test").glob(pattern)]

@@ -5,8 +5,6 @@ number of the step only, so a run that was killed continues from its last checkp
 ``torchrun`` or ``accelerate launch`` every process takes its share of each step's samples.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,8 +1,4 @@
-"""Read tensors of a Hugging Face folder by name, one at a time: a model is never loaded whole.
-
-:class:`Checkpoint` reads the safetensors files of a folder; :class:`Overlay` lays the result of a pass over what was there
-before. Torch is imported where tensors are read, and not for headers.
-"""
+"""Read tensors of a Hugging Face folder by name, one at a time; torch is imported for tensors, and not for headers."""
 
 from __future__ import annotations
 
@@ -58,11 +54,9 @@ class TensorSource(Protocol):
 
     def info(self) -> Mapping[str, TensorInfo]:
         """Describe every tensor there is, by name."""
-        ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copy some tensors to the CPU."""
-        ...
 
 
 def refuse_elsewhere(path: Path, names: Iterable[str]) -> None:
@@ -117,14 +111,7 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
 
 
 class Checkpoint:
-    """Read the tensors of a Hugging Face model folder.
-
-    Args:
-        folder: holds safetensors.
-        names: the names tensors are to bear -> the names they may have in the files, most likely first; as they
-            are stored if None.
-        index_name: which index says what belongs to it.
-    """
+    """Read tensors of a model folder; ``names`` has those they are to bear -> those they may have in files, likeliest first."""
 
     def __init__(self, folder: Path, names: Mapping[str, Sequence[str]] | None = None, index_name: str = INDEX) -> None:
         self.folder, self.files = folder, shard_files(folder, index_name)

@@ -5,8 +5,6 @@ there when complete. It lies in a folder named by a digest of everything its con
 was done before): a unit that exists is right, and two recipes that share a beginning share it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,13 +1,11 @@
 """Write the checkpoint folder: shards grouped by bits, configuration, manifest; there whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import math
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -55,14 +53,8 @@ def write_checkpoint(
 ) -> None:
     """Write a state as an ordinary Hugging Face folder, in one move at the very end.
 
-    Args:
-        state: what to write.
-        source: the dense model's folder, whose tokenizer and generation settings are copied.
-        target: becomes the checkpoint.
-        manifest: what the run knows; files, sizes and a probe are added.
-        probe_tokens: a few tokens; what the model makes of them at all bits is kept for ``verify``.
-        device: where the probe is computed.
-        write_sidecars: adds files that are not the model's own.
+    Tokenizer and generation settings are copied from ``source``, the dense model's folder. Files, sizes, and what the
+    model makes of ``probe_tokens`` at all bits (for ``verify``) are added to the manifest.
     """
     running, state = state, _stored_state(state)
     info = state.source.info()
@@ -85,6 +77,10 @@ def write_checkpoint(
             shutil.copyfile(path, partial / path.name)
     write_sidecars(partial)
     files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
+    at = {bits: sum(info[name].nbytes for name in names) for bits, names in _needed_at(info, state).items()}
+    sizes: dict[str, Any] = {"files": sum(path.stat().st_size for path in files.values()), "tensors": at.pop(None)}
+    if at:
+        sizes["tensors_at_bits"] = {str(bits): size for bits, size in at.items()}
     whole = {
         "format_version": format_version(state.packed.values(), state.shapes),
         "compress_version": __version__,
@@ -92,7 +88,7 @@ def write_checkpoint(
         | {package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},
         **manifest,
         "not_quantised": not_quantised(running, manifest["passes"]),
-        "sizes": {"files": sum(path.stat().st_size for path in files.values())} | _sizes(info, state),
+        "sizes": sizes,
         "files": {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()},
         "probe": probe(partial, running, probe_tokens, device),
     }
@@ -119,13 +115,6 @@ def _needed_at(info: Mapping[str, TensorInfo], state: State) -> dict[int | None,
     for bits in bits_range(state.packed.values()):
         needed[bits] = [n for n in info if n not in seeds or (first_bits(n) or 0) <= max(bits, seeds[n])]
     return needed
-
-
-def _sizes(info: Mapping[str, TensorInfo], state: State) -> dict[str, Any]:
-    """Count the bytes of tensor data in the files, and of what is read at each number of bits."""
-    at = {bits: sum(info[name].nbytes for name in names) for bits, names in _needed_at(info, state).items()}
-    found: dict[str, Any] = {"tensors": at.pop(None)}
-    return found | {"tensors_at_bits": {str(bits): size for bits, size in at.items()}} if at else found
 
 
 def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[str]]:
@@ -160,9 +149,7 @@ def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[
     return shards
 
 
-def _write_indexes(
-    folder: Path, shards: Mapping[str, Iterable[str]], info: Mapping[str, TensorInfo], state: State
-) -> None:
+def _write_indexes(folder: Path, shards: Mapping[str, list[str]], info: Mapping[str, TensorInfo], state: State) -> None:
     file_of = {name: file for file, names in shards.items() for name in names}
     for bits, names in _needed_at(info, state).items():
         if bits is None and SINGLE in shards:

@@ -1,7 +1,5 @@
 """Run the ``compress`` command. Every error a user can put right is one line; tracebacks are for ``--traceback``."""
 
-from __future__ import annotations
-
 import sys
 
 from rich.markup import escape

@@ -85,11 +85,8 @@ TasksOption = Annotated[Optional[str], panel(TASKS, _TASKS)]
 IncludeOption = Annotated[Optional[Path], panel(TASKS, _INCLUDE)]
 ResultsOption = Annotated[Optional[Path], typer.Option("--results", help=_RESULTS)]
 _Text = Annotated[Optional[str], panel(_TEXT, "Text file, or 'builtin' for held-out standard-library modules.")]
-_Separator = Annotated[
-    Optional[str], panel(_TEXT, "Divides the text into documents, each scored alone with BOS in front.")
-]
+_Separator = Annotated[Optional[str], panel(_TEXT, "Divides the text into documents, each scored alone after BOS.")]
 _Limit = Annotated[Optional[int], typer.Option(help="Take the first so many documents, and items of each task.", min=1)]
-_Minimum = Annotated[int, panel(_TEXT, "Pass over documents of this length or less.", min=0)]
 _Length = Annotated[Optional[int], panel(_TEXT, "Tokens in a window; the context, at most 2048, if absent.", min=2)]
 _Stride = Annotated[Optional[int], panel(_TEXT, "Tokens a window advances by; half its length if absent.", min=1)]
 
@@ -102,7 +99,7 @@ class TextOptions:
     preset: Annotated[Optional[str], panel(_TEXT, _PROTOCOL, "--protocol")] = None
     separator: _Separator = None
     limit: _Limit = None
-    min_characters: _Minimum = 0
+    min_characters: Annotated[int, panel(_TEXT, "Pass over documents of this length or less.", min=0)] = 0
     length: _Length = None
     stride: _Stride = None
     truncate: Annotated[bool, panel(_TEXT, "Score only the first window of each document.")] = False
@@ -152,9 +149,7 @@ def parse_bits(text: str | None) -> list[int | float] | None:
     try:
         return [float(part) if "." in part else int(part) for part in text.split(",")]
     except ValueError:
-        raise CompressError(
-            f"--bits {text!r}: give one number or several, comma-separated, for example 3,3.5,8."
-        ) from None
+        raise CompressError(f"--bits {text!r}: give one number or several, comma-separated, such as 3,3.5,8.") from None
 
 
 class ProgressLines:

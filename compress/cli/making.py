@@ -1,7 +1,5 @@
 """Add the commands that make checkpoints and tell what is in them."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -16,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.cli.common import Folder, JsonFlag, app, out, progress_bar, quiet_transformers
-from compress.errors import CompressError
+from compress.errors import CompressError, did_you_mean
 
 _WORKSPACE = "Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
 Assignments = Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")]
@@ -87,9 +85,7 @@ def inspect(
         Optional[bool],
         typer.Option(help="Count zeros per block and linear, which reads all weights; if absent, of pruned models."),
     ] = None,
-    plot: Annotated[
-        Optional[Path], typer.Option(help="Draw the sparsity of blocks and linears here (.svg, .png).")
-    ] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the sparsity of blocks and linears (.svg, .png).")] = None,
 ) -> None:
     """Show what is in a checkpoint: modules, bytes by width, errors, sparsity, where it came from."""
     from compress.inspect import inspect as look
@@ -127,9 +123,7 @@ def inspect(
         out.print(f"soft prompt for {bits}: {prompt['tokens']} virtual tokens, {prompt['numbers']} numbers")
     if "adapter" in found:
         rank, numbers = found["adapter"]["rank"], found["adapter"]["numbers"]
-        out.print(
-            f"adapter of rank {rank}, {numbers} numbers: in use unless left off, but not by plain from_pretrained"
-        )
+        out.print(f"adapter of rank {rank}, {numbers} numbers: in use unless left off, not by plain from_pretrained")
     dense = sum(found["dense"].values())
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():
@@ -194,7 +188,6 @@ def verify(folder: Folder) -> None:
 @app.command()
 def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:
     """List the installed passes, or one with all its settings."""
-    from compress.errors import did_you_mean
     from compress.settings import config_class, kinds
 
     if kind is None:

@@ -1,7 +1,5 @@
 """Add the commands that measure, and those that bring measurements together."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Optional
@@ -118,9 +116,7 @@ def bench(
     ] = None,
     random: Annotated[
         Optional[str],
-        typer.Option(
-            help="Make a model of random weights and quantise it to 2 to 8 bits: llama-tiny, llama-1b or llama-8b."
-        ),
+        typer.Option(help="Quantise a model of random weights to 2 to 8 bits: llama-tiny, llama-1b or llama-8b."),
     ] = None,
     bits: BitsOption = None,
     reference: Annotated[Optional[str], typer.Option(help="Dense model; the recipe's if absent.")] = None,
@@ -167,14 +163,12 @@ def bench(
 
 
 _CONTROLS = "Make and measure stages and controls too: runs of their own."
-_Samples = Annotated[
-    Optional[list[str]], typer.Option("--sample", help="Continue this text at every width; may be repeated.")
-]
+_Samples = Annotated[Optional[list[str]], typer.Option("--sample", help="Text to continue at every width; repeatable.")]
 
 
 @app.command()
 @with_text_options
-def progress(
+def report(
     folder: Folder,
     text: TextOptions,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder; DIR/report if absent.")] = None,
@@ -194,7 +188,7 @@ def progress(
     Measures what is missing and keeps it in DIR/report/results.jsonl; stopped, the same command continues.
     """
     from compress.evals.gather import Wanted
-    from compress.evals.progress import progress as write
+    from compress.evals.report import report as write
     from compress.evals.speed import Load
     from compress.evals.tasks import Tasks
 

@@ -1,7 +1,5 @@
 """Add the commands that put a model to use."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -25,12 +23,8 @@ from compress.errors import CompressError
 def generate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
     text: Annotated[str, typer.Argument(help="Text to continue.", metavar="TEXT")],
-    bits: Annotated[
-        Optional[str], typer.Option(help="Width, or a mean width such as 3.5; all that is stored if absent.")
-    ] = None,
-    memory: Annotated[
-        Optional[str], typer.Option(help="Choose widths so that all tensors fit, for example 2GB.")
-    ] = None,
+    bits: Annotated[Optional[str], typer.Option(help="Width, or a mean such as 3.5; all there is if absent.")] = None,
+    memory: Annotated[Optional[str], typer.Option(help="Choose widths so that tensors fit, for example 2GB.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,

@@ -117,11 +117,10 @@ def _problems(folder: str | None, shapes: list[str] | None, bits: str, rows: str
 
 def _layers(folder: str) -> list[tuple[int, int]]:
     """Return the sizes of a checkpoint's packed layers, each once, or refuse what is not a compressed checkpoint."""
-    from compress.config import METHOD, StoredConfig
+    from compress.config import stored_config
     from compress.loading import read_config
 
-    settings = getattr(read_config(folder), "quantization_config", None)
-    if settings is None or settings.get("quant_method") != METHOD:
+    settings = stored_config(getattr(read_config(folder), "quantization_config", None))
+    if settings is None:
         raise CompressError(f"{folder}: is not a compressed checkpoint, so it has no packed layers to tune for.")
-    shapes = StoredConfig(**settings).shapes().values()
-    return list(dict.fromkeys((found.out_features, found.in_features) for found in shapes))
+    return list(dict.fromkeys((found.out_features, found.in_features) for found in settings.shapes().values()))

@@ -1,7 +1,5 @@
 """The main job on the built-in model: compress, load in a fresh process, measure beside the controls."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +23,7 @@ PROMPT = "def __init__(self"
 
 
 def demonstrate(output: Path, controls: bool, progress: Callable[[str, int, int], None]) -> RenderableType:
-    """Run the demo, and return what to print.
-
-    Args:
-        output: folder for checkpoints and ``quality.json``; one made by an earlier demo is replaced.
-        controls: whether the weight objective, and k-means and round-to-nearest at 3 and 4 bits, are measured too.
-        progress: called with (what, done, total), to tell of progress.
-    """
+    """Run the demo, with the controls if wanted, and return what to print; a folder of an earlier demo is replaced."""
     mark = output / MARK
     if output.exists():
         if not output.is_dir() or (any(output.iterdir()) and not mark.exists()):
