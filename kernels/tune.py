@@ -50,7 +50,7 @@ def tune(
     device: str = "cuda",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Measure some problems on a GPU, and return the content of a tuning file; ``timer`` gives the seconds of a list of calls.
+    """Measure some problems on a GPU, and return the content of a tuning file; ``timer`` takes a list of calls.
 
     Problems of 512 rows and more have nothing to choose and are left out; ``progress`` is called with (what, done, total).
     """

@@ -134,8 +134,8 @@ def column_shares(zeros: int, columns: int, size: int = COLUMNS) -> list[int]:
 def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
     """Choose the weights to prune: exactly ``zeros`` of them, the smallest of every comparison group.
 
-    Returns bool [N, K], true where pruned. Of groups, ``row`` gives every row the same number of zeros (to within one), ``columns`` every block of 128 columns the same share,
-    ``matrix`` compares all weights.
+    Returns bool [N, K], true where pruned. Of groups, ``row`` gives every row the same number of zeros (to within one),
+    ``columns`` every block of 128 columns the same share, and ``matrix`` compares all weights.
     """
     rows, columns = scores.shape
     if group == "row":
@@ -154,7 +154,8 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:
     """Choose the weights to prune so that ``kept`` survive of every ``of`` consecutive inputs of a row (n:m).
 
-    Returns bool [N, K], true where pruned. A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern once padded with zeros.
+    Returns bool [N, K], true where pruned. A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern
+    once padded with zeros.
     """
     rows, columns = scores.shape
     whole = columns // of * of
