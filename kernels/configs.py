@@ -27,25 +27,15 @@ SHIPPED = Path(__file__).with_name("tuning")
 
 @dataclass(frozen=True)
 class Problem:
-    """Describe what a configuration is chosen by.
+    """Describe what a configuration is chosen by."""
 
-    Attributes:
-        rows: N.
-        columns: K.
-        bits: of a code.
-        count: rows of activations.
-        kind: of the activations.
-        assembly: whether the kernels are those with assembly.
-        capability: 90 for sm_90; not part of the key, as files are by GPU.
-    """
-
-    rows: int
-    columns: int
-    bits: int
-    count: int
-    kind: Kind
-    assembly: bool = True
-    capability: int = 90
+    rows: int  # N
+    columns: int  # K
+    bits: int  # of a code
+    count: int  # rows of activations
+    kind: Kind  # of the activations
+    assembly: bool = True  # whether the kernels are those with assembly
+    capability: int = 90  # 90 for sm_90; not part of the key, as files are by GPU
 
     @property
     def span(self) -> int:
@@ -94,13 +84,7 @@ def candidates(problem: Problem) -> list[Config]:
 
 @lru_cache(4096)  # it is asked at every call
 def heuristic(problem: Problem, processors: int, shared: int) -> Config:
-    """Choose a configuration from the sizes alone.
-
-    Args:
-        problem: the sizes.
-        processors: streaming multiprocessors of the GPU.
-        shared: bytes of shared memory that one program may use.
-    """
+    """Choose a configuration from the sizes, the GPU's multiprocessors, and a program's bytes of ``shared`` memory."""
     if not problem.assembly:  # small tiles: these kernels hold 32 weights per word at once
         few = problem.operation not in ("dot", "tile")
         return Config(4, 4) if few else Config(4, 1, 1, 16 if problem.count <= 16 else 32, 32, 1)

@@ -30,17 +30,11 @@ WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than
 
 @dataclass(frozen=True)
 class Library:
-    """Hold the loaded library.
-
-    Attributes:
-        calls: its functions.
-        isa: index in ``ISAS`` of the best kernels that this processor can run.
-        team: address of ``GOMP_parallel`` in the process, or 0: then one thread does all the work.
-    """
+    """Hold the loaded library and its functions."""
 
     calls: ctypes.CDLL
-    isa: int
-    team: int
+    isa: int  # index in ``ISAS`` of the best kernels that this processor can run
+    team: int  # address of ``GOMP_parallel`` in the process, or 0: then one thread does all the work
 
 
 @functools.cache
@@ -101,8 +95,7 @@ def _library() -> Library:
 def int8_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Round every row of a codebook, floating [N, 2**b], to 255 equal steps between its least and its largest entry.
 
-    Returns:
-        Bytes, uint8 [N, 2**b], 1 to 255, and float32 [N, 2]: ``entry = byte * affine[n, 0] + affine[n, 1]``.
+    Returns bytes, uint8 [N, 2**b], 1 to 255, and float32 [N, 2]: ``entry = byte * affine[n, 0] + affine[n, 1]``.
     """
     places, affine = torch.empty_like(codebook, dtype=torch.uint8), torch.empty(codebook.shape[0], 2)
     at_once = max(1, (1 << 18) // codebook.shape[1])  # rows: float64 copies stay small

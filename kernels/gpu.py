@@ -33,21 +33,13 @@ LOOKED_UP_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """Describe a GPU, as far as the choice of a kernel depends on it.
+    """Describe a GPU, as far as the choice of a kernel depends on it."""
 
-    Attributes:
-        name: as torch gives it.
-        processors: streaming multiprocessors.
-        assembly: whether it runs PTX that needs sm_80.
-        shared: bytes of shared memory that one program may use.
-        capability: 90 for sm_90; 0 where it means nothing.
-    """
-
-    name: str
-    processors: int
-    assembly: bool
-    shared: int
-    capability: int
+    name: str  # as torch gives it
+    processors: int  # streaming multiprocessors
+    assembly: bool  # whether it runs PTX that needs sm_80
+    shared: int  # bytes of shared memory that one program may use
+    capability: int  # 90 for sm_90; 0 where it means nothing
 
 
 @torch.compiler.assume_constant_result
@@ -107,21 +99,13 @@ def describe() -> str:
 
 @dataclass(frozen=True)
 class Packed:
-    """Describe one matrix at one number of bits.
+    """Describe one matrix [N, K] at one number of bits."""
 
-    Attributes:
-        tensors: as :meth:`compress.kernels.layout.Tiled.tensors` gives them.
-        rows: N.
-        columns: K.
-        bits: of a code.
-        head: of the layout.
-    """
-
-    tensors: Sequence[Tensor]
-    rows: int
-    columns: int
-    bits: int
-    head: int
+    tensors: Sequence[Tensor]  # as :meth:`compress.kernels.layout.Tiled.tensors` gives them
+    rows: int  # N
+    columns: int  # K
+    bits: int  # of a code
+    head: int  # of the layout
 
     @property
     def codes(self) -> Tensor:

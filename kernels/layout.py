@@ -163,39 +163,27 @@ def _tiled_table(codebook: Tensor) -> Tensor:
 
 @dataclass
 class Tiled:
-    """Hold a packed matrix in the layout of the kernels.
+    """Hold a packed matrix [N, K] in the layout of the kernels.
 
-    Attributes:
-        rows: N.
-        columns: K.
-        head: first planes that lie together, 1, 2 or 4.
-        codes: int32 [p, ceil(N / 32), ceil(K / 32), 32].
-        tables: bits -> floating [ceil(N / 32), 2**bits, 32].
-        registers: bits -> int32 [2, 2**bits / 2, 32 * ceil(N / 32)], the bytes of float16 and of bfloat16 entries, for
-            2 to 4 bits if the codebooks are float16. With entries of 8 bits those of 4 bits are int32
-            [15, 32 * ceil(N / 32)] instead, whatever the codebooks are.
-        rounded: float32 [ceil(N / 32), 16, 32], what those entries are worth; None if entries are exact.
+    With entries of 8 bits, ``registers`` of 4 bits are int32 [15, 32 * ceil(N / 32)], whatever the codebooks are. Else they
+    are there for 2 to 4 bits if the codebooks are float16, and hold the bytes of float16 and of bfloat16 entries.
     """
 
-    rows: int
-    columns: int
-    head: int
-    codes: Tensor
-    tables: dict[int, Tensor]
-    registers: dict[int, Tensor]
-    rounded: Tensor | None = None
+    rows: int  # N
+    columns: int  # K
+    head: int  # first planes that lie together, 1, 2 or 4
+    codes: Tensor  # int32 [p, ceil(N / 32), ceil(K / 32), 32]
+    tables: dict[int, Tensor]  # bits -> floating [ceil(N / 32), 2**bits, 32]
+    registers: dict[int, Tensor]  # bits -> int32 [2, 2**bits / 2, 32 * ceil(N / 32)]
+    rounded: Tensor | None = None  # float32 [ceil(N / 32), 16, 32], the worth of 8-bit entries; None if exact
 
     @classmethod
     def build(
         cls, planes: Sequence[Tensor], codebooks: Mapping[int, Tensor], columns: int, exact: bool = True
     ) -> Tiled:
-        """Make the layout on the device of the planes.
+        """Make the layout on the device of the planes, int32 [N, ceil(K / 32)] each, most significant first.
 
-        Args:
-            planes: p int32 tensors [N, ceil(K / 32)], most significant first.
-            codebooks: bits -> floating [N, 2**bits] for all numbers of bits to be read.
-            columns: K.
-            exact: whether entries are read as they are, or with 8 bits at 4 bits.
+        ``codebooks`` holds floating [N, 2**bits] for all bits to be read; 4-bit ones have entries of 8 bits if not ``exact``.
         """
         return cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns, exact)
 

@@ -19,15 +19,7 @@ def words(columns: int) -> int:
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into planes.
-
-    Args:
-        codes: uint8 [N, K], every value below ``2**bits``.
-        bits: number of planes, 1 to 8.
-
-    Returns:
-        int32 [bits, N, ceil(K / 32)].
-    """
+    """Pack codes, uint8 [N, K], every value below ``2**bits``, into 1 to 8 planes, int32 [bits, N, ceil(K / 32)]."""
     rows, columns = codes.shape
     padded = pad(codes, (0, words(columns) * WORD - columns))
     octets = padded.view(rows, -1, 8)
@@ -37,15 +29,7 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_planes(planes: list[Tensor], columns: int) -> Tensor:
-    """Read codes back; the inverse of :func:`pack_planes`.
-
-    Args:
-        planes: one int32 [N, ceil(K / 32)] tensor per plane, most significant first.
-        columns: K.
-
-    Returns:
-        uint8 [N, K], each code ``len(planes)`` bits wide.
-    """
+    """Read codes back, uint8 [N, K], from planes, int32 [N, ceil(K / 32)] each, most significant first."""
     place = torch.arange(8, dtype=torch.uint8, device=planes[0].device)
     rows = planes[0].shape[0]
     codes = torch.zeros(rows, planes[0].shape[1] * 4, 8, dtype=torch.uint8, device=planes[0].device)

@@ -33,15 +33,10 @@ _SELECT, _MASK_OR = 0xE4, 0xEC  # lop3 of (a, b, c): (a & c) | (b & ~c), and (a 
 
 @dataclass(frozen=True)
 class Assembly:
-    """Hold what ``tl.inline_asm_elementwise`` takes.
+    """Hold what ``tl.inline_asm_elementwise`` takes."""
 
-    Attributes:
-        text: the instructions; ``$i`` are outputs, then inputs.
-        constraints: one letter per operand.
-    """
-
-    text: str
-    constraints: str
+    text: str  # the instructions; ``$i`` are outputs, then inputs
+    constraints: str  # one letter per operand
 
 
 class _Writer:
@@ -259,18 +254,12 @@ def _dot_singles(w: _Writer, weights: list[str], x: list[str]) -> str:
 
 @cache
 def product(bits: int, head: int, rows: int, form: Form, entries: Entries = 16) -> Assembly:
-    """Multiply 32 weights with 32 activations of each of so many rows.
+    """Multiply 32 weights of 2 to 8 ``bits`` with 32 activations of each of so many rows, to float32 sums.
 
-    Inputs: ``bits`` words of codes; the tables (low bytes, then high bytes, four to a word; with entries of 8 bits those bytes,
-    then the factor and the summand that make 1024 + entry a weight, twice each) or, above 4 bits and for
-    pairs, the address of the row's column in shared memory; 16 words of activations, two to a word, for every row.
-
-    Args:
-        bits: of a code, 2 to 8.
-        head: 1, 2 or 4: the first planes are planes, crumbs or nibbles (:mod:`compress.kernels.layout`).
-        rows: of activations, and outputs (float32).
-        form: of the activations and sums.
-        entries: bits of what one look-up gives.
+    Inputs: ``bits`` words of codes, the first ``head`` planes together; the tables (low bytes, then high bytes, four to a
+    word; with ``entries`` of 8 bits those bytes, then the factor and the summand that make 1024 + entry a weight, twice each)
+    or, above 4 bits and for pairs, the address of the row's column in shared memory; 16 words of activations, two to a word,
+    for every row.
     """
     w = _Writer(rows)
     codes, tables = w.inputs(bits), w.inputs(table_words(bits, entries))

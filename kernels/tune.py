@@ -50,13 +50,9 @@ def tune(
     device: str = "cuda",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Measure some problems, and return the content of a tuning file.
+    """Measure some problems on a GPU, and return the content of a tuning file; ``timer`` takes a list of calls.
 
-    Args:
-        problems: what to measure; those of 512 rows and more have nothing to choose and are left out.
-        timer: seconds of a list of calls.
-        device: a GPU.
-        progress: called with (what, done, total).
+    Problems of 512 rows and more have nothing to choose and are left out; ``progress`` is called with (what, done, total).
     """
     place = gpu.device_of(torch.cuda.current_device() if torch.cuda.is_available() else -1)
     here = (replace(problem, assembly=place.assembly, capability=place.capability) for problem in problems)

@@ -14,55 +14,31 @@ Operation = Literal["gemv", "dot", "tile", "look_up"]
 
 @dataclass(frozen=True)
 class Config:
-    """Say how one kernel divides its work, as tuning files do.
+    """Say how one kernel divides its work, as tuning files do."""
 
-    Attributes:
-        warps: of one program.
-        step: words (of 32 columns) per iteration of a program.
-        split: programs that share the columns of one row.
-        bm: rows of activations per program (``dot``).
-        bn: rows of weights per program.
-        stages: of the software pipeline (``dot``).
-        matrix: whether ``dot`` serves, where the number of rows alone would say ``gemv``.
-        pairs: whether ``gemv`` looks two weights up at once, at the number of bits that can (:data:`ptx.PAIRED`).
-    """
-
-    warps: int = 4
-    step: int = 16
-    split: int = 1
-    bm: int = 16
-    bn: int = 32
-    stages: int = 2
-    matrix: bool = False
-    pairs: bool = False
+    warps: int = 4  # of one program
+    step: int = 16  # words (of 32 columns) per iteration of a program
+    split: int = 1  # programs that share the columns of one row
+    bm: int = 16  # rows of activations per program (``dot``)
+    bn: int = 32  # rows of weights per program
+    stages: int = 2  # of the software pipeline (``dot``)
+    matrix: bool = False  # whether ``dot`` serves, where the number of rows alone would say ``gemv``
+    pairs: bool = False  # whether ``gemv`` looks two weights up at once, at ``ptx.PAIRED`` bits
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Name one kernel and what it is compiled for.
-
-    Attributes:
-        operation: which kernel.
-        bits: of a code, 1 to 8.
-        head: of the layout.
-        kind: of the activations; of the result too.
-        rows: of activations (``gemv`` only).
-        assembly: whether the assembly is used, or plain Triton.
-        even: whether every iteration is whole (assembly only).
-        bias: whether one is added.
-        entries: bits of what a look-up gives: 16, or at 4 bits also 8, and 32 in ``gemv`` (assembly only: plain Triton
-            reads any table).
-    """
+    """Name one kernel and what it is compiled for."""
 
     operation: Operation
-    bits: int
-    head: int
-    kind: Kind
-    rows: int = 1
-    assembly: bool = True
-    even: bool = True
-    bias: bool = False
-    entries: ptx.Entries = 16
+    bits: int  # of a code, 1 to 8
+    head: int  # of the layout
+    kind: Kind  # of the activations; of the result too
+    rows: int = 1  # of activations (``gemv`` only)
+    assembly: bool = True  # whether the assembly is used, or plain Triton
+    even: bool = True  # whether every iteration is whole (assembly only)
+    bias: bool = False  # whether one is added
+    entries: ptx.Entries = 16  # bits of each; at 4 bits also 8, in ``gemv`` 32 (plain Triton reads any table)
 
     def constants(self, config: Config) -> dict[str, Any]:
         """Return the arguments that are known when the kernel is compiled."""

@@ -21,13 +21,10 @@ if TYPE_CHECKING:
 
 
 def new_prompt(model: PreTrainedModel, method: str, start: Tensor) -> PromptedModel:
-    """Put a prompt that is to be trained before a model; the model itself is frozen and not changed.
+    """Put a prompt that is to be trained before a model, packed or not; the model itself is frozen and not changed.
 
-    Args:
-        model: causal LM, packed or not.
-        method: ``"prompt"`` or ``"prefix"``.
-        start: what it begins as, float32 [virtual tokens, embedding width]; for a prefix [virtual tokens, 2 · blocks · keys], each
-            block's keys and then its values.
+    It begins as ``start``, float32 [virtual tokens, embedding width]; for the method ``"prefix"``, and not ``"prompt"``,
+    [virtual tokens, 2 · blocks · keys], each block's keys and then its values.
     """
     model.requires_grad_(False)
     with with_peft():

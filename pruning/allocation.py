@@ -66,7 +66,7 @@ def _around(budget: Budget, offsets: Floats) -> list[float]:
 def _between(values: Sequence[float] | Floats, top: float) -> Floats:
     """Map values linearly onto 0 .. top; all to 0 where they are equal."""
     found = np.asarray(values, np.float64)
-    extent = float(found.max() - found.min())
+    extent = float(np.ptp(found))
     return (found - found.min()) / extent * top if extent > 0 else np.zeros_like(found)
 
 

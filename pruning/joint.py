@@ -46,12 +46,9 @@ class Joint(SparsePass[JointConfig]):
 
 
 def even_codebook(weight: Tensor, bits: int) -> Tensor:
-    """Space ``2**bits`` values evenly from about a row's smallest to its largest weight, one of them exactly 0.
+    """Space ``2**bits`` values evenly from about a row's smallest to its largest weight, one of them 0: float32 [N, 2**bits].
 
     Values are those of float16, in which codebooks are stored, unless a row is too large or too small for that.
-
-    Returns:
-        float32 [N, 2**bits], ascending in every row.
     """
     top = 2**bits - 1
     low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)

@@ -25,17 +25,11 @@ from compress.workspace import Record
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold what every linear loses.
+    """Hold what every linear loses."""
 
-    Attributes:
-        zeros: full name -> number of weights to prune.
-        steps: of MRP's search; ``unit`` counts blocks that have anything to prune.
-        finished: false while the search waits for another round.
-    """
-
-    zeros: dict[str, int]
-    steps: Sequence[Step] = ()
-    finished: bool = True
+    zeros: dict[str, int]  # full name -> number of weights to prune
+    steps: Sequence[Step] = ()  # of MRP's search; ``unit`` counts blocks that have anything to prune
+    finished: bool = True  # false while the search waits for another round
 
 
 @dataclass(frozen=True)

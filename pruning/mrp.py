@@ -38,11 +38,8 @@ def non_outlier_ratio(
 ) -> float:
     """Return the NOR of a block, in [0, 1]; 1 where nothing is left.
 
-    Args:
-        scores: of the dense block, linear -> [N, K].
-        pruned: linear -> bool [N, K]; None for the dense block.
-        outlier: M.
-        ratio: over which weights (see above).
+    ``scores``, [N, K] by linear, are those of the dense block; ``pruned``, bool alike, is None for the dense block itself;
+    ``outlier`` is M.
     """
     dense = list(scores.values())
     kept = [score[~pruned[name]] for name, score in scores.items()] if pruned else dense
@@ -118,17 +115,11 @@ class Search:
 def search(
     budget: Budget, points: Sequence[float], curves: Sequence[Sequence[Sequence[float]]], step: float, refresh: int = 0
 ) -> Search:
-    """Raise the sparsity of the block with the largest NOR, step by step, until the target is met.
+    """Raise the sparsity of the block with the largest NOR by ``step``, again and again, until the target is met.
 
     All blocks start at ``budget.floor``. Ties go to the first block; the last step is shortened to meet the target.
-
-    Args:
-        budget: sizes, target, and the bounds of every block.
-        points: sparsities at which curves are known; linear between them.
-        curves: of every round of measurements, of every block: NOR at the points.
-        step: added to a block at a time.
-        refresh: iterations a round is good for; 0 for as many as there are. Without another round the search
-            stops unfinished.
+    ``curves`` are, of every round of measurements and every block, the NOR at the sparsities ``points``, linear between them.
+    A round is good for ``refresh`` iterations, 0 for as many as there are; without another round the search stops unfinished.
     """
     sizes = budget.sizes
     now = [budget.floor] * len(sizes)

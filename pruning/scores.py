@@ -40,27 +40,18 @@ def removal(weight: Tensor, diagonal: Tensor) -> Tensor:
 
     U is the upper Cholesky factor of the inverse Hessian. SparseGPT's score (arXiv 2301.00774, section 3.2) is the
     square, which orders weights alike; the root has the unit of Wanda's, so that the same multiple of the mean is an outlier.
-
-    Args:
-        weight: float32 [N, K] (or any part of its columns).
-        diagonal: float32 [K], ``U_jj``; infinite for an input that is always zero, whose weights cost nothing.
+    ``diagonal`` is ``U_jj``, float32 [K]; infinite for an input that is always zero, whose weights cost nothing.
     """
     return (weight / diagonal).abs()
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Hold the upper Cholesky factor of the inverse of one damped Hessian.
+    """Hold the upper Cholesky factor of the inverse of one damped Hessian."""
 
-    Attributes:
-        upper: float32 [K, K].
-        dead: bool [K], inputs that were zero in every sample.
-        damping: share of the mean diagonal that was added: as asked, or the first ten-fold of it that factorised.
-    """
-
-    upper: Tensor
-    dead: Tensor
-    damping: float
+    upper: Tensor  # float32 [K, K]
+    dead: Tensor  # bool [K], inputs that were zero in every sample
+    damping: float  # share of the mean diagonal that was added: as asked, or the first ten-fold of it that factorised
 
     @property
     def diagonal(self) -> Tensor:
@@ -69,12 +60,7 @@ class Factor:
 
 
 def factorise(hessian: Tensor, damping: float, name: str) -> Factor:
-    """Factor the inverse of ``H + damping * mean(diag H) * I``; more damping where that fails.
-
-    Args:
-        hessian: float32 [K, K], symmetric, not negative; not kept.
-        damping: above 0.
-        name: of the linear, for messages.
+    """Factor the inverse of ``H + damping * mean(diag H) * I``, float32 [K, K], not kept; more damping where that fails.
 
     Raises:
         CompressError: values that are not finite.
@@ -97,16 +83,10 @@ def factorise(hessian: Tensor, damping: float, name: str) -> Factor:
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold the scores of a block.
+    """Hold the scores of a block."""
 
-    Attributes:
-        scores: linear -> float32 [N, K].
-        factors: linear -> factor of its inputs' Hessian (one object for linears that share an input); for
-            ``sparsegpt`` only.
-    """
-
-    scores: dict[str, Tensor]
-    factors: dict[str, Factor]
+    scores: dict[str, Tensor]  # linear -> float32 [N, K]
+    factors: dict[str, Factor]  # linear -> of its inputs' Hessian, for ``sparsegpt``; linears of one input share it
 
 
 def measure(block: Block, names: Iterable[str], score: Score, damping: float) -> Measured:
@@ -154,14 +134,8 @@ def column_shares(zeros: int, columns: int, size: int = COLUMNS) -> list[int]:
 def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
     """Choose the weights to prune: exactly ``zeros`` of them, the smallest of every comparison group.
 
-    Args:
-        scores: float32 [N, K].
-        zeros: 0 <= zeros <= N * K.
-        group: ``row`` gives every row the same number of zeros (to within one), ``columns`` every block of 128
-            columns the same share, ``matrix`` compares all weights.
-
-    Returns:
-        bool [N, K], true where pruned.
+    Returns bool [N, K], true where pruned. Of groups, ``row`` gives every row the same number of zeros (to within one),
+    ``columns`` every block of 128 columns the same share, and ``matrix`` compares all weights.
     """
     rows, columns = scores.shape
     if group == "row":
@@ -180,10 +154,8 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:
     """Choose the weights to prune so that ``kept`` survive of every ``of`` consecutive inputs of a row (n:m).
 
-    A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern once padded with zeros.
-
-    Returns:
-        bool [N, K], true where pruned.
+    Returns bool [N, K], true where pruned. A last group of r < ``of`` columns keeps ceil(r * kept / of) and fits the pattern
+    once padded with zeros.
     """
     rows, columns = scores.shape
     whole = columns // of * of

@@ -33,17 +33,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Swept:
-    """Hold the result of a sweep.
+    """Hold the result of a sweep."""
 
-    Attributes:
-        weight: float32 [N, K].
-        pruned: bool [N, K].
-        loss: ``1/2 sum (w - q)^2 / U_jj^2``, the increase of ``1/n ||(W - W') X||^2`` (without damping).
-    """
-
-    weight: Tensor
-    pruned: Tensor
-    loss: float
+    weight: Tensor  # float32 [N, K]
+    pruned: Tensor  # bool [N, K]
+    loss: float  # ``1/2 sum (w - q)^2 / U_jj^2``, the increase of ``1/n ||(W - W') X||^2`` (without damping)
 
     def figures(self, factor: Factor) -> dict[str, Any]:
         """Return the figures for the record of a block."""
@@ -53,17 +47,11 @@ class Swept:
 def sweep(
     weight: Tensor, factor: Factor, rule: Rule, round_to: Callable[[Tensor], Tensor] | None = None, size: int = COLUMNS
 ) -> Swept:
-    """Prune (and round) every column from left to right, updating the columns after it.
+    """Prune (and round) every column of a weight [N, K] from left to right, updating the columns after it.
 
     Masks by blocks of columns, and n:m patterns, are chosen as the sweep arrives there, on updated weights; masks by row
-    or matrix beforehand.
-
-    Args:
-        weight: float32 [N, K]; not changed.
-        factor: of the linear's inputs.
-        rule: what to prune.
-        round_to: what survivors of one column [N] are rounded to, row by row; identity if None.
-        size: columns in a lazy batch; it does not change the result with a mask chosen beforehand.
+    or matrix beforehand, so that ``size``, the columns in a lazy batch, does not change the result. ``round_to`` rounds what
+    survives of one column [N], row by row.
     """
     result = weight.clone()
     columns, upper, diagonal = weight.shape[1], factor.upper, factor.diagonal

@@ -41,12 +41,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     @abstractmethod
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
-        """Find codes and codebooks of one matrix.
-
-        Args:
-            weight: float32 [N, K], finite.
-            sensitivity: float32 [N, K], non-negative; None means all ones.
-        """
+        """Find codes and codebooks of one matrix, finite float32 [N, K], and its sensitivity, not negative, or None for ones."""
 
     def check(self, context: Context) -> None:
         """Refuse patterns that match nothing, and an embedding that would be torn from its head by accident."""
@@ -129,18 +124,12 @@ def _checked(name: str, weight: Tensor) -> Tensor:
 def layer_errors(
     weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, hessian: Tensor | None
 ) -> dict[str, float]:
-    """Measure the errors of a quantised matrix, with ``e`` the difference of two rows.
+    """Measure the errors of a quantised matrix, float32 [N, K] like the weight, with ``e`` the difference of two rows.
 
-    Args:
-        weight: float32 [N, K].
-        quantised: float32 [N, K].
-        sensitivity: float32 [N, K], the cost of an error in each weight; None for 1.
-        hessian: float32 [K, K], the mean of ``x x^T`` over the layer's inputs, if known.
-
-    Returns:
-        ``relative``: the sum of ``e e^T`` over that of ``w w^T``. ``weighted``: the sum of ``s e^2``. With a Hessian also
-        ``output``: the sum of ``e H e^T`` over that of ``w H w^T``, and ``weighted`` is then the sum of ``e H e^T`` times
-        each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
+    ``relative`` is the sum of ``e e^T`` over that of ``w w^T``; ``weighted`` the sum of ``s e^2``, with the sensitivity
+    ``s``, float32 [N, K] (None for 1). With the Hessian, float32 [K, K], there is ``output``, the sum of ``e H e^T`` over
+    that of ``w H w^T``, and ``weighted`` is the sum of ``e H e^T`` times each row's mean cost of an error in its output,
+    ``sum(s) / trace(H)``.
     """
     error = (quantised - weight).double()
     power = float(weight.double().square().sum()) or 1.0

@@ -82,13 +82,7 @@ def _hessian(calls: Calls, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
-    """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares.
-
-    Args:
-        original: what gives ``x``.
-        changed: what gives ``x'``.
-        weight: float32 [N, K].
-    """
+    """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares."""
     hessian, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
     for run, other in zip(original[0], changed[0], strict=True):
         x, shown = _input(run, *original[1:]), _input(other, *changed[1:])
@@ -102,13 +96,7 @@ def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
 
 
 def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: int) -> int:
-    """Estimate the bytes that fitting the codes of one linear takes, for the one with most inputs.
-
-    Args:
-        shapes: (N, K) of every linear.
-        variants: how many numbers of bits see inputs of their own.
-        length: tokens of a sample.
-    """
+    """Estimate the bytes that fitting a linear (N, K) takes, the one with most inputs, at ``length`` tokens a sample."""
     inputs = max(columns for _, columns in shapes)
     matrices = 3 * inputs * inputs  # the Hessian, and two more for the correction, or its split
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
@@ -117,12 +105,9 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: in
 
 @torch.no_grad()
 def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) -> dict[str, Codes]:
-    """Quantise linears of a block; ``block.show`` then loads the weights that they have at a variant's number of bits.
+    """Quantise the named linears of a block; ``block.show`` then loads their weights at a variant's number of bits.
 
-    Args:
-        block: with original inputs, and those of a variant for every number of bits up to :data:`CARRIED`.
-        names: the linears to quantise; the others stay as they are.
-        config: its objective is ``output``.
+    The block has original inputs, and those of a variant for every number of bits up to :data:`CARRIED`.
 
     Raises:
         CompressError: inputs that are not finite.

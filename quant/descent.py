@@ -36,14 +36,9 @@ def _weigh(
 ) -> None:
     """Cost every node of the code tree, from the leaves up: its own error plus that of the best path below it.
 
-    Args:
-        entries: [W, C, LANES], those of the w-th number of bits first in its row of C.
-        old: [LANES], codes at the largest number of bits.
-        slope: [W, LANES].
-        curvature: of all.
-        share: [W].
-        ideal: [LANES], overwritten.
-        costs: [W, C, LANES], overwritten.
+    ``entries``, [W, C, LANES], has those of the w-th number of bits first in its row of C; ``old``, [LANES], are codes at the
+    largest number of bits. ``slope`` is [W, LANES], ``share`` [W]; ``ideal``, [LANES], and ``costs``, [W, C, LANES], are
+    overwritten.
     """
     last = U(share.shape[0] - 1)
     for w in range(last, -1, -1):
@@ -145,10 +140,8 @@ def _descend_rows(
 class Descent:
     """Choose the paths of blocks of columns anew, one column after another.
 
-    Args:
-        codebooks: bits -> [N, 2**bits], for W consecutive numbers of bits up to the parent's.
-        share: [W], what the error of each counts.
-        kept: how many of a code's highest bits stay.
+    ``codebooks`` holds [N, 2**bits] for W consecutive numbers of bits up to the parent's, ``share``, [W], what the error of
+    each counts; the highest ``kept`` bits of a code stay.
     """
 
     def __init__(self, codebooks: Mapping[int, Floats32], share: Floats32, kept: int) -> None:
@@ -160,13 +153,9 @@ class Descent:
             self._codebooks[w, : 2**bits] = codebooks[bits].T
 
     def __call__(self, codes: Integers, fixed: Flags, gradient: Floats32, hessian: Floats32) -> None:
-        """Change codes in place.
+        """Change parent codes [N, B] in place, but for weights that are ``fixed`` [N, B], given the Hessian [B, B].
 
-        Args:
-            codes: [N, B], parent codes.
-            fixed: [N, B], weights that stay.
-            gradient: [W, N, B], half the gradient of the error at each number of bits; overwritten by the changes of the weights.
-            hessian: [B, B].
+        ``gradient``, [W, N, B], is half that of the error at each number of bits; the changes of the weights overwrite it.
         """
 
         def run(rows: slice) -> None:
@@ -230,18 +219,11 @@ def _split_rows(
 def split_cells(
     codes: Tensor, targets: Tensor, weight: Tensor, codebook: Tensor, zeros: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Halve every cell of every row by two-means.
+    """Halve every cell of every row by so many steps of two-means from the first borders, ``codebook``, float32 [N, C].
 
-    Args:
-        codes: int64 [N, K].
-        targets: float32 [N, K].
-        weight: float32 [K], what the error of a column counts.
-        codebook: float32 [N, C], the first borders.
-        zeros: bool [N, K], weights that stay in the lower half of their cell, whose entry is 0.
-        steps: of two-means, 1 or more.
-
-    Returns:
-        The new codes [N, K], and the means of the halves [N, 2 * C]; that of an empty one is as in ``codebook``.
+    Takes int64 codes and float32 targets [N, K], float32 [K], what the error of a column counts, and bool [N, K], zeros,
+    which stay in the lower half of their cell, whose entry is 0. Returns the new codes, and the means of the halves,
+    [N, 2 * C]; that of an empty half is as in ``codebook``.
     """
     new, found = torch.empty_like(codes), torch.empty(len(codebook), 2 * codebook.shape[1])
     old, wanted, borders, fixed = (t.contiguous().numpy() for t in (codes, targets, codebook, zeros))

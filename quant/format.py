@@ -26,17 +26,11 @@ _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
 @dataclass(frozen=True)
 class Codes:
-    """Hold one quantised matrix of N rows and K columns: a code per weight, and a codebook per row and number of bits.
+    """Hold one quantised matrix of N rows and K columns: a code per weight, and a codebook per row and number of bits."""
 
-    Attributes:
-        codes: uint8 [N, K], codes at the parent's number of bits; those of b bits are ``codes >> (parent - b)``.
-        codebooks: bits -> [N, 2**bits], float32 (or as stored), for every number of bits from seed to parent.
-        hessian: float32 [K, K], mean of ``x x^T`` over the inputs of the layer, where the pass has measured it.
-    """
-
-    codes: Tensor
-    codebooks: Mapping[int, Tensor]
-    hessian: Tensor | None = None
+    codes: Tensor  # uint8 [N, K], of the parent's number of bits; those of b bits are ``codes >> (parent - b)``
+    codebooks: Mapping[int, Tensor]  # bits -> [N, 2**bits], float32 or as stored, from the seed's to the parent's
+    hessian: Tensor | None = None  # float32 [K, K], mean of ``x x^T`` over the layer's inputs, where measured
 
     def dense(self, bits: int) -> Tensor:
         """Return the weights that a number of bits stands for, float32 [N, K]."""
@@ -70,14 +64,9 @@ def join_planes(tensors: Mapping[str, Tensor], seed: int, bits: int) -> list[Ten
 
 
 def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, dict[str, Tensor]]:
-    """Turn nested codes into the tensors of one checkpoint module, in the dense form.
+    """Turn nested codes, uint8 [N, K], into the dense form: the shape record, and tensors by their names under the module.
 
-    Args:
-        codes: uint8 [N, K], parent codes.
-        codebooks: bits -> float32 [N, 2**bits], for every number of bits from seed to parent.
-
-    Returns:
-        The shape record, and the tensors by their names under the module, codebooks as :meth:`Codes.as_stored` leaves them.
+    ``codebooks`` holds float32 [N, 2**bits] for all from seed to parent, stored as :meth:`Codes.as_stored` leaves them.
     """
     seed, parent = min(codebooks), max(codebooks)
     stored = Codes(codes, codebooks).as_stored().codebooks
@@ -87,17 +76,11 @@ def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, d
 
 
 def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
-    """Pack a matrix in the form, dense or sparse, that takes fewer bytes on disk.
+    """Pack a matrix, on the CPU, in the form, dense or sparse, that takes fewer bytes: its shape, tensors and a report.
 
-    The sparse form leaves out weights that are exactly 0.0 at every number of bits. Nothing else is lost: every number of
-    bits decodes to the same weights.
-
-    Args:
-        found: codes and codebooks, on the CPU.
-
-    Returns:
-        Shape and tensors of the chosen form, and for the manifest ``{"form": "sparse" or "dense", "zeros": weights
-        that are left out or could be, "bytes": {"sparse", "dense"}}``; None where there are no such weights.
+    The sparse form leaves out weights that are exactly 0.0 at every number of bits; all bits decode to the same weights. The
+    report, for the manifest, is ``{"form": "sparse" or "dense", "zeros": weights that are left out or could be, "bytes":
+    {"sparse", "dense"}}``; None where there are no such weights.
     """
     shape, tensors = pack(found.codes, found.codebooks)
     zero = _zero_codes(shape, tensors)
@@ -213,15 +196,9 @@ def _unary(gaps: Tensor, low: int) -> Tensor:
 
 
 def expand(name: str, shape: SparseShape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rebuild the dense form, on the device the tensors are on.
+    """Rebuild the tensors of ``shape.dense`` from the sparse form, on the device the tensors are on.
 
-    Args:
-        name: of the module, for messages.
-        shape: as recorded, with the number of bits that was read as ``parent_bits``.
-        tensors: as :meth:`SparseShape.specification` says.
-
-    Returns:
-        The tensors of ``shape.dense``.
+    The shape is as recorded, with the number of bits that was read as ``parent_bits``.
 
     Raises:
         CompressError: the mask is not that of so many survivors in a matrix of this size.

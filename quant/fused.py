@@ -61,14 +61,9 @@ def _alike(members: Sequence[BitPlaneLinear]) -> bool:
 
 
 def join(modules: Mapping[str, BitPlaneLinear], together: Sequence[Sequence[str]]) -> int:
-    """Put layers into groups; those that are not in the kernels' layout, or not alike, stay alone.
+    """Group layers named ``together``, relative to a block in the order of their calls; return the number of groups.
 
-    Args:
-        modules: packed linears by name.
-        together: names of the members of each kind of group, relative to a block, in the order of their calls.
-
-    Returns:
-        The number of groups.
+    Layers that are not in the kernels' layout, or not alike, stay alone.
     """
     made = 0
     for names in together:

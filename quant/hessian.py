@@ -27,16 +27,10 @@ def product_dtype(device: torch.device, size: int) -> torch.dtype:
 
 
 class Hessian:
-    """Split a symmetric positive definite matrix into ``U U^T`` and the rest, to multiply by it fast.
+    """Split a symmetric positive definite matrix, float32 [K, K], into ``U U^T`` and the rest, to multiply by it fast.
 
-    Args:
-        matrix: float32 [K, K].
-
-    Attributes:
-        matrix: as given.
-        leading: float32 [K, 16], U (fewer columns if K is smaller).
-        rest: [K, K], ``matrix - U U^T``, of :func:`product_dtype`.
-        diagonal: float32 [K], of what U leaves, positive.
+    ``leading`` is U, float32 [K, 16] (fewer columns if K is smaller), ``rest`` is ``matrix - U U^T``, of
+    :func:`product_dtype`, and ``diagonal``, float32 [K], that of the rest, positive.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -48,13 +42,9 @@ class Hessian:
     def times(
         self, values: Tensor, leading: Tensor | None = None, buffers: Buffers | None = None, name: str = "times"
     ) -> Tensor:
-        """Multiply by the Hessian, float32 [N, K].
+        """Multiply [N, K] by the Hessian, to float32; ``leading`` is float32 ``values @ U`` if it is known (more exactly).
 
-        Args:
-            values: [N, K], float32 or of the dtype of ``rest``.
-            leading: float32 [N, 16], ``values @ U`` if it is known (more exactly).
-            buffers: whose memory to use; the product is there until the next call with this name.
-            name: of that memory.
+        The product lies in ``buffers`` until the next call with this name.
         """
         buffers = buffers or Buffers(values.device)
         leading = values @ self.leading if leading is None else leading
@@ -83,14 +73,9 @@ class Follower:
 
     For every block in order, :meth:`enter` adds to its gradients what was changed in all columns before the sweep and in the
     blocks swept so far, and :meth:`leave` takes note of what the sweep has changed in it. :meth:`finish` then adds to every
-    block's gradients what was changed in that block and in those after it.
-
-    Args:
-        hessian: of [K, K].
-        gradients: W of float32 [N, K], as before ``changes``; changed.
-        changes: [W, N, K] of the dtype of the Hessian's rest, what has been added to all columns; changed.
-        leading: float32 [W, N, 16], ``changes @ U``; changed.
-        buffers: whose memory to use.
+    block's gradients what was changed in that block and in those after it. ``gradients`` are W of float32 [N, K] as before
+    ``changes``, [W, N, K] of the dtype of the Hessian's rest; ``leading``, float32 [W, N, 16], is ``changes @ U``. All are
+    changed.
     """
 
     def __init__(
@@ -125,14 +110,9 @@ class Follower:
 
 
 def leading_directions(hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Split a Hessian into ``U U^T``, its largest part by subspace iteration (Nyström), and the diagonal of what remains.
+    """Split a Hessian, float32 [K, K], into ``U U^T`` and what remains, of which the diagonal is returned.
 
-    Args:
-        hessian: float32 [K, K], symmetric and positive definite.
-        rank: columns of ``U``, K at most.
-
-    Returns:
-        float32 [K, rank] and [K], positive.
+    ``U``, float32 [K, rank], is its largest part by subspace iteration (Nyström); the diagonal is float32 [K], positive.
     """
     start = torch.randn(len(hessian), min(rank, len(hessian)), generator=torch.Generator().manual_seed(0))
     basis = start.to(hessian.device)

@@ -271,12 +271,8 @@ class BitPlaneLinear(_Packed):
 class Group:
     """Hold layers that multiply the same input, launched together on a GPU (:func:`compress.quant.fused.join`).
 
-    The first member multiplies by the layouts of all and leaves the others' results for them; a member that is called with
-    another input, or at another number of bits, computes its own.
-
-    Args:
-        members: in the order in which they are called.
-        tiled: their layouts, one behind the other.
+    The first member, of those in the order of their calls, multiplies by the layouts of all, one behind the other, and leaves
+    the others' results for them; a member that is called with another input, or at another number of bits, computes its own.
     """
 
     def __init__(self, members: Sequence[BitPlaneLinear], tiled: Tiled) -> None:

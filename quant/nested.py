@@ -52,27 +52,18 @@ Choice = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Objective:
-    """Name the errors that one pass over the columns lowers, and the part of every weight's path that it may choose.
+    """Name the errors that one pass over the columns lowers, and the part of every weight's path that it may choose."""
 
-    Attributes:
-        share: bits -> what their error counts, for consecutive numbers of bits up to the parent's.
-        below: keep the codes of so many bits, and choose only the bits under them; None to choose all.
-    """
-
-    share: Mapping[int, float]
-    below: int | None = None
+    share: Mapping[int, float]  # bits -> what their error counts, for consecutive numbers of bits up to the parent's
+    below: int | None = None  # keep the codes of so many bits, and choose only the bits under them; None to choose all
 
 
 class Tree:
     """Hold the codes and codebooks of N rows that share one Hessian, and improve them.
 
-    Args:
-        targets: bits -> float32 [N, K], what the rows should be.
-        hessian: of [K, K].
-        codes: integer [N, K], codes at the largest number of bits in ``codebooks``.
-        codebooks: bits -> float32 [N, 2**bits], for consecutive numbers of bits.
-        zeros: bool [N, K], weights whose path is fixed, and whose entries are 0 at all bits; None for none.
-        buffers: whose memory to use, one tree at a time.
+    The rows should be ``targets``, float32 [N, K] for each number of bits. The codes [N, K] are those of the largest number
+    of bits in ``codebooks``, float32 [N, 2**bits] for consecutive numbers of bits. Weights of ``zeros``, bool [N, K], keep
+    their path, whose entries are 0 at all bits. One tree at a time uses ``buffers``.
     """
 
     def __init__(
@@ -152,9 +143,7 @@ class Tree:
         """Improve the codebooks of a number of bits by one step, as long as is best for a sample of rows.
 
         If the gradient is not known yet, that of the Hessian's leading directions and diagonal stands for it.
-
-        Returns:
-            float32 [N, 2**bits], what has been added to them; :meth:`descend` then brings the gradient up to date.
+        Returns float32 [N, 2**bits], what has been added; :meth:`descend` then brings the gradient up to date.
         """
         free, solve = self._preconditioner(bits)
         known = self._gradients.get(bits)
@@ -204,9 +193,8 @@ class Tree:
     def descend(self, passes: Sequence[Objective], steps: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Choose every weight's path anew, column by column, given the codebooks and all other weights.
 
-        Args:
-            passes: over every block of columns, one after another; the first has all numbers of bits of those after it.
-            steps: bits of the first -> what :meth:`step` has just added to their codebooks; it counts where a gradient is known.
+        All passes go over a block of columns before the next; the first has all numbers of bits of those after it. ``steps``
+        holds what :meth:`step` has just added to the codebooks of the first; it counts where a gradient is known.
         """
         all_bits, choices = sorted(passes[0].share), [self._choice(one) for one in passes]
         follower, fixed = self._follower(all_bits, steps), self._fixed
@@ -253,14 +241,9 @@ class Tree:
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
     def _columns(self, one: Objective, codes: Tensor, fixed: Tensor, gradient: Tensor, hessian: Tensor) -> None:
-        """Choose the codes of a block, one column after another, all rows at once.
+        """Choose the codes of a block, int64 [N, B], in place but for ``fixed`` weights, column after column, all rows at once.
 
-        Args:
-            one: of W numbers of bits.
-            codes: int64 [N, B], parent codes; changed.
-            fixed: bool [N, B], weights that stay.
-            gradient: float32 [W, N, B], half the gradient of the errors; overwritten by the changes of the weights.
-            hessian: float32 [B, B].
+        ``gradient``, float32 [W, N, B], is half that of the errors; the changes of the weights overwrite it.
         """
         for column in range(codes.shape[1]):
             old = codes[:, column, None]
@@ -272,14 +255,9 @@ class Tree:
             gradient[..., column], codes[:, column] = change[..., 0], path[:, 0]
 
     def _best_path(self, old: Tensor, one: Objective, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
-        """Find the codes [N, 1] that lower the summed error most, by dynamic programming from the leaves up.
+        """Find the codes, int64 [N, 1], that lower the summed error most, by dynamic programming from the leaves up.
 
-        Args:
-            old: int64 [N, 1].
-            one: of W numbers of bits.
-            dense: float32 [W, N, 1], the weights.
-            gradient: float32 [W, N, 1].
-            curvature: float32, no dimension.
+        ``dense``, the weights, and ``gradient`` are float32 [W, N, 1] for W numbers of bits; ``curvature`` has no dimension.
         """
         codes = costs = old  # of the best leaf under every node of this number of bits
         for w, bits in reversed(list(enumerate(sorted(one.share)))):

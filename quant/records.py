@@ -62,17 +62,11 @@ class PackedShape:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseShape(PackedShape):
-    """Record a matrix that is stored sparse (:mod:`compress.quant.format`).
+    """Record a matrix that is stored sparse (:mod:`compress.quant.format`)."""
 
-    Attributes:
-        survivors: weights that are stored; the others have code 0, and 0.0 in that place of their row's codebooks.
-        gap_bits: low bits of every gap that are stored as planes.
-        mask_bits: length of the mask's unary part.
-    """
-
-    survivors: int
-    gap_bits: int
-    mask_bits: int
+    survivors: int  # weights that are stored; the others have code 0, and 0.0 there in their row's codebooks
+    gap_bits: int  # low bits of every gap that are stored as planes
+    mask_bits: int  # length of the mask's unary part
 
     @property
     def dense(self) -> PackedShape:

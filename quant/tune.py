@@ -153,13 +153,7 @@ def _held_out(whole: Whole, samples: Sequence[Tensor]) -> float:
 
 
 def divergence(model: PreTrainedModel, dense: PreTrainedModel, samples: Sequence[Tensor]) -> Tensor:
-    """Return the mean over predicted tokens of KL(dense || model), in nats.
-
-    Args:
-        model: whose gradient is wanted.
-        dense: what it should say.
-        samples: int64 [T] each, of any lengths.
-    """
+    """Return the mean over predicted tokens of KL(dense || model), in nats, on samples int64 [T] of any lengths."""
     device = model.device
     # Padding on the right is out of sight of what comes before it, so no mask is needed in the models.
     tokens = pad_sequence(list(samples), batch_first=True).to(device)

@@ -45,18 +45,8 @@ def whole_model_scores(
 ) -> dict[str, Tensor]:
     """Score every group of every part; with several rounds, again each time an equal share of them is gated off.
 
-    Args:
-        settings: which scores, and how they are estimated.
-        model: the whole model, its weights without gradients.
-        samples: int64 [T] each.
-        context: of the run.
-        blocks: parts of every block.
-        counts: how many groups each block loses in the end; used for several rounds only.
-        progress: called with (what, done, total).
-
-    Returns:
-        ``<block>.<part>`` -> float32 [G] on the CPU. Groups that went in an earlier round have a score below all others, in
-        the order in which they went.
+    ``counts`` says how many groups each block loses in the end, for several rounds. Returns ``<block>.<part>`` -> float32 [G]
+    on the CPU; groups that went in an earlier round have a score below all others, in the order in which they went.
     """
     parts = {
         f"{index}.{kind}": (block_prefix(context.structure, index), part)

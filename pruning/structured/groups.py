@@ -21,25 +21,15 @@ Kind = Literal["attention", "mlp"]
 
 @dataclass(frozen=True)
 class Part:
-    """Hold the attention or the MLP of a block, as the G groups (heads or channels) that can be removed from it.
-
-    Attributes:
-        kind: which of the two.
-        last: name within the block of the linear that leads back to the residual stream.
-        columns: int64 [G, c], for each group its columns of ``last``.
-        rows: name within the block -> int64 [G, r], each group's rows of a linear before ``last``.
-        classes: int64 [G]; every class loses equally many groups. All 0 where any may go.
-        cost: parameters that go with one group.
-        each: what one group takes off a :class:`BlockShape`.
-    """
+    """Hold the attention or the MLP of a block, as the G groups (heads or channels) that can be removed from it."""
 
     kind: Kind
-    last: str
-    columns: Tensor
-    rows: Mapping[str, Tensor]
-    classes: Tensor
-    cost: int
-    each: Mapping[str, int]
+    last: str  # name within the block of the linear that leads back to the residual stream
+    columns: Tensor  # int64 [G, c], for each group its columns of ``last``
+    rows: Mapping[str, Tensor]  # name within the block -> int64 [G, r], each group's rows of a linear before ``last``
+    classes: Tensor  # int64 [G]; every class loses equally many groups. All 0 where any may go
+    cost: int  # parameters that go with one group
+    each: Mapping[str, int]  # what one group takes off a :class:`BlockShape`
 
     @property
     def count(self) -> int:

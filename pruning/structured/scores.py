@@ -31,17 +31,10 @@ STEPS = 256
 
 
 def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor, formula: Formula) -> Tensor:
-    """Score every weight of a matrix, [N, K].
+    """Score every weight of a matrix, [N, K], by its gradient, [N, K], and its inputs' root mean square and signed mean, [K].
 
     F1 is ``|W_ij| ||X_j|| |g_ij|``; F2 ``|W_ij mean(X_j) g_ij|``; F3 ``|W_ij g_ij|``, first-order Taylor; ``vector`` is F3 with
     its sign, so that a group's sum is the derivative of the loss by scaling the group.
-
-    Args:
-        weight: [N, K].
-        norm: [K], root mean square of each input.
-        mean: [K], signed mean of each input.
-        gradient: [N, K].
-        formula: one of the four.
     """
     if formula == "F1":
         return weight.abs() * norm * gradient.abs()
@@ -51,12 +44,9 @@ def element_scores(weight: Tensor, norm: Tensor, mean: Tensor, gradient: Tensor,
 
 
 def group_scores(part: Part, elements: Mapping[str, Tensor], aggregate: Aggregate) -> Tensor:
-    """Score a part's groups, float32 [G].
+    """Score a part's groups, float32 [G], from the scores of every weight of its members, [N, K] by name within the block.
 
-    Args:
-        part: whose groups.
-        elements: name within the block -> score of every weight of a member, [N, K].
-        aggregate: how the sums over a group's rows or columns in each member become one number.
+    ``aggregate`` says how the sums over a group's rows or columns in each member become one number.
     """
     sums = []
     for name, scores in elements.items():
@@ -164,12 +154,10 @@ def _turn(block: Block) -> float:
 
 
 class OutputMoments:
-    """Sum up a linear's inputs over the calibration tokens.
+    """Sum up a linear's inputs over the calibration tokens; :meth:`finish` turns the sums into means.
 
-    Attributes:
-        hessian: float64 [K, K], the sum, and after :meth:`finish` the mean of ``x x^T``, or the covariance if ``centred``.
-        mean: float64 [K], the sum, and after :meth:`finish` the mean.
-        centred: whether the linear has a bias, which then absorbs the inputs' means.
+    ``hessian``, float64 [K, K], is of ``x x^T``, or in the end the covariance if ``centred``: the linear then has a bias,
+    which absorbs the inputs' means, ``mean``, float64 [K].
     """
 
     def __init__(self, columns: int, centred: bool, device: torch.device) -> None:
@@ -199,15 +187,9 @@ class OutputMoments:
 
 
 def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """Return the least output error of removing each group alone.
+    """Return the least output error of removing each group alone, float64 [G]: mean squares, summed over outputs.
 
-    Args:
-        weight: float64 [N, K].
-        inverse: float64 [K, K], of the damped Hessian.
-        columns: int64 [G, c].
-
-    Returns:
-        float64 [G], in units of the output's mean square, summed over outputs.
+    The weight is float64 [N, K], the inverse of the damped Hessian [K, K]; ``columns``, int64 [G, c], are each group's.
     """
     if columns.shape[1] == 1:
         one = columns[:, 0]

@@ -68,10 +68,7 @@ class Removals:
         return _UNSAYABLE if self.settings.mode == "uniform" and not groups.config_heads else ""
 
     def counts(self, prices: Sequence[Prices] | None = None) -> list[Counts]:
-        """Choose how many groups every block loses.
-
-        Args:
-            prices: of every block, in mode global; None for an estimate before they are known.
+        """Choose how many groups every block loses, in mode global by prices (None for an estimate without them).
 
         Raises:
             CompressError: the target cannot be met, or not in this mode.
