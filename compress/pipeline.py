@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError, refuse_existing
+from compress.manifest import read_manifest
 from compress.passes import Context, Pass, Report, pass_class
 from compress.processes import processes
 from compress.quant.records import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner
-from compress.settings import Calibration
+from compress.settings import Calibration, config_class
 from compress.source import Source, make_context, open_source, pick_device
 from compress.streaming import State, foreseen
 from compress.workspace import Workspace
@@ -152,6 +153,16 @@ def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
     return step.needs().text or settings.calibration if step.needs().calibration else None
 
 
+def _pattern_of(folder: Path) -> str | None:
+    """Find what has set an n:m pattern of zeros in a model that an earlier run has written."""
+    for entry in (read_manifest(folder) or {}).get("passes", []):
+        with suppress(KeyError, ValueError):  # a pass, or settings, of an installation that had others
+            kind = entry["config"]["kind"]
+            if pass_class(kind)(config_class(kind)(**entry["config"])).needs().pattern:
+                return f"the run that wrote {folder}"
+    return None
+
+
 def check_order(
     passes: Sequence[Pass[Any]], settings: Recipe, source: Source, device: torch.device
 ) -> list[tuple[State, Context]]:
@@ -165,6 +176,7 @@ def check_order(
         CompressError: a pass in the wrong place, no calibration text, or settings that do not fit the model.
     """
     packed_by, packed = None, dict[str, PackedShape]()
+    pattern = _pattern_of(source.folder)
     state, context = source.state, make_context(source, device, settings.seed)
     found = [(state, context)]
     for index, step in enumerate(passes):
@@ -186,6 +198,13 @@ def check_order(
             raise CompressError(
                 f"passes.{index} ({step.config.kind}) works on packed matrices; put a quantising pass before it."
             )
+        if step.needs().breaks_pattern and pattern:
+            raise CompressError(
+                f"passes.{index} ({step.config.kind}) would take columns out of the n:m pattern of zeros that {pattern} has set; "
+                "put it earlier."
+            )
+        if step.needs().pattern:
+            pattern = f"passes.{index} ({step.config.kind})"
         packed |= step.packed_shapes(context)
         if step.needs().whole_model:
             step.model_units(packed)

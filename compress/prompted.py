@@ -25,7 +25,7 @@ from compress.errors import CompressError
 class _TextOnly(BaseStreamer):
     """Hand a streamer its tokens without the first columns of the first."""
 
-    def __init__(self, streamer: BaseStreamer, count: int) -> None:
+    def __init__(self, streamer: Any, count: int) -> None:
         self.streamer, self.count = streamer, count
 
     def put(self, value: Tensor) -> None:

@@ -23,7 +23,7 @@ class Joint(SparsePass[JointConfig]):
 
     def needs(self) -> Needs:
         """Ask for inputs from the packed blocks; leave packed matrices."""
-        return Needs(inputs="updated", packs=True)
+        return Needs(inputs="updated", packs=True, pattern=self.config.pattern is not None)
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Return the shape of every linear that is not ignored."""
