@@ -71,4 +71,9 @@ def codes_of(weight: Tensor, codebook: Tensor) -> Tensor:
 
 def rounding(codebook: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that rounds a column [N], each row to its own codebook."""
-    return lambda column: codebook.gather(1, codes_of(column[:, None], codebook).long())[:, 0]
+
+    def nearest(column: Tensor) -> Tensor:
+        codes = codes_of(column[:, None], codebook)
+        return codebook.gather(1, codes.long())[:, 0]
+
+    return nearest

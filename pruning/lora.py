@@ -40,10 +40,14 @@ class MaskedLora(nn.Module):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        self.base, self.linear, self.scale = base, Linear("", base), alpha / rank
+        self.base = base
+        self.linear = Linear("", base)
+        self.scale = alpha / rank
         weight = self.linear.weight
-        self.down = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=math.sqrt(5)))
-        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        rows, columns = self.linear.shape
+        self.down = nn.Parameter(weight.new_empty(rank, columns))
+        self.up = nn.Parameter(weight.new_zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as peft begins
         self.lora_dropout = nn.Dropout(dropout)
 
     def update(self) -> Tensor:

@@ -130,7 +130,8 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
 
     def survey_block(self, block: Block, context: Context) -> Record:
         """Measure what the allocation must know of a block; in MRP's later rounds leave it as pruned so far."""
-        names, config = self._names(block, context), self.config
+        names = self._names(block, context)
+        config = self.config
         if not names:
             return {}
         if config.allocation == "alpha":
@@ -175,7 +176,8 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             records = [record for record in (surveys or [[]])[0] if record]
             found = Search(self._allocated(context, budget, records), [], True)
         each = {n: sparsity for unit, sparsity in zip(units, found.sparsities, strict=True) for n in unit}
-        sizes, target = [size[name] for name in each], config.sparsity
+        sizes = [size[name] for name in each]
+        target = config.sparsity
         if not found.finished:
             target = sum(size[name] * sparsity for name, sparsity in each.items()) / sum(sizes)
         counts = whole_numbers(Budget(sizes, target), list(each.values()))

@@ -284,14 +284,18 @@ def compensated(
 
 def _masked_solve(matrix: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Approximate the X that is 0 outside a mask and minimises ``tr(X matrix X^T) / 2 - tr(X target^T)``, [N, K]."""
-    found, rest = torch.zeros_like(target), target * mask
-    step, size = rest, rest.square().sum(1, keepdim=True)
+    least = torch.finfo(target.dtype).tiny  # a row that is solved has no rest to divide by
+    found = torch.zeros_like(target)
+    rest = step = target * mask
+    size = rest.square().sum(1, keepdim=True)
     for _ in range(ITERATIONS):
         image = (step @ matrix) * mask
-        length = size / (step * image).sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        found, rest = found + length * step, rest - length * image
-        before, size = size, rest.square().sum(1, keepdim=True)
-        step = rest + size / before.clamp_min(torch.finfo(torch.float64).tiny) * step
+        length = size / (step * image).sum(1, keepdim=True).clamp_min(least)
+        found += length * step
+        rest = rest - length * image
+        before = size
+        size = rest.square().sum(1, keepdim=True)
+        step = rest + size / before.clamp_min(least) * step
     return found
 
 
