@@ -40,6 +40,8 @@ class Needs:
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
+        pattern: leaves zeros in an n:m pattern behind. Zeros stay: a later pass that changes dense weights changes no zero.
+        breaks_pattern: takes columns out of matrices, so that a pattern of zeros would not be one any more.
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
         model_statistics: measures the whole model, in memory, before any block is worked on (:meth:`Pass.measure_model`).
         whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
@@ -55,6 +57,8 @@ class Needs:
     squared_gradients: bool = False
     packs: bool = False
     packed: bool = False
+    pattern: bool = False
+    breaks_pattern: bool = False
     changes_shapes: bool = False
     model_statistics: bool = False
     whole_model: bool = False

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError, refuse_existing
+from compress.manifest import read_manifest
 from compress.passes import Context, Pass, Progress, pass_class
 from compress.quant.records import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner, figures_of
-from compress.settings import Calibration
+from compress.settings import Calibration, config_class
 from compress.source import Source, make_context, open_source, pick_device, processes
 from compress.streaming import State, foreseen
 from compress.workspace import Workspace
@@ -131,6 +132,16 @@ def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:
     return step.needs().text or settings.calibration if step.needs().calibration else None
 
 
+def _pattern_of(folder: Path) -> str | None:
+    """Find what has set an n:m pattern of zeros in a model that an earlier run has written."""
+    for entry in (read_manifest(folder) or {}).get("passes", []):
+        with suppress(KeyError, ValueError):  # a pass, or settings, of an installation that had others
+            kind = entry["config"]["kind"]
+            if pass_class(kind)(config_class(kind)(**entry["config"])).needs().pattern:
+                return f"the run that wrote {folder}"
+    return None
+
+
 def check_order(
     passes: Sequence[Pass[Any]], settings: Recipe, source: Source, device: torch.device
 ) -> list[tuple[State, Context]]:
@@ -139,6 +150,7 @@ def check_order(
     Return for every pass the model it will find, and after them the one they leave; its tensors can only be looked at.
     """
     packed_by, before, packed = None, None, dict[str, PackedShape]()
+    pattern = _pattern_of(source.folder)
     state, context = source.state, make_context(source, device, settings.seed)
     found = [(state, context)]
     for index, step in enumerate(passes):
@@ -155,6 +167,11 @@ def check_order(
             raise CompressError(f"{here} looks at text, but the recipe has no calibration.")
         if needs.packed and packed_by is None:
             raise CompressError(f"{here} works on packed matrices; put a quantising pass before it.")
+        if needs.breaks_pattern and pattern:
+            raise CompressError(
+                f"{here} would take columns out of the n:m pattern of zeros that {pattern} has set; put it earlier."
+            )
+        pattern = here if needs.pattern else pattern
         packed |= step.packed_shapes(context)
         if needs.whole_model:
             step.model_units(packed)

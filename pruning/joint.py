@@ -23,7 +23,7 @@ class Joint(SparsePass[JointConfig]):
 
     def needs(self) -> Needs:
         """Ask for inputs from the packed blocks; leave packed matrices."""
-        return Needs(inputs="updated", packs=True)
+        return Needs(inputs="updated", packs=True, pattern=self.config.pattern is not None)
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Return the shape of every linear that is not ignored."""
@@ -68,4 +68,9 @@ def codes_of(weight: Tensor, codebook: Tensor) -> Tensor:
 
 def rounding(codebook: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that rounds a column [N], each row to its own codebook."""
-    return lambda column: codebook.gather(1, codes_of(column[:, None], codebook).long())[:, 0]
+
+    def nearest(column: Tensor) -> Tensor:
+        codes = codes_of(column[:, None], codebook)
+        return codebook.gather(1, codes.long())[:, 0]
+
+    return nearest

@@ -62,7 +62,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
     def needs(self) -> Needs:
         """Ask for inputs, unless neither the score nor the allocation looks at them."""
         looks = self.score != "magnitude" or self.config.allocation in ("owl", "dlp", "hessian")
-        return Needs(inputs="updated" if looks else None)
+        return Needs(inputs="updated" if looks else None, pattern=self.config.pattern is not None)
 
     def memory(self, sizes: Sizes, context: Context) -> int:
         """Estimate what Hessians take: of every distinct input one, its inverse and factor, and a block's scores."""
@@ -124,7 +124,8 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
 
     def measure_block(self, block: Block, context: Context) -> Record:
         """Measure what the allocation must know of a block; in MRP's later rounds leave it as pruned so far."""
-        names, config = self._names(block, context), self.config
+        names = self._names(block, context)
+        config = self.config
         if not names:
             return {}
         if config.allocation == "alpha":
@@ -169,7 +170,8 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             records = [record for record in (statistics or [[]])[0] if record]
             found = Search(self._allocated(context, budget, records), [], True)
         each = {n: sparsity for unit, sparsity in zip(units, found.sparsities, strict=True) for n in unit}
-        sizes, target = [size[name] for name in each], config.sparsity
+        sizes = [size[name] for name in each]
+        target = config.sparsity
         if not found.finished:
             target = sum(size[name] * sparsity for name, sparsity in each.items()) / sum(sizes)
         counts = whole_numbers(Budget(sizes, target), list(each.values()))

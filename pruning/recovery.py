@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.instructions import answer_loss, read_instructions
-from compress.pruning.lora import adapter_model, adapter_state, write_adapter
+from compress.pruning.lora import adapter_model, adapter_state, masked_model, merge_masked, write_adapter
 from compress.pruning.settings import LoraRecoveryConfig
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
@@ -23,7 +23,7 @@ from compress.workspace import Record
 
 
 class LoraRecovery(Pass[LoraRecoveryConfig]):
-    """Train once, on the whole model: one unit of work."""
+    """Train once, on the whole model: one unit of work. Weights that are zero stay zero where the weights themselves change."""
 
     Config = LoraRecoveryConfig
 
@@ -48,12 +48,18 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         self, unit: str, whole: Whole, context: Context, progress: Callable[[str, int, int], None]
     ) -> tuple[dict[str, Tensor], Record]:
         """Train; return the changed weights, or the adapter's tensors."""
-        config, model = self._resolved(len(whole.samples)), whole.model
-        model.requires_grad_(config.full)
+        config = self._resolved(len(whole.samples))
+        model: Any = whole.model.requires_grad_(config.full)
         targets = _targets(model, context)
-        trained: Any = model
-        if not config.full:
-            trained = adapter_model(model, targets, config.rank, config.alpha, config.dropout, context.seed)
+        zeros = [name for name in targets if config.merge and not model.get_parameter(f"{name}.weight").all()]
+        trained = model
+        if config.full:
+            for name in zeros:
+                weight = model.get_parameter(f"{name}.weight")
+                weight.register_hook((weight != 0).mul)
+        else:
+            put = masked_model if zeros else adapter_model
+            trained = put(model, targets, config.rank, config.alpha, config.dropout, context.seed)
             for name, module in trained.named_modules():
                 module.train("lora_dropout" in name)  # the model's own dropout stays off
         samples, loss = self._samples(whole, context)
@@ -63,7 +69,8 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
             return tensors, {**result.record(), "adapter": fields}
         names = {name for name, _ in model.named_parameters()}
         if not config.full:
-            model, names = trained.merge_and_unload(), {f"{name}.weight" for name in targets}
+            model = merge_masked(trained) if zeros else trained.merge_and_unload()
+            names = {f"{name}.weight" for name in targets}
         state = model.state_dict()
         return {name: state[name].to("cpu", copy=True) for name in sorted(names)}, result.record()
 

@@ -322,7 +322,7 @@ class MiniLlmConfig(PassConfig):
 class LoraRecoveryConfig(TrainingConfig):
     """Train the model on text after pruning: low-rank adapters on every linear inside the blocks, or all of its weights.
 
-    Adapters are merged into dense weights. On a quantised model, whose weights are frozen, or where ``merge`` is false, they
+    Adapters are merged into dense weights, of which those that are zero, as ``prune`` leaves them, stay zero. On a quantised model, whose weights are frozen, or where ``merge`` is false, they
     stay an ordinary peft adapter in ``adapter/`` beside the model, and the pass comes last. The best state on
     held-out samples is kept, which may be the one before the first step.
     """

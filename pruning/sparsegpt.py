@@ -50,29 +50,33 @@ def sweep(
     """Prune (and round) every column of a weight [N, K] from left to right, updating the columns after it.
 
     Masks by blocks of columns, and n:m patterns, are chosen as the sweep arrives there, on updated weights; masks by row
-    or matrix beforehand, so that ``size``, the columns in a lazy batch, does not change the result. ``round_to`` rounds what
-    survives of one column [N], row by row.
+    or matrix beforehand, so that ``size``, the columns in a lazy batch, does not change the result. Weights that are zero go
+    first and stay zero. ``round_to`` rounds what survives of one column [N], row by row.
     """
     result = weight.clone()
     columns, upper, diagonal = weight.shape[1], factor.upper, factor.diagonal
     if rule.pattern:
         size -= size % rule.pattern[1]
+    zero = weight == 0
+
+    def scores(part: Tensor, first: int, end: int) -> Tensor:
+        return removal(part, diagonal[first:end]).masked_fill(zero[:, first:end], -1.0)
+
     by_block = rule.pattern is None and rule.group == "columns"
     counts = column_shares(rule.zeros, columns, size) if by_block else []
-    pruned = torch.zeros_like(weight, dtype=torch.bool)
-    if not by_block and not rule.pattern:
-        pruned = rule.mask(removal(weight, diagonal))
+    pruned = torch.zeros_like(zero) if by_block or rule.pattern else rule.mask(scores(weight, 0, columns))
     loss = 0.0
     for index, (start, end) in enumerate(column_blocks(columns, size)):
         part = result[:, start:end].t().contiguous()  # one row per column: updates are contiguous
         if by_block:
-            pruned[:, start:end] = select(removal(part.t(), diagonal[start:end]), counts[index], "matrix")
+            pruned[:, start:end] = select(scores(part.t(), start, end), counts[index], "matrix")
         errors = torch.empty_like(part)
         for j in range(end - start):
             if rule.pattern and j % rule.pattern[1] == 0:
-                group = slice(j, min(j + rule.pattern[1], end - start))
-                scores = removal(part[group].t(), diagonal[start:end][group])
-                pruned[:, start:end][:, group] = select_pattern(scores, *rule.pattern)
+                last = min(j + rule.pattern[1], end - start)
+                group = scores(part[j:last].t(), start + j, start + last)
+                pruned[:, start + j : start + last] = select_pattern(group, *rule.pattern)
+            pruned[:, start + j] |= zero[:, start + j]
             kept = part[j] if round_to is None else round_to(part[j])
             kept = kept.masked_fill(pruned[:, start + j], 0.0)
             errors[j] = (part[j] - kept) / upper[start + j, start + j]

@@ -33,6 +33,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
             inputs="updated" if inside or config.remove == "blocks" else None,
             model_statistics=config.score in WHOLE_MODEL,
             changes_shapes=True,
+            breaks_pattern=config.remove == "groups",
         )
 
     def memory(self, sizes: Sizes, context: Context) -> int:

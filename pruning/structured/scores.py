@@ -26,6 +26,8 @@ from compress.structure import Linear
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean."""
+ITERATIONS = 64
+"""Steps of conjugate gradients where zeros are kept."""
 STEPS = 256
 """Removals after which costs are computed anew; more groups than that go several at a time."""
 
@@ -245,18 +247,38 @@ def compensated(
 ) -> tuple[Tensor, Tensor | None]:
     """Refit the columns that stay (int64 ``kept``), so that the output is as near as possible to the whole linear's.
 
+    Weights that are zero, an earlier pass's, stay zero: the others are then refitted by conjugate gradients.
+
     Returns:
         [N, kept] and the bias, in the dtypes they came in.
     """
     matrix, whole = moments.damped(), weight.double()
     # The damping pulls towards the columns as they were, not towards zero.
     target = whole @ moments.hessian[:, kept] - whole[:, kept] @ moments.hessian[kept[:, None], kept]
-    change = torch.linalg.solve(matrix[kept[:, None], kept], target.t()).t()
+    matrix, there = matrix[kept[:, None], kept], whole[:, kept] != 0
+    change = torch.linalg.solve(matrix, target.t()).t() if there.all() else _masked_solve(matrix, target, there)
     result = whole[:, kept] + change
     if bias is not None and moments.centred:
         shift = whole @ moments.mean - result @ moments.mean[kept]
         bias = (bias.double() + shift).to(bias.dtype)
     return result.to(weight.dtype), bias
+
+
+def _masked_solve(matrix: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Approximate the X that is 0 outside a mask and minimises ``tr(X matrix X^T) / 2 - tr(X target^T)``, [N, K]."""
+    least = torch.finfo(target.dtype).tiny  # a row that is solved has no rest to divide by
+    found = torch.zeros_like(target)
+    rest = step = target * mask
+    size = rest.square().sum(1, keepdim=True)
+    for _ in range(ITERATIONS):
+        image = (step @ matrix) * mask
+        length = size / (step * image).sum(1, keepdim=True).clamp_min(least)
+        found += length * step
+        rest = rest - length * image
+        before = size
+        size = rest.square().sum(1, keepdim=True)
+        step = rest + size / before.clamp_min(least) * step
+    return found
 
 
 def output_error(weight: Tensor, changed: Tensor, moments: OutputMoments, kept: Tensor) -> float:

@@ -16,6 +16,7 @@ from compress.evals.perplexity import Text, Window, context_length, score
 from compress.evals.store import Results
 from compress.evals.tasks import Tasks
 from compress.evals.transfer import NONE, Place, common_length, main
+from compress.loading import load_tokenizer
 
 WINDOWS = [Window(list(range(1, 20)), 18), Window(list(range(30, 42)), 4), Window([5, 6], 1)]
 
@@ -90,6 +91,23 @@ def test_tasks_are_rows_too(prompted, task_folder):
     rows = transfer.transfer(places, prompts, {}, Tasks(("animals",), task_folder), Protocol(), Results(None))
     assert all(0 <= row[0] <= 1 for row in tables.transfer(rows, list(prompts), ["three"], "animals", "acc").values)
     assert [row["items"] for row in rows] == [8, 8]
+
+
+def test_answers_to_tasks_do_not_depend_on_the_batch(prompted):
+    """lm-eval pads shorter questions on the left."""
+    from lm_eval.api.instance import Instance
+
+    from compress.evals.harness import Harness
+
+    model = compress.load(prompted, bits=3, prompt=True, dtype=torch.float32)
+    questions = ["the quick brown fox jumps over the lazy", "the dog", "fox and dog", "jumps over"]
+    rules = {"until": ["<s>"], "max_gen_toks": 8}
+    answers = []
+    for batch in (1, 2, 4):
+        asked = [Instance("generate_until", {}, (question, rules), place) for place, question in enumerate(questions)]
+        answers.append(Harness(model, load_tokenizer(prompted), batch).generate_until(asked, disable_tqdm=True))
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 1
 
 
 def test_the_command_line_of_transfer(prompted, text, tmp_path, monkeypatch, capsys):

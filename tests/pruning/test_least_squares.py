@@ -101,3 +101,20 @@ def test_inputs_that_are_always_zero_go_first():
     classes = torch.zeros(12, dtype=torch.long)
     order, _ = removal_order(torch.randn(5, 12), moments_of(x), torch.arange(12)[:, None], classes, 3)
     assert set(order[:2]) == {3, 7}
+
+
+def test_zeros_stay_and_the_rest_is_refitted_around_them():
+    """Row by row, against least squares over the columns that are not zero."""
+    x = inputs(seed=3)
+    moments, generator = moments_of(x), torch.Generator().manual_seed(5)
+    weight = torch.randn(6, x.shape[1], generator=generator)
+    weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+    kept = torch.arange(2, x.shape[1])
+    found, _ = compensated(weight, None, moments, kept)
+    assert torch.equal(found == 0, weight[:, kept] == 0)
+    matrix, whole = moments.damped(), weight.double()
+    wanted = whole @ moments.hessian + whole * (matrix - moments.hessian).diagonal()
+    for row, right, own in zip(found.double(), wanted, whole, strict=True):
+        there = kept[own[kept] != 0]
+        expected = torch.linalg.solve(matrix[there[:, None], there], right[there])
+        torch.testing.assert_close(row[own[kept] != 0], expected, atol=1e-3, rtol=1e-3)

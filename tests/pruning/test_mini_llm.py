@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compress
@@ -229,3 +230,24 @@ def test_a_second_round_of_pruning_starts_from_the_first(recipe, tiny_llama, tmp
     folder = pruned(recipe, tmp_path / "model", more, ratio=0.2)
     assert parameters(folder) == pytest.approx(0.64 * parameters(tiny_llama), abs=3 * 3 * 48)
     assert torch.isfinite(logits(folder)).all()
+
+
+def test_zeros_of_an_earlier_pass_stay_zeros(recipe, tmp_path):
+    """What stays is refitted around them, and a pattern of them is not cut."""
+    prune = {"kind": "prune", "score": "magnitude", "allocation": "uniform", "sparsity": 0.5}
+    cut = {"kind": "mini_llm", "ratio": 0.2}
+    errors = {}
+    for compensate in (True, False):
+        recipe["passes"] = [prune, {**cut, "compensate": compensate}]
+        folder = compress.run(recipe, tmp_path / str(compensate), workspace=tmp_path / "work")
+        weights = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if "proj" in name]
+        share = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+        assert share > 0.4
+        units = json.loads((folder / "compression.json").read_text())["passes"][1]["units"].values()
+        errors[compensate] = sum(error for unit in units for error in unit["output_error"].values())
+    assert errors[True] < 0.9 * errors[False]
+    recipe["passes"] = [{"kind": "prune", "pattern": "2:4"}, cut]
+    with pytest.raises(CompressError, match=r"passes.1 \(mini_llm\) would take columns out of the n:m pattern"):
+        plan(recipe)
+    recipe["passes"].reverse()
+    plan(recipe)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import compress
@@ -13,11 +14,14 @@ from compress.evals.evaluate import evaluate_text
 from compress.evals.speed import Load, bench
 from compress.evals.store import results_of
 from compress.manifest import verify
+from compress.plan import plan
 from compress.prompts.baked import bake
 from compress.prompts.stored import embedding
 from compress.pruning.instructions import answer_loss, read_instructions
+from compress.pruning.lora import masked_model, merge_masked
 from compress.pruning.settings import LoraRecoveryConfig
 from compress.settings import Calibration
+from compress.structure import Linear
 from compress.training import Batch
 
 TOKENS = torch.tensor([[5, 17, 40, 3, 99, 250, 12, 8]])
@@ -241,3 +245,58 @@ def test_what_cannot_be_done_is_refused_before_any_work(longer, tmp_path, settin
     with pytest.raises(CompressError, match=message):
         compress.run(longer, tmp_path / "model")
     assert not list(tmp_path.glob("*.work/*/*.safetensors"))
+
+
+def weights_of(folder):
+    """The matrices inside the blocks, as they are stored."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name: t for name, t in tensors.items() if t.ndim == 2 and (".layers." in name or ".h." in name)}
+
+
+@pytest.mark.parametrize("recovery", [{}, {"full": True}, {"dropout": 0.1}, {"merge": False}], ids=str)
+@pytest.mark.parametrize(("kind", "prune"), [("llama", {"sparsity": 0.5}), ("gpt2", {"pattern": "2:4"})])
+def test_what_pruning_has_set_to_zero_stays_zero(longer, make_model, tmp_path, kind, prune, recovery):
+    longer["model"], work = str(make_model(kind)), tmp_path / "work"
+    prune = {"kind": "prune", **prune}
+    before = compress.run({**longer, "passes": [prune]}, tmp_path / "pruned", workspace=work)
+    after = compress.run({**longer, "passes": [prune, FAST | recovery]}, tmp_path / "recovered", workspace=work)
+    pruned, recovered = weights_of(before), weights_of(after)
+    assert recovered.keys() == pruned.keys()
+    for name, weight in pruned.items():
+        assert torch.equal(weight == 0, recovered[name] == 0), name
+    assert recovery.get("merge") is False or any(not torch.equal(pruned[name], recovered[name]) for name in pruned)
+    record = unit(after)
+    assert record["best"]["step"] > 0
+    assert held_out(record, -1) < held_out(record, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_masked_adapter_is_merged_as_it_was_trained(make_model, kind):
+    model = compress.load(make_model(kind))
+    names = ["model.layers.1.mlp.up_proj"] if kind == "llama" else ["transformer.h.1.attn.c_attn"]
+    weight = Linear("", model.get_submodule(names[0])).weight
+    weight[::2, ::3] = 0
+    bare = logits(model)
+    masked = masked_model(model, names, 4, 16.0, 0.0, seed=0)
+    assert torch.equal(logits(masked), bare)
+    module = masked.get_submodule(names[0])
+    torch.nn.init.normal_(module.up)
+    trained = logits(masked)
+    assert not torch.allclose(trained, bare, atol=1e-2)
+    merged = merge_masked(masked)
+    assert merged.get_submodule(names[0]) is module.base
+    assert torch.allclose(logits(merged), trained, atol=1e-4)
+    assert not weight[::2, ::3].any()
+    assert weight[1::2].all()
+
+
+def test_a_second_run_keeps_the_zeros_of_the_first(longer, tmp_path):
+    first = compress.run({**longer, "passes": [{"kind": "prune", "pattern": "2:4"}]}, tmp_path / "first")
+    second = compress.run({**longer, "model": str(first), "passes": [FAST]}, tmp_path / "second")
+    for name, weight in weights_of(first).items():
+        assert torch.equal(weight == 0, weights_of(second)[name] == 0)
+    longer |= {"model": str(first), "passes": [{**PRUNE, "mode": "global"}]}
+    with pytest.raises(CompressError, match="out of the n:m pattern of zeros that the run that wrote"):
+        plan(longer)
+    longer["passes"] = [{"kind": "mini_llm", "ratio": 0.3, "remove": "blocks"}]
+    plan(longer)

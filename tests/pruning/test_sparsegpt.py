@@ -143,3 +143,13 @@ def test_inputs_that_are_not_finite_are_named():
     hessian[1, 1] = torch.nan
     with pytest.raises(CompressError, match=r"block\.w: its inputs on the calibration text are not finite"):
         factorise(hessian, 0.01, "block.w")
+
+
+@pytest.mark.parametrize("rule", [Rule(60), Rule(60, "row"), Rule(60, "matrix"), Rule(0, pattern=(2, 4))], ids=str)
+def test_zeros_go_first_and_stay(rule):
+    weight, hessian = problem(seed=4)
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.2] = 0
+    swept = sweep(weight, factorise(hessian, 0.01, "w"), rule, size=8)
+    assert not swept.weight[weight == 0].any()
+    assert swept.pruned[weight == 0].all()
+    assert torch.equal(swept.weight == 0, swept.pruned)
