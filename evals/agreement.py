@@ -38,13 +38,9 @@ _HELD = 1 << 28  # bytes of the dense model's log-probabilities held while all n
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
 
-    Predictions are sorted into ``bins`` equal intervals (m/bins, (m+1)/bins] of confidence; the result is the mean over
-    predictions of |share that is right - mean confidence| in their bin: 0 for a model that knows how sure to be.
-
-    Args:
-        confidence: probability given to each prediction, [N].
-        right: whether it was right, [N].
-        bins: number of intervals.
+    Predictions, with probabilities and whether they were right, both [N], are sorted into ``bins`` equal intervals
+    (m/bins, (m+1)/bins] of confidence; the result is the mean over predictions of |share that is right - mean confidence|
+    in their bin: 0 for a model that knows how sure to be.
     """
     place = (confidence.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
@@ -102,11 +98,7 @@ class Comparison:
 
 
 def dense_model_of(folder: str, reference: str | None = None) -> str:
-    """Return the dense model of a checkpoint: ``reference`` if it is given, or the recipe's.
-
-    Raises:
-        CompressError: a folder without a manifest, or the dense model is not there or no longer the same.
-    """
+    """Return the dense model of a checkpoint: ``reference`` if it is given, or the recipe's."""
     if reference is not None:
         return str(model_folder(reference))
     manifest = read_manifest(Path(folder))

@@ -65,18 +65,6 @@ def measure_variants(
 
     The manifest names model, calibration and passes. What the store has is not made again; rows are of the kind ``variant``,
     under the checkpoint's own digest.
-
-    Args:
-        folder: the checkpoint.
-        source: text to measure on.
-        protocol: how it is cut.
-        all_bits: of the controls.
-        store: for results.
-        device: to measure on.
-        progress: called with (what, done, total).
-
-    Raises:
-        CompressError: the folder has no manifest, or its model or calibration text is no longer there.
     """
     manifest = read_manifest(folder)
     if manifest is None:

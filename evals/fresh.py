@@ -26,14 +26,8 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
 def in_fresh_process(code: str, request: Any, environment: Mapping[str, str] | None = None) -> dict[str, float]:
     """Run a script in a process of its own and return the JSON object on its last line.
 
-    Args:
-        code: the script. It finds ``request``, the modules ``json``, ``sys`` and ``time``, and ``resident()``, which gives the bytes
-            of the process in memory, or their peak for ``resident("VmHWM")`` (both on Linux only).
-        request: plain data.
-        environment: variables beside those there are.
-
-    Raises:
-        CompressError: the script fails; with the last line of what it said.
+    The script finds ``request``, which is plain data, the modules ``json``, ``sys`` and ``time``, and ``resident()``, which gives
+    the bytes of the process in memory, or their peak for ``resident("VmHWM")`` (both on Linux only).
     """
     command = [sys.executable, "-c", _BEFORE + code, json.dumps(request)]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})

@@ -37,7 +37,7 @@ SHAPES = {
 }
 """N x K of every matrix of a block; the last two of each are query, key and value together, and gate and up together."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-FORMATS = (
+FORMATS = (  # a seed of 2 or of 4 and more is packed together; entries have 16 bits or, at 4 bits, also 8
     *((bits, bits, 16) for bits in (2, 3)),
     *((4, seed, kept) for seed in (3, 4) for kept in (16, 8)),
     *((bits, 4, 16) for bits in range(5, 9)),
@@ -52,16 +52,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what is measured.
-
-    Attributes:
-        shapes: (N, K) of the layers.
-        rows: of activations.
-        formats: (bits, seed bits, bits of table entries); a seed of 2 or of 4 and more is packed together, and entries have
-            16 bits or, at 4 bits, also 8.
-        decode: sizes of the decoder, or None.
-        device: a GPU.
-    """
+    """Say what is measured: layers of (N, K), rows of activations, (bits, seed bits, bits of table entries), a decoder."""
 
     shapes: Sequence[tuple[int, int]] = tuple(dict.fromkeys(shape for group in SHAPES.values() for shape in group))
     rows: Sequence[int] = ROWS
@@ -162,11 +153,7 @@ def decode(plan: Plan, timer: Timer, progress: Progress) -> list[dict[str, Any]]
 
 
 def run(plan: Plan, timer: Timer, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Measure all of a plan; the result is what ``--json`` writes.
-
-    ``products`` has seconds of one call, the speed-up over cuBLAS, the share of the memory's speed, and the error against
-    float64 of the same looked-up weights; ``decode`` tokens per second and the speed-up over float16.
-    """
+    """Measure all of a plan, as ``--json`` writes it; ``error`` is against float64 of the same looked-up weights."""
     rate, source = bandwidth(timer)
     index = torch.cuda.current_device() if plan.device == "cuda" else -1
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +39,14 @@ class Score:
         return plain | ({"virtual": virtual, "diluted_perplexity": self.diluted_perplexity} if virtual else {})
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Hold a stretch of one document: ``tokens`` [T], of which the last ``scored`` are predicted."""
 
     tokens: list[int]
     scored: int
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Hold a text ready to be scored: every token after a document's first is scored in just one window."""
 
     windows: list[Window]
@@ -66,19 +65,9 @@ def prepare(
 
     BOS is put in front of every document where the tokenizer has one; without one, a document's first token
     is not predicted. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
-    scoring only what no earlier one has, so every token is scored once with at least ``length - stride`` before it.
-
-    Args:
-        documents: texts scored on their own, one after another.
-        tokenizer: of the model.
-        length: tokens in a window, BOS included.
-        stride: half of ``length`` if None.
-        truncate: score only the first window of each document.
-        disjoint: the papers' way: windows side by side, each without the others' tokens, its first token not predicted; what
-            is left over is not scored.
-
-    Raises:
-        CompressError: no document has anything to score, or the window is too short.
+    scoring only what no earlier one has, so every token is scored once with at least ``length - stride`` before it;
+    ``truncate`` stops after a document's first window. ``disjoint`` is the papers' way: windows side by side, each without
+    the others' tokens, its first token not predicted; what is left over is not scored.
     """
     step = max(1, length // 2) if stride is None else stride
     if length < 2 or not 1 <= step < length:

@@ -47,11 +47,7 @@ class Line(NamedTuple):
 
 @contextmanager
 def _style(**more: Any) -> Iterator[None]:
-    """Have figures drawn in our style; works as a decorator too.
-
-    Raises:
-        CompressError: matplotlib is not installed.
-    """
+    """Have figures drawn in our style; works as a decorator too."""
     try:
         import matplotlib.figure
     except ImportError as error:
@@ -69,11 +65,7 @@ def why_not() -> list[str]:
 
 @_style()
 def save(figure: Figure, target: Path) -> None:
-    """Write a figure in the format that the file's name ends in.
-
-    Raises:
-        CompressError: there is no such folder or format.
-    """
+    """Write a figure in the format that the file's name ends in."""
     try:
         figure.savefig(target, metadata=_METADATA if target.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
@@ -167,13 +159,8 @@ def heat_map(
 ) -> Figure:
     """Draw a matrix as shades of one colour, darker is more, with its figures where there is room for them.
 
-    Args:
-        matrix: figures and names.
-        title: above it.
-        log: shade by the logarithm.
-        limits: figures with the lightest and the darkest shade; the least and the largest if None.
-        by_column: shade every column on its own, where columns differ more than rows do.
-        reverse: darker is less.
+    The lightest and the darkest shade are at ``limits``, or at the least and the largest figure (of every column where
+    ``by_column`` shades each on its own); ``log`` shades by the logarithm, and ``reverse`` makes darker less.
     """
     cell = min(0.8, max(0.16, 6.2 / max(1, len(matrix.columns))))  # inches
     longest = 0.075 * max(map(len, matrix.columns), default=0)

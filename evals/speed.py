@@ -61,30 +61,19 @@ print(json.dumps({"load_seconds": loaded, "resident_bytes": held() - start}))
 
 @dataclass(frozen=True)
 class Load:
-    """Say what is timed.
+    """Say what is timed."""
 
-    Attributes:
-        prompt: tokens of the prompt.
-        tokens: decoded one by one after it.
-        rounds: turns of every candidate.
-        loads: fresh processes per candidate.
-    """
-
-    prompt: int = 128
-    tokens: int = 32
-    rounds: int = 7
-    loads: int = 3
+    prompt: int = 128  # tokens
+    tokens: int = 32  # decoded one by one after it
+    rounds: int = 7  # turns of every candidate
+    loads: int = 3  # fresh processes per candidate
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.loads < 1:
             raise CompressError("bench: at least one round and one load are needed.")
 
     def refuse_beyond(self, context: int) -> None:
-        """Refuse more tokens than a context holds.
-
-        Raises:
-            CompressError: there are more.
-        """
+        """Refuse more tokens than a context holds."""
         if self.prompt + self.tokens > context:
             asked = f"{self.prompt} + {self.tokens} tokens"
             raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")

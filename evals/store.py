@@ -121,9 +121,6 @@ def prompt_key(
 
     Prompts and adapter are given as for :func:`compress.load`; their digests are added to the settings. The checkpoint's own
     adapter does not show in the name: its absence does.
-
-    Raises:
-        CompressError: there are no prompts, or no adapter.
     """
     names, settings = [], dict(settings)
     if prompt:

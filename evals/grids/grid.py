@@ -121,11 +121,7 @@ class Cell:
 
 
 def parse_grid(data: Mapping[str, Any], where: str = "grid") -> Grid:
-    """Validate a grid's plain data.
-
-    Raises:
-        CompressError: an unknown key, or a value of the wrong kind.
-    """
+    """Validate a grid's plain data."""
     try:
         return Grid.model_validate(data)
     except ValidationError as error:
@@ -133,11 +129,7 @@ def parse_grid(data: Mapping[str, Any], where: str = "grid") -> Grid:
 
 
 def read_grid(name: str) -> dict[str, Any]:
-    """Read the plain data of a grid: a YAML file, or one of ``evals/grids`` by name.
-
-    Raises:
-        CompressError: there is none, or it is not a mapping in YAML.
-    """
+    """Read the plain data of a grid: a YAML file, or one of ``evals/grids`` by name."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else GRIDS / f"{name}.yaml"
     if not path.is_file():
         known = [found.stem for found in GRIDS.glob("*.yaml")]
@@ -176,9 +168,6 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
 
     A string that is one ``{axis}``, or ``{axis.key}`` of a value that is a mapping, becomes that value; other strings are
     formatted. An item of a list that becomes a list is replaced by its items, one that becomes None by nothing.
-
-    Raises:
-        CompressError: the template names what is not there.
     """
     if isinstance(template, str):
         whole = re.fullmatch(r"\{(\w+)(?:\.(\w+))?\}", template)
@@ -200,11 +189,7 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def cells_of(grid: Grid, only: Sequence[str] = ()) -> list[Cell]:
-    """Return the cells of all rows, in order; with ``AXIS=LABEL`` or ``row=LABEL``, not those that have another label.
-
-    Raises:
-        CompressError: no cell has such a label.
-    """
+    """Return the cells of all rows, in order; with ``AXIS=LABEL`` or ``row=LABEL``, not those that have another label."""
     cells = [cell for label, row in grid.rows.items() for cell in _cells_of_row(grid, label, row)]
     wanted: dict[str, set[str]] = {}
     for item in only:
@@ -235,11 +220,7 @@ def _value(axis: Any, shared: Any, label: Any) -> Any:
 
 
 class GridRun:
-    """Run a grid in a folder, which keeps ``results.jsonl``, and the workspace and ``models`` if asked to.
-
-    Raises:
-        CompressError: the folder has results of another model, text, calibration or protocol.
-    """
+    """Run a grid in a folder, which keeps ``results.jsonl``, and the workspace and ``models`` if asked to."""
 
     def __init__(self, grid: Grid, out: Path, keep: bool = False, progress: Progress | None = None) -> None:
         self.grid, self.out, self.keep, self.progress = grid, out, keep, progress
