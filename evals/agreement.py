@@ -1,7 +1,6 @@
 """Measure beyond accuracy: calibration, agreement with the dense model, robustness.
 
-Two models can have the same perplexity or accuracy and still answer differently. What is measured here, over the scored
-tokens of a text (every one of them once, as in :mod:`compress.evals.perplexity`):
+Over the scored tokens of a text:
 
 * ``kl``: mean Kullback-Leibler divergence KL(dense || compressed) of the next-token distribution, in nats.
 * ``top1_agreement``: share of tokens where both models' likeliest next token is the same.

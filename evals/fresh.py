@@ -19,8 +19,7 @@ request = json.loads(sys.argv[1])
 def resident(key="VmRSS"):
     return 1024 * int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1])
 """
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-"""Environment in which glibc gives every freed tensor back to the system at once, so that a peak is what was in use."""
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}  # glibc gives freed tensors back at once: a peak is what was in use
 
 
 def in_fresh_process(code: str, request: Any, environment: Mapping[str, str] | None = None) -> dict[str, float]:

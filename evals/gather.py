@@ -221,9 +221,8 @@ class Given(NamedTuple):
 def read_matrices(folder: Path) -> list[Given]:
     """Read the matrices that other measurements left in ``report/*.json``, such as how prompts transfer.
 
-    A file holds one object, or a list of them: ``title``, ``rows``, ``columns`` (names), ``values`` (rows of numbers or
-    null); optional ``row_axis``, ``column_axis``, ``caption`` and ``by_column``. Rows of ``prompt``, ``model``, ``text`` and
-    ``perplexity``, as ``python -m compress.evals.transfer`` writes them, make one matrix per text. Other objects are somebody else's.
+    A file holds one object, or a list of them: those of :func:`_given`, or rows of ``prompt``, ``model``, ``text`` and
+    ``perplexity``, as ``python -m compress.evals.transfer`` writes them, which make one matrix per text. Others are somebody else's.
     """
     found: list[Given] = []
     for path in sorted(folder.glob("*.json")):
@@ -251,6 +250,7 @@ def _transfer(rows: Sequence[Mapping[str, Any]]) -> Given:
 
 
 def _given(item: Mapping[str, Any], path: Path) -> Given:
+    """Read names and ``values`` (rows of numbers or null); axes, caption and ``by_column`` are optional."""
     rows, columns = ([*map(str, item[axis])] for axis in ("rows", "columns"))
     if [len(row) for row in item["values"]] != [len(columns)] * len(rows):
         raise CompressError(f"{path}: {item['title']}: values are not {len(rows)} rows of {len(columns)}.")

@@ -1,9 +1,8 @@
 """Measure the kernels on a GPU: ``compress bench-kernels``.
 
-`products`: one layer of the shapes of Llama-2-7B, Llama-3.1-8B and Llama-2-70B, by rows of activations and number of bits, against cuBLAS in
-float16 and against the time the memory needs for the bytes. Calls are captured in a CUDA graph over enough copies of the weights
-that none is in the cache when its turn comes. `decode`: tokens per second of a whole decode step of Llama-3.1-8B's shapes
-with random weights. Figures of others are those they published.
+`products`: one layer, by rows of activations and number of bits, against cuBLAS in float16 and the time the memory needs for the
+bytes. Calls are captured in a CUDA graph over enough copies of the weights that none is in the cache when its turn comes.
+`decode`: tokens per second of a whole decode step with random weights. Figures of others are those they published.
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ from compress.inspect import inspect
 from compress.passes import Progress
 from compress.source import model_folder
 
-Figures = dict[str, dict[str, Any]]
-"""Number of bits, or ``dense`` -> metrics."""
+Figures = dict[str, dict[str, Any]]  # number of bits, or ``dense`` -> metrics
 
 
 def make(recipe: Mapping[str, Any], folder: Path, work: Path, progress: Progress | None = None) -> Path:

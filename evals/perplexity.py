@@ -63,8 +63,7 @@ def prepare(
 ) -> Text:
     """Cut documents into windows.
 
-    BOS is put in front of every document where the tokenizer has one; without one, a document's first token
-    is not predicted. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
+    BOS is put in front of every document; where there is none, the first token is not predicted. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
     scoring only what no earlier one has, so every token is scored once with at least ``length - stride`` before it;
     ``truncate`` stops after a document's first window. ``disjoint`` is the papers' way: windows side by side, each without
     the others' tokens, its first token not predicted; what is left over is not scored.

@@ -1,8 +1,7 @@
 """Measure speed, memory and size at every number of bits beside the dense model, in one run: ``compress bench``.
 
-All candidates take their turn in every round, in an order that rotates, so that a busy machine is busy for all of them. Figures are medians
-over the rounds with quartiles; ratios are medians of the ratios within a round. Loading and memory are measured in
-fresh processes, also in turn.
+All candidates take their turn in every round, in an order that rotates, so that a busy machine is busy for all of them. Ratios are
+medians of the ratios within a round. Loading and memory are measured in fresh processes, also in turn.
 """
 
 from __future__ import annotations

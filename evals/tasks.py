@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 Row = Mapping[str, Any]
-Rows = dict[str, dict[str, dict[str, Any]]]
-"""Number of bits -> task -> row of the store."""
-_LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "eot_token_id")
-"""What is not kept of lm-eval's result, beside what it says of the tokenizer."""
+Rows = dict[str, dict[str, dict[str, Any]]]  # number of bits -> task -> row of the store
+_LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "eot_token_id")  # of lm-eval's result
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from compress.sidecars import stored_prompts
 from compress.workspace import write_atomic
 
 NONE = "none"
-Prompts = Mapping[str, Optional[Path]]
-"""Label -> adapter, or a checkpoint with one; None for no prompt."""
+Prompts = Mapping[str, Optional[Path]]  # label -> adapter, or a checkpoint with one; None for no prompt
 
 
 @dataclass(frozen=True)

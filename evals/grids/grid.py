@@ -1,20 +1,8 @@
 """Run a grid of recipes and tabulate what they make.
 
-A grid is a YAML file: recipes with ``{axis}`` in place of settings, the values of the axes, and what to measure::
-
-    calibration: {builtin: stdlib, samples: 100, length: 512}
-    axes: {score: [wanda, sparsegpt], share: [0.5, 0.7]}
-    rows:
-      "{score}, uniform":
-        passes: [{kind: prune, score: "{score}", sparsity: "{share}", allocation: uniform}]
-      "{score}, OWL":
-        choose: {axis: spread, among: [0.05, 0.1, 0.2], at: {share: 0.5}}
-        passes: [{kind: prune, score: "{score}", sparsity: "{share}", allocation: owl, spread: "{spread}"}]
-    across: [share]
-    columns: [perplexity]
-
-Every recipe goes through the ordinary pipeline, all in one workspace, and every checkpoint is measured at every number of
-bits. ``OUT/results.jsonl`` keeps what is measured, so a stopped grid continues; ``OUT/tables.md`` has the tables.
+A grid is a YAML file (:class:`Grid`; those beside this module are examples): recipes with ``{axis}`` in place of settings, the
+values of the axes, and what to measure. Every recipe goes through the ordinary pipeline, all in one workspace, and every checkpoint
+is measured at every number of bits. ``OUT/results.jsonl`` keeps what is measured; ``OUT/tables.md`` has the tables.
 """
 
 from __future__ import annotations
@@ -45,12 +33,10 @@ from compress.source import model_folder
 from compress.workspace import digest
 
 GRIDS = Path(__file__).parent
-HELD_OUT = "held-out"
-"""In place of a text: calibration text that no pass has seen."""
+HELD_OUT = "held-out"  # in place of a text: calibration text that no pass has seen
 Scalar = Union[str, int, float, bool, None]
 Axes = dict[str, Union[list[Scalar], dict[str, Any]]]
-Line = dict[str, Any]
-"""Where a figure stands (``row``, axes, ``seed``, ``bits``) and its metrics."""
+Line = dict[str, Any]  # where a figure stands (``row``, axes, ``seed``, ``bits``) and its metrics
 
 
 class Strict(BaseModel):
