@@ -47,10 +47,7 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
 
 def with_typos(text: str, rate: float = 0.05, seed: int = 0) -> str:
-    """Swap two neighbouring inner letters in a share of the words of at least four letters; a seed gives the same errors.
-
-    The number of bytes stays the same where letters are ASCII, so bits per byte compare.
-    """
+    """Swap two neighbouring inner letters in a share of the words of four letters or more, so that bytes stay as many."""
     generator = random.Random(seed)
 
     def spoil(match: re.Match[str]) -> str:

@@ -182,8 +182,10 @@ class OpenText(OpenModel):
         for other in (options.get("prompt"), options.get("adapter")):
             if isinstance(other, str | Path):
                 places += [Path(other), *Path(other).parents[:2]]  # of a checkpoint, or within one
-        for place in places:
-            refuse_calibration_text(place, digest)
+        for manifest in (read_manifest(place) or {} for place in places):
+            texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
+            if any(text and text.get("sha256") == digest for text in texts):
+                raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")
         super().__init__(folder, bits, **options)
         self.protocol = replace(protocol, length=window_length(self.model, protocol.length))
         self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype}
@@ -261,11 +263,3 @@ def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
         room = f"{'beside the soft prompt there is room for' if prompted else 'the context holds'} {longest}"
         raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
     return context_length(model) if wanted is None else wanted
-
-
-def refuse_calibration_text(folder: Path, digest: str) -> None:
-    """Refuse a text that shaped the model, as it says nothing about it."""
-    manifest = read_manifest(folder) or {}
-    texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
-    if any(text and text.get("sha256") == digest for text in texts):
-        raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")

@@ -1,4 +1,4 @@
-"""Show a model to lm-eval's harness. Imports lm-eval, so it is itself imported where tasks are run."""
+"""Show a model to lm-eval's harness; this imports lm-eval, so it is itself imported where tasks are run."""
 
 from __future__ import annotations
 

@@ -60,12 +60,6 @@ class Plan:
     device: str = "cuda"
 
 
-def _floor(rows: int, columns: int, bits: int, count: int, rate: float) -> float:
-    """Return the seconds the memory needs for planes, table, activations and result."""
-    taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * count * (rows + columns)
-    return taken / rate
-
-
 def _error(y: Tensor, x: Tensor, weight: Tensor) -> float:
     """Return the relative error of a product in the Frobenius norm, against float64."""
     exact = x.double() @ weight.double().T
@@ -94,7 +88,7 @@ def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[
             for count in plan.rows:
                 x = torch.randn(count, columns, device=plan.device).half()
                 seconds = timer([partial(gpu.multiply, x, matrix, None) for matrix in matrices])
-                least = _floor(rows, columns, bits, count, rate)
+                taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * count * (rows + columns)
                 found.append(
                     {
                         "rows": rows,
@@ -106,7 +100,7 @@ def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[
                         "seconds": seconds,
                         "cublas_seconds": reference[count],
                         "speedup": reference[count] / seconds,
-                        "roofline": least / seconds,
+                        "roofline": taken / rate / seconds,
                         "error": _error(gpu.multiply(x, matrices[0], None), x, weight),
                     }
                 )

@@ -122,11 +122,8 @@ def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, sco
 def score(
     model: PreTrainedModel, text: Text, batch_tokens: int = 8192, progress: Callable[[int, int], None] | None = None
 ) -> Score:
-    """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window.
-
-    Windows of like length share a batch of at most ``batch_tokens`` with padding. That is on the right, without a mask:
-    causal attention keeps what is to the right from changing what is scored.
-    """
+    """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window."""
+    # Padding is on the right, without a mask: causal attention keeps it from changing what is scored.
     ordered = sorted(text.windows, key=lambda window: len(window.tokens), reverse=True)
     total, tokens, done = 0.0, 0, 0
     while done < len(ordered):

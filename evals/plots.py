@@ -80,10 +80,7 @@ def _colours() -> dict[str, str]:
 
 
 def svg(figure: Figure, label: str) -> str:
-    """Return a figure as an SVG element for a page: its text is text, its colours are variables of ``page.css``.
-
-    The label says what it shows, for those who cannot see it; figures of one page need labels of their own.
-    """
+    """Return a figure as an SVG element for a page, in the colours of ``page.css``; no two of a page may have one label."""
     for artist in figure.findobj():
         artist.set_clip_on(False)  # ids of clipping paths would be the page's
     text = io.StringIO()

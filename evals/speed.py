@@ -71,12 +71,6 @@ class Load:
         if self.rounds < 1 or self.loads < 1:
             raise CompressError("bench: at least one round and one load are needed.")
 
-    def refuse_beyond(self, context: int) -> None:
-        """Refuse more tokens than a context holds."""
-        if self.prompt + self.tokens > context:
-            asked = f"{self.prompt} + {self.tokens} tokens"
-            raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
-
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median and quartiles, as plain data."""
@@ -126,7 +120,9 @@ def bench(
     all_bits = {label: value for label, value in found.items() if value is not None}
     for value in all_bits.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
-    load.refuse_beyond(context_length(model, 1 << 30))
+    if load.prompt + load.tokens > (context := context_length(model, 1 << 30)):
+        asked = f"{load.prompt} + {load.tokens} tokens"
+        raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
     dense, note = _dense(folder, reference, bool(all_bits))
     places = dict.fromkeys(all_bits or [PRUNED if dense != folder else DENSE], folder)
     models = dict.fromkeys(places, model)

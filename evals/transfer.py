@@ -62,10 +62,7 @@ def transfer(
     protocol: Protocol,
     store: Results,
 ) -> list[dict[str, Any]]:
-    """Score every prompt at every place on texts (name -> file, or ``builtin``) and tasks; a folder is loaded once per prompt.
-
-    A row for each prompt, place and text or task has ``prompt``, ``model``, ``text`` (the name) and the metrics.
-    """
+    """Score every prompt at every place on texts (name -> file) and tasks: rows of ``prompt``, ``model``, ``text`` and metrics."""
     rows = []
     for folder in dict.fromkeys(place.folder for place in places):
         here = [place for place in places if place.folder == folder]
