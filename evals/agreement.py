@@ -1,7 +1,6 @@
 """Measure beyond accuracy: calibration, agreement with the dense model, robustness.
 
-Two models can have the same perplexity or accuracy and still answer differently. What is measured here, over the scored
-tokens of a text (every one of them once, as in :mod:`compress.evals.perplexity`):
+Over the scored tokens of a text:
 
 * ``kl``: mean Kullback-Leibler divergence KL(dense || compressed) of the next-token distribution, in nats.
 * ``top1_agreement``: share of tokens where both models' likeliest next token is the same.
@@ -38,13 +37,9 @@ _HELD = 1 << 28  # bytes of the dense model's log-probabilities held while all n
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3).
 
-    Predictions are sorted into ``bins`` equal intervals (m/bins, (m+1)/bins] of confidence; the result is the mean over
-    predictions of |share that is right - mean confidence| in their bin: 0 for a model that knows how sure to be.
-
-    Args:
-        confidence: probability given to each prediction, [N].
-        right: whether it was right, [N].
-        bins: number of intervals.
+    Predictions, with probabilities and whether they were right, both [N], are sorted into ``bins`` equal intervals
+    (m/bins, (m+1)/bins] of confidence; the result is the mean over predictions of |share that is right - mean confidence|
+    in their bin: 0 for a model that knows how sure to be.
     """
     place = (confidence.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
@@ -52,10 +47,7 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
 
 def with_typos(text: str, rate: float = 0.05, seed: int = 0) -> str:
-    """Swap two neighbouring inner letters in a share of the words of at least four letters; a seed gives the same errors.
-
-    The number of bytes stays the same where letters are ASCII, so bits per byte compare.
-    """
+    """Swap two neighbouring inner letters in a share of the words of four letters or more, so that bytes stay as many."""
     generator = random.Random(seed)
 
     def spoil(match: re.Match[str]) -> str:
@@ -102,11 +94,7 @@ class Comparison:
 
 
 def dense_model_of(folder: str, reference: str | None = None) -> str:
-    """Return the dense model of a checkpoint: ``reference`` if it is given, or the recipe's.
-
-    Raises:
-        CompressError: a folder without a manifest, or the dense model is not there or no longer the same.
-    """
+    """Return the dense model of a checkpoint: ``reference`` if it is given, or the recipe's."""
     if reference is not None:
         return str(model_folder(reference))
     manifest = read_manifest(Path(folder))

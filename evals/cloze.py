@@ -1,14 +1,8 @@
 """Make multiple-choice tasks in the built-in model's own domain: ``python -m compress.evals.cloze FOLDER``.
 
-Items are cut from held-out modules of the running Python's standard library, which neither training nor calibration
-sees. What stands in the file is right; distractors are other lines and other names of the same file, so
-that knowing Python is not enough. Four choices each, so chance is 25 %.
-
-* ``builtin_line``: after some lines of code, which line comes next? The distractors are as deeply indented and as long.
-* ``builtin_name``: after the beginning of a line, which name comes next? The distractors are names of the lines before.
-
-The same Python gives the same items. ``compress eval DIR --tasks builtin_line,builtin_name`` makes them in memory; the
-command above writes them as a task folder for lm-eval's own ``--include_path``.
+Items are cut from held-out modules of the running Python's standard library. What stands in the file is right; the three
+distractors are other lines and names of the same file, so that knowing Python is not enough. The same Python gives the same
+items, in memory for ``compress eval DIR --tasks builtin_line,builtin_name``, in a folder for lm-eval's ``--include_path``.
 """
 
 from __future__ import annotations
@@ -28,23 +22,15 @@ import yaml
 from compress.texts import HELDOUT, read_modules
 from compress.workspace import digest
 
-Item = dict[str, Any]
-"""``query`` (text before), ``choices`` (four texts), ``gold`` (index of the right one)."""
-
+Item = dict[str, Any]  # ``query`` (text before), ``choices`` (four texts), ``gold`` (index of the right one)
 CHOICES = 4
 _CONTEXT_LINES = 6
 _ITEMS = 200
-
-
-Question = tuple[str, str, set[str]]
-"""The text before, what is asked for, and its rivals."""
+Question = tuple[str, str, set[str]]  # the text before, what is asked for, and its rivals
 
 
 def line_items(source: str) -> Iterator[Question]:
-    """Ask for every line of code in a module; rivals are indented alike, of like length and elsewhere in the file.
-
-    Comments and docstrings are neither asked for nor offered.
-    """
+    """Ask for every line of code in a module; rivals are lines of code elsewhere, indented alike and of like length."""
     lines = source.splitlines()
     code = {row: _split(lines[row]) for row in _rows_of_code(source)}
     for place, (wanted, indent) in code.items():

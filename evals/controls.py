@@ -1,7 +1,4 @@
-"""Stages and controls of a checkpoint: the same recipe cut short, or with a plainer method in a pass's place.
-
-Each is made, measured and removed again; finished units are shared, so a stage costs little more than its evaluation.
-"""
+"""Measure stages and controls of a checkpoint: its recipe cut short, or with a plainer method in a pass's place."""
 
 from __future__ import annotations
 
@@ -61,23 +58,7 @@ def measure_variants(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> None:
-    """Make every stage and control of a checkpoint, measure it on a text, keep the figures.
-
-    The manifest names model, calibration and passes. What the store has is not made again; rows are of the kind ``variant``,
-    under the checkpoint's own digest.
-
-    Args:
-        folder: the checkpoint.
-        source: text to measure on.
-        protocol: how it is cut.
-        all_bits: of the controls.
-        store: for results.
-        device: to measure on.
-        progress: called with (what, done, total).
-
-    Raises:
-        CompressError: the folder has no manifest, or its model or calibration text is no longer there.
-    """
+    """Make, measure on a text and remove every stage and control of a checkpoint that the store does not have; units are shared."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise CompressError(f"{folder}: has no manifest, so its stages and controls are not known.")

@@ -1,8 +1,4 @@
-"""A Llama's decode step with random weights, for measuring kernels: static cache, one token in, fused projections.
-
-Benchmarks of such kernels use it: one matrix for query, key and value, one for gate and up, and head and embedding in
-float16, as in the published figures.
-"""
+"""Compute a Llama's decode step with random weights, for measuring kernels: static cache, fused projections, float16 head."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ from torch import Tensor, nn
 from compress.kernels.bitplane import packed_linear
 from compress.kernels.layout import random_tiled
 
-Project = Callable[[int, int], nn.Module]
-"""Makes a linear of (outputs, inputs)."""
+Project = Callable[[int, int], nn.Module]  # makes a linear of (outputs, inputs)
 
 
 @dataclass(frozen=True)

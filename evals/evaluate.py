@@ -75,11 +75,7 @@ PRESETS: Mapping[str, Protocol] = {
 
 
 def protocol_of(preset: str | None, **changes: Any) -> Protocol:
-    """Return a protocol by name, with changes; those that are None or False change nothing.
-
-    Raises:
-        CompressError: there is no preset of that name.
-    """
+    """Return a protocol by name, with changes; those that are None or False change nothing."""
     if preset is not None and preset not in PRESETS:
         raise CompressError(f"--protocol: there is no {preset!r}. {did_you_mean(preset, PRESETS)}")
     start = PRESETS[preset] if preset else Protocol()
@@ -100,11 +96,7 @@ def documents_of(source: str, protocol: Protocol) -> tuple[list[str], str]:
 
 
 def bits_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None) -> list[int | float | None]:
-    """Return the numbers of bits to measure at, most first; ``[None]`` for a dense model.
-
-    Raises:
-        CompressError: bits asked of a dense model, or a number that the model does not have.
-    """
+    """Return the numbers of bits to measure at, most first; ``[None]`` for a dense model."""
     modules = packed_modules(model).values()
     if not modules:
         if asked:
@@ -156,12 +148,7 @@ class OpenModel:
         return Key(kind, name, identity(self.folder), "", self._name, {**settings, **self.digests})
 
     def measure(self, key: Key, work: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return number of bits -> row of the store, after measuring what is missing.
-
-        Args:
-            key: of the measurement (:meth:`key`).
-            work: measures at a number of bits, which the model is set to; returns ``metrics`` and other parts of a row.
-        """
+        """Return number of bits -> row of the store, after measuring what is missing: ``work`` gives the parts of a row."""
         rows = {}
         for label, bits in self.all_bits.items():
             here = replace(key, width=label)
@@ -195,8 +182,10 @@ class OpenText(OpenModel):
         for other in (options.get("prompt"), options.get("adapter")):
             if isinstance(other, str | Path):
                 places += [Path(other), *Path(other).parents[:2]]  # of a checkpoint, or within one
-        for place in places:
-            refuse_calibration_text(place, digest)
+        for manifest in (read_manifest(place) or {} for place in places):
+            texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
+            if any(text and text.get("sha256") == digest for text in texts):
+                raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")
         super().__init__(folder, bits, **options)
         self.protocol = replace(protocol, length=window_length(self.model, protocol.length))
         self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype}
@@ -255,15 +244,9 @@ def evaluate_text(
 def load_bits(
     folder: str, bits: Sequence[int | float] | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model once, for several numbers of bits.
+    """Load a model once, for several numbers of bits, or mean numbers such as 3.5; for all there are if None.
 
-    Args:
-        folder: checkpoint, or a dense model.
-        bits: numbers of bits, or mean numbers such as 3.5; all there are if None.
-        **options: for :func:`compress.load`.
-
-    Returns:
-        The model, and label -> what :func:`compress.set_bits` takes, most bits first; ``{"dense": None}`` for a dense model.
+    Return it and label -> what :func:`compress.set_bits` takes, most bits first; ``{"dense": None}`` for a dense model.
     """
     chosen = {str(number): bits_for(folder, number) for number in bits or ()}  # 4 and 4.0 are not the same
     whole = [number for number in bits or () if isinstance(number, int)]
@@ -273,26 +256,10 @@ def load_bits(
 
 
 def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
-    """Return the tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes.
-
-    Raises:
-        CompressError: more than there is room for.
-    """
+    """Return the tokens of text in a window: what is wanted, or the context, at most 2048, less what a prompt takes."""
     longest = context_length(model, cap=1 << 30)
     if wanted is not None and wanted > longest:
         prompted = bool(virtual_tokens(model))
         room = f"{'beside the soft prompt there is room for' if prompted else 'the context holds'} {longest}"
         raise CompressError(f"windows of {wanted} tokens: {room}; give --length.")
     return context_length(model) if wanted is None else wanted
-
-
-def refuse_calibration_text(folder: Path, digest: str) -> None:
-    """Refuse a text that shaped the model, as it says nothing about it.
-
-    Raises:
-        CompressError: the manifest names this very text as one the model was calibrated or trained on.
-    """
-    manifest = read_manifest(folder) or {}
-    texts = [manifest.get("calibration"), *(step.get("text") for step in manifest.get("passes", []))]
-    if any(text and text.get("sha256") == digest for text in texts):
-        raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")

@@ -19,21 +19,14 @@ request = json.loads(sys.argv[1])
 def resident(key="VmRSS"):
     return 1024 * int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1])
 """
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-"""Environment in which glibc gives every freed tensor back to the system at once, so that a peak is what was in use."""
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}  # glibc gives freed tensors back at once: a peak is what was in use
 
 
 def in_fresh_process(code: str, request: Any, environment: Mapping[str, str] | None = None) -> dict[str, float]:
     """Run a script in a process of its own and return the JSON object on its last line.
 
-    Args:
-        code: the script. It finds ``request``, the modules ``json``, ``sys`` and ``time``, and ``resident()``, which gives the bytes
-            of the process in memory, or their peak for ``resident("VmHWM")`` (both on Linux only).
-        request: plain data.
-        environment: variables beside those there are.
-
-    Raises:
-        CompressError: the script fails; with the last line of what it said.
+    The script finds ``request``, which is plain data, the modules ``json``, ``sys`` and ``time``, and ``resident()``, which gives
+    the bytes of the process in memory, or their peak for ``resident("VmHWM")`` (both on Linux only).
     """
     command = [sys.executable, "-c", _BEFORE + code, json.dumps(request)]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})

@@ -51,9 +51,7 @@ class Facts:
     inspected: dict[str, Any]
     manifest: dict[str, Any]
     original: Mapping[str, TensorInfo]  # the dense model's tensors; empty if it is not there
-    all_bits: list[
-        str
-    ]  # "8", …, most bits first, with mean numbers that were measured; "dense" where nothing is packed
+    all_bits: list[str]  # most bits first, with mean numbers that were measured; "dense" where nothing is packed
     rows: list[dict[str, Any]]  # of the store, of the checkpoint and of its dense model
     bench: dict[str, Any] | None  # the latest result
     sparsity: dict[str, Any] | None  # None where nothing is pruned
@@ -117,14 +115,7 @@ class Facts:
 
 
 def measure_missing(folder: Path, wanted: Wanted, store: Results, progress: Progress | None = None) -> list[str]:
-    """Measure what a report wants and the store does not have.
-
-    Returns:
-        What could not be measured, one sentence each.
-
-    Raises:
-        CompressError: what was asked for by name can not be had.
-    """
+    """Measure what a report wants and the store does not have; return what could not be measured, one sentence each."""
     notes: list[str] = []
     builtin = (read_manifest(folder) or {}).get("recipe", {}).get("model") == BUILTIN
     text = wanted.text or (BUILTIN if builtin else None)
@@ -193,11 +184,7 @@ def _continue(at: OpenModel, prompts: Sequence[str]) -> None:
 
 
 def collect(folder: Path, store: Results, notes: Sequence[str] = (), adapter: Choice = None) -> Facts:
-    """Lay out what is known; measures nothing. Texts and tasks come with every adapter, the rest with the one that is named.
-
-    Raises:
-        CompressError: no checkpoint, or a matrix file that is not one.
-    """
+    """Lay out what is known; measures nothing. Texts and tasks come with every adapter, the rest with the one that is named."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise CompressError(f"{folder}: has no compression.json; a report is about a checkpoint that compress wrote.")
@@ -234,12 +221,8 @@ class Given(NamedTuple):
 def read_matrices(folder: Path) -> list[Given]:
     """Read the matrices that other measurements left in ``report/*.json``, such as how prompts transfer.
 
-    A file holds one object, or a list of them: ``title``, ``rows``, ``columns`` (names), ``values`` (rows of numbers or
-    null); optional ``row_axis``, ``column_axis``, ``caption`` and ``by_column``. Rows of ``prompt``, ``model``, ``text`` and
-    ``perplexity``, as ``python -m compress.evals.transfer`` writes them, make one matrix per text. Other objects are somebody else's.
-
-    Raises:
-        CompressError: a matrix whose shape is not that of its names.
+    A file holds one object, or a list of them: those of :func:`_given`, or rows of ``prompt``, ``model``, ``text`` and
+    ``perplexity``, as ``python -m compress.evals.transfer`` writes them, which make one matrix per text. Others are somebody else's.
     """
     found: list[Given] = []
     for path in sorted(folder.glob("*.json")):
@@ -267,6 +250,7 @@ def _transfer(rows: Sequence[Mapping[str, Any]]) -> Given:
 
 
 def _given(item: Mapping[str, Any], path: Path) -> Given:
+    """Read names and ``values`` (rows of numbers or null); axes, caption and ``by_column`` are optional."""
     rows, columns = ([*map(str, item[axis])] for axis in ("rows", "columns"))
     if [len(row) for row in item["values"]] != [len(columns)] * len(rows):
         raise CompressError(f"{path}: {item['title']}: values are not {len(rows)} rows of {len(columns)}.")

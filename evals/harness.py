@@ -1,4 +1,4 @@
-"""Show a model to lm-eval's harness. Imports lm-eval, so it is itself imported where tasks are run."""
+"""Show a model to lm-eval's harness; this imports lm-eval, so it is itself imported where tasks are run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ _LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothin
 class Harness(HFLM):
     """Show lm-eval a loaded causal LM, or a peft model whose virtual tokens take a part of the context.
 
-    Args:
-        model: to evaluate.
-        tokenizer: of the model.
-        batch: rows in a batch; chosen by the machine's memory if None.
-        progress: called with (requests done, requests in all).
+    The rows in a batch are chosen by the machine's memory if ``batch`` is None; ``progress`` gets (requests done, in all).
     """
 
     def __init__(

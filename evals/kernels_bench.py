@@ -1,9 +1,8 @@
 """Measure the kernels on a GPU: ``compress bench-kernels``.
 
-`products`: one layer of the shapes of Llama-2-7B, Llama-3.1-8B and Llama-2-70B, by rows of activations and number of bits, against cuBLAS in
-float16 and against the time the memory needs for the bytes. Calls are captured in a CUDA graph over enough copies of the weights
-that none is in the cache when its turn comes. `decode`: tokens per second of a whole decode step of Llama-3.1-8B's shapes
-with random weights. Figures of others are those they published.
+`products`: one layer, by rows of activations and number of bits, against cuBLAS in float16 and the time the memory needs for the
+bytes. Calls are captured in a CUDA graph over enough copies of the weights that none is in the cache when its turn comes.
+`decode`: tokens per second of a whole decode step with random weights. Figures of others are those they published.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SHAPES = {
 }
 """N x K of every matrix of a block; the last two of each are query, key and value together, and gate and up together."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-FORMATS = (
+FORMATS = (  # a seed of 2 or of 4 and more is packed together; entries have 16 bits or, at 4 bits, also 8
     *((bits, bits, 16) for bits in (2, 3)),
     *((4, seed, kept) for seed in (3, 4) for kept in (16, 8)),
     *((bits, 4, 16) for bits in range(5, 9)),
@@ -52,28 +51,13 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what is measured.
-
-    Attributes:
-        shapes: (N, K) of the layers.
-        rows: of activations.
-        formats: (bits, seed bits, bits of table entries); a seed of 2 or of 4 and more is packed together, and entries have
-            16 bits or, at 4 bits, also 8.
-        decode: sizes of the decoder, or None.
-        device: a GPU.
-    """
+    """Say what is measured: layers of (N, K), rows of activations, (bits, seed bits, bits of table entries), a decoder."""
 
     shapes: Sequence[tuple[int, int]] = tuple(dict.fromkeys(shape for group in SHAPES.values() for shape in group))
     rows: Sequence[int] = ROWS
     formats: Sequence[tuple[int, int, int]] = FORMATS
     decode: Shape | None = field(default_factory=Shape)
     device: str = "cuda"
-
-
-def _floor(rows: int, columns: int, bits: int, count: int, rate: float) -> float:
-    """Return the seconds the memory needs for planes, table, activations and result."""
-    taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * count * (rows + columns)
-    return taken / rate
 
 
 def _error(y: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -104,7 +88,7 @@ def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[
             for count in plan.rows:
                 x = torch.randn(count, columns, device=plan.device).half()
                 seconds = timer([partial(gpu.multiply, x, matrix, None) for matrix in matrices])
-                least = _floor(rows, columns, bits, count, rate)
+                taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * count * (rows + columns)
                 found.append(
                     {
                         "rows": rows,
@@ -116,7 +100,7 @@ def products(plan: Plan, timer: Timer, rate: float, progress: Progress) -> list[
                         "seconds": seconds,
                         "cublas_seconds": reference[count],
                         "speedup": reference[count] / seconds,
-                        "roofline": least / seconds,
+                        "roofline": taken / rate / seconds,
                         "error": _error(gpu.multiply(x, matrices[0], None), x, weight),
                     }
                 )
@@ -162,11 +146,7 @@ def decode(plan: Plan, timer: Timer, progress: Progress) -> list[dict[str, Any]]
 
 
 def run(plan: Plan, timer: Timer, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Measure all of a plan; the result is what ``--json`` writes.
-
-    ``products`` has seconds of one call, the speed-up over cuBLAS, the share of the memory's speed, and the error against
-    float64 of the same looked-up weights; ``decode`` tokens per second and the speed-up over float16.
-    """
+    """Measure all of a plan, as ``--json`` writes it; ``error`` is against float64 of the same looked-up weights."""
     rate, source = bandwidth(timer)
     index = torch.cuda.current_device() if plan.device == "cuda" else -1
     return {

@@ -12,16 +12,11 @@ from compress.inspect import inspect
 from compress.passes import Progress
 from compress.source import model_folder
 
-Figures = dict[str, dict[str, Any]]
-"""Number of bits, or ``dense`` -> metrics."""
+Figures = dict[str, dict[str, Any]]  # number of bits, or ``dense`` -> metrics
 
 
 def make(recipe: Mapping[str, Any], folder: Path, work: Path, progress: Progress | None = None) -> Path:
-    """Run a recipe (plain data) unless its checkpoint is there, in a workspace shared with other recipes.
-
-    Returns:
-        The checkpoint; of a recipe without passes the dense model's folder.
-    """
+    """Run a recipe unless its checkpoint is there, and return that; of a recipe without passes the dense model's folder."""
     if not recipe["passes"]:
         return model_folder(recipe["model"])
     if not (folder / "config.json").exists():
@@ -38,12 +33,7 @@ def measure(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Figures:
-    """Measure a checkpoint, or a dense model, on a text.
-
-    Returns:
-        Of each number of bits the metrics of :func:`compress.evals.evaluate.evaluate_text`, whose arguments these are, and
-        ``disk_bytes`` of the tensors that loading at those bits reads.
-    """
+    """Measure a model as :func:`compress.evals.evaluate.evaluate_text` does, with ``disk_bytes``, what loading at those bits reads."""
     found = evaluate_text(str(folder), text, bits, protocol, device=device, progress=progress, prompt=prompt)["bits"]
     looked = inspect(folder)
     sizes = looked["bytes_at_bits"] or {"dense": looked["bytes"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +39,14 @@ class Score:
         return plain | ({"virtual": virtual, "diluted_perplexity": self.diluted_perplexity} if virtual else {})
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Hold a stretch of one document: ``tokens`` [T], of which the last ``scored`` are predicted."""
 
     tokens: list[int]
     scored: int
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Hold a text ready to be scored: every token after a document's first is scored in just one window."""
 
     windows: list[Window]
@@ -64,21 +63,10 @@ def prepare(
 ) -> Text:
     """Cut documents into windows.
 
-    BOS is put in front of every document where the tokenizer has one; without one, a document's first token
-    is not predicted. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
-    scoring only what no earlier one has, so every token is scored once with at least ``length - stride`` before it.
-
-    Args:
-        documents: texts scored on their own, one after another.
-        tokenizer: of the model.
-        length: tokens in a window, BOS included.
-        stride: half of ``length`` if None.
-        truncate: score only the first window of each document.
-        disjoint: the papers' way: windows side by side, each without the others' tokens, its first token not predicted; what
-            is left over is not scored.
-
-    Raises:
-        CompressError: no document has anything to score, or the window is too short.
+    BOS is put in front of every document; where there is none, the first token is not predicted. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
+    scoring only what no earlier one has, so every token is scored once with at least ``length - stride`` before it;
+    ``truncate`` stops after a document's first window. ``disjoint`` is the papers' way: windows side by side, each without
+    the others' tokens, its first token not predicted; what is left over is not scored.
     """
     step = max(1, length // 2) if stride is None else stride
     if length < 2 or not 1 <= step < length:
@@ -134,11 +122,8 @@ def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, sco
 def score(
     model: PreTrainedModel, text: Text, batch_tokens: int = 8192, progress: Callable[[int, int], None] | None = None
 ) -> Score:
-    """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window.
-
-    Windows of like length share a batch of at most ``batch_tokens`` with padding. That is on the right, without a mask:
-    causal attention keeps what is to the right from changing what is scored.
-    """
+    """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window."""
+    # Padding is on the right, without a mask: causal attention keeps it from changing what is scored.
     ordered = sorted(text.windows, key=lambda window: len(window.tokens), reverse=True)
     total, tokens, done = 0.0, 0, 0
     while done < len(ordered):

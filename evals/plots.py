@@ -47,11 +47,7 @@ class Line(NamedTuple):
 
 @contextmanager
 def _style(**more: Any) -> Iterator[None]:
-    """Have figures drawn in our style; works as a decorator too.
-
-    Raises:
-        CompressError: matplotlib is not installed.
-    """
+    """Have figures drawn in our style; works as a decorator too."""
     try:
         import matplotlib.figure
     except ImportError as error:
@@ -69,11 +65,7 @@ def why_not() -> list[str]:
 
 @_style()
 def save(figure: Figure, target: Path) -> None:
-    """Write a figure in the format that the file's name ends in.
-
-    Raises:
-        CompressError: there is no such folder or format.
-    """
+    """Write a figure in the format that the file's name ends in."""
     try:
         figure.savefig(target, metadata=_METADATA if target.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
@@ -88,10 +80,7 @@ def _colours() -> dict[str, str]:
 
 
 def svg(figure: Figure, label: str) -> str:
-    """Return a figure as an SVG element for a page: its text is text, its colours are variables of ``page.css``.
-
-    The label says what it shows, for those who cannot see it; figures of one page need labels of their own.
-    """
+    """Return a figure as an SVG element for a page, in the colours of ``page.css``; no two of a page may have one label."""
     for artist in figure.findobj():
         artist.set_clip_on(False)  # ids of clipping paths would be the page's
     text = io.StringIO()
@@ -167,13 +156,8 @@ def heat_map(
 ) -> Figure:
     """Draw a matrix as shades of one colour, darker is more, with its figures where there is room for them.
 
-    Args:
-        matrix: figures and names.
-        title: above it.
-        log: shade by the logarithm.
-        limits: figures with the lightest and the darkest shade; the least and the largest if None.
-        by_column: shade every column on its own, where columns differ more than rows do.
-        reverse: darker is less.
+    The lightest and the darkest shade are at ``limits``, or at the least and the largest figure (of every column where
+    ``by_column`` shades each on its own); ``log`` shades by the logarithm, and ``reverse`` makes darker less.
     """
     cell = min(0.8, max(0.16, 6.2 / max(1, len(matrix.columns))))  # inches
     longest = 0.075 * max(map(len, matrix.columns), default=0)

@@ -50,19 +50,7 @@ def write_llama(folder: Path, config: LlamaConfig) -> Path:
 
 
 def write_packed_llama(folder: Path, size: str, progress: Progress | None = None) -> Path:
-    """Write a random Llama and quantise it from 2 to 8 bits, head included.
-
-    Args:
-        folder: gets the dense model as ``dense`` and the checkpoint as ``packed``.
-        size: a name in :data:`SIZES`.
-        progress: called with (what, done, total).
-
-    Returns:
-        The checkpoint's folder, whose manifest names the dense model.
-
-    Raises:
-        CompressError: a size of another name.
-    """
+    """Write a random Llama as ``dense`` in a folder, quantise it from 2 to 8 bits, head included, and return the checkpoint."""
     if size not in SIZES:
         raise CompressError(f"--random {size}: there is no random model of that name. {did_you_mean(size, SIZES)}")
     settings = {"objective": "weight", "sensitivity": "none", "seed_bits": 2, "include": ["lm_head"]}

@@ -1,8 +1,7 @@
 """Measure speed, memory and size at every number of bits beside the dense model, in one run: ``compress bench``.
 
-All candidates take their turn in every round, in an order that rotates, so that a busy machine is busy for all of them. Figures are medians
-over the rounds with quartiles; ratios are medians of the ratios within a round. Loading and memory are measured in
-fresh processes, also in turn.
+All candidates take their turn in every round, in an order that rotates, so that a busy machine is busy for all of them. Ratios are
+medians of the ratios within a round. Loading and memory are measured in fresh processes, also in turn.
 """
 
 from __future__ import annotations
@@ -61,33 +60,16 @@ print(json.dumps({"load_seconds": loaded, "resident_bytes": held() - start}))
 
 @dataclass(frozen=True)
 class Load:
-    """Say what is timed.
+    """Say what is timed."""
 
-    Attributes:
-        prompt: tokens of the prompt.
-        tokens: decoded one by one after it.
-        rounds: turns of every candidate.
-        loads: fresh processes per candidate.
-    """
-
-    prompt: int = 128
-    tokens: int = 32
-    rounds: int = 7
-    loads: int = 3
+    prompt: int = 128  # tokens
+    tokens: int = 32  # decoded one by one after it
+    rounds: int = 7  # turns of every candidate
+    loads: int = 3  # fresh processes per candidate
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.loads < 1:
             raise CompressError("bench: at least one round and one load are needed.")
-
-    def refuse_beyond(self, context: int) -> None:
-        """Refuse more tokens than a context holds.
-
-        Raises:
-            CompressError: there are more.
-        """
-        if self.prompt + self.tokens > context:
-            asked = f"{self.prompt} + {self.tokens} tokens"
-            raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -138,7 +120,9 @@ def bench(
     all_bits = {label: value for label, value in found.items() if value is not None}
     for value in all_bits.values():
         compress.set_bits(model, value)  # refuses what there is not, before any long work
-    load.refuse_beyond(context_length(model, 1 << 30))
+    if load.prompt + load.tokens > (context := context_length(model, 1 << 30)):
+        asked = f"{load.prompt} + {load.tokens} tokens"
+        raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
     dense, note = _dense(folder, reference, bool(all_bits))
     places = dict.fromkeys(all_bits or [PRUNED if dense != folder else DENSE], folder)
     models = dict.fromkeys(places, model)

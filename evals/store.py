@@ -1,8 +1,7 @@
 """Keep measurements: one JSON line each, in ``DIR/report/results.jsonl`` of a checkpoint.
 
-``eval``, ``bench`` and whatever else measures append to it; ``report`` and ``compare`` only read it. A measurement that is
-there is not made again, so an interrupted evaluation continues. The manifest does not cover the file: ``verify`` is
-about what was written, not about what was found out later.
+A measurement that is there is not made again, so an interrupted evaluation continues. The manifest does not cover the file:
+``verify`` is about what was written, not about what was found out later.
 """
 
 from __future__ import annotations
@@ -44,11 +43,6 @@ def _same(row: Mapping[str, Any]) -> str:
     return json.dumps([row[part.name] for part in fields(Key)], sort_keys=True)
 
 
-def _end_of_lines(text: bytes) -> int:
-    """Count the bytes up to a last line that a kill left unfinished."""
-    return text.rfind(b"\n") + 1
-
-
 class Results:
     """Hold the measurements of a file of JSON lines, or of memory alone, by key; the last of equal keys counts.
 
@@ -61,7 +55,7 @@ class Results:
         self._rows: dict[str, dict[str, Any]] = {}
         if path is not None and path.is_file():
             text = path.read_bytes()
-            for number, line in enumerate(text[: _end_of_lines(text)].splitlines(), 1):
+            for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
                 try:
                     row = json.loads(line)
                     self._rows[_same(row)] = row
@@ -86,7 +80,7 @@ class Results:
                 with self.path.open("a+b") as file:
                     fcntl.flock(file, fcntl.LOCK_EX)  # another process may be measuring for the same file
                     file.seek(0)
-                    file.truncate(_end_of_lines(file.read()))
+                    file.truncate(file.read().rfind(b"\n") + 1)  # a kill can leave a last line unfinished
                     file.write(json.dumps(row).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
@@ -117,13 +111,9 @@ def identity(folder: str | Path) -> str:
 def prompt_key(
     folder: str | Path, prompt: bool | str | Path, settings: Mapping[str, Any], adapter: Choice = None
 ) -> tuple[str | None, dict[str, Any]]:
-    """Return name and settings of a measurement with soft prompts in front, or with an adapter, for :class:`Key`.
+    """Return name and settings, with digests, of a measurement with soft prompts in front, or with an adapter, for :class:`Key`.
 
-    Prompts and adapter are given as for :func:`compress.load`; their digests are added to the settings. The checkpoint's own
-    adapter does not show in the name: its absence does.
-
-    Raises:
-        CompressError: there are no prompts, or no adapter.
+    The checkpoint's own adapter does not show in the name: its absence does.
     """
     names, settings = [], dict(settings)
     if prompt:

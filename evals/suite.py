@@ -18,31 +18,18 @@ from compress.sidecars import Choice
 
 @dataclass(frozen=True)
 class Suite:
-    """Say what to measure.
+    """Say what to measure."""
 
-    Attributes:
-        text: file, or ``builtin``; None for tasks alone.
-        protocol: how the text is cut.
-        tasks: for lm-eval; none if it names none.
-        prompt: True puts the checkpoint's own soft prompts in front of text and tasks, a folder those of another.
-        agreement: compare with the dense model on the text.
-        robustness: measure the text with typing errors too.
-        dense: measure the dense model as well.
-        reference: where that is; the recipe's if None.
-        batch: rows in a batch of tasks.
-        adapter: as for :func:`compress.load`; the dense model has none.
-    """
-
-    text: str | None = None
+    text: str | None = None  # file, or ``builtin``; None for tasks alone
     protocol: Protocol = field(default_factory=Protocol)
     tasks: Tasks = field(default_factory=Tasks)
-    prompt: bool | str | Path = False
-    agreement: bool = False
-    robustness: bool = False
-    dense: bool = False
-    reference: str | None = None
-    batch: int | None = None
-    adapter: Choice = None
+    prompt: bool | str | Path = False  # True puts the checkpoint's own soft prompts in front, a folder those of another
+    agreement: bool = False  # compare with the dense model on the text
+    robustness: bool = False  # measure the text with typing errors too
+    dense: bool = False  # measure the dense model as well
+    reference: str | None = None  # where that is; the recipe's if None
+    batch: int | None = None  # rows in a batch of tasks
+    adapter: Choice = None  # as for :func:`compress.load`; the dense model has none
 
 
 def evaluate_all(

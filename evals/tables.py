@@ -54,7 +54,11 @@ def by_block(values: Mapping[str, float], form: Callable[[float], str]) -> Matri
     places = {(found[3], int(found[2])): values[name] for name, found in parts.items() if found}
     kinds, blocks = list(dict.fromkeys(kind for kind, _ in places)), sorted({block for _, block in places})
     matrix = [[places.get((kind, block)) for block in blocks] for kind in kinds]
-    return Matrix(names_of(kinds), [str(block) for block in blocks], matrix, form)
+    parted = [kind.split(".") for kind in kinds]
+    levels = zip(*(part[:-1] for part in parted), strict=False)
+    common = len([*takewhile(lambda level: len(set(level)) == 1, levels)])
+    names = [".".join(part[common:]) for part in parted]
+    return Matrix(names, [str(block) for block in blocks], matrix, form)
 
 
 def transfer(
@@ -98,10 +102,7 @@ def above(loss: float, dense: float) -> float:
 
 
 def task_table(found: Mapping[tuple[str, str | None], Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Show every task by its main metric with standard error, and by the answers that differ from the dense model's.
-
-    ``found`` is (bits, prompt) -> task -> row.
-    """
+    """Show every task by its main metric, and by the answers that differ from the dense model's: (bits, prompt) -> task -> row."""
     metrics = {name: main_metric(row["metrics"]) for rows in found.values() for name, row in rows.items()}
     table = Table(["", *(head for name in metrics for head in (f"{name}, {metrics[name]}", "answers changed", "ece"))])
     dense = found.get(("dense", None), {})
@@ -199,11 +200,3 @@ def markdown(table: Table) -> str:
     lines = ["| " + " | ".join(table.heads) + " |", "|---" + "|---:" * (len(table.heads) - 1) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
     return "\n".join(lines)
-
-
-def names_of(rows: Sequence[str]) -> list[str]:
-    """Return dotted names without what they have in common in front."""
-    parts = [name.split(".") for name in rows]
-    levels = zip(*(part[:-1] for part in parts), strict=False)
-    common = len([*takewhile(lambda level: len(set(level)) == 1, levels)])
-    return [".".join(part[common:]) for part in parts]

@@ -26,27 +26,18 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 Row = Mapping[str, Any]
-Rows = dict[str, dict[str, dict[str, Any]]]
-"""Number of bits -> task -> row of the store."""
-_LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "eot_token_id")
-"""What is not kept of lm-eval's result, beside what it says of the tokenizer."""
+Rows = dict[str, dict[str, dict[str, Any]]]  # number of bits -> task -> row of the store
+_LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "eot_token_id")  # of lm-eval's result
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Say what to run.
+    """Say what to run."""
 
-    Attributes:
-        names: lm-eval's task names, names from ``include``, ``builtin_line`` and ``builtin_name``.
-        include: folder of task YAML files; what is in it is lm-eval's to interpret, Python functions among it.
-        limit: items of each task, from the first; all if None.
-        fewshot: examples in front; as the task says if None.
-    """
-
-    names: tuple[str, ...] = ()
-    include: Path | None = None
-    limit: int | None = None
-    fewshot: int | None = None
+    names: tuple[str, ...] = ()  # lm-eval's, from ``include``, ``builtin_line`` and ``builtin_name``
+    include: Path | None = None  # folder of task YAML files, lm-eval's to interpret, Python functions among it
+    limit: int | None = None  # items of each task, from the first; all if None
+    fewshot: int | None = None  # examples in front; as the task says if None
 
 
 def evaluate_tasks(
@@ -89,11 +80,7 @@ def evaluate_tasks(
 
 
 def task_manager(tasks: Tasks) -> TaskManager:
-    """Return what lm-eval looks tasks up in; its own are indexed only where one of them is asked for, as that takes seconds.
-
-    Raises:
-        CompressError: lm-eval is absent, the folder is not there, or it knows no such task.
-    """
+    """Return what lm-eval looks tasks up in; its own are indexed only where one of them is asked for, as that takes seconds."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -177,11 +164,9 @@ def _definition(name: str) -> str | dict[str, Any]:
 
 
 def multiple_choice(samples: Sequence[Row]) -> dict[str, Any] | None:
-    """Return answers and their calibration, from lm-eval's own samples; None where they are not of one choice each.
+    """Return ``answers`` (the likeliest choices), ``right`` (as ``acc`` counts them) and ``ece`` of lm-eval's samples.
 
-    Returns:
-        ``answers``, the likeliest choice of every item; ``right``, whether lm-eval's ``acc`` counts it; ``ece``, the expected
-        calibration error of the softmax over the choices' summed log-likelihoods.
+    The calibration error is of the softmax over the choices' log-likelihoods. None where samples are not of one choice each.
     """
     answers, right, confidence = [], [], []
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
@@ -219,11 +204,7 @@ def tidy(found: Rows) -> list[dict[str, Any]]:
 
 
 def write_table(records: Sequence[Row], path: Path) -> None:
-    """Write tidy records as ``.csv``, or as JSON lines.
-
-    Raises:
-        CompressError: the file cannot be written.
-    """
+    """Write tidy records as ``.csv``, or as JSON lines."""
     text = io.StringIO()
     if path.suffix == ".csv":
         writer = csv.DictWriter(text, fieldnames=list(records[0]) if records else [])
@@ -250,11 +231,7 @@ def merged(rows: Mapping[str, Row]) -> dict[str, Any]:
 
 
 def write_lm_eval(found: Rows, folder: Path) -> list[Path]:
-    """Write ``results_<width>.json`` in lm-eval's own schema, one per number of bits.
-
-    Raises:
-        CompressError: the folder cannot be written.
-    """
+    """Write ``results_<width>.json`` in lm-eval's own schema, one per number of bits."""
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

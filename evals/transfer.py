@@ -1,8 +1,7 @@
 """Measure soft prompts from here on models over there: ``python -m compress.evals.transfer OUT --help``.
 
-Every prompt is put before every model (at its number of bits) and scored on every text, in windows of one length that leave room
-for the longest prompt, so that all entries are over the same tokens. ``OUT/results.jsonl`` keeps what is measured, so a stopped
-run continues; ``OUT/transfer.json`` has all rows, which ``compress report`` shows, and ``OUT/transfer-TEXT.svg`` the heat map.
+Windows have one length that leaves room for the longest prompt, so that all entries are over the same tokens. ``OUT/results.jsonl``
+keeps what is measured; ``OUT/transfer.json`` has all rows, which ``compress report`` shows, ``OUT/transfer-TEXT.svg`` the heat map.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from compress.sidecars import stored_prompts
 from compress.workspace import write_atomic
 
 NONE = "none"
-Prompts = Mapping[str, Optional[Path]]
-"""Label -> adapter, or a checkpoint with one; None for no prompt."""
+Prompts = Mapping[str, Optional[Path]]  # label -> adapter, or a checkpoint with one; None for no prompt
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,7 @@ class Place:
 
     @classmethod
     def parse(cls, given: str) -> Place:
-        """Read ``LABEL=DIR`` or ``LABEL=DIR@BITS``; without a label the rest is one.
-
-        Raises:
-            CompressError: the number of bits is not one.
-        """
+        """Read ``LABEL=DIR`` or ``LABEL=DIR@BITS``; without a label the rest is one."""
         label, equals, rest = given.partition("=")
         folder, at, bits = (rest if equals else given).partition("@")
         if at and not bits.isdigit():
@@ -53,11 +47,7 @@ class Place:
 
 
 def common_length(prompts: Prompts, folder: str, length: int | None = None) -> int:
-    """Return the tokens of a window that leave room for every prompt: ``length``, or the most there is.
-
-    Raises:
-        CompressError: ``length`` leaves no room for one of the prompts.
-    """
+    """Return the tokens of a window that leave room for every prompt: ``length``, or the most there is."""
     room = min(window_length(compress.load(folder, prompt=path or False)) for path in prompts.values())
     if length is not None and length > room:
         raise CompressError(f"windows of {length} tokens: the longest prompt leaves room for {room}.")
@@ -72,11 +62,7 @@ def transfer(
     protocol: Protocol,
     store: Results,
 ) -> list[dict[str, Any]]:
-    """Score every prompt at every place on texts (name -> file, or ``builtin``) and tasks; a folder is loaded once per prompt.
-
-    Returns:
-        One row per prompt, place and text or task: ``prompt, model, text`` (the name) and the metrics.
-    """
+    """Score every prompt at every place on texts (name -> file) and tasks: rows of ``prompt``, ``model``, ``text`` and metrics."""
     rows = []
     for folder in dict.fromkeys(place.folder for place in places):
         here = [place for place in places if place.folder == folder]

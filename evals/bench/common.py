@@ -45,10 +45,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def take_turns(candidates: Mapping[str, Callable[[], object]], rounds: int, repeat: int = 1) -> Times:
-    """Return the seconds per call of every candidate in every round, after one round that is not counted.
-
-    On one thread they are seconds of processor time: what other processes take meanwhile does not count.
-    """
+    """Return every candidate's seconds per call (of processor time on one thread) by round, after one that is not counted."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: Times = {name: [] for name in candidates}
     for counted in range(-1, rounds):

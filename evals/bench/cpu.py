@@ -17,8 +17,13 @@ from compress.evals.bench.common import JsonOption, Times, console, quartiles, s
 from compress.kernels import cpu
 
 Calls = dict[str, Callable[[], object]]
-SHAPES = ((4096, 4096), (14336, 4096), (192, 192), (500, 192), (192, 500))
-"""N x K: of Llama-3.1-8B, and of the built-in model."""
+SHAPES = (
+    (4096, 4096),
+    (14336, 4096),
+    (192, 192),
+    (500, 192),
+    (192, 500),
+)  # N x K: of Llama-3.1-8B and the built-in model
 BATCHES = (1, 2, 4, 8, 16, 17, 32, 128)
 TORCH_BITS = {"torch float32": 32, "torch bfloat16": 16, "aten int4pack": 4}
 

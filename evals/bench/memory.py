@@ -40,7 +40,6 @@ PASSES: dict[str, dict[str, Any]] = {
         "Taylor, backprop": {"score": "taylor"},
     },
 }
-"""Settings of each kind of pass that are measured, by what the table calls them."""
 ALWAYS: dict[str, dict[str, Any]] = {"mini_llm": {"ratio": 0.2, "compensate": False}}
 
 RUN = r"""

@@ -1,8 +1,7 @@
 """Measure what a group score knows of the loss: ``python -m compress.evals.experiments.estimators --help``.
 
-The scores of the grids ``structured`` and ``estimators``, which tell what pruning by them costs, are set beside two true ones, found
-by backpropagation on the same text (elementwise Taylor, and the Fisher information of a gate on each group), by Spearman's rank
-correlation over each MLP's channels. Forward passes are counted over the calibration text.
+The scores of the grids ``structured`` and ``estimators`` are set beside two true ones, found by backpropagation on the same text, by
+Spearman's rank correlation over each MLP's channels. Forward passes are counted over the calibration text.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from compress.streaming import StreamedModel
 from compress.structure import block_prefix, linears_of
 
 REFERENCES = ("Taylor, backprop", "gates, backprop (Fisher)")
-PARTS = 2
-"""Of a block, whose gates are perturbed apart."""
+PARTS = 2  # of a block, whose gates are perturbed apart
 
 
 def dense_blocks(

@@ -1,8 +1,7 @@
 """Set soft prompts beside LoRA and beside each other: ``python -m compress.evals.experiments.prompts OUT --help``.
 
-Runs the grid ``prompts`` in ``OUT`` (what is measured there is not measured again), trains LoRA of as many numbers as a prompt has
-at every level, puts every level's own prompt before every level's model, and tells what share of the gap to the dense model each
-way closes. ``OUT/results.jsonl`` keeps what is measured; ``OUT/tables.md`` has the tables, ``OUT/transfer.svg`` the matrix.
+Runs the grid ``prompts`` in ``OUT``, trains LoRA of as many numbers as a prompt has at every level, and puts every level's own prompt
+before every level's model. ``OUT/tables.md`` has the tables, ``OUT/transfer.svg`` the matrix; what is measured is kept.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from compress.training import train
 
 DENSE, OWN, WITHOUT, LORA = "dense", "its own prompt", "no prompt", "LoRA"
 RATES = (0.003, 0.01, 0.03)
-TUNED_AT = "3 bits"
-"""Level at which LoRA's learning rate is chosen, as the prompts' is."""
+TUNED_AT = "3 bits"  # where LoRA's learning rate is chosen, as the prompts' is
 
 
 def lora_of(context: Context, count: int) -> tuple[list[str], int]:
@@ -94,10 +92,7 @@ def place_of(run: GridRun, level: str) -> Place:
 
 
 def add_gaps(lines: Sequence[Line]) -> None:
-    """Add ``gap_closed``, the share of a level's loss above the dense model's that every way closes.
-
-    ``gap_closed_to_prompted`` is that of a level's own prompt to the dense model with a prompt of its own.
-    """
+    """Add the share that every way closes of a level's gap to the dense model, and its own prompt of that to the prompted one."""
     losses = {(line["row"], line["level"]): line["loss"] for line in lines}
     dense, prompted = losses[WITHOUT, DENSE], losses[OWN, DENSE]
     for line in lines:

@@ -1,9 +1,7 @@
 """Train the built-in model: ``python -m compress.evals.experiments.train_builtin OUT [--steps N] [--shape deep]``.
 
-A byte-level BPE tokenizer and a Llama of 2.7 M parameters, on the standard library's source files
+A byte-level BPE tokenizer and a Llama, or an OPT, of 2.7 M parameters, on the standard library's source files
 (see :mod:`compress.texts`). It takes about two hours on two CPU cores; an interrupted training continues.
-``--shape deep`` trains an OPT of twelve blocks and 2.7 M parameters instead, for comparisons that need depth or
-another architecture.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from compress.texts import SEPARATOR, fingerprint, stdlib, training_files
 VOCABULARY = 2048
 CONTEXT = 512
 COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # model type and sizes
     # grouped-query attention, tied embeddings, and an inner size that no power of two divides
     "builtin": (
         "llama",
@@ -46,7 +44,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_attention_heads": 4, "dropout": 0.0, "pad_token_id": 0},
     ),
 }
-"""Model type and sizes."""
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

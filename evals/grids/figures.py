@@ -18,10 +18,7 @@ from compress.weights import Checkpoint
 
 
 def facts_of(folder: Path) -> dict[str, float]:
-    """Return ``parameters`` where nothing is packed, and ``sparsity`` and ``nor_spread`` where weights are pruned.
-
-    The last is the standard deviation of the blocks' non-outlier ratios.
-    """
+    """Return ``parameters`` of dense models; of pruned ones ``sparsity`` and the non-outlier ratios' deviation ``nor_spread``."""
     looked, found = inspect(folder), dict[str, float]()
     if not looked["modules"]:
         found["parameters"] = sum(torch.Size(item.shape).numel() for item in Checkpoint(folder).info().values())

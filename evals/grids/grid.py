@@ -1,20 +1,8 @@
 """Run a grid of recipes and tabulate what they make.
 
-A grid is a YAML file: recipes with ``{axis}`` in place of settings, the values of the axes, and what to measure::
-
-    calibration: {builtin: stdlib, samples: 100, length: 512}
-    axes: {score: [wanda, sparsegpt], share: [0.5, 0.7]}
-    rows:
-      "{score}, uniform":
-        passes: [{kind: prune, score: "{score}", sparsity: "{share}", allocation: uniform}]
-      "{score}, OWL":
-        choose: {axis: spread, among: [0.05, 0.1, 0.2], at: {share: 0.5}}
-        passes: [{kind: prune, score: "{score}", sparsity: "{share}", allocation: owl, spread: "{spread}"}]
-    across: [share]
-    columns: [perplexity]
-
-Every recipe goes through the ordinary pipeline, all in one workspace, and every checkpoint is measured at every number of
-bits. ``OUT/results.jsonl`` keeps what is measured, so a stopped grid continues; ``OUT/tables.md`` has the tables.
+A grid is a YAML file (:class:`Grid`; those beside this module are examples): recipes with ``{axis}`` in place of settings, the
+values of the axes, and what to measure. Every recipe goes through the ordinary pipeline, all in one workspace, and every checkpoint
+is measured at every number of bits. ``OUT/results.jsonl`` keeps what is measured; ``OUT/tables.md`` has the tables.
 """
 
 from __future__ import annotations
@@ -45,12 +33,10 @@ from compress.source import model_folder
 from compress.workspace import digest
 
 GRIDS = Path(__file__).parent
-HELD_OUT = "held-out"
-"""In place of a text: calibration text that no pass has seen."""
+HELD_OUT = "held-out"  # in place of a text: calibration text that no pass has seen
 Scalar = Union[str, int, float, bool, None]
 Axes = dict[str, Union[list[Scalar], dict[str, Any]]]
-Line = dict[str, Any]
-"""Where a figure stands (``row``, axes, ``seed``, ``bits``) and its metrics."""
+Line = dict[str, Any]  # where a figure stands (``row``, axes, ``seed``, ``bits``) and its metrics
 
 
 class Strict(BaseModel):
@@ -121,11 +107,7 @@ class Cell:
 
 
 def parse_grid(data: Mapping[str, Any], where: str = "grid") -> Grid:
-    """Validate a grid's plain data.
-
-    Raises:
-        CompressError: an unknown key, or a value of the wrong kind.
-    """
+    """Validate a grid's plain data."""
     try:
         return Grid.model_validate(data)
     except ValidationError as error:
@@ -133,11 +115,7 @@ def parse_grid(data: Mapping[str, Any], where: str = "grid") -> Grid:
 
 
 def read_grid(name: str) -> dict[str, Any]:
-    """Read the plain data of a grid: a YAML file, or one of ``evals/grids`` by name.
-
-    Raises:
-        CompressError: there is none, or it is not a mapping in YAML.
-    """
+    """Read the plain data of a grid: a YAML file, or one of ``evals/grids`` by name."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else GRIDS / f"{name}.yaml"
     if not path.is_file():
         known = [found.stem for found in GRIDS.glob("*.yaml")]
@@ -176,9 +154,6 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
 
     A string that is one ``{axis}``, or ``{axis.key}`` of a value that is a mapping, becomes that value; other strings are
     formatted. An item of a list that becomes a list is replaced by its items, one that becomes None by nothing.
-
-    Raises:
-        CompressError: the template names what is not there.
     """
     if isinstance(template, str):
         whole = re.fullmatch(r"\{(\w+)(?:\.(\w+))?\}", template)
@@ -200,11 +175,7 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def cells_of(grid: Grid, only: Sequence[str] = ()) -> list[Cell]:
-    """Return the cells of all rows, in order; with ``AXIS=LABEL`` or ``row=LABEL``, not those that have another label.
-
-    Raises:
-        CompressError: no cell has such a label.
-    """
+    """Return the cells of all rows, in order; with ``AXIS=LABEL`` or ``row=LABEL``, not those that have another label."""
     cells = [cell for label, row in grid.rows.items() for cell in _cells_of_row(grid, label, row)]
     wanted: dict[str, set[str]] = {}
     for item in only:
@@ -235,11 +206,7 @@ def _value(axis: Any, shared: Any, label: Any) -> Any:
 
 
 class GridRun:
-    """Run a grid in a folder, which keeps ``results.jsonl``, and the workspace and ``models`` if asked to.
-
-    Raises:
-        CompressError: the folder has results of another model, text, calibration or protocol.
-    """
+    """Run a grid in a folder, which keeps ``results.jsonl``, and the workspace and ``models`` if asked to."""
 
     def __init__(self, grid: Grid, out: Path, keep: bool = False, progress: Progress | None = None) -> None:
         self.grid, self.out, self.keep, self.progress = grid, out, keep, progress
