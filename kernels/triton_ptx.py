@@ -57,12 +57,30 @@ def _factor(tables, table_stride, n, WORDS: tl.constexpr):
 def _sixteen(TEXT: tl.constexpr, IO: tl.constexpr, given):
     """Run assembly with 16 words of results. (A tuple of types can be written in Triton, but not given to it in all versions.)"""
     return tl.inline_asm_elementwise(
-        TEXT, IO, given, is_pure=True, pack=1,
+        TEXT,
+        IO,
+        given,
+        is_pure=True,
+        pack=1,
         dtype=(
-            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
-            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
+            tl.int32,
         ),
-    )  # fmt: skip
+    )
 
 
 @triton.jit

@@ -29,18 +29,25 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (4815, 10.5),
-    "compress/cli": (1035, 8.4),
-    "compress/demo": (260, 7.9),
-    "quant": (3110, 12.0),
-    "pruning": (3220, 11.6),
-    "prompts": (635, 10.0),
-    "kernels": (2535, 13.2),
-    "evals": (6885, 11.7),
-    "without tests": (22530, 11.3),
+    "compress": (4750, 10.7),
+    "compress/cli": (940, 9.4),
+    "compress/demo": (90, 11.9),
+    "quant": (2870, 11.8),
+    "pruning": (2750, 11.7),
+    "prompts": (445, 9.4),
+    "kernels": (2055, 13.2),
+    "evals": (3525, 11.5),
+    "evals/bench": (870, 10.8),
+    "evals/experiments": (380, 12.3),
+    "evals/grids": (470, 13.1),
+    "in the wheel": (17400, 11.3),
+    "without tests": (19300, 11.3),
 }
-"""Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them."""
-MOST_SKIPS = 92  # ``# fmt: skip`` without tests
+"""Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
+
+A change that needs more raises its folder's number, and says why; the last two are the whole library's.
+"""
+MOST_SKIPS = 30  # ``# fmt: skip`` without tests
 
 
 def test_kernels_has_no_init():
@@ -141,7 +148,19 @@ def test_no_modules_import_each_other_in_a_circle():
 
 sizes = runpy.run_path(str(ROOT / "tests" / "sizes.py"))
 MEASURED = sizes["measure"]()
+NOT_IN_THE_WHEEL = (
+    "tests",
+    "other",
+    "evals/bench",
+    "evals/experiments",
+    "evals/grids",
+    "in the wheel",
+    "without tests",
+)
 MEASURED["without tests"] = sum((size for name, size in MEASURED.items() if name != "tests"), sizes["Size"]())
+MEASURED["in the wheel"] = sum(
+    (size for name, size in MEASURED.items() if name not in NOT_IN_THE_WHEEL), sizes["Size"]()
+)
 
 
 @pytest.mark.parametrize("folder", BUDGETS)
