@@ -28,7 +28,7 @@ def parse_bytes(text: str | int) -> int:
     return int(float(found[1]) * _UNITS[found[2] or "B"])
 
 
-def choose(options: Sequence[Mapping[int, Option]], budget: int) -> list[int]:
+def choose_bits(options: Sequence[Mapping[int, Option]], budget: int) -> list[int]:
     """Pick bits for every group so that the summed error is least and the bytes do not exceed the budget.
 
     Multiple-choice knapsack by dynamic programming over the budget in 20,000 parts: exact but for the rounding of each
@@ -135,7 +135,7 @@ def bits_for_budget(
         if not common:
             raise CompressError(f"{names[0]} and {names[-1]} are served as one matrix, but have no bits in common.")
         options.append({bits: (size(names, bits), sum(errors[name][bits] for name in names)) for bits in common})
-    return {name: bits for names, bits in zip(together, choose(options, budget), strict=True) for name in names}
+    return {name: bits for names, bits in zip(together, choose_bits(options, budget), strict=True) for name in names}
 
 
 def as_number(bits: Any) -> float | None:

@@ -88,7 +88,7 @@ class Block:
         squared_gradients: full name -> [out_features, in_features] float32, if asked for.
         samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
         variants: the same calls on the inputs that each variant of the earlier blocks produces.
-        statistics: of every finished survey round, the records of all blocks in order.
+        statistics: of every finished round of calibration statistics, the records of all blocks in order.
         model_statistics: what :meth:`Pass.measure_model` returned.
         shape: its sizes; None where the architecture declares no groups.
         removed: whether the model is to go on without it.

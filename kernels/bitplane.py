@@ -65,7 +65,7 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 def packed_weight(tensors: list[Tensor], rows: int, columns: int, bits: int, head: int, dtype: torch.dtype) -> Tensor:
     """Look up every weight of the matrix that :func:`packed_linear` would multiply by: [N, K] in ``dtype``."""
     if head:
-        return gpu.weight(gpu.Packed(tensors, rows, columns, bits, head), dtype)
+        return gpu.weight(gpu.GpuMatrix(tensors, rows, columns, bits, head), dtype)
     codebook, *planes = tensors
     return dense_weight(planes, codebook, columns, dtype)
 
@@ -99,7 +99,7 @@ def packed_linear(
         ValueError: ``x`` is on another device than a matrix in the layout of the GPU kernels.
     """
     if head:
-        return gpu.linear(x, gpu.Packed(tensors, rows, columns, bits, head), bias)
+        return gpu.linear(x, gpu.GpuMatrix(tensors, rows, columns, bits, head), bias)
     codebook, *planes = tensors
     if cpu.serves(x, *tensors) and x.dtype in SERVED:
         y = cpu.Prepared(planes, codebook, columns)(x)

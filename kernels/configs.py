@@ -204,6 +204,6 @@ def tuned(gpu: str) -> dict[str, Config]:
     return found
 
 
-def choose(problem: Problem, gpu: str, processors: int, shared: int) -> Config:
+def choose_config(problem: Problem, gpu: str, processors: int, shared: int) -> Config:
     """Return the configuration for a problem: measured if there is one, by rule otherwise."""
     return tuned(gpu).get(problem.key) or heuristic(problem, processors, shared)

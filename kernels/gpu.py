@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 from torch.nn.functional import pad
 
-from compress.kernels.configs import Problem, choose, tuned
+from compress.kernels.configs import Problem, choose_config, tuned
 from compress.kernels.layout import ROWS, Tiled
 from compress.kernels.packing import words
 from compress.kernels.ptx import PAIRED, REGISTER_BITS, Entries
@@ -98,7 +98,7 @@ def describe() -> str:
 
 
 @dataclass(frozen=True)
-class Packed:
+class GpuMatrix:
     """Describe one matrix [N, K] at one number of bits."""
 
     tensors: Sequence[Tensor]  # as :meth:`compress.kernels.layout.Tiled.tensors` gives them
@@ -205,13 +205,13 @@ def _allocate(x: Tensor, count: int, rows: int, split: int) -> tuple[Tensor, Ten
     return y, room[size:].view(torch.float32)
 
 
-def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | None = None) -> Tensor:
+def multiply(x: Tensor, packed: GpuMatrix, bias: Tensor | None, config: Config | None = None) -> Tensor:
     """Return ``x @ W.T + bias`` for [count, K] activations; ``config`` overrides the choice, for tuning and tests."""
     count, kind = x.shape[0], KINDS[x.dtype]
     device = device_of(x.get_device())
     assembly = packed.assembly(kind, device)
     problem = Problem(packed.rows, packed.columns, packed.bits, count, kind, assembly, device.capability)
-    chosen = config or choose(problem, device.name, device.processors, device.shared)
+    chosen = config or choose_config(problem, device.name, device.processors, device.shared)
     if problem.operation == "look_up":
         return _by_matrix_product(x, packed, bias)
     x = _ready(x, packed.columns, assembly)
@@ -243,11 +243,11 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, config: Config | No
     return y
 
 
-def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _parts(packed: GpuMatrix, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Look all weights up, a few tiles of rows at a time: the rows they are, and [rows, K]."""
     device, kind = device_of(packed.codes.get_device()), KINDS[dtype]
     problem = Problem(packed.rows, packed.columns, packed.bits, 1 << 20, kind, packed.assembly(kind, device))
-    config = choose(problem, device.name, device.processors, device.shared)
+    config = choose_config(problem, device.name, device.processors, device.shared)
     variant, tiles = packed.variant(problem, config, False), packed.codes.shape[1]
     step = max(1, LOOKED_UP_BYTES // (ROWS * packed.span * 32 * dtype.itemsize))
     for first in range(0, tiles, step):
@@ -259,18 +259,18 @@ def _parts(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
         yield rows, out[: rows.stop - rows.start, : packed.columns]
 
 
-def _by_matrix_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _by_matrix_product(x: Tensor, packed: GpuMatrix, bias: Tensor | None) -> Tensor:
     parts = [dense_linear(x, weight, None if bias is None else bias[rows]) for rows, weight in _parts(packed, x.dtype)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _reference(packed: Packed, dtype: torch.dtype) -> Tensor:
+def _reference(packed: GpuMatrix, dtype: torch.dtype) -> Tensor:
     """Look up every weight in plain torch: [N, K]."""
     tiled = Tiled(packed.rows, packed.columns, packed.head, packed.codes, {packed.bits: packed.table}, {})
     return tiled.dense(packed.bits, dtype)
 
 
-def weight(packed: Packed, dtype: torch.dtype) -> Tensor:
+def weight(packed: GpuMatrix, dtype: torch.dtype) -> Tensor:
     """Look up every weight of a matrix: [N, K] in ``dtype``. On a device without the kernels plain torch does it."""
     if not serves(packed.codes.device) or dtype not in KINDS:
         return _reference(packed, dtype)
@@ -281,7 +281,7 @@ def weight(packed: Packed, dtype: torch.dtype) -> Tensor:
         return out
 
 
-def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, packed: GpuMatrix, bias: Tensor | None) -> Tensor:
     """Return ``x @ W.T + bias``, [..., K] to [..., N] in ``x``'s dtype. On a device without the kernels plain torch computes it.
 
     Raises:

@@ -104,6 +104,7 @@ def measure(block: Block, names: Iterable[str], score: Score, damping: float) ->
     block.for_each_input(inputs.add)
     if score == "wanda":
         return Measured({name: wanda(weight, inputs.mean(name)) for name, weight in weights.items()}, {})
+    assert score == "sparsegpt", score  # a new score has its branch above
     shared: dict[str, Factor] = {}
     for name in weights:
         owner = inputs.owner[name]

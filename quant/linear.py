@@ -16,7 +16,7 @@ from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 
 
-class _Packed(nn.Module):
+class _PackedModule(nn.Module):
     """Hold buffers that bear the checkpoint's own names; the number of bits in use is a plain attribute.
 
     Attributes:
@@ -114,7 +114,7 @@ class _Packed(nn.Module):
                 self._dense = self.dense(dtype)
         return self._dense
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._forget()  # it would stay on the old device
         kinds = "codebook_", "tiled_table_", "tiled_rounded"
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
@@ -137,7 +137,7 @@ class _Packed(nn.Module):
         return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
 
 
-class BitPlaneLinear(_Packed):
+class BitPlaneLinear(_PackedModule):
     """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
     On a GPU that the kernels serve it holds their layout in place of the stored tensors, which are made again where they are
@@ -227,7 +227,7 @@ class BitPlaneLinear(_Packed):
         tensors = split_planes(planes, self.shape)
         return tensors | {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._part()
         super()._apply(fn, recurse)
         if self.is_tiled and not gpu.serves(self.get_buffer("tiled_codes").device):
@@ -304,7 +304,7 @@ class Group:
         self._waiting = None
 
 
-class BitPlaneEmbedding(_Packed):
+class BitPlaneEmbedding(_PackedModule):
     """Stand in for ``nn.Embedding``: a frozen embedding of N rows and K values each."""
 
     def __init__(self, shape: PackedShape, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import compress
-from compress.budget import choose, groups, parse_bytes
+from compress.budget import choose_bits, groups, parse_bytes
 from compress.hf import packed_modules
 from compress.quant.records import packed_bytes
 from compress.structure import ARCHITECTURES
@@ -30,7 +30,7 @@ def test_knapsack_is_exact(seed):
     options = [{bits: (draw.randrange(1, 60) * bits, draw.random() / 4**bits) for bits in (2, 3, 4)} for _ in range(6)]
     smallest, largest = (sum(pick(size for size, _ in group.values()) for group in options) for pick in (min, max))
     for budget in (smallest, (smallest + largest) // 2, largest):
-        picks = choose(options, budget)
+        picks = choose_bits(options, budget)
         assert sum(group[bits][0] for group, bits in zip(options, picks, strict=True)) <= budget
         error = sum(group[bits][1] for group, bits in zip(options, picks, strict=True))
         assert error == pytest.approx(by_trying_everything(options, budget))
@@ -40,7 +40,7 @@ def test_large_budgets_are_kept_and_nearly_used_up():
     draw = random.Random(0)
     options = [{b: (b * draw.randrange(10**6, 10**8), draw.random() / 4**b) for b in range(3, 9)} for _ in range(200)]
     budget = sum((group[4][0] + group[5][0]) // 2 for group in options)
-    used = sum(group[bits][0] for group, bits in zip(options, choose(options, budget), strict=True))
+    used = sum(group[bits][0] for group, bits in zip(options, choose_bits(options, budget), strict=True))
     assert 0.98 * budget < used <= budget
 
 

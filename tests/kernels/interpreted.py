@@ -73,14 +73,17 @@ for count in (2, 20):  # a split sum is the same every time
     for split in (2, 4):
         config = Config(4, 2, split, 16, 32, 1)
         assert worst(tiled, 3, x, bias, config) < 1e-3
-rule, gpu.choose = gpu.choose, lambda *_: Config(4, 2, 2)  # through the operator: the result lies in a larger tensor
+rule, gpu.choose_config = (
+    gpu.choose_config,
+    lambda *_: Config(4, 2, 2),
+)  # through the operator: the result lies in a larger tensor
 x = activations(2, 300).requires_grad_()
 y = tiled_linear(x, tiled, 3)
 y.sum().backward()
 assert torch.allclose(x.grad, tiled.dense(3, torch.float32).sum(0).expand(2, -1), atol=1e-4)
 compiled = torch.compile(lambda x: 2 * tiled_linear(x, tiled, 3), fullgraph=True, backend="aot_eager")
 assert torch.equal(compiled(x), 2 * y)
-gpu.choose = rule
+gpu.choose_config = rule
 print("sums split between programs: ok")
 
 exact, tiled = (random_tiled(40, 72, 4, 3, exact=exact) for exact in (True, False))

@@ -57,5 +57,5 @@ print("tuning: ok")
 
 configs.own_folder = lambda: Path(sys.argv[1])
 path.rename(path.with_name(configs.file_name("A GPU (80 GB)")))
-assert asdict(configs.choose(problems[0], "A GPU (80 GB)", 1, 1)) == first[problems[0].key]
+assert asdict(configs.choose_config(problems[0], "A GPU (80 GB)", 1, 1)) == first[problems[0].key]
 print("measured configurations are used: ok")

@@ -15,7 +15,7 @@ import compress
 from compress import cli
 from compress.kernels import configs, gpu
 from compress.kernels.bitplane import tiled_linear
-from compress.kernels.configs import Problem, candidates, choose, heuristic
+from compress.kernels.configs import Problem, candidates, choose_config, heuristic
 from compress.kernels.layout import random_tiled
 from compress.kernels.variants import Config
 
@@ -103,14 +103,14 @@ def test_a_damaged_tuning_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "own_folder", lambda: tmp_path)
     (tmp_path / "a-gpu.json").write_text('{"configs": {"x": {"wraps": 4}}}')
     with pytest.raises(ValueError, match=r"a-gpu.json: is not a tuning file"):
-        choose(Problem(32, 32, 3, 1, "fp16"), "A GPU", 1, 1)
+        choose_config(Problem(32, 32, 3, 1, "fp16"), "A GPU", 1, 1)
 
 
 def test_measured_configurations_come_before_rules(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "own_folder", lambda: tmp_path)
     problem = Problem(32, 32, 3, 1, "fp16")
     (tmp_path / "b-gpu.json").write_text(json.dumps({"configs": {problem.key: {"warps": 2, "step": 1}}}))
-    assert choose(problem, "B (GPU)", 1, 1) == Config(2, 1)
+    assert choose_config(problem, "B (GPU)", 1, 1) == Config(2, 1)
 
 
 # The command line
