@@ -99,7 +99,8 @@ def test_inputs_that_are_always_zero_go_first():
     x = inputs()
     x[:, [3, 7]] = 0.0
     classes = torch.zeros(12, dtype=torch.long)
-    order, _ = removal_order(torch.randn(5, 12), moments_of(x), torch.arange(12)[:, None], classes, 3)
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+    order, _ = removal_order(weight, moments_of(x), torch.arange(12)[:, None], classes, 3)
     assert set(order[:2]) == {3, 7}
 
 
