@@ -87,7 +87,7 @@ def test_room(prompted):
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "is not a soft prompt that can be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not a soft prompt that can be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("[3]"), "is not a soft prompt that can be read"),
-        (lambda folder: change(folder, peft_type="LORA"), "is a LORA adapter; a prompt or prefix"),
+        (lambda folder: change(folder, peft_type="LORA"), "is a LORA adapter, not a prompt or prefix"),
         (lambda folder: change(folder, num_virtual_tokens=6), "6 virtual tokens, its tensor 5"),
         (shutil.rmtree, "holds no soft prompt"),
     ],
