@@ -37,7 +37,7 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
 BitsOption = Annotated[
-    Optional[str], typer.Option(help="Widths, comma-separated: 3,4,8; 3.5 is a mean width. All there are if absent.")
+    Optional[str], typer.Option(help="Numbers of bits, comma-separated: 3,4,8; 3.5 is a mean. All there are if absent.")
 ]
 JsonOption = Annotated[Optional[str], typer.Option("--json", help="Write one JSON object to this file, or '-'.")]
 PromptFlag = Annotated[bool, typer.Option("--prompt", help="Put the checkpoint's own soft prompt before the text.")]

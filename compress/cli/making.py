@@ -87,7 +87,7 @@ def inspect(
     ] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the sparsity of blocks and linears (.svg, .png).")] = None,
 ) -> None:
-    """Show what is in a checkpoint: modules, bytes by width, errors, sparsity, where it came from."""
+    """Show what is in a checkpoint: modules, bytes by bits, errors, sparsity, where it came from."""
     from compress.inspect import inspect as look
     from compress.inspect import sparsity as count
 
@@ -147,7 +147,7 @@ def _pruned_lines(modules: dict[str, Any]) -> Iterator[str]:
 def _module_table(found: dict[str, Any]) -> Table:
     all_bits = list(found["bytes_at_bits"])
     prefix = os.path.commonpath([name.replace(".", "/") for name in found["modules"]]).replace("/", ".")
-    title = f"relative squared error of each packed matrix below {prefix}, by width (of its output, where measured)"
+    title = f"relative squared error of each packed matrix below {prefix}, by bits (of its output, where measured)"
     table = Table(title=title, box=SIMPLE)
     table.add_column("module", no_wrap=True)
     for column in ("shape", *all_bits):
@@ -217,9 +217,9 @@ def schema() -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")] = Path("runs/demo"),
-    controls: Annotated[bool, typer.Option(help="Also measure k-means and round-to-nearest at every width.")] = True,
+    controls: Annotated[bool, typer.Option(help="Also measure k-means and round-to-nearest at all bits.")] = True,
 ) -> None:
-    """Compress the built-in model, load it in a fresh process, measure every width beside its controls."""
+    """Compress the built-in model, load it in a fresh process, measure all bits beside their controls."""
     from compress.demo.main import demonstrate
 
     quiet_transformers()

@@ -65,7 +65,7 @@ def evaluate(
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
-    """Measure text, lm-eval tasks and more at one or several widths, in one load.
+    """Measure text, lm-eval tasks and more at one or several numbers of bits, in one load.
 
     What is measured is kept and not measured again: an interrupted evaluation continues.
     """
@@ -132,7 +132,7 @@ def bench(
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
-    """Measure decoding, prefill, time to first token, switching, loading, memory and size, per width and dense, in turn."""
+    """Measure decoding, prefill, time to first token, switching, loading, memory and size, at all bits and dense, in turn."""
     if (folder is None) == (random is None):
         raise CompressError("bench: give a model's folder or --random NAME, one of the two.")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -163,7 +163,7 @@ def bench(
 
 
 _CONTROLS = "Make and measure stages and controls too: runs of their own."
-_Samples = Annotated[Optional[list[str]], typer.Option("--sample", help="Text to continue at every width; repeatable.")]
+_Samples = Annotated[Optional[list[str]], typer.Option("--sample", help="Text to continue at all bits; repeatable.")]
 
 
 @app.command()
@@ -183,7 +183,7 @@ def report(
     adapter: AdapterFlag = None,
     kept: ResultsOption = None,
 ) -> None:
-    """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality of every width, controls, errors, samples.
+    """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality at all bits, controls, errors, samples.
 
     Measures what is missing and keeps it in DIR/report/results.jsonl; stopped, the same command continues.
     """
@@ -213,7 +213,7 @@ def compare(
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File: .html, .png, .svg or .pdf.")] = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Put several checkpoints, at all their widths, into one table and one Pareto plot."""
+    """Put several checkpoints, at all their bits, into one table and one Pareto plot."""
     if len(folders) < 2:
         raise CompressError("compare: give two checkpoints or more.")
     if output is not None and output.suffix not in (".html", ".png", ".svg", ".pdf"):

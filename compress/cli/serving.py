@@ -23,8 +23,10 @@ from compress.errors import CompressError
 def generate(
     folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
     text: Annotated[str, typer.Argument(help="Text to continue.", metavar="TEXT")],
-    bits: Annotated[Optional[str], typer.Option(help="Width, or a mean such as 3.5; all there is if absent.")] = None,
-    memory: Annotated[Optional[str], typer.Option(help="Choose widths so that tensors fit, for example 2GB.")] = None,
+    bits: Annotated[
+        Optional[str], typer.Option(help="Number of bits, or a mean such as 3.5; all there is if absent.")
+    ] = None,
+    memory: Annotated[Optional[str], typer.Option(help="Choose bits so that tensors fit, for example 2GB.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
@@ -32,7 +34,7 @@ def generate(
     prompt_from: PromptFrom = None,
     adapter: AdapterFlag = None,
 ) -> None:
-    """Continue a text at a width."""
+    """Continue a text at a number of bits."""
     chosen: list[Any] = parse_bits(bits) or [None]
     if len(chosen) > 1:
         raise CompressError(f"--bits {bits!r}: give one number of bits to generate at.")
@@ -65,7 +67,9 @@ def generate(
 def bake_prompt(
     folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
-    bits: Annotated[Optional[int], typer.Option(help="Whose prompt, where there is one for each width.")] = None,
+    bits: Annotated[
+        Optional[int], typer.Option(help="Whose prompt, where there is one for each number of bits.")
+    ] = None,
     prompt_from: PromptFrom = None,
 ) -> None:
     """Write the soft prompt into the vocabulary, as special tokens, for servers that know no adapters."""
