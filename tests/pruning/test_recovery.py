@@ -116,6 +116,7 @@ def beside(longer, tmp_path):
     return compress.run(longer, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, caplog):
     text = tmp_path / "other.txt"
     text.write_text("the dog jumps over the fox. " * 30)
@@ -140,6 +141,7 @@ def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, 
     assert any("its adapter can be read" in line for line in verify(beside))
 
 
+@pytest.mark.slow
 def test_bench_times_the_model_with_and_without_its_adapter(beside):
     load = Load(prompt=4, tokens=1, rounds=1, loads=1)
     store = results_of(beside)
