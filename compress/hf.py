@@ -24,12 +24,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.config import METHOD, Bits, StoredConfig, format_version
 from compress.errors import CompressError
+from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import expand
 from compress.quant.fused import join
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
+from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape, bits_range
 from compress.shapes import replace_shapes
-from compress.structure import Linear, architecture, is_linear, matching
+from compress.structure import Linear, architecture, head_name, is_linear, matching
 
 
 def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
@@ -46,7 +47,7 @@ def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, i
             raise CompressError(
                 f"width {bits} is not available; this model can be read at {known[0]} to {known[-1]} bits."
             )
-        return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
+        return {name: shape.at(bits) for name, shape in shapes.items()}
     chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
         for name in matching(pattern, list(shapes)):
@@ -99,10 +100,23 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
                 else BitPlaneLinear(shape, getattr(module, "bias", None) is not None, weight.dtype)
             )
         model.set_submodule(name, packed)
+        if isinstance(packed, BitPlaneEmbedding) and model.config.tie_word_embeddings:
+            tie_head(model, packed)
+
+
+def tie_head(model: PreTrainedModel, embedding: BitPlaneEmbedding) -> None:
+    """Let the head of a model multiply by its packed embedding, and transformers tie nothing."""
+    name = head_name(model)
+    head = BitPlaneHead(embedding, getattr(model.get_submodule(name), "bias", None))
+    model.set_submodule(name, head)
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
 def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbedding]:
-    """Find every packed module of a loaded model, by the name it has in the checkpoint, whatever adapter is around it."""
+    """Find every packed module of a loaded model, by the name it has in the checkpoint, whatever adapter is around it.
+
+    A head that is tied to the embedding has no tensors of its own, and is none of them.
+    """
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -158,7 +172,7 @@ class CompressQuantizer(HfQuantizer):
         dense = {name: shape.dense for name, shape in loaded.items()}
         self.stored_share = min(1.0, _bytes(loaded) / max(1, _bytes(dense)))
         # What will be in memory is what save_pretrained would write, so that is what the config says.
-        config.format_version, config.bits = format_version([], pruned), None
+        config.format_version, config.bits = format_version(dense.values(), pruned), None
         config.modules = {name: dict(vars(shape)) for name, shape in dense.items()}
         return model
 

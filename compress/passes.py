@@ -85,7 +85,10 @@ class Block:
         name: module name, for example ``model.layers.3``.
         module: the real module, dense, float32.
         linears: every dense linear in it, by full name.
-        squared_gradients: full name -> [out_features, in_features] float32, if asked for.
+        squared_gradients: full name -> [out_features, in_features] float32, if asked for; of embedding and head the mean
+            over every row, [out_features, 1].
+        hessians: with them, name of the matrix that the head multiplies by -> float32 [in_features, in_features], the mean
+            of ``h h^T`` over the head's inputs.
         samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
         variants: the same calls on the inputs that each variant of the earlier blocks produces.
         statistics: of every finished round of calibration statistics, the records of all blocks in order.
@@ -102,6 +105,7 @@ class Block:
     module: nn.Module
     linears: dict[str, Linear]
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    hessians: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Run] = ()
     variants: Mapping[str, Sequence[Run]] = field(default_factory=dict)
     statistics: Sequence[Sequence[Record]] = ()

@@ -114,9 +114,31 @@ class _PackedModule(nn.Module):
                 self._dense = self.dense(dtype)
         return self._dense
 
+    def _direct(self, x: Tensor) -> cpu.Prepared | None:
+        """Return the C library's view of this layer, where it may be called past the operator; else None.
+
+        The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
+        """
+        if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
+            return None
+        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return None
+        buffers = list(self._buffers.values())  # whoever moves tensors may put others in their place
+        if self._prepared is not None:
+            held, exact, prepared = self._prepared
+            if exact == self.exact and all(map(is_, held, buffers)):
+                return prepared
+        if not cpu.serves(self.codebook()):
+            return None
+        prepared = cpu.Prepared(self.planes(), self.codebook(), self.shape.in_features, int8=not self.exact)
+        self._prepared = buffers, self.exact, prepared
+        return prepared
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._forget()  # it would stay on the old device
-        kinds = "codebook_", "tiled_table_", "tiled_rounded"
+        kinds = "codebook_", "basis_", "span_", "columns", "rows", "tiled_table_", "tiled_rounded"
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -245,28 +267,6 @@ class BitPlaneLinear(_PackedModule):
         super()._load_from_state_dict(*args, **kwargs)
         self.tile()
 
-    def _direct(self, x: Tensor) -> cpu.Prepared | None:
-        """Return the C library's view of this layer, where it may be called past the operator; else None.
-
-        The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
-        """
-        if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
-            return None
-        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return None
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return None
-        buffers = list(self._buffers.values())  # whoever moves tensors may put others in their place
-        if self._prepared is not None:
-            held, exact, prepared = self._prepared
-            if exact == self.exact and all(map(is_, held, buffers)):
-                return prepared
-        if not cpu.serves(self.codebook()):
-            return None
-        prepared = cpu.Prepared(self.planes(), self.codebook(), self.in_features, int8=not self.exact)
-        self._prepared = buffers, self.exact, prepared
-        return prepared
-
 
 class Group:
     """Hold layers that multiply the same input, launched together on a GPU (:func:`compress.quant.fused.join`).
@@ -302,20 +302,3 @@ class Group:
         for member in self.members:
             member._group = None
         self._waiting = None
-
-
-class BitPlaneEmbedding(_PackedModule):
-    """Stand in for ``nn.Embedding``: a frozen embedding of N rows and K values each."""
-
-    def __init__(self, shape: PackedShape, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
-        super().__init__(shape)
-        self.num_embeddings, self.embedding_dim = shape.out_features, shape.in_features
-        self.dtype, self.scale = dtype, scale
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up the rows of tokens, int64 [...] to [..., K], and no others."""
-        rows = tokens.reshape(-1)
-        planes = [plane[rows] for plane in self.planes()]
-        found = dense_weight(planes, self.codebook()[rows], self.embedding_dim, self.dtype)
-        # The constant is rounded to the dtype first, as the dense module does.
-        return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)

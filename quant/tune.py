@@ -21,7 +21,7 @@ from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape
+from compress.quant.records import PackedShape, bits_range
 from compress.quant.settings import TuneTablesConfig
 from compress.training import predictions
 from compress.workspace import Record
@@ -79,7 +79,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         Raises:
             CompressError: a number of bits that no matrix has.
         """
-        there = sorted({bits for shape in packed.values() for bits in shape.all_bits})
+        there = list(bits_range(packed.values()))
         for bits in self.config.widths:
             if bits not in there:
                 raise CompressError(
@@ -96,7 +96,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         in_use = {name: module.bits for name, module in packed.items()}
         tuned: dict[str, _Tuned] = {}
         for name, module in packed.items():
-            module.bits = min(max(bits, module.shape.seed_bits), module.shape.parent_bits)
+            module.bits = module.shape.at(bits)
             if isinstance(module, BitPlaneLinear) and module.bits == bits:
                 tuned[name] = _Tuned(module)
                 whole.model.set_submodule(name, tuned[name])
