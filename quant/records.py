@@ -9,8 +9,8 @@ from typing import Any
 
 MAX_GAP_BITS = 8
 MAX_RANK = 8
-STORED_BITS = 4  # shared codebooks of more bits are computed, unless the seed has more
-_BYTES = {"int32": 4, "float16": 2, "float32": 4}
+STORED_BITS = 5  # shared codebooks of more bits are computed, unless the seed has more
+_BYTES = {"int8": 1, "int32": 4, "float16": 2, "float32": 4}
 
 Specification = dict[str, tuple[tuple[int, ...], str]]
 """Tensor name -> (shape, name of its dtype in torch)."""
@@ -113,7 +113,9 @@ class SharedShape(PackedShape):
         """Return the shape and dtype of every stored tensor, by its name under the module."""
         tensors = {name: size for name, size in super().specification().items() if not name.startswith("codebook_")}
         tensors["columns"] = (self.in_features,), self.codebook_dtype
-        tensors["rows"] = (self.out_features, self.rank), self.codebook_dtype
+        tensors["rows"] = (self.out_features, 1), self.codebook_dtype
+        if self.rank > 1:
+            tensors["shapes"] = (self.out_features, self.rank - 1), "int8"
         for bits in self.stored_bits:
             tensors[f"basis_{bits}"] = (self.rank, 2**bits), self.codebook_dtype
         last = self.stored_bits[-1]

@@ -15,6 +15,7 @@ from compress.quant.shared import Shared
 _SIZE, _INPUT = 0.5, -0.06  # powers of a column's weights and of its inputs in its factor; measured
 _ROUNDS = 6  # of alternating least squares
 _NEARLY = 1e-6  # share of the mean diagonal that keeps least squares solvable
+_FARTHEST = 4.0  # of other coefficients from a row's size: an odd row must not coarsen all others
 _POOLED = 1 << 16  # weights whose places in their cells are clustered
 
 
@@ -54,15 +55,28 @@ def fit_shared(codebooks: Mapping[int, Tensor], masses: Mapping[int, Tensor], co
             inner = torch.einsum("ni,ne,nj->eij", rows, mass, rows)
             entries = solved(inner, (mass * wanted).t() @ rows).t()
     parts = entries.float().split([2**bits for bits in stored], 1)
-    return balanced(Shared(columns, rows.float(), dict(zip(stored, parts, strict=True))))
+    return from_coefficients(columns, rows.float(), dict(zip(stored, parts, strict=True)))
 
 
-def balanced(shared: Shared) -> Shared:
-    """Scale coefficients and bases so that both fit float16 well: the bases' largest entry is 1 for every coefficient."""
-    scale = torch.stack([part.abs().amax(1) for part in shared.basis.values()]).amax(0).clamp_min(1e-30)
-    basis = {bits: (part / scale[:, None]).contiguous() for bits, part in shared.basis.items()}
-    width = None if shared.width is None else shared.width / scale[:, None]
-    return replace(shared, rows=shared.rows * scale, basis=basis, width=width)
+def from_coefficients(columns: Tensor, rows: Tensor, basis: Mapping[int, Tensor]) -> Shared:
+    """Make shared codebooks of coefficients, float32 [N, rank], each row's first being its size; the others are rounded.
+
+    Coefficients and bases are scaled to fit float16 and int8 well.
+    """
+    mean = rows.mean(0)  # makes the first basis the mean row's codebook, whichever coefficients there are
+    turn = torch.linalg.qr(torch.cat([mean[:, None], torch.eye(len(mean), device=rows.device)], 1).double()).Q.float()
+    rows, basis = rows @ turn, {bits: turn.t() @ part for bits, part in basis.items()}
+    scale = torch.stack([part[0].abs().amax() for part in basis.values()]).amax().clamp_min(1e-30)
+    size = rows[:, :1]
+    floor = 1e-3 * size.abs().mean() + 1e-30
+    size = torch.where(size.abs() < floor, torch.where(size < 0, -floor, floor), size)
+    if rows.shape[1] == 1:
+        return Shared(columns, size * scale, None, {bits: part / scale for bits, part in basis.items()})
+    others = (rows[:, 1:] / size).clamp(-_FARTHEST, _FARTHEST)
+    most = others.abs().amax(0).clamp_min(1e-30)
+    shapes = (others / most * 127).round().to(torch.int8)
+    factor = torch.cat([torch.ones(1, device=rows.device), most * (128 / 127)])[:, None] / scale
+    return Shared(columns, size * scale, shapes, {bits: (part * factor).contiguous() for bits, part in basis.items()})
 
 
 def with_places(shared: Shared, codes: Tensor, weight: Tensor, parent: int) -> Shared:
@@ -76,9 +90,10 @@ def with_places(shared: Shared, codes: Tensor, weight: Tensor, parent: int) -> S
     left = weight - shared.codebook(shared.last).gather(1, index)
     count = torch.zeros(len(codes), cells, device=codes.device).scatter_add_(1, index, torch.ones_like(left))
     size = torch.zeros_like(count).scatter_add_(1, index, left.abs()) / count.clamp_min(1)
-    inner = torch.einsum("ni,ne,nj->eij", shared.rows, count, shared.rows)
-    width = solved(inner, (count * size).t() @ shared.rows).t()
-    held = (shared.rows @ width).clamp_min(1e-3 * size.mean()).gather(1, index)
+    coefficients = shared.coefficients().float()
+    inner = torch.einsum("ni,ne,nj->eij", coefficients, count, coefficients)
+    width = solved(inner, (count * size).t() @ coefficients).t()
+    held = (coefficients @ width).clamp_min(1e-3 * size.mean()).gather(1, index)
     every = max(1, left.numel() // _POOLED)
     relative = (left / held).flatten()[::every].clamp(-16, 16).cpu()[None].contiguous()
     cost = held.square().flatten()[::every].cpu()[None].contiguous()

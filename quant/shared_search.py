@@ -24,10 +24,10 @@ from compress.quant.nested import (
     start_tree,
 )
 from compress.quant.shared import Shared
-from compress.quant.shared_fit import balanced, column_factors, fit_shared, solved, with_places
+from compress.quant.shared_fit import column_factors, fit_shared, from_coefficients, solved, with_places
 
 _POWER = 0.5  # of 4 per bit: what errors at more bits count in codebooks and coefficients common to all
-_ABOVE = 0.5  # the same for the bits after the last basis, which are chosen together
+_ABOVE = 0.5, 0.0  # the same for the bits after the last basis, which are chosen together
 _SAMPLED, _ROUNDS = 128, 2  # rows that places are fitted on, and how often
 
 
@@ -39,7 +39,7 @@ def shared_output_codebooks(
     Args:
         targets: bits -> float32 [N, K], finite: what the rows should be, for all from the seed's to the parent's.
         hessian: float32 [K, K], mean of ``x x^T`` over the inputs, positive definite.
-        rank: coefficients of every row, at most 4.
+        rank: coefficients of every row, at most as many as there are entries of all stored numbers of bits.
         focus: bits -> how much their error counts, 1 where not given.
 
     Returns:
@@ -88,7 +88,7 @@ class _Search:
         shared = self._placed(fit_shared(codebooks, masses, columns, rank))
         for last in (False, True):
             rows = torch.cat([self._settled(part, shared, last) for part in self.parts])
-            shared = self._placed(balanced(replace(shared, rows=rows)))
+            shared = self._placed(from_coefficients(columns, rows, shared.basis))
         return shared
 
     def _placed(self, shared: Shared) -> Shared:
@@ -99,7 +99,7 @@ class _Search:
         for _ in range(_ROUNDS if parent > last else 0):
             tree = self._below(some, shared)
             assert shared.place is not None
-            place = {bits: self._refitted(tree, replace(shared, rows=shared.rows[some]), bits) for bits in shared.place}
+            place = {bits: self._refitted(tree, shared.part(some), bits) for bits in shared.place}
             shared = replace(shared, place=place)
         return shared
 
@@ -109,7 +109,7 @@ class _Search:
         last, more = shared.last, bits - shared.last
         codes = tree.codes >> (tree.parent - bits)
         cells = codes >> more
-        width = (shared.rows @ shared.width).gather(1, cells)
+        width = (shared.coefficients().float() @ shared.width).gather(1, cells)
         left = tree.targets[bits] - shared.codebook(last).gather(1, cells)
         values = [width * (codes & (2**more - 1) == place) for place in range(2**more)]
         images = [self.hessian.times(value) for value in values]
@@ -121,16 +121,17 @@ class _Search:
         """Choose the bits of some rows that have no basis, given those that have."""
         last, parent = shared.last, max(self.targets)
         tree = self._tree(part, shared, min(last, self.together))
-        held = replace(shared, rows=shared.rows[part])
+        held = shared.part(part)
         for bits in range(last + 1, parent + 1):
             tree.extend(held.codebook(bits))
         if parent > last:
-            share = {bits: 4.0 ** (_ABOVE * (bits - last)) for bits in range(last + 1, parent + 1)}
-            tree.descend([Objective(share, last)])
+            for power in _ABOVE:
+                share = {bits: 4.0 ** (power * (bits - last)) for bits in range(last + 1, parent + 1)}
+                tree.descend([Objective(share, last)])
         return tree
 
     def _tree(self, part: slice, shared: Shared, together: int) -> Tree:
-        held = replace(shared, rows=shared.rows[part])
+        held = shared.part(part)
         codebooks = {bits: held.codebook(bits) for bits in range(self.bits[0], together + 1)}
         wanted = {bits: target[part].contiguous() for bits, target in self.targets.items()}
         codes = self.codes[part] >> (self.together - together)
@@ -146,13 +147,12 @@ class _Search:
 
     def _coefficients(self, tree: Tree, shared: Shared) -> Tensor:
         """Solve every row's least-squares problem for its coefficients, all stored numbers of bits together."""
-        rank = shared.rows.shape[1]
-        units = replace(shared, rows=torch.eye(rank, device=tree.codes.device))
+        rank = len(shared.basis[self.bits[0]])
         inner = torch.zeros(len(tree.codes), rank, rank, device=tree.codes.device)
         right = torch.zeros(len(tree.codes), rank, device=tree.codes.device)
-        for bits in self.bits:
+        for bits, basis in shared.basis.items():
             codes = tree.codes >> (self.together - bits)
-            values = [entries[codes] for entries in units.codebook(bits)]
+            values = [entries[codes] for entries in basis]
             for i, value in enumerate(values):
                 image = self.hessian.times(value) * self._counts(bits)
                 inner[:, i] += torch.stack([(image * other).sum(1) for other in values], 1)
