@@ -122,7 +122,7 @@ class _HeadStatistics:
 
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Take one sample: inputs [T, K], gradients of the outputs [T, N]."""
-        parts = gradients.split(_HEAD_ROWS, 1)
+        parts = torch.split(gradients, _HEAD_ROWS, 1)
         found = torch.cat([(part.t().float() @ inputs.float()).square().mean(1) for part in parts])
         self.squares = self.squares + found.cpu()
         self.hessian = self.hessian + (inputs.float().t() @ inputs.float()).cpu()
@@ -172,7 +172,7 @@ def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outsid
             with _calls(module) as calls:
                 first = model.capture(tokens)[0]
             (given,) = torch.autograd.grad(first, [calls[0][1]], gradients[str(i)].to(model.device))
-            rows, place = tokens.unique(return_inverse=True)
+            rows, place = torch.unique(tokens, return_inverse=True)
             width = given.shape[-1]
             total = torch.zeros(len(rows), width).index_add_(0, place, given.reshape(-1, width).float().cpu())
             # Gemma's embeddings multiply the looked-up rows by a constant, which the output's gradient does not have.

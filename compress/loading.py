@@ -200,9 +200,11 @@ def get_bits(model: nn.Module) -> int | dict[str, int]:
     An embedding or head that is read at the bits which belong to that number shares it.
     """
     modules = _packed_within(model)
-    bits = {name: module.bits for name, module in modules.items()}
+    bits: dict[str, int] = {name: module.bits for name, module in modules.items()}
     embeddings = [module for module in modules.values() if isinstance(module.shape, EmbeddingShape)]
     same = {module.bits for module in modules.values() if module not in embeddings}
-    one = next(iter(same), None)
-    alike = len(same) == 1 and all(module.bits == module.shape.at(one) for module in embeddings)
-    return one if alike else bits
+    if len(same) == 1:
+        one: int = same.pop()
+        if all(module.bits == module.shape.at(one) for module in embeddings):
+            return one
+    return bits

@@ -41,11 +41,10 @@ class Codes:
         return found if self.shared is None else found * self.shared.columns.float()
 
     def rows(self, bits: int, part: slice) -> Tensor:
-        """Return some rows of what a number of bits stands for where codebooks are shared, float32 [rows, K]."""
+        """Return some rows of an embedding or head (one coefficient per row) at a number of bits, float32 [rows, K]."""
         assert self.shared is not None
-        some = replace(self.shared, rows=self.shared.rows[part].float())
         codes = (self.codes[part] >> (max(self.codebooks) - bits)).long()
-        return some.codebook(bits).gather(1, codes) * some.columns.float()
+        return self.shared.table(bits)[0][codes] * self.shared.rows[part].float() * self.shared.columns.float()
 
     def as_stored(self) -> Codes:
         """Round the codebooks to the dtype that a checkpoint stores.
@@ -99,8 +98,8 @@ def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, d
 def _pack_shared(found: Codes, shared: Shared) -> tuple[PackedShape, dict[str, Tensor]]:
     """Turn codes with shared codebooks, as stored, into the record and tensors by their names under the module."""
     bits, dtype = sorted(found.codebooks), str(shared.rows.dtype).removeprefix("torch.")
-    rank = shared.rows.shape[1]
-    shape = SharedShape(*found.codes.shape, bits[0], bits[-1], dtype, rank=rank)
+    (rows, columns), rank = found.codes.shape, len(shared.basis[shared.last])
+    shape = SharedShape(rows, columns, bits[0], bits[-1], dtype, rank=rank)
     if found.read_at is not None:
         shape = EmbeddingShape(**vars(shape), read_at=found.read_at)
     return shape, split_planes(pack_planes(found.codes, bits[-1]), shape) | shared.tensors()

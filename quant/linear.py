@@ -138,7 +138,7 @@ class _PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._forget()  # it would stay on the old device
-        kinds = "codebook_", "basis_", "span_", "columns", "rows", "tiled_table_", "tiled_rounded"
+        kinds = "codebook_", "basis_", "width_", "place_", "columns", "rows", "tiled_table_", "tiled_rounded"
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:

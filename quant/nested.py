@@ -285,7 +285,7 @@ class Tree:
         self._gathered, self._gradients = None, {}
 
     def extend(self, codebook: Tensor) -> None:
-        """Add a bit whose codebook, float32 [N, 2**bits], is given: choose the nearer half of every cell, then descend."""
+        """Add a bit whose codebook, float32 [N, 2**bits], is given: the nearer half of every cell."""
         bits = self.parent + 1
         middle = (codebook[:, 0::2] + codebook[:, 1::2]) / 2
         above = self.targets[bits] > middle.gather(1, self.codes)
@@ -293,7 +293,6 @@ class Tree:
         self.codes = 2 * self.codes + (above ^ descending)
         self.codebooks[bits] = codebook
         self._gathered, self._gradients = None, {}
-        self.descend([Objective({bits: 1.0}, bits - 1)])
 
     def fit_and_step(self, bits: int) -> None:
         """Find the best codebooks of a number of bits given the codes, as near as is worth the time."""

@@ -9,8 +9,8 @@ from typing import Any
 
 MAX_GAP_BITS = 8
 MAX_RANK = 8
-STORED_BITS = 4  # shared codebooks of more bits are computed, unless the seed has more
-_BYTES = {"int32": 4, "float16": 2, "float32": 4}
+STORED_BITS = 5  # shared codebooks of more bits are computed, unless the seed has more
+_BYTES = {"int8": 1, "int32": 4, "float16": 2, "float32": 4}
 
 Specification = dict[str, tuple[tuple[int, ...], str]]
 """Tensor name -> (shape, name of its dtype in torch)."""
@@ -126,12 +126,16 @@ class SharedShape(PackedShape):
         """Return the shape and dtype of every stored tensor, by its name under the module."""
         tensors = {name: size for name, size in super().specification().items() if not name.startswith("codebook_")}
         tensors["columns"] = (self.in_features,), self.codebook_dtype
-        tensors["rows"] = (self.out_features, self.rank), self.codebook_dtype
+        tensors["rows"] = (self.out_features, 1), self.codebook_dtype
+        if self.rank > 1:
+            tensors["shapes"] = (self.out_features, self.rank - 1), "int8"
         for bits in self.stored_bits:
             tensors[f"basis_{bits}"] = (self.rank, 2**bits), self.codebook_dtype
         last = self.stored_bits[-1]
         if self.parent_bits > last:
-            tensors[f"span_{last + 1}"] = (self.rank, 2**last), self.codebook_dtype
+            tensors[f"width_{last + 1}"] = (self.rank, 2**last), self.codebook_dtype
+        for bits in range(last + 1, self.parent_bits + 1):
+            tensors[f"place_{bits}"] = (2 ** (bits - last),), self.codebook_dtype
         return tensors
 
 
@@ -176,14 +180,14 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
         TypeError: missing or unknown fields.
     """
     marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "rank": SharedShape}
-    kind = next((kind for mark, kind in marks.items() if mark in record), PackedShape)
+    kind: type[PackedShape] = next((kind for mark, kind in marks.items() if mark in record), PackedShape)
     return kind(**record)
 
 
 def first_bits(tensor_name: str) -> int | None:
     """Return the fewest bits that need a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
-    return int(bits) if kind in ("plane", "codebook", "basis", "span") and bits.isdigit() else None
+    return int(bits) if kind in ("plane", "codebook", "basis", "width", "place") and bits.isdigit() else None
 
 
 def packed_bytes(shape: PackedShape, bits: int) -> int:

@@ -19,7 +19,7 @@ from compress.quant.hessian import Buffers, Hessian
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import Objective, Tree, row_parts
 from compress.quant.records import STORED_BITS
-from compress.quant.shared import Shared, places
+from compress.quant.shared import Shared
 
 _BINS = 1 << 14  # of the histogram that the table is fitted to
 _SAMPLED = 1 << 13  # rows of which it is made
@@ -61,15 +61,15 @@ def fit_vocabulary(weight: Tensor, hessian: Tensor | None, looked_up: bool, all_
     unit = torch.eye(weight.shape[1])
     cost = unit if hessian is None else hessian / hessian.diagonal().mean().clamp_min(1e-30)
     columns = _column_factors(weight).half().float()
-    rows = torch.cat([_root_mean_square(part / columns) for part in weight.split(_SAMPLED)]).half().float()
-    basis, span = _tables(weight, columns, rows, all_bits[0], all_bits[-1])
+    rows = torch.cat([_root_mean_square(part / columns) for part in torch.split(weight, _SAMPLED)]).half().float()
+    shared = _tables(weight, columns, rows, all_bits[0], all_bits[-1])
     damped = (cost + (_LOOKED_UP if looked_up else _DAMPED) * unit) * columns[:, None] * columns
     search, buffers = Hessian(damped), Buffers(weight.device)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for part in row_parts(len(weight), weight.device):
-        shared = Shared(columns, rows[part], basis, span)
-        codes[part] = _descended(weight[part] / columns, None if hessian is None else search, shared, all_bits, buffers)
-    found = Shared(columns, rows, basis, span).to(torch.float16)
+        given = weight[part] / columns, None if hessian is None else search, shared.part(part)
+        codes[part] = _descended(*given, range(all_bits[0], all_bits[-1] + 1), buffers)
+    found = shared.to(torch.float16)
     return Codes(codes, _Tables(found, range(all_bits[0], all_bits[-1] + 1)), shared=found)
 
 
@@ -80,16 +80,14 @@ def _root_mean_square(rows: Tensor) -> Tensor:
 def _column_factors(weight: Tensor) -> Tensor:
     """Return the factor of every column, float32 [K], mean 1: columns differ in size more than rows do."""
     size = torch.zeros(weight.shape[1])
-    for part in weight.split(_SAMPLED):
+    for part in torch.split(weight, _SAMPLED):
         size += (part / _root_mean_square(part)).square().sum(0)
     factors = size.clamp_min(1e-6 * size.mean()) ** (_SIZE / 2)
     return factors / factors.mean()
 
 
-def _tables(
-    weight: Tensor, columns: Tensor, rows: Tensor, seed: int, parent: int
-) -> tuple[dict[int, Tensor], Tensor | None]:
-    """Cluster all weights together; return the basis by bits, [1, 2**bits], and the span, [1, 2**last]."""
+def _tables(weight: Tensor, columns: Tensor, rows: Tensor, seed: int, parent: int) -> Shared:
+    """Cluster all weights together."""
     some = slice(None, None, -(-len(weight) // _SAMPLED))
     values = (weight[some] / columns / rows[some]).flatten()
     low, high = values.min(), values.max()
@@ -101,18 +99,22 @@ def _tables(
     found = nested_codebooks(means, counts[there].float()[None].numpy(), seed, parent).codebooks
     last = min(parent, max(seed, STORED_BITS))
     basis = {bits: found[bits].half().float() for bits in range(seed, last + 1)}
-    if parent == last:
-        return basis, None
-    place = places(parent - last, weight.device).float()
-    offsets = found[parent].view(1, 2**last, -1) - basis[last][..., None]
-    return basis, ((offsets * place).sum(-1) / place.square().sum()).half().float()
+    more = {bits: found[bits].view(2**last, -1) - basis[last].view(-1, 1) for bits in range(last + 1, parent + 1)}
+    return Shared(columns, rows, None, basis, *_cells(more)).to(torch.float16).to(torch.float32)
 
 
-def _descended(
-    targets: Tensor, hessian: Hessian | None, shared: Shared, all_bits: Sequence[int], buffers: Buffers
-) -> Tensor:
+def _cells(offsets: Mapping[int, Tensor]) -> tuple[Tensor | None, dict[int, Tensor] | None]:
+    """Fit one width per cell, [1, cells], and the places of its entries in widths, by bits; ``offsets`` are [cells, entries]."""
+    if not offsets:
+        return None, None
+    most = offsets[max(offsets)]
+    width = most.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+    inner = slice(len(most) // 4, -len(most) // 4)  # cells at the ends are wide, and few weights lie there
+    return width.t().contiguous(), {bits: (part / width)[inner].mean(0) for bits, part in offsets.items()}
+
+
+def _descended(targets: Tensor, hessian: Hessian | None, shared: Shared, bits: range, buffers: Buffers) -> Tensor:
     """Choose the codes of some rows, [N, K]: the nearest ones first, then those with the least summed cost at all bits."""
-    bits = range(all_bits[0], all_bits[-1] + 1)
     codebooks = {b: shared.codebook(b) for b in bits}
     codes = _nearest(targets, codebooks, bits)
     if hessian is not None:
