@@ -28,7 +28,7 @@ _LOOKED_UP, _DAMPED = (
     1e-3,
 )  # what errors of looked-up rows cost, as a share of the mean diagonal of the head's Hessian
 _SIZE = 0.75  # power of a column's size in its factor
-_POWERS = (0.5, 0.5, 0.25)  # as in compress.quant.nested: what the errors at more bits count, sweep by sweep
+_POWERS = (0.75, 0.75)  # as in compress.quant.nested: what the errors at more bits count, sweep by sweep
 
 
 @dataclass(frozen=True)
