@@ -14,9 +14,12 @@ from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linea
 from compress.kernels.layout import Tiled, head_for
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
+from compress.quant.shared import Shared, read_shared
+
+_SHARED = "columns", "rows", "shapes", "basis_", "width_", "place_"  # how names of the parts of shared codebooks begin
 
 
-class _PackedModule(nn.Module):
+class PackedModule(nn.Module):
     """Hold buffers that bear the checkpoint's own names; the number of bits in use is a plain attribute.
 
     Attributes:
@@ -43,6 +46,7 @@ class _PackedModule(nn.Module):
         """
         self.shape = shape
         self._dense: Tensor | None = None
+        self._table: Tensor | None = None
         self._prepared: tuple[list[Tensor | None], bool, cpu.Prepared] | None = None
         self._buffers.clear()
         self.is_tiled = False
@@ -65,11 +69,11 @@ class _PackedModule(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
-        self._dense = self._prepared = None
+        self._dense = self._prepared = self._table = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what a copy or a pickle derives for itself: addresses mean nothing elsewhere."""
-        return {**self.__dict__, "_dense": None, "_prepared": None, "_group": None}
+        return {**self.__dict__, "_dense": None, "_prepared": None, "_table": None, "_group": None}
 
     def planes(self) -> list[Tensor]:
         """Return the planes of the number of bits in use, most significant first, each int32 [N, ceil(K / 32)]."""
@@ -78,14 +82,68 @@ class _PackedModule(nn.Module):
         return join_planes(dict(self.named_buffers()), self.shape.seed_bits, self.bits)
 
     def codebook(self) -> Tensor:
-        """Return the codebook of the number of bits in use, [N, 2**bits]."""
-        return self.tiled().codebook(self.bits) if self.is_tiled else self.get_buffer(f"codebook_{self.bits}")
+        """Return the codebook of the number of bits in use, [N, 2**bits]; shared ones are computed once and kept.
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight at the number of bits in use, [N, K], float32 unless told otherwise, and keep nothing."""
+        With one coefficient per row it is [1, 2**bits], for all rows: written out for each it could be as large as the planes.
+        """
         if self.is_tiled:
-            return tiled_weight(self.tiled(), self.bits, dtype or torch.float32)
-        return dense_weight(self.planes(), self.codebook(), self.shape.in_features, dtype or torch.float32)
+            return self.tiled().codebook(self.bits)
+        shared = None if self._table is not None else self.shared()
+        if shared is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._table = shared.table(self.bits) if shared.shapes is None else shared.codebook(self.bits)
+        return self.get_buffer(f"codebook_{self.bits}") if self._table is None else self._table
+
+    def _shared_parts(self) -> dict[str, Tensor]:
+        """Return the tensors that shared codebooks are computed from, by their stored names; none if rows have their own."""
+        return {name: tensor for name, tensor in self.named_buffers() if name.startswith(_SHARED)}
+
+    def shared(self) -> Shared | None:
+        """Return what shared codebooks are computed from; None if rows have their own."""
+        parts = self._shared_parts()
+        return read_shared(parts) if parts else None
+
+    @property
+    def column_factors(self) -> Tensor | None:
+        """Return the factors of the columns, [K], that entries of shared codebooks are multiplied by; else None."""
+        return self._buffers.get("columns")
+
+    @property
+    def row_factors(self) -> Tensor | None:
+        """Return the factors of the rows, [N, 1], where :meth:`codebook` is one row for all of them; else None."""
+        return None if self.is_tiled or "shapes" in self._buffers else self._buffers.get("rows")
+
+    def dense(self, dtype: torch.dtype | None = None, places: Tensor | None = None) -> Tensor:
+        """Return the weight at the number of bits in use, [N, K], float32 unless told otherwise, and keep nothing.
+
+        With ``places``, int64 [T], those rows alone, [T, K].
+        """
+        dtype, columns, rows = dtype or torch.float32, self.column_factors, self.row_factors
+        wide = dtype if columns is None else torch.float32  # rounded once
+        if self.is_tiled:
+            found = tiled_weight(self.tiled(), self.bits, wide)
+            found = found if places is None else found[places]
+        else:
+            found = dense_weight(self.planes(), self.codebook(), self.shape.in_features, wide, places)
+        if rows is not None:
+            found *= rows if places is None else rows[places]
+        return found if columns is None else found.mul_(columns).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply by the matrix where it is held as it is stored: [..., K] to [..., N] in the dtype of ``x``, differentiable in it."""
+        prepared = self._direct(x)
+        dense = self._kept_dense(x.dtype) if prepared is None else None
+        if dense is not None:
+            return matmul(x, dense.t())
+        shape, scaled, rows = self.shape, self._scaled(x), self.row_factors
+        tensors, sizes = [self.codebook(), *self.planes()], (shape.out_features, shape.in_features)
+        y: Tensor = packed_linear(scaled, tensors, None, *sizes, self.bits, 0) if prepared is None else prepared(scaled)
+        return y if rows is None else (y * rows[:, 0]).to(x.dtype)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Multiply activations by the factors of the columns, if there are any."""
+        columns = self.column_factors
+        return x if columns is None else (x.float() * columns).to(x.dtype)
 
     def tiled(self) -> Tiled:
         """Return the layout of the GPU kernels; it must be there (:meth:`BitPlaneLinear.tile`)."""
@@ -136,9 +194,9 @@ class _PackedModule(nn.Module):
         self._prepared = buffers, self.exact, prepared
         return prepared
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._forget()  # it would stay on the old device
-        kinds = "codebook_", "basis_", "width_", "place_", "columns", "rows", "tiled_table_", "tiled_rounded"
+        kinds = "codebook_", "tiled_table_", "tiled_rounded", *_SHARED
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -155,11 +213,12 @@ class _PackedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Say what there is to say of it where the model is printed."""
         shape = self.shape
         return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
 
 
-class BitPlaneLinear(_PackedModule):
+class BitPlaneLinear(PackedModule):
     """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
     On a GPU that the kernels serve it holds their layout in place of the stored tensors, which are made again where they are
@@ -192,17 +251,8 @@ class BitPlaneLinear(_PackedModule):
         """Apply the layer: [..., K] to [..., N] in the dtype of ``x``, differentiable in ``x``."""
         if self.is_tiled and not self.keep_dense:
             shared = self._group.take(self, x) if self._group is not None else None
-            return tiled_linear(x, self.tiled(), self.bits, self.bias) if shared is None else shared
-        prepared = self._direct(x)
-        dense = self._kept_dense(x.dtype) if prepared is None else None
-        y: Tensor
-        if prepared is not None:
-            y = prepared(x)
-        elif dense is not None:
-            y = matmul(x, dense.t())
-        else:
-            tensors = [self.codebook(), *self.planes()]
-            y = packed_linear(x, tensors, None, self.out_features, self.in_features, self.bits, 0)
+            return tiled_linear(self._scaled(x), self.tiled(), self.bits, self.bias) if shared is None else shared
+        y = self.product(x)
         return y if self.bias is None else y + self.bias
 
     def tile(self) -> None:
@@ -212,13 +262,16 @@ class BitPlaneLinear(_PackedModule):
         if not gpu.serves(self.get_buffer("weight").device):
             return
         shape, buffers = self.shape, dict(self.named_buffers())
-        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.all_bits}
+        shared = self.shared()
+        codebooks = {
+            bits: buffers[f"codebook_{bits}"] if shared is None else shared.codebook(bits) for bits in shape.all_bits
+        }
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
         self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
-        self.hold(self.shape, {})
+        self.hold(self.shape, self._shared_parts())
         self.register_buffer("tiled_codes", made.codes, persistent=False)
         for bits, table in made.tables.items():
             self.register_buffer(f"tiled_table_{bits}", table, persistent=False)
@@ -246,10 +299,10 @@ class BitPlaneLinear(_PackedModule):
     def _stored(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors, made from the layout of the kernels, bit for bit."""
         planes, codebooks = self.tiled().canonical()
-        tensors = split_planes(planes, self.shape)
-        return tensors | {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()}
+        tensors, parts = split_planes(planes, self.shape), self._shared_parts()
+        return tensors | (parts or {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()})
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._part()
         super()._apply(fn, recurse)
         if self.is_tiled and not gpu.serves(self.get_buffer("tiled_codes").device):

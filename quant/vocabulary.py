@@ -82,7 +82,7 @@ def _column_factors(weight: Tensor) -> Tensor:
     size = torch.zeros(weight.shape[1])
     for part in torch.split(weight, _SAMPLED):
         size += (part / _root_mean_square(part)).square().sum(0)
-    factors = size.clamp_min(1e-6 * size.mean()) ** (_SIZE / 2)
+    factors = size.clamp_min(max(1e-6 * float(size.mean()), 1e-30)) ** (_SIZE / 2)  # also for columns of zeros
     return factors / factors.mean()
 
 
