@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.kernels.packing import pack_planes, unpack_planes
 from compress.quant.records import MAX_GAP_BITS, PackedShape, SharedShape, SparseShape
-from compress.quant.shared import Shared
+from compress.quant.shared import Shared, read_shared
 
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
@@ -38,6 +38,14 @@ class Codes:
         """Return the weights that a number of bits stands for, float32 [N, K]."""
         found = self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
         return found if self.shared is None else found * self.shared.columns.float()
+
+    def cpu(self) -> Codes:
+        """Copy to the CPU."""
+        shared = self.shared
+        if shared is not None:
+            shared = read_shared({name: tensor.cpu() for name, tensor in shared.tensors().items()})
+        codebooks = {bits: codebook.cpu() for bits, codebook in self.codebooks.items()}
+        return replace(self, codes=self.codes.cpu(), codebooks=codebooks, shared=shared)
 
     def as_stored(self) -> Codes:
         """Round the codebooks to the dtype that a checkpoint stores.
@@ -91,7 +99,8 @@ def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, d
 def _pack_shared(found: Codes, shared: Shared) -> tuple[PackedShape, dict[str, Tensor]]:
     """Turn codes with shared codebooks, as stored, into the record and tensors by their names under the module."""
     bits, dtype = sorted(found.codebooks), str(shared.rows.dtype).removeprefix("torch.")
-    shape = SharedShape(*found.codes.shape, bits[0], bits[-1], dtype, rank=shared.rows.shape[1])
+    rows, columns = found.codes.shape
+    shape = SharedShape(rows, columns, bits[0], bits[-1], dtype, rank=len(shared.basis[bits[0]]))
     return shape, split_planes(pack_planes(found.codes, bits[-1]), shape) | shared.tensors()
 
 

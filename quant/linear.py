@@ -14,6 +14,9 @@ from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linea
 from compress.kernels.layout import Tiled, head_for
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
+from compress.quant.shared import Shared, read_shared
+
+_SHARED = "columns", "rows", "shapes", "basis_", "width_", "place_"  # how names of the parts of shared codebooks begin
 
 
 class _PackedModule(nn.Module):
@@ -43,6 +46,7 @@ class _PackedModule(nn.Module):
         """
         self.shape = shape
         self._dense: Tensor | None = None
+        self._table: Tensor | None = None
         self._prepared: tuple[list[Tensor | None], bool, cpu.Prepared] | None = None
         self._buffers.clear()
         self.is_tiled = False
@@ -65,11 +69,11 @@ class _PackedModule(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
-        self._dense = self._prepared = None
+        self._dense = self._prepared = self._table = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what a copy or a pickle derives for itself: addresses mean nothing elsewhere."""
-        return {**self.__dict__, "_dense": None, "_prepared": None, "_group": None}
+        return {**self.__dict__, "_dense": None, "_prepared": None, "_table": None, "_group": None}
 
     def planes(self) -> list[Tensor]:
         """Return the planes of the number of bits in use, most significant first, each int32 [N, ceil(K / 32)]."""
@@ -78,14 +82,38 @@ class _PackedModule(nn.Module):
         return join_planes(dict(self.named_buffers()), self.shape.seed_bits, self.bits)
 
     def codebook(self) -> Tensor:
-        """Return the codebook of the number of bits in use, [N, 2**bits]."""
-        return self.tiled().codebook(self.bits) if self.is_tiled else self.get_buffer(f"codebook_{self.bits}")
+        """Return the codebook of the number of bits in use, [N, 2**bits]; shared ones are computed once and kept."""
+        if self.is_tiled:
+            return self.tiled().codebook(self.bits)
+        shared = None if self._table is not None else self.shared()
+        if shared is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._table = shared.codebook(self.bits)
+        return self.get_buffer(f"codebook_{self.bits}") if self._table is None else self._table
+
+    def _shared_parts(self) -> dict[str, Tensor]:
+        """Return the tensors that shared codebooks are computed from, by their stored names; none if rows have their own."""
+        return {name: tensor for name, tensor in self.named_buffers() if name.startswith(_SHARED)}
+
+    def shared(self) -> Shared | None:
+        """Return what shared codebooks are computed from; None if rows have their own."""
+        parts = self._shared_parts()
+        return read_shared(parts) if parts else None
+
+    @property
+    def factors(self) -> Tensor | None:
+        """Return the factors of the columns, [K], that entries of shared codebooks are multiplied by; else None."""
+        return self._buffers.get("columns")
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight at the number of bits in use, [N, K], float32 unless told otherwise, and keep nothing."""
+        dtype, columns = dtype or torch.float32, self.factors
+        wide = dtype if columns is None else torch.float32  # rounded once
         if self.is_tiled:
-            return tiled_weight(self.tiled(), self.bits, dtype or torch.float32)
-        return dense_weight(self.planes(), self.codebook(), self.shape.in_features, dtype or torch.float32)
+            found = tiled_weight(self.tiled(), self.bits, wide)
+        else:
+            found = dense_weight(self.planes(), self.codebook(), self.shape.in_features, wide)
+        return found if columns is None else found.mul_(columns).to(dtype)
 
     def tiled(self) -> Tiled:
         """Return the layout of the GPU kernels; it must be there (:meth:`BitPlaneLinear.tile`)."""
@@ -116,7 +144,7 @@ class _PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._forget()  # it would stay on the old device
-        kinds = "codebook_", "tiled_table_", "tiled_rounded"
+        kinds = "codebook_", "tiled_table_", "tiled_rounded", *_SHARED
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -170,18 +198,23 @@ class BitPlaneLinear(_PackedModule):
         """Apply the layer: [..., K] to [..., N] in the dtype of ``x``, differentiable in ``x``."""
         if self.is_tiled and not self.keep_dense:
             shared = self._group.take(self, x) if self._group is not None else None
-            return tiled_linear(x, self.tiled(), self.bits, self.bias) if shared is None else shared
+            return tiled_linear(self._scaled(x), self.tiled(), self.bits, self.bias) if shared is None else shared
         prepared = self._direct(x)
         dense = self._kept_dense(x.dtype) if prepared is None else None
         y: Tensor
         if prepared is not None:
-            y = prepared(x)
+            y = prepared(self._scaled(x))
         elif dense is not None:
             y = matmul(x, dense.t())
         else:
             tensors = [self.codebook(), *self.planes()]
-            y = packed_linear(x, tensors, None, self.out_features, self.in_features, self.bits, 0)
+            y = packed_linear(self._scaled(x), tensors, None, self.out_features, self.in_features, self.bits, 0)
         return y if self.bias is None else y + self.bias
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Multiply activations by the factors of the columns, if there are any."""
+        columns = self.factors
+        return x if columns is None else (x.float() * columns).to(x.dtype)
 
     def tile(self) -> None:
         """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""
@@ -190,13 +223,16 @@ class BitPlaneLinear(_PackedModule):
         if not gpu.serves(self.get_buffer("weight").device):
             return
         shape, buffers = self.shape, dict(self.named_buffers())
-        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.all_bits}
+        shared = self.shared()
+        codebooks = {
+            bits: buffers[f"codebook_{bits}"] if shared is None else shared.codebook(bits) for bits in shape.all_bits
+        }
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
         self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
-        self.hold(self.shape, {})
+        self.hold(self.shape, self._shared_parts())
         self.register_buffer("tiled_codes", made.codes, persistent=False)
         for bits, table in made.tables.items():
             self.register_buffer(f"tiled_table_{bits}", table, persistent=False)
@@ -224,8 +260,8 @@ class BitPlaneLinear(_PackedModule):
     def _stored(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors, made from the layout of the kernels, bit for bit."""
         planes, codebooks = self.tiled().canonical()
-        tensors = split_planes(planes, self.shape)
-        return tensors | {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()}
+        tensors, parts = split_planes(planes, self.shape), self._shared_parts()
+        return tensors | (parts or {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._part()
@@ -316,6 +352,10 @@ class BitPlaneEmbedding(_PackedModule):
         """Look up the rows of tokens, int64 [...] to [..., K], and no others."""
         rows = tokens.reshape(-1)
         planes = [plane[rows] for plane in self.planes()]
-        found = dense_weight(planes, self.codebook()[rows], self.embedding_dim, self.dtype)
+        columns = self.factors
+        wide = self.dtype if columns is None else torch.float32
+        found = dense_weight(planes, self.codebook()[rows], self.embedding_dim, wide)
+        if columns is not None:
+            found = found.mul_(columns).to(self.dtype)
         # The constant is rounded to the dtype first, as the dense module does.
         return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)
