@@ -11,7 +11,8 @@ All numbers of bits share one Hessian, the mean of ``x x^T``: measured, one of `
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from compress.passes import Block, Run
 from compress.quant.format import Codes
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.settings import AnyPrecisionConfig
+from compress.quant.shared_search import shared_output_codebooks
 from compress.statistics import SharedInputs, check_inputs, watch
 
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
@@ -103,6 +105,27 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: in
     return 4 * (matrices + targets + 4 * length * inputs) + 1024 * 90 * inputs  # a sample, and rows, at a time
 
 
+def _codes(
+    targets: Mapping[int, Tensor],
+    hessian: Tensor,
+    config: AnyPrecisionConfig,
+    zeros: Tensor | None,
+    sizes: Sequence[int],
+) -> list[Codes]:
+    """Quantise matrices of one input, so many rows of the targets each; return what was found, on the CPU."""
+    if config.rank is None:
+        codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
+        codebooks = [torch.split(codebook.cpu(), list(sizes)) for codebook in codes.codebooks.values()]
+        every = zip(torch.split(codes.codes.cpu(), list(sizes)), *codebooks, strict=True)
+        return [Codes(rows, dict(zip(codes.codebooks, of_rows, strict=True))) for rows, *of_rows in every]
+    found, start = [], 0
+    for size in sizes:
+        part = {bits: target[start : start + size] for bits, target in targets.items()}
+        found.append(shared_output_codebooks(part, hessian, config.rank, config.focus).cpu())
+        start += size
+    return found
+
+
 @torch.no_grad()
 def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) -> dict[str, Codes]:
     """Quantise the named linears of a block; ``block.show`` then loads their weights at a variant's number of bits.
@@ -139,11 +162,9 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
         measured = hessian.diagonal().clone()
         _damp(hessian, _DAMPING)
         zeros = weight == 0 if config.keep_zeros else None
-        codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
+        sizes = [block.linears[name].shape[0] for name in chosen]
+        found = _codes(targets, hessian, config, zeros, sizes)
         hessian.diagonal().copy_(measured)
-        hessian, start = hessian.cpu(), 0
-        for name in chosen:
-            rows = slice(start, start + block.linears[name].shape[0])
-            codebooks = {bits: codebook[rows].cpu() for bits, codebook in codes.codebooks.items()}
-            fitted[name], start = Codes(codes.codes[rows].cpu(), codebooks, hessian), rows.stop
+        hessian = hessian.cpu()
+        fitted |= {name: replace(codes, hessian=hessian) for name, codes in zip(chosen, found, strict=True)}
     return fitted

@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.kernels.packing import pack_planes, unpack_planes
 from compress.quant.records import MAX_GAP_BITS, EmbeddingShape, PackedShape, SharedShape, SparseShape
-from compress.quant.shared import Shared
+from compress.quant.shared import Shared, read_shared
 
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
@@ -45,6 +45,14 @@ class Codes:
         assert self.shared is not None
         codes = (self.codes[part] >> (max(self.codebooks) - bits)).long()
         return self.shared.table(bits)[0][codes] * self.shared.rows[part].float() * self.shared.columns.float()
+
+    def cpu(self) -> Codes:
+        """Copy to the CPU."""
+        shared = self.shared
+        if shared is not None:
+            shared = read_shared({name: tensor.cpu() for name, tensor in shared.tensors().items()})
+        codebooks = {bits: codebook.cpu() for bits, codebook in self.codebooks.items()}
+        return replace(self, codes=self.codes.cpu(), codebooks=codebooks, shared=shared)
 
     def as_stored(self) -> Codes:
         """Round the codebooks to the dtype that a checkpoint stores.

@@ -54,6 +54,7 @@ def _alike(members: Sequence[BitPlaneLinear]) -> bool:
         and member.shape.codebook_dtype == first.shape.codebook_dtype
         and member.exact == first.exact
         and (member.bias is None) == (first.bias is None)
+        and member.factors is None  # each has its own, and what they multiply would not be one input
         and member.get_buffer("tiled_codes").device == first.get_buffer("tiled_codes").device
         for member in members
     )

@@ -104,7 +104,7 @@ class PackedModule(nn.Module):
         return read_shared(parts) if parts else None
 
     @property
-    def column_factors(self) -> Tensor | None:
+    def factors(self) -> Tensor | None:
         """Return the factors of the columns, [K], that entries of shared codebooks are multiplied by; else None."""
         return self._buffers.get("columns")
 
@@ -118,7 +118,7 @@ class PackedModule(nn.Module):
 
         With ``places``, int64 [T], those rows alone, [T, K].
         """
-        dtype, columns, rows = dtype or torch.float32, self.column_factors, self.row_factors
+        dtype, columns, rows = dtype or torch.float32, self.factors, self.row_factors
         wide = dtype if columns is None else torch.float32  # rounded once
         if self.is_tiled:
             found = tiled_weight(self.tiled(), self.bits, wide)
@@ -142,7 +142,7 @@ class PackedModule(nn.Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Multiply activations by the factors of the columns, if there are any."""
-        columns = self.column_factors
+        columns = self.factors
         return x if columns is None else (x.float() * columns).to(x.dtype)
 
     def tiled(self) -> Tiled:

@@ -53,6 +53,15 @@ class Shared:
         """Return the codebook of a row of size 1, float32 [1, 2**bits], where rows have no other coefficients."""
         return replace(self, rows=torch.ones(1, 1, device=self.rows.device)).codebook(bits)
 
+    def differentiable(self, bits: int, given: Tensor) -> Tensor:
+        """Return the codebook of every row in float32, with ``given`` for the basis of so many bits, or for the places."""
+        coefficients = self.coefficients().float()
+        if bits <= self.last:
+            return coefficients @ given
+        assert self.width is not None
+        cells, width = coefficients @ self.basis[self.last].float(), coefficients @ self.width.float()
+        return (cells[..., None] + width[..., None] * given).flatten(1)
+
     def part(self, rows: slice) -> Shared:
         """Return the same of some rows."""
         return replace(self, rows=self.rows[rows], shapes=None if self.shapes is None else self.shapes[rows])

@@ -21,7 +21,7 @@ from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape, bits_range
+from compress.quant.records import EmbeddingShape, PackedShape, bits_range, own_tensor
 from compress.quant.settings import TuneTablesConfig
 from compress.training import predictions
 from compress.workspace import Record
@@ -44,23 +44,35 @@ class _LookUp(torch.autograd.Function):
 
 
 class _Tuned(nn.Module):
-    """Stand in for a packed linear; ``offset`` is learned, in units of the mean distance between entries."""
+    """Stand in for a packed linear; ``offset`` is learned, in units of the mean distance between entries.
 
-    def __init__(self, packed: BitPlaneLinear) -> None:
+    Where rows share their codebooks, only what no other number of bits reads is trained: the basis, or places in cells.
+    """
+
+    def __init__(self, packed: BitPlaneLinear, stored: str) -> None:
         super().__init__()
-        self.packed = packed
-        self.start = packed.codebook().float()
-        self.free = self.start != 0  # an exact zero may stand for pruned weights
+        self.packed, self.stored = packed, stored
+        self.start = packed.get_buffer(self.stored).float()
+        # An exact zero may stand for pruned weights.
+        self.free = self.start != 0 if self.stored.startswith("codebook") else torch.ones_like(self.start)
         # Entries reach about two standard deviations to either side of their mean.
-        self.distance = 4 * self.start.std().clamp_min(1e-30) / self.start.shape[1]
+        self.distance = 4 * self.start.std().clamp_min(1e-30) / self.start.shape[-1]
         self.offset = nn.Parameter(torch.zeros_like(self.start))
 
-    def codebook(self) -> Tensor:
+    def trained(self) -> Tensor:
         return self.start + self.free * self.distance * self.offset
+
+    def codebook(self) -> Tensor:
+        shared, found = self.packed.shared(), self.trained()
+        if shared is None:
+            return found
+        return shared.differentiable(self.packed.bits, found)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed
         weight: Tensor = _LookUp.apply(self.codebook(), packed.in_features, *packed.planes())  # type: ignore[no-untyped-call]
+        if packed.factors is not None:
+            weight = weight * packed.factors
         return linear(x, weight, packed.bias)
 
 
@@ -74,10 +86,10 @@ class TuneTables(Pass[TuneTablesConfig]):
         return Needs(packed=True, whole_model=True, teacher=True)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """Name a unit per number of bits.
+        """Name a unit per number of bits whose codebooks no other number of bits is computed from.
 
         Raises:
-            CompressError: a number of bits that no matrix has.
+            CompressError: a number of bits that no matrix has, or whose codebooks are not its alone.
         """
         there = list(bits_range(packed.values()))
         for bits in self.config.widths:
@@ -85,7 +97,15 @@ class TuneTables(Pass[TuneTablesConfig]):
                 raise CompressError(
                     f"tune_tables: {bits} bits are not among the {there[0]} to {there[-1]} of the model."
                 )
-        return [f"width-{bits}" for bits in there if bits in (self.config.widths or there)]
+        tuned = [shape for shape in packed.values() if not isinstance(shape, EmbeddingShape)]
+        own = {bits for shape in tuned for bits in shape.all_bits if own_tensor(shape, bits)}
+        for bits in self.config.widths:
+            if bits not in own:
+                raise CompressError(
+                    f"tune_tables: codebooks of more bits are computed from those of {bits} bits, which stay as they are; "
+                    "leave it out of widths, or use any_precision's codebooks: row."
+                )
+        return [f"width-{bits}" for bits in sorted(own) if bits in (self.config.widths or own)]
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, progress: Progress
@@ -97,8 +117,9 @@ class TuneTables(Pass[TuneTablesConfig]):
         tuned: dict[str, _Tuned] = {}
         for name, module in packed.items():
             module.bits = module.shape.at(bits)
-            if isinstance(module, BitPlaneLinear) and module.bits == bits:
-                tuned[name] = _Tuned(module)
+            stored = None if isinstance(module.shape, EmbeddingShape) else own_tensor(module.shape, module.bits)
+            if isinstance(module, BitPlaneLinear) and module.bits == bits and stored is not None:
+                tuned[name] = _Tuned(module, stored)
                 whole.model.set_submodule(name, tuned[name])
         held, trained = whole.samples[::8], [s for i, s in enumerate(whole.samples) if i % 8] or whole.samples
         try:
@@ -118,8 +139,8 @@ class TuneTables(Pass[TuneTablesConfig]):
             return {}, record
         tensors = {}
         for name, stand_in in tuned.items():
-            stored = packed[name].get_buffer(f"codebook_{bits}")
-            tensors[f"{name}.codebook_{bits}"] = stand_in.codebook().detach().to("cpu", stored.dtype)
+            stored = packed[name].get_buffer(stand_in.stored)
+            tensors[f"{name}.{stand_in.stored}"] = stand_in.trained().detach().to("cpu", stored.dtype)
         return tensors, record
 
     def _train(
