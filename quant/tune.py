@@ -117,9 +117,9 @@ class TuneTables(Pass[TuneTablesConfig]):
         tuned: dict[str, _Tuned] = {}
         for name, module in packed.items():
             module.bits = module.shape.at(bits)
-            stored = None if isinstance(module.shape, EmbeddingShape) else own_tensor(module.shape, module.bits)
-            if isinstance(module, BitPlaneLinear) and module.bits == bits and stored is not None:
-                tuned[name] = _Tuned(module, stored)
+            own = None if isinstance(module.shape, EmbeddingShape) else own_tensor(module.shape, module.bits)
+            if isinstance(module, BitPlaneLinear) and module.bits == bits and own is not None:
+                tuned[name] = _Tuned(module, own)
                 whole.model.set_submodule(name, tuned[name])
         held, trained = whole.samples[::8], [s for i, s in enumerate(whole.samples) if i % 8] or whole.samples
         try:

@@ -9,24 +9,23 @@ the head's inputs; measured on SmolLM2, an error of the head costs twenty times 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compress.quant.format import Codes
+from compress.kernels.packing import pack_planes
+from compress.quant.format import Codes, split_planes
 from compress.quant.hessian import Buffers, Hessian
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import Objective, Tree, row_parts
-from compress.quant.records import STORED_BITS
-from compress.quant.shared import Shared
+from compress.quant.records import STORED_BITS, EmbeddingShape
+from compress.quant.shared import Shared, read_shared
 
 _BINS = 1 << 14  # of the histogram that the table is fitted to
 _SAMPLED = 1 << 13  # rows of which it is made
-_LOOKED_UP, _DAMPED = (
-    0.05,
-    1e-3,
-)  # what errors of looked-up rows cost, as a share of the mean diagonal of the head's Hessian
+# What errors of looked-up rows cost, as a share of the mean diagonal of the head's Hessian; and what is added to it without them.
+_LOOKED_UP, _DAMPED = 0.05, 1e-3
 _SIZE = 0.75  # power of a column's size in its factor
 _POWERS = (0.75, 0.75)  # as in compress.quant.nested: what the errors at more bits count, sweep by sweep
 
@@ -133,3 +132,18 @@ def _nearest(targets: Tensor, codebooks: Mapping[int, Tensor], bits: range) -> T
         middle = (codebooks[more][:, 0::2] + codebooks[more][:, 1::2]) / 2
         codes = 2 * codes + (targets > middle.gather(1, codes))
     return codes
+
+
+def with_rows(
+    shape: EmbeddingShape, tensors: Mapping[str, Tensor], extra: Tensor
+) -> tuple[EmbeddingShape, dict[str, Tensor]]:
+    """Add rows, float32 [M, K], to a stored embedding or head, by their nearest codes; its tables stay as they are."""
+    shared = read_shared(tensors)
+    targets = extra / shared.columns.float()
+    sizes = targets.square().mean(1, keepdim=True).sqrt().to(shared.rows.dtype)  # 0 for a row of zeros
+    added = replace(shared, rows=sizes.clamp_min(1e-7).float())
+    codes = _nearest(targets, {bits: added.codebook(bits) for bits in shape.all_bits}, shape.all_bits)
+    planes = split_planes(pack_planes(codes.to(torch.uint8), shape.parent_bits), shape)
+    larger = {name: torch.cat([tensors[name], plane], -2).contiguous() for name, plane in planes.items()}
+    larger["rows"] = torch.cat([shared.rows, sizes])
+    return replace(shape, out_features=shape.out_features + len(extra)), {**tensors, **larger}
