@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from compress.manifest import verify
 from compress.plan import plan
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import pack_smaller
-from compress.quant.records import EmbeddingShape, PackedShape, bits_range, model_bytes, packed_bytes
+from compress.quant.records import EmbeddingShape, PackedShape, bits_range, model_bytes, packed_bytes, shape_of
 from compress.quant.settings import KMeansConfig
 from compress.quant.vocabulary import fit_vocabulary
 
+DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
+SHARED_VECTORS = json.loads(re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[-1])
 TOKENS = torch.arange(3, 15)[None]
 TABLE = {"3": 5, "4": 6, "5": 7, "6": 8}
 
@@ -119,6 +123,51 @@ def test_the_c_library_gathers_rows(shared):
     for wrong in (-1, 50):
         with pytest.raises(ValueError, match="not all among 50 rows"):
             cpu.look_up(planes, table, 70, places=torch.tensor([wrong]))
+
+
+# The document
+
+
+def decoded(vector, bits):
+    """The weight at a number of bits, by the chapter on version 4 alone, for one coefficient per row."""
+    tensors, rows, last = vector["tensors"], vector["record"]["out_features"], max(vector["record"]["seed_bits"], 5)
+    weight = []
+    for n in range(rows):
+        weight.append([])
+        for k in range(vector["record"]["in_features"]):
+            code = vector["codes"][n][k] >> (vector["record"]["parent_bits"] - bits)
+            if bits <= last:
+                entry = tensors[f"basis_{bits}"][0][code]
+            else:
+                cell, low = divmod(code, 2 ** (bits - last))
+                entry = tensors[f"basis_{last}"][0][cell]
+                entry += tensors[f"width_{last + 1}"][0][cell] * tensors[f"place_{bits}"][low]
+            weight[n].append(entry * tensors["rows"][n][0] * tensors["columns"][k])
+    return weight
+
+
+def words(value):
+    """Hexadecimal words as the int32 values that are stored; other numbers as they are."""
+    if isinstance(value, list):
+        return [words(item) for item in value]
+    return int(value, 16) - (int(value, 16) >> 31 << 32) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("vector", SHARED_VECTORS, ids=lambda vector: vector["name"])
+def test_the_vectors_of_version_4(vector):
+    shape = shape_of(vector["record"])
+    tensors = {
+        name: torch.tensor(words(vector["tensors"][name]), dtype=getattr(torch, kind)).view(size)
+        for name, (size, kind) in shape.specification().items()
+    }
+    assert tensors.keys() == vector["tensors"].keys()
+    packed = BitPlaneEmbedding(shape)
+    packed.load_state_dict(tensors)
+    for bits in shape.all_bits:
+        packed.bits = bits
+        assert packed.dense().tolist() == decoded(vector, bits) == vector["decoded"][str(bits)]
+    planes = pack_planes(torch.tensor(vector["codes"], dtype=torch.uint8), shape.parent_bits)
+    assert torch.equal(torch.stack(packed.planes()), planes)
 
 
 # Bits of its own

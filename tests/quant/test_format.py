@@ -17,7 +17,7 @@ from compress.quant.format import Codes, expand, pack, pack_smaller
 from compress.quant.linear import BitPlaneLinear
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
-VECTORS, SPARSE_VECTORS = map(json.loads, re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE))
+VECTORS, SPARSE_VECTORS, _ = map(json.loads, re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE))
 SPARSE_FIELDS = {"survivors", "gap_bits", "mask_bits"}
 
 
