@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import compress
 from compress.adapters import virtual_tokens
 from compress.calibration import read_documents
+from compress.defaults import usual_defaults
 from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
@@ -147,6 +148,7 @@ class OpenModel:
         """Return the key of a measurement, but for the number of bits."""
         return Key(kind, name, identity(self.folder), "", self._name, {**settings, **self.digests})
 
+    @usual_defaults()
     def measure(self, key: Key, work: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return number of bits -> row of the store, after measuring what is missing: ``work`` gives the parts of a row."""
         rows = {}

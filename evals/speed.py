@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
+from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.evaluate import load_bits
@@ -78,6 +79,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+@usual_defaults()
 def bench(
     folder: str,
     bits: Sequence[int | float] | None = None,
