@@ -15,7 +15,6 @@ from compress.kernels.layout import Tiled, head_for
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 
-
 _Key = tuple[int, object, list[Tensor | None]]
 
 
@@ -35,7 +34,7 @@ class _PackedModule(nn.Module):
     """
 
     def __init__(self, shape: PackedShape) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # past nn.Linear, which would make a dense weight
         self.keep_dense: bool | None = None
         self.exact = True
         sizes = shape.specification().items()
@@ -152,9 +151,10 @@ class _PackedModule(nn.Module):
         return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
 
 
-class BitPlaneLinear(_PackedModule):
+class BitPlaneLinear(_PackedModule, nn.Linear):
     """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
+    It is one by class, so that peft puts adapters on it as on any other; its ``weight`` is the seed's planes.
     On a GPU that the kernels serve it holds their layout in place of the stored tensors, which are made again where they are
     asked for (``state_dict``, ``planes``, moving to another kind of device).
     """
