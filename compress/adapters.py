@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from compress.config import StoredConfig
 from compress.errors import CompressError, first_line
 from compress.hf import packed_modules
 from compress.quant.linear import BitPlaneLinear
@@ -69,6 +70,13 @@ def _check_fit(model: PreTrainedModel, folder: Path) -> None:
     embedding: Any = model.get_input_embeddings()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     prefix = 2 * config.num_hidden_layers * heads * head_dim(config)
+    stored = getattr(config, "quantization_config", None)
+    shapes = stored.block_shapes() if isinstance(stored, StoredConfig) else {}
+    if kind == "PREFIX_TUNING" and {shape.key_value_heads for shape in shapes.values()} - {heads}:
+        raise CompressError(
+            f"{folder}: is a prefix, which has keys for equally many heads in every block, and some of this model's have fewer; "
+            "train a prompt (method: prompt) for it, or prune in mode uniform."
+        )
     expected = embedding.embedding_dim if kind == "PROMPT_TUNING" else prefix
     if wide != expected:
         raise CompressError(f"{folder}: does not fit this model ({wide} numbers per virtual token, not {expected}).")

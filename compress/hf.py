@@ -30,7 +30,7 @@ from compress.quant.format import expand
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape, bits_range
-from compress.shapes import replace_shapes, set_linear
+from compress.shapes import replace_shapes, set_linear, tell_heads
 from compress.structure import Linear, architecture, is_linear, matching
 
 
@@ -46,14 +46,14 @@ def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, i
         known = bits_range(shapes.values())
         if bits not in known:
             raise CompressError(
-                f"width {bits} is not available; this model can be read at {known[0]} to {known[-1]} bits."
+                f"{bits} bits are not available; this model can be read at {known[0]} to {known[-1]} bits."
             )
         return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
     chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
         for name in matching(pattern, list(shapes)):
             if not isinstance(value, int) or value not in (span := shapes[name].all_bits):
-                raise CompressError(f"width {value} for {name} is not available; it has {span[0]} to {span[-1]} bits.")
+                raise CompressError(f"{value} bits are not available for {name}; it has {span[0]} to {span[-1]}.")
             chosen[name] = value
     return chosen
 
@@ -111,7 +111,7 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
                 if embedding
                 else BitPlaneLinear(shape, getattr(module, "bias", None) is not None, weight.dtype)
             )
-        packed._is_hf_initialized = True  # transformers draws random numbers for what is missing; we refuse it
+        packed._is_hf_initialized = True  # type: ignore[assignment]  # transformers draws random numbers for what is missing; we refuse it
         model.set_submodule(name, packed)
 
 
@@ -207,9 +207,11 @@ class CompressQuantizer(HfQuantizer):
             if isinstance(module, BitPlaneLinear):
                 module.tile()
         join_layers(model)
+        assert isinstance(self.quantization_config, CompressConfig)
+        tell_heads(model.config, self.quantization_config.block_shapes())
         ends = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if any(module is end for module in packed.values() for end in ends):
-            model.resize_token_embeddings = partial(resize_packed, model)  # type: ignore[method-assign]
+            model.resize_token_embeddings = partial(resize_packed, model)  # type: ignore[assignment, method-assign]
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -101,12 +101,12 @@ def bits_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None)
     modules = packed_modules(model).values()
     if not modules:
         if asked:
-            raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
+            raise CompressError("--bits: this is a dense model, it has no bits to choose from.")
         return [None]
     stored = bits_range(module.shape for module in modules)
     if missing := [bits for bits in asked or () if not stored[0] <= bits <= stored[-1]]:
         raise CompressError(
-            f"--bits: width {missing[0]} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
+            f"--bits: {missing[0]} bits are not available; this model can be read at {stored[0]} to {stored[-1]} bits."
         )
     return [*sorted(asked or stored, reverse=True)]
 

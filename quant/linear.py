@@ -164,7 +164,8 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
     def __init__(self, shape: PackedShape, bias: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(shape)
         self.in_features, self.out_features = shape.in_features, shape.out_features
-        self.bias = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if bias else None
+        held = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", held)
 
     @property
     def exact(self) -> bool:
