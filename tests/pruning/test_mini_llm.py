@@ -105,10 +105,14 @@ def test_blocks_with_different_heads_serve_every_cache(recipe, make_model, tmp_p
     folder = pruned(recipe, tmp_path / "model", mode="local", protect=[1, 0])
     shapes = json.loads((folder / "config.json").read_text())["quantization_config"]["pruned"]
     assert len({shape["key_value_heads"] for shape in shapes.values()} | {4}) > 1
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    try:
+        compress.load(recipe["model"]).generate(TOKENS, prefill_chunk_size=3, cache_implementation="static", **options)
+    except IndexError:
+        pytest.skip("this release of transformers takes no prompt in chunks, of the dense model neither (5.0.0)")
     compress.load(folder).save_pretrained(tmp_path / "again")
     for place in (folder, tmp_path / "again"):
         model = compress.load(place)
-        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         expected = model.generate(TOKENS, **options)
         for cache in ({"cache_implementation": "static"}, {}):
             assert torch.equal(model.generate(TOKENS, prefill_chunk_size=3, **cache, **options), expected)
