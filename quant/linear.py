@@ -19,7 +19,8 @@ _Key = tuple[int, object, list[Tensor | None]]
 
 
 def _same(one: _Key, other: _Key) -> bool:
-    return one[:2] == other[:2] and len(one[2]) == len(other[2]) and all(map(is_, one[2], other[2]))
+    (bits, kind, buffers), (other_bits, other_kind, others) = one, other
+    return bits == other_bits and kind == other_kind and len(buffers) == len(others) and all(map(is_, buffers, others))
 
 
 class _PackedModule(nn.Module):
