@@ -97,7 +97,8 @@ def int8_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns bytes, uint8 [N, 2**b], 1 to 255, and float32 [N, 2]: ``entry = byte * affine[n, 0] + affine[n, 1]``.
     """
-    places, affine = torch.empty_like(codebook, dtype=torch.uint8), torch.empty(codebook.shape[0], 2)
+    places = torch.empty_like(codebook, dtype=torch.uint8)
+    affine = torch.empty(codebook.shape[0], 2, dtype=torch.float32, device=codebook.device)
     at_once = max(1, (1 << 18) // codebook.shape[1])  # rows: float64 copies stay small
     for rows, place, line in zip(
         torch.split(codebook.detach(), at_once), torch.split(places, at_once), torch.split(affine, at_once), strict=True
@@ -161,7 +162,7 @@ class Prepared:
         count = x.numel() // self.columns
         if count > FUSED_ROWS:
             return self._tiled(x)
-        y = torch.empty((*shape[:-1], self._rows), dtype=torch.float32)
+        y = torch.empty((*shape[:-1], self._rows), dtype=torch.float32, device=x.device)
         if count == 0:
             return y.to(dtype)
         rows = x.to(torch.float32).contiguous()
@@ -178,7 +179,7 @@ class Prepared:
         """Return the product by torch, a few rows of looked-up weights at a time."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
         rows = x.detach().reshape(-1, self.columns).to(dtype)
-        y = torch.empty(rows.shape[0], self._rows, dtype=dtype)
+        y = torch.empty(rows.shape[0], self._rows, dtype=dtype, device=x.device)
         step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
         for start in range(0, self._rows, step):
             part = slice(start, start + step)
@@ -207,7 +208,8 @@ def look_up(
         places = places.contiguous()
         if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < rows:
             raise ValueError(f"places {int(places.min())} to {int(places.max())} are not all among {rows} rows")
-    out = torch.empty(rows if places is None else len(places), columns, dtype=table.dtype)
+    count = rows if places is None else len(places)
+    out = torch.empty(count, columns, dtype=table.dtype, device=table.device)
     threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
     where = (0, 0) if places is None else (places.data_ptr(), len(places))
     if len(out) and found.calls.compress_look_up(matrix._matrix, *where, out.data_ptr(), found.team, threads):

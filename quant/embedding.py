@@ -19,7 +19,7 @@ class BitPlaneEmbedding(PackedModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up the rows of tokens, int64 [...] to [..., K], and no others."""
-        found = self.dense(self.dtype, tokens.reshape(-1))
+        found = self.dense(self.dtype, places=tokens.reshape(-1))
         # The constant is rounded to the dtype first, as the dense module does.
         return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)
 
@@ -50,7 +50,7 @@ class BitPlaneHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the head: [..., K] to [..., N] in the dtype of ``x``, differentiable in ``x``."""
         place = self.embedding.get_buffer("weight").device
-        y = self.embedding.product(x.to(place)).to(x.device)
+        y = self.embedding.product(x.to(place), self.embedding.bits).to(x.device)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -268,6 +268,17 @@ def test_saved_again_at_fewer_bits(packed, tmp_path):
         compress.set_bits(again, 5)
 
 
+def test_calls_that_would_change_its_rows_or_its_form(packed):
+    model = compress.load(packed[1])
+    before = logits(model)
+    with pytest.raises(CompressError, match="embedding_bits 0"):
+        model.resize_token_embeddings(model.config.vocab_size + 3)
+    plain = model.dequantize()
+    torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-4)
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    plain.resize_token_embeddings(model.config.vocab_size + 3)
+
+
 def test_a_budget_chooses_its_bits_too(packed):
     model = compress.load(packed[1], bits="3.5")
     assert packed_modules(model)["model.embed_tokens"].bits in range(5, 9)
