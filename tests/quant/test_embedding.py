@@ -86,9 +86,9 @@ def test_looked_up_rows_and_the_product_are_those_of_the_dense_matrix(bits):
     assert embedding.codebook().shape == (1, 2**bits), "one table serves all rows"
     for count in (1, 3, 40):  # below and above what the C kernels multiply at once
         x = torch.randn(2, count, 40, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(embedding.product(x), x @ dense.t(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(embedding.product(x, bits), x @ dense.t(), rtol=1e-4, atol=1e-4)
         embedding.keep_dense = True
-        torch.testing.assert_close(embedding.product(x), x @ dense.t(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(embedding.product(x, bits), x @ dense.t(), rtol=1e-4, atol=1e-4)
         embedding.keep_dense = None
 
 
