@@ -47,7 +47,7 @@ class Shared:
             assert self.place is not None
             steps = _product(coefficients, self.width)[..., None] * self.place[bits].double()
             table = (table[..., None] + steps).flatten(1)
-        return table.to(self.rows.dtype)
+        return table.float().to(self.rows.dtype)
 
     def differentiable(self, bits: int, given: Tensor) -> Tensor:
         """Return the codebook of every row in float32, with ``given`` for the basis of so many bits, or for the places."""
