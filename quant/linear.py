@@ -323,7 +323,7 @@ class Group:
         if member is self.members[0]:
             if any(other.bits != member.bits or other.keep_dense for other in self.members):
                 return None
-            parts = torch.split(tiled_linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
+            parts = torch.split(tiled_linear(member._scaled(x), self._tiled, member.bits, self._bias), self._sizes, -1)
             self._waiting = x, parts
             return parts[0]
         waiting = self._waiting
