@@ -118,12 +118,7 @@ def _codes(
         codebooks = [torch.split(codebook.cpu(), list(sizes)) for codebook in codes.codebooks.values()]
         every = zip(torch.split(codes.codes.cpu(), list(sizes)), *codebooks, strict=True)
         return [Codes(rows, dict(zip(codes.codebooks, of_rows, strict=True))) for rows, *of_rows in every]
-    found, start = [], 0
-    for size in sizes:
-        part = {bits: target[start : start + size] for bits, target in targets.items()}
-        found.append(shared_output_codebooks(part, hessian, config.rank, config.focus).cpu())
-        start += size
-    return found
+    return [found.cpu() for found in shared_output_codebooks(targets, hessian, config.rank, config.focus, sizes)]
 
 
 @torch.no_grad()

@@ -360,7 +360,7 @@ class Group:
         if member is self.members[0]:
             if any(other.bits != bits or other.keep_dense for other in self.members):
                 return None
-            parts = torch.split(tiled_linear(x, self._tiled, bits, self._bias), self._sizes, -1)
+            parts = torch.split(tiled_linear(member._scaled(x), self._tiled, bits, self._bias), self._sizes, -1)
             self._waiting = x, bits, parts
             return parts[0]
         waiting = self._waiting

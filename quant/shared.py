@@ -47,7 +47,7 @@ class Shared:
             assert self.place is not None
             steps = _product(coefficients, self.width)[..., None] * self.place[bits].double()
             table = (table[..., None] + steps).flatten(1)
-        return table.to(self.rows.dtype)
+        return table.float().to(self.rows.dtype)
 
     def table(self, bits: int) -> Tensor:
         """Return the codebook of a row of size 1, float32 [1, 2**bits], where rows have no other coefficients."""

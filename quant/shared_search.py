@@ -6,7 +6,7 @@ ones, and chooses codes again, which then make up for most of what the rows lost
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,25 +32,34 @@ _SAMPLED, _ROUNDS = 128, 2  # rows that places are fitted on, and how often
 
 
 def shared_output_codebooks(
-    targets: Mapping[int, Tensor], hessian: Tensor, rank: int, focus: Mapping[int, float] | None = None
-) -> Codes:
-    """Find nested codes and shared codebooks of the rows of a matrix.
+    targets: Mapping[int, Tensor],
+    hessian: Tensor,
+    rank: int,
+    focus: Mapping[int, float] | None = None,
+    sizes: Sequence[int] = (),
+) -> list[Codes]:
+    """Find nested codes and shared codebooks of matrices that share their inputs, and so the factors of their columns.
 
     Args:
         targets: bits -> float32 [N, K], finite: what the rows should be, for all from the seed's to the parent's.
         hessian: float32 [K, K], mean of ``x x^T`` over the inputs, positive definite.
         rank: coefficients of every row, at most as many as there are entries of all stored numbers of bits.
         focus: bits -> how much their error counts, 1 where not given.
+        sizes: rows of each matrix; one of all rows if not given.
 
     Returns:
-        Codes and float32 codebooks, on the device of the targets.
+        For each matrix codes and float32 codebooks, on the device of the targets.
     """
     columns = column_factors(targets[max(targets)], hessian.diagonal())
-    wanted = {bits: target / columns for bits, target in targets.items()}
-    search = _Search(wanted, Hessian(hessian * columns[:, None] * columns), focus or {})
-    shared = search.shared(columns, rank)
-    codes = torch.cat([search.finished(part, shared) for part in search.parts])
-    return Codes(codes, {bits: shared.codebook(bits) for bits in sorted(targets)}, shared=shared)
+    prepared, found, start = Hessian(hessian * columns[:, None] * columns), [], 0
+    for size in sizes or [len(targets[max(targets)])]:
+        wanted = {bits: target[start : start + size] / columns for bits, target in targets.items()}
+        search = _Search(wanted, prepared, focus or {})
+        shared = search.shared(columns, rank)
+        codes = torch.cat([search.finished(part, shared) for part in search.parts])
+        found.append(Codes(codes, {bits: shared.codebook(bits) for bits in sorted(targets)}, shared=shared))
+        start += size
+    return found
 
 
 class _Search:

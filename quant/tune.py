@@ -139,8 +139,8 @@ class TuneTables(Pass[TuneTablesConfig]):
             return {}, record
         tensors = {}
         for name, stand_in in tuned.items():
-            stored = packed[name].get_buffer(stand_in.stored)
-            tensors[f"{name}.{stand_in.stored}"] = stand_in.trained().detach().to("cpu", stored.dtype)
+            kind = packed[name].get_buffer(stand_in.stored).dtype
+            tensors[f"{name}.{stand_in.stored}"] = stand_in.trained().detach().to("cpu", kind)
         return tensors, record
 
     def _train(

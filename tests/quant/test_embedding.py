@@ -27,7 +27,7 @@ from compress.quant.settings import KMeansConfig
 from compress.quant.vocabulary import fit_vocabulary
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
-SHARED_VECTORS = json.loads(re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[-1])
+EMBEDDING = json.loads(re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[-1])[-1]
 TOKENS = torch.arange(3, 15)[None]
 TABLE = {"3": 5, "4": 6, "5": 7, "6": 8}
 
@@ -153,8 +153,8 @@ def words(value):
     return int(value, 16) - (int(value, 16) >> 31 << 32) if isinstance(value, str) else value
 
 
-@pytest.mark.parametrize("vector", SHARED_VECTORS, ids=lambda vector: vector["name"])
-def test_the_vectors_of_version_4(vector):
+def test_the_vector_of_an_embedding():
+    vector = EMBEDDING
     shape = shape_of(vector["record"])
     tensors = {
         name: torch.tensor(words(vector["tensors"][name]), dtype=getattr(torch, kind)).view(size)
