@@ -23,6 +23,7 @@ from compress.weights import Checkpoint
 
 PASS = {
     "kind": "any_precision",
+    "embedding_bits": 0,
     "seed_bits": 3,
     "parent_bits": 5,
     "objective": "weight",

@@ -240,7 +240,7 @@ def test_tied_stays_tied(packed):
         assert torch.equal(logits(model), logits(compress.load(folder, bits=bits)))
     dense = logits(AutoModelForCausalLM.from_pretrained(recipe["model"], dtype=torch.float32))
     compress.set_bits(model, 6)
-    assert (logits(model) - dense).abs().max() < 0.1 * dense.abs().max()
+    assert (logits(model) - dense).abs().max() < 0.25 * dense.abs().max()
     assert verify(folder)
 
 
