@@ -120,6 +120,8 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
 
 def tie_head(model: PreTrainedModel, embedding: BitPlaneEmbedding) -> None:
     """Let the head of a model multiply by its packed embedding, and transformers tie nothing."""
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        return  # a model without its head
     name = head_name(model)
     head = BitPlaneHead(embedding, getattr(model.get_submodule(name), "bias", None))
     model.set_submodule(name, head)
