@@ -82,7 +82,9 @@ class Runner:
         device = context.device.type
         self.stage: Stage = work.stage(self.kind, state.key, settings, text, context.seed, device, __version__)
         self.outside = step.outside(context)
-        self.fisher = work.stage("fisher", state.key, text, self.outside, device, __version__)
+        count = self.needs.gradient_samples
+        self.gradient_samples = self.samples and self.samples.first(count)
+        self.fisher = work.stage("fisher", state.key, text, count, self.outside, device, __version__)
         self.processes = processes(context.device)
         self.statistics: list[list[Record]] = []
         inside = {block_of(name, context.structure) for name in context.linears}
@@ -91,7 +93,7 @@ class Runner:
     @cached_property
     def model(self) -> StreamedModel:
         """Open the model when it is first needed: a pass that is finished needs none."""
-        return StreamedModel(self.state, self.context.device)
+        return StreamedModel(self.state, self.context.device, fast=True)
 
     def run(self) -> tuple[State, dict[str, Record]]:
         """Do what is not done yet; return the state after the pass, and the records of its units."""
@@ -113,9 +115,9 @@ class Runner:
 
     def _run_blocks(self) -> None:
         if self.needs.squared_gradients:
-            assert self.samples is not None
+            assert self.gradient_samples is not None
             with self.log.unit(self.kind, "squared gradients"):
-                squared_gradients(self.model, self.samples, self.fisher, self.outside, self._progress)
+                squared_gradients(self.model, self.gradient_samples, self.fisher, self.outside, self._progress)
         if self.needs.model_statistics and self.stage.record("model-survey") is None:
             assert self.samples is not None
             with self.log.unit(self.kind, "model survey"):
@@ -197,7 +199,7 @@ class Runner:
         with self.log.unit(self.kind, self.blocks[i]) as line, self.model.block(i) as module:
             block = self._open(i, module, inputs)
             unchanged = self.needs.inputs == "original"
-            outputs = self._outputs(module, block.samples) if unchanged else {}
+            outputs = self._outputs(module, block.samples) if unchanged and not self.needs.outputs else {}
             line |= self.step.run_block(block, self.context)
             tensors = self._collect(block)
             if block.removed:
@@ -206,7 +208,9 @@ class Runner:
                 inner = {name.removeprefix(f"{block.name}."): tensor.float() for name, tensor in tensors.items()}
                 module.load_state_dict(inner, strict=False)
                 outputs = self._outputs(module, block.samples)
-            for name, calls in ({} if block.removed else block.variants).items():
+            for name, found in block.outputs.items():
+                outputs |= {f"{name}-{n}" if name else f"{n}": output.cpu() for n, output in enumerate(found)}
+            for name, calls in ({} if block.removed or self.needs.outputs else block.variants).items():
                 assert block.show is not None
                 block.show(name)
                 outputs |= self._outputs(module, calls, f"{name}-")
@@ -238,10 +242,11 @@ class Runner:
 
             return run
 
-        def calls(prefix: str) -> list[Run]:
-            return [call(n, f"{prefix}{n}") for n in range(len(tokens))]
+        def calls(prefix: str, count: int | None = None) -> list[Run]:
+            return [call(n, f"{prefix}{n}") for n in range(len(tokens))][:count]
 
-        return calls(""), {name: calls(f"{name}-" if i else "") for name in self.needs.variants}
+        count = self.needs.variant_samples
+        return calls(""), {name: calls(f"{name}-" if i else "", count) for name in self.needs.variants}
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module, calls: Sequence[Run], prefix: str = "") -> dict[str, Tensor]:

@@ -9,11 +9,15 @@ import torch
 
 from compress.passes import Block, Context, Needs, Sizes
 from compress.quant.base import Array, QuantisePass
-from compress.quant.block_sweep import fit_block, fitting_bytes
+from compress.quant.block_sweep import CORRECTING, fit_block, fitting_bytes
 from compress.quant.format import Codes
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import CARRIED
 from compress.quant.settings import AnyPrecisionConfig
+
+# Samples whose gradients tell, for the output objective, how much each row's output counts: a mean over a row needs fewer
+# than a figure for each weight does.
+_GRADIENTS = 16
 
 
 class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
@@ -34,7 +38,15 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         seed, parent = self.seed_and_parent
         corrected = range(seed, min(parent, CARRIED) + 1) if self.config.correction else ()
         variants = tuple(str(bits) for bits in corrected)
-        return replace(needs, inputs="original", variants=variants)
+        few = None if self.config.include else _GRADIENTS
+        return replace(
+            needs,
+            inputs="original",
+            variants=variants,
+            variant_samples=CORRECTING,
+            outputs=True,
+            gradient_samples=few,
+        )
 
     def memory(self, sizes: Sizes, context: Context) -> int:
         """Estimate what the output objective takes: the original block beside its own, and one linear's statistics."""
