@@ -12,7 +12,7 @@ import compress
 from compress.hf import packed_modules
 from compress.plan import plan
 from compress.quant import any_precision, block_sweep
-from compress.quant.base import layer_errors
+from compress.quant.base import OutputScale, layer_errors
 from compress.structure import ARCHITECTURES
 
 
@@ -84,7 +84,7 @@ def test_layer_errors_by_hand():
     metric = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     sensitivity = torch.tensor([[3.0, 9.0], [0.5, 1.5]])
     # Rows' e H e: 0.25 * 2 and 1 * 4. Rows' w H w: 2 + 4 + 16 and 4. Rows' s: 12 and 2; trace 6.
-    assert layer_errors(weight, quantised, sensitivity, metric) == pytest.approx(
+    assert layer_errors(weight, quantised, sensitivity, OutputScale(weight, sensitivity, metric)) == pytest.approx(
         {"relative": 1.25 / 6, "output": 4.5 / 26, "weighted": 0.5 * 12 / 6 + 4 * 2 / 6}
     )
     assert layer_errors(weight, quantised, sensitivity, None) == pytest.approx(
