@@ -3,13 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress.passes import Context, Pass, Sizes, pass_class
-from compress.pipeline import check_order
+from compress.pipeline import check_order, text_of
 from compress.quant.records import PackedShape, bits_range, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.source import open_source
@@ -20,12 +21,15 @@ _FLOAT = 4
 _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds
 
 
-def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
-    """Estimate the sizes on disk and the peak memory of a run.
+def plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = (), seconds: bool = False
+) -> dict[str, Any]:
+    """Estimate the sizes on disk and the peak memory of a run, and, by rehearsing a little of it, its processor time.
 
     Returns:
         ``{"model", "blocks", "parameters", "parameters_after", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
-        "memory_bytes", "workspace_bytes"}]}``. Bytes on disk are those of the tensors, exact if codebooks fit float16
+        "memory_bytes", "workspace_bytes"}]}``, with ``seconds`` also ``"processor_seconds"``
+        (:func:`compress.rehearsal.foreseen_seconds`). Bytes on disk are those of the tensors, exact if codebooks fit float16
         (else they take twice the room) and nothing is stored sparse (pruned weights then take less). Memory is an
         estimate, on top of what Python holds after its imports.
 
@@ -39,6 +43,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     packed: dict[str, PackedShape] = {}
     for step, (_, context) in zip(steps, found, strict=False):
         packed |= step.packed_shapes(context)
+    times = [_seconds(step, *before, settings) for step, before in zip(steps, found, strict=False)] if seconds else []
     last, context = found[-1]
     rest = sum(item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in packed)
     at = {
@@ -54,10 +59,17 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
         "checkpoint_bytes": max(at.values(), default=rest),
         "bytes_at_bits": at,
         "passes": [
-            {"kind": step.config.kind, **_needs(step, *before, settings, packed)}
-            for step, before in zip(steps, found, strict=False)
+            {"kind": step.config.kind, **_needs(step, *before, settings, packed), **time}
+            for step, before, time in zip_longest(steps, found[:-1], times, fillvalue={})
         ],
     }
+
+
+def _seconds(step: Pass[Any], state: State, context: Context, settings: Recipe) -> dict[str, float | None]:
+    from compress.rehearsal import foreseen_seconds
+
+    found = foreseen_seconds(step, state, context, text_of(step, settings), context.device)
+    return {"processor_seconds": found}
 
 
 def _needs(
@@ -74,11 +86,14 @@ def _needs(
     whole, all_packed = outside + inside, sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
     samples, length = (text.samples, text.length) if text else (0, 0)
     hidden = samples * length * int(getattr(state.config, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
+    varied = len(needs.variants) * min(1.0, (needs.variant_samples or samples) / max(samples, 1))
+    shown = round((1 + varied) * hidden)  # what goes into a block, the variants included
     # Measured by the memory bench: a block in float32, as read, and as written.
-    memory, units, carried = outside + 3 * block + hidden, inside, 2 * (1 + len(needs.variants)) * hidden
+    memory, units, carried = outside + 3 * block + hidden, inside, 2 * shown
     if needs.squared_gradients:  # their sum for a block, those of hidden states, one sample's logits and gradient
-        memory += block + hidden + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
-        units, carried = 2 * inside, hidden * (len(blocks) + 3)
+        some = round(hidden * min(1.0, (needs.gradient_samples or samples) / max(samples, 1)))
+        memory += block + some + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
+        units, carried = 2 * inside, max(carried, some * (len(blocks) + 3))
     if needs.packs:
         units += all_packed - inside
     if needs.model_statistics:  # the model and one forward pass
@@ -87,6 +102,6 @@ def _needs(
         memory = 3 * whole
     elif needs.whole_model:  # as it is, in float32 or packed; activations come on top
         memory = whole - sum(held.get(f"{name}.weight", 0) for name in packed) + all_packed
-    memory += len(needs.variants) * hidden
+    memory += shown - hidden + (shown if needs.outputs else 0)  # and what comes out
     sizes = Sizes(samples, length, block, whole)
     return {"memory_bytes": _LATE_CODE + memory + step.memory(sizes, context), "workspace_bytes": units + carried}

@@ -40,7 +40,8 @@ class Originals:
         groups: linears that are called with the same tensor, in the order of their calls.
     """
 
-    def __init__(self, block: Block, corrected: bool) -> None:
+    def __init__(self, block: Block) -> None:
+        correcting = max(map(len, block.variants.values()), default=0)
         self.moments, self.groups = Moments(full=True), dict[str, list[str]]()
         self._inputs: dict[str, list[Tensor]] = {}
 
@@ -51,7 +52,7 @@ class Originals:
             if name not in group:
                 group.append(name)
             kept = self._inputs.setdefault(owner, [])
-            if corrected and owner == name and len(kept) < CORRECTING:
+            if owner == name and len(kept) < correcting:
                 kept.append(x.to(_product_dtype(x)))
 
         block.for_each_input(visit, keep_outputs=True)
@@ -91,12 +92,19 @@ def correction(pairs: Iterable[tuple[Tensor, Tensor | None]], weight: Tensor) ->
     return torch.cholesky_solve(right, torch.linalg.cholesky(hessian)).t()
 
 
-def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: int) -> int:
-    """Estimate the bytes that fitting a linear (N, K) takes, the one with most inputs, at ``length`` tokens a sample."""
+def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, samples: int, length: int) -> int:
+    """Estimate the bytes that fitting takes, the linear (N, K) with most inputs, but for the Hessians of the block.
+
+    ``shapes`` are those of one block's linears, ``samples`` of ``length`` tokens go through the variants.
+    """
     inputs = max(columns for _, columns in shapes)
-    matrices = 3 * inputs * inputs  # the Hessian, and two more for the correction, or its split
+    matrices = 2 * inputs * inputs  # for the correction, or the Hessian's split
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
-    return 4 * (matrices + targets + 4 * length * inputs) + 1024 * 90 * inputs  # a sample, and rows, at a time
+    # What the linears are given on the samples, and make of them in every variant, in two bytes.
+    kept = samples * length * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
+    return (
+        4 * (matrices + targets + 4 * length * inputs) + 2 * kept + 1024 * 90 * inputs
+    )  # a sample, and rows, at a time
 
 
 @torch.no_grad()
@@ -117,7 +125,7 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
 
     block.show = show
     inner = {name: name.removeprefix(f"{block.name}.") for name in linears}
-    originals = Originals(block, bool(block.variants))
+    originals = Originals(block)
     replays = {variant: Replay(block.module, runs, inner.values()) for variant, runs in block.variants.items()}
     for owner, group in originals.groups.items():
         inputs, chosen = originals.take_inputs(owner), [name for name in group if name in names]

@@ -123,8 +123,12 @@ def cut(model: str, blocks: int, folder: Path) -> Path:
 
 
 def main(
-    recipe: Annotated[Optional[Path], typer.Argument(help="Recipe; any-precision of the built-in model if none.")] = None,
-    random: Annotated[bool, typer.Option("--random", help="Take a random Llama with the blocks of a 1.1B one.")] = False,
+    recipe: Annotated[
+        Optional[Path], typer.Argument(help="Recipe; any-precision of the built-in model if none.")
+    ] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Take a random Llama with the blocks of a 1.1B one.")
+    ] = False,
     blocks: Annotated[int, typer.Option(help="Cut the model after so many; 0 for all.")] = 0,
     settings: Annotated[list[str], typer.Option("--set", help="key.0.key=value, as for `compress run`.")] = [],  # noqa: B006
     threads: Annotated[list[int], typer.Option(help="Threads; again to compare; 0 for all cores.")] = [0],  # noqa: B006
@@ -144,9 +148,15 @@ def main(
             wanted["model"] = str(cut(wanted["model"], blocks, folder / "model"))
         for count in threads:
             found[count] = in_fresh_process(RUN, [wanted, str(folder / f"packed-{count}"), count])
-    stages = sorted({name for one in found.values() for name in one["stages"]}, key=lambda n: -found[threads[0]]["stages"].get(n, 0))
+    stages = sorted(
+        {name for one in found.values() for name in one["stages"]}, key=lambda n: -found[threads[0]]["stages"].get(n, 0)
+    )
     rows = [(stage, *(f"{one['stages'].get(stage, 0):.1f}" for one in found.values())) for stage in stages]
-    for label, key, scale in (("in all", "processor_seconds", 1), ("on the clock", "wall_seconds", 1), ("peak memory, MB", "peak_bytes", 1e6)):
+    for label, key, scale in (
+        ("in all", "processor_seconds", 1),
+        ("on the clock", "wall_seconds", 1),
+        ("peak memory, MB", "peak_bytes", 1e6),
+    ):
         rows.append((label, *(f"{one[key] / scale:.1f}" for one in found.values())))
     show("Seconds of processor time", ["", *(f"{n or 'all'} threads" for n in found)], rows)
     write(found, json_file)
