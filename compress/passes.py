@@ -37,7 +37,7 @@ class Needs:
             ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
         variants: with ``original`` inputs, also carry them through these versions of the updated blocks; the pass
             leaves ``block.show`` behind, which puts a block into each.
-        variant_samples: how many of the samples, the first, go through the variants; all if None.
+        variant_length: how many tokens of every sample, the first, go through the variants; all if None.
         outputs: :meth:`Pass.run_block` also leaves what the block makes of the samples in ``block.outputs``.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         gradient_samples: how many of the samples, the first, are enough for it; all if None.
@@ -57,7 +57,7 @@ class Needs:
 
     inputs: Literal["original", "updated"] | None = None
     variants: tuple[str, ...] = ()
-    variant_samples: int | None = None
+    variant_length: int | None = None
     outputs: bool = False
     squared_gradients: bool = False
     gradient_samples: int | None = None

@@ -86,7 +86,7 @@ def _needs(
     whole, all_packed = outside + inside, sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
     samples, length = (text.samples, text.length) if text else (0, 0)
     hidden = samples * length * int(getattr(state.config, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
-    varied = len(needs.variants) * min(1.0, (needs.variant_samples or samples) / max(samples, 1))
+    varied = len(needs.variants) * min(1.0, (needs.variant_length or length) / max(length, 1))
     shown = round((1 + varied) * hidden)  # what goes into a block, the variants included
     # Measured by the memory bench: a block in float32, as read, and as written.
     memory, units, carried = outside + 3 * block + hidden, inside, 2 * shown

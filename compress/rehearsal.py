@@ -38,10 +38,9 @@ class _Thin(Linear):
 
 @dataclass(frozen=True)
 class Amount:
-    """Say how much to rehearse: samples, samples of the variants, and the share of every matrix's rows."""
+    """Say how much to rehearse: samples, and the share of every matrix's rows."""
 
     samples: int
-    variants: int
     share: float
 
 
@@ -87,18 +86,13 @@ class _Rehearsal:
     def _foresee(self, work: Callable[[Amount], object]) -> float:
         """Extrapolate from a few samples and rows to all, each by its own slope."""
         few, more = min(_FEW, self.count), min(_MORE, self.count)
-        base = Amount(few, few, self._share / 2)
+        base = Amount(few, self._share / 2)
         work(base)  # what is compiled or loaded now is there already in a run
         start = _timed(work, base)
-        rows = (_timed(work, Amount(few, few, self._share)) - start) / (self._share / 2)
+        rows = (_timed(work, Amount(few, self._share)) - start) / (self._share / 2)
         found = start + rows * (1 - self._share / 2)
-        if not self.needs.inputs or more == few:
-            return found
-        more_samples = _timed(work, Amount(more, few, base.share))
-        found += (more_samples - start) / (more - few) * (self.count - few)
-        if self.needs.variants:
-            varied = min(self.count, self.needs.variant_samples or self.count)
-            found += (_timed(work, Amount(more, more, base.share)) - more_samples) / (more - few) * (varied - few)
+        if self.needs.inputs and more > few:
+            found += (_timed(work, Amount(more, base.share)) - start) / (more - few) * (self.count - few)
         return found
 
     @contextmanager
@@ -107,16 +101,17 @@ class _Rehearsal:
         with self.model.block(0) as module:
             linears = {name: _Thin(linear, amount.share) for name, linear in self.model.linears(0).items()}
             gradients = {name: full[: linears[name].shape[0]] for name, full in self._gradients.items()}
-            runs = self._runs() if self.needs.inputs else []
-            variants = dict.fromkeys(self.needs.variants, runs[: amount.variants])
-            name, some = block_prefix(self.model.structure, 0), runs[: amount.samples]
-            yield Block(0, name, module, dict(linears), gradients, some, variants, self._records)
+            runs = self._runs()[: amount.samples] if self.needs.inputs else []
+            varied = self._runs(self.needs.variant_length)[: amount.samples] if self.needs.variants else []
+            variants = dict.fromkeys(self.needs.variants, varied)
+            name = block_prefix(self.model.structure, 0)
+            yield Block(0, name, module, dict(linears), gradients, runs, variants, self._records)
 
-    def _runs(self) -> list[Run]:
+    def _runs(self, length: int | None = None) -> list[Run]:
         def call(hidden: Tensor, how: Call) -> Run:
             return lambda module: self.model.run(module, hidden, how)
 
-        found = (self.model.capture(tokens) for tokens in self.samples)
+        found = (self.model.capture(tokens[:length]) for tokens in self.samples)
         return [call(hidden, calls[0]) for hidden, calls in found]
 
     @torch.no_grad()

@@ -232,21 +232,23 @@ class Runner:
         if i == 0 and self.stage.record(f"{inputs}-0") is None:
             self.stage.save(f"{inputs}-0", self.model.first_inputs(tokens))
         hidden = self.stage.load(f"{inputs}-{i}")
-        captures: dict[int, Call] = {}
+        model, captures = self.model, dict[tuple[int, int], Call]()
 
-        def call(n: int, key: str) -> Run:
+        def call(n: int, key: str, length: int | None) -> Run:
             def run(module: nn.Module) -> Tensor:
-                if n not in captures:
-                    captures[n] = self.model.capture(tokens[n])[1][i]
-                return self.model.run(module, hidden[key].to(self.model.device), captures[n])
+                state = hidden[key][:, :length].to(model.device)
+                place = n, state.shape[1]
+                if place not in captures:
+                    captures[place] = model.capture(tokens[n][:length])[1][i]
+                return model.run(module, state, captures[place])
 
             return run
 
-        def calls(prefix: str, count: int | None = None) -> list[Run]:
-            return [call(n, f"{prefix}{n}") for n in range(len(tokens))][:count]
+        def calls(prefix: str, length: int | None = None) -> list[Run]:
+            return [call(n, f"{prefix}{n}", length) for n in range(len(tokens))]
 
-        count = self.needs.variant_samples
-        return calls(""), {name: calls(f"{name}-" if i else "", count) for name in self.needs.variants}
+        length = self.needs.variant_length
+        return calls(""), {name: calls(f"{name}-" if i else "", length) for name in self.needs.variants}
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module, calls: Sequence[Run], prefix: str = "") -> dict[str, Tensor]:

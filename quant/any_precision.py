@@ -45,7 +45,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
             needs,
             inputs="original",
             variants=variants,
-            variant_samples=CORRECTING,
+            variant_length=CORRECTING,
             outputs=True,
             gradient_samples=few,
         )
@@ -57,8 +57,8 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         needs, blocks = self.needs(), dict[int | None, list[tuple[int, int]]]()
         for name, shape in context.linears.items():
             blocks.setdefault(block_of(name, context.structure), []).append(shape)
-        few = min(sizes.samples, needs.variant_samples or sizes.samples)
-        fitting = fitting_bytes(max(blocks.values(), key=len), len(needs.variants), few, sizes.length)
+        tokens = sizes.samples * min(sizes.length, needs.variant_length or sizes.length)
+        fitting = fitting_bytes(max(blocks.values(), key=len), len(needs.variants), tokens, sizes.length)
         return hessian_bytes(context.structure, context.linears) + fitting
 
     def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:

@@ -7,8 +7,8 @@ the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that
 Above 5 bits the two runs are taken for the same: measured, the correction's own error is larger there than what it corrects.
 All numbers of bits share one Hessian, the mean of ``x x^T``: measured, one of ``x'`` for each is not better.
 
-All samples go through the original block once, which gives all its Hessians; only the first of them, :data:`CORRECTING`, go
-through the changed ones, since a correction needs fewer tokens than a Hessian.
+All samples go through the original block once, which gives all its Hessians; only the first :data:`CORRECTING` tokens of each
+go through the changed ones, since a correction needs fewer tokens than a Hessian, and different texts more than long ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
 from compress.statistics import Moments, add_products, mirrored
 
-CORRECTING = 16  # samples that corrections are measured on
+CORRECTING = 256  # tokens of every sample that corrections are measured on
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
 _FAST_FROM = 512  # columns: below, products in bfloat16 gain nothing
@@ -41,7 +41,7 @@ class Originals:
     """
 
     def __init__(self, block: Block) -> None:
-        correcting = max(map(len, block.variants.values()), default=0)
+        correcting = CORRECTING if block.variants else 0
         self.moments, self.groups = Moments(full=True), dict[str, list[str]]()
         self._inputs: dict[str, list[Tensor]] = {}
 
@@ -51,15 +51,14 @@ class Originals:
             group = self.groups.setdefault(owner, [])
             if name not in group:
                 group.append(name)
-            kept = self._inputs.setdefault(owner, [])
-            if owner == name and len(kept) < correcting:
-                kept.append(x.to(_product_dtype(x)))
+            if owner == name and correcting:
+                self._inputs.setdefault(owner, []).append(x[:correcting].to(_product_dtype(x), copy=True))
 
         block.for_each_input(visit, keep_outputs=True)
 
     def take_inputs(self, owner: str) -> list[Tensor]:
-        """Return the inputs of a group on the correcting samples, [T, K] each, and let them go."""
-        return self._inputs.pop(owner)
+        """Return the inputs of a group on the first tokens of every sample, [T, K] each, and let them go."""
+        return self._inputs.pop(owner, [])
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -92,16 +91,16 @@ def correction(pairs: Iterable[tuple[Tensor, Tensor | None]], weight: Tensor) ->
     return torch.cholesky_solve(right, torch.linalg.cholesky(hessian)).t()
 
 
-def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, samples: int, length: int) -> int:
+def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: int, length: int) -> int:
     """Estimate the bytes that fitting takes, the linear (N, K) with most inputs, but for the Hessians of the block.
 
-    ``shapes`` are those of one block's linears, ``samples`` of ``length`` tokens go through the variants.
+    ``shapes`` are those of one block's linears; ``tokens`` go through the variants, of samples of ``length`` tokens.
     """
     inputs = max(columns for _, columns in shapes)
     matrices = 2 * inputs * inputs  # for the correction, or the Hessian's split
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
-    # What the linears are given on the samples, and make of them in every variant, in two bytes.
-    kept = samples * length * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
+    # What the linears are given on those tokens, and make of them in every variant, in two bytes.
+    kept = tokens * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
     return (
         4 * (matrices + targets + 4 * length * inputs) + 2 * kept + 1024 * 90 * inputs
     )  # a sample, and rows, at a time
