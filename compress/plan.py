@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,10 @@ def plan(
     packed: dict[str, PackedShape] = {}
     for step, (_, context) in zip(steps, found, strict=False):
         packed |= step.packed_shapes(context)
-    times = [_seconds(step, *before, settings) for step, before in zip(steps, found, strict=False)] if seconds else []
+    foreseen = [
+        _needs(step, *before, settings, packed) | (_time(step, *before, settings) if seconds else {})
+        for step, before in zip(steps, found, strict=False)
+    ]
     last, context = found[-1]
     rest = sum(item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in packed)
     at = {
@@ -58,14 +60,11 @@ def plan(
         "dense_bytes": sum(item.nbytes for item in source.state.source.info().values()),
         "checkpoint_bytes": max(at.values(), default=rest),
         "bytes_at_bits": at,
-        "passes": [
-            {"kind": step.config.kind, **_needs(step, *before, settings, packed), **time}
-            for step, before, time in zip_longest(steps, found[:-1], times, fillvalue={})
-        ],
+        "passes": [{"kind": step.config.kind, **needs} for step, needs in zip(steps, foreseen, strict=True)],
     }
 
 
-def _seconds(step: Pass[Any], state: State, context: Context, settings: Recipe) -> dict[str, float | None]:
+def _time(step: Pass[Any], state: State, context: Context, settings: Recipe) -> dict[str, float | None]:
     from compress.rehearsal import foreseen_seconds
 
     found = foreseen_seconds(step, state, context, text_of(step, settings), context.device)
@@ -74,7 +73,7 @@ def _seconds(step: Pass[Any], state: State, context: Context, settings: Recipe) 
 
 def _needs(
     step: Pass[Any], state: State, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
-) -> dict[str, int]:
+) -> dict[str, float | None]:
     """Estimate memory and workspace of one pass: what the pipeline holds for it, and what it says of itself."""
     needs, text = step.needs(), settings.calibration
     held = {name: math.prod(item.shape) * _FLOAT for name, item in state.source.info().items()}

@@ -56,6 +56,7 @@ def foreseen_seconds(
         return None
     samples, count = Samples((), {}), 0
     if text is not None:
+        assert context.tokenizer is not None
         count, few = text.samples, text.model_copy(update={"samples": min(text.samples, _MORE)})
         samples = draw_samples(few, context.tokenizer, context.context_length)
     return _Rehearsal(step, StreamedModel(state, device, fast=True), context, samples, count).seconds()

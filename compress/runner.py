@@ -48,12 +48,13 @@ class Log:
 
     @contextmanager
     def unit(self, kind: str, unit: str) -> Iterator[Record]:
-        """Time the work within a ``with``, then write its line, with what is put into the record."""
+        """Time the work within a ``with``, on the clock and on all processors, then write its line, with what is put into the record."""
         record: Record = {}
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         yield record
-        seconds = round(time.perf_counter() - started, 4)
-        line = {"time": time.time(), "pass": kind, "unit": unit, "seconds": seconds, **record}
+        spent = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - worked}
+        rounded = {name: round(value, 4) for name, value in spent.items()}
+        line = {"time": time.time(), "pass": kind, "unit": unit, **rounded, **record}
         if self.main:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
@@ -69,7 +69,7 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self.seconds = Counter[str]()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._stack, self._mark, self._known = ["everything else"], time.process_time(), dict[CodeType, str | None]()
 
     def _stage(self, code: CodeType) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress import runner
+from compress.fisher import squared_gradients
 from compress.hf import packed_modules
 from compress.plan import plan
 from compress.quant import any_precision, block_sweep
@@ -184,6 +186,34 @@ def test_correction_is_the_least_squares_one():
     damping = (0.01 * flat.square().sum() / 6).sqrt() * torch.eye(6)
     wanted = torch.cat([(x.flatten(0, 1) - flat) @ weight.t(), torch.zeros(6, 4)])
     assert torch.allclose(found, torch.linalg.lstsq(torch.cat([flat, damping]), wanted).solution.t(), atol=1e-5)
+
+
+def test_few_tokens_go_through_the_variants_and_few_samples_backwards(tiny_llama, text_file, tmp_path, monkeypatch):
+    """And the next block is given what whole runs of the changed block make of them."""
+    monkeypatch.setattr(any_precision, "CORRECTING", 8)
+    monkeypatch.setattr(block_sweep, "CORRECTING", 8)
+    monkeypatch.setattr(any_precision, "_GRADIENTS", 2)
+    lengths, backward = [], []
+
+    def watched(block, *rest):
+        fitted = block_sweep.fit_block(block, *rest)
+        for variant, runs in block.variants.items():
+            block.show(variant)
+            for run, output in zip(runs, block.outputs[variant], strict=True):
+                torch.testing.assert_close(run(block.module), output)
+                lengths.append(output.shape[1])
+        assert [output.shape[1] for output in block.outputs[""]] == [32] * 6
+        return fitted
+
+    def gradients(model, samples, *rest):
+        backward.append(len(samples.tokens))
+        return squared_gradients(model, samples, *rest)
+
+    monkeypatch.setattr(any_precision, "fit_block", watched)
+    monkeypatch.setattr(runner, "squared_gradients", gradients)
+    compress.run(settings(tiny_llama, text_file), tmp_path / "out")
+    assert lengths == [8] * (3 * 3 * 6)
+    assert backward == [2]
 
 
 def test_the_plan_counts_the_rows_in_work_with_and_without_correction(tiny_llama, text_file):
