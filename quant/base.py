@@ -148,11 +148,11 @@ def layer_errors(
     ``s``, float32 [N, K] (None for 1). With a Hessian there is ``output``, the sum of ``e H e^T`` over that of ``w H w^T``,
     and ``weighted`` is the sum of ``e H e^T`` times each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
     """
-    error = quantised - weight
-    power = float(weight.square().sum(dtype=torch.float64)) or 1.0
-    result = {"relative": float(error.square().sum(dtype=torch.float64)) / power}
+    error = (quantised - weight).double()
+    power = float(weight.double().square().sum()) or 1.0
+    result = {"relative": float(error.square().sum()) / power}
     if scale is None:
         cost = error.square() if sensitivity is None else error.square() * sensitivity
-        return result | {"weighted": float(cost.sum(dtype=torch.float64))}
-    rows = scale.rows(error)
+        return result | {"weighted": float(cost.sum())}
+    rows = scale.rows(error.float())
     return result | {"output": float(rows.sum()) / scale.power, "weighted": float((rows * scale.cost).sum())}
