@@ -20,12 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
+from compress.adapters import cache_name
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.evaluate import load_bits
 from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
+from compress.hub import located
 from compress.inspect import inspect
 from compress.passes import Progress
 from compress.sidecars import Choice
@@ -115,6 +117,7 @@ def bench(
     Raises:
         CompressError: no such model, number of bits or device, or a prompt beyond the context.
     """
+    folder, _ = located(folder, {})
     load, progress = load or Load(), progress or (lambda what, done, total: None)
     model, found = load_bits(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     all_bits = {label: value for label, value in found.items() if value is not None}
@@ -213,12 +216,12 @@ def _switch(model: PreTrainedModel, bits: Any, token: Tensor) -> float:
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[float, float]:
     """Return the seconds until the first token is known, and those for each of ``tokens`` later ones (greedy)."""
-    begun = _now(prompt.device)
+    name, begun = cache_name(model), _now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
     middle = _now(prompt.device)
     for _ in range(tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{name: output[name]})
         token = output.logits[:, -1:].argmax(-1)
     return middle - begun, (_now(prompt.device) - middle) / tokens
 

@@ -121,22 +121,22 @@ def test_long_requests_with_a_prompt_are_cut_to_what_fits(compressed, soft_promp
 def test_a_stopped_evaluation_continues(compressed, task_folder, tmp_path, monkeypatch):
     """Stopped after one of four (width, task) pairs, three are left; done once more, none."""
     path, wanted = tmp_path / "results.jsonl", Tasks(("animals", "verbs"), task_folder)
-    run, measured = lm_eval.simple_evaluate, []
+    from compress.evals import harness
 
-    def stopping(**settings):
+    run, measured = harness.run_task, []
+
+    def stopping(model, task, *settings):
         if measured:
             raise KeyboardInterrupt
-        measured.append(settings["tasks"])
-        return run(**settings)
+        measured.append(task)
+        return run(model, task, *settings)
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", stopping)
+    monkeypatch.setattr(harness, "run_task", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate_tasks(str(compressed), wanted, [3, 5], Results(path))
     with path.open("a") as file:
         file.write('{"kind": "task", "na')  # what a kill in the middle of a line leaves
-    monkeypatch.setattr(
-        lm_eval, "simple_evaluate", lambda **settings: measured.append(settings["tasks"]) or run(**settings)
-    )
+    monkeypatch.setattr(harness, "run_task", lambda *settings: measured.append(settings[1]) or run(*settings))
     found = evaluate_tasks(str(compressed), wanted, [3, 5], Results(path))
     assert len(measured) == 4
     assert evaluate_tasks(str(compressed), wanted, [3, 5], Results(path)) == found
