@@ -24,7 +24,7 @@ from compress.passes import Context
 from compress.shapes import replace_shapes
 from compress.sidecars import PEFT_CONFIG
 from compress.streaming import State, StreamedModel, empty_model, tensor_names
-from compress.structure import architecture, head_name
+from compress.structure import architecture, block_of, head_name
 from compress.weights import Checkpoint
 from compress.workspace import digest
 
@@ -94,16 +94,18 @@ def checkpoint_state(folder: Path) -> State:
 def check_source(source: Source, tokens: Tensor) -> None:
     """Refuse a model of which one block after the other computes other logits than the whole as transformers loads it.
 
-    ``tokens``, int64 [T], are a few. transformers keeps the model on disk and reads one module at a time, so neither is ever in
-    memory whole.
+    ``tokens``, int64 [T], are a few. transformers leaves the blocks on disk and reads a module when it is called, so neither has
+    more than a block and what lies outside the blocks in memory.
     """
-    streamed = StreamedModel(source.state, torch.device("cpu")).run_all(tokens)
+    model = StreamedModel(source.state, torch.device("cpu"))
+    streamed, places = model.run_all(tokens), {model.structure.blocks: "disk"}
+    places |= {name: "cpu" for name in model.model.state_dict() if block_of(name, model.structure) is None}
     with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(source.folder), dtype=torch.float32, device_map={"": "disk"}, offload_folder=scratch
+            whole = AutoModelForCausalLM.from_pretrained(
+                str(source.folder), dtype=torch.float32, device_map=places, offload_folder=scratch
             )
-            wanted = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+            wanted = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
         except Exception as error:  # whatever a model's class may raise
             raise CompressError(f"{source.folder}: transformers cannot run it ({first_line(error)}).") from error
     apart, largest = float((streamed - wanted).abs().max()), float(wanted.abs().max())
