@@ -98,8 +98,9 @@ def check_source(source: Source, tokens: Tensor) -> None:
     more than a block and what lies outside the blocks in memory.
     """
     model = StreamedModel(source.state, torch.device("cpu"))
-    streamed, places = model.run_all(tokens), {model.structure.blocks: "disk"}
-    places |= {name: "cpu" for name in model.model.state_dict() if block_of(name, model.structure) is None}
+    streamed, blocks = model.run_all(tokens), model.structure.blocks
+    outside = [name.rpartition(".")[0] for name in model.model.state_dict() if block_of(name, model.structure) is None]
+    places = {**dict.fromkeys(outside, "cpu"), blocks: "disk"}
     with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
         try:
             whole = AutoModelForCausalLM.from_pretrained(
