@@ -6,10 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from compress.errors import CompressError, did_you_mean
 from compress.settings import Calibration, ModelSource, PassConfig, config_class, kinds
+
+_NAME, _MAPPING = "model as a name", "model as a mapping"
+
+
+def _form(value: Any) -> str:
+    return _MAPPING if isinstance(value, Mapping | ModelSource) else _NAME
 
 
 class Recipe(BaseModel):
@@ -17,7 +33,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str | ModelSource = Field(
+    model: Annotated[Annotated[str, Tag(_NAME)] | Annotated[ModelSource, Tag(_MAPPING)], Discriminator(_form)] = Field(
         description="Folder or hub id of a dense causal LM, or 'builtin' for the built-in one; or a mapping with name, revision, "
         "subfolder, token, … as of from_pretrained."
     )
@@ -76,7 +92,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """Say in one sentence what is wrong first."""
     # A misspelt key is also a missing one: say the first.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    location = ".".join(str(part) for part in first["loc"])
+    location = ".".join(str(part) for part in first["loc"] if part not in (_NAME, _MAPPING))
     place = f"{where}: {location}" if location else where
     if first["type"] == "extra_forbidden":
         *path, key = first["loc"]

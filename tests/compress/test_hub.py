@@ -122,7 +122,8 @@ def test_a_recipe_names_a_subfolder(tiny_llama, recipe, tmp_path):
         ({"model": {"name": "x", "revison": "v1"}}, "revison is not a known key. Did you mean 'revision'"),
         ({"model": {"name": "x", "revision": "v1"}, "revision": "v2"}, "give revision once"),
         ({"model": {"revision": "v1"}}, "name is missing"),
-        ({"model": 5}, "model"),
+        ({"model": {"name": "x", "local_files_only": "maybe"}}, r"recipe: model\.local_files_only: input should be"),
+        ({"model": 5}, r"recipe: model: input should be a valid string \(got 5\)"),
     ],
 )
 def test_mistakes_in_a_models_mapping(recipe, changes, message):

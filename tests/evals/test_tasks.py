@@ -239,7 +239,7 @@ def rolling_task(write_task, folder, documents):
     return Tasks(("whole",), folder), str(folder / "whole.txt")
 
 
-DOCUMENTS = ["the quick brown fox jumps", "and the <s> dog sleeps on. " * 12, "<s>lazy", "the"]
+DOCUMENTS = ["the quick brown fox jumps", "and the <s> dog sleeps on, " * 12 + "ends", "<s>lazy", "the"]
 
 
 @pytest.mark.parametrize("adds", [None, "<s> $A", "<s> $A <s>"])

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 from compress.errors import CompressError
-from compress.evals.evaluate import Protocol, evaluate_text
+from compress.evals.perplexity import prepare
 from compress.manifest import verify
 from compress.prompts import baked as module
 from compress.prompts.baked import bake
@@ -64,17 +64,17 @@ def test_the_prompt_stands_before_conversations_too(prompted, tmp_path, template
         assert found == after.convert_tokens_to_ids(added) + without
 
 
-def test_a_text_measured_on_it_is_measured_behind_the_prompt(baked, prompted, tmp_path):
-    """In every window, and the virtual tokens are never scored: as with the prompt as an adapter."""
-    (tmp_path / "test.txt").write_text("sleeps on the lazy fox, and the dog jumps over. " * 12)
-    options = {"bits": [3], "protocol": Protocol(length=40)}
-    adapter = evaluate_text(str(prompted), str(tmp_path / "test.txt"), prompt=True, **options)["bits"]["3"]
-    options["protocol"] = Protocol(length=45)  # the virtual tokens are among them
-    found = evaluate_text(str(baked), str(tmp_path / "test.txt"), **options)["bits"]["3"]
-    plain = evaluate_text(str(prompted), str(tmp_path / "test.txt"), **options)["bits"]["3"]
-    assert (found["tokens"], found["bytes"]) == (adapter["tokens"], adapter["bytes"])
-    assert abs(plain["loss"] - adapter["loss"]) > 1e-3
-    assert found["loss"] == pytest.approx(adapter["loss"], abs=1e-5)
+def test_a_text_measured_on_it_is_measured_behind_the_prompt(baked, prompted):
+    """In every window, and the virtual tokens are never scored: the windows that the prompt has as an adapter."""
+    tokenizer, plain = AutoTokenizer.from_pretrained(baked), AutoTokenizer.from_pretrained(prompted)
+    virtual = list(range(300, 305))
+    documents = ["sleeps on the lazy fox, and the dog jumps over. " * 12, "the quick"]
+    for options in ({}, {"stride": 7}, {"truncate": True}, {"disjoint": True}):
+        found, expected = prepare(documents, tokenizer, 25, **options), prepare(documents, plain, 20, **options)
+        assert found.windows == [(virtual + window.tokens, window.scored) for window in expected.windows]
+        assert found.bytes == expected.bytes
+    with pytest.raises(CompressError, match="windows of 1 tokens"):
+        prepare(documents, tokenizer, 6)
 
 
 def test_a_tokenizer_that_forgets_is_refused(prompted, tmp_path, monkeypatch):
