@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from compress import writer
 from compress.calibration import draw_samples
+from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.manifest import read_manifest
 from compress.passes import Context, Pass, Progress, pass_class
@@ -27,6 +28,7 @@ _PROBE = "def compress(model):\n    return"
 """What the model is asked before work, and by ``verify`` after it."""
 
 
+@usual_defaults()
 def run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     output: str | Path | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.adapters import text_length, virtual_tokens
+from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.tokens import bos_tokens, front_tokens, reading, token_ids
 
@@ -131,6 +132,7 @@ def _bytes_of(
     return size
 
 
+@usual_defaults()
 @torch.no_grad()
 def score(
     model: PreTrainedModel, text: Text, batch_tokens: int = 8192, progress: Callable[[int, int], None] | None = None
