@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -101,11 +100,6 @@ def virtual_tokens(model: nn.Module) -> int:
     """Count the places of the context that prompts take, the most of all prompts that are loaded; 0 without any."""
     configs = getattr(model, "peft_config", None) or {}
     return max((getattr(config, "num_virtual_tokens", None) or 0 for config in configs.values()), default=0)
-
-
-def cache_name(model: nn.Module) -> str:
-    """Return what this release of transformers calls a model's cache of keys and values, given and returned."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def text_length(model: nn.Module, cap: int | None = None) -> int | None:

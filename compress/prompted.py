@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from compress.adapters import cache_name
 from compress.errors import CompressError
+from compress.hf import cache_name
 
 
 class _TextOnly(BaseStreamer):

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
-from compress.adapters import cache_name
 from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
@@ -28,6 +27,7 @@ from compress.evals.evaluate import load_bits
 from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
+from compress.hf import cache_name
 from compress.hub import located
 from compress.inspect import inspect
 from compress.passes import Progress

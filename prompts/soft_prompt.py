@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.adapters import cache_name
 from compress.distillation import cache_teacher, distillation_loss
 from compress.errors import CompressError
-from compress.hf import packed_modules
+from compress.hf import cache_name, packed_modules
 from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.settings import SoftPromptConfig

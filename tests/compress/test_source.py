@@ -64,6 +64,7 @@ def test_a_model_in_sixteen_bits_too(make_model, tmp_path, kind):
     """Gemma's embeddings are multiplied by a number that transformers rounds to the model's own type."""
     AutoModelForCausalLM.from_pretrained(make_model(kind), dtype=torch.bfloat16).save_pretrained(tmp_path / kind)
     AutoTokenizer.from_pretrained(make_model(kind)).save_pretrained(tmp_path / kind)
+    torch.testing.assert_close(streamed(tmp_path / kind), loaded(tmp_path / kind), atol=1e-6, rtol=1e-6)
     check_source(open_source(str(tmp_path / kind)), TOKENS)
 
 
