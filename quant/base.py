@@ -97,10 +97,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
                 importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
                 found = self.quantise(weight.numpy(), importance)
             block.packed[name] = stored = found.as_stored()
-            errors[name] = {
-                str(bits): layer_errors(weight, stored.dense(bits), sensitivity, stored.hessian)
-                for bits in stored.codebooks
-            }
+            errors[name] = _errors(weight, stored, sensitivity, context.device)
         return {"errors": errors}
 
     def _sensitivities(self, block: Block) -> dict[str, Tensor]:
@@ -119,6 +116,15 @@ def _checked(name: str, weight: Tensor) -> Tensor:
     weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
     check_weight(name, weight)
     return weight
+
+
+def _errors(weight: Tensor, found: Codes, sensitivity: Tensor | None, device: torch.device) -> Record:
+    """Measure the errors of a matrix at every number of bits, on a GPU if there is one: its products outweigh those of the search."""
+    place = device if device.type == "cuda" else torch.device("cpu")  # others have no float64
+    weight, codes = weight.to(place), found.codes.to(place)
+    given = [None if tensor is None else tensor.to(place) for tensor in (sensitivity, found.hessian)]
+    there = Codes(codes, {bits: codebook.to(place) for bits, codebook in found.codebooks.items()})
+    return {str(bits): layer_errors(weight, there.dense(bits), *given) for bits in there.codebooks}
 
 
 def layer_errors(
