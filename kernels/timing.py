@@ -11,16 +11,16 @@ Timer = Callable[[Sequence[Call]], float]
 """Runs equal calls in turn, often enough to be sure, and returns the mean seconds of one."""
 
 
-def graph_time(calls: Sequence[Call]) -> float:
-    """Return the seconds of one call: the median over replays of a CUDA graph that goes round all calls."""
+def graph_time(calls: Sequence[Call], milliseconds: int = 20) -> float:
+    """Return the seconds of one call: the median over ten replays of a CUDA graph that goes round all calls so long."""
     from triton.testing import do_bench_cudagraph
 
     def round_of_calls() -> None:
         for call in calls:
             call()
 
-    milliseconds: float = do_bench_cudagraph(round_of_calls, return_mode="median")
-    return milliseconds / 1e3 / len(calls)
+    found: float = do_bench_cudagraph(round_of_calls, rep=milliseconds, return_mode="median")
+    return found / 1e3 / len(calls)
 
 
 def copies(nbytes: int) -> int:
@@ -39,6 +39,10 @@ def bandwidth(timer: Timer) -> tuple[float, str]:
         clock, width = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
         if clock and width:
             return 2e3 * clock * width / 8, "memory clock and bus width"
-    size, device = (1 << 28, "cuda") if on_gpu else (1 << 10, "cpu")
+    return read_rate(timer, 1 << 28 if on_gpu else 1 << 10, "cuda" if on_gpu else "cpu"), "measured read"
+
+
+def read_rate(timer: Timer, size: int, device: str) -> float:
+    """Measure the bytes per second at which ``size`` integers of 32 bits are read."""
     data = [torch.ones(size, dtype=torch.int32, device=device) for _ in range(2)]
-    return data[0].nbytes / timer([part.amax for part in data]), "measured read"
+    return data[0].nbytes / timer([part.amax for part in data])
