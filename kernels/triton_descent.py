@@ -1,6 +1,6 @@
-"""The column loop of the codebook search on a GPU: one program for every row, one launch for a block of columns.
+"""The codebook search on a GPU: its column loop, one launch for a block of columns, and its sums by code. A program has one row.
 
-It does what :class:`compress.quant.descent.Descent` does on a CPU. A row is a warp's: its gradients stay in registers from the first
+:func:`descend` does what :class:`compress.quant.descent.Descent` does on a CPU. A row is a warp's: its gradients stay in registers from the first
 column of the block to the last, and a column needs two sums over the warp for each number of bits and one minimum. A path through the code
 tree is its leaf, so the best path is the leaf with the smallest sum of errors: there is no tree to climb.
 """
@@ -54,3 +54,25 @@ def descend(
     for up in tl.static_range(LEVELS):
         place = gradient + ((LEVELS - 1 - up) * rows + row) * columns + at
         tl.store(place, slopes[up], mask=inside)
+
+
+@triton.jit
+def sum_by_code(
+    values, codes, sums, columns, row_stride, column_stride, part_stride,
+    ENTRIES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Sum the values of one row, in one of several parts, over the columns with each code: float32 [rows, ENTRIES, parts].
+
+    Values are float32 at the strides given, codes [rows, columns]. The sums are the same every time, as atomic additions' are not.
+    """
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    entry = tl.arange(0, ENTRIES)
+    total = tl.zeros([STEP, ENTRIES], tl.float32)
+    values += row * row_stride + part * part_stride
+    for start in range(0, columns, STEP):
+        k = start + tl.arange(0, STEP)
+        code = tl.load(codes + row * columns + k, mask=k < columns, other=-1).to(tl.int32)
+        value = tl.load(values + k * column_stride, mask=k < columns, other=0.0)
+        total += tl.where(code[:, None] == entry[None, :], value[:, None], 0.0)
+    place = sums + (row * ENTRIES + entry) * tl.num_programs(1) + part
+    tl.store(place, tl.sum(total, 0))

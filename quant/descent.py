@@ -190,6 +190,23 @@ class GpuDescent:
         codes.copy_(new)
 
 
+def sums_by_code(values: Tensor, codes: Tensor, entries: int) -> Tensor:
+    """Sum values, float32 [N, K, D], over the columns with each code of int64 [N, K], on a GPU: float32 [N, entries, D].
+
+    Unlike ``scatter_add_`` there, it gives the same bits every time. The values may be expanded.
+    """
+    from compress.kernels.triton_descent import sum_by_code
+
+    rows, columns, parts = values.shape
+    codes, sums = codes.contiguous(), values.new_empty(rows, entries, parts)
+    warps = max(1, entries // 64)  # a thread then has 32 sums at most
+    with torch.cuda.device(codes.get_device()):
+        sum_by_code[(rows, parts)](
+            values, codes, sums, columns, *values.stride(), ENTRIES=entries, STEP=16, num_warps=warps
+        )
+    return sums
+
+
 @compiled
 def _gather_rows(codes: Integers, spread: Floats32, sums: Floats32) -> None:
     for r in range(U(codes.shape[0])):

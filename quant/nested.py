@@ -7,7 +7,8 @@ descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one number of bits). 
 through the tree is chosen at once, against the sum of the errors at all numbers of bits: the b-bit code stays the top b bits
 of the parent's, and no bit is chosen before another. In the end the bits below each number of bits are chosen once more.
 
-Everything is torch on whole columns of rows, on any device, but for three compiled loops on a CPU and one on a GPU.
+Everything is torch on whole columns of rows, on any device, but for three compiled loops on a CPU and two kernels
+on a GPU; deterministic on both.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import gpu
-from compress.quant.descent import Descent, GpuDescent, gather_columns, split_cells
+from compress.quant.descent import Descent, GpuDescent, gather_columns, split_cells, sums_by_code
 from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Follower, Hessian
 from compress.quant.kmeans import nested_codebooks
@@ -287,6 +288,8 @@ class Tree:
 
 def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
     """Sum values [N, K] over the columns with each code, [N, entries]."""
+    if gpu.serves(codes.device):
+        return sums_by_code(values[..., None], codes, entries)[..., 0]
     sums = torch.zeros(len(values), entries, dtype=values.dtype, device=values.device)
     return sums.scatter_add_(1, codes, values)
 
@@ -308,6 +311,9 @@ def _split(
 
 def _gathered(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
     """Do what :func:`gather_columns` does, in torch on any device."""
+    if gpu.serves(codes.device):
+        by_column = spread.t().contiguous().t()  # what is read at once lies together
+        return sums_by_code(by_column.expand(len(codes), -1, -1), codes, entries)
     values = spread.expand(len(codes), -1, -1)
     empty = torch.zeros(len(codes), entries, spread.shape[1], device=codes.device)
     return empty.scatter_add_(1, codes[..., None].expand_as(values), values)

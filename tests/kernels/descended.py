@@ -6,7 +6,7 @@ Both add in the same order, so codes and gradients are the same bits; on a GPU m
 import torch
 
 from compress.quant import nested
-from compress.quant.descent import Descent, GpuDescent
+from compress.quant.descent import Descent, GpuDescent, gather_columns, sums_by_code
 from compress.quant.nested import nested_output_codebooks
 
 generator = torch.Generator().manual_seed(0)
@@ -39,8 +39,18 @@ for rows, columns, first, parent, kept in [*CASES, (1, 65, 3, 4, 0)]:
     assert all(map(torch.equal, found, wanted)), (rows, columns, first, parent, kept)
 print("one block of columns at every number of bits: ok")
 
-nested._COLUMNS = 16  # so that a few columns are several blocks
-weight, metric = random(3, 40), hessian(40)
+for rows, columns, entries, parts in [(3, 40, 8, 1), (2, 70, 64, 5), (2, 33, 256, 3), (1, 1, 4, 17)]:
+    codes, spread = torch.randint(0, entries, (rows, columns), generator=generator), random(columns, parts)
+    found = sums_by_code(spread.expand(rows, -1, -1), codes, entries)
+    assert torch.allclose(found, gather_columns(codes, spread, entries), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, nested._gathered(codes, spread, entries))
+    values = random(rows, columns)
+    plain = torch.zeros(rows, entries).scatter_add_(1, codes, values)
+    assert torch.allclose(nested._sums(values, codes, entries), plain, rtol=1e-5, atol=1e-5)
+print("sums by code: ok")
+
+nested._COLUMNS = 10  # so that a few columns are several blocks
+weight, metric = random(2, 24), hessian(24)
 zeros = weight.abs() < 0.3
 targets = dict.fromkeys(range(3, 8), weight.masked_fill(zeros, 0.0))
 found = nested_output_codebooks(targets, metric, zeros=zeros)

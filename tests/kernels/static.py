@@ -90,6 +90,16 @@ def compiled_descent(fewest: int, parent: int, kept: int, target: str) -> Any:
     return compiled_for(target, descend, constants, types, (*types, "rows", "columns"), {"num_warps": 1})
 
 
+def compiled_sums(entries: int, target: str) -> Any:
+    """Compile the sums by code of that search, with values that lie together by columns."""
+    from compress.kernels.triton_descent import sum_by_code
+
+    types = {"values": "*fp32", "codes": "*i64", "sums": "*fp32"}
+    constants = {"ENTRIES": entries, "STEP": 16, "column_stride": 1}
+    options = {"num_warps": max(1, entries // 64)}
+    return compiled_for(target, sum_by_code, constants, types, (*types, "columns", "row_stride"), options)
+
+
 def compiled_for(
     target: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], aligned: Sequence[str], options: Any
 ) -> Any:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from static import Case, compiled_descent, counted, inner_loop, judge, machine_code
+from static import Case, compiled_descent, compiled_sums, counted, inner_loop, judge, machine_code
 
 from compress.kernels import gpu
 from compress.kernels.variants import Config, Variant
@@ -90,6 +90,21 @@ def test_the_column_loop_stays_in_registers_and_within_its_instructions(
 
 @pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+@pytest.mark.parametrize("entries", [64, 256])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_sums_by_code_take_few_instructions(entries, target, tmp_path, monkeypatch):
+    """For a value and an entry of the codebook; 16 of the former and all of the latter are one iteration of all warps."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    found, loop = machine_code(compiled_sums(entries, target))
+    assert found["REG"] <= 80
+    assert found["STACK"] + found["LOCAL"] == 0
+    assert len(loop) / 32 <= 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
 def test_the_column_loop_compiles_for_other_makers(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert compiled_descent(3, 6, 0, "gfx942").asm["hsaco"]
+    assert compiled_sums(64, "gfx942").asm["hsaco"]
