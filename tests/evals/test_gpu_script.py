@@ -89,9 +89,10 @@ def test_a_dry_run_goes_through_every_step(compressed, tmp_path):
     assert set(figures["ended"]) == set(gpu_steps.STEPS)
     by_step = {name: [r for r in figures["records"] if r["step"] == name] for name in gpu_steps.STEPS}
     assert all(found[-1].get("done") for found in by_step.values())
-    outcomes = [record["outcome"] for record in by_step["correct"] if "outcome" in record]
-    assert outcomes.count("passed") > 50
-    assert "failed" not in outcomes
+    for name, least in (("correct", 10), ("others", 10)):
+        outcomes = [record["outcome"] for record in by_step[name] if "outcome" in record]
+        assert outcomes.count("passed") >= least
+        assert "failed" not in outcomes
     assert all(record["equal"] for record in by_step["tokens"] if "equal" in record)
     errors = [record["error"] for name in ("gemv", "prefill") for record in by_step[name] if "error" in record]
     assert len(errors) >= 20
