@@ -97,7 +97,7 @@ def main(
         _write(output, wanted, ended, dry_run)
         print(f"  {ended[step.name]}", flush=True)
     print((output / PAGE).read_text(encoding="utf-8"))
-    failed = any(record.get("outcome") == "failed" for record in records(output))
+    failed = any(record.get("outcome") == "failed" or "failed" in record for record in records(output))
     raise typer.Exit(int(failed or not all(how.startswith("done") for how in ended.values())))
 
 

@@ -6,6 +6,7 @@ They import what a bare machine with a GPU has: torch, Triton, transformers, num
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ from compress.kernels import gpu, tune
 from compress.kernels.bitplane import tiled_weight
 from compress.kernels.configs import Problem, by_warps, candidates, file_name
 from compress.kernels.layout import Tiled, random_tiled
-from compress.kernels.timing import Timer, copies, graph_time, read_rate
+from compress.kernels.timing import Timer, copies, graph_time, memory_rate
 from compress.kernels.variants import Config, Kind
 
 Record = Callable[..., None]  # takes the figures by their names
@@ -101,6 +102,16 @@ class Run:
     record: Record
     folder: Path  # for files
     model: str | None  # a packed checkpoint of 3 bits and more
+
+    def attempt(self, work: Callable[[], dict[str, float]], **sizes: Any) -> dict[str, float]:
+        """Record what is measured at some sizes, or why it cannot be; return it."""
+        try:
+            found = work()
+        except Exception as error:  # whatever it is, the other figures are worth having
+            self.record(**sizes, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return {}
+        self.record(**sizes, **found)
+        return found
 
     @property
     def device(self) -> gpu.Device:
@@ -181,13 +192,21 @@ def _layers(rows: int, columns: int, bits: int, scale: Scale) -> list[Tiled]:
     return [random_tiled(rows, columns, bits, min(bits, 4), scale.device, seed=i) for i in range(sets)]
 
 
-def _measured(layers: list[Tiled], bits: int, x: Tensor, config: Config | None, scale: Scale) -> dict[str, float]:
-    """Measure one product: its seconds, and its relative error against float64."""
+def _measured(
+    layers: list[Tiled], x: Tensor, config: Config | None, scale: Scale, base: float = 0.0, least: float = 0.0
+) -> dict[str, float]:
+    """Measure one product: its seconds, and its relative error against float64.
+
+    Beside them stands how much faster it is than ``base`` seconds, and the share that ``least`` seconds, the memory's, are of its own.
+    """
+    bits = max(layers[0].tables)
     matrices = [tune.packed_of(layer, bits) for layer in layers]
     seconds = scale.timer([partial(gpu.multiply, x, matrix, None, config) for matrix in matrices])
     exact = x.double() @ tiled_weight(layers[0], bits, torch.float32).double().T
     y = gpu.multiply(x, matrices[0], None, config)
-    return {"seconds": seconds, "error": float((y.double() - exact).norm() / exact.norm())}
+    found = {"seconds": seconds, "error": float((y.double() - exact).norm() / exact.norm())}
+    found |= {"speedup": base / seconds} if base else {}
+    return found | ({"of_bandwidth": least / seconds} if least else {})
 
 
 def _ways(problem: Problem, processors: int) -> dict[str, Config | None]:
@@ -201,59 +220,71 @@ def _ways(problem: Problem, processors: int) -> dict[str, Config | None]:
 def gemv(run: Run) -> None:
     """Measure one row of activations against cuBLAS in float16 and bfloat16, and against the measured speed of the memory."""
     scale, record = run.scale, run.record
-    rate = read_rate(scale.timer, scale.read, scale.device)
+    rate = memory_rate(scale.timer, scale.read, scale.device)
     record(bytes_per_second=rate)
     for rows, columns in scale.products:
         base = {kind: _dense_seconds(rows, columns, [1], kind, scale)[1] for kind in KINDS}
         record(rows=rows, columns=columns, cublas_fp16=base["fp16"], cublas_bf16=base["bf16"])
-        for bits in (4, 3, 8, 2):
+        for bits, kind in itertools.product((4, 3, 8, 2), KINDS):
             layers = _layers(rows, columns, bits, scale)
+            x = torch.randn(1, columns, device=scale.device).to(tune.DTYPES[kind])
             taken = rows * columns * bits / 8 + 2.0 * rows * (1 << bits) + 2 * (rows + columns)
-            for kind in KINDS:
-                x = torch.randn(1, columns, device=scale.device).to(tune.DTYPES[kind])
-                ways = _ways(Problem(rows, columns, bits, 1, kind), run.device.processors)
-                for way, config in ways.items():
-                    found = _measured(layers, bits, x, config, scale)
-                    speedup = base["bf16"] / found["seconds"]
-                    share = taken / rate / found["seconds"]
-                    sizes = {"rows": rows, "columns": columns, "bits": bits, "kind": kind, "way": way}
-                    record(**sizes, **found, speedup=speedup, of_bandwidth=share)
+
+            ways = _ways(Problem(rows, columns, bits, 1, kind), run.device.processors)
+            for way, config in ways.items():
+                sizes = {"rows": rows, "columns": columns, "bits": bits, "kind": kind, "way": way}
+                run.attempt(partial(_measured, layers, x, config, scale, base["bf16"], taken / rate), **sizes)
 
 
 def prefill(run: Run) -> None:
     """Measure many rows of activations against cuBLAS in bfloat16."""
-    scale, record = run.scale, run.record
+    scale = run.scale
     for rows, columns in scale.prefill:
         base = _dense_seconds(rows, columns, scale.rows, "bf16", scale)
         for bits in (4, 3, 8):
             layers = _layers(rows, columns, bits, scale)
             for count in scale.rows:
                 x = torch.randn(count, columns, device=scale.device).half()
-                found = _measured(layers, bits, x, None, scale)
-                sizes = {"rows": rows, "columns": columns, "bits": bits, "count": count}
-                record(**sizes, **found, speedup=base[count] / found["seconds"])
+                run.attempt(
+                    partial(_measured, layers, x, None, scale, base[count]),
+                    **{"rows": rows, "columns": columns, "bits": bits, "count": count},
+                )
+
+
+def _decoded(scale: Scale, bits: int, dtype: torch.dtype, compiler: str | None) -> dict[str, float]:
+    """Measure one decode step, at a number of bits or for 16 with dense weights."""
+    project: Callable[[int, int], nn.Module]
+    if bits == 16:
+        project = partial(dense, dtype=dtype, device=scale.device)
+    else:
+        project = partial(PackedLinear, bits=bits, seed_bits=min(bits, 4), exact=True, device=scale.device)
+    model = Decoder(scale.decoder, project, dtype, scale.device)
+    for layer in model.layers if compiler else ():  # one by one: they are alike, so only the first is compiled
+        layer.compile(fullgraph=True, backend=compiler)
+    token = torch.zeros(1, dtype=torch.long, device=scale.device)
+    place = torch.full((1,), scale.decoder.length // 2, device=scale.device)
+    try:
+        with torch.no_grad():
+            return {"tokens_per_second": 1 / scale.timer([partial(model, token, place)])}
+    finally:
+        torch.compiler.reset()
 
 
 def decode(run: Run) -> None:
     """Measure the decode step of a Llama-3.1-8B-shaped model with random weights, batch 1, from a CUDA graph."""
-    scale, record = run.scale, run.record
-    shape, base = scale.decoder, 0.0
+    base: dict[str, float] = {}
     for bits, dtype in [(16, torch.bfloat16), *((bits, torch.float16) for bits in (4, 3, 8, 2, 16))]:
-        project: Callable[[int, int], nn.Module]
-        if bits == 16:
-            project = partial(dense, dtype=dtype, device=scale.device)
-        else:
-            project = partial(PackedLinear, bits=bits, seed_bits=min(bits, 4), exact=True, device=scale.device)
-        model = Decoder(shape, project, dtype, scale.device)
-        for layer in model.layers:  # one by one: they are alike, so only the first is compiled
-            layer.compile(fullgraph=True, backend=scale.compiler)
-        token, place = torch.zeros(1, dtype=torch.long), torch.full((1,), shape.length // 2)
-        with torch.no_grad():
-            seconds = scale.timer([partial(model, token.to(scale.device), place.to(scale.device))])
-        base = base or seconds
-        record(bits=bits, dtype=str(dtype), tokens_per_second=1 / seconds, speedup=base / seconds)
-        del model
-        torch.compiler.reset()
+        for compiler in (run.scale.compiler, None):  # not compiled where that fails: slower, both ways
+
+            def step(bits: int = bits, dtype: torch.dtype = dtype, compiler: str | None = compiler) -> dict[str, float]:
+                found = _decoded(run.scale, bits, dtype, compiler)
+                if dtype == torch.bfloat16:
+                    base[str(compiler)] = found["tokens_per_second"]
+                dense_rate = base.get(str(compiler))
+                return found | ({"speedup": found["tokens_per_second"] / dense_rate} if dense_rate else {})
+
+            if run.attempt(step, bits=bits, dtype=str(dtype), compiler=str(compiler)):
+                break
 
 
 def _hessian(columns: int, device: str) -> Tensor:
@@ -340,7 +371,7 @@ def tuning(run: Run) -> None:
         tune.write(versions | {"configs": {problem.key: asdict(best)}}, path)
         layers = _layers(problem.rows, problem.columns, problem.bits, scale)
         x = torch.randn(problem.count, problem.columns, device=scale.device).half()
-        rule, tuned = (_measured(layers, problem.bits, x, one, scale)["seconds"] for one in (None, best))
+        rule, tuned = (_measured(layers, x, one, scale)["seconds"] for one in (None, best))
         run.record(problem=problem.key, rule=rule, tuned=tuned, gain=rule / tuned, best=str(best))
 
 
