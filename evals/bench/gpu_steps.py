@@ -88,9 +88,9 @@ DRY = Scale(
     tuned=((40, 64),),
     tuned_bits=(3,),
     searched=(2, 3, 4),
-    new_tokens=2,
+    new_tokens=1,
     workers=1,
-    tests="3-3 or 4-4 or 3-1-fp16 or 31-33-3 or strides or pairs or gradient or codes_found",
+    tests="3-3 or 3-1-fp16 or strides or pairs or gradient or codes_found",
 )
 
 

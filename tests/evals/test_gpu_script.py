@@ -89,7 +89,7 @@ def test_a_dry_run_goes_through_every_step(compressed, tmp_path):
     assert set(figures["ended"]) == set(gpu_steps.STEPS)
     by_step = {name: [r for r in figures["records"] if r["step"] == name] for name in gpu_steps.STEPS}
     assert all(found[-1].get("done") for found in by_step.values())
-    for name, least in (("correct", 10), ("others", 10)):
+    for name, least in (("correct", 10), ("others", 5)):
         outcomes = [record["outcome"] for record in by_step[name] if "outcome" in record]
         assert outcomes.count("passed") >= least
         assert "failed" not in outcomes
