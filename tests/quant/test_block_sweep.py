@@ -12,7 +12,7 @@ import compress
 from compress.hf import packed_modules
 from compress.plan import plan
 from compress.quant import any_precision, block_sweep
-from compress.quant.base import layer_errors
+from compress.quant.errors import layer_errors
 from compress.structure import ARCHITECTURES
 
 
