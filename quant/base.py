@@ -31,8 +31,9 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
     def needs(self) -> Needs:
         """Ask for gradients or inputs, whichever the sensitivity is made of."""
         kind = self.sensitivity
+        looks = kind == "activation"
         return Needs(
-            inputs="original" if kind == "activation" else None, squared_gradients=kind == "fisher", packs=True
+            inputs="original" if looks else None, outputs=looks, squared_gradients=kind == "fisher", packs=True
         )
 
     @property
@@ -107,7 +108,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         if self.sensitivity == "none":
             return {}
         moments = Moments()
-        block.for_each_input(moments.add)
+        block.for_each_input(moments.add, keep_outputs=self.needs().outputs)
         rows = {name: linear.shape[0] for name, linear in block.linears.items()}
         return {name: moments.mean(name).cpu().expand(rows[name], -1) for name in moments.owner}
 
