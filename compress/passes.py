@@ -300,7 +300,7 @@ class Pass(Generic[ConfigT]):
             own, under names other than those of :data:`compress.runner.NOTES`. Two names have a meaning for all:
 
             * ``errors``: matrix -> bits -> ``{"relative", "weighted"}`` and perhaps ``"output"``
-              (:func:`compress.quant.base.layer_errors`). ``inspect`` shows them, and a mix of bits is chosen by them.
+              (:func:`compress.quant.errors.layer_errors`). ``inspect`` shows them, and a mix of bits is chosen by them.
             * ``linears``: linear -> ``{"zeros": weights that are 0, "parameters": all}`` and whatever else there is to
               say of it. A linear with ``zeros`` above 0 is what makes a model pruned.
         """

@@ -38,7 +38,7 @@ def plan(
         CompressError: whatever :func:`compress.run` would refuse before any work.
     """
     settings = load_recipe(recipe, overrides)
-    source = open_source(settings.model, settings.revision)
+    source = open_source(settings.source)
     steps: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
     found = check_order(steps, settings, source, torch.device("cpu"))
     packed: dict[str, PackedShape] = {}

@@ -57,9 +57,13 @@ class _LastBlock(Exception):
 def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Return, for every tensor, the names it may have in files, which lack a prefix, have one in excess, or an old name."""
     structure, start = architecture(model.config), f"{model.base_model_prefix}."
-    return {
+    names: dict[str, tuple[str, ...]] = {
         name: (name, name.removeprefix(start), start + name, structure.stored_name(name)) for name in model.state_dict()
     }
+    embedding, head = f"{structure.embedding}.weight", f"{head_name(model)}.weight"
+    if model.config.tie_word_embeddings and embedding in names and head in names:  # files may have either
+        names[embedding] += names[head]
+    return names
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -263,6 +267,15 @@ class StreamedModel:
 
     def _products(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._fast else nullcontext()
+
+    @torch.no_grad()
+    def run_all(self, tokens: Tensor) -> Tensor:
+        """Run the model on a sample, int64 [T], with one block in memory at a time: logits, float32 [T, vocabulary]."""
+        hidden, calls = self.capture(tokens)
+        for index, call in enumerate(calls):
+            with self.block(index) as block:
+                hidden = self.run(block, hidden, call)
+        return self.logits(tokens, hidden)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Compute what the model makes of the last block's output: [1, T, hidden] -> float32 [T, vocabulary]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.passes import Block, Context, Needs, Pass
+from compress.quant.errors import matrix_errors
 from compress.quant.format import Codes
 from compress.quant.records import PackedShape
 from compress.quant.settings import QuantiseConfig
@@ -98,10 +99,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
                 importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
                 found = self.quantise(weight.numpy(), importance)
             block.packed[name] = stored = found.as_stored()
-            scale = OutputScale(weight, sensitivity, stored.hessian) if stored.hessian is not None else None
-            errors[name] = {
-                str(bits): layer_errors(weight, stored.dense(bits), sensitivity, scale) for bits in stored.codebooks
-            }
+            errors[name] = matrix_errors(weight, stored, sensitivity, context.device)
         return {"errors": errors}
 
     def _sensitivities(self, block: Block) -> dict[str, Tensor]:
@@ -120,39 +118,3 @@ def _checked(name: str, weight: Tensor) -> Tensor:
     weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
     check_weight(name, weight)
     return weight
-
-
-class OutputScale:
-    """Hold what errors of a layer's output are compared with, so that all numbers of bits share it.
-
-    ``hessian`` is the mean of ``x x^T``, float32 [K, K]; ``weight`` and ``sensitivity`` are as for :func:`layer_errors`.
-    """
-
-    def __init__(self, weight: Tensor, sensitivity: Tensor | None, hessian: Tensor) -> None:
-        self._hessian = hessian
-        self.power = float(self.rows(weight).sum()) or 1.0
-        trace = hessian.diagonal().sum(dtype=torch.float64).clamp_min(1e-30)
-        self.cost: Tensor | float = 1.0 if sensitivity is None else sensitivity.double().sum(1) / trace
-
-    def rows(self, error: Tensor) -> Tensor:
-        """Return ``e H e^T`` of every row, float64 [N]; products are in float32, as sums of squares lose nothing there."""
-        return ((error @ self._hessian) * error).sum(1, dtype=torch.float64)
-
-
-def layer_errors(
-    weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, scale: OutputScale | None
-) -> dict[str, float]:
-    """Measure the errors of a quantised matrix, float32 [N, K] like the weight, with ``e`` the difference of two rows.
-
-    ``relative`` is the sum of ``e e^T`` over that of ``w w^T``; ``weighted`` the sum of ``s e^2``, with the sensitivity
-    ``s``, float32 [N, K] (None for 1). With a Hessian there is ``output``, the sum of ``e H e^T`` over that of ``w H w^T``,
-    and ``weighted`` is the sum of ``e H e^T`` times each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
-    """
-    error = (quantised - weight).double()
-    power = float(weight.double().square().sum()) or 1.0
-    result = {"relative": float(error.square().sum()) / power}
-    if scale is None:
-        cost = error.square() if sensitivity is None else error.square() * sensitivity
-        return result | {"weighted": float(cost.sum())}
-    rows = scale.rows(error.float())
-    return result | {"output": float(rows.sum()) / scale.power, "weighted": float((rows * scale.cost).sum())}

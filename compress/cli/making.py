@@ -15,6 +15,7 @@ from rich.table import Table
 
 from compress.cli.common import Folder, JsonFlag, app, out, progress_bar, quiet_transformers
 from compress.errors import CompressError, did_you_mean
+from compress.hub import name_of
 
 _WORKSPACE = "Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
 Assignments = Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")]
@@ -119,7 +120,7 @@ def inspect(
     origin = found["manifest"]
     if origin:
         recipe = origin["recipe"]
-        steps = " → ".join([recipe["model"], *(step["kind"] for step in recipe["passes"])])
+        steps = " → ".join([name_of(recipe["model"]), *(step["kind"] for step in recipe["passes"])])
         out.print(f"{escape(steps)}, seed {recipe['seed']}, compress {origin['compress_version']}")
     out.print(
         f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_bits(found['bytes_at_bits'])}"

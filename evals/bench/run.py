@@ -47,7 +47,7 @@ STAGES = {
     "pruning/prune.py:prune": "scores, pruning",
     "pruning/scores.py:measure": "scores, pruning",
     "pruning/structured/mini_llm.py:run_block": "scores, pruning",
-    "quant/base.py:layer_errors": "errors",
+    "quant/errors.py:layer_errors": "errors",
     "quant/block_sweep.py:correction": "moments",
     "quant/replay.py:inputs": "inputs of linears",
     "quant/replay.py:outputs": "outputs carried",

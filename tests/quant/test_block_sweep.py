@@ -14,7 +14,7 @@ from compress.fisher import squared_gradients
 from compress.hf import packed_modules
 from compress.plan import plan
 from compress.quant import any_precision, block_sweep
-from compress.quant.base import OutputScale, layer_errors
+from compress.quant.errors import OutputScale, layer_errors
 from compress.structure import ARCHITECTURES
 
 
