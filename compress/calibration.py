@@ -1,5 +1,7 @@
 """Draw calibration samples from text."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import logging
@@ -33,6 +35,10 @@ class Samples:
     def key(self) -> str:
         """Return a digest of the tokens."""
         return digest([sample.tolist() for sample in self.tokens])
+
+    def first(self, count: int | None) -> Samples:
+        """Return the first few of them; all for None."""
+        return Samples(self.tokens[:count], self.source)
 
 
 def read_documents(path: Path, separator: str | None = None, column: str = "text") -> list[str]:

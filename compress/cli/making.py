@@ -55,15 +55,19 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     assignments: Assignments = None,
     as_json: JsonFlag = False,
+    seconds: Annotated[
+        bool,
+        typer.Option("--time", help="Also foresee the processor time, by doing a little of the work on one block."),
+    ] = False,
 ) -> None:
-    """Tell, without reading a weight, what a run will need and how large the result will be."""
+    """Tell, without reading a weight (but for --time), what a run will need and how large the result will be."""
     from compress.recipe import load_recipe
 
     settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
     from compress.plan import plan as foresee
 
     quiet_transformers()
-    found = foresee(settings)
+    found = foresee(settings, seconds=seconds)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -74,7 +78,17 @@ def plan(
     out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_bits(found["bytes_at_bits"]))
     for step in found["passes"]:
         memory, room = step["memory_bytes"] / 1e6, step["workspace_bytes"] / 1e6
-        out.print(f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace")
+        out.print(
+            f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace"
+            + _time(step)
+        )
+
+
+def _time(step: dict[str, Any]) -> str:
+    if "processor_seconds" not in step:
+        return ""
+    seconds = step["processor_seconds"]
+    return ", time not foreseen" if seconds is None else f", {seconds / 60:.1f} minutes of processor time"
 
 
 @app.command()
