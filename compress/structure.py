@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError, did_you_mean
+from compress.quant.linear import BitPlaneLinear
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Linear:
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a dense weight matrix that passes work on."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, BitPlaneLinear)
 
 
 def linears_of(block: nn.Module, prefix: str) -> dict[str, Linear]:
