@@ -169,8 +169,9 @@ def _codes(
 ) -> list[Codes]:
     """Quantise matrices of one input, so many rows of the targets each; return what was found, on the CPU."""
     if config.rank is not None:
-        return [found.cpu() for found in shared_output_codebooks(targets, hessian, config.rank, config.focus, sizes)]
+        every = shared_output_codebooks(targets, hessian, config.rank, config.focus, sizes)
+        return [found.to("cpu") for found in every]
     codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
     codebooks = [torch.split(codebook.cpu(), list(sizes)) for codebook in codes.codebooks.values()]
-    every = zip(torch.split(codes.codes.cpu(), list(sizes)), *codebooks, strict=True)
-    return [Codes(rows, dict(zip(codes.codebooks, of_rows, strict=True))) for rows, *of_rows in every]
+    of_each = zip(torch.split(codes.codes.cpu(), list(sizes)), *codebooks, strict=True)
+    return [Codes(rows, dict(zip(codes.codebooks, of_rows, strict=True))) for rows, *of_rows in of_each]

@@ -39,13 +39,13 @@ class Codes:
         found = self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
         return found if self.shared is None else found * self.shared.columns.float()
 
-    def cpu(self) -> Codes:
-        """Copy to the CPU."""
+    def to(self, device: torch.device | str) -> Codes:
+        """Move all but the Hessian to a device."""
         shared = self.shared
         if shared is not None:
-            shared = read_shared({name: tensor.cpu() for name, tensor in shared.tensors().items()})
-        codebooks = {bits: codebook.cpu() for bits, codebook in self.codebooks.items()}
-        return replace(self, codes=self.codes.cpu(), codebooks=codebooks, shared=shared)
+            shared = read_shared({name: tensor.to(device) for name, tensor in shared.tensors().items()})
+        codebooks = {bits: codebook.to(device) for bits, codebook in self.codebooks.items()}
+        return replace(self, codes=self.codes.to(device), codebooks=codebooks, shared=shared)
 
     def as_stored(self) -> Codes:
         """Round the codebooks to the dtype that a checkpoint stores.
