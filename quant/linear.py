@@ -14,6 +14,9 @@ from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linea
 from compress.kernels.layout import Tiled, head_for
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
+from compress.quant.shared import Shared, read_shared
+
+_SHARED = "columns", "rows", "shapes", "basis_", "width_", "place_"  # how names of the parts of shared codebooks begin
 
 _Key = tuple[int, object, list[Tensor | None]]
 
@@ -50,6 +53,7 @@ class _PackedModule(nn.Module):
         """
         self.shape = shape
         self._dense: tuple[_Key, Tensor] | None = None
+        self._table: tuple[_Key, Tensor] | None = None
         self._prepared: tuple[_Key, cpu.Prepared] | None = None
         self._buffers.clear()
         self.is_tiled = False
@@ -72,11 +76,11 @@ class _PackedModule(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
-        self._dense = self._prepared = None
+        self._dense = self._prepared = self._table = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what a copy or a pickle derives for itself: addresses mean nothing elsewhere."""
-        return {**self.__dict__, "_dense": None, "_prepared": None, "_group": None}
+        return {**self.__dict__, "_dense": None, "_prepared": None, "_table": None, "_group": None}
 
     def planes(self, bits: int | None = None) -> list[Tensor]:
         """Return the planes of a number of bits, those in use if None, most significant first, each int32 [N, ceil(K / 32)]."""
@@ -86,16 +90,40 @@ class _PackedModule(nn.Module):
         return join_planes(dict(self.named_buffers()), self.shape.seed_bits, bits)
 
     def codebook(self, bits: int | None = None) -> Tensor:
-        """Return the codebook of a number of bits, those in use if None, [N, 2**bits]."""
+        """Return the codebook of a number of bits, those in use if None, [N, 2**bits]; a shared one is computed once and kept."""
         bits = bits or self.bits
-        return self.tiled().codebook(bits) if self.is_tiled else self.get_buffer(f"codebook_{bits}")
+        if self.is_tiled:
+            return self.tiled().codebook(bits)
+        if self.factors is None:
+            return self.get_buffer(f"codebook_{bits}")
+        key, kept = self._key(bits, None), self._table
+        if kept is None or not _same(kept[0], key):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._table = key, read_shared(self._shared_parts()).codebook(bits)
+        return kept[1]
+
+    def _shared_parts(self) -> dict[str, Tensor]:
+        """Return the tensors that shared codebooks are computed from, by their stored names; none if rows have their own."""
+        return {name: tensor for name, tensor in self.named_buffers() if name.startswith(_SHARED)}
+
+    def shared(self) -> Shared | None:
+        """Return what shared codebooks are computed from; None if rows have their own."""
+        return None if self.factors is None else read_shared(self._shared_parts())
+
+    @property
+    def factors(self) -> Tensor | None:
+        """Return the factors of the columns, [K], that entries of shared codebooks are multiplied by; else None."""
+        return self._buffers.get("columns")
 
     def dense(self, dtype: torch.dtype | None = None, bits: int | None = None) -> Tensor:
         """Return the weight at a number of bits, those in use if None, [N, K], float32 by default, and keep nothing."""
-        bits, dtype = bits or self.bits, dtype or torch.float32
+        bits, dtype, factors = bits or self.bits, dtype or torch.float32, self.factors
+        wide = dtype if factors is None else torch.float32  # rounded once
         if self.is_tiled:
-            return tiled_weight(self.tiled(), bits, dtype)
-        return dense_weight(self.planes(bits), self.codebook(bits), self.shape.in_features, dtype)
+            found = tiled_weight(self.tiled(), bits, wide)
+        else:
+            found = dense_weight(self.planes(bits), self.codebook(bits), self.shape.in_features, wide)
+        return found if factors is None else found.mul_(factors).to(dtype)
 
     def tiled(self) -> Tiled:
         """Return the layout of the GPU kernels; it must be there (:meth:`BitPlaneLinear.tile`)."""
@@ -131,7 +159,7 @@ class _PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._forget()  # it would stay on the old device
-        kinds = "codebook_", "tiled_table_", "tiled_rounded"
+        kinds = "codebook_", "tiled_table_", "tiled_rounded", *_SHARED
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -188,18 +216,23 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
         bits, group = self.bits, self._group  # once: another thread may change them meanwhile
         if self.is_tiled and not self.keep_dense:
             shared = group.take(self, bits, x) if group is not None else None
-            return tiled_linear(x, self.tiled(), bits, self.bias) if shared is None else shared
+            return tiled_linear(self._scaled(x), self.tiled(), bits, self.bias) if shared is None else shared
         prepared = self._direct(bits, x)
         dense = self._kept_dense(bits, x.dtype) if prepared is None else None
         y: Tensor
         if prepared is not None:
-            y = prepared(x)
+            y = prepared(self._scaled(x))
         elif dense is not None:
             y = matmul(x, dense.t())
         else:
             tensors = [self.codebook(bits), *self.planes(bits)]
-            y = packed_linear(x, tensors, None, self.out_features, self.in_features, bits, 0)
+            y = packed_linear(self._scaled(x), tensors, None, self.out_features, self.in_features, bits, 0)
         return y if self.bias is None else y + self.bias
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Multiply activations by the factors of the columns, if there are any."""
+        factors = self.factors
+        return x if factors is None else (x.float() * factors).to(x.dtype)
 
     def tile(self) -> None:
         """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""
@@ -207,14 +240,16 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
             return
         if not gpu.serves(self.get_buffer("weight").device):
             return
-        shape, buffers = self.shape, dict(self.named_buffers())
-        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.all_bits}
+        shape, buffers, shared = self.shape, dict(self.named_buffers()), self.shared()
+        codebooks = {
+            bits: buffers[f"codebook_{bits}"] if shared is None else shared.codebook(bits) for bits in shape.all_bits
+        }
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
         self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
-        self.hold(self.shape, {})
+        self.hold(self.shape, self._shared_parts())
         self.register_buffer("tiled_codes", made.codes, persistent=False)
         for bits, table in made.tables.items():
             self.register_buffer(f"tiled_table_{bits}", table, persistent=False)
@@ -242,8 +277,8 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
     def _stored(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors, made from the layout of the kernels, bit for bit."""
         planes, codebooks = self.tiled().canonical()
-        tensors = split_planes(planes, self.shape)
-        return tensors | {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()}
+        tensors, parts = split_planes(planes, self.shape), self._shared_parts()
+        return tensors | (parts or {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._part()
@@ -304,7 +339,7 @@ class Group:
         if member is self.members[0]:
             if any(other.bits != bits or other.keep_dense for other in self.members):
                 return None
-            parts = torch.split(tiled_linear(x, self._tiled, bits, self._bias), self._sizes, -1)
+            parts = torch.split(tiled_linear(member._scaled(x), self._tiled, bits, self._bias), self._sizes, -1)
             self._waiting = x, bits, parts
             return parts[0]
         waiting = self._waiting
@@ -333,6 +368,9 @@ class BitPlaneEmbedding(_PackedModule):
         """Look up the rows of tokens, int64 [...] to [..., K], and no others."""
         rows, bits = tokens.reshape(-1), self.bits
         planes = [plane[rows] for plane in self.planes(bits)]
-        found = dense_weight(planes, self.codebook(bits)[rows], self.embedding_dim, self.dtype)
+        wide = self.dtype if self.factors is None else torch.float32
+        found = dense_weight(planes, self.codebook(bits)[rows], self.embedding_dim, wide)
+        if self.factors is not None:
+            found = found.mul_(self.factors).to(self.dtype)
         # The constant is rounded to the dtype first, as the dense module does.
         return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_GAP_BITS = 8
-_BYTES = {"int32": 4, "float16": 2, "float32": 4}
+MAX_RANK = 8
+STORED_BITS = 5  # shared codebooks of more bits are computed, unless the seed has more
+_BYTES = {"int8": 1, "int32": 4, "float16": 2, "float32": 4}
 
 Specification = dict[str, tuple[tuple[int, ...], str]]
 """Tensor name -> (shape, name of its dtype in torch)."""
@@ -91,6 +93,39 @@ class SparseShape(PackedShape):
         return tensors
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedShape(PackedShape):
+    """Record a matrix whose rows share their codebooks (:mod:`compress.quant.shared`)."""
+
+    rank: int  # coefficients of every row
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether a matrix can have these numbers."""
+        return super().sound and 1 <= self.rank <= MAX_RANK
+
+    @property
+    def stored_bits(self) -> range:
+        """Return the numbers of bits whose codebooks are stored; those of more are computed from the last."""
+        return range(self.seed_bits, min(self.parent_bits, max(self.seed_bits, STORED_BITS)) + 1)
+
+    def specification(self) -> Specification:
+        """Return the shape and dtype of every stored tensor, by its name under the module."""
+        tensors = {name: size for name, size in super().specification().items() if not name.startswith("codebook_")}
+        tensors["columns"] = (self.in_features,), self.codebook_dtype
+        tensors["rows"] = (self.out_features, 1), self.codebook_dtype
+        if self.rank > 1:
+            tensors["shapes"] = (self.out_features, self.rank - 1), "int8"
+        for bits in self.stored_bits:
+            tensors[f"basis_{bits}"] = (self.rank, 2**bits), self.codebook_dtype
+        last = self.stored_bits[-1]
+        if self.parent_bits > last:
+            tensors[f"width_{last + 1}"] = (self.rank, 2**last), self.codebook_dtype
+        for bits in range(last + 1, self.parent_bits + 1):
+            tensors[f"place_{bits}"] = (2 ** (bits - last),), self.codebook_dtype
+        return tensors
+
+
 def _words(bits: int) -> int:
     """Return how many int32 hold one bit each for a row of so many columns."""
     return -(-bits // 32)
@@ -102,13 +137,24 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     Raises:
         TypeError: missing or unknown fields.
     """
-    return (SparseShape if "survivors" in record else PackedShape)(**record)
+    kind = SparseShape if "survivors" in record else SharedShape if "rank" in record else PackedShape
+    return kind(**record)
+
+
+def own_tensor(shape: PackedShape, bits: int) -> str | None:
+    """Name the tensor of values that only one number of bits reads; None where more bits are computed from its own."""
+    if not isinstance(shape, SharedShape):
+        return f"codebook_{bits}"
+    last = shape.stored_bits[-1]
+    if bits > last:
+        return f"place_{bits}"
+    return f"basis_{bits}" if bits < last or shape.parent_bits == last else None
 
 
 def first_bits(tensor_name: str) -> int | None:
     """Return the fewest bits that need a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
-    return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
+    return int(bits) if kind in ("plane", "codebook", "basis", "width", "place") and bits.isdigit() else None
 
 
 def packed_bytes(shape: PackedShape, bits: int) -> int:

@@ -38,7 +38,7 @@ class SensitiveConfig(QuantiseConfig):
 class AnyPrecisionConfig(SensitiveConfig):
     """Any-precision: one set of nested codes, read at every number of bits from the seed's to the parent's.
 
-    Every output row gets a codebook per number of bits; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
+    Every output row has a codebook per number of bits; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
     method of the paper with exact clustering: the seed is the optimal weighted one-dimensional k-means of each row, every
     further bit splits each cell at its best point. Objective ``output`` starts there and lowers the error of the layer's
     output on calibration text, for all numbers of bits up to 6 together. Deterministic. Works a block at a time; the Fisher
@@ -55,6 +55,11 @@ class AnyPrecisionConfig(SensitiveConfig):
         "output",
         description="Which error is made small: of each weight, by its sensitivity, or of each layer's output.",
     )
+    codebooks: Literal["shared", "row"] = Field(
+        "shared",
+        description="Objective output: whether the rows of a matrix share their codebooks, which then take few bytes at any "
+        "number of bits (not with keep_zeros), or each has its own; with objective weight each has its own.",
+    )
     focus: dict[int, float] = Field(
         {}, description="Objective output: bits -> how much their error counts beside the others', 1 where not given."
     )
@@ -64,6 +69,13 @@ class AnyPrecisionConfig(SensitiveConfig):
         le=1,
         description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
     )
+
+    @property
+    def rank(self) -> int | None:
+        """Return how many coefficients a row has where codebooks are shared, else None."""
+        if self.codebooks == "row" or self.objective == "weight" or self.keep_zeros:
+            return None
+        return 6 if self.parent_bits > 2 else 3
 
     @model_validator(mode="after")
     def _ordered(self) -> AnyPrecisionConfig:
