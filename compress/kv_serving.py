@@ -1,0 +1,90 @@
+"""Let a model use the packed cache by itself, wherever it would make a plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from compress.errors import CompressError
+from compress.kv import KVCache, cache_name
+from compress.kv_settings import KVBits, KVSettings, parse_kv_bits
+
+_NAMES = ("past_key_values", "cache")
+
+
+def make_caches(model: PreTrainedModel, bits: KVBits, settings: KVSettings | None = None) -> Callable[[], KVCache]:
+    """Return a function that makes an empty cache for a model; refuse, at once, settings that do not fit it."""
+    settings = settings or KVSettings()
+    options = {name: getattr(settings, name) for name in KVSettings.__dataclass_fields__}
+
+    def make() -> KVCache:
+        return KVCache(bits, config=model.config, **options)
+
+    make()
+    return make
+
+
+def use_kv_cache(model: PreTrainedModel, make: Callable[[], KVCache]) -> None:
+    """Have a model's forward take a new packed cache where it gets none, or a plain one, whose tokens move there.
+
+    ``generate`` then uses it too. A call with ``use_cache=False``, or with a cache of another class, is left alone, and so is a model that trains.
+    """
+    name = cache_name(model)
+
+    def replace_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        given = next((kwargs[other] for other in _NAMES if kwargs.get(other) is not None), None)
+        wanted = kwargs.get("use_cache", getattr(module.config, "use_cache", True))
+        if module.training or not wanted or not (given is None or type(given) is DynamicCache):
+            return None
+        cache = make()
+        if given is not None and not _move(given, cache):
+            return None
+        others = {key: value for key, value in kwargs.items() if key not in _NAMES}
+        return args, {**others, name: cache}
+
+    model.register_forward_pre_hook(replace_cache, with_kwargs=True)
+
+
+def _move(plain: DynamicCache, cache: KVCache) -> bool:
+    """Move the tokens of a plain cache, if it still has all of them."""
+    if plain.get_seq_length() == 0:
+        return True
+    if len(plain.layers) != len(cache.packed_layers):
+        return False
+    if any(layer.keys is None or layer.keys.shape[2] != layer.get_seq_length() for layer in plain.layers):
+        return False
+    for place, layer in enumerate(plain.layers):
+        cache.update(layer.keys, layer.values, place)
+    return True
+
+
+def kv_of(given: KVBits | str | KVSettings | dict[str, Any], recommended: dict[str, Any] | None) -> tuple[KVBits, KVSettings]:
+    """Return bits and settings from what :func:`compress.load` was given.
+
+    Args:
+        given: bits; ``"4"`` or ``"4:2"``; ``"recommended"``; or a mapping of ``bits`` and arguments of :class:`compress.KVCache`.
+        recommended: such a mapping from the manifest, None if there is none.
+    """
+    if given == "recommended":
+        if recommended is None:
+            raise CompressError("kv='recommended': this checkpoint recommends no setting; add the pass kv_calibrate, or give bits.")
+        given = recommended
+    if isinstance(given, dict):
+        options = dict(given)
+        bits = options.pop("bits", 4)
+        unknown = options.keys() - KVSettings.__dataclass_fields__.keys()
+        if unknown:
+            raise CompressError(f"kv: {min(unknown)!r} is not a known setting.")
+        if isinstance(options.get("group"), list):
+            options["group"] = tuple(options["group"])
+        return bits, KVSettings(**options)
+    if isinstance(given, str):
+        found = parse_kv_bits(given)
+        if len(found) != 1:
+            raise CompressError(f"kv {given!r}: give one number of bits.")
+        return found[0], KVSettings()
+    return given, KVSettings()  # type: ignore[return-value]
