@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from compress.errors import CompressError
 from compress.kernels.kv import Along, Grid, Packed, States, attend, join, pack, unpack
+from compress.kernels.kv_cpu import attend_packed, serves_attention
 from compress.kv_settings import WHOLE, KVBits, KVSettings, Pair
 
 _ATTENTION_OPTIONS = {"attn_mask", "scale", "enable_gqa", "dropout_p", "is_causal"}
@@ -85,7 +86,10 @@ def _attention(query: Any, key: Any = None, value: Any = None, *rest: Any, **opt
     plain = isinstance(key, LazyStates) and isinstance(value, LazyStates) and key.states is value.states
     if not plain or rest or set(options) - _ATTENTION_OPTIONS or options.get("dropout_p") or options.get("is_causal"):
         return None
-    return attend(query, key.states, options.get("attn_mask"), options.get("scale"))
+    scale = options.get("scale")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    serve = attend_packed if serves_attention(query, key.states) else attend
+    return serve(query, key.states, options.get("attn_mask"), scale)
 
 
 def _repeated(func: Any, given: Any, *args: Any) -> LazyStates | None:
@@ -318,6 +322,7 @@ class KVCache(Cache):
         nested: False for KIVI's own grid, a control, of which fewer bits cannot be read.
         sinks: so many of the very first tokens stay as they are too, but in layers with a sliding window: much attention goes
             there, and their keys are unlike all others.
+        rotate: channels of a head are mixed by a Hadamard matrix before they are rounded, so that no channel is much louder than the rest.
 
     Raises:
         CompressError: settings that are out of range, do not fit each other or the model, or a model without attention.
@@ -333,8 +338,9 @@ class KVCache(Cache):
         config: PretrainedConfig | None = None,
         nested: bool = True,
         sinks: int = 4,
+        rotate: bool = True,
     ) -> None:
-        settings = KVSettings(group, residual, keys, values, nested, sinks)
+        settings = KVSettings(group, residual, keys, values, nested, sinks, rotate)
         self.settings, self._asked = settings, bits
         if config is None:
             super().__init__(layers=[])
@@ -346,8 +352,8 @@ class KVCache(Cache):
             raise CompressError(
                 f"kv bits: {config.model_type} has no layer that keeps keys and values, so there is nothing to pack."
             )
-        settings.check_config(config)
         by_layer = settings.by_layer(bits, len(plain))
+        settings.check_config(config)
         layers = [
             KVLayer(settings, own, getattr(layer, "sliding_window", None))
             if kind in (DynamicLayer, DynamicSlidingWindowLayer)

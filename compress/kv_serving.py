@@ -13,16 +13,15 @@ from compress.errors import CompressError
 from compress.kv import KVCache, cache_name
 from compress.kv_settings import KVBits, KVSettings, parse_kv_bits
 
+_PLAIN = KVSettings()
 _NAMES = ("past_key_values", "cache")
 
 
-def make_caches(model: PreTrainedModel, bits: KVBits, settings: KVSettings | None = None) -> Callable[[], KVCache]:
+def make_caches(model: PreTrainedModel, bits: KVBits, settings: KVSettings = _PLAIN) -> Callable[[], KVCache]:
     """Return a function that makes an empty cache for a model; refuse, at once, settings that do not fit it."""
-    settings = settings or KVSettings()
-    options = {name: getattr(settings, name) for name in KVSettings.__dataclass_fields__}
 
     def make() -> KVCache:
-        return KVCache(bits, config=model.config, **options)
+        return KVCache(bits, config=model.config, **settings.options())
 
     make()
     return make
@@ -35,7 +34,9 @@ def use_kv_cache(model: PreTrainedModel, make: Callable[[], KVCache]) -> None:
     """
     name = cache_name(model)
 
-    def replace_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def replace_cache(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         given = next((kwargs[other] for other in _NAMES if kwargs.get(other) is not None), None)
         wanted = kwargs.get("use_cache", getattr(module.config, "use_cache", True))
         if module.training or not wanted or not (given is None or type(given) is DynamicCache):
@@ -62,7 +63,9 @@ def _move(plain: DynamicCache, cache: KVCache) -> bool:
     return True
 
 
-def kv_of(given: KVBits | str | KVSettings | dict[str, Any], recommended: dict[str, Any] | None) -> tuple[KVBits, KVSettings]:
+def kv_of(
+    given: KVBits | str | KVSettings | dict[str, Any], recommended: dict[str, Any] | None
+) -> tuple[KVBits, KVSettings]:
     """Return bits and settings from what :func:`compress.load` was given.
 
     Args:
@@ -71,7 +74,9 @@ def kv_of(given: KVBits | str | KVSettings | dict[str, Any], recommended: dict[s
     """
     if given == "recommended":
         if recommended is None:
-            raise CompressError("kv='recommended': this checkpoint recommends no setting; add the pass kv_calibrate, or give bits.")
+            raise CompressError(
+                "kv='recommended': this checkpoint recommends no setting; add the pass kv_calibrate, or give bits."
+            )
         given = recommended
     if isinstance(given, dict):
         options = dict(given)

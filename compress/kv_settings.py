@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Union
 
 from compress.errors import CompressError
@@ -28,6 +28,7 @@ class KVSettings:
     values: Along = "token"
     nested: bool = True
     sinks: int = 4
+    rotate: bool = True
 
     def __post_init__(self) -> None:
         if min(self.groups) < 1 or self.residual < 0 or self.sinks < 0:
@@ -37,6 +38,10 @@ class KVSettings:
         for name in (self.keys, self.values):
             if name not in ("channel", "token"):
                 raise CompressError(f"kv groups along {name!r}: give 'channel' or 'token'.")
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`compress.KVCache` but for bits and the model's configuration."""
+        return asdict(self)
 
     @property
     def groups(self) -> Pair:
@@ -58,7 +63,7 @@ class KVSettings:
         from compress.kernels.kv import Grid
 
         both = zip(bits, self.groups, (self.keys, self.values), strict=True)
-        keys, values = (Grid(number, group, along, self.nested) for number, group, along in both)
+        keys, values = (Grid(number, group, along, self.nested, self.rotate) for number, group, along in both)
         return keys, values
 
     def check(self, *channels: int) -> None:

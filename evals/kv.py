@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from compress.errors import CompressError
 from compress.evals.perplexity import Window, as_tensors
 from compress.kv import KVCache, cache_name
-from compress.kv_settings import KVBits, KVSettings, kv_label, parse_kv_bits
+from compress.kv_settings import KVBits, KVSettings, parse_kv_bits
 
 BLOCK = 32  # tokens that see each other whole; as many as wait, whole, until a group is full
 
@@ -23,7 +23,7 @@ class KVWanted:
     """Say with which caches to measure."""
 
     bits: Sequence[KVBits] = ()
-    settings: KVSettings = KVSettings()
+    settings: KVSettings = field(default_factory=KVSettings)
 
     def key(self, bits: KVBits) -> Mapping[str, Any]:
         """Return what figures depend on."""
@@ -76,8 +76,3 @@ class CachedLosses:
         if size > self.bytes:
             self.bytes, self.tokens = size, ids.shape[0] * cache.get_seq_length()
         return torch.cat(losses, 1).masked_fill(~wanted, 0.0)
-
-
-def label_of(bits: KVBits) -> str:
-    """Name a cache in results."""
-    return kv_label(bits)

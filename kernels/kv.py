@@ -32,12 +32,14 @@ class Grid:
         group: values that share a smallest value and a span.
         along: ``channel``: they are tokens of one channel; ``token``: channels of one token.
         nested: cells that nest; or KIVI's end points.
+        rotated: states are rounded after a rotation of their channels (:func:`rotate`), which spreads what is loud over all.
     """
 
     bits: int
     group: int
     along: Along
     nested: bool = True
+    rotated: bool = False
 
     def grouped(self, states: Tensor) -> Tensor:
         """View [B, H, T, D] as groups: [B, H, T / group, group, D], or [B, H, T, D / group, group]."""
@@ -101,9 +103,22 @@ class Packed:
         return low + step / 2, step
 
 
+def rotate(states: Tensor) -> Tensor:
+    """Multiply channels, floating [..., D], by a Hadamard matrix of the largest power of two that divides D.
+
+    The matrix is symmetric and orthogonal: products of two rotated vectors are those of the vectors, and rotating again undoes it.
+    """
+    size = states.shape[-1] & -states.shape[-1]
+    matrix = torch.ones(1, 1, dtype=states.dtype, device=states.device)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) * 0.5**0.5
+    return (states.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+
+
 def pack(states: Tensor, grid: Grid) -> Packed:
     """Round states, floating [B, H, T, D], of which ``grid.group`` divides T or D."""
-    groups = grid.grouped(states.detach().float())
+    states = states.detach().float()
+    groups = grid.grouped(rotate(states) if grid.rotated else states)
     least, largest = torch.aminmax(groups, dim=grid.axis, keepdim=True)
     low = least.clamp(-_LARGEST, _LARGEST).half()
     span = (largest - low.float()).clamp(0, _LARGEST).half()
@@ -138,7 +153,8 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return what the codes stand for, [B, H, T, D]."""
     first, step = (part.unsqueeze(packed.grid.axis) for part in packed.affine())
     groups = packed.grid.grouped(codes_of(packed))
-    return (groups * step + first).flatten(packed.grid.axis - 1, packed.grid.axis).to(dtype)
+    states = (groups * step + first).flatten(packed.grid.axis - 1, packed.grid.axis)
+    return (rotate(states) if packed.grid.rotated else states).to(dtype)
 
 
 def join(parts: list[Packed]) -> Packed:
@@ -180,20 +196,20 @@ class States:
         yield last[0].to(dtype), last[1].to(dtype)
 
 
-def attend(query: Tensor, states: States, mask: Tensor | None, scale: float | None) -> Tensor:
+def attend(query: Tensor, states: States, mask: Tensor | None, scale: float) -> Tensor:
     """Attend to packed and whole states, of which a chunk at a time is dense; softmax and sums in float32.
 
     Args:
         query: floating [B, H * n, Q, D]; heads ``h * n`` to ``h * n + n - 1`` share head h of the states.
         states: of T tokens.
         mask: bool, True where a query sees a token, or floating, added to the products: broadcast to [B, H * n, Q, T].
-        scale: of the products; ``D ** -0.5`` if None.
+        scale: of the products.
 
     Returns:
         [B, H * n, Q, values' D] in the dtype of ``query``; zeros where a query sees nothing, as torch has it.
     """
     heads = states.keys.low.shape[1]
-    rows = query.float().unflatten(1, (heads, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    rows = query.float().unflatten(1, (heads, -1)) * scale
     shape = (*rows.shape[:-1], 1)  # [B, H, n, Q, 1]
     largest, total = rows.new_full(shape, -torch.inf), rows.new_zeros(shape)
     mixed, start = rows.new_zeros((*shape[:-1], states.values.channels)), 0
@@ -203,7 +219,7 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float | No
             continue
         products = rows @ keys[:, :, None].mT
         if mask is not None:
-            products = _masked(products, mask[..., start:stop])
+            products = masked(products, mask[..., start:stop])
         start, before = stop, largest
         largest = torch.maximum(before, products.amax(-1, keepdim=True))
         # Where nothing has been seen so far the largest is -inf, and -inf less itself would be no number.
@@ -214,7 +230,7 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float | No
     return (mixed / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(query.dtype)
 
 
-def _masked(products: Tensor, mask: Tensor) -> Tensor:
+def masked(products: Tensor, mask: Tensor) -> Tensor:
     """Apply a mask, [B or 1, heads or 1, Q or 1, T], to products [B, H, n, Q, T]."""
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.unflatten(1, products.shape[1:3]) if mask.shape[1] > 1 else mask[:, :, None]

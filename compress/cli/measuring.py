@@ -15,6 +15,9 @@ from compress.cli.common import (
     Folder,
     IncludeOption,
     JsonOption,
+    KVBitsList,
+    KVGroupOption,
+    KVResidualOption,
     PromptFlag,
     PromptFrom,
     ResultsOption,
@@ -62,6 +65,9 @@ def evaluate(
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
     adapter: AdapterFlag = None,
+    kv_bits: KVBitsList = None,
+    kv_group: KVGroupOption = None,
+    kv_residual: KVResidualOption = None,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -73,13 +79,19 @@ def evaluate(
         raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
     if text.text is None and (agreement or robustness):
         raise CompressError("--agreement and --robustness look at text: give --text FILE too.")
+    if text.text is None and kv_bits is not None:
+        raise CompressError("--kv-bits is measured on text: give --text FILE too.")
     refuse_unwritable(target, table)
+    from compress.evals.kv import kv_wanted
     from compress.evals.suite import Suite, evaluate_all
     from compress.evals.tasks import Tasks, tidy, write_lm_eval, write_table
 
     quiet_transformers()
     chosen, front = Tasks(parse_names(tasks), include, text.limit, fewshot), prompt_from or prompt
-    suite = Suite(text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch, adapter)
+    kv = kv_wanted(kv_bits, kv_group, kv_residual)
+    suite = Suite(
+        text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch, adapter, kv
+    )
     with progress_bar() as progress:
         result, rows = evaluate_all(folder, suite, parse_bits(bits), kept, device, progress)
     if table is not None:
@@ -101,6 +113,8 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
             figures = [tables.number(score[key], digits) for key, digits in _FIGURES]
             table.add("width", width, *figures, str(score["tokens"]))
         print_table(table)
+    if "kv" in result:
+        print_table(tables.cached(result["kv"], result["bits"]))
     if rows:
         print_table(tables.task_table({(width, None): found for width, found in rows.items()}))
         if cut := sum(row["truncated"] for found in rows.values() for row in found.values()):

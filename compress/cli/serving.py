@@ -9,6 +9,7 @@ from rich.markup import escape
 from compress.cli.common import (
     AdapterFlag,
     Folder,
+    KVBitsOption,
     PromptFlag,
     PromptFrom,
     app,
@@ -33,6 +34,7 @@ def generate(
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
     adapter: AdapterFlag = None,
+    kv_bits: KVBitsOption = None,
 ) -> None:
     """Continue a text at a number of bits."""
     chosen: list[Any] = parse_bits(bits) or [None]
@@ -46,7 +48,9 @@ def generate(
 
     quiet_transformers()
     front = prompt_from or prompt
-    model: Any = load(folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, dtype=torch.float32)
+    model: Any = load(
+        folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, kv=kv_bits, dtype=torch.float32
+    )
     tokenizer = load_tokenizer(folder)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():

@@ -272,3 +272,40 @@ def test_a_packed_checkpoint_and_a_packed_cache_go_together(compressed):
     out = model.generate(ids, **{cache_name(model): cache}, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 30
     assert cache.layers[0].packed is not None
+
+
+def test_a_model_loaded_with_kv_packs_what_it_caches(compressed):
+    plain, packed = (
+        compress.load(compressed, bits=4),
+        compress.load(compressed, bits=4, kv={"bits": 8, "group": 4, "residual": 8}),
+    )
+    ids = ids_of(rows=1, tokens=30)
+    out = packed(ids)
+    found = getattr(out, cache_name(packed))
+    assert isinstance(found, KVCache)
+    assert found.layers[0].packed is not None
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    made = packed.generate(ids, **options)
+    assert isinstance(getattr(made, cache_name(packed)), KVCache)
+    assert torch.equal(made.sequences, plain.generate(ids, **options).sequences)
+    begun = getattr(plain(ids), cache_name(plain))  # a prefix, say
+    moved = getattr(packed(ids[:, :5], **{cache_name(packed): begun}), cache_name(packed))
+    assert isinstance(moved, KVCache)
+    assert moved.get_seq_length() == 35
+    assert getattr(packed(ids, use_cache=False), cache_name(packed)) is None
+
+
+@pytest.mark.parametrize(
+    ("kv", "message"),
+    [
+        ("recommended", "recommends no setting"),
+        ("4,2", "give one number"),
+        ("x", "numbers of bits"),
+        (9, "give 2 to 8"),
+        ({"bits": 4, "grup": 3}, "'grup' is not a known setting"),
+        (4, "does not divide the 12 channels"),
+    ],
+)
+def test_load_refuses_a_cache_before_it_reads_the_model(compressed, kv, message):
+    with pytest.raises(CompressError, match=message):
+        compress.load(compressed, kv=kv)

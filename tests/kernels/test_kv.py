@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.kernels.kv import Grid, States, attend, codes_of, join, pack, unpack
+from compress.kernels.cpu import ISAS, library
+from compress.kernels.kv import Grid, States, attend, codes_of, join, pack, rotate, unpack
+from compress.kernels.kv_cpu import attend_packed, serves_attention
 
 
 def states(*shape, seed=0):
@@ -85,28 +87,74 @@ def reference(query, keys, values, mask, scale):
     return products.softmax(-1).nan_to_num(0.0) @ values
 
 
-@pytest.mark.parametrize("queries", [1, 5, 40])
-@pytest.mark.parametrize("masked", [None, "bool", "float"])
-@pytest.mark.parametrize(("repeats", "tokens", "whole"), [(1, 16, 3), (3, 1040, 0), (2, 512, 130)])
-def test_attention_by_chunks_is_attention(queries, masked, repeats, tokens, whole):
-    keys, values = states(2, 2, tokens, 16), states(2, 2, tokens, 24, seed=1)
-    new_keys, new_values = states(2, 2, whole, 16, seed=2), states(2, 2, whole, 24, seed=3)
+def held_of(repeats, tokens, whole, bits=(4, 2), channels=(16, 24), nested=True):
+    """Packed keys and values between whole ones, rotated where heads repeat."""
+    keys, values = states(2, 2, tokens, channels[0]), states(2, 2, tokens, channels[1], seed=1)
+    new_keys, new_values = states(2, 2, whole, channels[0], seed=2), states(2, 2, whole, channels[1], seed=3)
     first = whole // 3
-    held = States(
-        pack(keys, Grid(4, 16, "channel")),
-        pack(values, Grid(2, 8, "token")),
+    return States(
+        pack(keys, Grid(bits[0], 16, "channel", nested, rotated=repeats == 2)),
+        pack(values, Grid(bits[1], channels[1] // 2, "token", nested, rotated=repeats > 1)),
         new_keys.split([first, whole - first], 2),
         new_values.split([first, whole - first], 2),
     )
-    query = states(2, 2 * repeats, queries, 16, seed=4)
-    mask = None
-    if masked:
-        mask = torch.rand(2, 1, queries, tokens + whole, generator=torch.Generator().manual_seed(5)) < 0.7
-        mask[0, :, 0] = False  # a query that sees nothing
-        mask[1, :, :, :600] = False  # a chunk that nobody sees
-        mask = mask if masked == "bool" else torch.where(mask, 0.0, -torch.inf)
+
+
+def mask_of(kind, queries, tokens):
+    """A mask with a query that sees nothing and a stretch of tokens that nobody sees."""
+    if kind is None:
+        return None
+    mask = torch.rand(2, 1, queries, tokens, generator=torch.Generator().manual_seed(5)) < 0.7
+    mask[0, :, 0] = False
+    mask[1, :, :, :600] = False
+    return mask if kind == "bool" else torch.where(mask, 0.0, -torch.inf)
+
+
+SHAPES = [(1, 16, 3), (3, 1040, 0), (2, 512, 130)]
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize(("repeats", "tokens", "whole"), SHAPES)
+def test_attention_by_chunks_is_attention(queries, masked, repeats, tokens, whole):
+    held, query = held_of(repeats, tokens, whole), states(2, 2 * repeats, queries, 16, seed=4)
+    mask = mask_of(masked, queries, tokens + whole)
     found = attend(query, held, mask, 0.3)
     torch.testing.assert_close(found, reference(query, *held.dense(), mask, 0.3).float(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize(("repeats", "tokens", "whole"), SHAPES)
+def test_attention_in_c_is_attention(isa, masked, repeats, tokens, whole):
+    skip_without(isa)
+    held, query = held_of(repeats, tokens, whole), states(2, 2 * repeats, 3, 16, seed=4)
+    mask = mask_of(masked, 3, tokens + whole)
+    found = attend_packed(query, held, mask, 0.3, isa)
+    torch.testing.assert_close(found, reference(query, *held.dense(), mask, 0.3).float(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("channels", "nested"), [((4, 12), True), ((80, 64), True), ((64, 200), False), ((36, 8), True)]
+)
+def test_every_width_and_head_in_c(isa, bits, channels, nested):
+    skip_without(isa)
+    held = held_of(3, 48, 5, (bits, 9 - bits), channels, nested)
+    query = states(2, 6, 1, channels[0], seed=4).bfloat16()
+    found = attend_packed(query, held, None, 0.1, isa)
+    wanted = reference(query, *held.dense(), None, 0.1)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+    assert serves_attention(query, held)
+    assert not serves_attention(states(2, 6, 40, channels[0]), held)
+
+
+def skip_without(isa):
+    found = library()
+    if isinstance(found, str) or found.isa < isa:
+        pytest.skip(f"no {ISAS[isa]} here")
 
 
 def test_stretches_join():
@@ -116,3 +164,17 @@ def test_stretches_join():
         joined = join([pack(x[:, :, :8], whole.grid), pack(x[:, :, 8:], whole.grid)])
         assert torch.equal(unpack(joined), unpack(whole))
         assert torch.equal(unpack(whole.part(8, 24)), unpack(whole)[:, :, 8:24])
+
+
+@pytest.mark.parametrize("channels", [1, 12, 64, 80])
+def test_rotating_twice_is_nothing_and_products_stay(channels):
+    x, y = states(2, 1, 3, 96)[..., :channels].double(), states(2, 1, 3, 96, seed=1)[..., :channels].double()
+    torch.testing.assert_close(rotate(rotate(x)), x)
+    torch.testing.assert_close(rotate(x) @ rotate(y).mT, x @ y.mT)
+
+
+def test_a_loud_channel_costs_less_when_it_is_rotated():
+    x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    x[..., 5] *= 20
+    error = [(unpack(pack(x, Grid(3, 32, "token", rotated=way))) - x).square().mean() for way in (True, False)]
+    assert error[0] < error[1] / 2
