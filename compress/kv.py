@@ -19,8 +19,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compress.errors import CompressError
-from compress.kernels.kv import Along, Grid, Packed, States, attend, join, pack, unpack
-from compress.kernels.kv_cpu import attend_packed, serves_attention
+from compress.kernels.kv import Along, Grid, Packed, States, join, pack, unpack
+from compress.kernels.kv_cpu import attention
 from compress.kv_settings import WHOLE, KVBits, KVSettings, Pair
 
 _ATTENTION_OPTIONS = {"attn_mask", "scale", "enable_gqa", "dropout_p", "is_causal"}
@@ -88,8 +88,7 @@ def _attention(query: Any, key: Any = None, value: Any = None, *rest: Any, **opt
         return None
     scale = options.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    serve = attend_packed if serves_attention(query, key.states) else attend
-    return serve(query, key.states, options.get("attn_mask"), scale)
+    return attention(query, key.states, options.get("attn_mask"), scale)
 
 
 def _repeated(func: Any, given: Any, *args: Any) -> LazyStates | None:

@@ -149,11 +149,16 @@ def codes_of(packed: Packed) -> Tensor:
     return codes.flatten(-2)[..., : packed.channels]
 
 
+def as_rounded(packed: Packed) -> Tensor:
+    """Return what the codes stand for, float32 [B, H, T, D], of rotated states still rotated."""
+    first, step = (part.unsqueeze(packed.grid.axis) for part in packed.affine())
+    groups = packed.grid.grouped(codes_of(packed)) * step + first
+    return groups.flatten(packed.grid.axis - 1, packed.grid.axis)
+
+
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return what the codes stand for, [B, H, T, D]."""
-    first, step = (part.unsqueeze(packed.grid.axis) for part in packed.affine())
-    groups = packed.grid.grouped(codes_of(packed))
-    states = (groups * step + first).flatten(packed.grid.axis - 1, packed.grid.axis)
+    states = as_rounded(packed)
     return (rotate(states) if packed.grid.rotated else states).to(dtype)
 
 
@@ -162,6 +167,9 @@ def join(parts: list[Packed]) -> Packed:
     planes = tuple(torch.cat(planes, 2) for planes in zip(*(part.planes for part in parts), strict=True))
     low, span = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("low", "span"))
     return replace(parts[0], planes=planes, low=low, span=span)
+
+
+LookUp = Callable[[Packed], Tensor]
 
 
 @dataclass(frozen=True)
@@ -184,19 +192,23 @@ class States:
         keys = torch.cat([first, unpack(self.keys, first.dtype), last], 2)
         return keys, torch.cat([first_values, unpack(self.values, first_values.dtype), last_values], 2)
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return dense keys and values of a stretch of tokens after the other."""
-        first, last = zip(self.whole_keys, self.whole_values, strict=True)
-        yield first[0].to(dtype), first[1].to(dtype)
-        whole = math.lcm(*(part.grid.group for part in (self.keys, self.values) if part.grid.along == "channel"))
+    def chunks(self, look_up: LookUp) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Return keys and values, dense and float32, of a stretch of tokens after the other, and whether they are packed ones."""
+        first, last = (
+            (keys.float(), values.float(), False)
+            for keys, values in zip(self.whole_keys, self.whole_values, strict=True)
+        )
+        yield first
+        grids = self.keys.grid, self.values.grid
+        whole = math.lcm(*(grid.group for grid in grids if grid.along == "channel"))
         size = max(CHUNK // whole, 1) * whole
         for start in range(0, self.keys.tokens, size):
             stop = min(start + size, self.keys.tokens)
-            yield unpack(self.keys.part(start, stop), dtype), unpack(self.values.part(start, stop), dtype)
-        yield last[0].to(dtype), last[1].to(dtype)
+            yield look_up(self.keys.part(start, stop)), look_up(self.values.part(start, stop)), True
+        yield last
 
 
-def attend(query: Tensor, states: States, mask: Tensor | None, scale: float) -> Tensor:
+def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, look_up: LookUp = as_rounded) -> Tensor:
     """Attend to packed and whole states, of which a chunk at a time is dense; softmax and sums in float32.
 
     Args:
@@ -204,20 +216,23 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float) -> 
         states: of T tokens.
         mask: bool, True where a query sees a token, or floating, added to the products: broadcast to [B, H * n, Q, T].
         scale: of the products.
+        look_up: does what :func:`as_rounded` does.
 
     Returns:
         [B, H * n, Q, values' D] in the dtype of ``query``; zeros where a query sees nothing, as torch has it.
     """
     heads = states.keys.low.shape[1]
     rows = query.float().unflatten(1, (heads, -1)) * scale
-    shape = (*rows.shape[:-1], 1)  # [B, H, n, Q, 1]
-    largest, total = rows.new_full(shape, -torch.inf), rows.new_zeros(shape)
-    mixed, start = rows.new_zeros((*shape[:-1], states.values.channels)), 0
-    for keys, values in states.chunks(torch.float32):
+    turned = rotate(rows) if states.keys.grid.rotated else rows
+    shape = rows.shape[:-1]  # [B, H, n, Q]
+    largest, total = rows.new_full((*shape, 1), -torch.inf), rows.new_zeros((*shape, 1))
+    sums, start = {packed: rows.new_zeros((*shape, states.values.channels)) for packed in (False, True)}, 0
+    for keys, values, packed in states.chunks(look_up):
         stop = start + keys.shape[2]
         if start == stop:
             continue
-        products = rows @ keys[:, :, None].mT
+        products = (turned if packed else rows).flatten(2, 3) @ keys.mT
+        products = products.unflatten(2, shape[2:])
         if mask is not None:
             products = masked(products, mask[..., start:stop])
         start, before = stop, largest
@@ -226,7 +241,9 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float) -> 
         base = largest.masked_fill(largest == -torch.inf, 0.0)
         weights, kept = (products - base).exp(), (before - base).exp()
         total = total * kept + weights.sum(-1, keepdim=True)
-        mixed = mixed * kept + weights @ values[:, :, None]
+        sums = {which: part * kept for which, part in sums.items()}
+        sums[packed] += (weights.flatten(2, 3) @ values).unflatten(2, shape[2:])
+    mixed = sums[False] + (rotate(sums[True]) if states.values.grid.rotated else sums[True])
     return (mixed / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(query.dtype)
 
 

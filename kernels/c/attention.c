@@ -20,12 +20,14 @@ typedef struct {
     int64_t isa;
 } KV;
 
+enum { PRODUCTS, SUMS, STATES }; /* multiply states by queries, add them up by weights, or write them as they are */
+
 typedef struct {
     const KV *kv;
-    float *vectors;                  /* [heads, rows, width]: queries, or the sums; zeros beyond the channels */
-    float *weights;                  /* [heads, rows, stride]: the products with each token, or its weight */
-    int64_t rows, width, stride;
-    int mix;                         /* whether to add the states up by weights, or to multiply them by queries */
+    float *vectors;                  /* [heads, rows, width]: queries or sums, zeros beyond the channels; or states [heads, tokens, width] */
+    float *weights;                  /* [heads, rows, stride]: the product with each token, or its weight */
+    int64_t rows, width, stride;     /* no rows where states are written */
+    int mode;
     int64_t next;                    /* the first head that no thread has taken */
 } Attention;
 
@@ -139,10 +141,10 @@ static void heads(void *data)
     }
 }
 
-int compress_attention(const KV *kv, float *vectors, int64_t width, float *weights, int64_t stride, int64_t rows, int mix,
+int compress_attention(const KV *kv, float *vectors, int64_t width, float *weights, int64_t stride, int64_t rows, int mode,
                        Team team, int threads)
 {
-    Attention job = {.kv = kv, .vectors = vectors, .weights = weights, .rows = rows, .width = width, .stride = stride, .mix = mix};
+    Attention job = {.kv = kv, .vectors = vectors, .weights = weights, .rows = rows, .width = width, .stride = stride, .mode = mode};
     if (kv->isa < 0 || kv->isa > compress_best_isa() || width > MAX_CHANNELS || width % LANES || width < kv->channels)
         return -1;
     if (team && threads > 1 && kv->heads > 1)
@@ -152,10 +154,10 @@ int compress_attention(const KV *kv, float *vectors, int64_t width, float *weigh
     return 0;
 }
 #else
-int compress_attention(const KV *kv, float *vectors, int64_t width, float *weights, int64_t stride, int64_t rows, int mix,
+int compress_attention(const KV *kv, float *vectors, int64_t width, float *weights, int64_t stride, int64_t rows, int mode,
                        Team team, int threads)
 {
-    (void)kv, (void)vectors, (void)width, (void)weights, (void)stride, (void)rows, (void)mix, (void)team, (void)threads;
+    (void)kv, (void)vectors, (void)width, (void)weights, (void)stride, (void)rows, (void)mode, (void)team, (void)threads;
     return -1;
 }
 #endif

@@ -37,38 +37,48 @@ INLINE void NAME(affine)(const KV *kv, int64_t head, int64_t t, float *first, fl
     }
 }
 
+INLINE float NAME(product)(const float *a, const float *b, int64_t channels)
+{
+    Floats sum = {0}, v, w;
+    float lanes[16];
+    for (int64_t d = 0; d < channels; d += 16) {
+        memcpy(&v, a + d, sizeof v);
+        memcpy(&w, b + d, sizeof w);
+        sum += v * w;
+    }
+    memcpy(lanes, &sum, sizeof sum);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++)
+            lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
 static void NAME(head)(const Attention *job, int64_t head)
 {
     const KV *kv = job->kv;
-    int64_t bytes = (kv->channels + 7) / 8, rows = job->rows, channels = kv->channels;
-    float first[MAX_CHANNELS] = {0}, step[MAX_CHANNELS] = {0}, x[MAX_CHANNELS];
+    int64_t bytes = (kv->channels + 7) / 8;
+    float first[MAX_CHANNELS] = {0}, step[MAX_CHANNELS] = {0}, held[MAX_CHANNELS];
     for (int64_t t = 0; t < kv->tokens; t++) {
         const uint8_t *planes[MAX_BITS];
+        float *x = job->mode == STATES ? job->vectors + (head * kv->tokens + t) * job->width : held;
         for (int plane = 0; plane < kv->bits; plane++)
             planes[plane] = kv->planes[plane] + (head * kv->tokens + t) * bytes;
         if (!kv->along_tokens || t % kv->group == 0)
             NAME(affine)(kv, head, t, first, step);
         NAME(token)(kv, planes, first, step, x);
-        for (int64_t row = 0; row < rows; row++) {
-            float *vector = job->vectors + (head * rows + row) * job->width;
-            float *weight = job->weights + (head * rows + row) * job->stride + t;
-            Floats sum = {0}, v, w;
-            for (int64_t d = 0; d < channels; d += 16) {
-                memcpy(&v, vector + d, sizeof v);
-                memcpy(&w, x + d, sizeof w);
-                if (job->mix) {
+        for (int64_t row = 0; row < job->rows; row++) {
+            float *vector = job->vectors + (head * job->rows + row) * job->width;
+            float *weight = job->weights + (head * job->rows + row) * job->stride + t;
+            if (job->mode == PRODUCTS)
+                *weight = NAME(product)(vector, x, kv->channels);
+            else
+                for (int64_t d = 0; d < kv->channels; d += 16) {
+                    Floats v, w;
+                    memcpy(&v, vector + d, sizeof v);
+                    memcpy(&w, x + d, sizeof w);
                     v += *weight * w;
                     memcpy(vector + d, &v, sizeof v);
-                } else {
-                    sum += v * w;
                 }
-            }
-            if (!job->mix) {
-                float total = 0;
-                for (int i = 0; i < 16; i++)
-                    total += sum[i];
-                *weight = total;
-            }
         }
     }
 }

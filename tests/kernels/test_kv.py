@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from compress.kernels.cpu import ISAS, library
 from compress.kernels.kv import Grid, States, attend, codes_of, join, pack, rotate, unpack
-from compress.kernels.kv_cpu import attend_packed, serves_attention
+from compress.kernels.kv_cpu import attend_packed, attention
 
 
 def states(*shape, seed=0):
@@ -147,8 +147,10 @@ def test_every_width_and_head_in_c(isa, bits, channels, nested):
     wanted = reference(query, *held.dense(), None, 0.1)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
-    assert serves_attention(query, held)
-    assert not serves_attention(states(2, 6, 40, channels[0]), held)
+    torch.testing.assert_close(attention(query, held, None, 0.1).double(), wanted, rtol=1e-2, atol=1e-2)
+    many = states(2, 6, 40, channels[0], seed=5)
+    found = attention(many, held, None, 0.1)
+    torch.testing.assert_close(found.double(), reference(many, *held.dense(), None, 0.1), rtol=1e-3, atol=1e-3)
 
 
 def skip_without(isa):
