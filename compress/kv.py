@@ -72,7 +72,9 @@ class LazyStates(Tensor):
         return func(*_dense(args), **_dense(kwargs)) if found is None else found
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Make dense what torch itself asks for."""
         return func(*_dense(args), **_dense(kwargs or {}))
 
@@ -109,7 +111,7 @@ def _repeated(func: Any, given: Any, *args: Any) -> LazyStates | None:
     return None
 
 
-class KVLayer(CacheLayerMixin):
+class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Hold one layer's keys and values: packed ones, but for the first ``sinks`` tokens and the last ``residual`` or some more.
 
     What one call of the model adds is attended to as it is and packed afterwards, so a prompt sees itself whole.
@@ -120,7 +122,7 @@ class KVLayer(CacheLayerMixin):
     supports_early_init = True
 
     def __init__(self, settings: KVSettings, bits: tuple[int, int], sliding_window: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.settings, self.sliding_window, self.is_sliding = settings, sliding_window, sliding_window is not None
         self.bits = bits
         self.record_past = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -25,6 +26,20 @@ def make_caches(model: PreTrainedModel, bits: KVBits, settings: KVSettings = _PL
 
     make()
     return make
+
+
+def losses_by_blocks(model: Any, ids: Tensor, cache: Any, block: int) -> Tensor:
+    """Return the negative log-likelihoods of all tokens but the first, [B, T - 1], of tokens [B, T] read a block at a time.
+
+    Tokens of a block see each other whole; what came before they see as the cache holds it.
+    """
+    name, losses = cache_name(model), []
+    for start in range(0, ids.shape[1] - 1, block):
+        part = ids[:, start : start + block]
+        logits = model(input_ids=part, use_cache=True, **{name: cache}).logits[:, -part.shape[1] :].float()
+        after = ids[:, start + 1 : start + 1 + part.shape[1]]
+        losses.append(nn.functional.cross_entropy(logits[:, : after.shape[1]].mT, after, reduction="none"))
+    return torch.cat(losses, 1)
 
 
 def use_kv_cache(model: PreTrainedModel, make: Callable[[], KVCache]) -> None:
@@ -56,9 +71,10 @@ def _move(plain: DynamicCache, cache: KVCache) -> bool:
         return True
     if len(plain.layers) != len(cache.packed_layers):
         return False
-    if any(layer.keys is None or layer.keys.shape[2] != layer.get_seq_length() for layer in plain.layers):
+    layers: list[Any] = plain.layers
+    if any(layer.keys is None or layer.keys.shape[2] != layer.get_seq_length() for layer in layers):
         return False
-    for place, layer in enumerate(plain.layers):
+    for place, layer in enumerate(layers):
         cache.update(layer.keys, layer.values, place)
     return True
 

@@ -23,7 +23,7 @@ from compress.hf import bits_by_module, join_layers, packed_modules
 from compress.kv import KVCache
 from compress.kv_serving import kv_of, make_caches, use_kv_cache
 from compress.kv_settings import KVBits
-from compress.manifest import MANIFEST, read_manifest
+from compress.manifest import MANIFEST, noted, read_manifest
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
 
@@ -145,8 +145,7 @@ def recommended_kv(folder: str | Path, revision: str | None = None) -> dict[str,
         manifest = cached_file(str(folder), MANIFEST, revision=revision)
     except OSError:
         return None
-    found = (read_manifest(Path(manifest).parent) if manifest else None) or {}
-    return found.get("kv")
+    return dict(noted(read_manifest(Path(manifest).parent) or {}, "kv")) or None  # type: ignore[arg-type]
 
 
 def bits_for(

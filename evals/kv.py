@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.evals.perplexity import Window, as_tensors
-from compress.kv import KVCache, cache_name
+from compress.kv import KVCache
+from compress.kv_serving import losses_by_blocks
 from compress.kv_settings import KVBits, KVSettings, parse_kv_bits
 
 BLOCK = 32  # tokens that see each other whole; as many as wait, whole, until a group is full
@@ -66,13 +66,9 @@ class CachedLosses:
     def __call__(self, model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
         """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
         ids, wanted = as_tensors(batch, model.device)
-        cache, name, losses = self.make(), cache_name(model), []
-        for start in range(0, ids.shape[1] - 1, self.block):
-            part = ids[:, start : start + self.block]
-            logits = model(input_ids=part, use_cache=True, **{name: cache}).logits[:, -part.shape[1] :].float()
-            after = ids[:, start + 1 : start + 1 + part.shape[1]]
-            losses.append(nn.functional.cross_entropy(logits[:, : after.shape[1]].mT, after, reduction="none"))
+        cache = self.make()
+        losses = losses_by_blocks(model, ids, cache, self.block)
         size = cache.resident_bytes() if isinstance(cache, KVCache) else 0
         if size > self.bytes:
             self.bytes, self.tokens = size, ids.shape[0] * cache.get_seq_length()
-        return torch.cat(losses, 1).masked_fill(~wanted, 0.0)
+        return losses.masked_fill(~wanted, 0.0)

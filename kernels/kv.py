@@ -43,7 +43,7 @@ class Grid:
 
     def grouped(self, states: Tensor) -> Tensor:
         """View [B, H, T, D] as groups: [B, H, T / group, group, D], or [B, H, T, D / group, group]."""
-        return states.unflatten(self.axis - 1, (-1, self.group))
+        return torch.unflatten(states, self.axis - 1, (-1, self.group))
 
     @property
     def axis(self) -> int:
@@ -112,7 +112,7 @@ def rotate(states: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, dtype=states.dtype, device=states.device)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) * 0.5**0.5
-    return (states.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    return (torch.unflatten(states, -1, (-1, size)) @ matrix).flatten(-2)
 
 
 def pack(states: Tensor, grid: Grid) -> Packed:
@@ -136,7 +136,7 @@ def pack(states: Tensor, grid: Grid) -> Packed:
 
 def _plane(codes: Tensor, bit: int) -> Tensor:
     ones = (codes >> bit) & 1
-    ones = torch.nn.functional.pad(ones, (0, -ones.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    ones = torch.unflatten(torch.nn.functional.pad(ones, (0, -ones.shape[-1] % 8)), -1, (-1, 8))
     return (ones << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
 
 
@@ -222,7 +222,7 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, loo
         [B, H * n, Q, values' D] in the dtype of ``query``; zeros where a query sees nothing, as torch has it.
     """
     heads = states.keys.low.shape[1]
-    rows = query.float().unflatten(1, (heads, -1)) * scale
+    rows = torch.unflatten(query.float(), 1, (heads, -1)) * scale
     turned = rotate(rows) if states.keys.grid.rotated else rows
     shape = rows.shape[:-1]  # [B, H, n, Q]
     largest, total = rows.new_full((*shape, 1), -torch.inf), rows.new_zeros((*shape, 1))
@@ -232,7 +232,7 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, loo
         if start == stop:
             continue
         products = (turned if packed else rows).flatten(2, 3) @ keys.mT
-        products = products.unflatten(2, shape[2:])
+        products = torch.unflatten(products, 2, shape[2:])
         if mask is not None:
             products = masked(products, mask[..., start:stop])
         start, before = stop, largest
@@ -242,7 +242,7 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, loo
         weights, kept = (products - base).exp(), (before - base).exp()
         total = total * kept + weights.sum(-1, keepdim=True)
         sums = {which: part * kept for which, part in sums.items()}
-        sums[packed] += (weights.flatten(2, 3) @ values).unflatten(2, shape[2:])
+        sums[packed] += torch.unflatten(weights.flatten(2, 3) @ values, 2, shape[2:])
     mixed = sums[False] + (rotate(sums[True]) if states.values.grid.rotated else sums[True])
     return (mixed / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(query.dtype)
 
@@ -250,5 +250,5 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, loo
 def masked(products: Tensor, mask: Tensor) -> Tensor:
     """Apply a mask, [B or 1, heads or 1, Q or 1, T], to products [B, H, n, Q, T]."""
     mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask.unflatten(1, products.shape[1:3]) if mask.shape[1] > 1 else mask[:, :, None]
+    mask = torch.unflatten(mask, 1, products.shape[1:3]) if mask.shape[1] > 1 else mask[:, :, None]
     return products.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else products + mask.float()

@@ -47,13 +47,13 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
     asked = (query.float() * scale).view(batch, heads, -1, query.shape[-1])  # [B, H, rows, D]
     sizes = [states.whole_keys[0].shape[2], keys.tokens, states.whole_keys[1].shape[2]]
     products = torch.empty(*asked.shape[:3], states.tokens)
-    before, packed, behind = products.split(sizes, -1)
+    before, packed, behind = torch.split(products, sizes, -1)
     before.copy_(asked @ states.whole_keys[0].float().mT)
     behind.copy_(asked @ states.whole_keys[1].float().mT)
     _run(keys, _padded(rotate(asked) if keys.grid.rotated else asked), packed, _PRODUCTS, isa)
     if mask is not None:
         products = masked(products.view(batch, heads, -1, query.shape[2], states.tokens), mask).view_as(products)
-    before, packed, behind = products.softmax(-1).nan_to_num_(0.0).split(sizes, -1)
+    before, packed, behind = torch.split(products.softmax(-1).nan_to_num_(0.0), sizes, -1)
     mixed = _padded(torch.zeros(*asked.shape[:3], values.channels))
     _run(values, mixed, packed, _SUMS, isa)
     mixed = mixed[..., : values.channels]
