@@ -79,9 +79,7 @@ def _move(plain: DynamicCache, cache: KVCache) -> bool:
     return True
 
 
-def kv_of(
-    given: KVBits | str | KVSettings | dict[str, Any], recommended: dict[str, Any] | None
-) -> tuple[KVBits, KVSettings]:
+def kv_of(given: KVBits | str | dict[str, Any], recommended: dict[str, Any] | None) -> tuple[KVBits, KVSettings]:
     """Return bits and settings from what :func:`compress.load` was given.
 
     Args:
@@ -94,18 +92,15 @@ def kv_of(
                 "kv='recommended': this checkpoint recommends no setting; add the pass kv_calibrate, or give bits."
             )
         given = recommended
-    if isinstance(given, dict):
-        options = dict(given)
-        bits = options.pop("bits", 4)
-        unknown = options.keys() - KVSettings.__dataclass_fields__.keys()
-        if unknown:
-            raise CompressError(f"kv: {min(unknown)!r} is not a known setting.")
-        if isinstance(options.get("group"), list):
-            options["group"] = tuple(options["group"])
-        return bits, KVSettings(**options)
-    if isinstance(given, str):
-        found = parse_kv_bits(given)
-        if len(found) != 1:
-            raise CompressError(f"kv {given!r}: give one number of bits.")
-        return found[0], KVSettings()
-    return given, KVSettings()  # type: ignore[return-value]
+    options = dict(given) if isinstance(given, dict) else {"bits": given}
+    bits = options.pop("bits", 4)
+    if unknown := options.keys() - KVSettings.__dataclass_fields__.keys():
+        raise CompressError(f"kv: {min(unknown)!r} is not a known setting.")
+    if isinstance(options.get("group"), list):
+        options["group"] = tuple(options["group"])
+    if isinstance(bits, str):
+        several = parse_kv_bits(bits)
+        if len(several) != 1:
+            raise CompressError(f"kv {bits!r}: give one number of bits.")
+        bits = several[0]
+    return bits, KVSettings(**options)

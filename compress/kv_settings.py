@@ -116,6 +116,20 @@ def parse_kv_bits(text: str | None) -> list[KVBits]:
     return found
 
 
+def kv_options(group: str | None, residual: int | None) -> dict[str, Any]:
+    """Read settings of a command line, those that are given: ``32`` or ``128:64`` (keys:values), and tokens."""
+    changes: dict[str, Any] = {} if residual is None else {"residual": residual}
+    if group is not None:
+        try:
+            numbers = tuple(map(int, group.split(":")))
+        except ValueError:
+            numbers = ()
+        if not 1 <= len(numbers) <= 2:
+            raise CompressError(f"--kv-group {group!r}: give one number, or those of keys and values as 128:64.")
+        changes["group"] = numbers[0] if len(numbers) == 1 else numbers
+    return changes
+
+
 def kv_label(bits: KVBits) -> str:
     """Name numbers of bits as a command line does: ``4``, ``4:2``; ``mixed`` where layers differ."""
     if isinstance(bits, int):

@@ -171,6 +171,20 @@ def cached(found: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Any]) -> 
     return table
 
 
+def cache_speed(found: Mapping[str, Any]) -> Table:
+    """Set decoding with packed caches beside the plain one, behind as many tokens."""
+    table = Table(["cache", "ms per token", "times plain", "MB"])
+    for name, row in found["caches"].items():
+        table.add(
+            "width",
+            name,
+            with_spread(row["seconds"], 1000),
+            with_spread(row["versus_plain"]),
+            f"{row['bytes'] / 1e6:.1f}",
+        )
+    return table
+
+
 def speed(found: Mapping[str, Any]) -> Table:
     """Show the medians of a benchmark, each with half the distance between its quartiles."""
     heads = ["decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s"]

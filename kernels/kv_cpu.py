@@ -44,7 +44,7 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
     """Attend as :func:`compress.kernels.kv.attend` does, never with dense keys or values; ``isa`` is for tests."""
     keys, values = states.keys, states.values
     batch, heads = keys.low.shape[:2]
-    asked = (query.float() * scale).view(batch, heads, -1, query.shape[-1])  # [B, H, rows, D]
+    asked = (query.float() * scale).reshape(batch, heads, -1, query.shape[-1])  # [B, H, rows, D]
     sizes = [states.whole_keys[0].shape[2], keys.tokens, states.whole_keys[1].shape[2]]
     products = torch.empty(*asked.shape[:3], states.tokens)
     before, packed, behind = torch.split(products, sizes, -1)

@@ -10,6 +10,8 @@ from compress.cli.common import (
     AdapterFlag,
     Folder,
     KVBitsOption,
+    KVGroupOption,
+    KVResidualOption,
     PromptFlag,
     PromptFrom,
     app,
@@ -18,6 +20,7 @@ from compress.cli.common import (
     quiet_transformers,
 )
 from compress.errors import CompressError
+from compress.kv_settings import kv_options
 
 
 @app.command()
@@ -35,8 +38,13 @@ def generate(
     prompt_from: PromptFrom = None,
     adapter: AdapterFlag = None,
     kv_bits: KVBitsOption = None,
+    kv_group: KVGroupOption = None,
+    kv_residual: KVResidualOption = None,
 ) -> None:
     """Continue a text at a number of bits."""
+    changes = kv_options(kv_group, kv_residual)
+    if changes and kv_bits in (None, "recommended"):
+        raise CompressError("--kv-group and --kv-residual go with a number of bits: give --kv-bits.")
     chosen: list[Any] = parse_bits(bits) or [None]
     if len(chosen) > 1:
         raise CompressError(f"--bits {bits!r}: give one number of bits to generate at.")
@@ -49,7 +57,13 @@ def generate(
     quiet_transformers()
     front = prompt_from or prompt
     model: Any = load(
-        folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, kv=kv_bits, dtype=torch.float32
+        folder,
+        bits=chosen[0],
+        memory=memory,
+        prompt=front,
+        adapter=adapter,
+        kv={"bits": kv_bits, **changes} if changes else kv_bits,
+        dtype=torch.float32,
     )
     tokenizer = load_tokenizer(folder)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)

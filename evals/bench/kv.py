@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
 import compress
@@ -25,52 +24,6 @@ _PEER_RESIDUAL = (
     288  # of QuantizedCache, whose window fills from nothing to it: on average as many whole tokens as ours
 )
 _KIVI = {"nested": False, "rotate": False, "sinks": 0}
-
-
-def tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Find the tensors that an object, of any library, holds."""
-    if id(value) in seen or isinstance(value, type):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        inner = getattr(value, "__tensor_flatten__", None)
-        if inner is None:
-            yield value
-        else:
-            for name in inner()[0]:
-                yield from tensors_in(getattr(value, name), seen)
-        return
-    parts = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, (list, tuple))
-        else vars(value).values()
-        if hasattr(value, "__dict__")
-        else ()
-    )
-    for part in parts:
-        yield from tensors_in(part, seen)
-
-
-def bytes_of(cache: Any) -> int:
-    """Measure the bytes of the storages that a cache holds, each once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_in(cache, set())
-    }
-    return sum(storages.values())
-
-
-class Measured(CachedLosses):
-    """Keep the bytes of any cache when it is fullest."""
-
-    def __init__(self, make: Callable[[], Any], block: int) -> None:
-        super().__init__(self._make, block)
-        self.made, self.latest = make, None
-
-    def _make(self) -> Any:
-        self.latest = self.made()
-        return self.latest
 
 
 def candidates(config: Any, wanted: list[KVBits]) -> dict[str, Callable[[], Any]]:
@@ -104,11 +57,10 @@ def candidates(config: Any, wanted: list[KVBits]) -> dict[str, Callable[[], Any]
 
 
 def measure(model: Any, text: Text, make: Callable[[], Any], block: int) -> dict[str, Any]:
-    """Return loss, and bytes of the cache per token when the last window has been read."""
-    losses = Measured(make, block)
+    """Return loss, and bytes of the cache per token when it is fullest."""
+    losses = CachedLosses(make, block)
     found = score(model, text, 1, None, losses)
-    length = max(len(window.tokens) for window in text.windows)
-    return {"loss": found.loss, "perplexity": found.perplexity, "bytes": bytes_of(losses.latest) / length}
+    return {"loss": found.loss, "perplexity": found.perplexity, "bytes": losses.bytes / losses.tokens}
 
 
 def main(
