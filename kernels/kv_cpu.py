@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from compress.kernels.cpu import WORTH_A_TEAM, Library, library, serves
 from compress.kernels.kv import Packed, States, attend, masked, rotate
+from compress.kernels.kv_gpu import attend_on_gpu, serves_on_gpu
 
 MOST_ROWS = 16  # of queries that share a head; above, states are dense a chunk at a time, for torch's product
 _CHANNELS = 1024
@@ -30,7 +31,9 @@ def _call(calls: CDLL) -> Any:
 
 
 def attention(query: Tensor, states: States, mask: Tensor | None, scale: float) -> Tensor:
-    """Attend as :func:`compress.kernels.kv.attend` does, by the C library where it serves."""
+    """Attend as :func:`compress.kernels.kv.attend` does, by Triton on a GPU and by the C library on a CPU where they serve."""
+    if query.device.type == "cuda" and serves_on_gpu(query, states):
+        return attend_on_gpu(query, states, mask, scale)
     channels = max(states.keys.channels, states.values.channels)
     if not serves(query, states.keys.low) or channels > _CHANNELS or (torch.is_grad_enabled() and query.requires_grad):
         return attend(query, states, mask, scale)
