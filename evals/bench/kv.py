@@ -36,10 +36,11 @@ def candidates(config: Any, wanted: list[KVBits]) -> dict[str, Callable[[], Any]
     def add_peer(name: str, **options: Any) -> None:
         found[name] = lambda: QuantizedCache(config=config, **options)
 
+    ours = {"residual": 124}  # and four sinks: as many whole tokens as the controls have
     for bits in wanted:
-        add(f"{bits} bits", bits)
-        add(f"{bits} bits, groups 128:64", bits, group=(128, 64))
-        add(f"{bits} bits, not rotated", bits, rotate=False)
+        add(f"{bits} bits", bits, **ours)
+        add(f"{bits} bits, groups 128:64", bits, group=(128, 64), **ours)
+        add(f"{bits} bits, not rotated", bits, rotate=False, **ours)
         add(f"{bits} bits, no sinks", bits, sinks=0)
         add(f"{bits} bits, KIVI", bits, **_KIVI)
         for package, backend in (("optimum.quanto", "quanto"), ("hqq", "hqq")):
