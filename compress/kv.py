@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compress.errors import CompressError
-from compress.kernels.kv import Along, Grid, Packed, States, join, pack, unpack
+from compress.kernels.kv import Along, Grid, Packed, States, join, nothing, pack, unpack
 from compress.kernels.kv_cpu import attention
+from compress.kv_evict import Policy, importance, kept_tokens
 from compress.kv_settings import WHOLE, KVBits, KVSettings, Pair
 
 _ATTENTION_OPTIONS = {"attn_mask", "scale", "enable_gqa", "dropout_p", "is_causal"}
@@ -86,10 +87,13 @@ def _dense(given: Any) -> Any:
 def _attention(query: Any, key: Any = None, value: Any = None, *rest: Any, **options: Any) -> Tensor | None:
     """Attend to packed states, where this is the plain attention to the keys and values of one layer."""
     plain = isinstance(key, LazyStates) and isinstance(value, LazyStates) and key.states is value.states
-    if not plain or rest or set(options) - _ATTENTION_OPTIONS or options.get("dropout_p") or options.get("is_causal"):
-        return None
     scale = options.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if plain and key.states.watch is not None:
+        key.states.watch(query, options.get("attn_mask"), scale)
+        return None
+    if not plain or rest or set(options) - _ATTENTION_OPTIONS or options.get("dropout_p") or options.get("is_causal"):
+        return None
     return attention(query, key.states, options.get("attn_mask"), scale)
 
 
@@ -125,7 +129,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.settings, self.sliding_window, self.is_sliding = settings, sliding_window, sliding_window is not None
         self.bits = bits
-        self.record_past = False
+        self.record_past = self.evicted = False
         self.seen = 0  # tokens, those included that a sliding window has lost
         self.packed: tuple[Packed, Packed] | None = None
         self.first: tuple[Tensor, Tensor] | None = None  # whole tokens before the packed ones
@@ -151,6 +155,14 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.seen += key_states.shape[2]
         keys, values = (torch.cat(pair, 2) for pair in zip(self.whole, (key_states, value_states), strict=True))
         self.whole = keys, values
+        if self._evicts(key_states.shape[2]):
+            states = States(
+                *map(nothing, self.whole, self._grids()),
+                (keys[:, :, :0], keys),
+                (values[:, :, :0], values),
+                self._evict,
+            )
+            return LazyStates(states, True), LazyStates(states, False)
         found: tuple[Tensor, Tensor] = keys, values
         if self.packed is not None and self.first is not None:
             states = States(*self.packed, (self.first[0], keys), (self.first[1], values))
@@ -159,6 +171,30 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._forget()
         self._pack()
         return found
+
+    def _evicts(self, new: int) -> bool:
+        """Tell whether the ``new`` tokens are a prompt to take tokens from, once attention has shown its queries."""
+        if self.settings.keep is None or self.is_sliding or self.evicted:
+            return False
+        if self.seen != new:
+            raise CompressError(
+                "kv keep: no attention of the prompt has been seen; load the model with attn_implementation='sdpa'."
+            )
+        return True
+
+    def _evict(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Drop tokens of the prompt, then pack."""
+        assert self.whole is not None
+        assert self.settings.keep is not None
+        if mask is not None:
+            raise CompressError(
+                "kv keep: takes tokens from prompts of equal length, without padding; give one at a time."
+            )
+        scores = importance(self.settings.policy, query, self.whole[0], scale)
+        places = kept_tokens(scores, self.settings.keep, self.settings.sinks, self.settings.residual)[..., None]
+        self.evicted = True
+        self._change_whole(lambda states: states.gather(2, places.expand(-1, -1, -1, states.shape[3])))
+        self._pack()
 
     def _pack(self) -> None:
         """Pack groups of the oldest whole tokens but the very first ones, while ``residual`` stay."""
@@ -285,7 +321,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget all tokens."""
         self.packed = self.first = self.whole = None
-        self.seen, self.is_initialized = 0, False
+        self.seen, self.is_initialized, self.evicted = 0, False, False
 
     def set_bits(self, bits: tuple[int, int]) -> None:
         """Read packed keys and values at fewer bits from now on; what is dropped is freed."""
@@ -324,6 +360,9 @@ class KVCache(Cache):
         sinks: so many of the very first tokens stay as they are too, but in layers with a sliding window: much attention goes
             there, and their keys are unlike all others.
         rotate: channels of a head are mixed by a Hadamard matrix before they are rounded, so that no channel is much louder than the rest.
+        keep: take tokens from the first call of the model, the prompt, until so many are left in every layer without a window.
+        policy: which: those that its last queries attend to most stay (``attention``), or the latest (``recent``), or any
+            (``random``); the first ``sinks`` and the last ``residual`` in any case.
 
     Raises:
         CompressError: settings that are out of range, do not fit each other or the model, or a model without attention.
@@ -340,8 +379,10 @@ class KVCache(Cache):
         nested: bool = True,
         sinks: int = 4,
         rotate: bool = True,
+        keep: int | None = None,
+        policy: Policy = "attention",
     ) -> None:
-        settings = KVSettings(group, residual, keys, values, nested, sinks, rotate)
+        settings = KVSettings(group, residual, keys, values, nested, sinks, rotate, keep, policy)
         self.settings, self._asked = settings, bits
         if config is None:
             super().__init__(layers=[])

@@ -92,7 +92,7 @@ def kv_of(given: KVBits | str | dict[str, Any], recommended: dict[str, Any] | No
                 "kv='recommended': this checkpoint recommends no setting; add the pass kv_calibrate, or give bits."
             )
         given = recommended
-    options = dict(given) if isinstance(given, dict) else {"bits": given}
+    options: dict[str, Any] = dict(given) if isinstance(given, dict) else {"bits": given}
     bits = options.pop("bits", 4)
     if unknown := options.keys() - KVSettings.__dataclass_fields__.keys():
         raise CompressError(f"kv: {min(unknown)!r} is not a known setting.")

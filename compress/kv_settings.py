@@ -11,6 +11,7 @@ from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from compress.kernels.kv import Along, Grid
+    from compress.kv_evict import Policy
 
 WHOLE = 16  # bits of a layer that stays as it is
 Pair = tuple[int, int]
@@ -29,6 +30,8 @@ class KVSettings:
     nested: bool = True
     sinks: int = 4
     rotate: bool = True
+    keep: int | None = None
+    policy: Policy = "attention"
 
     def __post_init__(self) -> None:
         if min(self.groups) < 1 or self.residual < 0 or self.sinks < 0:
@@ -38,6 +41,13 @@ class KVSettings:
         for name in (self.keys, self.values):
             if name not in ("channel", "token"):
                 raise CompressError(f"kv groups along {name!r}: give 'channel' or 'token'.")
+        if self.policy not in ("attention", "recent", "random"):
+            raise CompressError(f"kv policy {self.policy!r}: give 'attention', 'recent' or 'random'.")
+        if self.keep is not None and self.keep < self.sinks + self.residual:
+            raise CompressError(
+                f"kv keep {self.keep}: fewer tokens than stay whole ({self.sinks} first and {self.residual} last ones); "
+                "keep more, or lower residual."
+            )
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of :class:`compress.KVCache` but for bits and the model's configuration."""
@@ -87,7 +97,7 @@ class KVSettings:
     def by_layer(self, bits: KVBits, count: int) -> list[Pair]:
         """Return (keys, values) for each of so many layers."""
         several = isinstance(bits, Sequence) and not isinstance(bits, tuple)
-        each = [_pair(own) for own in bits] if several else [_pair(bits)] * count  # type: ignore[union-attr, arg-type]
+        each = [_pair(own) for own in bits] if several else [_pair(bits)] * count  # type: ignore[union-attr]
         if len(each) < count:
             raise CompressError(f"kv bits: {len(each)} entries for a model of {count} layers; give one for each.")
         return each

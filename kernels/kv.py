@@ -162,6 +162,15 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return (rotate(states) if packed.grid.rotated else states).to(dtype)
 
 
+def nothing(states: Tensor, grid: Grid) -> Packed:
+    """Return no tokens of states [B, H, T, D]."""
+    batch, heads, _, channels = states.shape
+    count = channels if grid.along == "channel" else channels // grid.group
+    empty = states.new_empty(batch, heads, 0, count, dtype=torch.float16)
+    planes = states.new_empty(batch, heads, 0, -(-channels // 8), dtype=torch.uint8)
+    return Packed((planes,) * grid.bits, empty, empty, channels, grid)
+
+
 def join(parts: list[Packed]) -> Packed:
     """Put stretches of tokens behind one another."""
     planes = tuple(torch.cat(planes, 2) for planes in zip(*(part.planes for part in parts), strict=True))
@@ -180,6 +189,7 @@ class States:
     values: Packed
     whole_keys: tuple[Tensor, Tensor]  # before the packed tokens, and behind them
     whole_values: tuple[Tensor, Tensor]
+    watch: Callable[[Tensor, Tensor | None, float], None] | None = None  # is told query, mask and scale of attention
 
     @property
     def tokens(self) -> int:
@@ -189,6 +199,8 @@ class States:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values, [B, H, T, D]."""
         (first, last), (first_values, last_values) = self.whole_keys, self.whole_values
+        if not self.keys.tokens:
+            return torch.cat([first, last], 2), torch.cat([first_values, last_values], 2)
         keys = torch.cat([first, unpack(self.keys, first.dtype), last], 2)
         return keys, torch.cat([first_values, unpack(self.values, first_values.dtype), last_values], 2)
 

@@ -71,11 +71,12 @@ def main(
     windows: Annotated[int, typer.Option(help="Windows side by side, from the first.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
     block: Annotated[int, typer.Option(help="Tokens of a call.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     only: Annotated[str, typer.Option(help="Part of the names to measure, beside the plain cache.")] = "",
     target: JsonOption = None,
 ) -> None:
     """Measure perplexity with each cache in the loop, and the bytes it takes."""
-    network: Any = compress.load(model, dtype=torch.bfloat16).eval()
+    network = compress.load(model, dtype=getattr(torch, dtype))
     documents, _ = documents_of(text, Protocol(join="\n\n"))
     cut = Protocol(length=length, disjoint=True).cut(documents, load_tokenizer(model))
     cut = Text(cut.windows[:windows], cut.bytes)
@@ -95,10 +96,13 @@ def main(
             flush=True,
         )
     show(
+        "packed caches",
         ["cache", "perplexity", "above plain", "bytes per token"],
         [
             [name, f"{row['perplexity']:.4f}", f"{row['above_plain']:+.2%}", f"{row['bytes']:.0f}"]
             for name, row in found.items()
         ],
     )
-    write({"model": model, "windows": windows, "length": length, "block": block, "caches": found}, target)
+    write(
+        {"model": model, "windows": windows, "length": length, "block": block, "dtype": dtype, "caches": found}, target
+    )

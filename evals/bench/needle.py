@@ -53,7 +53,7 @@ def main(
     target: JsonOption = None,
 ) -> None:
     """Hide a number in text and ask for it: loss per token of the answer, and whether greedy decoding gives it."""
-    network: Any = compress.load(model, dtype=torch.bfloat16).eval()
+    network: Any = compress.load(model, dtype=torch.bfloat16)
     tokenizer: Any = load_tokenizer(model)
     (document,), _ = documents_of(text, Protocol(join="\n\n"))
     filler, fact, question, wanted = (

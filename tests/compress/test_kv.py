@@ -11,6 +11,7 @@ import compress
 from compress import CompressError, KVCache
 from compress.kernels.kv import unpack
 from compress.kv import KVLayer, LazyStates, cache_name
+from compress.kv_evict import importance, kept_tokens
 from compress.kv_settings import kv_label, parse_kv_bits
 
 SIZES = {
@@ -309,3 +310,47 @@ def test_a_model_loaded_with_kv_packs_what_it_caches(compressed):
 def test_load_refuses_a_cache_before_it_reads_the_model(compressed, kv, message):
     with pytest.raises(CompressError, match=message):
         compress.load(compressed, kv=kv)
+
+
+@pytest.mark.parametrize("policy", ["attention", "recent", "random"])
+def test_a_prompt_is_thinned_out_and_goes_on(policy):
+    model, ids = model_of(), ids_of(rows=2, tokens=90)
+    cache = KVCache(8, **SMALL, keep=40, policy=policy, config=model.config)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        found = model(ids, use_cache=True, **{cache_name(model): cache}).logits
+    torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)  # the prompt still sees itself whole
+    assert [layer.held for layer in cache.layers] == [40] * 3
+    assert cache.get_seq_length() == 90
+    model.generate(ids, **{cache_name(model): cache}, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    logits_by_blocks(model, ids[:, :5], cache)
+    assert cache.layers[0].held - 40 == cache.get_seq_length() - 90
+
+
+def test_what_stays_is_what_the_last_queries_attend_to():
+    keys, query = torch.zeros(1, 1, 50, 8), torch.zeros(1, 2, 50, 8)
+    keys[0, 0, [7, 20], 3] = 9.0
+    query[..., 3] = 1.0
+    scores = importance("attention", query, keys, 1.0)
+    assert kept_tokens(scores, 12, 2, 8)[0, 0].tolist() == [0, 1, 7, 20, *range(42, 50)]
+    assert kept_tokens(importance("recent", query, keys, 1.0), 12, 2, 8)[0, 0].tolist() == [0, 1, *range(40, 50)]
+    plain = (query[:, :, -32:] @ keys.repeat_interleave(2, 1).mT).masked_fill(
+        torch.arange(50) > torch.arange(18, 50)[:, None], -torch.inf
+    )
+    torch.testing.assert_close(scores, plain.softmax(-1).sum((1, 2))[:, None])
+
+
+def test_what_cannot_be_thinned_out_is_refused():
+    model, ids = model_of(), ids_of(rows=2, tokens=60)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    name = cache_name(model)
+    with pytest.raises(CompressError, match="without padding"):
+        model(ids, attention_mask=mask, **{name: KVCache(8, **SMALL, keep=40, config=model.config)})
+    with pytest.raises(CompressError, match="fewer tokens than stay whole"):
+        KVCache(8, **SMALL, keep=10)
+    with pytest.raises(CompressError, match="'attention', 'recent' or 'random'"):
+        KVCache(8, **SMALL, keep=40, policy="best")
+    model.set_attn_implementation("eager")
+    with pytest.raises(CompressError, match="sdpa"):
+        logits_by_blocks(model, ids, KVCache(8, **SMALL, keep=40, config=model.config), 50)
