@@ -418,6 +418,12 @@ class KVCache(Cache):
         """Return the layers that pack, by number; others (linear attention, say) are those of transformers."""
         return {place: layer for place, layer in enumerate(self.layers) if isinstance(layer, KVLayer)}
 
+    def activate_past_recording(self) -> None:
+        """Keep what sliding windows leave behind until :meth:`crop`; transformers 5.0 has no such method of its own."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
     def set_bits(self, bits: KVBits) -> None:
         """Read what is held, and pack what will come, at fewer bits; what they need no longer is freed.
 

@@ -139,7 +139,7 @@ def test_a_sliding_window_is_cropped_only_while_it_keeps_the_past():
 
 def test_assisted_decoding_gives_the_same_tokens():
     model, ids = model_of(), ids_of(rows=1)
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": 299}
     found = []
     for more in ({"prompt_lookup_num_tokens": 3}, {}):
         cache = KVCache(8, **SMALL, config=model.config)
@@ -322,9 +322,11 @@ def test_a_prompt_is_thinned_out_and_goes_on(policy):
     torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)  # the prompt still sees itself whole
     assert [layer.held for layer in cache.layers] == [40] * 3
     assert cache.get_seq_length() == 90
-    model.generate(ids, **{cache_name(model): cache}, max_new_tokens=4, do_sample=False, pad_token_id=0)
     logits_by_blocks(model, ids[:, :5], cache)
-    assert cache.layers[0].held - 40 == cache.get_seq_length() - 90
+    assert (cache.layers[0].held, cache.get_seq_length()) == (45, 95)
+    cache = KVCache(8, **SMALL, keep=40, policy=policy, config=model.config)
+    made = model.generate(ids, **{cache_name(model): cache}, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert made.shape == (2, 94)
 
 
 def test_what_stays_is_what_the_last_queries_attend_to():
@@ -354,3 +356,14 @@ def test_what_cannot_be_thinned_out_is_refused():
     model.set_attn_implementation("eager")
     with pytest.raises(CompressError, match="sdpa"):
         logits_by_blocks(model, ids, KVCache(8, **SMALL, keep=40, config=model.config), 50)
+
+
+def test_a_soft_prompt_and_a_packed_cache_go_together(prompted):
+    pytest.importorskip("peft")
+    ids = ids_of(rows=1, tokens=20)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    kv = {"bits": 8, "group": (4, 12), "residual": 8}
+    plain, packed = (compress.load(prompted, bits=4, prompt=True, kv=one) for one in (None, kv))
+    assert torch.equal(plain.generate(input_ids=ids, **options), packed.generate(input_ids=ids, **options))
+    found = packed(input_ids=ids, use_cache=True)
+    assert isinstance(getattr(found, cache_name(packed.get_base_model())), KVCache)
