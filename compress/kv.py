@@ -156,12 +156,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         keys, values = (torch.cat(pair, 2) for pair in zip(self.whole, (key_states, value_states), strict=True))
         self.whole = keys, values
         if self._evicts(key_states.shape[2]):
-            states = States(
-                *map(nothing, self.whole, self._grids()),
-                (keys[:, :, :0], keys),
-                (values[:, :, :0], values),
-                self._evict,
-            )
+            none = [nothing(states, grid) for states, grid in zip(self.whole, self._grids(), strict=True)]
+            states = States(none[0], none[1], (keys[:, :, :0], keys), (values[:, :, :0], values), self._evict)
             return LazyStates(states, True), LazyStates(states, False)
         found: tuple[Tensor, Tensor] = keys, values
         if self.packed is not None and self.first is not None:
