@@ -7,7 +7,6 @@ else than that function wants to see it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,11 +27,6 @@ _ATTENTION_OPTIONS = {"attn_mask", "scale", "enable_gqa", "dropout_p", "is_causa
 _ALL = slice(None)
 _ASKED = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")}
 _ASKED |= {Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.is_contiguous}
-
-
-def cache_name(model: Any) -> str:
-    """Return what the installed transformers calls the argument of a model that takes a cache."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class LazyStates(Tensor):
@@ -343,7 +337,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class KVCache(Cache):
     """Cache of keys and values that is packed, all but the last tokens of every layer.
 
-    Give it to a model, or to its ``generate``, as ``past_key_values`` (``cache`` in transformers from 5.24 on: :func:`cache_name`).
+    Give it to a model, or to its ``generate``, as ``past_key_values`` (``cache`` in transformers from 5.24 on: :func:`compress.hf.cache_name`).
 
     Args:
         bits: of a code, 2 to 8, or 16, which keeps a layer whole; (keys, values) if they differ; or a list of either, a layer each.

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from compress.errors import CompressError
-from compress.kv import KVCache, cache_name
+from compress.hf import cache_name
+from compress.kv import KVCache
 from compress.kv_settings import KVBits, KVSettings, parse_kv_bits
 
 _PLAIN = KVSettings()

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import compress
 from compress.adapters import virtual_tokens
 from compress.calibration import read_documents
+from compress.defaults import usual_defaults
 from compress.errors import CompressError, did_you_mean
 from compress.evals.kv import CachedLosses, KVWanted
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
+from compress.hub import located
 from compress.kv_serving import make_caches
 from compress.kv_settings import KVBits, kv_label
 from compress.loading import bits_for, load_tokenizer
@@ -27,6 +29,7 @@ from compress.passes import Progress
 from compress.quant.records import bits_range
 from compress.sidecars import Choice
 from compress.texts import HELDOUT, fingerprint, read_modules
+from compress.tokens import count_special, set_generation
 from compress.weights import sha256_of
 
 BUILTIN = "builtin"
@@ -46,6 +49,7 @@ class Protocol:
         join: put between the documents, which become one text.
         characters: of the joined text, from the first; all if None.
         disjoint: windows side by side, each scored on its own but for its first token; the rest of the text is left out.
+        special_tokens: read special tokens that the text spells as such, and not as text.
     """
 
     separator: str | None = None
@@ -57,11 +61,14 @@ class Protocol:
     join: str | None = None
     characters: int | None = None
     disjoint: bool = False
+    special_tokens: bool = False
 
     def cut(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Text:
         """Cut documents into windows; ``length`` is given."""
         assert self.length is not None
-        return prepare(documents, tokenizer, self.length, self.stride, self.truncate, self.disjoint)
+        return prepare(
+            documents, tokenizer, self.length, self.stride, self.truncate, self.disjoint, self.special_tokens
+        )
 
 
 _JOINED = Protocol(join="\n\n", length=2048, disjoint=True)  # windows side by side in the documents as one text
@@ -103,12 +110,12 @@ def bits_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None)
     modules = packed_modules(model).values()
     if not modules:
         if asked:
-            raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
+            raise CompressError("--bits: this is a dense model, it has no bits to choose from.")
         return [None]
     stored = bits_range(module.shape for module in modules)
     if missing := [bits for bits in asked or () if not stored[0] <= bits <= stored[-1]]:
         raise CompressError(
-            f"--bits: width {missing[0]} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
+            f"--bits: {missing[0]} bits are not available; this model can be read at {stored[0]} to {stored[-1]} bits."
         )
     return [*sorted(asked or stored, reverse=True)]
 
@@ -138,18 +145,21 @@ class OpenModel:
         store: Results | None = None,
         progress: Progress | None = None,
     ) -> None:
+        folder, _ = located(folder, {})
         self.folder, self.prompt, self.progress = folder, prompt, progress
         self.store, self.dtype = store or Results(None), str(dtype).removeprefix("torch.")
         self.model, self.all_bits = load_bits(
             folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter
         )
         self.tokenizer: Any = load_tokenizer(folder)
+        set_generation(self.model, self.tokenizer)
         self._name, self.digests = prompt_key(folder, prompt, {}, adapter)
 
     def key(self, kind: str, name: str, settings: Mapping[str, Any]) -> Key:
         """Return the key of a measurement, but for the number of bits."""
         return Key(kind, name, identity(self.folder), "", self._name, {**settings, **self.digests})
 
+    @usual_defaults()
     def measure(self, key: Key, work: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return number of bits -> row of the store, after measuring what is missing: ``work`` gives the parts of a row."""
         rows = {}
@@ -193,7 +203,8 @@ class OpenText(OpenModel):
         super().__init__(folder, bits, **options)
         self.protocol = replace(protocol, length=window_length(self.model, protocol.length))
         self.caches = [(bits, make_caches(self.model, bits, self.kv.settings)) for bits in self.kv.bits]
-        self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype}
+        read = {"bos": self.tokenizer.bos_token, "special_tokens": count_special(self.tokenizer, self.documents)}
+        self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype, **read}
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the text at all numbers of bits, as :func:`evaluate_text` returns it."""
@@ -209,8 +220,18 @@ class OpenText(OpenModel):
         place = str(self.folder if self.prompt is True else self.prompt)
         return {
             "model": self.folder,
-            "text": {"source": self.source, "sha256": self.settings["sha256"], "documents": len(self.documents)},
-            "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+            "text": {
+                "source": self.source,
+                "documents": len(self.documents),
+                **{key: self.settings[key] for key in ("sha256", "special_tokens")},
+            },
+            "protocol": {
+                "separator": protocol.separator,
+                "min_characters": protocol.min_characters,
+                **cut,
+                "bos": self.settings["bos"],
+                "special_tokens_read_as": "special tokens" if protocol.special_tokens else "text",
+            },
             **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
             **({"adapter": self.digests["adapter"]} if "adapter" in self.digests else {}),
             "bits": {label: row["metrics"] for label, row in rows.items()},
@@ -252,7 +273,7 @@ def evaluate_text(
         **options: ``dtype``, ``device``, ``prompt``, ``adapter``, ``store`` and ``progress`` of :class:`OpenModel`.
 
     Returns:
-        ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss", "perplexity",
+        ``{"model", "text": {"source", "sha256", "documents", "special_tokens"}, "protocol", "bits": {"4": {"loss", "perplexity",
         "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` and ``"adapter"`` (its digest) where one is used; a mean
         number's key is ``"3.5"``; a dense model's only key is ``"dense"``. With packed caches also ``"kv": {"4": {"dense": {…,
         "kv_bytes", "kv_tokens"}}}``: by bits of the cache, then of the weights, with the bytes that the cache took and the

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from compress.errors import CompressError
 from compress.evals.perplexity import Window, as_tensors
 from compress.evals.timing import now, spread
-from compress.kv import cache_name
+from compress.hf import cache_name
 from compress.kv_serving import losses_by_blocks, make_caches
 from compress.kv_settings import KVBits, KVSettings, kv_label, kv_options, parse_kv_bits
 from compress.passes import Progress

@@ -14,6 +14,7 @@ from compress.evals.gather import Facts
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
 from compress.evals.tables import Matrix, Table
+from compress.hub import name_of
 
 
 def report_page(facts: Facts) -> Page:
@@ -31,7 +32,9 @@ def report_page(facts: Facts) -> Page:
         _made(facts),
     ]
     recipe = facts.manifest["recipe"]
-    title = " → ".join([Path(recipe["model"]).name, *(step["kind"].replace("_", " ") for step in recipe["passes"])])
+    title = " → ".join(
+        [Path(name_of(recipe["model"])).name, *(step["kind"].replace("_", " ") for step in recipe["passes"])]
+    )
     return Page("Compression report", title, sections, [*_leads(facts)], [*facts.notes, *plots.why_not()])
 
 
@@ -67,17 +70,17 @@ def _quality(facts: Facts) -> Iterable[Section]:
     for place, text in enumerate(facts.texts):
         lines = pareto_lines(facts, text)
         caption = (
-            "Loss added to the dense model's, against the bytes of the tensors that loading at a width reads from the files. "
+            "Loss added to the dense model's, against the bytes of the tensors that loading at a number of bits reads from the files. "
             "Both axes are logarithmic; a point on the lower edge is at or below the dense model's loss. "
         )
         if any(line.control for line in lines):
             caption += "Dashed: controls, each point a checkpoint of its own; the solid line is one checkpoint."
         else:
             caption += "No controls were measured: `compress report --controls` makes and measures them."
-        label = "Added loss against size, one point per width" + f" (text {place + 1})" * bool(place)
+        label = "Added loss against size, one point per number of bits" + f" (text {place + 1})" * bool(place)
         picture = Picture(label, partial(plots.pareto, lines), caption, file="" if place else "pareto.png")
         pictures = [picture] if sum(len(line.points) for line in lines) > 1 else []
-        title = "Quality at every width" + f": {_name_of(text)}" * bool(place)
+        title = "Quality at every number of bits" + f": {_name_of(text)}" * bool(place)
         yield Section(title, quality_table(facts, text), protocol_words(text), pictures)
 
 
@@ -148,6 +151,10 @@ def protocol_words(text: Mapping[str, Any]) -> str:
     else:
         how += " that overlap by half"
     documents = f"; the first {protocol['limit']} documents" if protocol.get("limit") else ""
+    if spelled := settings.get("special_tokens"):
+        read = "such" if protocol.get("special_tokens") else "plain text"
+        documents += f"; {spelled:,} special tokens that it spells are read as {read}"
+    documents += f"; {settings['bos']} in front of each document" if settings.get("bos") else ""
     return (
         f"{_name_of(text)}: {metrics['tokens']:,} predicted tokens, {metrics['bytes']:,} bytes; {how}{documents}; "
         f"{settings.get('dtype', '')}. Every token is scored once; virtual tokens are never scored. "
@@ -235,7 +242,7 @@ def _speed(facts: Facts) -> Iterable[Section]:
     decoding = {bits: figures["decode_tokens_per_second"] for bits, figures in found["widths"].items()}
     rows = [(bits, figure["median"], figure["low"], figure["high"]) for bits, figure in decoding.items()]
     picture = Picture(
-        "Tokens per second when decoding, by width",
+        "Tokens per second when decoding, by number of bits",
         partial(plots.bars, rows, tables.plain, decoding.get("dense", {}).get("median")),
         "Decoding, tokens per second; the whisker spans the quartiles, the dotted line is the dense model.",
     )
@@ -309,7 +316,7 @@ def _made(facts: Facts) -> Section:
     manifest = facts.manifest
     calibration = (manifest.get("calibration") or {}).items()
     known = {
-        "Dense model": f"{manifest['recipe']['model']} (weights' SHA-256 in the manifest)",
+        "Dense model": f"{name_of(manifest['recipe']['model'])} (weights' SHA-256 in the manifest)",
         "Calibration text": ", ".join(f"{key} {value}" for key, value in calibration if not isinstance(value, dict)),
         "Versions": ", ".join(f"{name} {value}" for name, value in manifest["versions"].items()),
         "Format": f"{manifest['format_version']}, compress {manifest['compress_version']}",

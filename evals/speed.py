@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
+from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.evaluate import load_bits
@@ -25,6 +26,8 @@ from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.evals.timing import now, spread
+from compress.hf import cache_name
+from compress.hub import located
 from compress.inspect import inspect
 from compress.passes import Progress
 from compress.sidecars import Choice
@@ -71,6 +74,7 @@ class Load:
             raise CompressError("bench: at least one round and one load are needed.")
 
 
+@usual_defaults()
 def bench(
     folder: str,
     bits: Sequence[int | float] | None = None,
@@ -108,14 +112,9 @@ def bench(
     Raises:
         CompressError: no such model, number of bits or device, or a prompt beyond the context.
     """
+    folder, _ = located(folder, {})
     load, progress = load or Load(), progress or (lambda what, done, total: None)
-    model, found = load_bits(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
-    all_bits = {label: value for label, value in found.items() if value is not None}
-    for value in all_bits.values():
-        compress.set_bits(model, value)  # refuses what there is not, before any long work
-    if load.prompt + load.tokens > (context := context_length(model, 1 << 30)):
-        asked = f"{load.prompt} + {load.tokens} tokens"
-        raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
+    model, all_bits = _open(folder, bits, load, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     dense, note = _dense(folder, reference, bool(all_bits))
     places = dict.fromkeys(all_bits or [PRUNED if dense != folder else DENSE], folder)
     models = dict.fromkeys(places, model)
@@ -136,6 +135,20 @@ def bench(
         key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
         store.add(key, {}, result=result)
     return result
+
+
+def _open(
+    folder: str, bits: Sequence[int | float] | None, load: Load, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the checkpoint with its numbers of bits by label, and refuse what cannot be timed before any long work."""
+    model, found = load_bits(folder, bits, **options)
+    all_bits = {label: value for label, value in found.items() if value is not None}
+    for value in all_bits.values():
+        compress.set_bits(model, value)
+    if load.prompt + load.tokens > (context := context_length(model, 1 << 30)):
+        asked = f"{load.prompt} + {load.tokens} tokens"
+        raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
+    return model, all_bits
 
 
 def _setting(load: Load, dtype: torch.dtype, device: str, exact: bool) -> dict[str, Any]:
@@ -206,12 +219,12 @@ def _switch(model: PreTrainedModel, bits: Any, token: Tensor) -> float:
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[float, float]:
     """Return the seconds until the first token is known, and those for each of ``tokens`` later ones (greedy)."""
-    begun = now(prompt.device)
+    name, begun = cache_name(model), now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
     middle = now(prompt.device)
     for _ in range(tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{name: output[name]})
         token = output.logits[:, -1:].argmax(-1)
     return middle - begun, (now(prompt.device) - middle) / tokens
 

@@ -25,6 +25,7 @@ from compress.cli.common import (
     TextOptions,
     app,
     err,
+    known,
     out,
     panel,
     parse_bits,
@@ -48,14 +49,14 @@ _FIGURES = ("loss", 5), ("perplexity", 4), ("bits_per_byte", 4)
 @app.command(name="eval")
 @with_text_options
 def evaluate(
-    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR", callback=known)],
     text: TextOptions,
     tasks: TasksOption = None,
     bits: BitsOption = None,
     include: IncludeOption = None,
     fewshot: Annotated[Optional[int], panel(TASKS, "Examples in front; as the task says if absent.")] = None,
     batch: Annotated[Optional[int], panel(TASKS, "Rows in a batch; by the memory there is if absent.", min=1)] = None,
-    output: Annotated[Optional[Path], panel(TASKS, "Write results_<width>.json in lm-eval's own schema here.")] = None,
+    output: Annotated[Optional[Path], panel(TASKS, "Write results_<bits>.json in lm-eval's own schema here.")] = None,
     table: Annotated[Optional[Path], panel(TASKS, "Write one tidy table: .csv, or JSON lines.")] = None,
     agreement: Annotated[bool, panel(_MORE, _AGREEMENT)] = False,
     robustness: Annotated[bool, panel(_MORE, "What typing errors in --text cost.")] = False,
@@ -126,7 +127,8 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
 @app.command()
 def bench(
     folder: Annotated[
-        Optional[str], typer.Argument(help="Checkpoint, or a dense model; or give --random.", metavar="DIR")
+        Optional[str],
+        typer.Argument(help="Checkpoint, or a dense model; or give --random.", metavar="DIR", callback=known),
     ] = None,
     random: Annotated[
         Optional[str],

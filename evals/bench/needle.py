@@ -13,7 +13,7 @@ import compress
 from compress.evals.bench.common import JsonOption, show, write
 from compress.evals.bench.kv import candidates
 from compress.evals.evaluate import Protocol, documents_of
-from compress.kv import cache_name
+from compress.hf import cache_name
 from compress.loading import load_tokenizer
 
 _FACT, _QUESTION, _ANSWER = (

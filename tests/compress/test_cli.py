@@ -90,6 +90,10 @@ def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path, said):
     assert "MB of memory" in said("plan", recipe_file)
 
 
+def test_plan_foresees_the_time_if_asked(recipe_file, said):
+    assert "minutes of processor time" in " ".join(said("plan", recipe_file, "--time").split())
+
+
 AT_ONCE = (
     "import sys\n"
     "import compress_command\n"
@@ -158,12 +162,12 @@ def test_every_verb_has_help(command, verb):
         (["verify", "nowhere"], "has no compression.json"),
         (["eval", "nowhere", "--text", "builtin"], "not a model folder or hub id"),
         (["eval", "{model}", "--text", "no.txt"], "text file no.txt: cannot be read"),
-        (["eval", "{model}", "--text", "builtin", "--bits", "7"], "width 7 is not available"),
+        (["eval", "{model}", "--text", "builtin", "--bits", "7"], "7 bits are not available"),
         (["eval", "{model}", "--text", "builtin", "--bits", "four"], "--bits 'four'"),
-        (["generate", "{model}", "hello", "--bits", "2"], "width 2 is not available"),
+        (["generate", "{model}", "hello", "--bits", "2"], "2 bits are not available"),
         (["generate", "nowhere", "hello"], "not a model folder"),
         (["passes", "any"], "there is no pass 'any'"),
-        (["eval", "{model}", "--text", "builtin", "--bits", "2,4"], "width 2 is not available"),
+        (["eval", "{model}", "--text", "builtin", "--bits", "2,4"], "2 bits are not available"),
         (["eval", "{model}", "--text", "builtin", "--device", "tpu"], "device 'tpu' cannot be used here"),
         (["eval", "{model}", "--text", "builtin", "--json", "no/x.json"], "as there is no folder no"),
         (["generate", "{model}", "{long}"], "the context has room for 64"),
@@ -177,7 +181,7 @@ def test_every_verb_has_help(command, verb):
         (["eval", "{model}", "--text", "builtin", "--protocol", "2049"], "Did you mean '2048'?"),
         (["eval", "{model}", "--text", "builtin", "--protocol", "2048"], "the context holds 64; give --length"),
         (["eval", "{dense}", "--text", "builtin", "--dense"], "give --reference"),
-        (["bench", "{model}", "--bits", "9", "--prompt-tokens", "8"], "width 9 is not available"),
+        (["bench", "{model}", "--bits", "9", "--prompt-tokens", "8"], "9 bits are not available"),
         (["bench", "{model}", "--prompt-tokens", "99"], "the context holds 64; lower --prompt-tokens"),
         (["bench", "{model}", "--dtype", "int8"], "give float32, bfloat16 or float16"),
         (["bench", "nowhere"], "not a model folder or hub id"),

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import compress
 from compress import CompressError, KVCache
+from compress.hf import cache_name
 from compress.kernels.kv import unpack
-from compress.kv import KVLayer, LazyStates, cache_name
+from compress.kv import KVLayer, LazyStates
 from compress.kv_evict import importance, kept_tokens
 from compress.kv_settings import kv_label, parse_kv_bits
 

@@ -8,7 +8,7 @@ import torch
 
 import compress
 from compress import CompressError, KVCache
-from compress.kv import cache_name
+from compress.hf import cache_name
 from compress.quant.kv import choose
 
 PASS = {"kind": "kv_calibrate", "bits": 3, "choices": [2, 4], "group": [4, 12], "residual": 8}
