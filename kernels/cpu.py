@@ -21,7 +21,7 @@ from torch import Tensor
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 1
+_ABI = 2
 _MATRIX = struct.Struct("=16q")
 _TABLES = {torch.float16: 2, torch.float32: 4}
 _TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS

@@ -22,7 +22,7 @@ typedef struct {
 
 int compress_abi(void)
 {
-    return 1;
+    return 2;
 }
 
 int compress_best_isa(void)
