@@ -5,6 +5,7 @@ that has not imported :mod:`compress` stops with a size mismatch: the seed plane
 with another shape, so transformers can not take them for weights nor fill them with random numbers.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -158,6 +159,11 @@ def join_layers(model: PreTrainedModel) -> None:
     """Let the layers of a model that multiply the same input be launched together where GPU kernels serve them."""
     linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
     join(linears, architecture(model.config).fused)
+
+
+def cache_name(model: nn.Module) -> str:
+    """Return what this release of transformers calls a model's cache of keys and values, given and returned."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def rebuild(model: nn.Module) -> None:

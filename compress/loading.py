@@ -1,5 +1,6 @@
 """Load a checkpoint at some bits, and change the bits of a loaded model."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from compress.config import Bits, check_tensors, index_name, stored_config
 from compress.defaults import usual_defaults
 from compress.errors import CompressError, first_line
 from compress.hf import bits_by_module, join_layers, packed_modules
-from compress.manifest import MANIFEST
+from compress.hub import ACCESS, located
+from compress.kv import KVCache
+from compress.kv_serving import kv_of, make_caches, use_kv_cache
+from compress.kv_settings import KVBits
+from compress.manifest import MANIFEST, noted, read_manifest
 from compress.quant.records import EmbeddingShape
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
@@ -38,6 +43,7 @@ def load(
     exact: bool = True,
     prompt: bool | str | Path = False,
     adapter: Choice = None,
+    kv: KVBits | str | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint as a stock Hugging Face model.
@@ -62,40 +68,58 @@ def load(
         adapter: put the checkpoint's own low-rank adapter (True), or that of a folder, on the model, which is then a
             ``PeftModel`` too; or none (False). By default a checkpoint that was made with an adapter is loaded with it, and
             a line on the log says so; plain ``from_pretrained`` does not know of it.
-        **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
+        kv: keep keys and values packed, wherever the model would make a cache of its own (:class:`compress.KVCache`): bits, ``"4:2"``
+            for keys and values apart, a mapping of ``bits`` and its other arguments, or ``"recommended"``, what the pass
+            ``kv_calibrate`` found for this checkpoint.
+        **kwargs: for ``AutoModelForCausalLM.from_pretrained``; what finds a model's files (``revision``, ``subfolder``,
+            ``cache_dir``, ``token``, …) goes to everything that is opened. With ``output_loading_info`` the result is
+            (model, information), as there.
 
     Raises:
-        CompressError: no such checkpoint or bits, a pattern that matches nothing, damaged or missing files, no prompt or
-            adapter where one is asked for.
+        CompressError: no such checkpoint or bits, a pattern that matches nothing, damaged or missing files, no prompt,
+            adapter or cache setting where one is asked for.
     """
-    revision = kwargs.get("revision")  # what lies beside the model is looked for before the model is read
-    prompts = find_prompts(folder, prompt, revision) if prompt else None
-    adapted = find_adapter(folder, adapter, revision)
-    model = _load_model(str(folder), bits, memory, **kwargs)
+    place, access = located(folder, kwargs)
+    others = {key: value for key, value in kwargs.items() if key not in ACCESS}
+    # What lies beside the model is looked for before the model is read.
+    prompts = find_prompts(place, prompt, **access) if prompt else None
+    adapted = find_adapter(place, adapter, **access)
+    cached = None if kv is None else kv_of(kv, recommended_kv(place, **access))
+    if cached is not None:
+        KVCache(cached[0], config=read_config(place, **access), **cached[1].options())  # refuses what does not fit
+    loaded = _load_model(place, bits, memory, access, others)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if cached is not None:
+        use_kv_cache(model, make_caches(model, *cached))
     packed = packed_modules(model)
     for module in packed.values():
         module.keep_dense, module.exact = keep_dense, exact
     if packed and not exact:
         join_layers(model)
-    if prompts is None and adapted is None:
-        return model
-    from compress.adapters import attach_adapter, attach_prompts
+    result: Any = model
+    if prompts is not None or adapted is not None:
+        from compress.adapters import attach_adapter, attach_prompts
 
-    result: Any = attach_adapter(model, adapted) if adapted else model
-    if adapted and adapter is None:
-        _log.warning("%s: loaded with its %s/; adapter=False (--no-adapter) leaves it off.", folder, ADAPTER_FOLDER)
-    return result if prompts is None else attach_prompts(model, prompts)  # type: ignore[return-value]
+        result = attach_adapter(model, adapted) if adapted else model
+        result = attach_prompts(model, prompts) if prompts is not None else result
+        if adapted and adapter is None:
+            _log.warning("%s: loaded with its %s/; adapter=False (--no-adapter) leaves it off.", folder, ADAPTER_FOLDER)
+    return (result, loaded[1]) if isinstance(loaded, tuple) else result  # type: ignore[return-value]
 
 
-def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | None, **kwargs: Any) -> PreTrainedModel:
-    config = read_config(name, kwargs.get("revision"))
+def _load_model(
+    name: str, bits: Bits | float | str | None, memory: str | int | None, access: dict[str, Any], kwargs: dict[str, Any]
+) -> Any:
+    """Load a model, or with ``output_loading_info`` (model, information); ``kwargs`` are those that find no files."""
+    config = read_config(name, **access)
     stored = stored_config(getattr(config, "quantization_config", None))
     if stored is None:
         if bits is not None or memory is not None:
             raise CompressError(f"{name}: is not a compressed checkpoint, so it has no bits to choose from.")
-        return _from_pretrained(name, **kwargs)
+        return _from_pretrained(name, **access, **kwargs)
+    config, kwargs = _with_settings(name, config, access, kwargs)
     shapes, most = stored.shapes(), None
-    chosen = bits_for(name, bits, memory, kwargs.get("revision"))
+    chosen = bits_for(name, bits, memory, **access)
     if chosen is not None:
         if not shapes:
             raise CompressError(f"{name}: none of its matrices is packed, so it has no bits to choose from.")
@@ -107,13 +131,34 @@ def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | 
             kwargs["variant"] = f"{most}bit"
     if Path(name).is_dir():
         check_tensors(Path(name), stored, most)
-    return _from_pretrained(name, config=config, **kwargs)
+    return _from_pretrained(name, config=config, **access, **kwargs)
 
 
-def read_config(name: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """Read the configuration of a folder or hub id, without running any code of its own."""
+def _with_settings(
+    name: str, config: PretrainedConfig, access: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return the configuration with what ``kwargs`` say of it, and the rest of them, as ``from_pretrained`` does.
+
+    What a configuration that is given says of packed modules counts only as it stands in a file: that of a loaded model is of
+    what it has in memory.
+    """
+    record, given = config.quantization_config, kwargs.pop("config", None)
+    if isinstance(given, PretrainedConfig):
+        config = copy.deepcopy(given)
+        if not isinstance(getattr(config, "quantization_config", None), dict):
+            config.quantization_config = record
+        return config, kwargs
+    untouched = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "trust_remote_code") if key in kwargs}
+    config, rest = AutoConfig.from_pretrained(str(given or name), return_unused_kwargs=True, **access, **kwargs)
+    config.quantization_config = record
+    return config, {**rest, **untouched}
+
+
+def read_config(name: str | Path, **access: Any) -> PretrainedConfig:
+    """Read the configuration of a folder or hub id, without running any code of its own; ``access`` finds the file."""
+    name, access = located(name, access)
     try:
-        return AutoConfig.from_pretrained(str(name), revision=revision)  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(name, **access)  # type: ignore[no-any-return]
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
@@ -122,16 +167,26 @@ def read_config(name: str | Path, revision: str | None = None) -> PretrainedConf
         ) from error
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint or dense model."""
+def load_tokenizer(folder: str | Path, **access: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint or dense model; ``access`` finds its files."""
+    place, access = located(folder, access)
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(place, **access)
     except Exception as error:  # tokenizer classes fail in many ways
         raise CompressError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from error
 
 
+def recommended_kv(folder: str | Path, **access: Any) -> dict[str, Any] | None:
+    """Return the cache setting that a checkpoint's manifest recommends; None without one."""
+    try:
+        manifest = cached_file(str(folder), MANIFEST, **access)
+    except OSError:
+        return None
+    return dict(noted(read_manifest(Path(manifest).parent) or {}, "kv")) or None  # type: ignore[arg-type]
+
+
 def bits_for(
-    folder: str | Path, bits: Bits | float | str | None, memory: str | int | None = None, revision: str | None = None
+    folder: str | Path, bits: Bits | float | str | None, memory: str | int | None = None, **access: Any
 ) -> Bits | None:
     """Turn a mean or an amount of memory into bits by module; return other bits as they are. Arguments as of :func:`load`."""
     mean = as_number(bits)
@@ -140,19 +195,19 @@ def bits_for(
     if memory is not None and bits is not None:
         raise CompressError("bits and memory are two ways to choose bits by module; give one of them.")
     try:
-        manifest = cached_file(str(folder), MANIFEST, revision=revision)
+        manifest = cached_file(str(folder), MANIFEST, **access)
     except OSError as error:
         raise CompressError(
             f"{folder}: has no {MANIFEST} with measured errors, by which bits are chosen; give a whole number of bits, or patterns."
         ) from error
-    config = read_config(folder, revision)
+    config = read_config(folder, **access)
     stored = stored_config(config.quantization_config)
     assert manifest is not None  # cached_file raises where it finds nothing
     assert stored is not None
     return bits_for_budget(Path(manifest).parent, stored.shapes(), architecture(config), mean, memory)
 
 
-def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
+def _from_pretrained(name: str, **kwargs: Any) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except SafetensorError as error:

@@ -10,7 +10,7 @@ import torch
 
 from compress.defaults import usual_defaults
 from compress.passes import Context, Pass, Sizes, pass_class
-from compress.pipeline import check_order
+from compress.pipeline import check_order, text_of
 from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.source import open_source
@@ -22,12 +22,15 @@ _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocat
 
 
 @usual_defaults()
-def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
-    """Estimate the sizes on disk and the peak memory of a run.
+def plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = (), seconds: bool = False
+) -> dict[str, Any]:
+    """Estimate the sizes on disk and the peak memory of a run, and, by rehearsing a little of it, its processor time.
 
     Returns:
         ``{"model", "blocks", "parameters", "parameters_after", "dense_bytes", "checkpoint_bytes", "bytes_at_bits", "passes": [{"kind",
-        "memory_bytes", "workspace_bytes"}]}``. Bytes on disk are those of the tensors, exact if codebooks fit float16
+        "memory_bytes", "workspace_bytes"}]}``, with ``seconds`` also ``"processor_seconds"``
+        (:func:`compress.rehearsal.foreseen_seconds`). Bytes on disk are those of the tensors, exact if codebooks fit float16
         (else they take twice the room) and nothing is stored sparse (pruned weights then take less). Memory is an
         estimate, on top of what Python holds after its imports.
 
@@ -35,12 +38,16 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
         CompressError: whatever :func:`compress.run` would refuse before any work.
     """
     settings = load_recipe(recipe, overrides)
-    source = open_source(settings.model, settings.revision)
+    source = open_source(settings.source)
     steps: list[Pass[Any]] = [pass_class(config.kind)(config) for config in settings.passes]
     found = check_order(steps, settings, source, torch.device("cpu"))
     packed: dict[str, PackedShape] = {}
     for step, (_, context) in zip(steps, found, strict=False):
         packed |= step.packed_shapes(context)
+    foreseen = [
+        _needs(step, *before, settings, packed) | (_time(step, *before, settings) if seconds else {})
+        for step, before in zip(steps, found, strict=False)
+    ]
     last, context = found[-1]
     tied = context.tied and context.structure.embedding in packed
     gone = {*packed, context.head} if tied else {*packed}
@@ -54,16 +61,20 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
         "dense_bytes": sum(item.nbytes for item in source.state.source.info().values()),
         "checkpoint_bytes": max(at.values(), default=rest),
         "bytes_at_bits": at,
-        "passes": [
-            {"kind": step.config.kind, **_needs(step, *before, settings, packed)}
-            for step, before in zip(steps, found, strict=False)
-        ],
+        "passes": [{"kind": step.config.kind, **needs} for step, needs in zip(steps, foreseen, strict=True)],
     }
+
+
+def _time(step: Pass[Any], state: State, context: Context, settings: Recipe) -> dict[str, float | None]:
+    from compress.rehearsal import foreseen_seconds
+
+    found = foreseen_seconds(step, state, context, text_of(step, settings), context.device)
+    return {"processor_seconds": found}
 
 
 def _needs(
     step: Pass[Any], state: State, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
-) -> dict[str, int]:
+) -> dict[str, float | None]:
     """Estimate memory and workspace of one pass: what the pipeline holds for it, and what it says of itself."""
     needs, text = step.needs(), settings.calibration
     held = {name: math.prod(item.shape) * _FLOAT for name, item in state.source.info().items()}
@@ -75,11 +86,14 @@ def _needs(
     whole, all_packed = outside + inside, sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
     samples, length = (text.samples, text.length) if text else (0, 0)
     hidden = samples * length * int(getattr(state.config, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
+    varied = len(needs.variants) * min(1.0, (needs.variant_length or length) / max(length, 1))
+    shown = round((1 + varied) * hidden)  # what goes into a block, the variants included
     # Measured by the memory bench: a block in float32, as read, and as written.
-    memory, units, carried = outside + 3 * block + hidden, inside, 2 * (1 + len(needs.variants)) * hidden
+    memory, units, carried = outside + 3 * block + hidden, inside, 2 * shown
     if needs.squared_gradients:  # their sum for a block, those of hidden states, one sample's logits and gradient
-        memory += block + hidden + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
-        units, carried = 2 * inside, hidden * (len(blocks) + 3)
+        some = round(hidden * min(1.0, (needs.gradient_samples or samples) / max(samples, 1)))
+        memory += block + some + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
+        units, carried = 2 * inside, max(carried, some * (len(blocks) + 3))
     if needs.packs:
         units += all_packed - inside
     if needs.model_statistics:  # the model and one forward pass
@@ -88,6 +102,6 @@ def _needs(
         memory = 3 * whole
     elif needs.whole_model:  # as it is, in float32 or packed; activations come on top
         memory = whole - sum(held.get(f"{name}.weight", 0) for name in packed) + all_packed
-    memory += len(needs.variants) * hidden
+    memory += shown - hidden + (shown if needs.outputs else 0)  # and what comes out
     sizes = Sizes(samples, length, block, whole)
     return {"memory_bytes": _LATE_CODE + memory + step.memory(sizes, context), "workspace_bytes": units + carried}

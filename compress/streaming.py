@@ -6,7 +6,7 @@ over blocks that only take notes. No forward pass is written again here, so a ne
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
 from compress.hf import packed_modules, rebuild, replace_packed
+from compress.precision import multiplies_bfloat16
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.shapes import block_shape, fewer_blocks, head_dim, replace_shapes, settled, shape_block
 from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, head_name, linears_of
 from compress.weights import Renamed, TensorInfo, TensorSource
+
+_FAST_FROM = 512  # columns: below, bfloat16 gains nothing
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,13 @@ class _LastBlock(Exception):
 def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Return, for every tensor, the names it may have in files, which lack a prefix, have one in excess, or an old name."""
     structure, start = architecture(model.config), f"{model.base_model_prefix}."
-    return {
+    names: dict[str, tuple[str, ...]] = {
         name: (name, name.removeprefix(start), start + name, structure.stored_name(name)) for name in model.state_dict()
     }
+    embedding, head = f"{structure.embedding}.weight", f"{head_name(model)}.weight"
+    if model.config.tie_word_embeddings and embedding in names and head in names:  # files may have either
+        names[embedding] += names[head]
+    return names
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -115,10 +122,16 @@ def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
 
 
 class StreamedModel:
-    """Hold a model, in float32, whose blocks are in memory one at a time; on ``meta`` nothing is read, only looked at."""
+    """Hold a model, in float32, whose blocks are in memory one at a time; on ``meta`` nothing is read, only looked at.
 
-    def __init__(self, state: State, device: torch.device) -> None:
+    With ``fast``, blocks multiply in bfloat16 where the device does that in hardware; weights, norms and the residual stream
+    stay float32.
+    """
+
+    def __init__(self, state: State, device: torch.device, fast: bool = False) -> None:
         self.state, self.device = state, device
+        wide = int(getattr(state.config, "hidden_size", 0)) >= _FAST_FROM
+        self._fast = fast and wide and multiplies_bfloat16(device)
         self.structure: Architecture = architecture(state.config)
         self.model = empty_model(state.config)
         self.head = head_name(self.model)
@@ -254,11 +267,23 @@ class StreamedModel:
         with self.block(0) as block:
             self._returns_tuple = isinstance(block(hidden, *calls[0].args, **calls[0].kwargs), tuple)
 
-    @staticmethod
-    def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """Run one block on one sample: [1, T, hidden] to the same."""
-        result: Tensor | tuple[Tensor, ...] = block(hidden, *call.args, **call.kwargs)
-        return result[0] if isinstance(result, tuple) else result
+    def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+        """Run one block on one sample: [1, T, hidden] to the same, float32."""
+        with self._products():
+            result: Tensor | tuple[Tensor, ...] = block(hidden, *call.args, **call.kwargs)
+        return (result[0] if isinstance(result, tuple) else result).float()
+
+    def _products(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._fast else nullcontext()
+
+    @torch.no_grad()
+    def run_all(self, tokens: Tensor) -> Tensor:
+        """Run the model on a sample, int64 [T], with one block in memory at a time: logits, float32 [T, vocabulary]."""
+        hidden, calls = self.capture(tokens)
+        for index, call in enumerate(calls):
+            with self.block(index) as block:
+                hidden = self.run(block, hidden, call)
+        return self.logits(tokens, hidden)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Compute what the model makes of the last block's output: [1, T, hidden] -> float32 [T, vocabulary]."""

@@ -139,6 +139,12 @@ def architecture(config: PretrainedConfig) -> Architecture:
         if kind in candidate.model_types:
             return candidate
     known = [name for candidate in declared for name in candidate.model_types]
+    text = str(getattr(getattr(config, "text_config", None), "model_type", ""))
+    if text in known:
+        raise CompressError(
+            f"model type {kind!r} reads more than text, which is not supported; its language model is a {text!r}, which can be "
+            "compressed once it is saved as a model of its own."
+        )
     if any(key in config.to_dict() for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise CompressError(
             f"model type {kind!r} is a mixture of experts, whose fused expert tensors are not supported yet; "

@@ -14,6 +14,7 @@ from compress.evals.gather import Facts
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
 from compress.evals.tables import Matrix, Table
+from compress.hub import name_of
 
 
 def report_page(facts: Facts) -> Page:
@@ -22,6 +23,7 @@ def report_page(facts: Facts) -> Page:
         *_quality(facts),
         *_tasks(facts),
         *_agreement(facts),
+        *_caches(facts),
         *_speed(facts),
         *_errors(facts),
         *_shares(facts),
@@ -30,7 +32,9 @@ def report_page(facts: Facts) -> Page:
         _made(facts),
     ]
     recipe = facts.manifest["recipe"]
-    title = " → ".join([Path(recipe["model"]).name, *(step["kind"].replace("_", " ") for step in recipe["passes"])])
+    title = " → ".join(
+        [Path(name_of(recipe["model"])).name, *(step["kind"].replace("_", " ") for step in recipe["passes"])]
+    )
     return Page("Compression report", title, sections, [*_leads(facts)], [*facts.notes, *plots.why_not()])
 
 
@@ -147,6 +151,10 @@ def protocol_words(text: Mapping[str, Any]) -> str:
     else:
         how += " that overlap by half"
     documents = f"; the first {protocol['limit']} documents" if protocol.get("limit") else ""
+    if spelled := settings.get("special_tokens"):
+        read = "such" if protocol.get("special_tokens") else "plain text"
+        documents += f"; {spelled:,} special tokens that it spells are read as {read}"
+    documents += f"; {settings['bos']} in front of each document" if settings.get("bos") else ""
     return (
         f"{_name_of(text)}: {metrics['tokens']:,} predicted tokens, {metrics['bytes']:,} bytes; {how}{documents}; "
         f"{settings.get('dtype', '')}. Every token is scored once; virtual tokens are never scored. "
@@ -198,6 +206,23 @@ def _agreement(facts: Facts) -> Iterable[Section]:
             "error: of the likeliest token’s probability, in 15 bins. Typos: two inner letters swapped in 5 % of the words of four letters or more."
         )
         yield Section("How alike it is to the dense model", tables.agreement(alike, typos), note)
+
+
+def _caches(facts: Facts) -> Iterable[Section]:
+    """Yield what packing keys and values costs on the text of the report."""
+    if not facts.texts:
+        return
+    text, found = facts.texts[0], dict[str, dict[str, Any]]()
+    plain = {bits: metrics for (bits, prompt), metrics in text["rows"].items() if prompt is None}
+    for row in facts.of("kv"):
+        settings = {key: value for key, value in row["settings"].items() if key != "kv"}
+        if settings == text["settings"] and row["prompt"] is None and row["width"] in plain:
+            bits = row["settings"]["kv"]["bits"]
+            label = ":".join(map(str, bits)) if isinstance(bits, list) else str(bits)
+            found.setdefault(label, {})[row["width"]] = row["metrics"]
+    if found:
+        words = "Perplexity with the cache in the loop, a block of tokens after the other; bytes are those it holds in memory."
+        yield Section("Cache of keys and values", tables.cached(found, plain), words)
 
 
 def _speed(facts: Facts) -> Iterable[Section]:
@@ -291,7 +316,7 @@ def _made(facts: Facts) -> Section:
     manifest = facts.manifest
     calibration = (manifest.get("calibration") or {}).items()
     known = {
-        "Dense model": f"{manifest['recipe']['model']} (weights' SHA-256 in the manifest)",
+        "Dense model": f"{name_of(manifest['recipe']['model'])} (weights' SHA-256 in the manifest)",
         "Calibration text": ", ".join(f"{key} {value}" for key, value in calibration if not isinstance(value, dict)),
         "Versions": ", ".join(f"{name} {value}" for name, value in manifest["versions"].items()),
         "Format": f"{manifest['format_version']}, compress {manifest['compress_version']}",

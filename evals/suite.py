@@ -10,8 +10,10 @@ from typing import Any
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluate_robustness
 from compress.evals.evaluate import OpenText, Protocol
+from compress.evals.kv import KVWanted
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Rows, Tasks, evaluate_tasks
+from compress.hub import located
 from compress.passes import Progress
 from compress.sidecars import Choice
 
@@ -30,6 +32,7 @@ class Suite:
     reference: str | None = None  # where that is; the recipe's if None
     batch: int | None = None  # rows in a batch of tasks
     adapter: Choice = None  # as for :func:`compress.load`; the dense model has none
+    kv: KVWanted = field(default_factory=KVWanted)  # packed caches to measure the text with too
 
 
 def evaluate_all(
@@ -52,12 +55,13 @@ def evaluate_all(
 
     Returns:
         One documented object, and the rows of the tasks by number of bits and name. The object has ``model``; with a text
-        ``text``, ``protocol`` and ``bits`` (:func:`compress.evals.evaluate.evaluate_text`); ``tasks``: bits -> task -> metrics;
+        ``text``, ``protocol``, ``bits`` and ``kv`` (:func:`compress.evals.evaluate.evaluate_text`); ``tasks``: bits -> task -> metrics;
         ``agreement`` and ``robustness``: bits -> metrics. The dense model's key is ``dense``.
 
     Raises:
         CompressError: anything a user can put right.
     """
+    folder, _ = located(folder, {})
     if suite.prompt and (suite.agreement or suite.robustness):
         raise CompressError("agreement and robustness are measured without a soft prompt; ask for them on their own.")
     if not isinstance(store, Results):
@@ -80,9 +84,11 @@ def evaluate_all(
     if suite.text is None:
         return result, rows
     for place, options in places:
-        work = OpenText(place, suite.text, protocol=suite.protocol, **options, **common)
+        work = OpenText(place, suite.text, protocol=suite.protocol, kv=suite.kv, **options, **common)
         found = work.evaluate()
         result.setdefault("bits", {}).update(found.pop("bits"))
+        for label, metrics in found.pop("kv", {}).items():
+            result.setdefault("kv", {}).setdefault(label, {}).update(metrics)
         result = {**found, **result}
         if suite.agreement and place == folder:
             result["agreement"] = evaluate_agreement(work, suite.reference)

@@ -46,13 +46,13 @@ class Codes:
         codes = (self.codes[part] >> (max(self.codebooks) - bits)).long()
         return self.shared.table(bits)[0][codes] * self.shared.rows[part].float() * self.shared.columns.float()
 
-    def cpu(self) -> Codes:
-        """Copy to the CPU."""
+    def to(self, device: torch.device | str) -> Codes:
+        """Move all but the Hessian to a device."""
         shared = self.shared
         if shared is not None:
-            shared = read_shared({name: tensor.cpu() for name, tensor in shared.tensors().items()})
-        codebooks = {bits: codebook.cpu() for bits, codebook in self.codebooks.items()}
-        return replace(self, codes=self.codes.cpu(), codebooks=codebooks, shared=shared)
+            shared = read_shared({name: tensor.to(device) for name, tensor in shared.tensors().items()})
+        codebooks = {bits: codebook.to(device) for bits, codebook in self.codebooks.items()}
+        return replace(self, codes=self.codes.to(device), codebooks=codebooks, shared=shared)
 
     def as_stored(self) -> Codes:
         """Round the codebooks to the dtype that a checkpoint stores.

@@ -281,8 +281,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):
             return
         if not gpu.serves(self.get_buffer("weight").device):
             return
-        shape, buffers = self.shape, dict(self.named_buffers())
-        shared = self.shared()
+        shape, buffers, shared = self.shape, dict(self.named_buffers()), self.shared()
         codebooks = {
             bits: buffers[f"codebook_{bits}"] if shared is None else shared.codebook(bits) for bits in shape.all_bits
         }

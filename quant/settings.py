@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.settings import PassConfig
+from compress.settings import Calibration, PassConfig
 
 
 class QuantiseConfig(PassConfig):
@@ -148,3 +148,33 @@ class TuneTablesConfig(PassConfig):
         gt=0,
         description="Largest step of Adam, as a share of the mean distance between entries; a cosine ends it.",
     )
+
+
+class KVCalibrateConfig(PassConfig):
+    """Choose bits of the cache of keys and values for every layer, by loss on calibration text; the model stays as it is.
+
+    Measures what each layer alone costs at each number of bits, and takes the numbers whose summed cost is least at the mean that is
+    asked for. ``compress.load(folder, kv="recommended")`` then packs keys and values so.
+    """
+
+    kind: Literal["kv_calibrate"] = Field("kv_calibrate", description="Name of the pass.")
+    bits: float = Field(4.0, ge=2, le=8, description="Mean number of bits of all layers.")
+    choices: tuple[int, ...] = Field(
+        (2, 3, 4, 6, 8), min_length=1, description="Numbers of bits that a layer may have."
+    )
+    group: int | tuple[int, int] = Field(
+        32, description="Values that share a scale; (of keys, of values) if they differ."
+    )
+    residual: int = Field(128, ge=0, description="So many of the last tokens stay whole.")
+    text: Calibration | None = Field(
+        None,
+        description="Text to measure on, as of calibration; the recipe's calibration if absent. A few long samples are enough.",
+    )
+
+    @model_validator(mode="after")
+    def _in_reach(self) -> KVCalibrateConfig:
+        if any(not 2 <= bits <= 8 for bits in self.choices):
+            raise ValueError("choices are numbers of bits from 2 to 8")
+        if min(self.choices) > self.bits:
+            raise ValueError(f"a mean of {self.bits} bits cannot be had of choices {self.choices}")
+        return self

@@ -26,6 +26,8 @@ from compress.quant.settings import TuneTablesConfig
 from compress.training import predictions
 from compress.workspace import Record
 
+_OF_MORE_BITS = "codebooks of more bits are computed from these, and would change with them"
+
 
 class _LookUp(torch.autograd.Function):
     """Look up a weight [N, K] in a codebook [N, 2**b]; the gradient of an entry is the sum over its weights."""
@@ -86,10 +88,10 @@ class TuneTables(Pass[TuneTablesConfig]):
         return Needs(packed=True, whole_model=True, teacher=True)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """Name a unit per number of bits whose codebooks no other number of bits is computed from.
+        """Name a unit per number of bits.
 
         Raises:
-            CompressError: a number of bits that no matrix has, or whose codebooks are not its alone.
+            CompressError: a number of bits that no matrix has.
         """
         there = list(bits_range(packed.values()))
         for bits in self.config.widths:
@@ -97,15 +99,7 @@ class TuneTables(Pass[TuneTablesConfig]):
                 raise CompressError(
                     f"tune_tables: {bits} bits are not among the {there[0]} to {there[-1]} of the model."
                 )
-        tuned = [shape for shape in packed.values() if not isinstance(shape, EmbeddingShape)]
-        own = {bits for shape in tuned for bits in shape.all_bits if own_tensor(shape, bits)}
-        for bits in self.config.widths:
-            if bits not in own:
-                raise CompressError(
-                    f"tune_tables: codebooks of more bits are computed from those of {bits} bits, which stay as they are; "
-                    "leave it out of widths, or use any_precision's codebooks: row."
-                )
-        return [f"width-{bits}" for bits in sorted(own) if bits in (self.config.widths or own)]
+        return [f"width-{bits}" for bits in there if bits in (self.config.widths or there)]
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, progress: Progress
@@ -121,6 +115,8 @@ class TuneTables(Pass[TuneTablesConfig]):
             if isinstance(module, BitPlaneLinear) and module.bits == bits and own is not None:
                 tuned[name] = _Tuned(module, own)
                 whole.model.set_submodule(name, tuned[name])
+        if not tuned:
+            return {}, {"kept": False, "skipped": _OF_MORE_BITS}
         held, trained = whole.samples[::8], [s for i, s in enumerate(whole.samples) if i % 8] or whole.samples
         try:
             before = _held_out(whole, held)

@@ -38,3 +38,8 @@ def test_an_unknown_family_is_refused_with_the_nearest_name():
     config = AutoConfig.for_model("mamba")
     with pytest.raises(CompressError, match="'mamba' is not declared"):
         architecture(config)
+
+
+def test_a_model_that_reads_more_than_text_names_its_language_model():
+    with pytest.raises(CompressError, match=r"'gemma3' reads more than text.* its language model is a 'gemma3_text'"):
+        architecture(AutoConfig.for_model("gemma3"))

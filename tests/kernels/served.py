@@ -101,7 +101,7 @@ assert not torch.allclose(found, result, rtol=1e-4, atol=1e-4)
 assert all(torch.equal(tensor, second[name]) for name, tensor in fast.state_dict().items())
 compress.set_bits(stored, 4)
 for module in linears(stored):
-    module._table = rounded(module.codebook())
+    module._table = module._key(4, None), rounded(module.codebook())
 assert torch.allclose(found, stored(tokens).logits, rtol=1e-4, atol=1e-4)
 for module in linears(fast):
     module.exact = True

@@ -52,7 +52,7 @@ def test_only_tables_change_and_the_model_comes_nearer(tuned_recipe, tmp_path):
     units = json.loads((tuned / "compression.json").read_text())["passes"][1]["units"]
     assert units["width-3"]["kept"]
     for name, tensor in before.items():
-        trained = ".basis_" in name and units.get(f"width-{name[-1]}", {"kept": False})["kept"]
+        trained = ".codebook_" in name and units[f"width-{name[-1]}"]["kept"]
         assert torch.equal(tensor, after[name]) != trained, name
     dense = AutoModelForCausalLM.from_pretrained(tuned_recipe["model"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tuned_recipe["model"])
