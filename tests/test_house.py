@@ -16,7 +16,7 @@ MOUNTED = ("pruning", "quant", "prompts", "kernels", "evals")
 
 MAY_IMPORT = {
     "kernels": set(),
-    "core": {"kernels", "quant.records", "quant.format", "quant.linear", "quant.fused"},
+    "core": {"kernels", "quant.records", "quant.format", "quant.linear", "quant.embedding", "quant.fused"},
     "quant": {"core", "kernels"},
     "pruning": {"core", "quant"},
     "prompts": {"core", "quant"},
