@@ -88,7 +88,8 @@ class StoredConfig:
                 f"that are stored {'shared' if self.format_version > DENSE_VERSION else 'sparse or shared'}."
             )
         for name, shape in shapes.items():
-            if any(type(value) is not int for field, value in vars(shape).items() if field != "codebook_dtype"):
+            named = {field: value for field, value in vars(shape).items() if field not in ("codebook_dtype", "read_at")}
+            if any(type(value) is not int for value in named.values()):
                 raise CompressError(
                     f"config.json: quantization_config.modules[{name!r}] has a field that is no integer."
                 )
@@ -113,12 +114,12 @@ def stored_config(settings: Mapping[str, Any] | None) -> StoredConfig | None:
 
 def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
     """Return the version of the format that modules, and blocks of sizes the rest of the config does not tell, need."""
-    kinds = {type(shape) for shape in shapes}
-    if SharedShape in kinds:
+    held = list(shapes)
+    if any(isinstance(shape, SharedShape) for shape in held):
         return SHARED_VERSION
     if pruned:
         return SHAPED_VERSION
-    return SPARSE_VERSION if SparseShape in kinds else DENSE_VERSION
+    return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in held) else DENSE_VERSION
 
 
 def read_settings(folder: Path) -> StoredConfig | None:
@@ -143,7 +144,7 @@ def check_tensors(folder: Path, config: StoredConfig, bits: int | None = None) -
     info, count = Checkpoint(folder, index_name=index_name(bits)).info(), 0
     for name, shape in config.shapes().items():
         for tensor, (size, dtype) in shape.specification().items():
-            if (first_bits(tensor) or 0) > max(bits or 8, shape.seed_bits):
+            if (first_bits(tensor) or 0) > (shape.at(bits) if bits else shape.parent_bits):
                 continue
             found = info.get(f"{name}.{tensor}")
             if found is None:

@@ -27,6 +27,7 @@ from compress.kv import KVCache
 from compress.kv_serving import kv_of, make_caches, use_kv_cache
 from compress.kv_settings import KVBits
 from compress.manifest import MANIFEST, noted, read_manifest
+from compress.quant.records import EmbeddingShape
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
 
@@ -122,7 +123,7 @@ def _load_model(
     if chosen is not None:
         if not shapes:
             raise CompressError(f"{name}: none of its matrices is packed, so it has no bits to choose from.")
-        most = max(bits_by_module(chosen, shapes).values())
+        most = max(shapes[name].step(own) for name, own in bits_by_module(chosen, shapes).items())
         config.quantization_config["bits"] = chosen if isinstance(chosen, int) else dict(chosen)
         if Path(name).is_dir() and not (Path(name) / index_name(most)).exists():
             most = None  # save_pretrained writes no index by bits
@@ -251,6 +252,16 @@ def _packed_within(model: nn.Module) -> dict[str, Any]:
 
 
 def get_bits(model: nn.Module) -> int | dict[str, int]:
-    """Return the bits in use: one number if all packed modules share it, else one each; refuse a model without any."""
-    bits = {name: module.bits for name, module in _packed_within(model).items()}
-    return next(iter(bits.values())) if len(set(bits.values())) == 1 else bits
+    """Return the bits in use: one number if all packed modules share it, else one each; refuse a model without any.
+
+    An embedding or head that is read at the bits which belong to that number shares it.
+    """
+    modules = _packed_within(model)
+    bits: dict[str, int] = {name: module.bits for name, module in modules.items()}
+    embeddings = [module for module in modules.values() if isinstance(module.shape, EmbeddingShape)]
+    same = {module.bits for module in modules.values() if module not in embeddings}
+    if len(same) == 1:
+        one: int = same.pop()
+        if all(module.bits == module.shape.at(one) for module in embeddings):
+            return one
+    return bits

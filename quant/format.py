@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.kernels.packing import pack_planes, unpack_planes
-from compress.quant.records import MAX_GAP_BITS, PackedShape, SharedShape, SparseShape
+from compress.quant.records import MAX_GAP_BITS, EmbeddingShape, PackedShape, SharedShape, SparseShape
 from compress.quant.shared import Shared, read_shared
 
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
@@ -33,11 +33,18 @@ class Codes:
     codebooks: Mapping[int, Tensor]  # bits -> [N, 2**bits], float32 or as stored, from the seed's to the parent's
     hessian: Tensor | None = None  # float32 [K, K], mean of ``x x^T`` over the layer's inputs, where measured
     shared: Shared | None = None  # what the codebooks are computed from, and factors of columns to multiply by
+    read_at: Mapping[str, int] | None = None  # of an embedding or head: the model's bits -> its own
 
     def dense(self, bits: int) -> Tensor:
         """Return the weights that a number of bits stands for, float32 [N, K]."""
         found = self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
         return found if self.shared is None else found * self.shared.columns.float()
+
+    def rows(self, bits: int, part: slice) -> Tensor:
+        """Return some rows of an embedding or head (one coefficient per row) at a number of bits, float32 [rows, K]."""
+        assert self.shared is not None
+        codes = (self.codes[part] >> (max(self.codebooks) - bits)).long()
+        return self.shared.table(bits)[0][codes] * self.shared.rows[part].float() * self.shared.columns.float()
 
     def to(self, device: torch.device | str) -> Codes:
         """Move all but the Hessian to a device."""
@@ -99,8 +106,10 @@ def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, d
 def _pack_shared(found: Codes, shared: Shared) -> tuple[PackedShape, dict[str, Tensor]]:
     """Turn codes with shared codebooks, as stored, into the record and tensors by their names under the module."""
     bits, dtype = sorted(found.codebooks), str(shared.rows.dtype).removeprefix("torch.")
-    rows, columns = found.codes.shape
-    shape = SharedShape(rows, columns, bits[0], bits[-1], dtype, rank=len(shared.basis[bits[0]]))
+    (rows, columns), rank = found.codes.shape, len(shared.basis[shared.last])
+    shape = SharedShape(rows, columns, bits[0], bits[-1], dtype, rank=rank)
+    if found.read_at is not None:
+        shape = EmbeddingShape(**vars(shape), read_at=found.read_at)
     return shape, split_planes(pack_planes(found.codes, bits[-1]), shape) | shared.tensors()
 
 

@@ -35,6 +35,19 @@ class PackedShape:
         return range(self.seed_bits, self.parent_bits + 1)
 
     @property
+    def model_bits(self) -> range:
+        """Return the numbers of bits of the whole model that it knows of: its own, unless it has a table of them."""
+        return self.all_bits
+
+    def at(self, bits: int) -> int:
+        """Return the number of bits that it is read at where the model is read at ``bits``."""
+        return min(max(bits, self.seed_bits), self.parent_bits)
+
+    def step(self, bits: int) -> int:
+        """Return the fewest bits of the model at which so many of its own are read."""
+        return next((step for step in self.model_bits if self.at(step) >= bits), self.model_bits[-1])
+
+    @property
     def dense(self) -> PackedShape:
         """Return the matrix as it is in memory, whatever its form on disk."""
         return self
@@ -126,6 +139,35 @@ class SharedShape(PackedShape):
         return tensors
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingShape(SharedShape):
+    """Record an embedding or a head, which has its own number of bits for every one of the model's."""
+
+    read_at: Mapping[str, int]  # bits of the model, as text, without a gap -> bits of this matrix, which do not fall
+
+    @property
+    def model_bits(self) -> range:
+        """Return the numbers of bits of the whole model that it knows of."""
+        known = sorted(map(int, self.read_at))
+        return range(known[0], known[-1] + 1)
+
+    def at(self, bits: int) -> int:
+        """Return the number of bits that it is read at where the model is read at ``bits``."""
+        known = self.model_bits
+        return super().at(self.read_at[str(min(max(bits, known[0]), known[-1]))])
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether a matrix can have these numbers."""
+        table = self.read_at
+        if not isinstance(table, Mapping) or not table or not all(key in tuple("12345678") for key in table):
+            return False
+        if any(type(bits) is not int for bits in table.values()) or len(table) != len(self.model_bits):
+            return False
+        own = [table[str(bits)] for bits in self.model_bits]
+        return super().sound and own == sorted(own) and 1 <= own[0] <= own[-1] <= 8
+
+
 def _words(bits: int) -> int:
     """Return how many int32 hold one bit each for a row of so many columns."""
     return -(-bits // 32)
@@ -137,7 +179,8 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     Raises:
         TypeError: missing or unknown fields.
     """
-    kind = SparseShape if "survivors" in record else SharedShape if "rank" in record else PackedShape
+    marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "rank": SharedShape}
+    kind: type[PackedShape] = next((kind for mark, kind in marks.items() if mark in record), PackedShape)
     return kind(**record)
 
 
@@ -163,7 +206,17 @@ def packed_bytes(shape: PackedShape, bits: int) -> int:
     return sum(size for tensor, size in held if (first_bits(tensor) or 0) <= max(bits, shape.seed_bits))
 
 
+def model_bytes(shapes: Iterable[PackedShape], bits: int) -> int:
+    """Return the bytes of packed matrices that loading the model at a number of bits reads."""
+    return sum(packed_bytes(shape, shape.at(bits)) for shape in shapes)
+
+
 def bits_range(shapes: Iterable[PackedShape]) -> range:
-    """Return all bits that modules can be read at together, from the least seed's to the largest parent's; none of none."""
-    held = list(shapes)
-    return range(min(s.seed_bits for s in held), max(s.parent_bits for s in held) + 1) if held else range(0)
+    """Return all bits that modules can be read at together, from the least seed's to the largest parent's; none of none.
+
+    Embeddings with a table of the model's bits count only where there is nothing else.
+    """
+    every = list(shapes)
+    others = [shape for shape in every if not isinstance(shape, EmbeddingShape)]
+    held = [shape.model_bits for shape in others or every]
+    return range(min(bits[0] for bits in held), max(bits[-1] for bits in held) + 1) if held else range(0)

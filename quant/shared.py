@@ -49,6 +49,10 @@ class Shared:
             table = (table[..., None] + steps).flatten(1)
         return table.float().to(self.rows.dtype)
 
+    def table(self, bits: int) -> Tensor:
+        """Return the codebook of a row of size 1, float32 [1, 2**bits], where rows have no other coefficients."""
+        return replace(self, rows=torch.ones(1, 1, device=self.rows.device)).codebook(bits)
+
     def differentiable(self, bits: int, given: Tensor) -> Tensor:
         """Return the codebook of every row in float32, with ``given`` for the basis of so many bits, or for the places."""
         coefficients = self.coefficients().float()

@@ -21,7 +21,7 @@ from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape, own_tensor
+from compress.quant.records import EmbeddingShape, PackedShape, bits_range, own_tensor
 from compress.quant.settings import TuneTablesConfig
 from compress.training import predictions
 from compress.workspace import Record
@@ -93,7 +93,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         Raises:
             CompressError: a number of bits that no matrix has.
         """
-        there = sorted({bits for shape in packed.values() for bits in shape.all_bits})
+        there = list(bits_range(packed.values()))
         for bits in self.config.widths:
             if bits not in there:
                 raise CompressError(
@@ -110,10 +110,10 @@ class TuneTables(Pass[TuneTablesConfig]):
         in_use = {name: module.bits for name, module in packed.items()}
         tuned: dict[str, _Tuned] = {}
         for name, module in packed.items():
-            module.bits = min(max(bits, module.shape.seed_bits), module.shape.parent_bits)
-            stored = own_tensor(module.shape, module.bits)
-            if isinstance(module, BitPlaneLinear) and module.bits == bits and stored is not None:
-                tuned[name] = _Tuned(module, stored)
+            module.bits = module.shape.at(bits)
+            own = None if isinstance(module.shape, EmbeddingShape) else own_tensor(module.shape, module.bits)
+            if isinstance(module, BitPlaneLinear) and module.bits == bits and own is not None:
+                tuned[name] = _Tuned(module, own)
                 whole.model.set_submodule(name, tuned[name])
         if not tuned:
             return {}, {"kept": False, "reason": _OF_MORE_BITS}

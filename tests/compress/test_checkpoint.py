@@ -255,22 +255,6 @@ def test_a_packed_embedding_keeps_its_scale(make_model, recipe, tmp_path):
     assert (model.get_input_embeddings()(TOKENS) - dense).abs().max() < 0.02 * dense.abs().max()
 
 
-@pytest.mark.slow
-def test_packing_a_tied_head_unties_it(make_model, recipe, tmp_path, fresh_python):
-    source = make_model("llama", tie_word_embeddings=True)
-    recipe |= {"model": str(source)}
-    recipe["passes"][0] |= {"include": ["lm_head"], "parent_bits": 8}
-    folder = compress.run(recipe, tmp_path / "model")
-    model = compress.load(folder)
-    assert "lm_head" in packed_modules(model)
-    dense = AutoModelForCausalLM.from_pretrained(source)
-    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
-    assert (logits(model) - logits(dense)).abs().max() < 0.05 * logits(dense).abs().max()
-    recipe["passes"][0]["include"] = ["model.embed_tokens"]
-    with pytest.raises(CompressError, match=r"tied to lm_head.*name both"):
-        compress.run(recipe, tmp_path / "other")
-
-
 def test_a_missing_plane_is_named(copy):
     name = "model.layers.1.mlp.up_proj.plane_5"
     rewrite(copy, lambda tensors: tensors.pop(name, None) is not None)

@@ -73,7 +73,7 @@ def test_tensors_have_the_documented_sizes(shaped, kind):
 
 @pytest.mark.slow
 def test_packed_matrices_record_the_sizes_they_have(shaped):
-    folder = shaped("llama", {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4})
+    folder = shaped("llama", {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "embedding_bits": 0})
     record = config_of(folder)["quantization_config"]
     assert record["format_version"] == 4
     for block, fields in record["pruned"].items():

@@ -179,7 +179,8 @@ def test_the_shared_vectors_are_what_is_written_read_and_decoded(vector):
     given = {name: torch.tensor(value, dtype=kinds[name]) for name, value in tensors.items()}
     shared = read_shared(given)
     tables = {bits: shared.codebook(bits) for bits in widths(record)}
-    codes = Codes(torch.tensor(vector["codes"], dtype=torch.uint8), tables, shared=shared)
+    read_at = record.get("read_at")
+    codes = Codes(torch.tensor(vector["codes"], dtype=torch.uint8), tables, shared=shared, read_at=read_at)
     found, written, _ = pack_smaller(codes.as_stored())
     assert found == shape
     assert {name: tensor.tolist() for name, tensor in written.items()} == tensors
@@ -211,7 +212,7 @@ def sparse(make_model, tmp_path_factory):
         array[abs(array) < np.quantile(abs(array), 0.75 if array.ndim == 2 else 0)] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {"seed_bits": 3, "parent_bits": 5, "objective": "weight", "sensitivity": "none", "keep_zeros": True}
-    recipe = {"model": str(folder), "passes": [{"kind": "any_precision", **settings}]}
+    recipe = {"model": str(folder), "passes": [{"kind": "any_precision", "embedding_bits": 0, **settings}]}
     return compress.run(recipe, tmp_path_factory.mktemp("sparse") / "model")
 
 
@@ -248,7 +249,7 @@ def by_row(tiny_llama, text_file, tmp_path_factory):
     recipe = {
         "model": str(tiny_llama),
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-        "passes": [{"kind": "any_precision", **settings}],
+        "passes": [{"kind": "any_precision", "embedding_bits": 0, **settings}],
     }
     return compress.run(recipe, tmp_path_factory.mktemp("by_row") / "model")
 
