@@ -116,7 +116,7 @@ class TuneTables(Pass[TuneTablesConfig]):
                 tuned[name] = _Tuned(module, own)
                 whole.model.set_submodule(name, tuned[name])
         if not tuned:
-            return {}, {"kept": False, "skipped": _OF_MORE_BITS}
+            return {}, {"kept": False, "reason": _OF_MORE_BITS}
         held, trained = whole.samples[::8], [s for i, s in enumerate(whole.samples) if i % 8] or whole.samples
         try:
             before = _held_out(whole, held)
