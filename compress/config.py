@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.quant.records import PackedShape, SparseShape, first_bits, shape_of
+from compress.quant.records import PackedShape, SparseShape, StackedShape, first_bits, shape_of
 from compress.weights import INDEX, Checkpoint
 
 METHOD = "compress"
-DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION = 1, 2, 3
+DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION, EXPERTS_VERSION = 1, 2, 3, 4
 """Versions of the format (:func:`format_version`)."""
 
 Bits = int | Mapping[str, int]
@@ -50,15 +50,15 @@ class StoredConfig:
         pruned: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if format_version not in (DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION):
+        if format_version not in range(DENSE_VERSION, EXPERTS_VERSION + 1):
             raise CompressError(
-                f"config.json: format_version {format_version} is none of {DENSE_VERSION}, {SPARSE_VERSION} and "
-                f"{SHAPED_VERSION}, which this release of compress reads; install a release that knows it."
+                f"config.json: format_version {format_version} is none of {DENSE_VERSION} to {EXPERTS_VERSION}, "
+                "which this release of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
         self.modules, self.pruned = _fields(modules, "modules"), _fields(pruned, "pruned")
         self.pruned = {name: dict(vars(shape)) for name, shape in self.block_shapes().items()}
-        if self.pruned and format_version != SHAPED_VERSION:
+        if self.pruned and format_version < SHAPED_VERSION:
             raise CompressError(
                 f"config.json: quantization_config.pruned needs format_version {SHAPED_VERSION}, not {format_version}."
             )
@@ -83,7 +83,7 @@ class StoredConfig:
             raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
         if self.format_version < format_version(shapes.values()):
             raise CompressError(
-                "config.json: quantization_config.modules is malformed: version 1 has no sparse modules."
+                f"config.json: quantization_config.modules is malformed: version {self.format_version} has no such modules."
             )
         for name, shape in shapes.items():
             if any(type(value) is not int for field, value in vars(shape).items() if field != "codebook_dtype"):
@@ -111,9 +111,12 @@ def stored_config(settings: Mapping[str, Any] | None) -> StoredConfig | None:
 
 def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
     """Return the version of the format that modules, and blocks of sizes the rest of the config does not tell, need."""
+    held = list(shapes)
+    if any(isinstance(shape, StackedShape) for shape in held):
+        return EXPERTS_VERSION
     if pruned:
         return SHAPED_VERSION
-    return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in shapes) else DENSE_VERSION
+    return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in held) else DENSE_VERSION
 
 
 def read_settings(folder: Path) -> StoredConfig | None:

@@ -8,6 +8,7 @@ with another shape, so transformers can not take them for weights nor fill them 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.config import METHOD, Bits, StoredConfig, format_version
 from compress.errors import CompressError
+from compress.experts import Experts, is_experts
 from compress.quant.format import expand
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
-from compress.quant.records import PackedShape, SparseShape, bits_range
+from compress.quant.records import PackedShape, SparseShape, StackedShape, bits_range, expert_name, unstacked
 from compress.shapes import replace_shapes
-from compress.structure import Linear, architecture, is_linear, matching
+from compress.structure import Linear, declaration, inspected, is_linear, matching
 
 
 def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
@@ -73,9 +75,13 @@ class CompressConfig(StoredConfig, QuantizationConfigMixin):
 
 def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) -> None:
     """Put packed modules, on the meta device, where a model has dense ones, and refuse records that do not fit it."""
-    renamed = {old: new for new, old in architecture(model.config).renamed.items()}
+    known = declaration(model.config)
+    renamed = {old: new for new, old in known.renamed.items()} if known else {}
     for stored, shape in shapes.items():
         name = stored if hasattr(model, stored.partition(".")[0]) else renamed.get(stored, stored)
+        if isinstance(shape, StackedShape):
+            _replace_stack(model, name, shape)
+            continue
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -101,6 +107,27 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
         model.set_submodule(name, packed)
 
 
+def _replace_stack(model: PreTrainedModel, name: str, shape: StackedShape) -> None:
+    """Put what a stack of experts is loaded into where a model has a parameter of 3 dimensions."""
+    path, _, matrix = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = nn.Module()
+    if is_experts(module):
+        module = Experts(module)
+        model.set_submodule(path, module)
+    if not isinstance(module, Experts) or matrix not in module.matrices:
+        raise CompressError(f"config.json records packed experts {name!r} that this model does not have.")
+    weight = module.expert(0).get_submodule(matrix).get_parameter("weight")
+    if (module.num_experts, *weight.shape) != (shape.experts, shape.out_features, shape.in_features):
+        raise CompressError(
+            f"{name}: recorded as {shape.experts} x {shape.out_features} x {shape.in_features}, but the model's own shape is "
+            f"{module.num_experts} x {weight.shape[0]} x {weight.shape[1]}."
+        )
+    module.hold_stack(matrix, shape, weight.dtype)
+
+
 def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbedding]:
     """Find every packed module of a loaded model, by the name it has in the checkpoint, whatever adapter is around it."""
     return {
@@ -113,7 +140,8 @@ def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbed
 def join_layers(model: PreTrainedModel) -> None:
     """Let the layers of a model that multiply the same input be launched together where GPU kernels serve them."""
     linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
-    join(linears, architecture(model.config).fused)
+    if any(module.is_tiled for module in linears.values()):
+        join(linears, inspected(model).fused)
 
 
 def rebuild(model: nn.Module) -> None:
@@ -133,6 +161,13 @@ def _unread(stored: Mapping[str, PackedShape], loaded: Mapping[str, PackedShape]
     return [f"^(?:{'|'.join(names)})\\.(?:{'|'.join(unread)})$" for unread, names in by_tensors.items() if unread]
 
 
+def _most(name: str, shape: PackedShape, bits: Mapping[str, int]) -> int:
+    """Return the most bits that are asked of a matrix, or of the matrices of a stack."""
+    if isinstance(shape, StackedShape):
+        return max(bits[expert_name(name, place)] for place in range(shape.experts))
+    return bits[name]
+
+
 def _bytes(shapes: Mapping[str, PackedShape]) -> int:
     return sum(sum(shape.tensor_bytes().values()) for shape in shapes.values())
 
@@ -142,13 +177,14 @@ class CompressQuantizer(HfQuantizer):
 
     requires_calibration = False
     stored_share = 1.0  # bytes of the packed modules as stored, per byte of what they become
+    bits: Mapping[str, int] = MappingProxyType({})  # by matrix, as asked for
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
         stored = config.shapes()
-        bits = bits_by_module({} if config.bits is None or not stored else config.bits, stored)
-        loaded = {name: replace(shape, parent_bits=bits[name]) for name, shape in stored.items()}
+        self.bits = bits = bits_by_module({} if config.bits is None or not stored else config.bits, unstacked(stored))
+        loaded = {name: replace(shape, parent_bits=_most(name, shape, bits)) for name, shape in stored.items()}
         pruned = config.block_shapes()
         replace_shapes(model, pruned)
         replace_packed(model, loaded)
@@ -169,9 +205,15 @@ class CompressQuantizer(HfQuantizer):
             for name, module in packed_modules(model).items()
             for tensor, buffer in module.named_buffers()
         }
+        experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+        for path, mixture in experts.items():
+            for tensor, buffer in mixture.stacked().items():
+                buffers[f"{path}.{tensor}"] = getattr(buffer, "_is_hf_initialized", False)
         if not all(buffers.values()):
             absent = next(name for name, read in buffers.items() if not read)
             raise CompressError(f"{model.name_or_path}: tensor {absent} is missing; fetch or write it again.")
+        for path, mixture in experts.items():
+            mixture.take_stacks(self.bits, path)
         rebuild(model)
         for module in packed_modules(model).values():
             if isinstance(module, BitPlaneLinear):

@@ -8,7 +8,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -21,6 +20,8 @@ from compress.config import Bits, check_tensors, index_name, stored_config
 from compress.errors import CompressError, first_line
 from compress.hf import bits_by_module, join_layers, packed_modules
 from compress.manifest import MANIFEST
+from compress.models import auto_class
+from compress.quant.records import unstacked
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
 
@@ -96,7 +97,7 @@ def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | 
     if chosen is not None:
         if not shapes:
             raise CompressError(f"{name}: none of its matrices is packed, so it has no bits to choose from.")
-        most = max(bits_by_module(chosen, shapes).values())
+        most = max(bits_by_module(chosen, unstacked(shapes)).values())
         config.quantization_config["bits"] = chosen if isinstance(chosen, int) else dict(chosen)
         if Path(name).is_dir() and not (Path(name) / index_name(most)).exists():
             most = None  # save_pretrained writes no index by bits
@@ -151,7 +152,8 @@ def bits_for(
 
 def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        config = kwargs.get("config") or read_config(name, kwargs.get("revision"))
+        return auto_class(config).from_pretrained(name, **{**kwargs, "config": config})  # type: ignore[no-any-return]
     except SafetensorError as error:
         raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
     except OSError as error:

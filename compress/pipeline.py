@@ -86,10 +86,10 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     drawn = {one: draw_samples(one, source.tokenizer, context.context_length) for one in dict.fromkeys(texts) if one}
     for samples in drawn.values():
         largest = max(int(tokens.max()) for tokens in samples.tokens)
-        if largest >= source.state.config.vocab_size:
+        if largest >= context.vocabulary:
             raise CompressError(
                 f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
-                f"{source.state.config.vocab_size} tokens; the two do not belong together."
+                f"{context.vocabulary} tokens; the two do not belong together."
             )
     state, history, sidecars = source.state, [], []
     for step, text in zip(passes, texts, strict=True):

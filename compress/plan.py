@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compress.models import text_config
 from compress.passes import Context, Pass, Sizes, pass_class
 from compress.pipeline import check_order
 from compress.quant.records import PackedShape, bits_range, packed_bytes
@@ -47,7 +48,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides =
     }
     return {
         "model": str(source.folder),
-        "blocks": source.state.config.num_hidden_layers,
+        "blocks": source.state.structure.depth,
         "parameters": found[0][1].parameters,
         "parameters_after": context.parameters,
         "dense_bytes": sum(item.nbytes for item in source.state.source.info().values()),
@@ -73,11 +74,15 @@ def _needs(
     block, inside = max(blocks.values()), sum(blocks.values())
     whole, all_packed = outside + inside, sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
     samples, length = (text.samples, text.length) if text else (0, 0)
-    hidden = samples * length * int(getattr(state.config, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
+    hidden = (
+        samples * length * int(getattr(text_config(state.config), "hidden_size", 0)) * _FLOAT
+        if needs.calibration
+        else 0
+    )
     # Measured by the memory bench: a block in float32, as read, and as written.
     memory, units, carried = outside + 3 * block + hidden, inside, 2 * (1 + len(needs.variants)) * hidden
     if needs.squared_gradients:  # their sum for a block, those of hidden states, one sample's logits and gradient
-        memory += block + hidden + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
+        memory += block + hidden + 2 * length * int(getattr(text_config(state.config), "vocab_size", 0)) * _FLOAT
         units, carried = 2 * inside, hidden * (len(blocks) + 3)
     if needs.packs:
         units += all_packed - inside

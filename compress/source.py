@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from compress.config import read_settings
 from compress.errors import CompressError, first_line
-from compress.hf import replace_packed
 from compress.loading import load_tokenizer, read_config
+from compress.models import text_config
 from compress.passes import Context
-from compress.shapes import replace_shapes
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
-from compress.structure import architecture
+from compress.quant.records import unstacked
+from compress.streaming import State, StreamedModel, built, examine, open_tensors
 from compress.weights import Checkpoint
 from compress.workspace import digest
 
@@ -33,16 +32,17 @@ class Source:
 
 
 def open_source(model: str, revision: str | None = None) -> Source:
-    """Open a dense model of a declared architecture: a folder, the built-in one, or a hub id."""
+    """Open a dense model: a folder, the built-in one, or a hub id."""
     folder = model_folder(model, revision)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
-    architecture(config)
+    structure = examine(config)
     tokenizer = load_tokenizer(folder)
-    checkpoint = Checkpoint(folder, tensor_names(empty_model(config)))
-    sha256 = checkpoint.sha256()
-    return Source(folder, State(checkpoint, config, {}, digest(sha256)), tokenizer, sha256)
+    files = Checkpoint(folder)
+    sha256 = files.sha256()
+    tensors = open_tensors(files, built(config, {}, {}), structure)
+    return Source(folder, State(tensors, config, {}, digest(sha256), structure=structure), tokenizer, sha256)
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
@@ -70,13 +70,13 @@ def checkpoint_state(folder: Path) -> State:
     settings, config = read_settings(folder), read_config(folder)
     if settings is not None:
         del config.quantization_config  # the model is built dense and then replaced
-    model, rename = empty_model(config), architecture(config).stored_name
-    running = {rename(name): name for name, _ in model.named_modules()}
-    packed = {running.get(name, name): shape for name, shape in (settings.shapes() if settings else {}).items()}
+    structure = examine(config)
+    running = {structure.stored_name(structure.head): structure.head}
+    matrices = unstacked(settings.shapes()) if settings else {}
+    packed = {running.get(name, name): shape for name, shape in matrices.items()}
     shapes = settings.block_shapes() if settings else {}
-    replace_shapes(model, shapes)
-    replace_packed(model, packed)
-    return State(Checkpoint(folder, tensor_names(model)), config, packed, digest(str(folder)), shapes)
+    tensors = open_tensors(Checkpoint(folder), built(config, packed, shapes), structure)
+    return State(tensors, config, packed, digest(str(folder)), shapes, structure)
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,7 +104,7 @@ def make_context(source: Source, device: torch.device, seed: int, state: State |
     state = state or source.state
     model = StreamedModel(state, torch.device("meta"))
     inside = {name: linear for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
-    tied = bool(state.config.tie_word_embeddings)
+    tied = f"{model.head}.weight" in model.model.all_tied_weights_keys
     sizes = {name: math.prod(item.shape) for name, item in state.source.info().items()}
     if tied:
         sizes.pop(f"{model.head}.weight", None)
@@ -116,10 +116,17 @@ def make_context(source: Source, device: torch.device, seed: int, state: State |
         outside={name: linear.shape for name, linear in model.outside().items()},
         head=model.head,
         tied=tied,
+        vocabulary=int(model.model.get_submodule(model.structure.embedding).num_embeddings),  # type: ignore[arg-type]
         config=state.config,
         shapes=state.shapes,
         biased=frozenset(n for n, linear in inside.items() if getattr(linear.module, "bias", None) is not None),
         parameters=sum(sizes.values()),
-        context_length=getattr(state.config, "max_position_embeddings", None),
+        context_length=_limit(text_config(state.config)),
         tokenizer=source.tokenizer,
     )
+
+
+def _limit(config: PretrainedConfig) -> int | None:
+    """Return the tokens that a model can look at; None without a limit, which some configs write as -1."""
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None

@@ -22,10 +22,10 @@ from compress import writer
 from compress.errors import CompressError, refuse_existing
 from compress.loading import load_tokenizer
 from compress.manifest import MANIFEST, read_manifest
+from compress.models import empty_model
 from compress.sidecars import ADAPTER_FOLDER, PEFT_WEIGHTS, find_adapter, find_prompts, read_prompt
 from compress.source import checkpoint_state
-from compress.streaming import State, empty_model
-from compress.structure import architecture, head_name
+from compress.streaming import State
 from compress.weights import Checkpoint, Overlay, sha256_of
 from compress.workspace import digest
 
@@ -48,9 +48,9 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
     refuse_existing(output)
     tensor = _prompt(folder, bits, prompt)
     state = checkpoint_state(folder)
-    structure = architecture(state.config)
+    structure = state.structure
     model = empty_model(state.config)
-    names = (structure.embedding, head_name(model))
+    names = (structure.embedding, structure.head)
     for name in names:
         if name in state.packed:
             raise CompressError(f"{folder}: {name} is packed, so no token can be added to it; leave it out of include.")
