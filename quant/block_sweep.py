@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress.passes import Block, Run
 from compress.quant.format import Codes
+from compress.quant.mixture import fit_experts
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.settings import AnyPrecisionConfig
 from compress.statistics import SharedInputs, check_inputs, watch
@@ -113,7 +114,7 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
         CompressError: inputs that are not finite.
     """
     original = copy.deepcopy(block.module)
-    fitted: dict[str, Codes] = {}
+    fitted = fit_experts(block, names, config)
     linears = block.linears  # not the block, which would then be kept by what it keeps
 
     def show(variant: str) -> None:
@@ -122,7 +123,7 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
 
     block.show = show
     for group in groups(block):
-        chosen = [name for name in group if name in names]
+        chosen = [name for name in group if name in names and name not in fitted]
         if not chosen:
             continue
         module = block.linears[chosen[0]].module
