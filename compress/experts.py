@@ -8,7 +8,7 @@ replaced by :class:`Experts`, in which expert 3 of ``mlp.experts`` has the linea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,9 @@ class Experts(nn.Module):
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
         self.all_tokens = False
+        self.path = ""  # full name, once a checkpoint's stacks are taken apart: then they are saved as stacks again
+        self.register_state_dict_post_hook(_save_stacks)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_load_stacks)  # type: ignore[no-untyped-call]
         parameters = dict(dense.named_parameters(recurse=False))
         self.first = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
         self.matrices = (self.first, "down_proj")
@@ -114,6 +117,7 @@ class Experts(nn.Module):
 
     def take_stacks(self, bits: Mapping[str, int], path: str) -> None:
         """Give every expert its part of what was loaded, at its bits, by the matrices' full names; ``path`` is this module's."""
+        self.path = path
         for name in self.matrices:
             stack = self._modules.get(name)
             if not isinstance(stack, _Stack):
@@ -133,6 +137,33 @@ class Experts(nn.Module):
                     linear.bias = nn.Parameter(stack_bias.data[place], requires_grad=False)
                 self.expert(place).add_module(name, linear)
             del self._modules[name]
+
+
+def _save_stacks(module: nn.Module, tensors: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """Put the tensors of a loaded mixture's experts into stacks, as its checkpoint has them."""
+    assert isinstance(module, Experts)
+    if not module.path:
+        return
+    stacks: dict[str, list[tuple[Part, Tensor]]] = {}
+    for name, part in _parts(module, prefix):
+        stacks.setdefault(part.stack, []).append((part, tensors.pop(name)))
+    for stack, members in stacks.items():
+        if len(members) < module.num_experts:
+            raise CompressError(
+                f"{stack}: the experts are held at different bits; load the model at one number of bits to save it."
+            )
+        tensors[stack] = torch.stack([tensor for _, tensor in members], members[0][0].axis)
+
+
+def _load_stacks(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Undo :func:`_save_stacks`, in the tensors that are about to be loaded."""
+    assert isinstance(module, Experts)
+    if module.path:
+        found = list(_parts(module, prefix))
+        stacks = {part.stack: tensors.pop(part.stack) for _, part in found if part.stack in tensors}
+        for name, part in found:
+            if part.stack in stacks:
+                tensors[name] = stacks[part.stack].select(part.axis, part.place)
 
 
 class _Stack(nn.Module):
@@ -175,24 +206,26 @@ class Part:
 
 def parts_of(model: nn.Module) -> dict[str, Part]:
     """Find the tensors of experts in a model whose stacks are split: full name -> its part."""
-    found = {}
-    for path, module in model.named_modules():
-        for name, place in _matrices(module):
-            linear = module.get_submodule(f"{place}.{name}")
-            for tensor in (*linear._parameters, *linear._buffers):
+    mixtures = ((name, module) for name, module in model.named_modules() if isinstance(module, Experts))
+    return {name: part for path, module in mixtures for name, part in _parts(module, f"{path}.")}
+
+
+def _parts(module: Experts, prefix: str) -> Iterator[tuple[str, Part]]:
+    for matrix in module.matrices:
+        for place in range(module.num_experts):
+            linear = module.expert(place).get_submodule(matrix)
+            packed = isinstance(linear, BitPlaneLinear)
+            for tensor in [
+                *(name for name, _ in linear.named_parameters()),
+                *(name for name, _ in linear.named_buffers()),
+            ]:
                 if tensor == "bias":
-                    part = Part(f"{path}.{name}_bias", place)
-                elif isinstance(linear, BitPlaneLinear):
-                    part = Part(f"{path}.{name}.{tensor}", place, StackedShape.axis(tensor))
+                    part = Part(f"{prefix}{matrix}_bias", place)
+                elif packed:
+                    part = Part(f"{prefix}{matrix}.{tensor}", place, StackedShape.axis(tensor))
                 else:
-                    part = Part(f"{path}.{name}", place, 0, module.transposed)
-                found[f"{path}.{place}.{name}.{tensor}"] = part
-    return found
-
-
-def _matrices(module: nn.Module) -> Iterator[tuple[str, int]]:
-    if isinstance(module, Experts):
-        yield from ((name, place) for name in module.matrices for place in range(module.num_experts))
+                    part = Part(f"{prefix}{matrix}", place, 0, module.transposed)
+                yield f"{prefix}{place}.{matrix}.{tensor}", part
 
 
 def stacked_sizes(sizes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part]) -> dict[str, tuple[int, ...]]:
@@ -212,10 +245,13 @@ def stacked_sizes(sizes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part
 
 
 class SplitTensors:
-    """Read the tensors of experts one by one out of a source of stacks; other tensors as they are."""
+    """Read the tensors of experts one by one out of a source of stacks; other tensors as they are.
 
-    def __init__(self, below: TensorSource, parts: Mapping[str, Part]) -> None:
-        self.below, self._parts = below, parts
+    ``unused`` are names in the files that no tensor of the model is read from.
+    """
+
+    def __init__(self, below: TensorSource, parts: Mapping[str, Part], unused: Sequence[str] = ()) -> None:
+        self.below, self._parts, self.unused = below, parts, unused
 
     def info(self) -> Mapping[str, TensorInfo]:
         """Describe every tensor, by its name in a model whose stacks are split."""

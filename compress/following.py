@@ -20,6 +20,7 @@ from compress.structure import Architecture, block_prefix, linears_of
 
 _TOKENS = 24
 READ = "the model reads its weight, which a packed matrix does not have"
+STACK = "several matrices in one parameter, in a form that is not known"
 NOT_CALLED = "the model does not call it on text alone"
 
 
@@ -143,9 +144,17 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
         calls.faults["they are not called one after the other, each once"] = None
     if calls.faults:
         raise CompressError(f"model type {kind!r}: its blocks cannot be run one at a time: {'; '.join(calls.faults)}.")
-    left = dict.fromkeys(sorted(inside.keys() - linears.called), NOT_CALLED)
+    left = dict.fromkeys(_stacks(model, structure), STACK)
+    left |= dict.fromkeys(sorted(inside.keys() - linears.called), NOT_CALLED)
     left |= dict.fromkeys(sorted(linears.read), READ)
     return replace(structure, left=left, returns=tuple(calls.returns[i] for i in range(len(blocks))))
+
+
+def _stacks(model: nn.Module, structure: Architecture) -> list[str]:
+    """Name the parameters of blocks that are several matrices in one, in a form that is not known."""
+    found = model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
+    return [name for name, parameter in found if parameter.ndim > 2 and id(parameter) not in convolutions]
 
 
 def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -51,7 +51,7 @@ def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, i
         return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
     chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
-        for name in matching(pattern, list(shapes)):
+        for name in [pattern] if pattern in shapes else matching(pattern, list(shapes)):
             if not isinstance(value, int) or value not in (span := shapes[name].all_bits):
                 raise CompressError(f"width {value} for {name} is not available; it has {span[0]} to {span[-1]} bits.")
             chosen[name] = value

@@ -147,7 +147,7 @@ def bits_for(
     stored = stored_config(config.quantization_config)
     assert manifest is not None  # cached_file raises where it finds nothing
     assert stored is not None
-    return bits_for_budget(Path(manifest).parent, stored.shapes(), architecture(config), mean, memory)
+    return bits_for_budget(Path(manifest).parent, unstacked(stored.shapes()), architecture(config), mean, memory)
 
 
 def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:

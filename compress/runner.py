@@ -294,7 +294,7 @@ class Runner:
             config = untied(config)
         files = [self.stage.path(unit) for unit in records]
         source = Overlay(self.state.source, files, [f"{name}.weight" for name in new])
-        state = State(source, config, packed, self.stage.key, self.state.shapes, self.state.structure)
+        state = replace(self.state, source=source, config=config, packed=packed, key=self.stage.key)
         if not self.needs.changes_shapes:
             return state
         shapes = {name: records[f"block-{i}"].get("shape") for i, name in enumerate(self.blocks)}

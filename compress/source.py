@@ -13,10 +13,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from compress.config import read_settings
 from compress.errors import CompressError, first_line
 from compress.loading import load_tokenizer, read_config
-from compress.models import text_config
+from compress.models import auto_class, text_config
 from compress.passes import Context
 from compress.quant.records import unstacked
-from compress.streaming import State, StreamedModel, built, examine, open_tensors
+from compress.streaming import State, StreamedModel, open_state
+from compress.structure import architecture
 from compress.weights import Checkpoint
 from compress.workspace import digest
 
@@ -37,12 +38,11 @@ def open_source(model: str, revision: str | None = None) -> Source:
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
-    structure = examine(config)
+    auto_class(config)
     tokenizer = load_tokenizer(folder)
     files = Checkpoint(folder)
     sha256 = files.sha256()
-    tensors = open_tensors(files, built(config, {}, {}), structure)
-    return Source(folder, State(tensors, config, {}, digest(sha256), structure=structure), tokenizer, sha256)
+    return Source(folder, open_state(files, config, digest(sha256)), tokenizer, sha256)
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
@@ -70,13 +70,12 @@ def checkpoint_state(folder: Path) -> State:
     settings, config = read_settings(folder), read_config(folder)
     if settings is not None:
         del config.quantization_config  # the model is built dense and then replaced
-    structure = examine(config)
+    structure = architecture(config)
     running = {structure.stored_name(structure.head): structure.head}
     matrices = unstacked(settings.shapes()) if settings else {}
     packed = {running.get(name, name): shape for name, shape in matrices.items()}
     shapes = settings.block_shapes() if settings else {}
-    tensors = open_tensors(Checkpoint(folder), built(config, packed, shapes), structure)
-    return State(tensors, config, packed, digest(str(folder)), shapes, structure)
+    return open_state(Checkpoint(folder), config, digest(str(folder)), packed, shapes)
 
 
 def pick_device(name: str) -> torch.device:

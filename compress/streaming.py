@@ -5,6 +5,7 @@ called as the model itself would: the arguments of every block's call are captur
 over blocks that only take notes. No forward pass is written again here, so a new transformers release needs nothing.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from compress.names import NamedTensors
 from compress.quant.records import PackedShape
 from compress.shapes import block_shape, fewer_blocks, head_dim, replace_shapes, settled, shape_block
 from compress.structure import Architecture, Linear, block_of, block_prefix, inspected, linears_of
-from compress.weights import Checkpoint, Renamed, TensorInfo, TensorSource
+from compress.weights import Checkpoint, Joined, Renamed, TensorInfo, TensorSource
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class State:
 
     ``packed`` are the matrices that are bit planes by now, ``key`` is the digest of all that led here, ``shapes`` are those
     of blocks that are not as large as the config says, and ``structure`` is found from the config where it is not given.
+    ``beside`` has the tensors that the files hold beyond the model, such as a head for several tokens: they are kept.
     """
 
     source: TensorSource
@@ -49,6 +51,7 @@ class State:
     key: str
     shapes: Shapes = field(default_factory=dict)
     structure: Architecture = None  # type: ignore[assignment]
+    beside: TensorSource | None = None
 
     def __post_init__(self) -> None:
         if self.structure is None:
@@ -94,16 +97,35 @@ def stored_state(state: State) -> State:
     parts = parts_of(built(state.config, state.packed, state.shapes)) if state.structure.experts else {}
     source = StackedTensors(state.source, parts)
     rename = state.structure.stored_name
-    names = {rename(name): name for name in source.info()}
+    stored: TensorSource = Renamed(source, {rename(name): name for name in source.info()})
     packed = {rename(name): shape for name, shape in stacked_shapes(state.packed, state.structure.experts).items()}
-    return replace(state, source=Renamed(source, names), packed=packed)
+    return replace(state, source=Joined(stored, state.beside) if state.beside else stored, packed=packed)
+
+
+def open_state(
+    files: Checkpoint,
+    config: PretrainedConfig,
+    key: str,
+    packed: Mapping[str, PackedShape] | None = None,
+    shapes: Shapes | None = None,
+) -> State:
+    """Open a folder as passes see it: nothing is read but headers."""
+    structure, packed, shapes = examine(config), packed or {}, shapes or {}
+    tensors = open_tensors(files, built(config, packed, shapes), structure)
+    names = [name for name in tensors.unused if not _RECOMPUTED.search(name)]
+    beside = Renamed(files, {name: name for name in names}) if names else None
+    return State(tensors, config, packed, key, shapes, structure, beside)
+
+
+_RECOMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias)$")  # buffers that old releases stored
 
 
 def open_tensors(files: Checkpoint, model: PreTrainedModel, structure: Architecture) -> SplitTensors:
     """Read the tensors of a model from a folder, by the names of the model's own modules."""
     parts = parts_of(model)
     sizes = stacked_sizes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, parts)
-    return SplitTensors(NamedTensors(files, model, sizes, structure), parts)
+    named = NamedTensors(files, model, sizes, structure)
+    return SplitTensors(named, parts, named.unused)
 
 
 def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
@@ -126,7 +148,7 @@ def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
         whole = {moved[index]: whole[names[index]] for index in kept if names[index] in whole}
     structure = replace(structure, depth=len(kept), returns=tuple(structure.returns[i] for i in kept))
     config, records = settled(config, whole, structure)
-    return State(source, config, state.packed, state.key, records, structure)
+    return replace(state, source=source, config=config, shapes=records, structure=structure)
 
 
 @dataclass(frozen=True)

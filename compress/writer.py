@@ -20,7 +20,7 @@ from compress.hf import bits_by_module, packed_modules
 from compress.manifest import MANIFEST, noted
 from compress.quant.records import bits_range, first_bits
 from compress.streaming import State, StreamedModel, built, open_tensors, stored_state
-from compress.structure import block_of
+from compress.structure import block_of, is_linear
 from compress.version import __version__
 from compress.weights import SINGLE, Checkpoint, TensorInfo, sha256_of
 from compress.workspace import save_atomic, write_atomic
@@ -175,7 +175,11 @@ def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str
     outside = "outside the blocks; a quantising pass takes it when include names it" if state.packed else default
     inside = (name for index in range(len(model.blocks)) for name in model.linears(index))
     found = {name: reasons.get(name, default) for name in inside} | dict.fromkeys(model.outside(), outside)
-    return found | dict(state.structure.left)
+    beyond = [name for name, module in model.model.named_modules() if is_linear(module) and name not in found]
+    others = [name for name in beyond if block_of(name, state.structure) is None]
+    found |= dict.fromkeys(others, "outside the blocks of the language model")
+    extra = [name for name, info in state.beside.info().items() if len(info.shape) > 1] if state.beside else []
+    return found | dict.fromkeys(extra, "in the files beyond the model, and kept as it is") | dict(state.structure.left)
 
 
 @torch.no_grad()

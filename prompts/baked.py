@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
         fields = {"vocab_size": vocabulary + len(tensor), "tie_word_embeddings": False}
         config = type(state.config).from_dict({**state.config.to_dict(), **fields})
         source = Overlay(state.source, [file])
-        larger = State(source, config, state.packed, digest(state.key, added), state.shapes)
+        larger = replace(state, source=source, config=config, key=digest(state.key, added))
 
         def write_sidecars(target: Path) -> None:
             tokenizer.save_pretrained(target)
