@@ -4,8 +4,7 @@ No weight is needed, so a config is enough. What is found: which linears are mul
 one has no weight to read), what blocks return, and whether a block can be run by itself, given the hidden states alone.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import CompressError, first_line
 from compress.experts import Experts
-from compress.structure import Architecture, block_prefix, linears_of
+from compress.structure import Architecture, block_of, block_prefix, linears_of
 
 _TOKENS = 24
 READ = "the model reads its weight, which a packed matrix does not have"
@@ -55,42 +54,97 @@ class _Linears:
         return Watched
 
 
+class _TouchedError(Exception):
+    """Raised by a block that looks at what an earlier one has made besides the hidden states."""
+
+
+class _Sealed:
+    """Stand for a value that must not be looked at."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise _TouchedError
+
+    __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = __add__ = __mul__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise _TouchedError
+
+
+class _WriteOnly(dict[Any, Any]):
+    """Take what blocks leave behind in a mapping for others, and show it to nobody."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise _TouchedError
+
+    __getitem__ = __contains__ = __iter__ = get = pop = keys = values = items = _refuse
+
+
 class _Blocks:
-    """Take note of every call of a block."""
+    """Take note of every call of a block, and keep from it all that earlier ones have made but the hidden states."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.order: list[int] = []
         self.returns: dict[int, int] = {}
         self.faults: dict[str, None] = {}
+        self.hidden: list[Tensor] = []
+        self._filled_later: list[MutableMapping[Any, Any]] = []  # empty before the first block
         self._made: list[Any] = []  # all that blocks have returned, kept alive so that identities stay their own
         for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            block.register_forward_pre_hook(self._before, with_kwargs=True)
             block.register_forward_hook(self._after(index), with_kwargs=True)
 
-    def _before(self, index: int) -> Any:
-        def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._given = [id(leaf) for leaf in _leaves([args[1:], kwargs])]
-            if not args or not isinstance(args[0], Tensor):
-                self.faults["they take the hidden states by keyword"] = None
-            elif self._made and args[0] is not _first(self._made[-1]):
-                self.faults["the model works on the hidden states between them"] = None
-            others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
-            if others & set(self._given):
-                self.faults["one hands more than the hidden states to a later one"] = None
-
-        return hook
+    def _before(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            self.faults["they take the hidden states by keyword"] = None
+        elif self._made and args[0] is not _first(self._made[-1]):
+            self.faults["the model works on the hidden states between them"] = None
+        others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
+        given = (leaf for leaf in _leaves([args[1:], kwargs]) if id(leaf) not in others)
+        if any(leaf.requires_grad for leaf in given):
+            self.faults["the model gives them what it makes of the hidden states of several"] = None
+        mappings = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, MutableMapping)]
+        if not self.order:
+            self._filled_later = [value for value in mappings if not value]
+        filled = {id(value) for value in self._filled_later if value}
+        return (*args[:1], *(_sealed(v, others, filled) for v in args[1:])), _sealed(kwargs, others, filled)
 
     def _after(self, index: int) -> Any:
-        def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._given != [id(leaf) for leaf in _leaves([args[1:], kwargs])]:
-                self.faults["one leaves something behind for a later one"] = None
-            if not isinstance(_first(output), Tensor):
+        def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            first = _first(output)
+            if not isinstance(first, Tensor):
                 self.faults[f"they return a {type(output).__name__}"] = None
+                return output
             self.order.append(index)
             self.returns[index] = len(output) if isinstance(output, (tuple, list)) else 0
-            self._made.append(output)
+            self.hidden.append(
+                first.detach().requires_grad_()
+            )  # what is made of it, but by the next block, can be told
+            marked = type(output)([self.hidden[-1], *output[1:]]) if self.returns[index] else self.hidden[-1]
+            self._made.append(marked)
+            return marked
 
         return hook
+
+    def check_end(self, logits: Tensor) -> None:
+        """Take note if the logits are made of more than the last block's hidden states."""
+        earlier = self.hidden[:-1]
+        found = (
+            torch.autograd.grad(logits.sum(), earlier, allow_unused=True) if earlier and logits.requires_grad else ()
+        )
+        if any(gradient is not None for gradient in found):
+            self.faults["the model looks at the hidden states of others than the last"] = None
+
+
+def _sealed(value: Any, others: set[int], filled: set[int]) -> Any:
+    """Replace tensors among ``others``, and mappings among ``filled``."""
+    if isinstance(value, Tensor):
+        return _Sealed() if id(value) in others else value
+    if id(value) in filled:
+        return _WriteOnly()
+    if type(value) is dict:
+        return {key: _sealed(inner, others, filled) for key, inner in value.items()}
+    return type(value)(_sealed(v, others, filled) for v in value) if type(value) in (tuple, list) else value
 
 
 def _first(output: Any) -> Any:
@@ -117,7 +171,7 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
     """
     kind = model.config.model_type
     blocks = list(model.get_submodule(structure.blocks).children())
-    _refuse_shared(blocks, kind)
+    _refuse_shared(model, structure)
     inside = {
         name: linear.module
         for index, block in enumerate(blocks)
@@ -127,19 +181,23 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
     for module in model.modules():
         if isinstance(module, Experts):
             module.all_tokens = True
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        _give_shapes(model, mode)
-        linears, calls = _Linears({**inside, **outside}), _Blocks(blocks)
-        try:
-            with mode:
-                model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"), use_cache=False)
-        except Exception as error:  # whatever a model's code raises
-            raise CompressError(
-                f"model type {kind!r}: its forward pass on text cannot be followed without weights "
-                f"({type(error).__name__}: {first_line(error)}), so its blocks cannot be run one at a time."
-            ) from error
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _give_shapes(model, mode)
+    linears, calls = _Linears({**inside, **outside}), _Blocks(blocks)
+    try:
+        with torch.enable_grad(), mode:
+            output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"), use_cache=False)
+            calls.check_end(output.logits)
+    except _TouchedError:
+        raise CompressError(
+            f"model type {kind!r}: its blocks cannot be run one at a time: block {len(calls.order)} needs more than the hidden "
+            "states of those before it."
+        ) from None
+    except Exception as error:  # whatever a model's code raises
+        raise CompressError(
+            f"model type {kind!r}: its forward pass on text cannot be followed without weights "
+            f"({type(error).__name__}: {first_line(error)}), so its blocks cannot be run one at a time."
+        ) from error
     if calls.order != list(range(len(blocks))):
         calls.faults["they are not called one after the other, each once"] = None
     if calls.faults:
@@ -169,12 +227,11 @@ def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
             module._parameters[name] = made[id(parameter)]
 
 
-def _refuse_shared(blocks: list[nn.Module], kind: str) -> None:
-    owner: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
-            if owner.setdefault(id(parameter), index) != index:
-                raise CompressError(
-                    f"model type {kind!r}: blocks {owner[id(parameter)]} and {index} share one tensor ({name}), so they "
-                    "cannot be compressed one at a time."
-                )
+def _refuse_shared(model: PreTrainedModel, structure: Architecture) -> None:
+    for one, other in model.all_tied_weights_keys.items():
+        places = block_of(one, structure), block_of(other, structure)
+        if places != (None, None):
+            raise CompressError(
+                f"model type {model.config.model_type!r}: {one} and {other} are one tensor, so its blocks cannot be compressed "
+                "one at a time."
+            )

@@ -194,7 +194,7 @@ class CompressQuantizer(HfQuantizer):
         dense = {name: shape.dense for name, shape in loaded.items()}
         self.stored_share = min(1.0, _bytes(loaded) / max(1, _bytes(dense)))
         # What will be in memory is what save_pretrained would write, so that is what the config says.
-        config.format_version, config.bits = format_version([], pruned), None
+        config.format_version, config.bits = format_version(dense.values(), pruned), None
         config.modules = {name: dict(vars(shape)) for name, shape in dense.items()}
         return model
 

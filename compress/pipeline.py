@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from compress import writer
 from compress.calibration import draw_samples
 from compress.errors import CompressError, refuse_existing
+from compress.experts import stacked_shapes
 from compress.manifest import read_manifest
 from compress.passes import Context, Pass, Progress, pass_class
 from compress.quant.records import PackedShape
@@ -173,6 +174,7 @@ def check_order(
             )
         pattern = here if needs.pattern else pattern
         packed |= step.packed_shapes(context)
+        stacked_shapes(packed, context.structure.experts)
         if needs.whole_model:
             step.model_units(packed)
         if needs.packs:

@@ -17,8 +17,8 @@ def groups_of(structure: Architecture) -> Groups:
     """Return the declaration of a family's groups, and refuse a family that has none."""
     if structure.groups is None:
         raise CompressError(
-            f"architecture {structure.model_types[0]!r} declares no groups, so nothing of it can be removed as a whole; "
-            "give its Architecture a Groups (compress/structure.py)."
+            f"model type {structure.model_types[0]!r} is not declared for structured pruning, so no heads, channels or blocks can be "
+            "removed from it; declare an Architecture with Groups for it (CONTRIBUTING.md), or prune single weights."
         )
     return structure.groups
 

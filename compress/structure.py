@@ -167,7 +167,7 @@ def inspected(model: PreTrainedModel) -> Architecture:
 
 
 _DECLARE = "To say where it is, give an Architecture through an entry point of group 'compress.architectures' (CONTRIBUTING.md)."
-_OTHER_SENSES = re.compile("vision|visual|image|video|audio|speech")
+_OTHER_SENSES = re.compile("vision|visual|vqmodel|image|video|audio|speech")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by names that servers go by
 
 

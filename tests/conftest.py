@@ -27,12 +27,23 @@ LLAMA_LIKE = {
     "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
 }  # fmt: skip
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), LLAMA_LIKE),
     "opt": {"hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
             "max_position_embeddings": 64, "word_embed_proj_dim": 48},
     "gpt2": {"n_embd": 48, "n_inner": 100, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 4},
+    "mamba": {"hidden_size": 48, "num_hidden_layers": 3},
+    "openai-gpt": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "bart": {"d_model": 48, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 100, "pad_token_id": 1},
+    "qwen3_moe": {**LLAMA_LIKE, **MIXTURE},
+    "gpt_oss": {**LLAMA_LIKE, **MIXTURE, "intermediate_size": 16, "sliding_window": 8},
+    "llama4_text": {**LLAMA_LIKE, "intermediate_size": 16, "intermediate_size_mlp": 100, "num_local_experts": 4,
+                    "num_experts_per_tok": 1, "attention_chunk_size": 16},
+    "nemotron_h": {**LLAMA_LIKE, **MIXTURE, "n_routed_experts": 4, "layers_block_type": ["mamba", "moe", "attention"],
+                   "n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 24, "ssm_state_size": 8, "n_group": 1,
+                   "topk_group": 1, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8},
     "gpt_neox": {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
                  "max_position_embeddings": 64},
 }  # fmt: skip
