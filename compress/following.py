@@ -188,6 +188,8 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
         with torch.enable_grad(), mode:
             output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"), use_cache=False)
             calls.check_end(output.logits)
+            if output.logits.shape[:2] != (1, _TOKENS):
+                calls.faults["its logits are not one row for every token of the text"] = None
     except _TouchedError:
         raise CompressError(
             f"model type {kind!r}: its blocks cannot be run one at a time: block {len(calls.order)} needs more than the hidden "

@@ -49,6 +49,54 @@ CONFIGS = {
 }  # fmt: skip
 
 
+HEADS = {**LLAMA_LIKE, "pad_token_id": 0}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+}
+ROUTED = {
+    **MIXTURE,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+MODELS = {
+    **dict.fromkeys(
+        ("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3", "seed_oss", "smollm3", "stablelm"), HEADS
+    ),
+    **dict.fromkeys(("cohere2", "gemma4_text"), {**HEADS, "sliding_window": 8}),
+    "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
+    "starcoder2": HEADS,
+    "mamba": {"hidden_size": 48, "num_hidden_layers": 3},
+    "mamba2": {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_heads": 4,
+        "head_dim": 24,
+        "state_size": 8,
+        "n_groups": 1,
+    },
+    "lfm2": {**HEADS, "layer_types": ["conv", "full_attention", "conv"]},
+    "deepseek_v3": {**HEADS, **ROUTED, **LATENT, "num_key_value_heads": 4},
+    "granitemoe": {**HEADS, **MIXTURE},
+    "gpt_oss": CONFIGS["gpt_oss"],
+    "llama4_text": CONFIGS["llama4_text"],
+    "mixtral": {**HEADS, **MIXTURE},
+    "nemotron_h": CONFIGS["nemotron_h"],
+    "olmoe": {**HEADS, **MIXTURE},
+    "qwen3_moe": CONFIGS["qwen3_moe"],
+}
+"""A sample of the types that are taken without a declaration, with tiny sizes."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--real", default=os.environ.get("COMPRESS_TEST_REAL"), help="folder of real models and text")
 
@@ -76,7 +124,7 @@ def save_tokenizer(folder):
 
 def save_model(folder, kind="llama", dtype=torch.float32, **changes):
     """A tiny random model with larger weights than usual, so that every block matters."""
-    config = transformers.AutoConfig.for_model(kind, **{**COMMON, **CONFIGS[kind], **changes})
+    config = transformers.AutoConfig.for_model(kind, **{**COMMON, **(MODELS | CONFIGS)[kind], **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
