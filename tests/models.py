@@ -8,16 +8,11 @@ Each type's default config, at its full size, is inspected as ``compress inspect
 
 import json
 import math
-import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-warnings.filterwarnings("ignore")
 
 import transformers
 from transformers.models.auto.modeling_auto import (
@@ -74,7 +69,7 @@ def row(kind: str, folder: Path) -> str:
     except Exception as error:  # transformers' own: some default configs make no model
         return f"| {kind} | | | | not built: {clean(error)} |"
     if found["refused"]:
-        return f"| {kind} | | | | refused: {clean(found['refused'])} |"
+        return f"| {kind} | | | | refused: {clean(found['refused'].removeprefix(f'model type {kind!r}: '))} |"
     packed = sum(entry["count"] * math.prod(entry["shape"]) for entry in found["matrices"].values())
     experts = max(found["experts"].values(), default="")
     structured = "yes" if any(kind in known.model_types for known in ARCHITECTURES) else ""
