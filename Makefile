@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check docs test-matrix test-models bench proof clean
+.PHONY: demo test test-fast check docs test-matrix test-latest test-models bench proof clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,11 @@ test-models: .venv/ready
 # The round-trip tests on transformers 5.0, a middle version and the latest, each in an environment of its own.
 test-matrix:
 	$(PYTHON) tests/matrix.py
+
+# For a scheduler: the older releases, then the whole suite with the newest of everything. Fails if anything does.
+# PIP_CONSTRAINT=constraints-cpu.txt keeps torch where it is.
+test-latest:
+	$(PYTHON) tests/matrix.py 5.0.0 5.10.1 upgraded
 
 # Compile every GPU kernel for GPUs that need not be there, and hold its machine code to its budget.
 proof: .venv/ready

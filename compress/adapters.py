@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.errors import CompressError
+from compress.config import StoredConfig
+from compress.errors import CompressError, first_line
 from compress.hf import packed_modules
 from compress.quant.linear import BitPlaneLinear
 from compress.shapes import head_dim
@@ -68,6 +70,13 @@ def _check_fit(model: PreTrainedModel, folder: Path) -> None:
     embedding: Any = model.get_input_embeddings()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     prefix = 2 * config.num_hidden_layers * heads * head_dim(config)
+    stored = getattr(config, "quantization_config", None)
+    shapes = stored.block_shapes() if isinstance(stored, StoredConfig) else {}
+    if kind == "PREFIX_TUNING" and {shape.key_value_heads for shape in shapes.values()} - {heads}:
+        raise CompressError(
+            f"{folder}: is a prefix, which has keys for equally many heads in every block, and some of this model's have fewer; "
+            "train a prompt (method: prompt) for it, or prune in mode uniform."
+        )
     expected = embedding.embedding_dim if kind == "PROMPT_TUNING" else prefix
     if wide != expected:
         raise CompressError(f"{folder}: does not fit this model ({wide} numbers per virtual token, not {expected}).")
@@ -106,30 +115,74 @@ def text_length(model: nn.Module, cap: int | None = None) -> int | None:
     return None if context is None else context - taken
 
 
+_NEED_DENSE = ("use_dora", "target_parameters", "kasa_config")
+"""Settings of peft's that read or change the weight within."""
+_SAME_WEIGHT = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the weight within as it is."""
+_INERT = ("peft_version", "qalora_group_size", "runtime_config")
+"""What older releases of peft do not know and need not."""
+
+
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the low-rank adapter of a folder on the linears of a model, packed or not, at any number of bits.
 
+    Every setting of its configuration counts; one that peft does not know, or that packed linears cannot follow, is refused.
     Return a ``PeftModel`` around the model, whose linears now hold the adapter: ``get_base_model()`` computes with it too.
     """
     fields, _ = read_adapter(folder)
-    used = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "bias")
     with with_peft():
-        from peft import PeftModel
+        from peft import PeftModelForCausalLM
 
-        config = lora_config(**{key: fields[key] for key in used if key in fields}, inference_mode=True)
+        config = lora_config(**_settings(fields, folder, bool(packed_modules(model))))
         try:
-            adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=config)
-        except (RuntimeError, ValueError) as error:  # sizes that differ, names that are not there
-            raise CompressError(f"{folder}: this adapter does not fit the model ({error}).") from error
+            adapted = PeftModelForCausalLM(model, config)
+            found = adapted.load_adapter(str(folder), "default")
+        except (
+            ImportError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # sizes that differ, names that are not there
+            raise CompressError(f"{folder}: this adapter does not fit the model ({first_line(error)}).") from error
+    if apart := [*found.unexpected_keys, *found.missing_keys]:
+        what = "the model has no place for" if found.unexpected_keys else "it lacks"
+        raise CompressError(f"{folder}: this adapter does not fit the model: {what} {apart[0]}.")
     adapted.eval()
     return adapted
+
+
+def _settings(fields: Mapping[str, Any], folder: Path, packed: bool) -> dict[str, Any]:
+    """Return the settings of a stored adapter for peft, and refuse by name those that would not be followed."""
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key, value in fields.items():
+        if value and key not in known and key not in _INERT:
+            raise CompressError(
+                f"{folder}: has the setting {key!r}, which this release of peft does not know; upgrade peft."
+            )
+    if (task := fields.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise CompressError(f"{folder}: is an adapter for {task}, not of a causal LM.")
+    settings = {key: value for key, value in fields.items() if key in known} | {"inference_mode": True}
+    if packed:
+        refused = [key for key in _NEED_DENSE if fields.get(key)]
+        if fields.get("init_lora_weights") not in _SAME_WEIGHT:
+            refused.append("init_lora_weights")
+        if refused:
+            raise CompressError(
+                f"{folder}: {refused[0]} ({fields[refused[0]]}) works on dense weights, and the model's are packed; train the "
+                "adapter without it, or merge it into the dense model before that is compressed."
+            )
+        settings["init_lora_weights"] = True  # what is drawn is overwritten, and some draws ask the weight for its type
+    return settings
 
 
 def lora_config(**fields: Any) -> LoraConfig:
     """Return peft's configuration of low-rank adapters that knows packed linears; to be called within :func:`with_peft`."""
     from peft import LoraConfig
-    from peft.tuners.lora import Linear
+
+    from compress.packed_lora import PackedLora
 
     config = LoraConfig(**fields)
-    config._register_custom_module({BitPlaneLinear: Linear})  # its forward pass asks nothing of the layer within
+    config._register_custom_module({BitPlaneLinear: PackedLora})
     return config

@@ -125,7 +125,7 @@ def bits_for_budget(
     else:
         assert bits is not None
         if not low <= bits <= high:
-            raise CompressError(f"width {bits:g} is not available; this model can be read at {low} to {high} bits.")
+            raise CompressError(f"{bits:g} bits are not available; this model can be read at {low} to {high} bits.")
         below, above = size(everything, math.floor(bits)), size(everything, math.ceil(bits))
         budget = round(below + (bits - math.floor(bits)) * (above - below))
     together = groups(everything, structure)

@@ -138,6 +138,19 @@ class Experts(nn.Module):
                 self.expert(place).add_module(name, linear)
             del self._modules[name]
 
+    def joined(self, stock: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Return transformers' own module, given without parameters that count, with this one's decoded weights in its stacks."""
+        for matrix in self.matrices:
+            linears: list[Any] = [self.expert(place).get_submodule(matrix) for place in range(self.num_experts)]
+            weights = [one.dense(dtype) if isinstance(one, BitPlaneLinear) else one.weight.data for one in linears]
+            stack = torch.stack([weight.t() if self.transposed else weight for weight in weights])
+            stock.register_parameter(matrix, nn.Parameter(stack))
+            if self.biased:
+                stock.register_parameter(
+                    f"{matrix}_bias", nn.Parameter(torch.stack([one.bias.data for one in linears]))
+                )
+        return stock.train(self.training)
+
 
 def _save_stacks(module: nn.Module, tensors: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     """Put the tensors of a loaded mixture's experts into stacks, as its checkpoint has them."""

@@ -8,10 +8,12 @@ with another shape, so transformers can not take them for weights nor fill them 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
@@ -30,7 +32,7 @@ from compress.quant.format import expand
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape, StackedShape, bits_range, expert_name, unstacked
-from compress.shapes import replace_shapes
+from compress.shapes import replace_shapes, set_linear, tell_heads
 from compress.structure import Linear, declaration, inspected, is_linear, matching
 
 
@@ -46,14 +48,14 @@ def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, i
         known = bits_range(shapes.values())
         if bits not in known:
             raise CompressError(
-                f"width {bits} is not available; this model can be read at {known[0]} to {known[-1]} bits."
+                f"{bits} bits are not available; this model can be read at {known[0]} to {known[-1]} bits."
             )
         return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
     chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
         for name in [pattern] if pattern in shapes else matching(pattern, list(shapes)):
             if not isinstance(value, int) or value not in (span := shapes[name].all_bits):
-                raise CompressError(f"width {value} for {name} is not available; it has {span[0]} to {span[-1]} bits.")
+                raise CompressError(f"{value} bits are not available for {name}; it has {span[0]} to {span[-1]}.")
             chosen[name] = value
     return chosen
 
@@ -71,6 +73,17 @@ class CompressConfig(StoredConfig, QuantizationConfigMixin):
         if not self.pruned:
             data.pop("pruned", None)
         return data
+
+
+def name_in(model: PreTrainedModel, stored: str) -> str | None:
+    """Return what files of a model's class call a module recorded as ``stored``; None for a head that it does not have.
+
+    ``AutoModel`` builds the inner model of a causal LM, whose names lack a prefix.
+    """
+    start, inner = f"{model.base_model_prefix}.", model.base_model
+    if stored.startswith(start) or hasattr(inner, stored.partition(".")[0]):
+        return ("" if inner is model else start) + stored.removeprefix(start)
+    return None if model.get_output_embeddings() is None else stored  # type: ignore[no-untyped-call]
 
 
 def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) -> None:
@@ -104,6 +117,7 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
                 if embedding
                 else BitPlaneLinear(shape, getattr(module, "bias", None) is not None, weight.dtype)
             )
+        packed._is_hf_initialized = True  # type: ignore[assignment]  # transformers draws random numbers for what is missing; we refuse it
         model.set_submodule(name, packed)
 
 
@@ -137,6 +151,20 @@ def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbed
     }
 
 
+def resize_packed(
+    model: PreTrainedModel, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> nn.Module:
+    """Stand in for ``resize_token_embeddings`` of a model whose embedding or head is packed: no row can be added to it."""
+    embedding: Any = model.get_input_embeddings()
+    wanted, step = new_num_tokens or embedding.num_embeddings, pad_to_multiple_of or 1
+    if -(-wanted // step) * step != embedding.num_embeddings:
+        raise CompressError(
+            f"{model.name_or_path}: its embedding or head is packed, so no token can be added or taken away; call dequantize() "
+            "on the model first, or compress it again with the embedding and head left out of include."
+        )
+    return embedding  # type: ignore[no-any-return]
+
+
 def join_layers(model: PreTrainedModel) -> None:
     """Let the layers of a model that multiply the same input be launched together where GPU kernels serve them."""
     linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
@@ -153,10 +181,10 @@ def rebuild(model: nn.Module) -> None:
 
 
 def _unread(stored: Mapping[str, PackedShape], loaded: Mapping[str, PackedShape]) -> list[str]:
-    """Make patterns for the stored tensors that the bits in use do not need."""
+    """Make patterns for the stored tensors that the bits in use, or the model, do not need."""
     by_tensors: dict[tuple[str, ...], list[str]] = {}
     for name, shape in stored.items():
-        unread = shape.specification().keys() - loaded[name].specification().keys()
+        unread = shape.specification().keys() - (loaded[name].specification().keys() if name in loaded else set())
         by_tensors.setdefault(tuple(sorted(unread)), []).append(re.escape(name))
     return [f"^(?:{'|'.join(names)})\\.(?:{'|'.join(unread)})$" for unread, names in by_tensors.items() if unread]
 
@@ -168,6 +196,15 @@ def _most(name: str, shape: PackedShape, bits: Mapping[str, int]) -> int:
     return bits[name]
 
 
+def _has(model: nn.Module, name: str) -> bool:
+    """Tell whether a model still has a module of a name."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
 def _bytes(shapes: Mapping[str, PackedShape]) -> int:
     return sum(sum(shape.tensor_bytes().values()) for shape in shapes.values())
 
@@ -177,48 +214,90 @@ class CompressQuantizer(HfQuantizer):
 
     requires_calibration = False
     stored_share = 1.0  # bytes of the packed modules as stored, per byte of what they become
-    bits: Mapping[str, int] = MappingProxyType({})  # by matrix, as asked for
+    experts_bits: Mapping[str, int] = MappingProxyType({})  # by matrix, as asked for
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
         stored = config.shapes()
-        self.bits = bits = bits_by_module({} if config.bits is None or not stored else config.bits, unstacked(stored))
-        loaded = {name: replace(shape, parent_bits=_most(name, shape, bits)) for name, shape in stored.items()}
-        pruned = config.block_shapes()
+        bits = bits_by_module({} if config.bits is None or not stored else config.bits, unstacked(stored))
+        own = {name: name_in(model, name) for name in [*stored, *config.pruned]}
+        loaded = {
+            place: replace(shape, parent_bits=_most(name, shape, bits))
+            for name, shape in stored.items()
+            if (place := own[name])
+        }
+        self.experts_bits = {
+            expert_name(own[name] or name, place): bits[expert_name(name, place)]
+            for name, shape in stored.items()
+            if isinstance(shape, StackedShape)
+            for place in range(shape.experts)
+        }
+        pruned = {own[name] or name: shape for name, shape in config.block_shapes().items()}
         replace_shapes(model, pruned)
         replace_packed(model, loaded)
         known = model._keys_to_ignore_on_load_unexpected  # a list in transformers 5.0, a set in later ones
         collection = list if known is None else type(known)
-        model._keys_to_ignore_on_load_unexpected = collection([*(known or []), *_unread(stored, loaded)])
+        model._keys_to_ignore_on_load_unexpected = collection(
+            [*(known or []), *_unread({own[name] or name: shape for name, shape in stored.items()}, loaded)]
+        )
         dense = {name: shape.dense for name, shape in loaded.items()}
         self.stored_share = min(1.0, _bytes(loaded) / max(1, _bytes(dense)))
         # What will be in memory is what save_pretrained would write, so that is what the config says.
         config.format_version, config.bits = format_version(dense.values(), pruned), None
         config.modules = {name: dict(vars(shape)) for name, shape in dense.items()}
+        config.pruned = {name: dict(vars(shape)) for name, shape in pruned.items()}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers marks what it read from the checkpoint; it would fill the rest with whatever memory held.
-        buffers = {
-            f"{name}.{tensor}": getattr(buffer, "_is_hf_initialized", False)
-            for name, module in packed_modules(model).items()
-            for tensor, buffer in module.named_buffers()
-        }
+        packed = packed_modules(model)
         experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+        for name, module in [*packed.items(), *experts.items()]:
+            for tensor, value in [*module.named_buffers(), *module.named_parameters()]:
+                if not getattr(value, "_is_hf_initialized", False):
+                    where = f"tensor {name}.{tensor}"
+                    raise CompressError(f"{model.name_or_path}: {where} is missing; fetch or write it again.")
         for path, mixture in experts.items():
-            for tensor, buffer in mixture.stacked().items():
-                buffers[f"{path}.{tensor}"] = getattr(buffer, "_is_hf_initialized", False)
-        if not all(buffers.values()):
-            absent = next(name for name, read in buffers.items() if not read)
-            raise CompressError(f"{model.name_or_path}: tensor {absent} is missing; fetch or write it again.")
-        for path, mixture in experts.items():
-            mixture.take_stacks(self.bits, path)
+            mixture.take_stacks(self.experts_bits, path)
+        packed = packed_modules(model)
         rebuild(model)
-        for module in packed_modules(model).values():
+        for module in packed.values():
             if isinstance(module, BitPlaneLinear):
                 module.tile()
         join_layers(model)
+        assert isinstance(self.quantization_config, CompressConfig)
+        tell_heads(model.config, self.quantization_config.block_shapes())
+        ends = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if any(module is end for module in packed.values() for end in ends):
+            model.resize_token_embeddings = partial(resize_packed, model)  # type: ignore[assignment, method-assign]
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put dense modules, of the bits in use, where a model has packed ones."""
+        assert isinstance(self.quantization_config, CompressConfig)
+        if self.quantization_config.pruned:
+            raise CompressError(
+                f"{model.name_or_path}: its blocks are of different sizes, which only a compressed checkpoint can record, so a "
+                "dequantised model could not be saved; prune with mode: uniform for one that can."
+            )
+        with init_empty_weights(include_buffers=False):
+            plain: PreTrainedModel = type(model)(model.config)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Experts):
+                model.set_submodule(name, module.joined(plain.get_submodule(name), dtype or model.dtype))
+            if not isinstance(module, (BitPlaneLinear, BitPlaneEmbedding)) or not _has(model, name):
+                continue
+            dense = plain.get_submodule(name.replace(".base_layer", ""))
+            weight = module.dense(dtype or model.dtype)
+            if isinstance(module, BitPlaneLinear):
+                set_linear(dense, weight, module.bias)
+            else:
+                dense.weight = nn.Parameter(weight)
+            dense.requires_grad_(".base_layer" not in name)
+            model.set_submodule(name, dense.to(weight.device).train(module.training))
+        model.__dict__.pop("resize_token_embeddings", None)
+        model.tie_weights()
         return model
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from compress.budget import as_number, bits_for_budget
 from compress.config import Bits, check_tensors, index_name, stored_config
+from compress.defaults import usual_defaults
 from compress.errors import CompressError, first_line
 from compress.hf import bits_by_module, join_layers, packed_modules
 from compress.manifest import MANIFEST
@@ -28,6 +29,7 @@ from compress.structure import architecture, matching
 _log = logging.getLogger(__name__)
 
 
+@usual_defaults()
 def load(
     folder: str | Path,
     bits: Bits | float | str | None = None,

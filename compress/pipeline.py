@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from compress import writer
 from compress.calibration import draw_samples
+from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.experts import stacked_shapes
 from compress.manifest import read_manifest
@@ -24,6 +25,7 @@ from compress.streaming import State, foreseen
 from compress.workspace import Workspace
 
 
+@usual_defaults()
 def run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     output: str | Path | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compress.defaults import usual_defaults
 from compress.models import text_config
 from compress.passes import Context, Pass, Sizes, pass_class
 from compress.pipeline import check_order
@@ -21,6 +22,7 @@ _FLOAT = 4
 _LATE_CODE = 200 << 20  # measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds
 
 
+@usual_defaults()
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     """Estimate the sizes on disk and the peak memory of a run.
 

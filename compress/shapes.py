@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
-from compress.structure import Architecture, Groups, Linear, block_prefix, declaration, inspected
+from compress.structure import Architecture, Groups, Linear, architecture, block_prefix, declaration, inspected
 
 
 def groups_of(structure: Architecture) -> Groups:
@@ -86,6 +86,19 @@ def tell_block(block: nn.Module, structure: Architecture, shape: BlockShape, dim
     values = {"heads": shape.heads, "width": shape.heads * dimension, "queries": shape.queries}
     for attribute, word in groups_of(structure).attributes.items():
         setattr(attention, attribute, values[word])
+
+
+def tell_heads(config: PretrainedConfig, shapes: Shapes) -> None:
+    """Tell readers of a loaded model's config of blocks with fewer heads: caches are made by it. Older releases have no place for it."""
+    heads = {shape.key_value_heads for shape in shapes.values()}
+    if not heads or not hasattr(config, "per_layer_config") or not heads - {config_shape(config).key_value_heads}:
+        return
+    names = [block_prefix(architecture(config), index) for index in range(config.num_hidden_layers)]
+    counts = [block_shape(config, shapes, name).key_value_heads for name in names]
+    grouped = getattr(config, "num_key_value_heads", None) is not None
+    key, fixed = ("num_key_value_heads", {}) if grouped else ("num_attention_heads", {"head_dim": head_dim(config)})
+    config.per_layer_config = {index: {key: count, **fixed} for index, count in enumerate(counts)}
+    config.allow_global_per_layer_attribute_access = True
 
 
 def set_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:

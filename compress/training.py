@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.passes import Progress, derived_generator
 from compress.settings import TrainingConfig as TrainingConfig  # a part of this contract
@@ -93,6 +94,7 @@ def hold_out(count: int, share: int) -> tuple[list[int], list[int]]:
     return [place for place in range(count) if place % share], held
 
 
+@usual_defaults()
 def train(
     model: nn.Module,
     samples: Sequence[Tensor],
@@ -285,6 +287,7 @@ class _Loop:
         return True
 
 
+@usual_defaults()
 @torch.no_grad()
 def held_out_losses(
     model: nn.Module,

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
+from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.evals.evaluate import OpenText
 from compress.evals.perplexity import Window, score
@@ -109,6 +110,7 @@ def dense_model_of(folder: str, reference: str | None = None) -> str:
     return found
 
 
+@usual_defaults()
 @torch.no_grad()
 def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str, dict[str, float]]:
     """Compare a model at all its numbers of bits with the dense model, token by token; that is loaded once.

@@ -67,7 +67,7 @@ class Comparison:
     def page(self) -> Page:
         """Lay the comparison out as a page."""
         caption = (
-            "Each line is one checkpoint, each point one of its widths; further down and to the left is better. “Best at its size”: no "
+            "Each line is one checkpoint, each point one of its numbers of bits; further down and to the left is better. “Best at its size”: no "
             "other point here is at most as large and at least as good."
         )
         picture = Picture("Loss against size, one line per checkpoint", self.figure, caption)

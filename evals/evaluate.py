@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import compress
 from compress.adapters import virtual_tokens
 from compress.calibration import read_documents
+from compress.defaults import usual_defaults
 from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
@@ -100,12 +101,12 @@ def bits_to_measure(model: PreTrainedModel, asked: Sequence[int | float] | None)
     modules = packed_modules(model).values()
     if not modules:
         if asked:
-            raise CompressError("--bits: this is a dense model, it has no widths to choose from.")
+            raise CompressError("--bits: this is a dense model, it has no bits to choose from.")
         return [None]
     stored = bits_range(module.shape for module in modules)
     if missing := [bits for bits in asked or () if not stored[0] <= bits <= stored[-1]]:
         raise CompressError(
-            f"--bits: width {missing[0]} is not available; this model can be read at {stored[0]} to {stored[-1]} bits."
+            f"--bits: {missing[0]} bits are not available; this model can be read at {stored[0]} to {stored[-1]} bits."
         )
     return [*sorted(asked or stored, reverse=True)]
 
@@ -147,6 +148,7 @@ class OpenModel:
         """Return the key of a measurement, but for the number of bits."""
         return Key(kind, name, identity(self.folder), "", self._name, {**settings, **self.digests})
 
+    @usual_defaults()
     def measure(self, key: Key, work: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return number of bits -> row of the store, after measuring what is missing: ``work`` gives the parts of a row."""
         rows = {}

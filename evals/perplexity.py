@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.adapters import text_length, virtual_tokens
 from compress.calibration import bos_tokens, token_ids
+from compress.defaults import usual_defaults
 from compress.errors import CompressError
 
 
@@ -118,6 +119,7 @@ def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, sco
     return size
 
 
+@usual_defaults()
 @torch.no_grad()
 def score(
     model: PreTrainedModel, text: Text, batch_tokens: int = 8192, progress: Callable[[int, int], None] | None = None

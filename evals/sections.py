@@ -66,17 +66,17 @@ def _quality(facts: Facts) -> Iterable[Section]:
     for place, text in enumerate(facts.texts):
         lines = pareto_lines(facts, text)
         caption = (
-            "Loss added to the dense model's, against the bytes of the tensors that loading at a width reads from the files. "
+            "Loss added to the dense model's, against the bytes of the tensors that loading at a number of bits reads from the files. "
             "Both axes are logarithmic; a point on the lower edge is at or below the dense model's loss. "
         )
         if any(line.control for line in lines):
             caption += "Dashed: controls, each point a checkpoint of its own; the solid line is one checkpoint."
         else:
             caption += "No controls were measured: `compress report --controls` makes and measures them."
-        label = "Added loss against size, one point per width" + f" (text {place + 1})" * bool(place)
+        label = "Added loss against size, one point per number of bits" + f" (text {place + 1})" * bool(place)
         picture = Picture(label, partial(plots.pareto, lines), caption, file="" if place else "pareto.png")
         pictures = [picture] if sum(len(line.points) for line in lines) > 1 else []
-        title = "Quality at every width" + f": {_name_of(text)}" * bool(place)
+        title = "Quality at every number of bits" + f": {_name_of(text)}" * bool(place)
         yield Section(title, quality_table(facts, text), protocol_words(text), pictures)
 
 
@@ -217,7 +217,7 @@ def _speed(facts: Facts) -> Iterable[Section]:
     decoding = {bits: figures["decode_tokens_per_second"] for bits, figures in found["widths"].items()}
     rows = [(bits, figure["median"], figure["low"], figure["high"]) for bits, figure in decoding.items()]
     picture = Picture(
-        "Tokens per second when decoding, by width",
+        "Tokens per second when decoding, by number of bits",
         partial(plots.bars, rows, tables.plain, decoding.get("dense", {}).get("median")),
         "Decoding, tokens per second; the whisker spans the quartiles, the dotted line is the dense model.",
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
+from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.evaluate import load_bits
@@ -78,6 +79,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+@usual_defaults()
 def bench(
     folder: str,
     bits: Sequence[int | float] | None = None,
@@ -116,13 +118,7 @@ def bench(
         CompressError: no such model, number of bits or device, or a prompt beyond the context.
     """
     load, progress = load or Load(), progress or (lambda what, done, total: None)
-    model, found = load_bits(folder, bits, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
-    all_bits = {label: value for label, value in found.items() if value is not None}
-    for value in all_bits.values():
-        compress.set_bits(model, value)  # refuses what there is not, before any long work
-    if load.prompt + load.tokens > (context := context_length(model, 1 << 30)):
-        asked = f"{load.prompt} + {load.tokens} tokens"
-        raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
+    model, all_bits = _open(folder, bits, load, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     dense, note = _dense(folder, reference, bool(all_bits))
     places = dict.fromkeys(all_bits or [PRUNED if dense != folder else DENSE], folder)
     models = dict.fromkeys(places, model)
@@ -143,6 +139,20 @@ def bench(
         key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
         store.add(key, {}, result=result)
     return result
+
+
+def _open(
+    folder: str, bits: Sequence[int | float] | None, load: Load, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the checkpoint with its numbers of bits by label, and refuse what cannot be timed before any long work."""
+    model, found = load_bits(folder, bits, **options)
+    all_bits = {label: value for label, value in found.items() if value is not None}
+    for value in all_bits.values():
+        compress.set_bits(model, value)
+    if load.prompt + load.tokens > (context := context_length(model, 1 << 30)):
+        asked = f"{load.prompt} + {load.tokens} tokens"
+        raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
+    return model, all_bits
 
 
 def _setting(load: Load, dtype: torch.dtype, device: str, exact: bool) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def merged(rows: Mapping[str, Row]) -> dict[str, Any]:
 
 
 def write_lm_eval(found: Rows, folder: Path) -> list[Path]:
-    """Write ``results_<width>.json`` in lm-eval's own schema, one per number of bits."""
+    """Write ``results_<bits>.json`` in lm-eval's own schema, one per number of bits."""
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,8 @@ def int8_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns bytes, uint8 [N, 2**b], 1 to 255, and float32 [N, 2]: ``entry = byte * affine[n, 0] + affine[n, 1]``.
     """
-    places, affine = torch.empty_like(codebook, dtype=torch.uint8), torch.empty(codebook.shape[0], 2)
+    places = torch.empty_like(codebook, dtype=torch.uint8)
+    affine = torch.empty(codebook.shape[0], 2, dtype=torch.float32, device=codebook.device)
     at_once = max(1, (1 << 18) // codebook.shape[1])  # rows: float64 copies stay small
     for rows, place, line in zip(
         torch.split(codebook.detach(), at_once), torch.split(places, at_once), torch.split(affine, at_once), strict=True
@@ -160,7 +161,7 @@ class Prepared:
         count = x.numel() // self.columns
         if count > FUSED_ROWS:
             return self._tiled(x)
-        y = torch.empty((*shape[:-1], self._rows), dtype=torch.float32)
+        y = torch.empty((*shape[:-1], self._rows), dtype=torch.float32, device=x.device)
         if count == 0:
             return y.to(dtype)
         rows = x.to(torch.float32).contiguous()
@@ -177,7 +178,7 @@ class Prepared:
         """Return the product by torch, a few rows of looked-up weights at a time."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
         rows = x.detach().reshape(-1, self.columns).to(dtype)
-        y = torch.empty(rows.shape[0], self._rows, dtype=dtype)
+        y = torch.empty(rows.shape[0], self._rows, dtype=dtype, device=x.device)
         step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
         for start in range(0, self._rows, step):
             part = slice(start, start + step)
@@ -197,7 +198,7 @@ def look_up(planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | No
     # The library copies words of this size, whatever they mean.
     words = table.detach().contiguous().view({2: torch.float16, 4: torch.float32}[table.element_size()])
     matrix = Prepared(planes, words, columns, isa=isa)
-    out = torch.empty(rows, columns, dtype=table.dtype)
+    out = torch.empty(rows, columns, dtype=table.dtype, device=table.device)
     threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
     if found.calls.compress_look_up(matrix._matrix, out.data_ptr(), found.team, threads):
         raise RuntimeError("this processor cannot run the kernels asked for")

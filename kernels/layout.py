@@ -251,7 +251,7 @@ def random_tiled(
     shape = bits, tiles, words(columns), ROWS
     codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device, generator=generator)
     codebooks = {
-        held: (0.02 * torch.randn(rows, 2**held, device=device, generator=generator)).half()
+        held: (0.02 * torch.randn(rows, 2**held, dtype=torch.float32, device=device, generator=generator)).half()
         for held in range(first, bits + 1)
     }
     return Tiled.around(codes, codebooks, columns, exact)

@@ -33,7 +33,7 @@ def measure(problem: Problem, device: str, timer: Timer) -> dict[Config, float]:
         packed_of(random_tiled(problem.rows, problem.columns, problem.bits, device=device, seed=i), problem.bits)
         for i in range(copies(size))
     ]
-    x = torch.randn(problem.count, problem.columns, device=device).to(DTYPES[problem.kind])
+    x = torch.randn(problem.count, problem.columns, dtype=torch.float32, device=device).to(DTYPES[problem.kind])
     found: dict[Config, float] = {}
     for config in configs.candidates(problem):
         try:

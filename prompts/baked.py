@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from compress import writer
+from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.loading import load_tokenizer
 from compress.manifest import MANIFEST, read_manifest
@@ -31,6 +32,7 @@ from compress.weights import Checkpoint, Overlay, sha256_of
 from compress.workspace import digest
 
 
+@usual_defaults()
 def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Path = True) -> list[str]:
     """Write a checkpoint whose vocabulary holds a prompt.
 

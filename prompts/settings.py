@@ -50,9 +50,12 @@ class SoftPromptConfig(TrainingConfig):
         None,
         description="Repeated or cut to the number of virtual tokens; the beginning of the training text if absent.",
     )
-    widths: tuple[int, ...] = Field((), description="Widths of a quantised model to train at; all if none is given.")
+    widths: tuple[int, ...] = Field(
+        (), description="Numbers of bits of a quantised model to train at; all if none is given."
+    )
     per_width: bool = Field(
-        False, description="A prompt for each width, rather than one for all, which draws a width for every step."
+        False,
+        description="A prompt for each number of bits, rather than one for all, which draws a number of bits for every step.",
     )
     distill: int = Field(
         0,

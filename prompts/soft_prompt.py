@@ -64,7 +64,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         for bits in self.config.widths:
             if bits not in there:
                 span = f"{there[0]} to {there[-1]}" if there else "none, as no pass before has quantised it"
-                raise CompressError(f"soft_prompt: width {bits} is not among those of the model ({span}).")
+                raise CompressError(f"soft_prompt: {bits} bits are not among those of the model ({span}).")
         if not self.config.per_width:
             return ["prompt"]
         if not there:

@@ -14,7 +14,6 @@ from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.instructions import answer_loss, read_instructions
 from compress.pruning.lora import adapter_model, adapter_state, masked_model, merge_masked, write_adapter
 from compress.pruning.settings import LoraRecoveryConfig
-from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.sidecars import ADAPTER_FOLDER
 from compress.structure import block_prefix
@@ -101,5 +100,5 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
 def _targets(model: nn.Module, context: Context) -> list[str]:
     """List the names of all linears inside the blocks, packed or not."""
     blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(int(context.config.num_hidden_layers)))
-    kinds = (nn.Linear, Conv1D, BitPlaneLinear)
+    kinds = (nn.Linear, Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)]

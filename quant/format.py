@@ -99,7 +99,8 @@ def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[
 
 def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
     """Tell which parent codes mean 0.0 at every number of bits: bool [N, 2**parent]."""
-    zero = torch.ones(shape.out_features, 2**shape.parent_bits, dtype=torch.bool)
+    device = tensors["weight"].device
+    zero = torch.ones(shape.out_features, 2**shape.parent_bits, dtype=torch.bool, device=device)
     for bits in shape.all_bits:
         zero &= (tensors[f"codebook_{bits}"] == 0).repeat_interleave(2 ** (shape.parent_bits - bits), dim=1)
     return zero
@@ -107,7 +108,7 @@ def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
     """Tell which weights are not zero at every number of bits: bool [N * K]."""
-    occupied = torch.empty(codes.shape, dtype=torch.bool)
+    occupied = torch.empty(codes.shape, dtype=torch.bool, device=codes.device)
     step = max(1, _AT_ONCE // codes.shape[1])
     for start in range(0, codes.shape[0], step):
         part = slice(start, start + step)
@@ -132,7 +133,7 @@ def _sparse_form(
     found = SparseShape(**vars(shape), survivors=kept.numel(), gap_bits=low, mask_bits=unary.numel())
     sparse = split_planes(_pack_row(kept, shape.parent_bits), shape)
     for bits in shape.all_bits:
-        moved = torch.arange(2**bits) ^ (first >> (shape.parent_bits - bits)).long()[:, None]
+        moved = torch.arange(2**bits, device=first.device) ^ (first >> (shape.parent_bits - bits)).long()[:, None]
         sparse[f"codebook_{bits}"] = tensors[f"codebook_{bits}"].gather(1, moved)
     sparse["mask"] = _pack_row(unary, 1).view(-1)
     if low:
@@ -142,7 +143,9 @@ def _sparse_form(
 
 def _pack_row(values: Tensor, bits: int) -> Tensor:
     """Pack one row, which may be empty: uint8 [K] to int32 [bits, 1, ceil(K / 32)]."""
-    return pack_planes(values[None], bits) if values.numel() else torch.empty(bits, 1, 0, dtype=torch.int32)
+    if not values.numel():
+        return torch.empty(bits, 1, 0, dtype=torch.int32, device=values.device)
+    return pack_planes(values[None], bits)
 
 
 def _unpack_row(planes: list[Tensor], columns: int) -> Tensor:
@@ -159,7 +162,7 @@ def _parts(count: int) -> Iterator[slice]:
 
 def _gaps(occupied: Tensor, survivors: int) -> Tensor:
     """Count the pruned weights between each survivor and the one before: int32 [survivors]."""
-    gaps, done, last = torch.empty(survivors, dtype=torch.int32), 0, -1
+    gaps, done, last = torch.empty(survivors, dtype=torch.int32, device=occupied.device), 0, -1
     for part in _parts(occupied.numel()):
         places = occupied[part].nonzero().view(-1) + part.start
         if places.numel():
@@ -186,7 +189,8 @@ def _total(parts: Iterable[Tensor]) -> int:
 def _unary(gaps: Tensor, low: int) -> Tensor:
     """Write for every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
     parts = list(_parts(gaps.numel()))
-    unary = torch.zeros(gaps.numel() + _total(gaps[part] >> low for part in parts), dtype=torch.uint8)
+    length = gaps.numel() + _total(gaps[part] >> low for part in parts)
+    unary = torch.zeros(length, dtype=torch.uint8, device=gaps.device)
     end = -1
     for part in parts:
         ones = torch.cumsum((gaps[part] >> low) + 1, 0) + end

@@ -15,6 +15,13 @@ from compress.kernels.layout import Tiled, head_for
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 
+_Key = tuple[int, object, list[Tensor | None]]
+
+
+def _same(one: _Key, other: _Key) -> bool:
+    (bits, kind, buffers), (other_bits, other_kind, others) = one, other
+    return bits == other_bits and kind == other_kind and len(buffers) == len(others) and all(map(is_, buffers, others))
+
 
 class _PackedModule(nn.Module):
     """Hold buffers that bear the checkpoint's own names; the number of bits in use is a plain attribute.
@@ -28,7 +35,7 @@ class _PackedModule(nn.Module):
     """
 
     def __init__(self, shape: PackedShape) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # past nn.Linear, which would make a dense weight
         self.keep_dense: bool | None = None
         self.exact = True
         sizes = shape.specification().items()
@@ -42,8 +49,8 @@ class _PackedModule(nn.Module):
         be rebuilt before the module is called.
         """
         self.shape = shape
-        self._dense: Tensor | None = None
-        self._prepared: tuple[list[Tensor | None], bool, cpu.Prepared] | None = None
+        self._dense: tuple[_Key, Tensor] | None = None
+        self._prepared: tuple[_Key, cpu.Prepared] | None = None
         self._buffers.clear()
         self.is_tiled = False
         self._group: Group | None = None
@@ -71,21 +78,24 @@ class _PackedModule(nn.Module):
         """Leave out what a copy or a pickle derives for itself: addresses mean nothing elsewhere."""
         return {**self.__dict__, "_dense": None, "_prepared": None, "_group": None}
 
-    def planes(self) -> list[Tensor]:
-        """Return the planes of the number of bits in use, most significant first, each int32 [N, ceil(K / 32)]."""
+    def planes(self, bits: int | None = None) -> list[Tensor]:
+        """Return the planes of a number of bits, those in use if None, most significant first, each int32 [N, ceil(K / 32)]."""
+        bits = bits or self.bits
         if self.is_tiled:
-            return list(self.tiled().canonical()[0][: self.bits])
-        return join_planes(dict(self.named_buffers()), self.shape.seed_bits, self.bits)
+            return list(self.tiled().canonical()[0][:bits])
+        return join_planes(dict(self.named_buffers()), self.shape.seed_bits, bits)
 
-    def codebook(self) -> Tensor:
-        """Return the codebook of the number of bits in use, [N, 2**bits]."""
-        return self.tiled().codebook(self.bits) if self.is_tiled else self.get_buffer(f"codebook_{self.bits}")
+    def codebook(self, bits: int | None = None) -> Tensor:
+        """Return the codebook of a number of bits, those in use if None, [N, 2**bits]."""
+        bits = bits or self.bits
+        return self.tiled().codebook(bits) if self.is_tiled else self.get_buffer(f"codebook_{bits}")
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight at the number of bits in use, [N, K], float32 unless told otherwise, and keep nothing."""
+    def dense(self, dtype: torch.dtype | None = None, bits: int | None = None) -> Tensor:
+        """Return the weight at a number of bits, those in use if None, [N, K], float32 by default, and keep nothing."""
+        bits, dtype = bits or self.bits, dtype or torch.float32
         if self.is_tiled:
-            return tiled_weight(self.tiled(), self.bits, dtype or torch.float32)
-        return dense_weight(self.planes(), self.codebook(), self.shape.in_features, dtype or torch.float32)
+            return tiled_weight(self.tiled(), bits, dtype)
+        return dense_weight(self.planes(bits), self.codebook(bits), self.shape.in_features, dtype)
 
     def tiled(self) -> Tiled:
         """Return the layout of the GPU kernels; it must be there (:meth:`BitPlaneLinear.tile`)."""
@@ -101,18 +111,23 @@ class _PackedModule(nn.Module):
             named.get("tiled_rounded"),
         )
 
-    def _kept_dense(self, dtype: torch.dtype) -> Tensor | None:
+    def _key(self, bits: int, kind: object) -> _Key:
+        """Return all that what is kept between calls was made of; whoever moves tensors may put others in their place."""
+        return bits, kind, list(self._buffers.values())
+
+    def _kept_dense(self, bits: int, dtype: torch.dtype) -> Tensor | None:
         """Return the dense weight kept between calls, ``N * K`` values in the activations' dtype, or None."""
         keep = self.keep_dense
         if keep is None:
-            keep = self.codebook().device.type != "cpu" or not cpu.built()
+            keep = self.codebook(bits).device.type != "cpu" or not cpu.built()
         if not keep:
             self._dense = None
             return None
-        if self._dense is None or self._dense.dtype != dtype:
+        key, kept = self._key(bits, dtype), self._dense
+        if kept is None or not _same(kept[0], key):
             with torch.inference_mode(False):  # what it keeps may be differentiated through later
-                self._dense = self.dense(dtype)
-        return self._dense
+                kept = self._dense = key, self.dense(dtype, bits)
+        return kept[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
         self._forget()  # it would stay on the old device
@@ -137,9 +152,10 @@ class _PackedModule(nn.Module):
         return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
 
 
-class BitPlaneLinear(_PackedModule):
+class BitPlaneLinear(_PackedModule, nn.Linear):
     """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
+    It is one by class, so that peft puts adapters on it as on any other; its ``weight`` is the seed's planes.
     On a GPU that the kernels serve it holds their layout in place of the stored tensors, which are made again where they are
     asked for (``state_dict``, ``planes``, moving to another kind of device).
     """
@@ -149,7 +165,8 @@ class BitPlaneLinear(_PackedModule):
     def __init__(self, shape: PackedShape, bias: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(shape)
         self.in_features, self.out_features = shape.in_features, shape.out_features
-        self.bias = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if bias else None
+        held = nn.Parameter(torch.empty(shape.out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", held)
 
     @property
     def exact(self) -> bool:
@@ -168,19 +185,20 @@ class BitPlaneLinear(_PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., K] to [..., N] in the dtype of ``x``, differentiable in ``x``."""
+        bits, group = self.bits, self._group  # once: another thread may change them meanwhile
         if self.is_tiled and not self.keep_dense:
-            shared = self._group.take(self, x) if self._group is not None else None
-            return tiled_linear(x, self.tiled(), self.bits, self.bias) if shared is None else shared
-        prepared = self._direct(x)
-        dense = self._kept_dense(x.dtype) if prepared is None else None
+            shared = group.take(self, bits, x) if group is not None else None
+            return tiled_linear(x, self.tiled(), bits, self.bias) if shared is None else shared
+        prepared = self._direct(bits, x)
+        dense = self._kept_dense(bits, x.dtype) if prepared is None else None
         y: Tensor
         if prepared is not None:
             y = prepared(x)
         elif dense is not None:
             y = matmul(x, dense.t())
         else:
-            tensors = [self.codebook(), *self.planes()]
-            y = packed_linear(x, tensors, None, self.out_features, self.in_features, self.bits, 0)
+            tensors = [self.codebook(bits), *self.planes(bits)]
+            y = packed_linear(x, tensors, None, self.out_features, self.in_features, bits, 0)
         return y if self.bias is None else y + self.bias
 
     def tile(self) -> None:
@@ -245,7 +263,7 @@ class BitPlaneLinear(_PackedModule):
         super()._load_from_state_dict(*args, **kwargs)
         self.tile()
 
-    def _direct(self, x: Tensor) -> cpu.Prepared | None:
+    def _direct(self, bits: int, x: Tensor) -> cpu.Prepared | None:
         """Return the C library's view of this layer, where it may be called past the operator; else None.
 
         The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
@@ -256,15 +274,14 @@ class BitPlaneLinear(_PackedModule):
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return None
-        buffers = list(self._buffers.values())  # whoever moves tensors may put others in their place
-        if self._prepared is not None:
-            held, exact, prepared = self._prepared
-            if exact == self.exact and all(map(is_, held, buffers)):
-                return prepared
-        if not cpu.serves(self.codebook()):
+        exact, kept = self.exact, self._prepared
+        key = self._key(bits, exact)
+        if kept is not None and _same(kept[0], key):
+            return kept[1]
+        if not cpu.serves(self.codebook(bits)):
             return None
-        prepared = cpu.Prepared(self.planes(), self.codebook(), self.in_features, int8=not self.exact)
-        self._prepared = buffers, self.exact, prepared
+        prepared = cpu.Prepared(self.planes(bits), self.codebook(bits), self.in_features, int8=not exact)
+        self._prepared = key, prepared
         return prepared
 
 
@@ -280,22 +297,22 @@ class Group:
         self._sizes = [member.out_features for member in members]
         biases: list[Tensor] = [member.bias for member in members if member.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._waiting: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._waiting: tuple[Tensor, int, tuple[Tensor, ...]] | None = None
 
-    def take(self, member: BitPlaneLinear, x: Tensor) -> Tensor | None:
-        """Return the member's product, [..., N], or None if it has to compute its own."""
+    def take(self, member: BitPlaneLinear, bits: int, x: Tensor) -> Tensor | None:
+        """Return the member's product at a number of bits, [..., N], or None if it has to compute its own."""
         if member is self.members[0]:
-            if any(other.bits != member.bits or other.keep_dense for other in self.members):
+            if any(other.bits != bits or other.keep_dense for other in self.members):
                 return None
-            parts = torch.split(tiled_linear(x, self._tiled, member.bits, self._bias), self._sizes, -1)
-            self._waiting = x, parts
+            parts = torch.split(tiled_linear(x, self._tiled, bits, self._bias), self._sizes, -1)
+            self._waiting = x, bits, parts
             return parts[0]
         waiting = self._waiting
-        if waiting is None or waiting[0] is not x:
+        if waiting is None or waiting[0] is not x or waiting[1] != bits:
             return None
         if member is self.members[-1]:
             self._waiting = None  # the memory is wanted elsewhere
-        return waiting[1][self.members.index(member)]
+        return waiting[2][self.members.index(member)]
 
     def part(self) -> None:
         """Let every member go its own way, for good; each holds what it held."""
@@ -314,8 +331,8 @@ class BitPlaneEmbedding(_PackedModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up the rows of tokens, int64 [...] to [..., K], and no others."""
-        rows = tokens.reshape(-1)
-        planes = [plane[rows] for plane in self.planes()]
-        found = dense_weight(planes, self.codebook()[rows], self.embedding_dim, self.dtype)
+        rows, bits = tokens.reshape(-1), self.bits
+        planes = [plane[rows] for plane in self.planes(bits)]
+        found = dense_weight(planes, self.codebook(bits)[rows], self.embedding_dim, self.dtype)
         # The constant is rounded to the dtype first, as the dense module does.
         return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)

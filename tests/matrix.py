@@ -1,7 +1,8 @@
 """The round-trip tests on several transformers releases: ``python3 tests/matrix.py [VERSION ...]``.
 
 Each release has an environment of its own, ``.venv-matrix/<version>``, which is kept for the next run. The
-version ``latest`` is what pip takes for the newest.
+version ``latest`` is what pip takes for the newest. ``upgraded`` is the newest of everything that the library and its extras
+depend on, for the whole suite: its versions are printed, and which of them changed since the suite last passed there.
 """
 
 import os
@@ -15,7 +16,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("5.0.0", "5.10.1", "latest")
+UPGRADED = "upgraded"
+PASSED = ROOT / ".venv-matrix" / "passed.txt"  # the versions with which the suite last passed
 TESTS = (
+    "tests/compress/test_calls.py",
     "tests/compress/test_checkpoint.py",
     "tests/compress/test_sparse_checkpoint.py",
     "tests/compress/test_streaming.py",
@@ -26,6 +30,13 @@ TESTS = (
 )
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PRINT_VERSION = "import importlib.metadata; print(importlib.metadata.version('transformers'))"
+PRINT_VERSIONS = """
+import re
+from importlib.metadata import distributions, requires
+wanted = {re.match(r"[\\w-]+", line)[0].lower() for line in requires("compress-llm")} - {"compress-llm"}
+found = {d.name.lower().replace("_", "-"): d.version for d in distributions()}
+print(*(f"{name}=={found[name]}" for name in sorted(found.keys() & wanted)), sep="\\n")
+"""
 
 
 class Result(NamedTuple):
@@ -45,11 +56,17 @@ def install(version: str) -> Path:
     if not python.exists():
         venv.create(folder, with_pip=True)
     release = "transformers" if version == "latest" else f"transformers=={version}"
-    options = ["--quiet", "--upgrade", "--constraint", str(ROOT / "constraints-cpu.txt")]
-    subprocess.run(
-        [python, "-m", "pip", "install", *options, release, "pytest>=8", "--editable", str(ROOT)], check=True
-    )
+    constraint = str(ROOT / "constraints-cpu.txt")
+    wanted = ["--constraint", constraint, release, "pytest>=8", "--editable", f"{ROOT}[prompts]"]
+    if version == UPGRADED:
+        wanted = ["--upgrade-strategy", "eager", "--editable", f"{ROOT}[dev]"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", *wanted], check=True)
     return python
+
+
+def printed(python: Path, code: str) -> str:
+    """What some code prints in an environment."""
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def run_tests(version: str) -> Result:
@@ -57,19 +74,26 @@ def run_tests(version: str) -> Result:
     started = time.perf_counter()
     try:
         python = install(version)
-        found = subprocess.run([python, "-c", PRINT_VERSION], check=True, capture_output=True, text=True).stdout.strip()
+        found, versions = printed(python, PRINT_VERSION), printed(python, PRINT_VERSIONS)
     except subprocess.CalledProcessError as error:
         return Result(version, 0, 1, time.perf_counter() - started, error.returncode)
     print(f"\n== transformers {found} ==", flush=True)
+    tests = TESTS
+    if version == UPGRADED:
+        tests = ("-n", "auto", "--dist", "worksteal")
+        known = PASSED.read_text().splitlines() if PASSED.exists() else []
+        print(*(line if line in known else f"{line}  (new)" for line in versions.splitlines()), sep="\n", flush=True)
     started = time.perf_counter()
     with subprocess.Popen(
-        [python, "-m", "pytest", *TESTS], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True
+        [python, "-m", "pytest", *tests], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         last = ""
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line if " in " in line and count(line) else last
+    if version == UPGRADED and not process.returncode:
+        PASSED.write_text(versions + "\n")
     counts = count(last)
     failed = counts.get("failed", 0) + counts.get("error", 0)
     return Result(found, counts.get("passed", 0), failed, time.perf_counter() - started, process.returncode)

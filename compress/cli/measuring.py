@@ -52,7 +52,7 @@ def evaluate(
     include: IncludeOption = None,
     fewshot: Annotated[Optional[int], panel(TASKS, "Examples in front; as the task says if absent.")] = None,
     batch: Annotated[Optional[int], panel(TASKS, "Rows in a batch; by the memory there is if absent.", min=1)] = None,
-    output: Annotated[Optional[Path], panel(TASKS, "Write results_<width>.json in lm-eval's own schema here.")] = None,
+    output: Annotated[Optional[Path], panel(TASKS, "Write results_<bits>.json in lm-eval's own schema here.")] = None,
     table: Annotated[Optional[Path], panel(TASKS, "Write one tidy table: .csv, or JSON lines.")] = None,
     agreement: Annotated[bool, panel(_MORE, _AGREEMENT)] = False,
     robustness: Annotated[bool, panel(_MORE, "What typing errors in --text cost.")] = False,

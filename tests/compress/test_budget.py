@@ -104,7 +104,7 @@ def test_memory_counts_every_tensor(compressed):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"bits": "2.5"}, "width 2.5 is not available; this model can be read at 3 to 6 bits"),
+        ({"bits": "2.5"}, "2.5 bits are not available; this model can be read at 3 to 6 bits"),
         ({"bits": "four"}, "give a number, a mean"),
         ({"bits": 4, "memory": "1GB"}, "give one of them"),
     ],

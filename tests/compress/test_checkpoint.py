@@ -127,7 +127,7 @@ def test_widths_by_pattern(compressed):
 
 
 def test_a_width_that_is_not_there(compressed):
-    with pytest.raises(CompressError, match="width 7 is not available; this model can be read at 3 to 6 bits"):
+    with pytest.raises(CompressError, match="7 bits are not available; this model can be read at 3 to 6 bits"):
         compress.load(compressed, bits=7)
     with pytest.raises(CompressError, match="Load it at more bits"):
         compress.set_bits(compress.load(compressed, bits=4), 5)

@@ -102,7 +102,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(measured):
         assert "nan" not in picture
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert ", ".join(headings) == (
-        "Quality at every width, Tasks, How alike it is to the dense model, Speed and memory, Where the error is, Transfer, "
+        "Quality at every number of bits, Tasks, How alike it is to the dense model, Speed and memory, Where the error is, Transfer, "
         "Continuations, How it was made"
     )
     assert "the fox &amp; &lt;the&gt; dog" in text
@@ -140,7 +140,7 @@ def test_html_markdown_and_picture_are_written_and_nothing_is_measured_again(mea
     assert notes == []
     assert written[2].read_bytes().startswith(b"\x89PNG")
     text = written[1].read_text()
-    assert "![Added loss against size, one point per width](pareto.png)" in text
+    assert "![Added loss against size, one point per number of bits](pareto.png)" in text
     assert "kind: any_precision" in text
 
 
@@ -160,7 +160,7 @@ def test_without_matplotlib_everything_but_the_picture_is_there(measured, tmp_pa
 def test_a_checkpoint_without_measurements_still_has_a_page(compressed, tmp_path):
     text = html(report_page(collect(compressed, Results(None), ["No text was measured: give --text FILE."])))
     assert "No text was measured" in text
-    assert "Quality at every width" not in text
+    assert "Quality at every number of bits" not in text
     assert "Where the error is" in text
 
 

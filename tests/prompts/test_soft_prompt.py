@@ -187,12 +187,12 @@ def test_samples_make_room_for_the_prompt(whole, context):
     ("passes", "complaint"),
     [
         ([{"kind": "soft_prompt", "tokens": 63}], "63 virtual tokens leave no room for text in a context of 64"),
-        ([{"kind": "soft_prompt", "tokens": 4, "widths": [4]}], "width 4 is not among .* no pass before has quantised"),
+        ([{"kind": "soft_prompt", "tokens": 4, "widths": [4]}], "4 bits are not among .* no pass before has quantised"),
         ([{"kind": "soft_prompt", "tokens": 4, "per_width": True}], "per_width needs a quantised model"),
         ([{"kind": "soft_prompt", "tokens": 4, "start_text": ""}], "start_text has no tokens"),
         ([{"kind": "soft_prompt", "start": "words", "start_text": "a"}], "start_text goes with start: text"),
         ([{"kind": "soft_prompt", "tokens": 4}, {"kind": "rtn"}], r"passes.1 \(rtn\) .* put soft_prompt last"),
-        ([{"kind": "rtn", "bits": 4}, {"kind": "soft_prompt", "tokens": 4, "widths": [3]}], r"width 3 .* \(4 to 4\)"),
+        ([{"kind": "rtn", "bits": 4}, {"kind": "soft_prompt", "tokens": 4, "widths": [3]}], r"3 bits .* \(4 to 4\)"),
     ],
 )
 def test_mistakes_are_refused_before_any_work(recipe, tmp_path, passes, complaint):

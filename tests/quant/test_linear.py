@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def dense_linear():
 def test_the_dense_weight_is_kept_between_calls_only_if_wanted():
     module, x = dense_linear(), inputs(4)
     kept = module(x)
-    assert torch.equal(module._dense, module.dense())
+    assert torch.equal(module._dense[1], module.dense())
     first = module._dense
     module(x)
     assert module._dense is first
@@ -211,7 +212,7 @@ def test_the_dense_weight_follows_the_dtype_of_the_input():
     module, x = dense_linear(), inputs(4)
     module(x)
     assert module(x.bfloat16()).dtype == torch.bfloat16
-    assert module._dense.dtype == torch.bfloat16
+    assert module._dense[1].dtype == torch.bfloat16
 
 
 # What the C library is given
@@ -311,6 +312,75 @@ def test_exporting_and_tracing_keep_the_operator():
     torch.testing.assert_close(exported.module()(2 * x), module(2 * x))
     torch.testing.assert_close(torch.jit.trace(module, (x,))(2 * x), module(2 * x))
     assert module._dense is None or module.keep_dense or not cpu.built()
+
+
+# Threads
+
+
+@pytest.mark.parametrize(("keep_dense", "exact"), [(None, True), (None, False), (True, True), (False, True)])
+def test_a_layer_whose_bits_change_while_it_is_read_computes_at_one_of_them(keep_dense, exact):
+    """Never at a mixture, never with an error, and afterwards at the bits that were set last."""
+    module, x = linear(), inputs(2)
+    module.keep_dense, module.exact = keep_dense, exact
+    right = {}
+    for bits in module.shape.all_bits:
+        module.bits = bits
+        with torch.no_grad():
+            right[bits] = module(x)
+    wrong, stop = [], threading.Event()
+
+    def read():
+        try:
+            while not stop.is_set():
+                with torch.no_grad():
+                    found = module(x)
+                if not any(torch.equal(found, expected) for expected in right.values()):
+                    wrong.append(found)
+        except Exception as error:
+            wrong.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(400):
+        module.bits = SEED + turn % len(right)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+    for bits in module.shape.all_bits:
+        module.bits = bits
+        with torch.no_grad():
+            assert torch.equal(module(x), right[bits])
+
+
+@pytest.mark.parametrize("keep_dense", [None, True])
+def test_what_a_slow_thread_leaves_behind_is_not_used_at_other_bits(monkeypatch, keep_dense):
+    """One thread is held up while it makes what is kept between calls, and another changes the bits meanwhile."""
+    module, x = linear(), inputs(2)
+    module.keep_dense = keep_dense
+    module.bits = 4
+    right = module(x)
+    module.bits = PARENT
+    inside, go = threading.Event(), threading.Event()
+    name = "dense" if keep_dense else "_key"
+    slow = getattr(BitPlaneLinear, name)
+
+    def held_up(self, *arguments):
+        made = slow(self, *arguments)
+        if threading.current_thread() is reader:
+            inside.set()
+            go.wait(20)
+        return made
+
+    monkeypatch.setattr(BitPlaneLinear, name, held_up)
+    reader = threading.Thread(target=lambda: module(x))
+    reader.start()
+    assert inside.wait(20)
+    module.bits = 4
+    go.set()
+    reader.join()
+    torch.testing.assert_close(module(x), right, rtol=0, atol=0)
 
 
 # The embedding
