@@ -100,14 +100,14 @@ class _Blocks:
         elif self._made and args[0] is not _first(self._made[-1]):
             self.faults["the model works on the hidden states between them"] = None
         others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
-        given = (leaf for leaf in _leaves([args[1:], kwargs]) if id(leaf) not in others)
-        if any(leaf.requires_grad for leaf in given):
-            self.faults["the model gives them what it makes of the hidden states of several"] = None
         mappings = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, MutableMapping)]
         if not self.order:
             self._filled_later = [value for value in mappings if not value]
         filled = {id(value) for value in self._filled_later if value}
-        return (*args[:1], *(_sealed(v, others, filled) for v in args[1:])), _sealed(kwargs, others, filled)
+        sealed = tuple(_sealed(value, others, filled) for value in args[1:]), _sealed(kwargs, others, filled)
+        if any(leaf.requires_grad for leaf in _leaves(sealed)):
+            self.faults["the model gives them what it makes of the hidden states of several"] = None
+        return (*args[:1], *sealed[0]), sealed[1]
 
     def _after(self, index: int) -> Any:
         def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -155,7 +155,7 @@ def _leaves(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and not isinstance(value, _WriteOnly):
         for inner in value.values():
             yield from _leaves(inner)
     elif isinstance(value, (tuple, list)):
@@ -214,7 +214,8 @@ def _stacks(model: nn.Module, structure: Architecture) -> list[str]:
     """Name the parameters of blocks that are several matrices in one, in a form that is not known."""
     found = model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)
     convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
-    return [name for name, parameter in found if parameter.ndim > 2 and id(parameter) not in convolutions]
+    wide = ((name, parameter) for name, parameter in found if sum(size > 1 for size in parameter.shape) > 2)
+    return [name for name, parameter in wide if id(parameter) not in convolutions]
 
 
 def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:

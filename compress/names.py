@@ -66,6 +66,12 @@ class NamedTensors:
                 if name in expected and name not in self._plain:
                     self._made[name] = step
                     used |= {stored for _, stored in step.parts}
+        for (
+            name,
+            origin,
+        ) in model.all_tied_weights_keys.items():  # two names of one tensor: files may have the other one
+            if origin in known and origin not in self._plain and name in self._plain:
+                self._plain[origin] = self._plain[name]
         self.unused = tuple(name for name in files.info() if name not in used and name not in self._plain.values())
         stored_info = files.info()
         self._info = {name: stored_info[stored] for name, stored in self._plain.items()}

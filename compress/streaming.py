@@ -124,7 +124,8 @@ def open_tensors(files: Checkpoint, model: PreTrainedModel, structure: Architect
     """Read the tensors of a model from a folder, by the names of the model's own modules."""
     parts = parts_of(model)
     sizes = stacked_sizes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, parts)
-    named = NamedTensors(files, model, sizes, structure)
+    stock = empty_model(model.config) if structure.experts else model  # conversions look at its parameters
+    named = NamedTensors(files, stock, sizes, structure)
     return SplitTensors(named, parts, named.unused)
 
 

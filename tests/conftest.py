@@ -68,9 +68,9 @@ ROUTED = {
 }
 MODELS = {
     **dict.fromkeys(
-        ("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3", "seed_oss", "smollm3", "stablelm"), HEADS
+        ("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3", "seed_oss", "smollm3", "ernie4_5"), HEADS
     ),
-    **dict.fromkeys(("cohere2", "gemma4_text"), {**HEADS, "sliding_window": 8}),
+    **{kind: {**HEADS, "sliding_window": 8} for kind in ("cohere2", "gemma4_text")},
     "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
