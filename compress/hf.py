@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -248,6 +249,10 @@ class CompressQuantizer(HfQuantizer):
         config.modules = {name: dict(vars(shape)) for name, shape in dense.items()}
         config.pruned = {name: dict(vars(shape)) for name, shape in pruned.items()}
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leave out what merges or turns tensors: a compressed checkpoint has them as the model has them, but for names."""
+        return [entry for entry in weight_conversions if not isinstance(entry, WeightConverter)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers marks what it read from the checkpoint; it would fill the rest with whatever memory held.

@@ -49,6 +49,8 @@ class NamedTensors:
         table = get_model_conversion_mapping(model)
         renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+        if _exact(files, expected, model):
+            converters = []
         by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
         steps: dict[str, _Conversion] = {}
         prefix, known = str(model.base_model_prefix), dict(expected)
@@ -125,6 +127,12 @@ class NamedTensors:
     def folder(self) -> Path:
         """Return the folder of the files."""
         return self.files.folder
+
+
+def _exact(files: Checkpoint, expected: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> bool:
+    """Tell whether files have every tensor as the model has it, as our own do."""
+    stored, tied = files.info(), model.all_tied_weights_keys
+    return all(name in tied or (name in stored and stored[name].shape == size) for name, size in expected.items())
 
 
 def _targets(step: _Conversion) -> list[str]:
