@@ -34,16 +34,6 @@ CONFIGS = {
             "max_position_embeddings": 64, "word_embed_proj_dim": 48},
     "gpt2": {"n_embd": 48, "n_inner": 100, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 4},
-    "mamba": {"hidden_size": 48, "num_hidden_layers": 3},
-    "openai-gpt": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64},
-    "bart": {"d_model": 48, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 100, "pad_token_id": 1},
-    "qwen3_moe": {**LLAMA_LIKE, **MIXTURE},
-    "gpt_oss": {**LLAMA_LIKE, **MIXTURE, "intermediate_size": 16, "sliding_window": 8},
-    "llama4_text": {**LLAMA_LIKE, "intermediate_size": 16, "intermediate_size_mlp": 100, "num_local_experts": 4,
-                    "num_experts_per_tok": 1, "attention_chunk_size": 16},
-    "nemotron_h": {**LLAMA_LIKE, **MIXTURE, "n_routed_experts": 4, "layers_block_type": ["mamba", "moe", "attention"],
-                   "n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 24, "ssm_state_size": 8, "n_group": 1,
-                   "topk_group": 1, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8},
     "gpt_neox": {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
                  "max_position_embeddings": 64},
 }  # fmt: skip
@@ -75,7 +65,6 @@ MODELS = {
     "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
     "starcoder2": HEADS,
-    "mamba": {"hidden_size": 48, "num_hidden_layers": 3},
     "mamba2": {
         "hidden_size": 48,
         "num_hidden_layers": 3,
@@ -87,14 +76,37 @@ MODELS = {
     "lfm2": {**HEADS, "layer_types": ["conv", "full_attention", "conv"]},
     "deepseek_v3": {**HEADS, **ROUTED, **LATENT, "num_key_value_heads": 4},
     "granitemoe": {**HEADS, **MIXTURE},
-    "gpt_oss": CONFIGS["gpt_oss"],
-    "llama4_text": CONFIGS["llama4_text"],
     "mixtral": {**HEADS, **MIXTURE},
-    "nemotron_h": CONFIGS["nemotron_h"],
     "olmoe": {**HEADS, **MIXTURE},
-    "qwen3_moe": CONFIGS["qwen3_moe"],
+    "mamba": {"hidden_size": 48, "num_hidden_layers": 3},
+    "openai-gpt": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "qwen3_moe": {**LLAMA_LIKE, **MIXTURE},
+    "gpt_oss": {**LLAMA_LIKE, **MIXTURE, "intermediate_size": 16, "sliding_window": 8},
+    "llama4_text": {
+        **LLAMA_LIKE,
+        "intermediate_size": 16,
+        "intermediate_size_mlp": 100,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 16,
+    },
+    "nemotron_h": {
+        **LLAMA_LIKE,
+        **MIXTURE,
+        "n_routed_experts": 4,
+        "layers_block_type": ["mamba", "moe", "attention"],
+        "n_groups": 2,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 24,
+        "ssm_state_size": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 16,
+        "chunk_size": 8,
+    },
 }
 """A sample of the types that are taken without a declaration, with tiny sizes."""
+DECODER = {"d_model": 48, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 100, "pad_token_id": 1}
 
 
 def pytest_addoption(parser):
@@ -124,7 +136,9 @@ def save_tokenizer(folder):
 
 def save_model(folder, kind="llama", dtype=torch.float32, **changes):
     """A tiny random model with larger weights than usual, so that every block matters."""
-    config = transformers.AutoConfig.for_model(kind, **{**COMMON, **(MODELS | CONFIGS)[kind], **changes})
+    config = transformers.AutoConfig.for_model(
+        kind, **{**COMMON, **({"bart": DECODER} | MODELS | CONFIGS)[kind], **changes}
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
