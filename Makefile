@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check docs test-matrix test-latest test-models bench proof clean
+.PHONY: demo test test-fast check docs test-matrix test-latest test-models bench proof gpu clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,16 @@ test-latest:
 # Compile every GPU kernel for GPUs that need not be there, and hold its machine code to its budget.
 proof: .venv/ready
 	.venv/bin/python tests/kernels/static.py --full
+
+# On a machine with a GPU, with the torch and Triton of PYTHON=...: prove, measure and tune in nine minutes, into runs/gpu.
+# What it loads, runs/gpu-model, can be made anywhere.
+gpu: runs/gpu-model
+	$(PYTHON) -m compress.evals.bench.gpu --model runs/gpu-model
+
+GPU_MODEL = {"model": "builtin", "passes": [{"kind": "any_precision", "objective": "weight", "sensitivity": "none"}]}
+runs/gpu-model:
+	$(MAKE) .venv/ready
+	.venv/bin/python -c 'import compress; compress.run($(GPU_MODEL), "$@")'
 
 bench: .venv/ready
 	.venv/bin/python -m compress.evals.bench quantiser

@@ -1,7 +1,10 @@
 """Draw calibration samples from text."""
 
+from __future__ import annotations
+
 import gzip
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,8 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from compress.errors import CompressError
 from compress.settings import Calibration
 from compress.texts import CALIBRATION, fingerprint, read_modules
+from compress.tokens import bos_tokens, count_special, front_tokens, token_ids
 from compress.weights import sha256_of
 from compress.workspace import digest
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class Samples:
     def key(self) -> str:
         """Return a digest of the tokens."""
         return digest([sample.tolist() for sample in self.tokens])
+
+    def first(self, count: int | None) -> Samples:
+        """Return the first few of them; all for None."""
+        return Samples(self.tokens[:count], self.source)
 
 
 def read_documents(path: Path, separator: str | None = None, column: str = "text") -> list[str]:
@@ -73,16 +83,6 @@ def _dataset(settings: Calibration) -> Iterator[str]:
         raise CompressError(f"calibration.dataset {settings.dataset!r} cannot be loaded: {error}") from error
 
 
-def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens every document starts with: BOS where the tokenizer has one."""
-    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens of a text, without special ones and without a warning about its length."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Samples:
     """Draw the first documents that are long enough, cut to ``length`` tokens; or, from one long text, even windows."""
     if context_length is not None and settings.length > context_length:
@@ -90,13 +90,18 @@ def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, cont
             f"calibration.length: {settings.length} tokens, but the model's context holds {context_length}; lower it."
         )
     documents, source, separate = _documents(settings)
-    start = bos_tokens(tokenizer)
+    start, read = front_tokens(tokenizer) + bos_tokens(tokenizer), list[str]()
+
+    def tokens_of(text: str) -> list[int]:
+        read.append(text)
+        return token_ids(tokenizer, text, settings.special_tokens)
+
     long_enough = (text for text in documents if len(text) >= max(settings.min_characters, 1))
     if separate:
-        cut = (start + token_ids(tokenizer, text)[: settings.length - len(start)] for text in long_enough)
+        cut = (start + tokens_of(text)[: settings.length - len(start)] for text in long_enough)
         sequences = list(islice((tokens for tokens in cut if len(tokens) >= 2), settings.samples))
     else:
-        stream = [token for text in long_enough for token in token_ids(tokenizer, text)]
+        stream = [token for text in long_enough for token in tokens_of(text)]
         length = settings.length - len(start)
         available = len(stream) // length  # windows without overlap, taken evenly over the whole text
         count = min(available, settings.samples)
@@ -108,4 +113,17 @@ def draw_samples(settings: Calibration, tokenizer: PreTrainedTokenizerBase, cont
             f"{settings.length} tokens; lower samples or length, or give more text."
         )
     tokens = tuple(torch.tensor(sequence, dtype=torch.long) for sequence in sequences)
-    return Samples(tokens, {**source, "samples": len(tokens), "tokens": sum(map(len, sequences))})
+    spelled = count_special(tokenizer, read)
+    if spelled and not settings.special_tokens:
+        _log.warning(
+            "the calibration text spells %d special tokens, which are read as plain text; special_tokens: true reads them as such.",
+            spelled,
+        )
+    said = {
+        "samples": len(tokens),
+        "tokens": sum(map(len, sequences)),
+        "bos": tokenizer.bos_token,
+        "special_tokens_in_text": spelled,
+        "special_tokens_read_as": "special tokens" if settings.special_tokens else "text",
+    }
+    return Samples(tokens, {**source, **said})

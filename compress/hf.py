@@ -5,6 +5,7 @@ that has not imported :mod:`compress` stops with a size mismatch: the seed plane
 with another shape, so transformers can not take them for weights nor fill them with random numbers.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -171,6 +172,11 @@ def join_layers(model: PreTrainedModel) -> None:
     linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
     if any(module.is_tiled for module in linears.values()):
         join(linears, inspected(model).fused)
+
+
+def cache_name(model: nn.Module) -> str:
+    """Return what this release of transformers calls a model's cache of keys and values, given and returned."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def rebuild(model: nn.Module) -> None:

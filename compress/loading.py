@@ -1,5 +1,6 @@
 """Load a checkpoint at some bits, and change the bits of a loaded model."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from compress.config import Bits, check_tensors, index_name, stored_config
 from compress.defaults import usual_defaults
 from compress.errors import CompressError, first_line
 from compress.hf import bits_by_module, join_layers, packed_modules
+from compress.hub import ACCESS, located
 from compress.manifest import MANIFEST
 from compress.models import auto_class
 from compress.quant.records import unstacked
@@ -62,40 +64,50 @@ def load(
         adapter: put the checkpoint's own low-rank adapter (True), or that of a folder, on the model, which is then a
             ``PeftModel`` too; or none (False). By default a checkpoint that was made with an adapter is loaded with it, and
             a line on the log says so; plain ``from_pretrained`` does not know of it.
-        **kwargs: for ``AutoModelForCausalLM.from_pretrained``.
+        **kwargs: for ``AutoModelForCausalLM.from_pretrained``; what finds a model's files (``revision``, ``subfolder``,
+            ``cache_dir``, ``token``, …) goes to everything that is opened. With ``output_loading_info`` the result is
+            (model, information), as there.
 
     Raises:
         CompressError: no such checkpoint or bits, a pattern that matches nothing, damaged or missing files, no prompt or
             adapter where one is asked for.
     """
-    revision = kwargs.get("revision")  # what lies beside the model is looked for before the model is read
-    prompts = find_prompts(folder, prompt, revision) if prompt else None
-    adapted = find_adapter(folder, adapter, revision)
-    model = _load_model(str(folder), bits, memory, **kwargs)
+    place, access = located(folder, kwargs)
+    others = {key: value for key, value in kwargs.items() if key not in ACCESS}
+    # What lies beside the model is looked for before the model is read.
+    prompts = find_prompts(place, prompt, **access) if prompt else None
+    adapted = find_adapter(place, adapter, **access)
+    loaded = _load_model(place, bits, memory, access, others)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
     packed = packed_modules(model)
     for module in packed.values():
         module.keep_dense, module.exact = keep_dense, exact
     if packed and not exact:
         join_layers(model)
-    if prompts is None and adapted is None:
-        return model
-    from compress.adapters import attach_adapter, attach_prompts
+    result: Any = model
+    if prompts is not None or adapted is not None:
+        from compress.adapters import attach_adapter, attach_prompts
 
-    result: Any = attach_adapter(model, adapted) if adapted else model
-    if adapted and adapter is None:
-        _log.warning("%s: loaded with its %s/; adapter=False (--no-adapter) leaves it off.", folder, ADAPTER_FOLDER)
-    return result if prompts is None else attach_prompts(model, prompts)  # type: ignore[return-value]
+        result = attach_adapter(model, adapted) if adapted else model
+        result = attach_prompts(model, prompts) if prompts is not None else result
+        if adapted and adapter is None:
+            _log.warning("%s: loaded with its %s/; adapter=False (--no-adapter) leaves it off.", folder, ADAPTER_FOLDER)
+    return (result, loaded[1]) if isinstance(loaded, tuple) else result  # type: ignore[return-value]
 
 
-def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | None, **kwargs: Any) -> PreTrainedModel:
-    config = read_config(name, kwargs.get("revision"))
+def _load_model(
+    name: str, bits: Bits | float | str | None, memory: str | int | None, access: dict[str, Any], kwargs: dict[str, Any]
+) -> Any:
+    """Load a model, or with ``output_loading_info`` (model, information); ``kwargs`` are those that find no files."""
+    config = read_config(name, **access)
     stored = stored_config(getattr(config, "quantization_config", None))
     if stored is None:
         if bits is not None or memory is not None:
             raise CompressError(f"{name}: is not a compressed checkpoint, so it has no bits to choose from.")
-        return _from_pretrained(name, **kwargs)
+        return _from_pretrained(name, **access, **kwargs)
+    config, kwargs = _with_settings(name, config, access, kwargs)
     shapes, most = stored.shapes(), None
-    chosen = bits_for(name, bits, memory, kwargs.get("revision"))
+    chosen = bits_for(name, bits, memory, **access)
     if chosen is not None:
         if not shapes:
             raise CompressError(f"{name}: none of its matrices is packed, so it has no bits to choose from.")
@@ -107,13 +119,34 @@ def _load_model(name: str, bits: Bits | float | str | None, memory: str | int | 
             kwargs["variant"] = f"{most}bit"
     if Path(name).is_dir():
         check_tensors(Path(name), stored, most)
-    return _from_pretrained(name, config=config, **kwargs)
+    return _from_pretrained(name, config=config, **access, **kwargs)
 
 
-def read_config(name: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """Read the configuration of a folder or hub id, without running any code of its own."""
+def _with_settings(
+    name: str, config: PretrainedConfig, access: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return the configuration with what ``kwargs`` say of it, and the rest of them, as ``from_pretrained`` does.
+
+    What a configuration that is given says of packed modules counts only as it stands in a file: that of a loaded model is of
+    what it has in memory.
+    """
+    record, given = config.quantization_config, kwargs.pop("config", None)
+    if isinstance(given, PretrainedConfig):
+        config = copy.deepcopy(given)
+        if not isinstance(getattr(config, "quantization_config", None), dict):
+            config.quantization_config = record
+        return config, kwargs
+    untouched = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "trust_remote_code") if key in kwargs}
+    config, rest = AutoConfig.from_pretrained(str(given or name), return_unused_kwargs=True, **access, **kwargs)
+    config.quantization_config = record
+    return config, {**rest, **untouched}
+
+
+def read_config(name: str | Path, **access: Any) -> PretrainedConfig:
+    """Read the configuration of a folder or hub id, without running any code of its own; ``access`` finds the file."""
+    name, access = located(name, access)
     try:
-        return AutoConfig.from_pretrained(str(name), revision=revision)  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(name, **access)  # type: ignore[no-any-return]
     except CompressError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad config.json
@@ -122,16 +155,17 @@ def read_config(name: str | Path, revision: str | None = None) -> PretrainedConf
         ) from error
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint or dense model."""
+def load_tokenizer(folder: str | Path, **access: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint or dense model; ``access`` finds its files."""
+    place, access = located(folder, access)
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(place, **access)
     except Exception as error:  # tokenizer classes fail in many ways
         raise CompressError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from error
 
 
 def bits_for(
-    folder: str | Path, bits: Bits | float | str | None, memory: str | int | None = None, revision: str | None = None
+    folder: str | Path, bits: Bits | float | str | None, memory: str | int | None = None, **access: Any
 ) -> Bits | None:
     """Turn a mean or an amount of memory into bits by module; return other bits as they are. Arguments as of :func:`load`."""
     mean = as_number(bits)
@@ -140,22 +174,23 @@ def bits_for(
     if memory is not None and bits is not None:
         raise CompressError("bits and memory are two ways to choose bits by module; give one of them.")
     try:
-        manifest = cached_file(str(folder), MANIFEST, revision=revision)
+        manifest = cached_file(str(folder), MANIFEST, **access)
     except OSError as error:
         raise CompressError(
             f"{folder}: has no {MANIFEST} with measured errors, by which bits are chosen; give a whole number of bits, or patterns."
         ) from error
-    config = read_config(folder, revision)
+    config = read_config(folder, **access)
     stored = stored_config(config.quantization_config)
     assert manifest is not None  # cached_file raises where it finds nothing
     assert stored is not None
     return bits_for_budget(Path(manifest).parent, unstacked(stored.shapes()), architecture(config), mean, memory)
 
 
-def _from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
+def _from_pretrained(name: str, **kwargs: Any) -> Any:
     try:
-        config = kwargs.get("config") or read_config(name, kwargs.get("revision"))
-        return auto_class(config).from_pretrained(name, **{**kwargs, "config": config})  # type: ignore[no-any-return]
+        access = {key: value for key, value in kwargs.items() if key in ACCESS}
+        config = kwargs.get("config") or read_config(name, **access)
+        return auto_class(config).from_pretrained(name, **{**kwargs, "config": config})
     except SafetensorError as error:
         raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
     except OSError as error:

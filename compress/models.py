@@ -1,9 +1,12 @@
 """Build the class that a config stands for, empty: language models, and models of images and text with one inside."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -53,6 +56,21 @@ def auto_class(config: PretrainedConfig) -> Any:
     return next((auto for auto, names in found if names & named), found[0][0])
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Let no memory be asked for that a parameter of a mixture of experts would take before it moves to the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        sizes = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
+        if func in (torch.empty, torch.zeros, torch.ones) and "device" not in given and _is_large(sizes):
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+def _is_large(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) > 1 << 28
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build the real model class with parameters on the meta device and buffers in place.
 
@@ -61,7 +79,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     auto = auto_class(config)
     try:
-        with init_empty_weights(include_buffers=False):
+        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     except ImportError as error:
         raise CompressError(f"model type {config.model_type!r} cannot be built here: {first_line(error)}.") from error

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.hub import model_folder
 from compress.loading import read_config
 from compress.models import empty_model
-from compress.source import model_folder
 from compress.streaming import built, examine
 from compress.structure import block_of, is_linear, linears_of
 

@@ -37,7 +37,10 @@ class Needs:
             ``original`` blocks produce them or as the blocks ``updated`` by this pass do.
         variants: with ``original`` inputs, also carry them through these versions of the updated blocks; the pass
             leaves ``block.show`` behind, which puts a block into each.
+        variant_length: how many tokens of every sample, the first, go through the variants; all if None.
+        outputs: :meth:`Pass.run_block` also leaves what the block makes of the samples in ``block.outputs``.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
+        gradient_samples: how many of the samples, the first, are enough for it; all if None.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         pattern: leaves zeros in an n:m pattern behind. Zeros stay: a later pass that changes dense weights changes no zero.
@@ -54,7 +57,10 @@ class Needs:
 
     inputs: Literal["original", "updated"] | None = None
     variants: tuple[str, ...] = ()
+    variant_length: int | None = None
+    outputs: bool = False
     squared_gradients: bool = False
+    gradient_samples: int | None = None
     packs: bool = False
     packed: bool = False
     pattern: bool = False
@@ -95,6 +101,8 @@ class Block:
         packed: full name -> codes and codebooks on the CPU, filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
+        outputs: variant (``""`` for the inputs of :attr:`samples`) -> what the next block is given, [1, T, hidden] each; filled
+            by a pass that has announced it, and computed by the pipeline otherwise.
     """
 
     index: int
@@ -111,19 +119,29 @@ class Block:
     packed: dict[str, Codes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def for_each_input(
-        self, visit: Callable[[str, Tensor], None], modules: Mapping[str, nn.Module] | None = None
+        self,
+        visit: Callable[[str, Tensor], None],
+        modules: Mapping[str, nn.Module] | None = None,
+        keep_outputs: bool = False,
     ) -> None:
         """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears, in order.
 
-        ``modules`` are those to look at, by name; every linear by its full name if None.
+        ``modules`` are those to look at, by name; every linear by its full name if None. ``keep_outputs`` leaves what the
+        block makes of the samples in :attr:`outputs`.
         """
         watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
+        outputs: list[Tensor] = []
         with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
             for run in self.samples:
-                run(self.module)
+                output = run(self.module)
+                if keep_outputs:
+                    outputs.append(output)
+        if keep_outputs:
+            self.outputs[""] = outputs
 
 
 @dataclass(frozen=True)
@@ -284,7 +302,7 @@ class Pass(Generic[ConfigT]):
             own, under names other than those of :data:`compress.runner.NOTES`. Two names have a meaning for all:
 
             * ``errors``: matrix -> bits -> ``{"relative", "weighted"}`` and perhaps ``"output"``
-              (:func:`compress.quant.base.layer_errors`). ``inspect`` shows them, and a mix of bits is chosen by them.
+              (:func:`compress.quant.errors.layer_errors`). ``inspect`` shows them, and a mix of bits is chosen by them.
             * ``linears``: linear -> ``{"zeros": weights that are 0, "parameters": all}`` and whatever else there is to
               say of it. A linear with ``zeros`` above 0 is what makes a model pruned.
         """

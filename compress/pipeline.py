@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from compress.quant.records import PackedShape
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner, figures_of
 from compress.settings import Calibration, config_class
-from compress.source import Source, make_context, open_source, pick_device, processes
+from compress.source import Source, check_source, make_context, open_source, pick_device, processes
 from compress.streaming import State, foreseen
 from compress.workspace import Workspace
+
+_PROBE = "def compress(model):\n    return"
+"""What the model is asked before work, and by ``verify`` after it."""
 
 
 @usual_defaults()
@@ -64,7 +68,7 @@ def run(
     main = team.is_main_process
     try:
         with work.locked() if main else nullcontext():
-            source = open_source(settings.model, settings.revision)
+            source = open_source(settings.source)
             log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
             _compress(settings, source, work, target, log)
     except (OSError, SafetensorError) as error:
@@ -94,6 +98,8 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
                 f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
                 f"{context.vocabulary} tokens; the two do not belong together."
             )
+    probe = torch.tensor(source.tokenizer(_PROBE, add_special_tokens=False)["input_ids"] or [0, 1])
+    _check_once(source, probe[:8], work, log)
     state, history, sidecars = source.state, [], []
     for step, text in zip(passes, texts, strict=True):
         context = make_context(source, device, settings.seed, state)
@@ -118,16 +124,25 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         source.folder,
         target,
         manifest={
-            "recipe": settings.model_dump(mode="json", exclude={"output"}),
+            "recipe": settings.record(),
             "model_sha256": source.sha256,
             "calibration": calibration.source if calibration else None,
             "passes": history,
         },
-        probe_tokens=source.tokenizer("def compress(model):\n    return", add_special_tokens=False)["input_ids"],
+        probe_tokens=probe.tolist(),
         device=device,
         write_sidecars=write_sidecars,
     )
     log.progress("writing", 1, 1)
+
+
+def _check_once(source: Source, tokens: torch.Tensor, work: Workspace, log: Log) -> None:
+    """Check, once for a workspace, that what is read of the model is the model."""
+    stage = work.stage("source", source.state.key, *(version(package) for package in ("torch", "transformers")))
+    if log.main and stage.record("logits") is None:
+        log.progress("comparing with transformers", 0, 1)
+        check_source(source, tokens)
+        stage.save("logits", {})
 
 
 def text_of(step: Pass[Any], settings: Recipe) -> Calibration | None:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from compress.errors import CompressError
+from compress.hf import cache_name
 
 
 class _TextOnly(BaseStreamer):
@@ -132,8 +133,7 @@ class PromptedModel(PeftModelForCausalLM):
 
     @property
     def _cache_name(self) -> str:
-        """Return what this release of transformers calls the cache of keys and values."""
-        return "cache" if "cache" in inspect.signature(self.get_base_model().forward).parameters else "past_key_values"
+        return cache_name(self.get_base_model())
 
     def _behind_prompt(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         return self._placed(self.get_prompt(len(embedded)).to(embedded.dtype), embedded, mask)

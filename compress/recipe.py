@@ -6,10 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from compress.errors import CompressError, did_you_mean
-from compress.settings import Calibration, PassConfig, config_class, kinds
+from compress.settings import Calibration, ModelSource, PassConfig, config_class, kinds
+
+_NAME, _MAPPING = "model as a name", "model as a mapping"
+
+
+def _form(value: Any) -> str:
+    return _MAPPING if isinstance(value, Mapping | ModelSource) else _NAME
 
 
 class Recipe(BaseModel):
@@ -17,13 +33,35 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="Folder or hub id of a dense causal LM, or 'builtin' for the built-in one.")
+    model: Annotated[Annotated[str, Tag(_NAME)] | Annotated[ModelSource, Tag(_MAPPING)], Discriminator(_form)] = Field(
+        description="Folder or hub id of a dense causal LM, or 'builtin' for the built-in one; or a mapping with name, revision, "
+        "subfolder, token, … as of from_pretrained."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     calibration: Calibration | None = Field(None, description="Needed by passes that look at text.")
     passes: tuple[SerializeAsAny[PassConfig], ...] = Field(min_length=1, description="Applied in this order.")
     output: str | None = Field(None, description="Folder to write; the command line's -o takes precedence.")
     seed: int = Field(0, ge=0, description="For passes that draw random numbers.")
     device: str = Field("auto", description="'cpu', 'cuda', 'cuda:1', …; auto takes a GPU if there is one.")
+
+    @model_validator(mode="after")
+    def _one_revision(self) -> "Recipe":
+        if self.revision is not None and not isinstance(self.model, str) and self.model.revision is not None:
+            raise ValueError("give revision once, within model or beside it")
+        return self
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Return ``model`` as a mapping of what is given, ``revision`` with it, for :func:`compress.hub.model_folder`."""
+        given = {"name": self.model} if isinstance(self.model, str) else self.model.model_dump(exclude_defaults=True)
+        return {**given, **({} if self.revision is None else {"revision": self.revision})}
+
+    def record(self) -> dict[str, Any]:
+        """Return the recipe for the manifest: without its output, and never with an access token."""
+        data = self.model_dump(mode="json", exclude={"output"})
+        if not isinstance(self.model, str):
+            data["model"] = self.model.model_dump(mode="json", exclude={"token"}, exclude_defaults=True)
+        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +92,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """Say in one sentence what is wrong first."""
     # A misspelt key is also a missing one: say the first.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    location = ".".join(str(part) for part in first["loc"])
+    location = ".".join(str(part) for part in first["loc"] if part not in (_NAME, _MAPPING))
     place = f"{where}: {location}" if location else where
     if first["type"] == "extra_forbidden":
         *path, key = first["loc"]

@@ -49,12 +49,13 @@ class Log:
 
     @contextmanager
     def unit(self, kind: str, unit: str) -> Iterator[Record]:
-        """Time the work within a ``with``, then write its line, with what is put into the record."""
+        """Time the work within a ``with``, on the clock and on all processors, then write its line, with what is put into the record."""
         record: Record = {}
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         yield record
-        seconds = round(time.perf_counter() - started, 4)
-        line = {"time": time.time(), "pass": kind, "unit": unit, "seconds": seconds, **record}
+        spent = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - worked}
+        rounded = {name: round(value, 4) for name, value in spent.items()}
+        line = {"time": time.time(), "pass": kind, "unit": unit, **rounded, **record}
         if self.main:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
@@ -83,7 +84,9 @@ class Runner:
         device = context.device.type
         self.stage: Stage = work.stage(self.kind, state.key, settings, text, context.seed, device, __version__)
         self.outside = step.outside(context)
-        self.fisher = work.stage("fisher", state.key, text, self.outside, device, __version__)
+        count = self.needs.gradient_samples
+        self.gradient_samples = self.samples and self.samples.first(count)
+        self.fisher = work.stage("fisher", state.key, text, count, self.outside, device, __version__)
         self.processes = processes(context.device)
         self.statistics: list[list[Record]] = []
         self.blocks = [block_prefix(context.structure, i) for i in range(context.structure.depth)]
@@ -91,7 +94,7 @@ class Runner:
     @cached_property
     def model(self) -> StreamedModel:
         """Open the model when it is first needed: a pass that is finished needs none."""
-        return StreamedModel(self.state, self.context.device)
+        return StreamedModel(self.state, self.context.device, fast=True)
 
     def run(self) -> tuple[State, dict[str, Record]]:
         """Do what is not done yet; return the state after the pass, and the records of its units."""
@@ -113,9 +116,9 @@ class Runner:
 
     def _run_blocks(self) -> None:
         if self.needs.squared_gradients:
-            assert self.samples is not None
+            assert self.gradient_samples is not None
             with self.log.unit(self.kind, "squared gradients"):
-                squared_gradients(self.model, self.samples, self.fisher, self.outside, self._progress)
+                squared_gradients(self.model, self.gradient_samples, self.fisher, self.outside, self._progress)
         if self.needs.model_statistics and self.stage.record("model-survey") is None:
             assert self.samples is not None
             with self.log.unit(self.kind, "model survey"):
@@ -197,7 +200,7 @@ class Runner:
         with self.log.unit(self.kind, self.blocks[i]) as line, self.model.block(i) as module:
             block = self._open(i, module, inputs)
             unchanged = self.needs.inputs == "original"
-            outputs = self._outputs(module, block.samples) if unchanged else {}
+            outputs = self._outputs(module, block.samples) if unchanged and not self.needs.outputs else {}
             line |= self.step.run_block(block, self.context)
             tensors = self._collect(block)
             if block.removed:
@@ -206,7 +209,9 @@ class Runner:
                 inner = {name.removeprefix(f"{block.name}."): tensor.float() for name, tensor in tensors.items()}
                 module.load_state_dict(inner, strict=False)
                 outputs = self._outputs(module, block.samples)
-            for name, calls in ({} if block.removed else block.variants).items():
+            for name, found in block.outputs.items():
+                outputs |= {f"{name}-{n}" if name else f"{n}": output.cpu() for n, output in enumerate(found)}
+            for name, calls in ({} if block.removed or self.needs.outputs else block.variants).items():
                 assert block.show is not None
                 block.show(name)
                 outputs |= self._outputs(module, calls, f"{name}-")
@@ -228,20 +233,23 @@ class Runner:
         if i == 0 and self.stage.record(f"{inputs}-0") is None:
             self.stage.save(f"{inputs}-0", self.model.first_inputs(tokens))
         hidden = self.stage.load(f"{inputs}-{i}")
-        captures: dict[int, Call] = {}
+        model, captures = self.model, dict[tuple[int, int], Call]()
 
-        def call(n: int, key: str) -> Run:
+        def call(n: int, key: str, length: int | None) -> Run:
             def run(module: nn.Module) -> Tensor:
-                if n not in captures:
-                    captures[n] = self.model.capture(tokens[n])[1][i]
-                return self.model.run(module, hidden[key].to(self.model.device), captures[n])
+                state = hidden[key][:, :length].to(model.device)
+                place = n, state.shape[1]
+                if place not in captures:
+                    captures[place] = model.capture(tokens[n][:length])[1][i]
+                return model.run(module, state, captures[place])
 
             return run
 
-        def calls(prefix: str) -> list[Run]:
-            return [call(n, f"{prefix}{n}") for n in range(len(tokens))]
+        def calls(prefix: str, length: int | None = None) -> list[Run]:
+            return [call(n, f"{prefix}{n}", length) for n in range(len(tokens))]
 
-        return calls(""), {name: calls(f"{name}-" if i else "") for name in self.needs.variants}
+        length = self.needs.variant_length
+        return calls(""), {name: calls(f"{name}-" if i else "", length) for name in self.needs.variants}
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module, calls: Sequence[Run], prefix: str = "") -> dict[str, Tensor]:

@@ -33,12 +33,30 @@ class Calibration(BaseModel):
     samples: int = Field(100, ge=1, description="Number of samples.")
     length: int = Field(512, ge=2, description="Tokens per sample; a longer document is cut.")
     min_characters: int = Field(0, ge=0, description="Documents with fewer characters are passed over.")
+    special_tokens: bool = Field(
+        False,
+        description="Read special tokens that the text spells (<|endoftext|>, say) as such, and not as plain text.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Calibration:
         if sum(source is not None for source in (self.text, self.dataset, self.builtin)) != 1:
             raise ValueError("give exactly one of text, dataset and builtin")
         return self
+
+
+class ModelSource(BaseModel):
+    """Say where a model is and how its files are had, in the words of ``from_pretrained``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = Field(description="Folder or hub id, or 'builtin'.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    subfolder: str | None = Field(None, description="Folder within it that holds the model.")
+    cache_dir: str | None = Field(None, description="Where downloads are kept; the hub's own cache if absent.")
+    token: str | bool | None = Field(None, repr=False, description="Of a user of the hub; never written anywhere.")
+    local_files_only: bool = Field(False, description="Take what has been downloaded, ask nobody.")
+    force_download: bool = Field(False, description="Download again.")
 
 
 class PassConfig(BaseModel):

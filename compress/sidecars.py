@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from compress.errors import CompressError
+from compress.hub import fetched, located
 
 PROMPTS_FOLDER, ADAPTER_FOLDER = "soft_prompt", "adapter"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -73,13 +74,12 @@ def _read(folder: Path, what: str) -> tuple[dict[str, Any], dict[str, tuple[int,
         raise CompressError(f"{folder}: is not {what} that can be read ({error}).") from error
 
 
-def find_prompts(
-    folder: str | Path, prompt: bool | str | Path = True, revision: str | None = None
-) -> dict[int | None, Path]:
-    """Find the soft prompts to use with a checkpoint, a folder or hub id: its own, or those of another folder."""
-    place = Path(folder if prompt is True else prompt)  # type: ignore[arg-type]
-    if prompt is True and not place.is_dir():
-        place = _fetched(str(folder), PROMPTS_FOLDER, revision)
+def find_prompts(folder: str | Path, prompt: bool | str | Path = True, **access: Any) -> dict[int | None, Path]:
+    """Find the soft prompts to use with a checkpoint, a folder or hub id: its own, or those of another folder.
+
+    ``access`` is what ``from_pretrained`` takes to find a model's files (:data:`compress.hub.ACCESS`).
+    """
+    place = _place(folder, PROMPTS_FOLDER, access) if prompt is True else Path(prompt or folder)
     found = stored_prompts(place)
     if not found:
         names = f"{PEFT_CONFIG} in it, in {PROMPTS_FOLDER}/ or in {PROMPTS_FOLDER}/<b>bit/"
@@ -87,21 +87,20 @@ def find_prompts(
     return found
 
 
-def find_adapter(folder: str | Path, adapter: Choice = None, revision: str | None = None) -> Path | None:
+def find_adapter(folder: str | Path, adapter: Choice = None, **access: Any) -> Path | None:
     """Find the low-rank adapter to use with a checkpoint, a folder or hub id; return the adapter's own folder, if any.
 
-    A folder that is chosen may be a checkpoint or the adapter's own. An adapter that is asked for must be there.
+    A folder that is chosen may be a checkpoint or the adapter's own. An adapter that is asked for must be there. ``access`` is
+    as of :func:`find_prompts`.
     """
     if adapter is False:
         return None
-    place = Path(folder if adapter in (None, True) else adapter)  # type: ignore[arg-type]
-    if adapter in (None, True) and not place.is_dir():
-        try:
-            place = _fetched(str(folder), ADAPTER_FOLDER, revision)
-        except CompressError:
-            if adapter:
-                raise
-            return None  # what is wrong with the model's name shows where the model is loaded
+    try:
+        place = Path(adapter) if isinstance(adapter, str | Path) else _place(folder, ADAPTER_FOLDER, access)
+    except CompressError:
+        if adapter:
+            raise
+        return None  # what is wrong with the model's name shows where the model is loaded
     place = place if isinstance(adapter, str | Path) and (place / PEFT_CONFIG).exists() else place / ADAPTER_FOLDER
     if not (place / PEFT_CONFIG).exists():
         if adapter is None:
@@ -112,14 +111,10 @@ def find_adapter(folder: str | Path, adapter: Choice = None, revision: str | Non
     return place if adapter is not None or config.get("base_model_name_or_path") == ".." else None
 
 
-def _fetched(name: str, folder: str, revision: str | None) -> Path:
-    """Download one folder of a model on the hub; return the model's local folder."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=f"{folder}/*"))
-    except Exception as error:  # the hub's own types change between releases
-        raise CompressError(f"{name}: its {folder} cannot be fetched ({error}).") from error
+def _place(model: str | Path, sidecars: str, access: Mapping[str, Any]) -> Path:
+    """Return a model's folder; of one on the hub, its sidecars of a kind are downloaded."""
+    place, access = located(model, access)
+    return Path(place) if Path(place).is_dir() else fetched(place, (f"{sidecars}/*",), access)
 
 
 def inspect_sidecars(folder: Path) -> Mapping[str, Any]:

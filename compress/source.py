@@ -1,25 +1,34 @@
 """Open the model that work starts from, and tell passes what they may know of it before any weight is read."""
 
+import logging
 import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from compress.config import read_settings
 from compress.errors import CompressError, first_line
+from compress.hub import model_folder
 from compress.loading import load_tokenizer, read_config
 from compress.models import auto_class, text_config
 from compress.passes import Context
 from compress.quant.records import unstacked
+from compress.sidecars import PEFT_CONFIG
 from compress.streaming import State, StreamedModel, open_state
-from compress.structure import architecture
+from compress.structure import architecture, block_of
 from compress.weights import Checkpoint
 from compress.workspace import digest
+
+_TOLERANCE = 1e-3  # of the largest logit
 
 
 @dataclass(frozen=True)
@@ -32,37 +41,22 @@ class Source:
     sha256: dict[str, str]
 
 
-def open_source(model: str, revision: str | None = None) -> Source:
-    """Open a dense model: a folder, the built-in one, or a hub id."""
-    folder = model_folder(model, revision)
+def open_source(model: str | Mapping[str, Any]) -> Source:
+    """Open a dense model, as a recipe names it: a folder, the built-in one, or a hub id."""
+    folder = model_folder(model)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
+    if (folder / PEFT_CONFIG).exists():
+        raise CompressError(
+            f"{folder}: has a peft adapter beside its weights ({PEFT_CONFIG}), which transformers would put on the model; "
+            "merge it into the model, or move it to a folder of its own."
+        )
     auto_class(config)
     tokenizer = load_tokenizer(folder)
     files = Checkpoint(folder)
     sha256 = files.sha256()
     return Source(folder, open_state(files, config, digest(sha256)), tokenizer, sha256)
-
-
-def model_folder(model: str, revision: str | None = None) -> Path:
-    """Find, or download from the hub, the folder of a model."""
-    if model == "builtin":
-        return Path(str(files("compress.demo") / "model"))
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CompressError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name).")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # network, authorisation, absence: the hub's own types change between releases
-        raise CompressError(
-            f"model {model!r}: is no folder, and the hub did not deliver it ({first_line(error)})."
-        ) from error
 
 
 def checkpoint_state(folder: Path) -> State:
@@ -76,6 +70,50 @@ def checkpoint_state(folder: Path) -> State:
     packed = {running.get(name, name): shape for name, shape in matrices.items()}
     shapes = settings.block_shapes() if settings else {}
     return open_state(Checkpoint(folder), config, digest(str(folder)), packed, shapes)
+
+
+@torch.no_grad()
+def check_source(source: Source, tokens: Tensor) -> None:
+    """Refuse a model of which one block after the other computes other logits than the whole as transformers loads it.
+
+    ``tokens``, int64 [T], are a few. transformers leaves the blocks on disk and reads a module when it is called, so neither has
+    more than a block and what lies outside the blocks in memory.
+    """
+    model = StreamedModel(source.state, torch.device("cpu"))
+    streamed, blocks = model.run_all(tokens), model.structure.blocks
+    outside = [name.rpartition(".")[0] for name in model.model.state_dict() if block_of(name, model.structure) is None]
+    places = {**dict.fromkeys(outside, "cpu"), blocks: "disk"}
+    with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
+        try:
+            whole = auto_class(source.state.config).from_pretrained(
+                str(source.folder), dtype=torch.float32, device_map=places, offload_folder=scratch
+            )
+            wanted = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
+        except Exception as error:  # whatever a model's class may raise
+            raise CompressError(f"{source.folder}: transformers cannot run it ({first_line(error)}).") from error
+    if not streamed.isfinite().all() and not wanted.isfinite().all():
+        return  # the same to both; which weight it is, passes and writer tell
+    apart, largest = float((streamed - wanted).abs().max()), float(wanted.abs().max())
+    if not apart <= _TOLERANCE * largest:
+        raise CompressError(
+            f"{source.folder}: read block by block it computes other logits (by up to {apart:.3g}, the largest being "
+            f"{largest:.3g}) than transformers' from_pretrained of it, so another model would be compressed; load it with "
+            "transformers and save_pretrained it once."
+        )
+
+
+@contextmanager
+def _told_nothing(logger: str) -> Iterator[None]:
+    """Keep a library's logger from speaking, for the length of a ``with``, of what is meant."""
+
+    def silent(record: logging.LogRecord) -> bool:
+        return False
+
+    logging.getLogger(logger).addFilter(silent)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(silent)
 
 
 def pick_device(name: str) -> torch.device:

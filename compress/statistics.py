@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.structure import Architecture, block_of
 
+_STRIPES, _NARROWEST = 4, 64  # a symmetric sum is added up in stripes, at least so many columns wide
+
 
 @contextmanager
 def watch(modules: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -55,7 +57,8 @@ class Moments:
 
     Attributes:
         owner: linear -> the linear under whose name its input is kept.
-        sums: owner -> float32 [K] or [K, K], the sum over tokens.
+        sums: owner -> float32 [K], or [K, K] with the sums on and above its blocks' diagonal: :meth:`mean` and :meth:`take`
+            return whole matrices.
         tokens: owner -> how many tokens there were.
     """
 
@@ -71,8 +74,12 @@ class Moments:
         if owner != name:
             return
         x = x.float()
-        value = x.t() @ x if self._full else x.square().sum(0)
-        self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+        if name not in self.sums:
+            self.sums[name] = x.new_zeros([x.shape[1]] * (2 if self._full else 1))
+        if self._full:
+            add_products(self.sums[name], x)
+        else:
+            self.sums[name] += x.square().sum(0)
         self.tokens[name] = self.tokens.get(name, 0) + x.shape[0]
 
     def assume(self, name: str, weight: Tensor) -> None:
@@ -87,7 +94,27 @@ class Moments:
         owner = self.owner[name]
         mean = self.sums[owner] / self.tokens[owner]
         check_inputs(name, mean)
+        return mirrored(mean) if self._full else mean
+
+    def take(self, name: str) -> Tensor:
+        """Return what :meth:`mean` does, and let the sum go."""
+        mean = self.mean(name)
+        del self.sums[self.owner[name]]
         return mean
+
+
+def add_products(total: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` of inputs, float32 [T, K], to a matrix [K, K], but for what :func:`mirrored` fills in: half the work."""
+    columns = len(total)
+    step = max(_NARROWEST, -(-columns // _STRIPES))
+    for start in range(0, columns, step):
+        total[start : start + step, start:].addmm_(x[:, start : start + step].t(), x[:, start:])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Fill in the half of a symmetric matrix [K, K] below its diagonal."""
+    upper = total.triu(1)
+    return total.triu_().add_(upper.t())
 
 
 def check_inputs(name: str, statistic: Tensor) -> None:

@@ -7,7 +7,7 @@ over blocks that only take notes. No forward pass is written again here, so a ne
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,12 +28,15 @@ from compress.experts import (
 )
 from compress.following import follow
 from compress.hf import packed_modules, rebuild, replace_packed
-from compress.models import empty_model
+from compress.models import empty_model, text_config, untied
 from compress.names import NamedTensors
+from compress.precision import multiplies_bfloat16
 from compress.quant.records import PackedShape
 from compress.shapes import block_shape, fewer_blocks, head_dim, replace_shapes, settled, shape_block
 from compress.structure import Architecture, Linear, block_of, block_prefix, inspected, linears_of
 from compress.weights import Checkpoint, Joined, Renamed, TensorInfo, TensorSource
+
+_FAST_FROM = 512  # columns: below, bfloat16 gains nothing
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,19 @@ def open_state(
 ) -> State:
     """Open a folder as passes see it: nothing is read but headers."""
     structure, packed, shapes = examine(config), packed or {}, shapes or {}
-    tensors = open_tensors(files, built(config, packed, shapes), structure)
+    model = built(config, packed, shapes)
+    tensors = open_tensors(files, model, structure)
+    source: TensorSource = tensors
+    ends = [f"{name}.weight" for name in (structure.embedding, structure.head)]
+    if ends[1] in model.all_tied_weights_keys and structure.head not in packed and tensors.info().keys() >= set(ends):
+        embedding, head = (tensors.read([name])[name] for name in ends)
+        if torch.equal(embedding, head):
+            source = Renamed(tensors, {name: name for name in tensors.info() if name != ends[1]})
+        else:  # transformers reads a head whose config calls it tied where files have one of its own
+            config = untied(config)
     names = [name for name in tensors.unused if not _RECOMPUTED.search(name)]
     beside = Renamed(files, {name: name for name in names}) if names else None
-    return State(tensors, config, packed, key, shapes, structure, beside)
+    return State(source, config, packed, key, shapes, structure, beside)
 
 
 _RECOMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias)$")  # buffers that old releases stored
@@ -175,10 +187,16 @@ def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
 
 
 class StreamedModel:
-    """Hold a model, in float32, whose blocks are in memory one at a time; on ``meta`` nothing is read, only looked at."""
+    """Hold a model, in float32, whose blocks are in memory one at a time; on ``meta`` nothing is read, only looked at.
 
-    def __init__(self, state: State, device: torch.device) -> None:
+    With ``fast``, blocks multiply in bfloat16 where the device does that in hardware; weights, norms and the residual stream
+    stay float32.
+    """
+
+    def __init__(self, state: State, device: torch.device, fast: bool = False) -> None:
         self.state, self.device = state, device
+        wide = int(getattr(text_config(state.config), "hidden_size", 0)) >= _FAST_FROM
+        self._fast = fast and wide and multiplies_bfloat16(device)
         self.structure = state.structure
         self.model = built(state.config, state.packed, state.shapes)
         self.head = self.structure.head
@@ -309,11 +327,23 @@ class StreamedModel:
         """Return the first block's hidden states for every sample, by its place in the list."""
         return {str(place): self.capture(tokens)[0] for place, tokens in enumerate(samples)}
 
-    @staticmethod
-    def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """Run one block on one sample: [1, T, hidden] to the same."""
-        result: Tensor | Sequence[Tensor] = block(hidden, *call.args, **call.kwargs)
-        return result if isinstance(result, Tensor) else result[0]
+    def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+        """Run one block on one sample: [1, T, hidden] to the same, float32."""
+        with self._products():
+            result: Tensor | Sequence[Tensor] = block(hidden, *call.args, **call.kwargs)
+        return (result if isinstance(result, Tensor) else result[0]).float()
+
+    def _products(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._fast else nullcontext()
+
+    @torch.no_grad()
+    def run_all(self, tokens: Tensor) -> Tensor:
+        """Run the model on a sample, int64 [T], with one block in memory at a time: logits, float32 [T, vocabulary]."""
+        hidden, calls = self.capture(tokens)
+        for index, call in enumerate(calls):
+            with self.block(index) as block:
+                hidden = self.run(block, hidden, call)
+        return self.logits(tokens, hidden)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Compute what the model makes of the last block's output: [1, T, hidden] -> float32 [T, vocabulary]."""

@@ -88,6 +88,8 @@ def read_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Te
 def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
     """List the safetensors files of a model folder, and refuse a folder without, or with some missing."""
     index = folder / index_name
+    if index_name == INDEX and (folder / SINGLE).is_file():  # transformers takes it before an index, too
+        return [folder / SINGLE]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -100,8 +102,6 @@ def shard_files(folder: Path, index_name: str = INDEX) -> list[Path]:
         if missing:
             raise CompressError(f"{folder}: {index.name} names {missing[0]}, which is not there; fetch it again.")
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     if any(folder.glob("pytorch_model*.bin")):
         raise CompressError(
             f"{folder}: has pickled weights only (pytorch_model.bin), which can run code when opened; load it once "

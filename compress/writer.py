@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.config import METHOD, format_version, index_name
 from compress.errors import CompressError
 from compress.hf import bits_by_module, packed_modules
+from compress.hub import files_beside
 from compress.manifest import MANIFEST, noted
 from compress.quant.records import bits_range, first_bits
 from compress.streaming import State, StreamedModel, built, open_tensors, stored_state
@@ -27,19 +28,6 @@ from compress.workspace import save_atomic, write_atomic
 
 _LARGEST_SHARD = 4 << 30
 _SMALLEST_SHARD = 64 << 20
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def write_checkpoint(
@@ -72,9 +60,9 @@ def write_checkpoint(
         save_atomic(partial / file, state.source.read(names), {"format": "pt"})
     _write_indexes(partial, shards, info, state)
     _write_config(partial, state)
-    for pattern in _COPIED:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, partial / path.name)
+    for name, path in files_beside(source).items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, partial / name)
     write_sidecars(partial)
     files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
     at = {bits: sum(info[name].nbytes for name in names) for bits, names in _needed_at(info, state).items()}

@@ -28,9 +28,9 @@ from compress.errors import CompressError
 from compress.evals.evaluate import OpenText
 from compress.evals.perplexity import Window, score
 from compress.evals.store import dense_identity, identity
+from compress.hub import model_folder
 from compress.loading import load
 from compress.manifest import read_manifest
-from compress.source import model_folder
 
 _HELD = 1 << 28  # bytes of the dense model's log-probabilities held while all numbers of bits are compared with them
 
@@ -101,8 +101,10 @@ def dense_model_of(folder: str, reference: str | None = None) -> str:
     manifest = read_manifest(Path(folder))
     if manifest is None:
         raise CompressError(f"{folder}: has no manifest that names its dense model; give --reference.")
+    recipe = manifest["recipe"]
+    revision = {"revision": recipe["revision"]} if recipe.get("revision") else {}
     try:
-        found = str(model_folder(manifest["recipe"]["model"], manifest["recipe"].get("revision")))
+        found = str(model_folder(recipe["model"], **revision))
     except CompressError as error:
         raise CompressError(f"the dense model of {folder} is not there ({error}) Give --reference.") from error
     if identity(found) != dense_identity(manifest):

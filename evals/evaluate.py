@@ -19,12 +19,14 @@ from compress.errors import CompressError, did_you_mean
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
+from compress.hub import located
 from compress.loading import bits_for, load_tokenizer
 from compress.manifest import read_manifest
 from compress.passes import Progress
 from compress.quant.records import bits_range
 from compress.sidecars import Choice
 from compress.texts import HELDOUT, fingerprint, read_modules
+from compress.tokens import count_special, set_generation
 from compress.weights import sha256_of
 
 BUILTIN = "builtin"
@@ -44,6 +46,7 @@ class Protocol:
         join: put between the documents, which become one text.
         characters: of the joined text, from the first; all if None.
         disjoint: windows side by side, each scored on its own but for its first token; the rest of the text is left out.
+        special_tokens: read special tokens that the text spells as such, and not as text.
     """
 
     separator: str | None = None
@@ -55,11 +58,14 @@ class Protocol:
     join: str | None = None
     characters: int | None = None
     disjoint: bool = False
+    special_tokens: bool = False
 
     def cut(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Text:
         """Cut documents into windows; ``length`` is given."""
         assert self.length is not None
-        return prepare(documents, tokenizer, self.length, self.stride, self.truncate, self.disjoint)
+        return prepare(
+            documents, tokenizer, self.length, self.stride, self.truncate, self.disjoint, self.special_tokens
+        )
 
 
 _JOINED = Protocol(join="\n\n", length=2048, disjoint=True)  # windows side by side in the documents as one text
@@ -136,12 +142,14 @@ class OpenModel:
         store: Results | None = None,
         progress: Progress | None = None,
     ) -> None:
+        folder, _ = located(folder, {})
         self.folder, self.prompt, self.progress = folder, prompt, progress
         self.store, self.dtype = store or Results(None), str(dtype).removeprefix("torch.")
         self.model, self.all_bits = load_bits(
             folder, bits, dtype=dtype, device_map=device, prompt=prompt, adapter=adapter
         )
         self.tokenizer: Any = load_tokenizer(folder)
+        set_generation(self.model, self.tokenizer)
         self._name, self.digests = prompt_key(folder, prompt, {}, adapter)
 
     def key(self, kind: str, name: str, settings: Mapping[str, Any]) -> Key:
@@ -190,7 +198,8 @@ class OpenText(OpenModel):
                 raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")
         super().__init__(folder, bits, **options)
         self.protocol = replace(protocol, length=window_length(self.model, protocol.length))
-        self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype}
+        read = {"bos": self.tokenizer.bos_token, "special_tokens": count_special(self.tokenizer, self.documents)}
+        self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype, **read}
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the text at all numbers of bits, as :func:`evaluate_text` returns it."""
@@ -206,8 +215,18 @@ class OpenText(OpenModel):
         place = str(self.folder if self.prompt is True else self.prompt)
         return {
             "model": self.folder,
-            "text": {"source": self.source, "sha256": self.settings["sha256"], "documents": len(self.documents)},
-            "protocol": {"separator": protocol.separator, "min_characters": protocol.min_characters, **cut},
+            "text": {
+                "source": self.source,
+                "documents": len(self.documents),
+                **{key: self.settings[key] for key in ("sha256", "special_tokens")},
+            },
+            "protocol": {
+                "separator": protocol.separator,
+                "min_characters": protocol.min_characters,
+                **cut,
+                "bos": self.settings["bos"],
+                "special_tokens_read_as": "special tokens" if protocol.special_tokens else "text",
+            },
             **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
             **({"adapter": self.digests["adapter"]} if "adapter" in self.digests else {}),
             "bits": {label: row["metrics"] for label, row in rows.items()},
@@ -232,7 +251,7 @@ def evaluate_text(
         **options: ``dtype``, ``device``, ``prompt``, ``adapter``, ``store`` and ``progress`` of :class:`OpenModel`.
 
     Returns:
-        ``{"model", "text": {"source", "sha256", "documents"}, "protocol", "bits": {"4": {"loss", "perplexity",
+        ``{"model", "text": {"source", "sha256", "documents", "special_tokens"}, "protocol", "bits": {"4": {"loss", "perplexity",
         "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` and ``"adapter"`` (its digest) where one is used; a mean
         number's key is ``"3.5"``; a dense model's only key is ``"dense"``.
 

@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 import compress
 from compress.errors import CompressError
 from compress.evals import cloze, speed
@@ -25,6 +28,7 @@ from compress.loading import load_tokenizer
 from compress.manifest import read_manifest
 from compress.passes import Progress
 from compress.sidecars import Choice, stored_prompts
+from compress.tokens import prompt_tokens, token_ids
 from compress.weights import Checkpoint, TensorInfo
 
 
@@ -162,7 +166,7 @@ def _beginning(folder: Path, source: str, protocol: Protocol) -> str:
     """Return the first 24 tokens of the first document as text, up to the end of a word."""
     tokenizer = load_tokenizer(folder)
     document = documents_of(source, protocol)[0][0]
-    text = str(tokenizer.decode(tokenizer(document[:2000], add_special_tokens=False)["input_ids"][:24]))
+    text = str(tokenizer.decode(token_ids(tokenizer, document[:2000])[:24]))
     return text.rpartition(" ")[0] or text
 
 
@@ -170,14 +174,14 @@ def _continue(at: OpenModel, prompts: Sequence[str]) -> None:
     """Continue prompts greedily at every number of bits of a model."""
     network: Any = at.model  # generate is not typed
     for prompt in prompts:
-        inputs = at.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(at.model.device)
+        tokens = torch.tensor([prompt_tokens(at.tokenizer, prompt)], device=at.model.device)
 
-        def work(label: str, inputs: Any = inputs) -> dict[str, Any]:
+        def work(label: str, tokens: Tensor = tokens) -> dict[str, Any]:
             if watch := at.watch(f"continuing at {label}"):
                 watch(0, 1)
-            end = at.tokenizer.eos_token_id
-            made = network.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=end)
-            tail = at.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            mask = torch.ones_like(tokens)
+            made = network.generate(tokens, attention_mask=mask, max_new_tokens=48, do_sample=False)
+            tail = at.tokenizer.decode(made[0, tokens.shape[1] :], skip_special_tokens=True)
             return {"metrics": {}, "text": str(tail)}
 
         at.measure(at.key("sample", prompt, {"tokens": 48}), work)

@@ -8,9 +8,9 @@ from typing import Any
 
 import compress
 from compress.evals.evaluate import Protocol, evaluate_text
+from compress.hub import model_folder
 from compress.inspect import inspect
 from compress.passes import Progress
-from compress.source import model_folder
 
 Figures = dict[str, dict[str, Any]]  # number of bits, or ``dense`` -> metrics
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.adapters import text_length, virtual_tokens
-from compress.calibration import bos_tokens, token_ids
 from compress.defaults import usual_defaults
 from compress.errors import CompressError
+from compress.tokens import bos_tokens, front_tokens, reading, token_ids
 
 
 @dataclass(frozen=True)
@@ -61,35 +61,42 @@ def prepare(
     stride: int | None = None,
     truncate: bool = False,
     disjoint: bool = False,
+    special_tokens: bool = False,
+    begin: Sequence[int] = (),
 ) -> Text:
     """Cut documents into windows.
 
-    BOS is put in front of every document; where there is none, the first token is not predicted. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
+    BOS is put in front of every document, or ``begin`` where the tokenizer has none; where there is neither, the first token is
+    not predicted. What else the tokenizer
+    itself begins texts with, as a baked prompt's does, stands in front of every window and is never predicted. Special tokens
+    that a text spells are read as text unless ``special_tokens``. A document longer than ``length`` continues in windows that advance by ``stride`` tokens, each
     scoring only what no earlier one has, so every token is scored once with at least ``length - stride`` before it;
     ``truncate`` stops after a document's first window. ``disjoint`` is the papers' way: windows side by side, each without
     the others' tokens, its first token not predicted; what is left over is not scored.
     """
+    front = front_tokens(tokenizer)
+    length -= len(front)
     step = max(1, length // 2) if stride is None else stride
     if length < 2 or not 1 <= step < length:
         raise CompressError(
             f"windows of {length} tokens with stride {step}: the length must be at least 2, and 1 <= stride < length."
         )
-    start = bos_tokens(tokenizer)
+    start = bos_tokens(tokenizer) or list(begin)
     windows: list[Window] = []
     size = 0
     for text in documents:
-        ids = token_ids(tokenizer, text)
+        ids = token_ids(tokenizer, text, special_tokens)
         tokens = [*start, *ids][: length if truncate else None]
         if len(tokens) < 2:
             continue
         if disjoint:
             ends = range(length, len(tokens) + 1, length)
-            windows += [Window(tokens[end - length : end], length - 1) for end in ends]
-            size += _bytes_of(text, ids, tokenizer, [(end - length + 1 - len(start), end - len(start)) for end in ends])
-            continue
-        windows += _cut(tokens, length, step)
-        first = 1 - len(start)  # without BOS the first token is context only
-        size += _bytes_of(text, ids, tokenizer, [(first, len(tokens) - len(start))])
+            windows += [Window(front + tokens[end - length : end], length - 1) for end in ends]
+            scored = [(end - length + 1 - len(start), end - len(start)) for end in ends]
+        else:
+            windows += [Window(front + window.tokens, window.scored) for window in _cut(tokens, length, step)]
+            scored = [(1 - len(start), len(tokens) - len(start))]  # without BOS the first token is context only
+        size += _bytes_of(text, ids, tokenizer, scored, special_tokens)
     if not windows:
         what = f"a window of {length} tokens" if disjoint else "a token to predict"
         raise CompressError(f"the text has no document with {what}.")
@@ -105,13 +112,19 @@ def _cut(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
         yield Window(tokens[max(0, end - length) : end], scored)
 
 
-def _bytes_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, scored: Sequence[tuple[int, int]]) -> int:
+def _bytes_of(
+    text: str,
+    ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    scored: Sequence[tuple[int, int]],
+    special_tokens: bool,
+) -> int:
     """Count the UTF-8 bytes of a document's tokens from ``first`` to ``last``, summed over stretches."""
     if list(scored) == [(0, len(ids))]:
         return len(text.encode())
     if not tokenizer.is_fast:
         return sum(len(str(tokenizer.decode(ids[first:last])).encode()) for first, last in scored)
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    spans = tokenizer(text, return_offsets_mapping=True, **reading(special_tokens))["offset_mapping"]
     size = 0
     for first, last in scored:
         start = spans[first - 1][1] if first else 0  # some tokenizers leave a token's leading space out of its span
@@ -131,7 +144,7 @@ def score(
     while done < len(ordered):
         count = max(1, batch_tokens // len(ordered[done].tokens))
         batch = ordered[done : done + count]
-        total += float(_losses(model, batch).sum(dtype=torch.float64))
+        total += float(window_losses(model, batch).sum(dtype=torch.float64))
         tokens += sum(window.scored for window in batch)
         done += len(batch)
         if progress is not None:
@@ -144,7 +157,7 @@ def score(
     return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes, virtual)
 
 
-def _losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
+def window_losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
     """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
     longest = max(len(window.tokens) for window in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import compress
 from compress.errors import CompressError, did_you_mean
+from compress.hub import model_folder
 from compress.passes import Progress
-from compress.source import model_folder
 
 
 def llama(hidden: int, blocks: int, **others: int) -> LlamaConfig:

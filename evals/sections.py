@@ -14,6 +14,7 @@ from compress.evals.gather import Facts
 from compress.evals.page import Page, Picture, Section
 from compress.evals.plots import Line, Point
 from compress.evals.tables import Matrix, Table
+from compress.hub import name_of
 
 
 def report_page(facts: Facts) -> Page:
@@ -30,7 +31,9 @@ def report_page(facts: Facts) -> Page:
         _made(facts),
     ]
     recipe = facts.manifest["recipe"]
-    title = " → ".join([Path(recipe["model"]).name, *(step["kind"].replace("_", " ") for step in recipe["passes"])])
+    title = " → ".join(
+        [Path(name_of(recipe["model"])).name, *(step["kind"].replace("_", " ") for step in recipe["passes"])]
+    )
     return Page("Compression report", title, sections, [*_leads(facts)], [*facts.notes, *plots.why_not()])
 
 
@@ -147,6 +150,10 @@ def protocol_words(text: Mapping[str, Any]) -> str:
     else:
         how += " that overlap by half"
     documents = f"; the first {protocol['limit']} documents" if protocol.get("limit") else ""
+    if spelled := settings.get("special_tokens"):
+        read = "such" if protocol.get("special_tokens") else "plain text"
+        documents += f"; {spelled:,} special tokens that it spells are read as {read}"
+    documents += f"; {settings['bos']} in front of each document" if settings.get("bos") else ""
     return (
         f"{_name_of(text)}: {metrics['tokens']:,} predicted tokens, {metrics['bytes']:,} bytes; {how}{documents}; "
         f"{settings.get('dtype', '')}. Every token is scored once; virtual tokens are never scored. "
@@ -291,7 +298,7 @@ def _made(facts: Facts) -> Section:
     manifest = facts.manifest
     calibration = (manifest.get("calibration") or {}).items()
     known = {
-        "Dense model": f"{manifest['recipe']['model']} (weights' SHA-256 in the manifest)",
+        "Dense model": f"{name_of(manifest['recipe']['model'])} (weights' SHA-256 in the manifest)",
         "Calibration text": ", ".join(f"{key} {value}" for key, value in calibration if not isinstance(value, dict)),
         "Versions": ", ".join(f"{name} {value}" for name, value in manifest["versions"].items()),
         "Format": f"{manifest['format_version']}, compress {manifest['compress_version']}",

@@ -27,6 +27,8 @@ from compress.evals.evaluate import load_bits
 from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
+from compress.hf import cache_name
+from compress.hub import located
 from compress.inspect import inspect
 from compress.passes import Progress
 from compress.sidecars import Choice
@@ -117,6 +119,7 @@ def bench(
     Raises:
         CompressError: no such model, number of bits or device, or a prompt beyond the context.
     """
+    folder, _ = located(folder, {})
     load, progress = load or Load(), progress or (lambda what, done, total: None)
     model, all_bits = _open(folder, bits, load, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     dense, note = _dense(folder, reference, bool(all_bits))
@@ -223,12 +226,12 @@ def _switch(model: PreTrainedModel, bits: Any, token: Tensor) -> float:
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[float, float]:
     """Return the seconds until the first token is known, and those for each of ``tokens`` later ones (greedy)."""
-    begun = _now(prompt.device)
+    name, begun = cache_name(model), _now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
     middle = _now(prompt.device)
     for _ in range(tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{name: output[name]})
         token = output.logits[:, -1:].argmax(-1)
     return middle - begun, (_now(prompt.device) - middle) / tokens
 

@@ -12,6 +12,7 @@ from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluat
 from compress.evals.evaluate import OpenText, Protocol
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Rows, Tasks, evaluate_tasks
+from compress.hub import located
 from compress.passes import Progress
 from compress.sidecars import Choice
 
@@ -58,6 +59,7 @@ def evaluate_all(
     Raises:
         CompressError: anything a user can put right.
     """
+    folder, _ = located(folder, {})
     if suite.prompt and (suite.agreement or suite.robustness):
         raise CompressError("agreement and robustness are measured without a soft prompt; ask for them on their own.")
     if not isinstance(store, Results):

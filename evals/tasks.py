@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Rows = dict[str, dict[str, dict[str, Any]]]  # number of bits -> task -> row of the store
-_LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "eot_token_id")  # of lm-eval's result
 
 
 @dataclass(frozen=True)
@@ -114,23 +113,13 @@ def _measure(
     name: str, tasks: Tasks, manager: TaskManager, at: OpenModel, batch: int | None, label: str
 ) -> dict[str, Any]:
     """Run one task with the model as it is."""
-    from lm_eval import simple_evaluate
-
-    from compress.evals.harness import Harness
+    from compress.evals.harness import Harness, run_task
 
     watch = at.watch(f"{name} at {label}")
     with redirect_stderr(io.StringIO()) if watch else nullcontext():
         harness = Harness(at.model, at.tokenizer, batch, watch)
         try:
-            found: Any = simple_evaluate(
-                model=harness,
-                tasks=[_definition(name)],
-                task_manager=manager,
-                num_fewshot=tasks.fewshot,
-                limit=tasks.limit,
-                bootstrap_iters=1000,
-                log_samples=True,
-            )
+            found = run_task(harness, _definition(name), manager, tasks.fewshot, tasks.limit)
         except (OSError, ValueError) as error:
             raise CompressError(
                 f"task {name}: cannot be run ({type(error).__name__}: {first_line(error)}); its data must be in the datasets "
@@ -145,7 +134,7 @@ def _measure(
     answers = multiple_choice(samples) or {}
     if answers:
         metrics["ece"] = answers.pop("ece")
-    kept = {key: part for key, part in found.items() if key not in _LEFT_OUT and not key.startswith("tokenizer_")}
+    kept = {key: part for key, part in found.items() if key != "samples"}
     row = {"metrics": metrics, "n": len(samples), "truncated": harness.truncated, **answers}
     return {**row, "lm_eval": json.loads(json.dumps(kept, default=str))}
 

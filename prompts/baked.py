@@ -1,6 +1,7 @@
 """Write a prompt as words of the vocabulary, for servers that know no prompt adapters: ``compress bake-prompt``.
 
-Every virtual token becomes a special token with an embedding of its own, and the tokenizer puts all of them in front of every text.
+Every virtual token becomes a special token with an embedding of its own, and the tokenizer puts all of them in front of every text;
+so do its chat templates, which bring their special tokens themselves.
 The logits of the old vocabulary are those of the model behind its prompt. A tied head is untied for it: the new
 tokens' logits are 0, and ``generation_config.json`` names them among those never to be generated.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
 
         def write_sidecars(target: Path) -> None:
             tokenizer.save_pretrained(target)
+            _check_tokenizer(target, added)
             _never_generate(target, list(range(vocabulary, vocabulary + len(added))))
             if adapter := find_adapter(folder):
                 shutil.copytree(adapter, target / ADAPTER_FOLDER)
@@ -138,7 +141,27 @@ def _tokenizer(folder: Path, count: int, vocabulary: int) -> tuple[PreTrainedTok
         single=[*added, "$A"], pair=[*added, "$A", "$B"], special_tokens=list(zip(added, ids, strict=True))
     )
     engine.post_processor = processors.Sequence([engine.post_processor, front] if engine.post_processor else [front])
+    templates, said = tokenizer.chat_template, "".join(added)
+    if isinstance(templates, str):
+        tokenizer.chat_template = said + templates
+    elif templates:
+        tokenizer.chat_template = {name: said + template for name, template in templates.items()}
     return tokenizer, added
+
+
+def _check_tokenizer(folder: Path, added: list[str]) -> None:
+    """Refuse a tokenizer that, read again, forgets what it puts in front: some classes make their own rules anew."""
+    tokenizer: Any = load_tokenizer(folder)
+    wanted = tokenizer.convert_tokens_to_ids(added)
+    said = [{"role": "user", "content": "a"}]
+    found = [tokenizer("a")["input_ids"]]
+    with suppress(Exception):  # a template may refuse such a conversation
+        found += [tokenizer.apply_chat_template(said, return_dict=True)["input_ids"]] if tokenizer.chat_template else []
+    if any(ids[: len(wanted)] != wanted for ids in found):
+        raise CompressError(
+            f"{type(tokenizer).__name__}: tokenizers of this class do not keep tokens that are put in front of a text, so the prompt "
+            "cannot be baked; serve it as an adapter."
+        )
 
 
 def _never_generate(folder: Path, ids: list[int]) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.calibration import token_ids
 from compress.distillation import cache_teacher, distillation_loss
 from compress.errors import CompressError
-from compress.hf import packed_modules
+from compress.hf import cache_name, packed_modules
 from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.settings import SoftPromptConfig
@@ -21,6 +20,7 @@ from compress.quant.records import PackedShape
 from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
 from compress.source import processes
+from compress.tokens import token_ids
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record
 
@@ -144,14 +144,14 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         if self.config.method == "prompt":
             embedded: Tensor = whole.model.get_input_embeddings()(ids)
             return embedded.float()
-        cache = whole.model(input_ids=ids[None], use_cache=True).past_key_values
+        cache = whole.model(input_ids=ids[None], use_cache=True)[cache_name(whole.model)]
         parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]  # [1, heads, tokens, size] each
         return torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1).float()
 
     @staticmethod
     def _given_tokens(text: str, context: Context) -> Tensor:
         assert context.tokenizer is not None
-        tokens = token_ids(context.tokenizer, text)
+        tokens = token_ids(context.tokenizer, text, special_tokens=True)  # written for this model
         if not tokens:
             raise CompressError("soft_prompt: start_text has no tokens; give some words.")
         return torch.tensor(tokens)

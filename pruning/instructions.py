@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from compress.calibration import bos_tokens, token_ids
 from compress.errors import CompressError
 from compress.settings import Calibration
+from compress.tokens import bos_tokens, token_ids
 from compress.training import Batch, Loss, predictions
 
 ALPACA = (

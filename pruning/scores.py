@@ -111,8 +111,8 @@ def measure(block: Block, names: Iterable[str], score: Score, damping: float) ->
     for name in weights:
         owner = inputs.owner[name]
         if owner not in shared:
-            hessian = inputs.sums.pop(owner).mul_(2 / inputs.tokens[owner])  # SparseGPT's: of the sum of squared errors
-            shared[owner] = factorise(hessian, damping, name)
+            # SparseGPT's Hessian is that of the sum of squared errors.
+            shared[owner] = factorise(inputs.take(name).mul_(2), damping, name)
     factors = {name: shared[inputs.owner[name]] for name in weights}
     return Measured({name: removal(w, factors[name].diagonal) for name, w in weights.items()}, factors)
 

@@ -9,11 +9,17 @@ import torch
 
 from compress.passes import Block, Context, Needs, Sizes
 from compress.quant.base import Array, QuantisePass
-from compress.quant.block_sweep import fit_block, fitting_bytes
+from compress.quant.block_sweep import CORRECTING, fit_block, fitting_bytes
 from compress.quant.format import Codes
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import CARRIED
 from compress.quant.settings import AnyPrecisionConfig
+from compress.statistics import hessian_bytes
+from compress.structure import block_of
+
+# Samples whose gradients tell, for the output objective, how much each row's output counts: a mean over a row needs fewer
+# than a figure for each weight does.
+_GRADIENTS = 16
 
 
 class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
@@ -34,13 +40,26 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         seed, parent = self.seed_and_parent
         corrected = range(seed, min(parent, CARRIED) + 1) if self.config.correction else ()
         variants = tuple(str(bits) for bits in corrected)
-        return replace(needs, inputs="original", variants=variants)
+        few = None if self.config.include else _GRADIENTS
+        return replace(
+            needs,
+            inputs="original",
+            variants=variants,
+            variant_length=CORRECTING,
+            outputs=True,
+            gradient_samples=few,
+        )
 
     def memory(self, sizes: Sizes, context: Context) -> int:
-        """Estimate what the output objective takes: the original block beside its own, and one linear's statistics."""
+        """Estimate what the output objective takes: the Hessians of a block, what is kept of the samples, one linear's work."""
         if self.config.objective == "weight":
             return 0
-        return sizes.block + fitting_bytes(context.linears.values(), len(self.needs().variants), sizes.length)
+        needs, blocks = self.needs(), dict[int | None, list[tuple[int, int]]]()
+        for name, shape in context.linears.items():
+            blocks.setdefault(block_of(name, context.structure), []).append(shape)
+        tokens = sizes.samples * min(sizes.length, needs.variant_length or sizes.length)
+        fitting = fitting_bytes(max(blocks.values(), key=len), len(needs.variants), tokens, sizes.length)
+        return hessian_bytes(context.structure, context.linears) + fitting
 
     def fit_block(self, block: Block, names: Sequence[str]) -> Mapping[str, Codes]:
         """Find codes that minimise output errors; embedding and head, outside of blocks, have the weight objective."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.passes import Block, Context, Needs, Pass
+from compress.quant.errors import matrix_errors
 from compress.quant.format import Codes
 from compress.quant.records import PackedShape
 from compress.quant.settings import QuantiseConfig
@@ -30,8 +31,9 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
     def needs(self) -> Needs:
         """Ask for gradients or inputs, whichever the sensitivity is made of."""
         kind = self.sensitivity
+        looks = kind == "activation"
         return Needs(
-            inputs="original" if kind == "activation" else None, squared_gradients=kind == "fisher", packs=True
+            inputs="original" if looks else None, outputs=looks, squared_gradients=kind == "fisher", packs=True
         )
 
     @property
@@ -97,10 +99,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
                 importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
                 found = self.quantise(weight.numpy(), importance)
             block.packed[name] = stored = found.as_stored()
-            errors[name] = {
-                str(bits): layer_errors(weight, stored.dense(bits), sensitivity, stored.hessian)
-                for bits in stored.codebooks
-            }
+            errors[name] = matrix_errors(weight, stored, sensitivity, context.device)
         return {"errors": errors}
 
     def _sensitivities(self, block: Block) -> dict[str, Tensor]:
@@ -109,7 +108,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         if self.sensitivity == "none":
             return {}
         moments = Moments()
-        block.for_each_input(moments.add)
+        block.for_each_input(moments.add, keep_outputs=self.needs().outputs)
         rows = {name: linear.shape[0] for name, linear in block.linears.items()}
         return {name: moments.mean(name).cpu().expand(rows[name], -1) for name in moments.owner}
 
@@ -119,26 +118,3 @@ def _checked(name: str, weight: Tensor) -> Tensor:
     weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
     check_weight(name, weight)
     return weight
-
-
-def layer_errors(
-    weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, hessian: Tensor | None
-) -> dict[str, float]:
-    """Measure the errors of a quantised matrix, float32 [N, K] like the weight, with ``e`` the difference of two rows.
-
-    ``relative`` is the sum of ``e e^T`` over that of ``w w^T``; ``weighted`` the sum of ``s e^2``, with the sensitivity
-    ``s``, float32 [N, K] (None for 1). With the Hessian, float32 [K, K], there is ``output``, the sum of ``e H e^T`` over
-    that of ``w H w^T``, and ``weighted`` is the sum of ``e H e^T`` times each row's mean cost of an error in its output,
-    ``sum(s) / trace(H)``.
-    """
-    error = (quantised - weight).double()
-    power = float(weight.double().square().sum()) or 1.0
-    result = {"relative": float(error.square().sum()) / power}
-    if hessian is None:
-        cost = error.square() if sensitivity is None else error.square() * sensitivity
-        return result | {"weighted": float(cost.sum())}
-    exact = hessian.double()
-    rows = ((error @ exact) * error).sum(1)
-    power = float(((weight.double() @ exact) * weight).sum()) or 1.0
-    scale = 1.0 if sensitivity is None else sensitivity.double().sum(1) / exact.trace().clamp_min(1e-30)
-    return result | {"output": float(rows.sum()) / power, "weighted": float((rows * scale).sum())}

@@ -6,59 +6,65 @@ the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that
 ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv 2504.02692). A share of it is aimed at.
 Above 5 bits the two runs are taken for the same: measured, the correction's own error is larger there than what it corrects.
 All numbers of bits share one Hessian, the mean of ``x x^T``: measured, one of ``x'`` for each is not better.
+
+All samples go through the original block once, which gives all its Hessians; only the first :data:`CORRECTING` tokens of each
+go through the changed ones, since a correction needs fewer tokens than a Hessian, and different texts more than long ones.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from compress.passes import Block, Run
+from compress.passes import Block
+from compress.precision import multiplies_bfloat16
 from compress.quant.format import Codes
 from compress.quant.mixture import fit_experts
 from compress.quant.nested import nested_output_codebooks
+from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
-from compress.statistics import SharedInputs, check_inputs, watch
+from compress.statistics import Moments, add_products, mirrored
 
+CORRECTING = 256  # tokens of every sample that corrections are measured on
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
+_FAST_FROM = 512  # columns: below, products in bfloat16 gain nothing
 
 
-class _Enough(Exception):
-    """Raised once the inputs asked for are there: the rest of the block need not run."""
+class Originals:
+    """Hold what one pass of all samples through the original block shows of some of its linears, by full name.
+
+    Attributes:
+        moments: the Hessian of every distinct input.
+        groups: linears that are called with the same tensor, in the order of their calls.
+    """
+
+    def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
+        correcting = CORRECTING if block.variants else 0
+        self.moments, self.groups = Moments(full=True), dict[str, list[str]]()
+        self._inputs: dict[str, list[Tensor]] = {}
+
+        def visit(name: str, x: Tensor) -> None:
+            self.moments.add(name, x)
+            owner = self.moments.owner[name]
+            group = self.groups.setdefault(owner, [])
+            if name not in group:
+                group.append(name)
+            if owner == name and correcting:
+                self._inputs.setdefault(owner, []).append(x[:correcting].to(_product_dtype(x), copy=True))
+
+        block.for_each_input(visit, modules, keep_outputs=True)
+
+    def take_inputs(self, owner: str) -> list[Tensor]:
+        """Return the inputs of a group on the first tokens of every sample, [T, K] each, and let them go."""
+        return self._inputs.pop(owner, [])
 
 
-def groups(block: Block) -> list[list[str]]:
-    """Group the linears that are called with the same tensor, in the order of their calls."""
-    shared, found = SharedInputs(), dict[str, list[str]]()
-
-    def visit(name: str, x: Tensor) -> None:
-        group = found.setdefault(shared.owner(name, x), [])
-        if name not in group:
-            group.append(name)
-
-    with torch.no_grad(), watch({name: linear.module for name, linear in block.linears.items()}, visit):
-        block.samples[0](block.module)
-    return list(found.values())
-
-
-def _input(run: Run, module: nn.Module, linear: nn.Module) -> Tensor:
-    """Return what one linear of a block is given on one sample, float32 [T, K]."""
-    seen: list[Tensor] = []
-
-    def visit(_name: str, x: Tensor) -> None:
-        seen.append(x.flatten(0, -2).float())
-        raise _Enough
-
-    with watch({"": linear}, visit):
-        try:
-            run(module)
-        except _Enough:
-            pass
-    return seen[0]
+def _product_dtype(x: Tensor) -> torch.dtype:
+    fast = x.shape[-1] >= _FAST_FROM and multiplies_bfloat16(x.device)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _damp(hessian: Tensor, share: float) -> None:
@@ -66,42 +72,39 @@ def _damp(hessian: Tensor, share: float) -> None:
     hessian.diagonal().add_(share * torch.where(mean > 0, mean, 1.0))
 
 
-Calls = tuple[Sequence[Run], nn.Module, nn.Module]  # the samples of a block, the block, the linear in it to look at
-
-
 @torch.no_grad()
-def _hessian(calls: Calls, weight: Tensor) -> Tensor:
-    """Return the mean of ``x x^T`` over a linear's inputs, float32 [K, K], K as of ``weight`` [N, K]."""
-    runs, block, linear = calls
-    tokens, hessian = 0, weight.new_zeros(weight.shape[1], weight.shape[1])
-    for run in runs:
-        x = _input(run, block, linear)
-        hessian.addmm_(x.t(), x)
-        tokens += len(x)
-    return hessian.div_(tokens)
+def correction(pairs: Iterable[tuple[Tensor, Tensor | None]], weight: Tensor) -> Tensor:
+    """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares.
 
-
-@torch.no_grad()
-def _correction(original: Calls, changed: Calls, weight: Tensor) -> Tensor:
-    """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares."""
+    ``pairs`` are ``x`` and ``x'`` of every sample, [T, K]; one that another number of tokens came to tells nothing.
+    """
     hessian, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
-    for run, other in zip(original[0], changed[0], strict=True):
-        x, shown = _input(run, *original[1:]), _input(other, *changed[1:])
-        hessian.addmm_(shown.t(), shown)
-        drift.addmm_(shown.t(), x - shown)
+    for x, shown in pairs:
+        if shown is None or shown.shape != x.shape:
+            continue
+        add_products(hessian, shown.float())
+        missing, dtype = x.float() - shown, _product_dtype(x)
+        drift += shown.to(dtype).t() @ missing.to(dtype)
     right = drift @ weight.t()
     del drift  # as large as the Hessian
+    mirrored(hessian)
     _damp(hessian, _CORRECTION_DAMPING)
-    shift: Tensor = torch.linalg.solve(hessian, right)
-    return shift.t()
+    return torch.cholesky_solve(right, torch.linalg.cholesky(hessian)).t()
 
 
-def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, length: int) -> int:
-    """Estimate the bytes that fitting a linear (N, K) takes, the one with most inputs, at ``length`` tokens a sample."""
+def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: int, length: int) -> int:
+    """Estimate the bytes that fitting takes, the linear (N, K) with most inputs, but for the Hessians of the block.
+
+    ``shapes`` are those of one block's linears; ``tokens`` go through the variants, of samples of ``length`` tokens.
+    """
     inputs = max(columns for _, columns in shapes)
-    matrices = 3 * inputs * inputs  # the Hessian, and two more for the correction, or its split
+    matrices = 2 * inputs * inputs  # for the correction, or the Hessian's split
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
-    return 4 * (matrices + targets + 4 * length * inputs) + 1024 * 90 * inputs  # a sample, and rows, at a time
+    # What the linears are given on those tokens, and make of them in every variant, in two bytes.
+    kept = tokens * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
+    return (
+        4 * (matrices + targets + 4 * length * inputs) + 2 * kept + 1024 * 90 * inputs
+    )  # a sample, and rows, at a time
 
 
 @torch.no_grad()
@@ -113,7 +116,6 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
     Raises:
         CompressError: inputs that are not finite.
     """
-    original = copy.deepcopy(block.module)
     fitted = fit_experts(block, names, config)
     linears = block.linears  # not the block, which would then be kept by what it keeps
 
@@ -122,29 +124,39 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
             linears[name].weight.copy_(found.dense(int(variant)))
 
     block.show = show
-    for group in groups(block):
-        chosen = [name for name in group if name in names and name not in fitted]
-        if not chosen:
-            continue
-        module = block.linears[chosen[0]].module
-        twin = original.get_submodule(chosen[0].removeprefix(block.name + "."))
-        weight = torch.cat([block.linears[name].weight.float() for name in chosen])
-        dense = (block.samples, original, twin)
-        hessian = _hessian(dense, weight)
-        check_inputs(chosen[0], hessian)
-        targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
-        for variant, calls in block.variants.items():
-            show(variant)
-            shift = _correction(dense, (calls, block.module, module), weight)
-            targets[int(variant)] = (weight + config.correction * shift).contiguous()
-        measured = hessian.diagonal().clone()
-        _damp(hessian, _DAMPING)
-        zeros = weight == 0 if config.keep_zeros else None
-        codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
-        hessian.diagonal().copy_(measured)
-        hessian, start = hessian.cpu(), 0
-        for name in chosen:
-            rows = slice(start, start + block.linears[name].shape[0])
-            codebooks = {bits: codebook[rows].cpu() for bits, codebook in codes.codebooks.items()}
-            fitted[name], start = Codes(codes.codes[rows].cpu(), codebooks, hessian), rows.stop
+    inner = {name: name.removeprefix(f"{block.name}.") for name in linears if name not in fitted}
+    originals = Originals(block, {name: linears[name].module for name in inner})
+    replays = {variant: Replay(block.module, runs, inner.values()) for variant, runs in block.variants.items()}
+    for owner, group in originals.groups.items():
+        inputs, chosen = originals.take_inputs(owner), [name for name in group if name in names]
+        if chosen:
+            weight = torch.cat([linears[name].weight.float() for name in chosen])
+            targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
+            for variant, replay in replays.items():
+                show(variant)
+                shift = correction(zip(inputs, replay.inputs(inner[chosen[0]]), strict=True), weight)
+                targets[int(variant)] = (weight + config.correction * shift).contiguous()
+            fitted |= _fit_group(block, chosen, targets, originals.moments.take(owner), config)
+        for replay in replays.values():
+            replay.finish([inner[name] for name in group])
+    for variant, replay in replays.items():
+        show(variant)
+        block.outputs[variant] = list(replay.outputs())
+    return fitted
+
+
+def _fit_group(
+    block: Block, names: Sequence[str], targets: dict[int, Tensor], hessian: Tensor, config: AnyPrecisionConfig
+) -> dict[str, Codes]:
+    """Quantise linears that share their input; ``targets`` are theirs, one below the other."""
+    measured = hessian.diagonal().clone()
+    _damp(hessian, _DAMPING)
+    dense = torch.cat([block.linears[name].weight for name in names]) if config.keep_zeros else None
+    codes = nested_output_codebooks(targets, hessian, config.focus, None if dense is None else dense == 0)
+    hessian.diagonal().copy_(measured)
+    hessian, start, fitted = hessian.cpu(), 0, dict[str, Codes]()
+    for name in names:
+        rows = slice(start, start + block.linears[name].shape[0])
+        codebooks = {bits: codebook[rows].cpu() for bits, codebook in codes.codebooks.items()}
+        fitted[name], start = Codes(codes.codes[rows].cpu(), codebooks, hessian), rows.stop
     return fitted

@@ -1,4 +1,4 @@
-"""The inner loop of :meth:`compress.quant.nested.Tree.descend` for a CPU: rows by themselves, compiled.
+"""The inner loop of :meth:`compress.quant.nested.Tree.descend`, for a CPU compiled: rows by themselves.
 
 Rows are taken LANES at a time, in innermost loops without branches, which compile to vector instructions. Indices are
 unsigned, as a check for negative ones would keep them from doing so.
@@ -163,6 +163,48 @@ class Descent:
             _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], hessian)
 
         in_threads(run, len(codes), torch.get_num_threads(), self._pool)
+
+
+class GpuDescent:
+    """Do what :class:`Descent` does, on tensors on a GPU: one launch for a block of columns."""
+
+    def __init__(self, codebooks: Mapping[int, Tensor], share: Floats32, kept: int) -> None:
+        self._bits, self._kept = sorted(codebooks), kept
+        self._codebooks = torch.cat([codebooks[bits] for bits in self._bits], 1)
+        self._share = torch.from_numpy(share).to(self._codebooks.device)
+
+    def __call__(self, codes: Tensor, fixed: Tensor, gradient: Tensor, hessian: Tensor) -> None:
+        """Change parent codes, int64 [N, B], in place, and the gradient, float32 [W, N, B]; all are contiguous."""
+        from compress.kernels.triton_descent import descend
+
+        (rows, columns), new = codes.shape, torch.empty_like(codes)
+        sizes = rows, columns, self._codebooks.shape[1]
+        constants = {"LEVELS": len(self._bits), "PARENT": self._bits[-1], "KEPT": self._kept}
+        with torch.cuda.device(codes.get_device()):
+            descend[(rows,)](
+                *(codes, new, fixed, self._codebooks, self._share, gradient, hessian, *sizes),
+                **constants,
+                BLOCK=1 << (columns - 1).bit_length(),
+                num_warps=1,
+            )
+        codes.copy_(new)
+
+
+def sums_by_code(values: Tensor, codes: Tensor, entries: int) -> Tensor:
+    """Sum values, float32 [N, K, D], over the columns with each code of int64 [N, K], on a GPU: float32 [N, entries, D].
+
+    Unlike ``scatter_add_`` there, it gives the same bits every time. The values may be expanded.
+    """
+    from compress.kernels.triton_descent import sum_by_code
+
+    rows, columns, parts = values.shape
+    codes, sums = codes.contiguous(), values.new_empty(rows, entries, parts)
+    warps = max(1, entries // 64)  # a thread then has 32 sums at most
+    with torch.cuda.device(codes.get_device()):
+        sum_by_code[(rows, parts)](
+            values, codes, sums, columns, *values.stride(), ENTRIES=entries, STEP=16, num_warps=warps
+        )
+    return sums
 
 
 @compiled

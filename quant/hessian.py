@@ -12,18 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compress.precision import multiplies_bfloat16
+
 _LARGE = 1024
 _LEADING = 16  # directions in float32, and those that least-squares fits are preconditioned with
 
 
 def product_dtype(device: torch.device, size: int) -> torch.dtype:
     """Return bfloat16 where the device multiplies it in hardware and K is large enough to gain, else float32."""
-    fast = False
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # newer versions of torch
-        fast = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    return torch.bfloat16 if fast and size >= _LARGE else torch.float32
+    return torch.bfloat16 if size >= _LARGE and multiplies_bfloat16(device) else torch.float32
 
 
 class Hessian:

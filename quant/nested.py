@@ -7,7 +7,8 @@ descent, as LNQ of GuidedQuant, arXiv 2505.07004, does for one number of bits). 
 through the tree is chosen at once, against the sum of the errors at all numbers of bits: the b-bit code stays the top b bits
 of the parent's, and no bit is chosen before another. In the end the bits below each number of bits are chosen once more.
 
-Everything is torch on whole columns of rows, on any device, but for three compiled loops on a CPU; deterministic.
+Everything is torch on whole columns of rows, on any device, but for three compiled loops on a CPU and two kernels
+on a GPU; deterministic on both.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.quant.descent import Descent, gather_columns, split_cells
+from compress.kernels import gpu
+from compress.quant.descent import Descent, GpuDescent, gather_columns, split_cells, sums_by_code
 from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Follower, Hessian
 from compress.quant.kmeans import nested_codebooks
@@ -232,12 +234,14 @@ class Tree:
         return Follower(self.hessian, gradients, changes, torch.stack(leading), self._buffers)
 
     def _choice(self, one: Objective) -> Choice:
-        """Return a function that chooses the codes of a block; on a CPU without a dozen small operations per column."""
+        """Return a function that chooses the codes of a block, without a dozen small operations per column where there is one."""
+        codebooks, share = {bits: self.codebooks[bits] for bits in sorted(one.share)}, sorted(one.share.items())
+        weights = np.array([counts for _, counts in share], np.float32)
+        if gpu.serves(self.codes.device):
+            return GpuDescent(codebooks, weights, one.below or 0)
         if self.codes.device.type != "cpu":
             return partial(self._columns, one)
-        share = np.array([one.share[bits] for bits in sorted(one.share)], np.float32)
-        codebooks = {bits: self.codebooks[bits].numpy() for bits in one.share}
-        descent = Descent(codebooks, share, one.below or 0)
+        descent = Descent({bits: codebook.numpy() for bits, codebook in codebooks.items()}, weights, one.below or 0)
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
     def _columns(self, one: Objective, codes: Tensor, fixed: Tensor, gradient: Tensor, hessian: Tensor) -> None:
@@ -255,26 +259,17 @@ class Tree:
             gradient[..., column], codes[:, column] = change[..., 0], path[:, 0]
 
     def _best_path(self, old: Tensor, one: Objective, dense: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
-        """Find the codes, int64 [N, 1], that lower the summed error most, by dynamic programming from the leaves up.
+        """Find the codes, int64 [N, 1], that lower the summed error most: each path through the tree is that of one leaf.
 
         ``dense``, the weights, and ``gradient`` are float32 [W, N, 1] for W numbers of bits; ``curvature`` has no dimension.
         """
-        codes = costs = old  # of the best leaf under every node of this number of bits
+        below = self.parent - (one.below or 0)
+        leaves = (old >> below << below) + torch.arange(2**below, device=old.device)
+        cost = torch.zeros(leaves.shape, device=old.device)
         for w, bits in reversed(list(enumerate(sorted(one.share)))):
-            entries = self.codebooks[bits]
-            if one.below is not None:
-                first = old >> (self.parent - one.below) << (bits - one.below)
-                entries = entries.gather(1, first + torch.arange(2 ** (bits - one.below), device=old.device))
-            moved = entries - dense[w]
-            cost = one.share[bits] * moved * (curvature * moved + 2 * gradient[w])
-            if bits == self.parent:
-                codes, costs = torch.arange(cost.shape[1], device=old.device).expand_as(cost), cost
-            else:
-                best = costs.view(len(costs), -1, 2).min(2)
-                codes = codes.reshape(len(codes), -1, 2).gather(2, best.indices[..., None])[..., 0]
-                costs = best.values + cost
-        path = codes.gather(1, costs.argmin(1, keepdim=True))
-        return path if one.below is None else path + (old >> (self.parent - one.below) << (self.parent - one.below))
+            moved = self.codebooks[bits].gather(1, leaves >> (self.parent - bits)) - dense[w]
+            cost += one.share[bits] * moved * (curvature * moved + 2 * gradient[w])
+        return leaves.gather(1, cost.argmin(1, keepdim=True))
 
     def split(self) -> None:
         """Add a bit: split every cell in two around its entry, by two-means weighted with the Hessian's diagonal."""
@@ -293,6 +288,8 @@ class Tree:
 
 def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
     """Sum values [N, K] over the columns with each code, [N, entries]."""
+    if gpu.serves(codes.device):
+        return sums_by_code(values[..., None], codes, entries)[..., 0]
     sums = torch.zeros(len(values), entries, dtype=values.dtype, device=values.device)
     return sums.scatter_add_(1, codes, values)
 
@@ -314,6 +311,9 @@ def _split(
 
 def _gathered(codes: Tensor, spread: Tensor, entries: int) -> Tensor:
     """Do what :func:`gather_columns` does, in torch on any device."""
+    if gpu.serves(codes.device):
+        by_column = spread.t().contiguous().t()  # what is read at once lies together
+        return sums_by_code(by_column.expand(len(codes), -1, -1), codes, entries)
     values = spread.expand(len(codes), -1, -1)
     empty = torch.zeros(len(codes), entries, spread.shape[1], device=codes.device)
     return empty.scatter_add_(1, codes[..., None].expand_as(values), values)

@@ -21,6 +21,9 @@ def install(tmp_path_factory):
         if compiler not in made:
             place = tmp_path_factory.mktemp("wheel")
             subprocess.run(["git", "clone", "--quiet", ROOT, place / "source"], check=True)
+            tuning = place / "source" / "kernels" / "tuning"  # as compress tune would leave one
+            tuning.mkdir(exist_ok=True)
+            (tuning / "a-gpu.json").write_text('{"configs": {}}')
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
             environment = {**os.environ, "CC": compiler} if compiler else os.environ
             command = [*pip, "--target", place / "installed", place / "source"]
@@ -58,6 +61,7 @@ def test_the_backend_depends_on_the_compiler_and_the_installation_does_not(insta
     evals = installed / "compress" / "evals"
     assert (evals / "report.py").exists()
     assert not [name for name in ("experiments", "grids") if (evals / name).exists()]  # they are for a clone
+    assert (installed / "compress" / "kernels" / "tuning" / "a-gpu.json").is_file()
 
 
 def test_the_wheel_works_outside_the_clone(install, tmp_path):

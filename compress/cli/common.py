@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from compress.errors import CompressError
+from compress.hub import located
 
 if TYPE_CHECKING:
     from compress.evals import tables
@@ -35,7 +37,20 @@ app = typer.Typer(
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
-Folder = Annotated[Path, typer.Argument(help="Checkpoint folder; a dense model works too.", metavar="DIR")]
+
+def known(name: str | None) -> str | None:
+    """Return the folder of the model that ``builtin`` names; other folders and hub ids as they are given."""
+    return None if name is None else located(name, {})[0]
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        help="Checkpoint folder; a dense model works too.",
+        metavar="DIR",
+        callback=lambda path: Path(located(path, {})[0]),
+    ),
+]
 BitsOption = Annotated[
     Optional[str], typer.Option(help="Numbers of bits, comma-separated: 3,4,8; 3.5 is a mean. All there are if absent.")
 ]
@@ -77,6 +92,7 @@ _TEXT, TASKS = "Text", "Tasks (lm-eval)"
 _PROTOCOL = (
     "How a paper cuts text: 2048, llm-pruner, any-precision, any-precision-c4, any-precision-ptb, compress-then-prompt."
 )
+_SPECIAL = "Read special tokens that the text spells (<unk>, say) as such, not as plain text."
 _TASKS = "Comma-separated: lm-eval's task names, names from --include, builtin_line, builtin_name."
 _INCLUDE = "Folder of task YAML files. They may bring Python code: only folders you trust."
 _RESULTS = "Keep measurements here (JSON lines); DIR/report/results.jsonl if absent."
@@ -103,6 +119,7 @@ class TextOptions:
     length: _Length = None
     stride: _Stride = None
     truncate: Annotated[bool, panel(_TEXT, "Score only the first window of each document.")] = False
+    special_tokens: Annotated[bool, panel(_TEXT, _SPECIAL, "--special-tokens")] = False
 
     def protocol(self) -> Protocol:
         """Return how the text is cut, and refuse an unknown preset."""
@@ -190,11 +207,12 @@ def duration(seconds: float) -> str:
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Give a function for (what, done, total), shown on standard error: a bar on a terminal, lines elsewhere."""
-    if not err.is_terminal:
-        yield ProgressLines(lambda line: err.print(escape(line), soft_wrap=True))
+    here = Console(file=sys.stderr, highlight=False)  # also while what another library says there is kept away
+    if not here.is_terminal:
+        yield ProgressLines(lambda line: here.print(escape(line), soft_wrap=True))
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=here, transient=True) as progress:
         task = progress.add_task("starting", total=None)
 
         yield lambda what, done, all_: progress.update(task, description=escape(what), completed=done, total=all_)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from compress.cli.common import Folder, JsonFlag, app, out, progress_bar, quiet_transformers
 from compress.errors import CompressError, did_you_mean
+from compress.hub import name_of
 
 _WORKSPACE = "Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
 Assignments = Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")]
@@ -54,15 +55,19 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     assignments: Assignments = None,
     as_json: JsonFlag = False,
+    seconds: Annotated[
+        bool,
+        typer.Option("--time", help="Also foresee the processor time, by doing a little of the work on one block."),
+    ] = False,
 ) -> None:
-    """Tell, without reading a weight, what a run will need and how large the result will be."""
+    """Tell, without reading a weight (but for --time), what a run will need and how large the result will be."""
     from compress.recipe import load_recipe
 
     settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
     from compress.plan import plan as foresee
 
     quiet_transformers()
-    found = foresee(settings)
+    found = foresee(settings, seconds=seconds)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -73,7 +78,17 @@ def plan(
     out.print(f"checkpoint: {found['checkpoint_bytes'] / 1e6:.2f} MB" + _at_bits(found["bytes_at_bits"]))
     for step in found["passes"]:
         memory, room = step["memory_bytes"] / 1e6, step["workspace_bytes"] / 1e6
-        out.print(f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace")
+        out.print(
+            f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace"
+            + _time(step)
+        )
+
+
+def _time(step: dict[str, Any]) -> str:
+    if "processor_seconds" not in step:
+        return ""
+    seconds = step["processor_seconds"]
+    return ", time not foreseen" if seconds is None else f", {seconds / 60:.1f} minutes of processor time"
 
 
 @app.command()
@@ -114,7 +129,7 @@ def inspect(
     origin = found["manifest"]
     if origin:
         recipe = origin["recipe"]
-        steps = " → ".join([recipe["model"], *(step["kind"] for step in recipe["passes"])])
+        steps = " → ".join([name_of(recipe["model"]), *(step["kind"] for step in recipe["passes"])])
         out.print(f"{escape(steps)}, seed {recipe['seed']}, compress {origin['compress_version']}")
     out.print(
         f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_bits(found['bytes_at_bits'])}"

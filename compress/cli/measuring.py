@@ -22,6 +22,7 @@ from compress.cli.common import (
     TextOptions,
     app,
     err,
+    known,
     out,
     panel,
     parse_bits,
@@ -45,7 +46,7 @@ _FIGURES = ("loss", 5), ("perplexity", 4), ("bits_per_byte", 4)
 @app.command(name="eval")
 @with_text_options
 def evaluate(
-    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR", callback=known)],
     text: TextOptions,
     tasks: TasksOption = None,
     bits: BitsOption = None,
@@ -112,7 +113,8 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
 @app.command()
 def bench(
     folder: Annotated[
-        Optional[str], typer.Argument(help="Checkpoint, or a dense model; or give --random.", metavar="DIR")
+        Optional[str],
+        typer.Argument(help="Checkpoint, or a dense model; or give --random.", metavar="DIR", callback=known),
     ] = None,
     random: Annotated[
         Optional[str],

@@ -12,6 +12,8 @@ from compress.cli.common import (
     PromptFlag,
     PromptFrom,
     app,
+    err,
+    known,
     out,
     parse_bits,
     quiet_transformers,
@@ -21,7 +23,7 @@ from compress.errors import CompressError
 
 @app.command()
 def generate(
-    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR")],
+    folder: Annotated[str, typer.Argument(help="Checkpoint, or a dense model.", metavar="DIR", callback=known)],
     text: Annotated[str, typer.Argument(help="Text to continue.", metavar="TEXT")],
     bits: Annotated[
         Optional[str], typer.Option(help="Number of bits, or a mean such as 3.5; all there is if absent.")
@@ -30,11 +32,12 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Say the text to a chat model, in its template.")] = False,
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
     adapter: AdapterFlag = None,
 ) -> None:
-    """Continue a text at a number of bits."""
+    """Continue a text at a number of bits, or with --chat answer it."""
     chosen: list[Any] = parse_bits(bits) or [None]
     if len(chosen) > 1:
         raise CompressError(f"--bits {bits!r}: give one number of bits to generate at.")
@@ -42,25 +45,33 @@ def generate(
     from transformers import TextStreamer
 
     from compress.adapters import text_length, virtual_tokens
-    from compress.loading import load, load_tokenizer
+    from compress.loading import load, load_tokenizer, read_config
+    from compress.tokens import prompt_tokens, set_generation
 
     quiet_transformers()
     front = prompt_from or prompt
-    model: Any = load(folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, dtype=torch.float32)
+    read_config(folder)  # the first to see what is wrong with a folder
     tokenizer = load_tokenizer(folder)
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if not inputs["input_ids"].numel():
+    ids = prompt_tokens(tokenizer, text, chat)
+    if not ids:
         raise CompressError("the text has no tokens; give some words.")
-    room, given = text_length(model), inputs["input_ids"].shape[1]
+    if tokenizer.chat_template and not chat:
+        err.print(
+            "note: the text is continued as it is; --chat says it to the model in its chat template.", soft_wrap=True
+        )
+    model: Any = load(folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, dtype=torch.float32)
+    set_generation(model, tokenizer)
+    room, given = text_length(model), len(ids)
     if room is not None and given >= room:
         sidecar = " beside the soft prompt" if virtual_tokens(model) else ""
         raise CompressError(f"the text has {given} tokens, but the context has room for {room}{sidecar}.")
     max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room - given)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling)
+    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    tokens = torch.tensor([ids])
+    mask = torch.ones_like(tokens)
+    model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
 
 
 @app.command(name="bake-prompt")

@@ -14,6 +14,7 @@ from rich.text import Text
 from compress.errors import CompressError
 from compress.loading import load, load_tokenizer
 from compress.manifest import verify
+from compress.tokens import prompt_tokens, set_generation
 
 OURS = "any-precision, seed 3"
 CHECKPOINT = "any-precision-seed-3"
@@ -78,6 +79,7 @@ def continuation(checkpoint: Path, prompt: str) -> str:
     """Return what the checkpoint writes at 4 bits, greedily."""
     model: Any = load(checkpoint, bits=4, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    set_generation(model, tokenizer)
+    given = torch.tensor([prompt_tokens(tokenizer, prompt)])
+    made = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=48, do_sample=False)
+    return str(tokenizer.decode(made[0], skip_special_tokens=True))

@@ -26,10 +26,10 @@ from compress.evals.evaluate import BUILTIN, Protocol, documents_of
 from compress.evals.grids.figures import facts_of, held_out_loss
 from compress.evals.measure import Figures, make, measure
 from compress.evals.store import Key, Results, identity
+from compress.hub import model_folder
 from compress.passes import Progress
 from compress.recipe import explain, load_recipe, override
 from compress.settings import Calibration
-from compress.source import model_folder
 from compress.workspace import digest
 
 GRIDS = Path(__file__).parent

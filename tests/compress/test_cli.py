@@ -90,6 +90,10 @@ def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path, said):
     assert "MB of memory" in said("plan", recipe_file)
 
 
+def test_plan_foresees_the_time_if_asked(recipe_file, said):
+    assert "minutes of processor time" in " ".join(said("plan", recipe_file, "--time").split())
+
+
 AT_ONCE = (
     "import sys\n"
     "import compress_command\n"

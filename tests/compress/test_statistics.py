@@ -49,6 +49,18 @@ def test_moments_are_means_over_all_tokens_of_every_distinct_input(full):
         torch.testing.assert_close(moments.mean(name).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [1, 64, 65, 300])
+def test_half_the_products_make_a_whole_matrix(columns):
+    """Also where the columns are no whole number of stripes; and a matrix that is taken is let go."""
+    generator, moments = torch.Generator().manual_seed(0), Moments(full=True)
+    parts = [torch.randn(tokens, columns, generator=generator) for tokens in (7, 20)]
+    for part in parts:
+        moments.add("q", part)
+    x = torch.cat(parts).double()
+    torch.testing.assert_close(moments.take("q").double(), x.t() @ x / 27, rtol=1e-5, atol=1e-5)
+    assert not moments.sums
+
+
 def test_a_module_called_twice_with_one_tensor_counts_twice():
     moments, x = Moments(), torch.ones(2, 3)
     moments.add("a", x)

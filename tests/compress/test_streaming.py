@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compress import streaming
 from compress.calibration import Samples
 from compress.errors import CompressError
 from compress.fisher import squared_gradients
@@ -32,6 +33,16 @@ def test_streamed_logits_equal_the_models_own(make_model, kind):
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS[None]).logits[0]
     model = StreamedModel(open_source(str(folder)).state, CPU)
     torch.testing.assert_close(model.logits(TOKENS, stream(model, TOKENS)), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fast_products_stay_near_and_hidden_states_float32(tiny_llama, monkeypatch):
+    monkeypatch.setattr(streaming, "_FAST_FROM", 1)
+    monkeypatch.setattr(streaming, "multiplies_bfloat16", lambda device: True)
+    state = open_source(str(tiny_llama)).state
+    exact, fast = (stream(StreamedModel(state, CPU, fast=fast), TOKENS) for fast in (False, True))
+    assert fast.dtype == torch.float32
+    assert 0 < (fast - exact).norm() < 0.02 * exact.norm()
 
 
 def test_only_one_block_is_in_memory(tiny_llama):

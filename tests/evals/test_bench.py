@@ -1,12 +1,14 @@
 """The benchmarks' command line, and what they measure by; nothing here asserts how fast anything is."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from compress.evals.bench import common, memory
+from compress.evals.bench import run as whole_run
 from compress.evals.bench.__main__ import app
 from compress.evals.fresh import in_fresh_process
 from compress.evals.random_llama import llama, write_llama
@@ -23,7 +25,7 @@ def run(*arguments):
 
 def test_help_lists_every_benchmark_by_its_name():
     files = {path.stem for path in Path(common.__file__).parent.glob("*.py")}
-    names = files - {"__init__", "__main__", "common"}
+    names = files - {"__init__", "__main__", "common", "gpu_steps"}
     assert {command.name for command in app.registered_commands} == names
     assert all(name in run("--help") for name in names)
 
@@ -52,6 +54,39 @@ def test_a_small_run_prints_a_table_and_writes_its_figures(arguments, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     rows = list(found["seconds"].values()) if "seconds" in found else found
     assert len(rows) >= 5
+
+
+def test_a_stopwatch_divides_the_time_among_stages(monkeypatch):
+    monkeypatch.setattr(
+        whole_run, "STAGES", {"evals/test_bench.py:outer": "outer", "evals/test_bench.py:inner": "inner"}
+    )
+
+    def spin(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    def inner():
+        spin(0.04)
+
+    def outer():
+        spin(0.02)
+        inner()
+
+    watch = whole_run.Stopwatch()
+    watch.run(lambda: (outer(), spin(0.01)))
+    assert watch.seconds.keys() == {"outer", "inner", "everything else"}
+    assert watch.seconds["inner"] > watch.seconds["outer"] > 0
+
+
+@linux
+@pytest.mark.slow
+def test_stages_of_a_whole_run_add_up_to_its_time(tmp_path):
+    settings = ("--set", "calibration.samples=2", "--set", "calibration.length=32", "--set", "passes.0.parent_bits=3")
+    printed = run("run", "--blocks", 1, *settings, "--json", tmp_path / "found.json")
+    (found,) = json.loads((tmp_path / "found.json").read_text()).values()
+    assert sum(found["stages"].values()) == pytest.approx(found["processor_seconds"], rel=0.02)
+    assert all(stage in printed for stage in ("squared gradients", "codebook search", "moments", "inputs of linears"))
 
 
 @linux

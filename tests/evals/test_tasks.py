@@ -2,15 +2,21 @@
 
 import csv
 import json
+import math
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 import compress
 from compress.errors import CompressError
 from compress.evals import tasks as module
+from compress.evals.evaluate import Protocol, evaluate_text
 from compress.evals.store import Results
 from compress.evals.tasks import Tasks, evaluate_tasks, tidy, write_lm_eval, write_table
 
@@ -121,22 +127,22 @@ def test_long_requests_with_a_prompt_are_cut_to_what_fits(compressed, soft_promp
 def test_a_stopped_evaluation_continues(compressed, task_folder, tmp_path, monkeypatch):
     """Stopped after one of four (width, task) pairs, three are left; done once more, none."""
     path, wanted = tmp_path / "results.jsonl", Tasks(("animals", "verbs"), task_folder)
-    run, measured = lm_eval.simple_evaluate, []
+    from compress.evals import harness
 
-    def stopping(**settings):
+    run, measured = harness.run_task, []
+
+    def stopping(model, task, *settings):
         if measured:
             raise KeyboardInterrupt
-        measured.append(settings["tasks"])
-        return run(**settings)
+        measured.append(task)
+        return run(model, task, *settings)
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", stopping)
+    monkeypatch.setattr(harness, "run_task", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate_tasks(str(compressed), wanted, [3, 5], Results(path))
     with path.open("a") as file:
         file.write('{"kind": "task", "na')  # what a kill in the middle of a line leaves
-    monkeypatch.setattr(
-        lm_eval, "simple_evaluate", lambda **settings: measured.append(settings["tasks"]) or run(**settings)
-    )
+    monkeypatch.setattr(harness, "run_task", lambda *settings: measured.append(settings[1]) or run(*settings))
     found = evaluate_tasks(str(compressed), wanted, [3, 5], Results(path))
     assert len(measured) == 4
     assert evaluate_tasks(str(compressed), wanted, [3, 5], Results(path)) == found
@@ -215,6 +221,70 @@ def test_without_lm_eval_the_extra_is_named(compressed, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(CompressError, match=r"pip install 'compress-llm\[eval\]'"):
         module.task_manager(Tasks(("animals",)))
+
+
+def rolling_task(write_task, folder, documents):
+    """A task of lm-eval's that scores whole documents, and the same documents as a text file."""
+    write_task(
+        folder,
+        "whole",
+        [{"page": document} for document in documents],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{page}}",
+        doc_to_choice=None,
+        metric_list=[{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
+    )
+    (folder / "whole.txt").write_text("|".join(documents))
+    return Tasks(("whole",), folder), str(folder / "whole.txt")
+
+
+DOCUMENTS = ["the quick brown fox jumps", "and the <s> dog sleeps on, " * 12 + "ends", "<s>lazy", "the"]
+
+
+@pytest.mark.parametrize("adds", [None, "<s> $A", "<s> $A <s>"])
+def test_a_rolling_task_gives_the_number_that_the_text_gives(tiny_llama, write_task, tmp_path, adds):
+    """Whether the tokenizer adds BOS or not, in documents longer than the context too, and where they spell special tokens."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if adds:
+        engine = tokenizer.backend_tokenizer
+        engine.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<s>", 0)])
+        tokenizer.save_pretrained(model)
+    tasks, text = rolling_task(write_task, tmp_path, DOCUMENTS)
+    task = evaluate_tasks(str(model), tasks)["dense"]["whole"]["metrics"]
+    score = evaluate_text(str(model), text, protocol=Protocol(separator="|"))["bits"]["dense"]
+    assert task["bits_per_byte"] == pytest.approx(score["bits_per_byte"], abs=1e-6)
+    words = sum(len(document.split()) for document in DOCUMENTS)
+    assert math.log(task["word_perplexity"]) == pytest.approx(score["loss"] * score["tokens"] / words, abs=1e-5)
+
+
+def test_a_rolling_task_behind_a_prompt_too(prompted, write_task, tmp_path):
+    tasks, text = rolling_task(write_task, tmp_path, DOCUMENTS)
+    options = {"bits": [3], "prompt": True}
+    task = evaluate_tasks(str(prompted), tasks, **options)["3"]["whole"]["metrics"]
+    score = evaluate_text(str(prompted), text, protocol=Protocol(separator="|"), **options)["bits"]["3"]
+    assert task["bits_per_byte"] == pytest.approx(score["bits_per_byte"], abs=1e-6)
+
+
+def test_without_bos_the_end_of_text_stands_before_a_rolling_document(tiny_llama, write_task, tmp_path):
+    """As with lm-eval, whose metrics count the first token's words and bytes."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    with_bos = evaluate_tasks(str(model), rolling_task(write_task, tmp_path, ["the dog", ""])[0])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(model)
+    found = evaluate_tasks(str(model), rolling_task(write_task, tmp_path, ["the dog", ""])[0])
+    assert found["dense"]["whole"]["metrics"] == with_bos["dense"]["whole"]["metrics"]  # its EOS is the same token
+
+
+def test_tasks_tell_of_progress_in_a_log_and_ask_no_git(tiny_llama, task_folder, tmp_path):
+    """In a fresh process, in a folder that is no repository."""
+    command = [sys.executable, "-m", "compress.cli", "eval", str(tiny_llama), "--tasks", "animals", "--include"]
+    found = subprocess.run([*command, str(task_folder)], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert re.match(r"animals at dense \(\d+ of 24\)\n", found.stderr)
+    assert "git" not in found.stderr
 
 
 REAL = {

@@ -8,9 +8,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from compress.kernels import gpu, triton_plain
+from compress.kernels import gpu, triton_descent, triton_plain
 from compress.kernels.layout import random_tiled
 from compress.kernels.tune import packed_of
+from compress.quant.descent import GpuDescent, sums_by_code
 
 
 class NoGpu:
@@ -56,4 +57,13 @@ for rows, columns, bits, exact in [(1, 1, 3, True), (100, 330, 4, False), (64, 4
         assert gpu.multiply(x, packed, bias).shape == (count, rows)
 gpu.multiply(torch.zeros(2, 330), packed_of(random_tiled(100, 330, 3), 3), None)  # float32: plain
 assert set(launches) == {"gemv", "dot", "look_up", "reduce"}
+
+triton_descent.descend, triton_descent.sum_by_code = Warm(triton_descent.descend), Warm(triton_descent.sum_by_code)
+for rows, columns, fewest, parent, kept in [(1000, 128, 3, 6, 0), (1, 1, 8, 8, 7), (30, 21, 4, 6, 3)]:
+    codebooks = {bits: torch.zeros(rows, 2**bits) for bits in range(fewest, parent + 1)}
+    codes, gradient = torch.zeros(rows, columns, dtype=torch.int64), torch.zeros(len(codebooks), rows, columns)
+    share = torch.ones(len(codebooks)).numpy()
+    GpuDescent(codebooks, share, kept)(codes, codes == 1, gradient, torch.eye(columns))
+    assert sums_by_code(gradient[0, :, :, None], codes, 2**parent).shape == (rows, 2**parent, 1)
+assert launches[-2:] == ["descend", "sum_by_code"]
 print(f"{len(launches)} launches: ok")

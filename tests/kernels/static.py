@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -66,35 +67,61 @@ class Progress:
 
 def compiled(variant: Variant, config: Config, target: str) -> Any:
     """Compile one kernel for a target such as ``sm_90`` or ``gfx942``, which need not be there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, constants = variant.kernel(), variant.constants(config)
+    constants = variant.constants(config)
     if variant.operation in ("dot", "tile") and not variant.assembly:
         constants["UPCAST"] = False
     activations = _POINTERS[variant.kind]
     wide = variant.bits > 4 or variant.entries == 32 or not variant.assembly
     types = {"x": activations, "y": "*fp32" if config.split > 1 else activations, "out": activations}
     types |= {"bias": activations, "codes": "*i32", "tables": "*fp16" if wide else "*i32"}
-    names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in _ALIGNED if name in names},
-    )
-    cuda = target.startswith("sm_")
-    place = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     options = {"num_warps": config.warps}
     if variant.operation in ("dot", "tile"):
         options["num_stages"] = config.stages
+    return compiled_for(target, variant.kernel(), constants, types, _ALIGNED, options)
+
+
+def compiled_descent(fewest: int, parent: int, kept: int, target: str) -> Any:
+    """Compile the column loop of the codebook search for so many bits, as one launch for 128 columns would."""
+    from compress.kernels.triton_descent import descend
+
+    types = {"codes": "*i64", "new_codes": "*i64", "fixed": "*i1"}
+    types |= dict.fromkeys(("codebooks", "share", "gradient", "hessian"), "*fp32")
+    constants = {"LEVELS": parent - fewest + 1, "PARENT": parent, "KEPT": kept, "BLOCK": 128}
+    return compiled_for(target, descend, constants, types, (*types, "rows", "columns"), {"num_warps": 1})
+
+
+def compiled_sums(entries: int, target: str) -> Any:
+    """Compile the sums by code of that search, with values that lie together by columns."""
+    from compress.kernels.triton_descent import sum_by_code
+
+    types = {"values": "*fp32", "codes": "*i64", "sums": "*fp32"}
+    constants = {"ENTRIES": entries, "STEP": 16, "column_stride": 1}
+    options = {"num_warps": max(1, entries // 64)}
+    return compiled_for(target, sum_by_code, constants, types, (*types, "columns", "row_stride"), options)
+
+
+def compiled_for(
+    target: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], aligned: Sequence[str], options: Any
+) -> Any:
+    """Compile a function of Triton's; of its arguments all but those in ``types`` and ``constants`` are integers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(kernel.arg_names)
+    source = ASTSource(
+        kernel,
+        {name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names},
+    )
+    cuda = target.startswith("sm_")
+    place = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     return triton.compile(source, target=place, options=options)
 
 
-def progress(kernel: Any, variant: Variant, config: Config) -> Progress:
-    """Read the machine code of a kernel that was compiled for an NVIDIA GPU."""
+def machine_code(kernel: Any) -> tuple[dict[str, int], list[str]]:
+    """Return what a kernel for an NVIDIA GPU takes, by ``REG``, ``STACK``, ``SHARED`` and ``LOCAL``, and its inner loop."""
     import triton
 
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -106,10 +133,20 @@ def progress(kernel: Any, variant: Variant, config: Config) -> Progress:
             for option in ("-res-usage", "-sass")
         )
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    loop = inner_loop(text)
+    return found, inner_loop(text)
+
+
+def counted(loop: Sequence[str]) -> Counter[str]:
+    """Count instructions by their first name."""
+    return Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in loop)
+
+
+def progress(kernel: Any, variant: Variant, config: Config) -> Progress:
+    """Read the machine code of a kernel that was compiled for an NVIDIA GPU."""
+    found, loop = machine_code(kernel)
     # rows of weights times words times 32 columns, over the threads of the program
     weights = (config.bn if variant.operation in ("dot", "tile") else 32) * config.step * 32 / (32 * config.warps)
-    names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in loop)
+    names = counted(loop)
     integer = sum(count for name, count in names.items() if name in INTEGER)
     matrix = sum(count for name, count in names.items() if name in ("HMMA", "HGMMA", "UTCHMMA"))
     return Progress(

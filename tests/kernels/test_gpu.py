@@ -184,3 +184,9 @@ def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path):
 @interpreter
 def test_the_benchmark_and_the_tuner_run_end_to_end(tmp_path):
     assert interpret("measured.py", tmp_path).count(": ok") == 3
+
+
+@pytest.mark.slow
+@interpreter
+def test_the_column_loop_of_the_codebook_search_chooses_what_the_one_for_cpus_does():
+    assert interpret("descended.py").count(": ok") == 3

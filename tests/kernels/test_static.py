@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from static import Case, inner_loop, judge
+from static import Case, compiled_descent, compiled_sums, counted, inner_loop, judge, machine_code
 
 from compress.kernels import gpu
 from compress.kernels.variants import Config, Variant
@@ -68,3 +68,43 @@ def test_every_launch_is_bound_and_compiled_as_on_a_gpu(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("bound.py"))]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("fewest", "parent", "kept", "most"), [(3, 6, 0, 400), (4, 6, 3, 280), (8, 8, 7, 140)])
+def test_the_column_loop_stays_in_registers_and_within_its_instructions(
+    fewest, parent, kept, most, target, tmp_path, monkeypatch
+):
+    """Instructions for one weight, by a whole warp; without a barrier or shared memory 32 programs fit a multiprocessor."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    found, loop = machine_code(compiled_descent(fewest, parent, kept, target))
+    names = counted(loop)
+    assert found["REG"] <= 72
+    assert found["STACK"] + found["LOCAL"] + found["SHARED"] == 0
+    assert not names.keys() & {"BAR", "LDS", "STS", "LDL", "STL"}
+    assert len(loop) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+@pytest.mark.parametrize("entries", [64, 256])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_sums_by_code_take_few_instructions(entries, target, tmp_path, monkeypatch):
+    """For a value and an entry of the codebook; 16 of the former and all of the latter are one iteration of all warps."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    found, loop = machine_code(compiled_sums(entries, target))
+    assert found["REG"] <= 80
+    assert found["STACK"] + found["LOCAL"] == 0
+    assert len(loop) / 32 <= 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+def test_the_column_loop_compiles_for_other_makers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert compiled_descent(3, 6, 0, "gfx942").asm["hsaco"]
+    assert compiled_sums(64, "gfx942").asm["hsaco"]

@@ -1,12 +1,16 @@
 """A prompt in the vocabulary says what it says as an adapter."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 from compress.errors import CompressError
+from compress.evals.perplexity import prepare
 from compress.manifest import verify
+from compress.prompts import baked as module
 from compress.prompts.baked import bake
 
 
@@ -39,6 +43,48 @@ def test_it_is_a_checkpoint_like_any_other(baked, prompted):
     generated = model.generate(**inputs, max_new_tokens=20, do_sample=True, temperature=5.0)
     assert int(generated[0, inputs["input_ids"].shape[1] :].max()) < 300
     assert tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True) == "the quick"
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{{ m['content'] }}{% endfor %}", "{%- set a = 1 %}  the fox"]
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_the_prompt_stands_before_conversations_too(prompted, tmp_path, template, named):
+    """A template's text is tokenised without what the tokenizer puts in front of texts."""
+    source = shutil.copytree(prompted, tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": template, "tool_use": "T" + template} if named else template
+    tokenizer.save_pretrained(source)
+    added = bake(source, tmp_path / "baked", bits=3)
+    before, after = tokenizer, AutoTokenizer.from_pretrained(tmp_path / "baked")
+    said = [{"role": "user", "content": "the quick"}]
+    for name in ("default", "tool_use") if named else (None,):
+        without = before.apply_chat_template(said, chat_template=name, return_dict=True)["input_ids"]
+        found = after.apply_chat_template(said, chat_template=name, return_dict=True)["input_ids"]
+        assert found == after.convert_tokens_to_ids(added) + without
+
+
+def test_a_text_measured_on_it_is_measured_behind_the_prompt(baked, prompted):
+    """In every window, and the virtual tokens are never scored: the windows that the prompt has as an adapter."""
+    tokenizer, plain = AutoTokenizer.from_pretrained(baked), AutoTokenizer.from_pretrained(prompted)
+    virtual = list(range(300, 305))
+    documents = ["sleeps on the lazy fox, and the dog jumps over. " * 12, "the quick"]
+    for options in ({}, {"stride": 7}, {"truncate": True}, {"disjoint": True}):
+        found, expected = prepare(documents, tokenizer, 25, **options), prepare(documents, plain, 20, **options)
+        assert found.windows == [(virtual + window.tokens, window.scored) for window in expected.windows]
+        assert found.bytes == expected.bytes
+    with pytest.raises(CompressError, match="windows of 1 tokens"):
+        prepare(documents, tokenizer, 6)
+
+
+def test_a_tokenizer_that_forgets_is_refused(prompted, tmp_path, monkeypatch):
+    """Some classes make their rules anew when they are read again."""
+    forgetful = AutoTokenizer.from_pretrained(prompted)
+    monkeypatch.setattr(
+        module, "load_tokenizer", lambda place: AutoTokenizer.from_pretrained(place) if place == prompted else forgetful
+    )
+    with pytest.raises(CompressError, match="do not keep tokens that are put in front"):
+        bake(prompted, tmp_path / "no", bits=3)
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2", "bloom", "gemma3_text"])

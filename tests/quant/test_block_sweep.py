@@ -9,10 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress import runner
+from compress.fisher import squared_gradients
 from compress.hf import packed_modules
 from compress.plan import plan
 from compress.quant import any_precision, block_sweep
-from compress.quant.base import layer_errors
+from compress.quant.errors import OutputScale, layer_errors
 from compress.structure import ARCHITECTURES
 
 
@@ -84,7 +86,7 @@ def test_layer_errors_by_hand():
     metric = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     sensitivity = torch.tensor([[3.0, 9.0], [0.5, 1.5]])
     # Rows' e H e: 0.25 * 2 and 1 * 4. Rows' w H w: 2 + 4 + 16 and 4. Rows' s: 12 and 2; trace 6.
-    assert layer_errors(weight, quantised, sensitivity, metric) == pytest.approx(
+    assert layer_errors(weight, quantised, sensitivity, OutputScale(weight, sensitivity, metric)) == pytest.approx(
         {"relative": 1.25 / 6, "output": 4.5 / 26, "weighted": 0.5 * 12 / 6 + 4 * 2 / 6}
     )
     assert layer_errors(weight, quantised, sensitivity, None) == pytest.approx(
@@ -177,15 +179,41 @@ def test_correction_is_the_least_squares_one():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 6, generator=generator)
     other = x + 0.3 * torch.randn(3, 40, 6, generator=generator)
-    linear = torch.nn.Linear(6, 4, bias=False)
-    block = torch.nn.Sequential(linear)
-    runs, changed = ([lambda module, t=t: module(t) for t in inputs] for inputs in (x, other))
-    weight = linear.weight.detach()
-    found = block_sweep._correction((runs, block, linear), (changed, block, linear), weight)
+    weight = torch.randn(4, 6, generator=generator)
+    others = [*other, None, other[0, :5]]  # of samples that were sent elsewhere nothing can be learnt
+    found = block_sweep.correction(zip([*x, x[0], x[0]], others, strict=True), weight)
     flat = other.flatten(0, 1)
     damping = (0.01 * flat.square().sum() / 6).sqrt() * torch.eye(6)
     wanted = torch.cat([(x.flatten(0, 1) - flat) @ weight.t(), torch.zeros(6, 4)])
     assert torch.allclose(found, torch.linalg.lstsq(torch.cat([flat, damping]), wanted).solution.t(), atol=1e-5)
+
+
+def test_few_tokens_go_through_the_variants_and_few_samples_backwards(tiny_llama, text_file, tmp_path, monkeypatch):
+    """And the next block is given what whole runs of the changed block make of them."""
+    monkeypatch.setattr(any_precision, "CORRECTING", 8)
+    monkeypatch.setattr(block_sweep, "CORRECTING", 8)
+    monkeypatch.setattr(any_precision, "_GRADIENTS", 2)
+    lengths, backward = [], []
+
+    def watched(block, *rest):
+        fitted = block_sweep.fit_block(block, *rest)
+        for variant, runs in block.variants.items():
+            block.show(variant)
+            for run, output in zip(runs, block.outputs[variant], strict=True):
+                torch.testing.assert_close(run(block.module), output)
+                lengths.append(output.shape[1])
+        assert [output.shape[1] for output in block.outputs[""]] == [32] * 6
+        return fitted
+
+    def gradients(model, samples, *rest):
+        backward.append(len(samples.tokens))
+        return squared_gradients(model, samples, *rest)
+
+    monkeypatch.setattr(any_precision, "fit_block", watched)
+    monkeypatch.setattr(runner, "squared_gradients", gradients)
+    compress.run(settings(tiny_llama, text_file), tmp_path / "out")
+    assert lengths == [8] * (3 * 3 * 6)
+    assert backward == [2]
 
 
 def test_the_plan_counts_the_rows_in_work_with_and_without_correction(tiny_llama, text_file):

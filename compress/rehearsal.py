@@ -1,0 +1,160 @@
+"""Foresee the processor time of a run by doing a little of it: a few samples and a few rows of the first block."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calibration import Samples, draw_samples
+from compress.fisher import squared_gradients, unit_of
+from compress.passes import Block, Context, Pass, Run
+from compress.settings import Calibration
+from compress.streaming import Call, State, StreamedModel, reshaped
+from compress.structure import Linear, architecture, block_prefix
+from compress.workspace import Record, Stage
+
+_FEW, _MORE = 1, 9  # samples
+_WEIGHTS = 1_000_000  # of the block, in whole rows, that are worked on
+
+
+class _Thin(Linear):
+    """Show the first rows of a weight matrix as if they were all: what is done to them costs so much less."""
+
+    def __init__(self, linear: Linear, share: float) -> None:
+        super().__init__(linear.name, linear.module)
+        self._rows = max(1, round(share * linear.shape[0]))
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the first rows, a view."""
+        return super().weight[: self._rows]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Say how much to rehearse: samples, and the share of every matrix's rows."""
+
+    samples: int
+    share: float
+
+
+def foreseen_seconds(
+    step: Pass[Any], state: State, context: Context, text: Calibration | None, device: torch.device
+) -> float | None:
+    """Return the processor time of one pass, all threads together; None for one that has the whole model in memory.
+
+    What is done outside the blocks (embedding, head, writing the checkpoint) is not counted, and of rounds of statistics one.
+    """
+    needs = step.needs()
+    if needs.whole_model or needs.model_statistics or needs.changes_shapes:
+        return None
+    samples, count = Samples((), {}), 0
+    if text is not None:
+        assert context.tokenizer is not None
+        count, few = text.samples, text.model_copy(update={"samples": min(text.samples, _MORE)})
+        samples = draw_samples(few, context.tokenizer, context.context_length)
+    return _Rehearsal(step, StreamedModel(state, device, fast=True), context, samples, count).seconds()
+
+
+class _Rehearsal:
+    """Measure what one pass takes on the first block with a few of its ``count`` samples."""
+
+    def __init__(self, step: Pass[Any], model: StreamedModel, context: Context, samples: Samples, count: int) -> None:
+        self.step, self.model, self.context, self.needs = step, model, context, step.needs()
+        self.samples, self.count, self.blocks = samples.tokens, count, len(model.blocks)
+        self._records: list[list[Record]] = []
+        inside = sum(rows * columns for rows, columns in context.linears.values()) / self.blocks
+        self._share = min(0.5, _WEIGHTS / inside)
+        self._gradients: dict[str, Tensor] = {}
+
+    def seconds(self) -> float:
+        """Return the processor time of the pass, all threads together."""
+        once = self._squared_gradients() if self.needs.squared_gradients else 0.0
+        per_block = self._forward() * self.count if self.needs.inputs and not self.needs.outputs else 0.0
+        if self.step.wants_statistics(self.context, []):
+            measured = self._foresee(self._measure)
+            self._records = [[self._record] * self.blocks]
+            per_block += measured + self._forward() * self.count
+        per_block += self._foresee(self._work)
+        return once + self.blocks * per_block
+
+    def _foresee(self, work: Callable[[Amount], object]) -> float:
+        """Extrapolate from a few samples and rows to all, each by its own slope."""
+        few, more = min(_FEW, self.count), min(_MORE, self.count)
+        base = Amount(few, self._share / 2)
+        work(base)  # what is compiled or loaded now is there already in a run
+        start = _timed(work, base)
+        rows = (_timed(work, Amount(few, self._share)) - start) / (self._share / 2)
+        found = start + rows * (1 - self._share / 2)
+        if self.needs.inputs and more > few:
+            found += (_timed(work, Amount(more, base.share)) - start) / (more - few) * (self.count - few)
+        return found
+
+    @contextmanager
+    def _open(self, amount: Amount) -> Iterator[Block]:
+        """Open the first block as the pipeline would, thinned."""
+        with self.model.block(0) as module:
+            linears = {name: _Thin(linear, amount.share) for name, linear in self.model.linears(0).items()}
+            gradients = {name: full[: linears[name].shape[0]] for name, full in self._gradients.items()}
+            runs = self._runs()[: amount.samples] if self.needs.inputs else []
+            varied = self._runs(self.needs.variant_length)[: amount.samples] if self.needs.variants else []
+            variants = dict.fromkeys(self.needs.variants, varied)
+            name = block_prefix(self.model.structure, 0)
+            yield Block(0, name, module, dict(linears), gradients, runs, variants, self._records)
+
+    def _runs(self, length: int | None = None) -> list[Run]:
+        def call(hidden: Tensor, how: Call) -> Run:
+            return lambda module: self.model.run(module, hidden, how)
+
+        found = (self.model.capture(tokens[:length]) for tokens in self.samples)
+        return [call(hidden, calls[0]) for hidden, calls in found]
+
+    @torch.no_grad()
+    def _work(self, amount: Amount) -> None:
+        with self._open(amount) as block:
+            self.step.run_block(block, self.context)
+
+    @torch.no_grad()
+    def _measure(self, amount: Amount) -> None:
+        with self._open(amount) as block:
+            self._record = self.step.measure_block(block, self.context)
+
+    @torch.no_grad()
+    def _forward(self) -> float:
+        with self.model.block(0) as module:
+            runs = self._runs()
+            runs[0](module)
+            return _timed(lambda _: [run(module) for run in runs], None) / len(runs)
+
+    def _squared_gradients(self) -> float:
+        """Measure them with one block and with two; of the first are those that the pass is shown."""
+        few = Samples(self.samples[:_FEW], {})
+
+        def measure(blocks: int) -> None:
+            model = StreamedModel(_cut(self.model.state, blocks), self.model.device, fast=True)
+            with TemporaryDirectory() as folder:
+                stage = Stage(Path(folder), "")
+                squared_gradients(model, few, stage, [], lambda *_: None)
+                self._gradients = stage.load(unit_of(0))
+
+        took = [_timed(measure, 1), _timed(measure, min(2, self.blocks))]
+        count = min(self.count, self.needs.gradient_samples or self.count)
+        return (took[0] + (self.blocks - 1) * (took[1] - took[0])) * count / _FEW
+
+
+def _cut(state: State, blocks: int) -> State:
+    """Return the model without all but its first blocks."""
+    prefix = architecture(state.config).blocks
+    return reshaped(state, {f"{prefix}.{index}": None for index in range(blocks, state.config.num_hidden_layers)})
+
+
+def _timed(work: Callable[[Any], object], amount: Any) -> float:
+    began = time.process_time()
+    work(amount)
+    return time.process_time() - began

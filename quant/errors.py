@@ -1,0 +1,54 @@
+"""What a quantised matrix loses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.quant.format import Codes
+
+Errors = dict[str, float]
+
+
+def matrix_errors(weight: Tensor, found: Codes, sensitivity: Tensor | None, device: torch.device) -> dict[str, Errors]:
+    """Measure the errors of a matrix at every number of bits, on a GPU if there is one: its products outweigh those of the search."""
+    place = device if device.type == "cuda" else torch.device("cpu")  # others have no float64
+    weight, codes = weight.to(place), found.codes.to(place)
+    sensitivity, hessian = (None if tensor is None else tensor.to(place) for tensor in (sensitivity, found.hessian))
+    there = Codes(codes, {bits: codebook.to(place) for bits, codebook in found.codebooks.items()})
+    scale = None if hessian is None else OutputScale(weight, sensitivity, hessian)
+    return {str(bits): layer_errors(weight, there.dense(bits), sensitivity, scale) for bits in there.codebooks}
+
+
+class OutputScale:
+    """Hold what errors of a layer's output are compared with, so that all numbers of bits share it.
+
+    ``hessian`` is the mean of ``x x^T``, float32 [K, K]; ``weight`` and ``sensitivity`` are as for :func:`layer_errors`.
+    """
+
+    def __init__(self, weight: Tensor, sensitivity: Tensor | None, hessian: Tensor) -> None:
+        self._hessian = hessian
+        self.power = float(self.rows(weight).sum()) or 1.0
+        trace = hessian.diagonal().sum(dtype=torch.float64).clamp_min(1e-30)
+        self.cost: Tensor | float = 1.0 if sensitivity is None else sensitivity.double().sum(1) / trace
+
+    def rows(self, error: Tensor) -> Tensor:
+        """Return ``e H e^T`` of every row, float64 [N]; products are in float32, as sums of squares lose nothing there."""
+        return ((error @ self._hessian) * error).sum(1, dtype=torch.float64)
+
+
+def layer_errors(weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, scale: OutputScale | None) -> Errors:
+    """Measure the errors of a quantised matrix, float32 [N, K] like the weight, with ``e`` the difference of two rows.
+
+    ``relative`` is the sum of ``e e^T`` over that of ``w w^T``; ``weighted`` the sum of ``s e^2``, with the sensitivity
+    ``s``, float32 [N, K] (None for 1). With a Hessian there is ``output``, the sum of ``e H e^T`` over that of ``w H w^T``,
+    and ``weighted`` is the sum of ``e H e^T`` times each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
+    """
+    error = (quantised - weight).double()
+    power = float(weight.double().square().sum()) or 1.0
+    result = {"relative": float(error.square().sum()) / power}
+    if scale is None:
+        cost = error.square() if sensitivity is None else error.square() * sensitivity
+        return result | {"weighted": float(cost.sum())}
+    rows = scale.rows(error.float())
+    return result | {"output": float(rows.sum()) / scale.power, "weighted": float((rows * scale.cost).sum())}

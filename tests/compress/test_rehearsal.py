@@ -1,0 +1,43 @@
+"""The plan's time: what is rehearsed, and what it concludes from that."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from compress import rehearsal
+from compress.plan import plan
+from compress.structure import Linear
+
+
+def test_time_is_foreseen_where_it_can_be(recipe):
+    recipe["passes"] = [
+        {"kind": "prune", "score": "wanda", "allocation": "mrp"},
+        {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4},
+        {"kind": "tune_tables", "steps": 1},
+    ]
+    found = plan(recipe, seconds=True)["passes"]
+    assert [step["kind"] for step in found if step["processor_seconds"] is None] == ["tune_tables"]
+    assert min(step["processor_seconds"] for step in found[:2]) > 0
+    assert "processor_seconds" not in plan(recipe)["passes"][0]
+
+
+@pytest.mark.parametrize(("transposed", "shape"), [(False, (3, 4)), (True, (2, 5))])
+def test_thin_linears_are_the_first_rows_of_whole_ones(transposed, shape):
+    """Of [out_features, in_features] whichever way the module stores them; writing to them changes the module."""
+    from transformers.pytorch_utils import Conv1D
+
+    module = Conv1D(4, 5) if transposed else torch.nn.Linear(4, 6)
+    thin = rehearsal._Thin(Linear("name", module), 0.5)
+    assert thin.shape == shape
+    thin.weight.zero_()
+    assert int((Linear("name", module).weight == 0).all(1).sum()) == shape[0]
+
+
+def test_each_slope_is_measured_by_itself(monkeypatch):
+    """Seconds that are known: 2 for the block, 30 for all its rows, and 5 for each sample after the first."""
+    watch = rehearsal._Rehearsal.__new__(rehearsal._Rehearsal)
+    watch.count, watch._share, watch.needs = 64, 0.1, SimpleNamespace(inputs="original")
+    monkeypatch.setattr(rehearsal, "_timed", lambda work, amount: work(amount))
+    found = watch._foresee(lambda amount: 2 + 30 * amount.share + 5 * (amount.samples - 1))
+    assert found == pytest.approx(2 + 30 + 5 * 63)
