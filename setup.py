@@ -37,7 +37,7 @@ setup(
         Extension(
             "compress.kernels._bitplane",
             sources=sorted(str(path) for path in _SOURCES.glob("*.c")),
-            depends=[str(_SOURCES / "bitplane.h")],
+            depends=sorted(str(path) for path in _SOURCES.glob("*.h")),
             extra_compile_args=["-O3", "-std=c11", "-g0"],
             optional=True,
         )

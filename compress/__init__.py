@@ -18,16 +18,17 @@ from compress.version import __version__
 
 if TYPE_CHECKING:
     from compress.kernels.bitplane import backend
+    from compress.kv import KVCache
     from compress.loading import get_bits, load, set_bits
     from compress.pipeline import run
 
 if "compress_command" not in sys.modules:
     import compress.hf  # noqa: F401  (registers it)
 
-__all__ = ["CompressError", "__version__", "backend", "get_bits", "load", "run", "set_bits"]
+__all__ = ["CompressError", "KVCache", "__version__", "backend", "get_bits", "load", "run", "set_bits"]
 
 _HOMES = dict.fromkeys(("get_bits", "load", "set_bits"), "compress.loading")
-_HOMES |= {"backend": "compress.kernels.bitplane", "run": "compress.pipeline"}
+_HOMES |= {"KVCache": "compress.kv", "backend": "compress.kernels.bitplane", "run": "compress.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

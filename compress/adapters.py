@@ -16,6 +16,7 @@ from compress.config import StoredConfig
 from compress.errors import CompressError, first_line
 from compress.hf import packed_modules
 from compress.quant.linear import BitPlaneLinear
+from compress.quant.records import EmbeddingShape
 from compress.shapes import head_dim
 from compress.sidecars import PROMPT_NAME, find_prompts, read_adapter, read_prompt
 
@@ -86,7 +87,10 @@ def choose_prompt(prompted: nn.Module) -> None:
     """Activate the prompt of the bits in use (a mix counts as its mean): that number's, the one for all, or the nearest."""
     names = list(getattr(prompted, "peft_config", {}))
     by_bits = {int(match[1]): name for name in names if (match := PROMPT_NAME.fullmatch(name))}
-    modules = packed_modules(prompted).values()
+    held = packed_modules(prompted).values()
+    modules = [
+        module for module in held if not isinstance(module.shape, EmbeddingShape)
+    ]  # its bits are not the model's
     if not by_bits or not modules:
         return
     weights = {module: module.shape.out_features * module.shape.in_features for module in modules}

@@ -10,7 +10,7 @@ import numpy as np
 
 from compress.errors import CompressError
 from compress.manifest import noted, read_manifest
-from compress.quant.records import PackedShape, bits_range, packed_bytes
+from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
 from compress.structure import Architecture, block_of, block_prefix
 
 _STEPS = 20_000  # the budget is counted in this many parts, each matrix's bytes rounded up
@@ -109,24 +109,25 @@ def bits_for_budget(
     stored = bits_range(shapes.values())
     low, high = stored[0], stored[-1]
 
+    held = {name: shape if memory is None else shape.dense for name, shape in shapes.items()}
+
     def size(names: Sequence[str], bits: int) -> int:
-        return sum(packed_bytes(shapes[name] if memory is None else shapes[name].dense, bits) for name in names)
+        return sum(packed_bytes(held[name], bits) for name in names)
 
     everything = list(shapes)
     if memory is not None:
-        read = sum(packed_bytes(shape, low) for shape in shapes.values())
-        others = int(manifest["sizes"]["tensors_at_bits"][str(low)]) - read
-        budget = parse_bytes(memory) - others
-        if budget < size(everything, low):
+        others = int(manifest["sizes"]["tensors_at_bits"][str(low)]) - model_bytes(shapes.values(), low)
+        budget, least = parse_bytes(memory) - others, sum(packed_bytes(s, s.seed_bits) for s in held.values())
+        if budget < least:
             raise CompressError(
-                f"memory {memory}: this model's tensors take {(others + size(everything, low)) / 1e6:.2f} MB at their "
+                f"memory {memory}: this model's tensors take {(others + least) / 1e6:.2f} MB at their "
                 f"smallest, {low} bits; {others / 1e6:.2f} MB of that is not quantised."
             )
     else:
         assert bits is not None
         if not low <= bits <= high:
             raise CompressError(f"{bits:g} bits are not available; this model can be read at {low} to {high} bits.")
-        below, above = size(everything, math.floor(bits)), size(everything, math.ceil(bits))
+        below, above = (model_bytes(held.values(), whole) for whole in (math.floor(bits), math.ceil(bits)))
         budget = round(below + (bits - math.floor(bits)) * (above - below))
     together = groups(everything, structure)
     options: list[dict[int, Option]] = []

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.quant.records import PackedShape, SparseShape, StackedShape, first_bits, shape_of
+from compress.quant.records import PackedShape, SharedShape, SparseShape, StackedShape, first_bits, shape_of
 from compress.weights import INDEX, Checkpoint
 
 METHOD = "compress"
-DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION, EXPERTS_VERSION = 1, 2, 3, 4
+DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION, SHARED_VERSION, EXPERTS_VERSION = 1, 2, 3, 4, 5
 """Versions of the format (:func:`format_version`)."""
 
 Bits = int | Mapping[str, int]
@@ -60,7 +60,8 @@ class StoredConfig:
         self.pruned = {name: dict(vars(shape)) for name, shape in self.block_shapes().items()}
         if self.pruned and format_version < SHAPED_VERSION:
             raise CompressError(
-                f"config.json: quantization_config.pruned needs format_version {SHAPED_VERSION}, not {format_version}."
+                f"config.json: quantization_config.pruned needs format_version {SHAPED_VERSION} or more, "
+                f"not {format_version}."
             )
 
     def block_shapes(self) -> dict[str, BlockShape]:
@@ -83,10 +84,12 @@ class StoredConfig:
             raise CompressError(f"config.json: quantization_config.modules is malformed: {error}.") from error
         if self.format_version < format_version(shapes.values()):
             raise CompressError(
-                f"config.json: quantization_config.modules is malformed: version {self.format_version} has no such modules."
+                f"config.json: quantization_config.modules is malformed: version {self.format_version} has no modules "
+                f"that are stored {'shared or as stacks' if self.format_version > DENSE_VERSION else 'sparse or shared'}."
             )
         for name, shape in shapes.items():
-            if any(type(value) is not int for field, value in vars(shape).items() if field != "codebook_dtype"):
+            named = {field: value for field, value in vars(shape).items() if field not in ("codebook_dtype", "read_at")}
+            if any(type(value) is not int for value in named.values()):
                 raise CompressError(
                     f"config.json: quantization_config.modules[{name!r}] has a field that is no integer."
                 )
@@ -114,6 +117,8 @@ def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) 
     held = list(shapes)
     if any(isinstance(shape, StackedShape) for shape in held):
         return EXPERTS_VERSION
+    if any(isinstance(shape, SharedShape) for shape in held):
+        return SHARED_VERSION
     if pruned:
         return SHAPED_VERSION
     return SPARSE_VERSION if any(isinstance(shape, SparseShape) for shape in held) else DENSE_VERSION
@@ -141,7 +146,7 @@ def check_tensors(folder: Path, config: StoredConfig, bits: int | None = None) -
     info, count = Checkpoint(folder, index_name=index_name(bits)).info(), 0
     for name, shape in config.shapes().items():
         for tensor, (size, dtype) in shape.specification().items():
-            if (first_bits(tensor) or 0) > max(bits or 8, shape.seed_bits):
+            if (first_bits(tensor) or 0) > (shape.at(bits) if bits else shape.parent_bits):
                 continue
             found = info.get(f"{name}.{tensor}")
             if found is None:

@@ -5,8 +5,11 @@ LLM (arXiv 2402.10517, section 3). The forward pass leaves every block's input o
 reverse, recomputes one, and hands the gradient of its input on.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from compress.calibration import Samples
@@ -14,6 +17,10 @@ from compress.errors import CompressError
 from compress.passes import OUTSIDE, Progress
 from compress.streaming import StreamedModel
 from compress.workspace import Stage
+
+HESSIAN = "hessian of "
+"""What the name of a matrix follows, in the unit outside the blocks, where the tensor is the Hessian of its inputs."""
+_HEAD_ROWS = 1 << 13  # of the head's gradient at a time
 
 
 def unit_of(block: int) -> str:
@@ -70,26 +77,60 @@ def _forward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -
 
 
 def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
-    """Find the gradient of every sample's loss by the last block's output (and by the head, if it is wanted)."""
+    """Find the gradient of every sample's loss by the last block's output (and what the head's matrix has to know, if wanted)."""
     count = len(model.blocks)
     hidden = stage.load(f"hidden-{count}")
-    wants_head = model.head in outside
-    head = model.model.get_submodule(model.head).get_parameter("weight").requires_grad_(wants_head)
-    fisher = torch.zeros_like(head) if wants_head else None
+    head = model.head_matrix() if model.head_matrix() in outside else None
+    measured = _HeadStatistics()
     gradients: dict[str, Tensor] = {}
     for i, tokens in enumerate(samples.tokens):
         state = hidden[str(i)].to(model.device).requires_grad_()
-        loss = cross_entropy(model.logits(tokens, state)[:-1], tokens[1:].to(model.device))
+        with _calls(model.model.get_submodule(model.head)) as calls:
+            loss = cross_entropy(model.logits(tokens, state)[:-1], tokens[1:].to(model.device))
         if not torch.isfinite(loss):
             raise CompressError(f"calibration sample {i}: the model's loss is {loss.item()}; its weights are damaged.")
-        found = torch.autograd.grad(loss, [state, head] if wants_head else [state])
+        wanted = [state] if head is None else [state, calls[0][1]]
+        found = torch.autograd.grad(loss, wanted)
         gradients[str(i)] = found[0].cpu()
-        if fisher is not None:
-            fisher += found[1].square()
-    head.requires_grad_(False)
-    if fisher is not None:
-        stage.save("head", {model.head: fisher})
+        if head is not None:
+            measured.add(calls[0][0].detach().flatten(0, -2), found[1].flatten(0, -2))
+    if head is not None:
+        stage.save("head", measured.result(head))
     stage.save(f"gradient-{count}", gradients)
+
+
+@contextmanager
+def _calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Keep (input, output) of every call of a module within a ``with``."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def note(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((given[0], output))
+
+    handle = module.register_forward_hook(note)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+class _HeadStatistics:
+    """Sum, without ever holding a gradient of the whole head, the squares of every row's, and ``h h^T`` of its inputs."""
+
+    def __init__(self) -> None:
+        self.squares, self.hessian, self.tokens = torch.zeros(()), torch.zeros(()), 0
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Take one sample: inputs [T, K], gradients of the outputs [T, N]."""
+        parts = torch.split(gradients, _HEAD_ROWS, 1)
+        found = torch.cat([(part.t().float() @ inputs.float()).square().mean(1) for part in parts])
+        self.squares = self.squares + found.cpu()
+        self.hessian = self.hessian + (inputs.float().t() @ inputs.float()).cpu()
+        self.tokens += len(inputs)
+
+    def result(self, name: str) -> dict[str, Tensor]:
+        """Return by their names in a unit: float32 [N, 1], means over rows, and [K, K]."""
+        return {name: self.squares[:, None].clone(), HESSIAN + name: self.hessian / self.tokens}
 
 
 def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -> None:
@@ -120,16 +161,25 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
 
 
 def _finish_outside(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
-    """Finish embedding and head: the head's gradient was found with the loss, the embedding's comes last."""
-    fisher = stage.load("head") if model.head in outside else {}
+    """Finish embedding and head: what the head's matrix has was found with the loss, the looked-up rows' share comes last.
+
+    Both uses of a tied matrix count, as the sum of their squares.
+    """
+    found = stage.load("head") if model.head_matrix() in outside else {}
     name = model.structure.embedding
     if name in outside:
-        gradients = stage.load("gradient-0")
-        weight = model.model.get_submodule(name).get_parameter("weight").requires_grad_()
-        fisher[name] = torch.zeros_like(weight).cpu()
+        gradients, module = stage.load("gradient-0"), model.model.get_submodule(name)
+        weight = module.get_parameter("weight").requires_grad_()
+        squares = torch.zeros(len(weight))
         for i, tokens in enumerate(samples.tokens):
-            first = model.capture(tokens)[0]
-            (found,) = torch.autograd.grad(first, [weight], gradients[str(i)].to(model.device))
-            fisher[name] += found.cpu().square()
+            with _calls(module) as calls:
+                first = model.capture(tokens)[0]
+            (given,) = torch.autograd.grad(first, [calls[0][1]], gradients[str(i)].to(model.device))
+            rows, place = torch.unique(tokens, return_inverse=True)
+            width = given.shape[-1]
+            total = torch.zeros(len(rows), width).index_add_(0, place, given.reshape(-1, width).float().cpu())
+            # Gemma's embeddings multiply the looked-up rows by a constant, which the output's gradient does not have.
+            squares[rows] += (total * float(getattr(module, "scalar_embed_scale", 1.0))).square().mean(1)
         weight.requires_grad_(False)
-    stage.save(unit_of(OUTSIDE), fisher)
+        found[name] = squares[:, None] + found.get(name, torch.zeros(()))
+    stage.save(unit_of(OUTSIDE), found)

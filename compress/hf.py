@@ -30,9 +30,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.config import METHOD, Bits, StoredConfig, format_version
 from compress.errors import CompressError
 from compress.experts import Experts, is_experts
+from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import expand
 from compress.quant.fused import join
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
+from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape, StackedShape, bits_range, expert_name, unstacked
 from compress.shapes import replace_shapes, set_linear, tell_heads
 from compress.structure import Linear, declaration, inspected, is_linear, matching
@@ -52,7 +53,7 @@ def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, i
             raise CompressError(
                 f"{bits} bits are not available; this model can be read at {known[0]} to {known[-1]} bits."
             )
-        return {name: min(max(bits, s.seed_bits), s.parent_bits) for name, s in shapes.items()}
+        return {name: shape.at(bits) for name, shape in shapes.items()}
     chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
         for name in [pattern] if pattern in shapes else matching(pattern, list(shapes)):
@@ -121,6 +122,19 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
             )
         packed._is_hf_initialized = True  # type: ignore[assignment]  # transformers draws random numbers for what is missing; we refuse it
         model.set_submodule(name, packed)
+        if isinstance(packed, BitPlaneEmbedding) and getattr(model.config, "tie_word_embeddings", False):
+            tie_head(model, packed)
+
+
+def tie_head(model: PreTrainedModel, embedding: BitPlaneEmbedding) -> None:
+    """Let the head of a model multiply by its packed embedding, and transformers tie nothing."""
+    own = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if own is None:
+        return  # a model without its head
+    name = next(name for name, module in model.named_modules() if module is own)
+    head = BitPlaneHead(embedding, getattr(model.get_submodule(name), "bias", None))
+    model.set_submodule(name, head)
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
 def _replace_stack(model: PreTrainedModel, name: str, shape: StackedShape) -> None:
@@ -145,7 +159,10 @@ def _replace_stack(model: PreTrainedModel, name: str, shape: StackedShape) -> No
 
 
 def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbedding]:
-    """Find every packed module of a loaded model, by the name it has in the checkpoint, whatever adapter is around it."""
+    """Find every packed module of a loaded model, by the name it has in the checkpoint, whatever adapter is around it.
+
+    A head that is tied to the embedding has no tensors of its own, and is none of them.
+    """
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -162,7 +179,7 @@ def resize_packed(
     if -(-wanted // step) * step != embedding.num_embeddings:
         raise CompressError(
             f"{model.name_or_path}: its embedding or head is packed, so no token can be added or taken away; call dequantize() "
-            "on the model first, or compress it again with the embedding and head left out of include."
+            "on the model first, or compress it again with embedding_bits 0."
         )
     return embedding  # type: ignore[no-any-return]
 
@@ -295,6 +312,8 @@ class CompressQuantizer(HfQuantizer):
         with init_empty_weights(include_buffers=False):
             plain: PreTrainedModel = type(model)(model.config)
         for name, module in list(model.named_modules()):
+            if isinstance(module, BitPlaneHead):
+                model.set_submodule(name, plain.get_submodule(name))  # what it is tied to comes with tie_weights
             if isinstance(module, Experts):
                 model.set_submodule(name, module.joined(plain.get_submodule(name), dtype or model.dtype))
             if not isinstance(module, (BitPlaneLinear, BitPlaneEmbedding)) or not _has(model, name):
@@ -308,6 +327,7 @@ class CompressQuantizer(HfQuantizer):
             dense.requires_grad_(".base_layer" not in name)
             model.set_submodule(name, dense.to(weight.device).train(module.training))
         model.__dict__.pop("resize_token_embeddings", None)
+        model.all_tied_weights_keys = plain.all_tied_weights_keys
         model.tie_weights()
         return model
 

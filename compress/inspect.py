@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.manifest import noted, read_manifest
-from compress.quant.records import SparseShape, bits_range, packed_bytes
+from compress.quant.records import SparseShape, bits_range, model_bytes, packed_bytes
 from compress.sidecars import inspect_sidecars
 from compress.weights import Checkpoint
 
@@ -49,10 +49,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     dense = {name: item.nbytes for name, item in info.items() if name.rpartition(".")[0] not in shapes}
     dense |= {f"{name}.bias": info[f"{name}.bias"].nbytes for name in shapes if f"{name}.bias" in info}
     held = sum(dense.values())
-    at = {
-        str(bits): held + sum(packed_bytes(shape, bits) for shape in shapes.values())
-        for bits in bits_range(shapes.values())
-    }
+    at = {str(bits): held + model_bytes(shapes.values(), bits) for bits in bits_range(shapes.values())}
     return {
         "folder": str(folder),
         "format_version": settings.format_version if settings else None,

@@ -22,9 +22,12 @@ from compress.defaults import usual_defaults
 from compress.errors import CompressError, first_line
 from compress.hf import bits_by_module, join_layers, packed_modules
 from compress.hub import ACCESS, located
-from compress.manifest import MANIFEST
+from compress.kv import KVCache
+from compress.kv_serving import kv_of, make_caches, use_kv_cache
+from compress.kv_settings import KVBits
+from compress.manifest import MANIFEST, noted, read_manifest
 from compress.models import auto_class
-from compress.quant.records import unstacked
+from compress.quant.records import EmbeddingShape, unstacked
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
 
@@ -40,6 +43,7 @@ def load(
     exact: bool = True,
     prompt: bool | str | Path = False,
     adapter: Choice = None,
+    kv: KVBits | str | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint as a stock Hugging Face model.
@@ -64,21 +68,29 @@ def load(
         adapter: put the checkpoint's own low-rank adapter (True), or that of a folder, on the model, which is then a
             ``PeftModel`` too; or none (False). By default a checkpoint that was made with an adapter is loaded with it, and
             a line on the log says so; plain ``from_pretrained`` does not know of it.
+        kv: keep keys and values packed, wherever the model would make a cache of its own (:class:`compress.KVCache`): bits, ``"4:2"``
+            for keys and values apart, a mapping of ``bits`` and its other arguments, or ``"recommended"``, what the pass
+            ``kv_calibrate`` found for this checkpoint.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``; what finds a model's files (``revision``, ``subfolder``,
             ``cache_dir``, ``token``, …) goes to everything that is opened. With ``output_loading_info`` the result is
             (model, information), as there.
 
     Raises:
-        CompressError: no such checkpoint or bits, a pattern that matches nothing, damaged or missing files, no prompt or
-            adapter where one is asked for.
+        CompressError: no such checkpoint or bits, a pattern that matches nothing, damaged or missing files, no prompt,
+            adapter or cache setting where one is asked for.
     """
     place, access = located(folder, kwargs)
     others = {key: value for key, value in kwargs.items() if key not in ACCESS}
     # What lies beside the model is looked for before the model is read.
     prompts = find_prompts(place, prompt, **access) if prompt else None
     adapted = find_adapter(place, adapter, **access)
+    cached = None if kv is None else kv_of(kv, recommended_kv(place, **access))
+    if cached is not None:
+        KVCache(cached[0], config=read_config(place, **access), **cached[1].options())  # refuses what does not fit
     loaded = _load_model(place, bits, memory, access, others)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if cached is not None:
+        use_kv_cache(model, make_caches(model, *cached))
     packed = packed_modules(model)
     for module in packed.values():
         module.keep_dense, module.exact = keep_dense, exact
@@ -111,7 +123,8 @@ def _load_model(
     if chosen is not None:
         if not shapes:
             raise CompressError(f"{name}: none of its matrices is packed, so it has no bits to choose from.")
-        most = max(bits_by_module(chosen, unstacked(shapes)).values())
+        matrices = unstacked(shapes)
+        most = max(matrices[name].step(own) for name, own in bits_by_module(chosen, matrices).items())
         config.quantization_config["bits"] = chosen if isinstance(chosen, int) else dict(chosen)
         if Path(name).is_dir() and not (Path(name) / index_name(most)).exists():
             most = None  # save_pretrained writes no index by bits
@@ -162,6 +175,15 @@ def load_tokenizer(folder: str | Path, **access: Any) -> PreTrainedTokenizerBase
         return AutoTokenizer.from_pretrained(place, **access)
     except Exception as error:  # tokenizer classes fail in many ways
         raise CompressError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from error
+
+
+def recommended_kv(folder: str | Path, **access: Any) -> dict[str, Any] | None:
+    """Return the cache setting that a checkpoint's manifest recommends; None without one."""
+    try:
+        manifest = cached_file(str(folder), MANIFEST, **access)
+    except OSError:
+        return None
+    return dict(noted(read_manifest(Path(manifest).parent) or {}, "kv")) or None  # type: ignore[arg-type]
 
 
 def bits_for(
@@ -233,6 +255,16 @@ def _packed_within(model: nn.Module) -> dict[str, Any]:
 
 
 def get_bits(model: nn.Module) -> int | dict[str, int]:
-    """Return the bits in use: one number if all packed modules share it, else one each; refuse a model without any."""
-    bits = {name: module.bits for name, module in _packed_within(model).items()}
-    return next(iter(bits.values())) if len(set(bits.values())) == 1 else bits
+    """Return the bits in use: one number if all packed modules share it, else one each; refuse a model without any.
+
+    An embedding or head that is read at the bits which belong to that number shares it.
+    """
+    modules = _packed_within(model)
+    bits: dict[str, int] = {name: module.bits for name, module in modules.items()}
+    embeddings = [module for module in modules.values() if isinstance(module.shape, EmbeddingShape)]
+    same = {module.bits for module in modules.values() if module not in embeddings}
+    if len(same) == 1:
+        one: int = same.pop()
+        if all(module.bits == module.shape.at(one) for module in embeddings):
+            return one
+    return bits

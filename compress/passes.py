@@ -91,7 +91,8 @@ class Block:
         name: module name, for example ``model.layers.3``.
         module: the real module, dense, float32.
         linears: every dense linear in it, by full name.
-        squared_gradients: full name -> [out_features, in_features] float32, if asked for.
+        squared_gradients: full name -> [out_features, in_features] float32, if asked for; of embedding and head the mean
+            over every row, [out_features, 1].
         samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
         variants: the same calls on the inputs that each variant of the earlier blocks produces.
         statistics: of every finished round of calibration statistics, the records of all blocks in order.
@@ -101,6 +102,8 @@ class Block:
         packed: full name -> codes and codebooks on the CPU, filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
+        hessians: with squared gradients of embedding and head, name of the matrix that the head multiplies by -> float32
+            [in_features, in_features], the mean of ``h h^T`` over the head's inputs.
         outputs: variant (``""`` for the inputs of :attr:`samples`) -> what the next block is given, [1, T, hidden] each; filled
             by a pass that has announced it, and computed by the pipeline otherwise.
     """
@@ -119,6 +122,7 @@ class Block:
     packed: dict[str, Codes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
+    hessians: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()

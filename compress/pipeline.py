@@ -174,7 +174,8 @@ def check_order(
     for index, step in enumerate(passes):
         needs, kind = step.needs(), step.config.kind
         here = f"passes.{index} ({kind})"
-        if before is not None and before.needs().sidecar:
+        beside = needs.sidecar and before is not None and kind != before.config.kind  # both leave the model as it is
+        if before is not None and before.needs().sidecar and not beside:
             raise CompressError(
                 f"{here} would change the model under what passes.{index - 1} ({before.config.kind}) has learned for it; "
                 f"put {before.config.kind} last."

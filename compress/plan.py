@@ -12,7 +12,7 @@ from compress.defaults import usual_defaults
 from compress.models import text_config
 from compress.passes import Context, Pass, Sizes, pass_class
 from compress.pipeline import check_order, text_of
-from compress.quant.records import PackedShape, bits_range, packed_bytes
+from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.source import open_source
 from compress.streaming import State
@@ -50,11 +50,10 @@ def plan(
         for step, before in zip(steps, found, strict=False)
     ]
     last, context = found[-1]
-    rest = sum(item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in packed)
-    at = {
-        str(bits): rest + sum(packed_bytes(shape, bits) for shape in packed.values())
-        for bits in bits_range(packed.values())
-    }
+    tied = context.tied and context.structure.embedding in packed
+    gone = {*packed, context.head} if tied else {*packed}
+    rest = sum(item.nbytes for name, item in last.source.info().items() if name.removesuffix(".weight") not in gone)
+    at = {str(bits): rest + model_bytes(packed.values(), bits) for bits in bits_range(packed.values())}
     return {
         "model": str(source.folder),
         "blocks": source.state.structure.depth,

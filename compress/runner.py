@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.calibration import Samples
 from compress.config import BlockShape
 from compress.errors import CompressError
-from compress.fisher import squared_gradients, unit_of
+from compress.fisher import HESSIAN, squared_gradients, unit_of
 from compress.models import untied
 from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
 from compress.quant.format import pack, pack_smaller
@@ -134,7 +134,11 @@ class Runner:
         if self.outside and self.stage.record("outside") is None:
             with self.log.unit(self.kind, "outside") as line:
                 linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
-                block = Block(OUTSIDE, "", self.model.model, linears, self._fisher(OUTSIDE), statistics=self.statistics)
+                found = self._fisher(OUTSIDE)
+                hessians = {name.removeprefix(HESSIAN): found.pop(name) for name in [*found] if HESSIAN in name}
+                block = Block(
+                    OUTSIDE, "", self.model.model, linears, found, statistics=self.statistics, hessians=hessians
+                )
                 line |= self.step.run_block(block, self.context)
                 self._finish("outside", block, {}, line)
 
@@ -292,6 +296,10 @@ class Runner:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise CompressError(f"{name}: {self.kind} left values that are not finite.")
 
+    def _tied_in(self, packed: Collection[str]) -> bool:
+        """Tell whether a tied embedding is among those that are packed: its head goes with it."""
+        return self.context.tied and self.context.structure.embedding in packed and self.context.head not in packed
+
     def _after(self, records: Mapping[str, Record]) -> State:
         """Return the model as the finished units leave it."""
         if self.needs.sidecar:
@@ -301,7 +309,8 @@ class Runner:
         if self.context.head in packed and self.context.tied:
             config = untied(config)
         files = [self.stage.path(unit) for unit in records]
-        source = Overlay(self.state.source, files, [f"{name}.weight" for name in new])
+        gone = {*new, self.context.head} if self._tied_in(new) else set(new)  # files may hold a copy for the head
+        source = Overlay(self.state.source, files, [f"{name}.weight" for name in sorted(gone)])
         state = replace(self.state, source=source, config=config, packed=packed, key=self.stage.key)
         if not self.needs.changes_shapes:
             return state

@@ -83,6 +83,7 @@ def check_source(source: Source, tokens: Tensor) -> None:
     streamed, blocks = model.run_all(tokens), model.structure.blocks
     outside = [name.rpartition(".")[0] for name in model.model.state_dict() if block_of(name, model.structure) is None]
     places = {**dict.fromkeys(outside, "cpu"), blocks: "disk"}
+    del model  # never both
     with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
         try:
             whole = auto_class(source.state.config).from_pretrained(

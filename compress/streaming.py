@@ -31,6 +31,8 @@ from compress.hf import packed_modules, rebuild, replace_packed
 from compress.models import empty_model, text_config, untied
 from compress.names import NamedTensors
 from compress.precision import multiplies_bfloat16
+from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
+from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.shapes import block_shape, fewer_blocks, head_dim, replace_shapes, settled, shape_block
 from compress.structure import Architecture, Linear, block_of, block_prefix, inspected, linears_of
@@ -207,7 +209,7 @@ class StreamedModel:
         self._check_tensors(wanted)
         if device.type != "meta":
             self._fill(self.model, {name: name for name in wanted if block_of(name, self.structure) is None})
-            self.model.tie_weights()
+            self.model.tie_weights(recompute_mapping=False)  # a packed embedding and its head are tied already
             for module in self.model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     if buffer.device.type != "meta":
@@ -242,7 +244,8 @@ class StreamedModel:
         values = {}
         for inner, stored in names.items():
             value = tensors[stored]
-            floating = value.is_floating_point() and ".codebook_" not in stored
+            table = stored.rpartition(".")[0] in self.state.packed and not stored.endswith(".bias")
+            floating = value.is_floating_point() and not table
             values[inner] = value.to(self.device, torch.float32 if floating else value.dtype)
         module.load_state_dict(values, strict=False, assign=True)
         module.requires_grad_(False)
@@ -279,9 +282,15 @@ class StreamedModel:
 
     def outside(self) -> dict[str, Linear]:
         """Return embedding and head, as matrices, unless they are packed."""
-        taken = {*self.state.packed, *self.structure.left}
-        names = (name for name in (self.structure.embedding, self.head) if name not in taken)
-        return {name: Linear(name, self.model.get_submodule(name)) for name in names}
+        modules = {name: self.model.get_submodule(name) for name in (self.structure.embedding, self.head)}
+        packed = BitPlaneHead, BitPlaneLinear, BitPlaneEmbedding
+        open_ones = {n: m for n, m in modules.items() if n not in self.structure.left and not isinstance(m, packed)}
+        return {name: Linear(name, module) for name, module in open_ones.items()}
+
+    def head_matrix(self) -> str:
+        """Return the name of the matrix that the head multiplies by: the embedding's, if the two are tied."""
+        tied = bool(getattr(self.state.config, "tie_word_embeddings", False))
+        return self.structure.embedding if tied else self.head
 
     @contextmanager
     def _forwards(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:

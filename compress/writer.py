@@ -88,13 +88,17 @@ def write_checkpoint(
 
 def _needed_at(info: Mapping[str, TensorInfo], state: State) -> dict[int | None, list[str]]:
     """List the tensors that loading at some bits reads (None: at all), a module with fewer at most staying at its most."""
-    seeds = {
-        f"{name}.{tensor}": shape.seed_bits for name, shape in state.packed.items() for tensor in shape.specification()
-    }
     needed: dict[int | None, list[str]] = {None: list(info)}
+    steps = {name: _step_of(name, state) for name in info}
     for bits in bits_range(state.packed.values()):
-        needed[bits] = [n for n in info if n not in seeds or (first_bits(n) or 0) <= max(bits, seeds[n])]
+        needed[bits] = [name for name, step in steps.items() if (step or 0) <= bits]
     return needed
+
+
+def _step_of(name: str, state: State) -> int | None:
+    """Return the fewest bits of the model that read a tensor; None for one that is always read."""
+    shape, own = state.packed.get(name.rpartition(".")[0]), first_bits(name)
+    return None if shape is None or own is None or own <= shape.seed_bits else shape.step(own)
 
 
 def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[str]]:
@@ -106,7 +110,7 @@ def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[
     structure, blocks = state.structure, Counter[int]()
     groups: dict[str, list[str]] = {}
     for name in sorted(info):
-        step = first_bits(name) if name.rpartition(".")[0] in state.packed else None
+        step = _step_of(name, state)
         label = "model" if first is None else f"model-{max(step or first, first)}bit"
         groups.setdefault(label, []).append(name)
         if (place := block_of(name, structure)) is not None:
@@ -160,7 +164,7 @@ def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str
     model = StreamedModel(state, torch.device("meta"))
     reasons = dict(noted({"passes": passes}, "skipped"))
     default = "the recipe has no quantising pass"
-    outside = "outside the blocks; a quantising pass takes it when include names it" if state.packed else default
+    outside = "outside the blocks; a quantising pass takes it unless embedding_bits is 0" if state.packed else default
     inside = (name for index in range(len(model.blocks)) for name in model.linears(index))
     found = {name: reasons.get(name, default) for name in inside} | dict.fromkeys(model.outside(), outside)
     beyond = [name for name, module in model.model.named_modules() if is_linear(module) and name not in found]

@@ -16,10 +16,13 @@ from compress.adapters import virtual_tokens
 from compress.calibration import read_documents
 from compress.defaults import usual_defaults
 from compress.errors import CompressError, did_you_mean
+from compress.evals.kv import CachedLosses, KVWanted
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
 from compress.hub import located
+from compress.kv_serving import make_caches
+from compress.kv_settings import KVBits, kv_label
 from compress.loading import bits_for, load_tokenizer
 from compress.manifest import read_manifest
 from compress.passes import Progress
@@ -184,9 +187,10 @@ class OpenText(OpenModel):
         source: str,
         bits: Sequence[int | float] | None = None,
         protocol: Protocol | None = None,
+        kv: KVWanted | None = None,
         **options: Any,
     ) -> None:
-        protocol = protocol or Protocol()
+        protocol, self.kv = protocol or Protocol(), kv or KVWanted()
         self.source, (self.documents, digest) = source, documents_of(source, protocol)
         places = [Path(folder)]
         for other in (options.get("prompt"), options.get("adapter")):
@@ -198,6 +202,7 @@ class OpenText(OpenModel):
                 raise CompressError("this is a text the checkpoint was calibrated or trained on; measure on another.")
         super().__init__(folder, bits, **options)
         self.protocol = replace(protocol, length=window_length(self.model, protocol.length))
+        self.caches = [(bits, make_caches(self.model, bits, self.kv.settings)) for bits in self.kv.bits]
         read = {"bos": self.tokenizer.bos_token, "special_tokens": count_special(self.tokenizer, self.documents)}
         self.settings = {"sha256": digest, "protocol": asdict(self.protocol), "dtype": self.dtype, **read}
 
@@ -230,7 +235,22 @@ class OpenText(OpenModel):
             **({"prompt": {"from": place, "tokens": virtual}} if virtual else {}),
             **({"adapter": self.digests["adapter"]} if "adapter" in self.digests else {}),
             "bits": {label: row["metrics"] for label, row in rows.items()},
+            **({"kv": self._cached(text)} if self.caches else {}),
         }
+
+    def _cached(self, text: Text) -> dict[str, Any]:
+        """Measure with each packed cache in the loop: its label -> number of bits of the weights -> metrics."""
+        found = {}
+        for bits, make in self.caches:
+
+            def work(label: str, make: Any = make, bits: KVBits = bits) -> dict[str, Any]:
+                losses = CachedLosses(make)
+                metrics = score(self.model, text, 1, self.watch(f"{label}, cache {kv_label(bits)}"), losses).json()
+                return {"metrics": {**metrics, "kv_bytes": losses.bytes, "kv_tokens": losses.tokens}}
+
+            key = self.key("kv", self.source, {**self.settings, "kv": self.kv.key(bits)})
+            found[kv_label(bits)] = {label: row["metrics"] for label, row in self.measure(key, work).items()}
+        return found
 
 
 def evaluate_text(
@@ -238,6 +258,7 @@ def evaluate_text(
     source: str,
     bits: Sequence[int | float] | None = None,
     protocol: Protocol | None = None,
+    kv: KVWanted | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure loss, perplexity and bits per byte at several numbers of bits, from one load.
@@ -248,18 +269,21 @@ def evaluate_text(
         bits: numbers of bits, or mean numbers such as 3.5 (:func:`compress.load`); all there are if None.
         protocol: how the text is cut. A soft prompt makes windows shorter by its tokens unless ``protocol.length`` is
             given: give it to compare with and without.
+        kv: packed caches to measure with too, a block of tokens after the other.
         **options: ``dtype``, ``device``, ``prompt``, ``adapter``, ``store`` and ``progress`` of :class:`OpenModel`.
 
     Returns:
         ``{"model", "text": {"source", "sha256", "documents", "special_tokens"}, "protocol", "bits": {"4": {"loss", "perplexity",
         "bits_per_byte", "tokens", "bytes"}}}``, and ``"prompt"`` and ``"adapter"`` (its digest) where one is used; a mean
-        number's key is ``"3.5"``; a dense model's only key is ``"dense"``.
+        number's key is ``"3.5"``; a dense model's only key is ``"dense"``. With packed caches also ``"kv": {"4": {"dense": {…,
+        "kv_bytes", "kv_tokens"}}}``: by bits of the cache, then of the weights, with the bytes that the cache took and the
+        tokens it held when it was largest.
 
     Raises:
         CompressError: the text is the checkpoint's own calibration text or what its prompt was trained on, nothing in it
             can be scored, or a window and the prompt are longer than the context.
     """
-    return OpenText(folder, source, bits, protocol, **options).evaluate()
+    return OpenText(folder, source, bits, protocol, kv, **options).evaluate()
 
 
 def load_bits(

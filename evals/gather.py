@@ -19,6 +19,7 @@ from compress.evals import cloze, speed
 from compress.evals.agreement import dense_model_of
 from compress.evals.controls import measure_variants
 from compress.evals.evaluate import BUILTIN, OpenModel, Protocol, documents_of, window_length
+from compress.evals.kv import KVWanted
 from compress.evals.store import FOLDER, Results, dense_identity, identity, prompt_key
 from compress.evals.suite import Suite, evaluate_all
 from compress.evals.tables import Matrix, transfer
@@ -45,6 +46,7 @@ class Wanted:
     prompts: tuple[str, ...] = ()  # to continue at all bits; the beginning of the text if empty
     device: str = "cpu"
     adapter: Choice = None  # as for :func:`compress.load`
+    kv: KVWanted = field(default_factory=KVWanted)  # packed caches to measure the text with too
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def measure_missing(folder: Path, wanted: Wanted, store: Results, progress: Prog
     if prompted:  # with and without, on the same windows: there must be room for the prompt
         length = window_length(compress.load(folder, prompt=True, adapter=False))
         protocol = replace(protocol, length=min(length, protocol.length or length))
-    plain = Suite(text, protocol, tasks, dense=dense is not None, adapter=wanted.adapter)
+    plain = Suite(text, protocol, tasks, dense=dense is not None, adapter=wanted.adapter, kv=wanted.kv)
     alike = replace(plain, agreement=bool(dense and text), robustness=bool(text))
     for suite in (alike, replace(plain, prompt=True)) if prompted else (alike,):
         if text or tasks.names:

@@ -135,16 +135,25 @@ def _bytes_of(
 @usual_defaults()
 @torch.no_grad()
 def score(
-    model: PreTrainedModel, text: Text, batch_tokens: int = 8192, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    text: Text,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+    losses: Callable[[PreTrainedModel, Sequence[Window]], Tensor] | None = None,
 ) -> Score:
-    """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window."""
+    """Score a prepared text with a causal LM in evaluation mode; a soft prompt stands before every window.
+
+    ``losses`` computes the negative log-likelihoods of some windows, [windows, T - 1], zero where nothing is scored; without
+    it each is one call of the model, without a cache.
+    """
+    losses = losses or window_losses
     # Padding is on the right, without a mask: causal attention keeps it from changing what is scored.
     ordered = sorted(text.windows, key=lambda window: len(window.tokens), reverse=True)
     total, tokens, done = 0.0, 0, 0
     while done < len(ordered):
         count = max(1, batch_tokens // len(ordered[done].tokens))
         batch = ordered[done : done + count]
-        total += float(window_losses(model, batch).sum(dtype=torch.float64))
+        total += float(losses(model, batch).sum(dtype=torch.float64))
         tokens += sum(window.scored for window in batch)
         done += len(batch)
         if progress is not None:
@@ -157,8 +166,8 @@ def score(
     return Score(loss, perplexity, total / math.log(2) / text.bytes, tokens, text.bytes, virtual)
 
 
-def window_losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
-    """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
+def as_tensors(batch: Sequence[Window], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens, padded on the right, [windows, T], and where the next one is scored, bool [windows, T - 1]."""
     longest = max(len(window.tokens) for window in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     wanted = torch.zeros(len(batch), longest - 1, dtype=torch.bool)
@@ -166,8 +175,13 @@ def window_losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
         size = len(window.tokens)
         ids[row, :size] = torch.tensor(window.tokens)
         wanted[row, size - 1 - window.scored : size - 1] = True
-    ids, wanted = ids.to(model.device), wanted.to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, -longest:-1].float()  # without those of a prompt
+    return ids.to(device), wanted.to(device)
+
+
+def window_losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
+    """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
+    ids, wanted = as_tensors(batch, model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] : -1].float()  # without those of a prompt
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return losses.masked_fill(~wanted, 0.0)
 

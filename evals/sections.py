@@ -23,6 +23,7 @@ def report_page(facts: Facts) -> Page:
         *_quality(facts),
         *_tasks(facts),
         *_agreement(facts),
+        *_caches(facts),
         *_speed(facts),
         *_errors(facts),
         *_shares(facts),
@@ -205,6 +206,23 @@ def _agreement(facts: Facts) -> Iterable[Section]:
             "error: of the likeliest token’s probability, in 15 bins. Typos: two inner letters swapped in 5 % of the words of four letters or more."
         )
         yield Section("How alike it is to the dense model", tables.agreement(alike, typos), note)
+
+
+def _caches(facts: Facts) -> Iterable[Section]:
+    """Yield what packing keys and values costs on the text of the report."""
+    if not facts.texts:
+        return
+    text, found = facts.texts[0], dict[str, dict[str, Any]]()
+    plain = {bits: metrics for (bits, prompt), metrics in text["rows"].items() if prompt is None}
+    for row in facts.of("kv"):
+        settings = {key: value for key, value in row["settings"].items() if key != "kv"}
+        if settings == text["settings"] and row["prompt"] is None and row["width"] in plain:
+            bits = row["settings"]["kv"]["bits"]
+            label = ":".join(map(str, bits)) if isinstance(bits, list) else str(bits)
+            found.setdefault(label, {})[row["width"]] = row["metrics"]
+    if found:
+        words = "Perplexity with the cache in the loop, a block of tokens after the other; bytes are those it holds in memory."
+        yield Section("Cache of keys and values", tables.cached(found, plain), words)
 
 
 def _speed(facts: Facts) -> Iterable[Section]:

@@ -6,8 +6,6 @@ medians of the ratios within a round. Loading and memory are measured in fresh p
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +25,7 @@ from compress.evals.evaluate import load_bits
 from compress.evals.fresh import in_fresh_process
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
+from compress.evals.timing import now, spread
 from compress.hf import cache_name
 from compress.hub import located
 from compress.inspect import inspect
@@ -73,12 +72,6 @@ class Load:
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.loads < 1:
             raise CompressError("bench: at least one round and one load are needed.")
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median and quartiles, as plain data."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
-    return {"median": middle, "low": low, "high": high}
 
 
 @usual_defaults()
@@ -217,32 +210,23 @@ def _times(
 @torch.inference_mode()
 def _switch(model: PreTrainedModel, bits: Any, token: Tensor) -> float:
     """Return the seconds to change the number of bits and compute a token, which makes what is made once for them."""
-    begun = _now(token.device)
+    begun = now(token.device)
     compress.set_bits(model, bits)
     model(input_ids=token)
-    return _now(token.device) - begun
+    return now(token.device) - begun
 
 
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[float, float]:
     """Return the seconds until the first token is known, and those for each of ``tokens`` later ones (greedy)."""
-    name, begun = cache_name(model), _now(prompt.device)
+    name, begun = cache_name(model), now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
-    middle = _now(prompt.device)
+    middle = now(prompt.device)
     for _ in range(tokens):
         output = model(input_ids=token, use_cache=True, **{name: output[name]})
         token = output.logits[:, -1:].argmax(-1)
-    return middle - begun, (_now(prompt.device) - middle) / tokens
-
-
-def _now(device: torch.device) -> float:
-    """Return wall time; on one CPU thread its processor time, so that other processes do not count."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif torch.get_num_threads() == 1:
-        return time.thread_time()
-    return time.perf_counter()
+    return middle - begun, (now(prompt.device) - middle) / tokens
 
 
 def _fresh_loads(

@@ -10,6 +10,7 @@ from typing import Any
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of, evaluate_agreement, evaluate_robustness
 from compress.evals.evaluate import OpenText, Protocol
+from compress.evals.kv import KVWanted
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Rows, Tasks, evaluate_tasks
 from compress.hub import located
@@ -31,6 +32,7 @@ class Suite:
     reference: str | None = None  # where that is; the recipe's if None
     batch: int | None = None  # rows in a batch of tasks
     adapter: Choice = None  # as for :func:`compress.load`; the dense model has none
+    kv: KVWanted = field(default_factory=KVWanted)  # packed caches to measure the text with too
 
 
 def evaluate_all(
@@ -53,7 +55,7 @@ def evaluate_all(
 
     Returns:
         One documented object, and the rows of the tasks by number of bits and name. The object has ``model``; with a text
-        ``text``, ``protocol`` and ``bits`` (:func:`compress.evals.evaluate.evaluate_text`); ``tasks``: bits -> task -> metrics;
+        ``text``, ``protocol``, ``bits`` and ``kv`` (:func:`compress.evals.evaluate.evaluate_text`); ``tasks``: bits -> task -> metrics;
         ``agreement`` and ``robustness``: bits -> metrics. The dense model's key is ``dense``.
 
     Raises:
@@ -82,9 +84,11 @@ def evaluate_all(
     if suite.text is None:
         return result, rows
     for place, options in places:
-        work = OpenText(place, suite.text, protocol=suite.protocol, **options, **common)
+        work = OpenText(place, suite.text, protocol=suite.protocol, kv=suite.kv, **options, **common)
         found = work.evaluate()
         result.setdefault("bits", {}).update(found.pop("bits"))
+        for label, metrics in found.pop("kv", {}).items():
+            result.setdefault("kv", {}).setdefault(label, {}).update(metrics)
         result = {**found, **result}
         if suite.agreement and place == folder:
             result["agreement"] = evaluate_agreement(work, suite.reference)

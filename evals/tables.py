@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,6 +155,34 @@ def agreement(compared: Mapping[str, Mapping[str, float]], robustness: Mapping[s
             shown[: len(alike)] = ["–"] * len(alike)
         table.add("dense" if bits == "dense" else "width", label(bits), *shown)
     return table.without_empty()
+
+
+def cached(found: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Any]) -> Table:
+    """Set perplexity with packed caches in the loop beside that without; ``found`` is bits of the cache -> of the weights -> metrics."""
+    table = Table(["bits", "cache", "perplexity", "above no cache", "bytes per token"])
+    for label_, by_bits in found.items():
+        for bits, metrics in by_bits.items():
+            more = math.exp(metrics["loss"] - plain[bits]["loss"]) - 1
+            size = metrics["kv_bytes"] / metrics["kv_tokens"]
+            kind = "dense" if bits == "dense" else "width"
+            table.add(
+                kind, bits, label_, number(metrics["perplexity"]), f"{more:+.2%}".replace("%", " %"), f"{size:.0f}"
+            )
+    return table
+
+
+def cache_speed(found: Mapping[str, Any]) -> Table:
+    """Set decoding with packed caches beside the plain one, behind as many tokens."""
+    table = Table(["cache", "ms per token", "times plain", "MB"])
+    for name, row in found["caches"].items():
+        table.add(
+            "width",
+            name,
+            with_spread(row["seconds"], 1000),
+            with_spread(row["versus_plain"]),
+            f"{row['bytes'] / 1e6:.1f}",
+        )
+    return table
 
 
 def speed(found: Mapping[str, Any]) -> Table:

@@ -23,33 +23,42 @@ SERVED = (torch.float32, torch.bfloat16, torch.float16)  # by the C library: it 
 _WEIGHTS_AT_ONCE = 1 << 20  # looked up in one go: bounds the int64 indices to 8 MiB
 
 
-def dense_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Look every weight up.
+def dense_weight(
+    planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype, places: Tensor | None = None
+) -> Tensor:
+    """Look every weight up, or those of some rows.
 
     Args:
         planes: b int32 tensors [N, ceil(K / 32)], most significant first.
-        codebook: floating [N, 2**b].
+        codebook: floating [N, 2**b], or [1, 2**b] for all rows.
         columns: K.
         dtype: of the result.
+        places: int64 [T], rows to look up; all if None.
 
     Returns:
-        [N, K] in ``dtype``.
+        [N, K] in ``dtype``, or [T, K].
     """
     traced = torch.compiler.is_compiling()
     if not traced and dtype.itemsize in (2, 4) and cpu.serves(codebook, *planes):
-        return cpu.look_up(planes, codebook.to(dtype), columns)
+        return cpu.look_up(planes, codebook.to(dtype), columns, places=places)
+    if places is not None:
+        planes = [plane[places] for plane in planes]
+        codebook = codebook if len(codebook) == 1 else codebook[places]
     return reference_weight(planes, codebook, columns, dtype)
 
 
 def reference_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Look every weight up as :func:`dense_weight` does, in plain torch, on any device."""
-    rows = codebook.shape[0]
+    rows = planes[0].shape[0]
     weight = torch.empty(rows, columns, dtype=dtype, device=codebook.device)
     step = max(1, _WEIGHTS_AT_ONCE // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        codes = unpack_planes([plane[part] for plane in planes], columns)
-        weight[part] = codebook[part].to(dtype).gather(1, codes.long())
+        codes = unpack_planes([plane[part] for plane in planes], columns).long()
+        if len(codebook) == rows:
+            weight[part] = codebook[part].to(dtype).gather(1, codes)
+        else:
+            weight[part] = codebook[0].to(dtype)[codes]
     return weight
 
 
@@ -83,8 +92,8 @@ def packed_linear(
 
     Args:
         x: floating [..., K], any strides.
-        tensors: of a matrix as it is stored (``head`` is 0) the codebook, floating [N, 2**b], and its b planes, most
-            significant first, int32 [N, ceil(K / 32)] each; of one in the layout of the GPU kernels what
+        tensors: of a matrix as it is stored (``head`` is 0) the codebook, floating [N, 2**b] or [1, 2**b] for all rows, and
+            its b planes, most significant first, int32 [N, ceil(K / 32)] each; of one in the layout of the GPU kernels what
             :meth:`compress.kernels.layout.Tiled.tensors` gives.
         bias: [N], or None.
         rows: N.

@@ -21,8 +21,8 @@ from torch import Tensor
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 1
-_MATRIX = struct.Struct("=16q")
+_ABI = 2
+_MATRIX = struct.Struct("=17q")
 _TABLES = {torch.float16: 2, torch.float32: 4}
 _TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
 WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
@@ -53,7 +53,7 @@ def library() -> Library | str:
     number, address = ctypes.c_int, ctypes.c_void_p
     for name in ("compress_exact", "compress_int8"):
         getattr(calls, name).argtypes = [ctypes.c_char_p, address, number, address, address, number]
-    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, address, number]
+    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, ctypes.c_int64, address, address, number]
     return Library(calls, calls.compress_best_isa(), _openmp())
 
 
@@ -116,7 +116,7 @@ class Prepared:
 
     Args:
         planes: b int32 tensors [N, ceil(K / 32)] on the CPU, most significant first.
-        codebook: floating [N, 2**b].
+        codebook: floating [N, 2**b], or [1, 2**b] for all rows.
         columns: K.
         int8: round activations to 8 bits, 64 at a time, and codebook entries to 8 bits: faster, and less exact.
         isa: index in ``ISAS``, for tests; the best one if None.
@@ -134,8 +134,9 @@ class Prepared:
         if strides[1] != 1 or any(plane.stride() != strides for plane in planes):
             planes = [plane.contiguous() for plane in planes]
         table = (codebook if codebook.dtype in _TABLES else codebook.float()).detach().contiguous()
-        rows, bits, words = table.shape[0], len(planes), -(-columns // 32)
-        if table.shape[1] != 1 << bits or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
+        rows, bits, words = planes[0].shape[0], len(planes), -(-columns // 32)
+        sizes_fit = table.shape in ((rows, 1 << bits), (1, 1 << bits))
+        if not sizes_fit or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
             shapes = [tuple(plane.shape) for plane in planes]
             raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
         entries, affine = int8_codebook(table) if int8 else (table, None)
@@ -144,7 +145,7 @@ class Prepared:
         addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits)
         addresses += [entries.data_ptr(), 0 if affine is None else affine.data_ptr()]
         sizes = stride, rows, columns, bits, found.isa if isa is None else isa, entries.element_size()
-        self._matrix = _MATRIX.pack(*addresses, *sizes)
+        self._matrix = _MATRIX.pack(*addresses, *sizes, int(table.shape[0] < rows))
         self._multiply = found.calls.compress_int8 if int8 else found.calls.compress_exact
         self._weights, self._rows, self._team = rows * columns, rows, found.team
 
@@ -182,24 +183,35 @@ class Prepared:
         step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
         for start in range(0, self._rows, step):
             part = slice(start, start + step)
-            weight = look_up([plane[part] for plane in self.planes], self.codebook[part].to(dtype), self.columns)
+            table = self.codebook[part] if len(self.codebook) == self._rows else self.codebook
+            weight = look_up([plane[part] for plane in self.planes], table.to(dtype), self.columns)
             y[:, part] = rows @ weight.t()
         return y.to(x.dtype).view(*x.shape[:-1], self._rows)
 
 
-def look_up(planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | None = None) -> Tensor:
-    """Look every weight up: [N, K] entries of ``table`` ([N, 2**b], floating, two or four bytes each), not rounded.
+def look_up(
+    planes: Sequence[Tensor], table: Tensor, columns: int, isa: int | None = None, places: Tensor | None = None
+) -> Tensor:
+    """Look every weight up, not rounded: [N, K] entries of ``table``, floating [N, 2**b] or [1, 2**b] for all rows.
+
+    Entries have two or four bytes each. With ``places``, int64 [T], those rows alone are looked up: [T, K].
 
     Raises:
-        ValueError: shapes or types that do not belong together.
+        ValueError: shapes or types that do not belong together, a place that is no row.
         RuntimeError: there is no library, or this processor cannot run the kernels asked for.
     """
-    found, rows = _library(), table.shape[0]
+    found, rows = _library(), planes[0].shape[0]
     # The library copies words of this size, whatever they mean.
     words = table.detach().contiguous().view({2: torch.float16, 4: torch.float32}[table.element_size()])
     matrix = Prepared(planes, words, columns, isa=isa)
-    out = torch.empty(rows, columns, dtype=table.dtype, device=table.device)
+    if places is not None:
+        places = places.contiguous()
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < rows:
+            raise ValueError(f"places {int(places.min())} to {int(places.max())} are not all among {rows} rows")
+    count = rows if places is None else len(places)
+    out = torch.empty(count, columns, dtype=table.dtype, device=table.device)
     threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
-    if found.calls.compress_look_up(matrix._matrix, out.data_ptr(), found.team, threads):
+    where = (0, 0) if places is None else (places.data_ptr(), len(places))
+    if len(out) and found.calls.compress_look_up(matrix._matrix, *where, out.data_ptr(), found.team, threads):
         raise RuntimeError("this processor cannot run the kernels asked for")
     return out

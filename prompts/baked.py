@@ -2,8 +2,9 @@
 
 Every virtual token becomes a special token with an embedding of its own, and the tokenizer puts all of them in front of every text;
 so do its chat templates, which bring their special tokens themselves.
-The logits of the old vocabulary are those of the model behind its prompt. A tied head is untied for it: the new
-tokens' logits are 0, and ``generation_config.json`` names them among those never to be generated.
+The logits of the old vocabulary are those of the model behind its prompt. A tied head is untied for it, unless the two are packed: the
+new tokens' logits are 0, else what the head makes of their embeddings, and ``generation_config.json`` names them among those never
+to be generated. In a packed embedding they are rounded to its most bits.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from compress.errors import CompressError, refuse_existing
 from compress.loading import load_tokenizer
 from compress.manifest import MANIFEST, read_manifest
 from compress.models import empty_model
+from compress.quant.records import EmbeddingShape, PackedShape
+from compress.quant.vocabulary import with_rows
 from compress.sidecars import ADAPTER_FOLDER, PEFT_WEIGHTS, find_adapter, find_prompts, read_prompt
 from compress.source import checkpoint_state
 from compress.streaming import State
@@ -57,18 +60,24 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
     model = empty_model(state.config)
     names = (structure.embedding, structure.head)
     for name in names:
-        if name in state.packed:
-            raise CompressError(f"{folder}: {name} is packed, so no token can be added to it; leave it out of include.")
+        if name in state.packed and not isinstance(state.packed[name], EmbeddingShape):
+            raise CompressError(
+                f"{folder}: {name} is packed with a codebook per row, so no token can be added to it; make the checkpoint again."
+            )
     vocabulary = int(state.config.vocab_size)
     tokenizer, added = _tokenizer(folder, len(tensor), vocabulary)
     scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "vocabulary.safetensors"
-        save_file(_vocabulary(state, names, tensor / scale), file)
-        fields = {"vocab_size": vocabulary + len(tensor), "tie_word_embeddings": False}
+        larger_tensors, packed = _vocabulary(state, names, tensor / scale)
+        save_file(larger_tensors, file)
+        tied = bool(state.config.tie_word_embeddings) and structure.embedding in packed
+        fields = {"vocab_size": vocabulary + len(tensor), "tie_word_embeddings": tied}
         config = type(state.config).from_dict({**state.config.to_dict(), **fields})
         source = Overlay(state.source, [file])
-        larger = replace(state, source=source, config=config, key=digest(state.key, added))
+        larger = replace(
+            state, source=source, config=config, packed={**state.packed, **packed}, key=digest(state.key, added)
+        )
 
         def write_sidecars(target: Path) -> None:
             tokenizer.save_pretrained(target)
@@ -110,15 +119,29 @@ def _prompt(folder: Path, bits: int | None, prompt: bool | Path) -> Tensor:
     return load_file(path / PEFT_WEIGHTS)["prompt_embeddings"].float()
 
 
-def _vocabulary(state: State, names: tuple[str, str], prompt: Tensor) -> dict[str, Tensor]:
-    """Return embedding and head with rows for the new tokens, in the dtypes they had."""
-    embedding, head = (f"{name}.weight" for name in names)
-    found = state.source.read([name for name in (embedding, head) if name in state.source.info()])
-    rows, heads = found[embedding], found.get(head, found[embedding])
-    return {
-        embedding: torch.cat([rows, prompt.to(rows.dtype)]).contiguous(),
-        head: torch.cat([heads, heads.new_zeros(len(prompt), heads.shape[1])]).contiguous(),
-    }
+def _vocabulary(
+    state: State, names: tuple[str, str], prompt: Tensor
+) -> tuple[dict[str, Tensor], dict[str, PackedShape]]:
+    """Return embedding and head with rows for the new tokens, in the form they had, and the shapes of packed ones.
+
+    Rows of the head are zeros, but where it is tied to a packed embedding.
+    """
+    embedding, head = names
+    tied = bool(state.config.tie_word_embeddings)
+    tensors, packed = dict[str, Tensor](), dict[str, PackedShape]()
+    for name, rows in ((embedding, prompt), (head, torch.zeros_like(prompt))):
+        shape = state.packed.get(name)
+        if isinstance(shape, EmbeddingShape):
+            held = {inner: f"{name}.{inner}" for inner in shape.specification()}
+            found = state.source.read(held.values())
+            parts = {inner: found[stored] for inner, stored in held.items()}
+            packed[name], larger = with_rows(shape, parts, rows)
+            tensors |= {held[inner]: tensor for inner, tensor in larger.items()}
+        elif name == embedding or not (tied and embedding in packed):
+            stored = f"{name}.weight" if f"{name}.weight" in state.source.info() else f"{embedding}.weight"
+            dense = state.source.read([stored])[stored]
+            tensors[f"{name}.weight"] = torch.cat([dense, rows.to(dense.dtype)]).contiguous()
+    return tensors, packed
 
 
 def _tokenizer(folder: Path, count: int, vocabulary: int) -> tuple[PreTrainedTokenizerFast, list[str]]:

@@ -16,7 +16,7 @@ from compress.loading import set_bits
 from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
-from compress.quant.records import PackedShape
+from compress.quant.records import PackedShape, bits_range
 from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
 from compress.source import processes
@@ -73,7 +73,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
     def _bits(self, packed: Iterable[PackedShape]) -> tuple[list[int], list[int]]:
         """List the numbers of bits to train at, and all that the model has."""
-        there = sorted({bits for shape in packed for bits in shape.all_bits})
+        there = list(bits_range(packed))
         return [bits for bits in there if bits in (self.config.widths or there)], there
 
     def run_model(

@@ -13,6 +13,7 @@ from compress.quant.block_sweep import CORRECTING, fit_block, fitting_bytes
 from compress.quant.format import Codes
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import CARRIED
+from compress.quant.records import PackedShape, SharedShape
 from compress.quant.settings import AnyPrecisionConfig
 from compress.statistics import hessian_bytes
 from compress.structure import block_of
@@ -66,6 +67,15 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         if self.config.objective == "weight" or not block.samples:
             return {}
         return fit_block(block, names, self.config)
+
+    def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
+        """Return the shape of every chosen linear; those in blocks have shared codebooks, if the settings say so."""
+        shapes = super().packed_shapes(context)
+        rank = self.config.rank
+        if rank is None:
+            return shapes
+        own = set(context.outside)
+        return {name: shape if name in own else SharedShape(**vars(shape), rank=rank) for name, shape in shapes.items()}
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Find nested codes of one matrix by the weight objective."""

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from compress.errors import CompressError
-from compress.passes import Block, Context, Needs, Pass
+from compress.passes import OUTSIDE, Block, Context, Needs, Pass
 from compress.quant.errors import matrix_errors
 from compress.quant.format import Codes
-from compress.quant.records import PackedShape
+from compress.quant.records import EmbeddingShape, PackedShape
 from compress.quant.settings import QuantiseConfig
+from compress.quant.vocabulary import fit_vocabulary
 from compress.statistics import Moments, check_weight
 from compress.structure import matching
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
+_ROWS_AT_ONCE = 1 << 13
 ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)
 
 
@@ -46,21 +49,26 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         """Find codes and codebooks of one matrix, finite float32 [N, K], and its sensitivity, not negative, or None for ones."""
 
     def check(self, context: Context) -> None:
-        """Refuse patterns that match nothing, and an embedding that would be torn from its head by accident."""
+        """Refuse patterns that match nothing."""
         self._ignored(context)
-        chosen = self.outside(context)
-        head, embedding = context.head, context.structure.embedding
-        if self.sensitivity == "activation" and chosen:
-            raise CompressError(f"{self.config.kind}: include works with sensitivity fisher or none, not activation.")
-        if embedding in chosen and head not in chosen and context.tied:
-            raise CompressError(
-                f"{self.config.kind}: {embedding} is tied to {head}; to quantise it, name both in include."
-            )
+        self._included(context)
 
     def outside(self, context: Context) -> list[str]:
-        """Return the names among embedding and head that ``include`` matches."""
+        """Name the embedding and the head, or those that ``include`` matches; a tied head goes with its embedding."""
+        chosen = list(context.outside) if self.config.embedding_bits != 0 else self._included(context)
+        if context.tied and context.head in chosen:
+            chosen = [context.structure.embedding if name == context.head else name for name in chosen]
+        return sorted({*chosen} & {*context.outside})
+
+    def _included(self, context: Context) -> list[str]:
         names = list(context.outside)
         return sorted({name for pattern in self.config.include for name in matching(pattern, names)})
+
+    def embedding_table(self) -> dict[int, int]:
+        """Return the bits of embedding and head by those of the model."""
+        seed, parent = self.seed_and_parent
+        own = range(seed, parent + 1)
+        return self.config.embedding_table(own) or {bits: bits for bits in own}
 
     @property
     def seed_and_parent(self) -> tuple[int, int]:
@@ -69,11 +77,16 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         return config.bits, config.bits
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
-        """Return the shape of every linear that is not ignored, and of what ``include`` names."""
+        """Return the shape of every linear that is not ignored, and of embedding and head where they are quantised."""
         ignored = self._ignored(context)
         chosen = {name: shape for name, shape in context.linears.items() if name not in ignored}
-        chosen |= {name: context.outside[name] for name in self.outside(context)}
-        return {name: PackedShape(*shape, *self.seed_and_parent) for name, shape in chosen.items()}
+        packed = {name: PackedShape(*shape, *self.seed_and_parent) for name, shape in chosen.items()}
+        table = self.embedding_table()
+        read_at = {str(bits): own for bits, own in table.items()}
+        span = min(table.values()), max(table.values())
+        for name in self.outside(context):
+            packed[name] = EmbeddingShape(*context.outside[name], *span, rank=1, read_at=read_at)
+        return packed
 
     def _ignored(self, context: Context) -> dict[str, str]:
         """Return ignored linears, and the pattern that names each."""
@@ -86,6 +99,8 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     def run_block(self, block: Block, context: Context) -> Record:
         """Quantise every linear that is not ignored, and measure the errors."""
+        if block.index == OUTSIDE:
+            return self._run_outside(block)
         ignored = self._ignored(context)
         block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
         weights = {name: _checked(name, linear.weight) for name, linear in block.linears.items() if name not in ignored}
@@ -100,6 +115,22 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
                 found = self.quantise(weight.numpy(), importance)
             block.packed[name] = stored = found.as_stored()
             errors[name] = matrix_errors(weight, stored, sensitivity, context.device)
+        return {"errors": errors}
+
+    def _run_outside(self, block: Block) -> Record:
+        """Quantise embedding and head, and measure the errors: of outputs where the matrix multiplies hidden states."""
+        table, errors = self.embedding_table(), dict[str, dict[str, dict[str, float]]]()
+        for name, linear in block.linears.items():
+            weight = _checked(name, linear.weight)
+            hessian = block.hessians.get(name)
+            looked_up = isinstance(linear.module, nn.Embedding)
+            found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())))
+            block.packed[name] = replace(found, read_at={str(bits): own for bits, own in table.items()})
+            sensitivity = block.squared_gradients.get(name)
+            errors[name] = {
+                str(bits): vocabulary_errors(weight, partial(found.rows, bits), sensitivity, hessian)
+                for bits in found.codebooks
+            }
         return {"errors": errors}
 
     def _sensitivities(self, block: Block) -> dict[str, Tensor]:
@@ -118,3 +149,28 @@ def _checked(name: str, weight: Tensor) -> Tensor:
     weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
     check_weight(name, weight)
     return weight
+
+
+def vocabulary_errors(
+    weight: Tensor, rows: Callable[[slice], Tensor], sensitivity: Tensor | None, hessian: Tensor | None
+) -> dict[str, float]:
+    """Measure what :func:`layer_errors` does, of a matrix too large to be there in float64, some rows at a time.
+
+    ``rows`` returns some rows of what ``weight``, float32 [N, K], has become; ``sensitivity``, float32 [N, 1], is the
+    mean over every row's weights.
+    """
+    exact = torch.eye(weight.shape[1], dtype=torch.float64) if hessian is None else hessian.double()
+    mean = exact.trace() / len(exact)
+    totals = torch.zeros(5, dtype=torch.float64)  # of squares, outputs and costs
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        dense = weight[part].double()
+        error = rows(part).double() - dense
+        squares, powers = error.square().sum(1), dense.square().sum(1)
+        lost, reach = ((error @ exact) * error).sum(1), ((dense @ exact) * dense).sum(1)
+        cost = torch.ones(len(dense)) if sensitivity is None else sensitivity[part, 0].double()
+        scale = cost if hessian is None or sensitivity is None else cost / mean
+        totals += torch.stack([each.sum() for each in (squares, powers, lost, reach, lost * scale)])
+    error, power, lost, reach, weighted = totals.tolist()
+    result = {"relative": error / (power or 1.0), "weighted": weighted}
+    return result if hessian is None else result | {"output": lost / (reach or 1.0)}

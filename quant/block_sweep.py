@@ -14,6 +14,7 @@ go through the changed ones, since a correction needs fewer tokens than a Hessia
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from compress.quant.mixture import fit_experts
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
+from compress.quant.shared_search import shared_output_codebooks
 from compress.statistics import Moments, add_products, mirrored
 
 CORRECTING = 256  # tokens of every sample that corrections are measured on
@@ -152,11 +154,25 @@ def _fit_group(
     measured = hessian.diagonal().clone()
     _damp(hessian, _DAMPING)
     dense = torch.cat([block.linears[name].weight for name in names]) if config.keep_zeros else None
-    codes = nested_output_codebooks(targets, hessian, config.focus, None if dense is None else dense == 0)
+    sizes = [block.linears[name].shape[0] for name in names]
+    found = _codes(targets, hessian, config, None if dense is None else dense == 0, sizes)
     hessian.diagonal().copy_(measured)
-    hessian, start, fitted = hessian.cpu(), 0, dict[str, Codes]()
-    for name in names:
-        rows = slice(start, start + block.linears[name].shape[0])
-        codebooks = {bits: codebook[rows].cpu() for bits, codebook in codes.codebooks.items()}
-        fitted[name], start = Codes(codes.codes[rows].cpu(), codebooks, hessian), rows.stop
-    return fitted
+    hessian = hessian.cpu()
+    return {name: replace(codes, hessian=hessian) for name, codes in zip(names, found, strict=True)}
+
+
+def _codes(
+    targets: Mapping[int, Tensor],
+    hessian: Tensor,
+    config: AnyPrecisionConfig,
+    zeros: Tensor | None,
+    sizes: Sequence[int],
+) -> list[Codes]:
+    """Quantise matrices of one input, so many rows of the targets each; return what was found, on the CPU."""
+    if config.rank is not None:
+        every = shared_output_codebooks(targets, hessian, config.rank, config.focus, sizes)
+        return [found.to("cpu") for found in every]
+    codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
+    codebooks = [torch.split(codebook.cpu(), list(sizes)) for codebook in codes.codebooks.values()]
+    of_each = zip(torch.split(codes.codes.cpu(), list(sizes)), *codebooks, strict=True)
+    return [Codes(rows, dict(zip(codes.codebooks, of_rows, strict=True))) for rows, *of_rows in of_each]

@@ -13,9 +13,8 @@ Errors = dict[str, float]
 def matrix_errors(weight: Tensor, found: Codes, sensitivity: Tensor | None, device: torch.device) -> dict[str, Errors]:
     """Measure the errors of a matrix at every number of bits, on a GPU if there is one: its products outweigh those of the search."""
     place = device if device.type == "cuda" else torch.device("cpu")  # others have no float64
-    weight, codes = weight.to(place), found.codes.to(place)
+    weight, there = weight.to(place), found.to(place)
     sensitivity, hessian = (None if tensor is None else tensor.to(place) for tensor in (sensitivity, found.hessian))
-    there = Codes(codes, {bits: codebook.to(place) for bits, codebook in found.codebooks.items()})
     scale = None if hessian is None else OutputScale(weight, sensitivity, hessian)
     return {str(bits): layer_errors(weight, there.dense(bits), sensitivity, scale) for bits in there.codebooks}
 

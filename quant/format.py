@@ -19,7 +19,8 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.kernels.packing import pack_planes, unpack_planes
-from compress.quant.records import MAX_GAP_BITS, PackedShape, SparseShape
+from compress.quant.records import MAX_GAP_BITS, EmbeddingShape, PackedShape, SharedShape, SparseShape
+from compress.quant.shared import Shared, read_shared
 
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
 
@@ -31,17 +32,39 @@ class Codes:
     codes: Tensor  # uint8 [N, K], of the parent's number of bits; those of b bits are ``codes >> (parent - b)``
     codebooks: Mapping[int, Tensor]  # bits -> [N, 2**bits], float32 or as stored, from the seed's to the parent's
     hessian: Tensor | None = None  # float32 [K, K], mean of ``x x^T`` over the layer's inputs, where measured
+    shared: Shared | None = None  # what the codebooks are computed from, and factors of columns to multiply by
+    read_at: Mapping[str, int] | None = None  # of an embedding or head: the model's bits -> its own
 
     def dense(self, bits: int) -> Tensor:
         """Return the weights that a number of bits stands for, float32 [N, K]."""
-        return self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
+        found = self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
+        return found if self.shared is None else found * self.shared.columns.float()
+
+    def rows(self, bits: int, part: slice) -> Tensor:
+        """Return some rows of an embedding or head (one coefficient per row) at a number of bits, float32 [rows, K]."""
+        assert self.shared is not None
+        codes = (self.codes[part] >> (max(self.codebooks) - bits)).long()
+        return self.shared.table(bits)[0][codes] * self.shared.rows[part].float() * self.shared.columns.float()
+
+    def to(self, device: torch.device | str) -> Codes:
+        """Move all but the Hessian to a device."""
+        shared = self.shared
+        if shared is not None:
+            shared = read_shared({name: tensor.to(device) for name, tensor in shared.tensors().items()})
+        codebooks = {bits: codebook.to(device) for bits, codebook in self.codebooks.items()}
+        return replace(self, codes=self.codes.to(device), codebooks=codebooks, shared=shared)
 
     def as_stored(self) -> Codes:
         """Round the codebooks to the dtype that a checkpoint stores.
 
         That is float16 where it keeps every entry within a relative error of 2**-10 (entries below 1/256 of their row's
-        largest: within that error of 1/256 of the largest), else float32.
+        largest: within that error of 1/256 of the largest), else float32. Shared codebooks are computed from rounded parts.
         """
+        if self.shared is not None:
+            shared = self.shared.to(torch.float16)
+            if not all(_near(shared.codebook(bits), codebook) for bits, codebook in self.codebooks.items()):
+                shared = self.shared.to(torch.float32)
+            return replace(self, codebooks={bits: shared.codebook(bits) for bits in self.codebooks}, shared=shared)
         dtype = torch.float16 if all(map(_fits_half, self.codebooks.values())) else torch.float32
         return replace(self, codebooks={bits: codebook.to(dtype) for bits, codebook in self.codebooks.items()})
 
@@ -50,6 +73,11 @@ def _fits_half(codebook: Tensor) -> bool:
     error = (codebook.half().float() - codebook).abs()
     scale = codebook.abs().amax(dim=1, keepdim=True)
     return bool((error <= torch.maximum(codebook.abs(), 2.0**-8 * scale) * 2.0**-10).all())
+
+
+def _near(half: Tensor, codebook: Tensor) -> bool:
+    scale = codebook.abs().amax(dim=1, keepdim=True)
+    return bool(((half.float() - codebook).abs() <= scale * 2.0**-8).all())
 
 
 def split_planes(planes: Tensor, shape: PackedShape) -> dict[str, Tensor]:
@@ -75,6 +103,16 @@ def pack(codes: Tensor, codebooks: Mapping[int, Tensor]) -> tuple[PackedShape, d
     return shape, tensors | {f"codebook_{bits}": stored[bits] for bits in shape.all_bits}
 
 
+def _pack_shared(found: Codes, shared: Shared) -> tuple[PackedShape, dict[str, Tensor]]:
+    """Turn codes with shared codebooks, as stored, into the record and tensors by their names under the module."""
+    bits, dtype = sorted(found.codebooks), str(shared.rows.dtype).removeprefix("torch.")
+    (rows, columns), rank = found.codes.shape, len(shared.basis[shared.last])
+    shape = SharedShape(rows, columns, bits[0], bits[-1], dtype, rank=rank)
+    if found.read_at is not None:
+        shape = EmbeddingShape(**vars(shape), read_at=found.read_at)
+    return shape, split_planes(pack_planes(found.codes, bits[-1]), shape) | shared.tensors()
+
+
 def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[str, Any] | None]:
     """Pack a matrix, on the CPU, in the form, dense or sparse, that takes fewer bytes: its shape, tensors and a report.
 
@@ -82,6 +120,8 @@ def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[
     report, for the manifest, is ``{"form": "sparse" or "dense", "zeros": weights that are left out or could be, "bytes":
     {"sparse", "dense"}}``; None where there are no such weights.
     """
+    if found.shared is not None:
+        return *_pack_shared(found, found.shared), None
     shape, tensors = pack(found.codes, found.codebooks)
     zero = _zero_codes(shape, tensors)
     if not zero.any():

@@ -14,7 +14,9 @@ from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linea
 from compress.kernels.layout import Tiled, head_for
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
+from compress.quant.shared import Shared, read_shared
 
+_SHARED = "columns", "rows", "shapes", "basis_", "width_", "place_"  # how names of the parts of shared codebooks begin
 _Key = tuple[int, object, list[Tensor | None]]
 
 
@@ -23,7 +25,7 @@ def _same(one: _Key, other: _Key) -> bool:
     return bits == other_bits and kind == other_kind and len(buffers) == len(others) and all(map(is_, buffers, others))
 
 
-class _PackedModule(nn.Module):
+class PackedModule(nn.Module):
     """Hold buffers that bear the checkpoint's own names; the number of bits in use is a plain attribute.
 
     Attributes:
@@ -50,6 +52,7 @@ class _PackedModule(nn.Module):
         """
         self.shape = shape
         self._dense: tuple[_Key, Tensor] | None = None
+        self._table: tuple[_Key, Tensor] | None = None
         self._prepared: tuple[_Key, cpu.Prepared] | None = None
         self._buffers.clear()
         self.is_tiled = False
@@ -72,11 +75,11 @@ class _PackedModule(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
-        self._dense = self._prepared = None
+        self._dense = self._table = self._prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what a copy or a pickle derives for itself: addresses mean nothing elsewhere."""
-        return {**self.__dict__, "_dense": None, "_prepared": None, "_group": None}
+        return {**self.__dict__, "_dense": None, "_table": None, "_prepared": None, "_group": None}
 
     def planes(self, bits: int | None = None) -> list[Tensor]:
         """Return the planes of a number of bits, those in use if None, most significant first, each int32 [N, ceil(K / 32)]."""
@@ -86,16 +89,74 @@ class _PackedModule(nn.Module):
         return join_planes(dict(self.named_buffers()), self.shape.seed_bits, bits)
 
     def codebook(self, bits: int | None = None) -> Tensor:
-        """Return the codebook of a number of bits, those in use if None, [N, 2**bits]."""
-        bits = bits or self.bits
-        return self.tiled().codebook(bits) if self.is_tiled else self.get_buffer(f"codebook_{bits}")
+        """Return the codebook of a number of bits, those in use if None, [N, 2**bits]; shared ones are computed once and kept.
 
-    def dense(self, dtype: torch.dtype | None = None, bits: int | None = None) -> Tensor:
-        """Return the weight at a number of bits, those in use if None, [N, K], float32 by default, and keep nothing."""
-        bits, dtype = bits or self.bits, dtype or torch.float32
+        With one coefficient per row it is [1, 2**bits], for all rows: written out for each it could be as large as the planes.
+        """
+        bits = bits or self.bits
         if self.is_tiled:
-            return tiled_weight(self.tiled(), bits, dtype)
-        return dense_weight(self.planes(bits), self.codebook(bits), self.shape.in_features, dtype)
+            return self.tiled().codebook(bits)
+        if (shared := self.shared()) is None:
+            return self.get_buffer(f"codebook_{bits}")
+        key, kept = self._key(bits, None), self._table
+        if kept is None or not _same(kept[0], key):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._table = key, shared.table(bits) if shared.shapes is None else shared.codebook(bits)
+        return kept[1]
+
+    def _shared_parts(self) -> dict[str, Tensor]:
+        """Return the tensors that shared codebooks are computed from, by their stored names; none if rows have their own."""
+        return {name: tensor for name, tensor in self.named_buffers() if name.startswith(_SHARED)}
+
+    def shared(self) -> Shared | None:
+        """Return what shared codebooks are computed from; None if rows have their own."""
+        return read_shared(self._shared_parts()) if "columns" in self._buffers else None
+
+    @property
+    def factors(self) -> Tensor | None:
+        """Return the factors of the columns, [K], that entries of shared codebooks are multiplied by; else None."""
+        return self._buffers.get("columns")
+
+    @property
+    def row_factors(self) -> Tensor | None:
+        """Return the factors of the rows, [N, 1], where :meth:`codebook` is one row for all of them; else None."""
+        return None if self.is_tiled or "shapes" in self._buffers else self._buffers.get("rows")
+
+    def dense(self, dtype: torch.dtype | None = None, bits: int | None = None, places: Tensor | None = None) -> Tensor:
+        """Return the weight at a number of bits, those in use if None, [N, K], float32 by default, and keep nothing.
+
+        With ``places``, int64 [T], those rows alone, [T, K].
+        """
+        bits, dtype = bits or self.bits, dtype or torch.float32
+        columns, rows = self.factors, self.row_factors
+        wide = dtype if columns is None else torch.float32  # rounded once
+        if self.is_tiled:
+            found = tiled_weight(self.tiled(), bits, wide)
+            found = found if places is None else found[places]
+        else:
+            found = dense_weight(self.planes(bits), self.codebook(bits), self.shape.in_features, wide, places)
+        if rows is not None:
+            found *= rows if places is None else rows[places]
+        return found if columns is None else found.mul_(columns).to(dtype)
+
+    def product(self, x: Tensor, bits: int) -> Tensor:
+        """Multiply by the matrix as it is stored, at a number of bits: [..., K] to [..., N] in the dtype of ``x``, differentiable in it."""
+        prepared = self._direct(bits, x)
+        dense = self._kept_dense(bits, x.dtype) if prepared is None else None
+        if dense is not None:
+            return matmul(x, dense.t())
+        shape, scaled, rows = self.shape, self._scaled(x), self.row_factors
+        if prepared is not None:
+            y = prepared(scaled)
+        else:
+            tensors = [self.codebook(bits), *self.planes(bits)]
+            y = packed_linear(scaled, tensors, None, shape.out_features, shape.in_features, bits, 0)
+        return y if rows is None else (y * rows[:, 0]).to(x.dtype)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Multiply activations by the factors of the columns, if there are any."""
+        columns = self.factors
+        return x if columns is None else (x.float() * columns).to(x.dtype)
 
     def tiled(self) -> Tiled:
         """Return the layout of the GPU kernels; it must be there (:meth:`BitPlaneLinear.tile`)."""
@@ -129,9 +190,30 @@ class _PackedModule(nn.Module):
                 kept = self._dense = key, self.dense(dtype, bits)
         return kept[1]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
+    def _direct(self, bits: int, x: Tensor) -> cpu.Prepared | None:
+        """Return the C library's view of this layer, where it may be called past the operator; else None.
+
+        The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
+        """
+        if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
+            return None
+        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return None
+        exact, kept = self.exact, self._prepared
+        key = self._key(bits, exact)
+        if kept is not None and _same(kept[0], key):
+            return kept[1]
+        if not cpu.serves(self.codebook(bits)):
+            return None
+        prepared = cpu.Prepared(self.planes(bits), self.codebook(bits), self.shape.in_features, int8=not exact)
+        self._prepared = key, prepared
+        return prepared
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._forget()  # it would stay on the old device
-        kinds = "codebook_", "tiled_table_", "tiled_rounded"
+        kinds = "codebook_", "tiled_table_", "tiled_rounded", *_SHARED
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -148,11 +230,12 @@ class _PackedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Say what there is to say of it where the model is printed."""
         shape = self.shape
         return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
 
 
-class BitPlaneLinear(_PackedModule, nn.Linear):
+class BitPlaneLinear(PackedModule, nn.Linear):
     """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
     It is one by class, so that peft puts adapters on it as on any other; its ``weight`` is the seed's planes.
@@ -188,17 +271,8 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
         bits, group = self.bits, self._group  # once: another thread may change them meanwhile
         if self.is_tiled and not self.keep_dense:
             shared = group.take(self, bits, x) if group is not None else None
-            return tiled_linear(x, self.tiled(), bits, self.bias) if shared is None else shared
-        prepared = self._direct(bits, x)
-        dense = self._kept_dense(bits, x.dtype) if prepared is None else None
-        y: Tensor
-        if prepared is not None:
-            y = prepared(x)
-        elif dense is not None:
-            y = matmul(x, dense.t())
-        else:
-            tensors = [self.codebook(bits), *self.planes(bits)]
-            y = packed_linear(x, tensors, None, self.out_features, self.in_features, bits, 0)
+            return tiled_linear(self._scaled(x), self.tiled(), bits, self.bias) if shared is None else shared
+        y = self.product(x, bits)
         return y if self.bias is None else y + self.bias
 
     def tile(self) -> None:
@@ -207,14 +281,16 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
             return
         if not gpu.serves(self.get_buffer("weight").device):
             return
-        shape, buffers = self.shape, dict(self.named_buffers())
-        codebooks = {bits: buffers[f"codebook_{bits}"] for bits in shape.all_bits}
+        shape, buffers, shared = self.shape, dict(self.named_buffers()), self.shared()
+        codebooks = {
+            bits: buffers[f"codebook_{bits}"] if shared is None else shared.codebook(bits) for bits in shape.all_bits
+        }
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
         self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
-        self.hold(self.shape, {})
+        self.hold(self.shape, self._shared_parts())
         self.register_buffer("tiled_codes", made.codes, persistent=False)
         for bits, table in made.tables.items():
             self.register_buffer(f"tiled_table_{bits}", table, persistent=False)
@@ -242,10 +318,10 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
     def _stored(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors, made from the layout of the kernels, bit for bit."""
         planes, codebooks = self.tiled().canonical()
-        tensors = split_planes(planes, self.shape)
-        return tensors | {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()}
+        tensors, parts = split_planes(planes, self.shape), self._shared_parts()
+        return tensors | (parts or {f"codebook_{bits}": codebook for bits, codebook in codebooks.items()})
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._part()
         super()._apply(fn, recurse)
         if self.is_tiled and not gpu.serves(self.get_buffer("tiled_codes").device):
@@ -262,27 +338,6 @@ class BitPlaneLinear(_PackedModule, nn.Linear):
         self.untile()
         super()._load_from_state_dict(*args, **kwargs)
         self.tile()
-
-    def _direct(self, bits: int, x: Tensor) -> cpu.Prepared | None:
-        """Return the C library's view of this layer, where it may be called past the operator; else None.
-
-        The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
-        """
-        if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
-            return None
-        if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return None
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return None
-        exact, kept = self.exact, self._prepared
-        key = self._key(bits, exact)
-        if kept is not None and _same(kept[0], key):
-            return kept[1]
-        if not cpu.serves(self.codebook(bits)):
-            return None
-        prepared = cpu.Prepared(self.planes(bits), self.codebook(bits), self.in_features, int8=not exact)
-        self._prepared = key, prepared
-        return prepared
 
 
 class Group:
@@ -304,7 +359,7 @@ class Group:
         if member is self.members[0]:
             if any(other.bits != bits or other.keep_dense for other in self.members):
                 return None
-            parts = torch.split(tiled_linear(x, self._tiled, bits, self._bias), self._sizes, -1)
+            parts = torch.split(tiled_linear(member._scaled(x), self._tiled, bits, self._bias), self._sizes, -1)
             self._waiting = x, bits, parts
             return parts[0]
         waiting = self._waiting
@@ -319,20 +374,3 @@ class Group:
         for member in self.members:
             member._group = None
         self._waiting = None
-
-
-class BitPlaneEmbedding(_PackedModule):
-    """Stand in for ``nn.Embedding``: a frozen embedding of N rows and K values each."""
-
-    def __init__(self, shape: PackedShape, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
-        super().__init__(shape)
-        self.num_embeddings, self.embedding_dim = shape.out_features, shape.in_features
-        self.dtype, self.scale = dtype, scale
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up the rows of tokens, int64 [...] to [..., K], and no others."""
-        rows, bits = tokens.reshape(-1), self.bits
-        planes = [plane[rows] for plane in self.planes(bits)]
-        found = dense_weight(planes, self.codebook(bits)[rows], self.embedding_dim, self.dtype)
-        # The constant is rounded to the dtype first, as the dense module does.
-        return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)

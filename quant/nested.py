@@ -95,7 +95,7 @@ class Tree:
         entries = codebook.repeat_interleave(2**self.parent // codebook.shape[1], dim=1)
         return torch.gather(entries, 1, codes, out=out)
 
-    def _summed(self, values: Tensor, bits: int) -> Tensor:
+    def summed(self, values: Tensor, bits: int) -> Tensor:
         """Sum values [N, K] over the weights of each entry, [N, 2**bits]."""
         return _sums(values, self.codes, 2**self.parent).view(len(values), 2**bits, -1).sum(2)
 
@@ -125,7 +125,7 @@ class Tree:
         free, solve = self._preconditioner(bits)
         enough = near * float(torch.dot(self._missing(bits).flatten(), gradient.flatten()))
         placed = self._buffers("placed", *gradient.shape, dtype=self.hessian.rest.dtype)
-        residual, direction = -self._summed(gradient, bits) * free, torch.zeros_like(codebook)
+        residual, direction = -self.summed(gradient, bits) * free, torch.zeros_like(codebook)
         before = torch.ones_like(codebook[:, :1])
         for _ in range(_STEPS):
             conditioned = solve(residual)
@@ -134,7 +134,7 @@ class Tree:
                 break
             direction = conditioned + torch.where(before > 0, power / before.clamp_min(1e-30), 0.0) * direction
             change = self.hessian.times(placed, self._placed(direction, placed), self._buffers, "wide")
-            image = self._summed(change, bits) * free
+            image = self.summed(change, bits) * free
             curvature = (direction * image).sum(1, keepdim=True)
             length = torch.where(curvature > 0, power / curvature.clamp_min(1e-30), 0.0)
             codebook, residual, before = codebook + length * direction, residual - length * image, power
@@ -149,7 +149,7 @@ class Tree:
         """
         free, solve = self._preconditioner(bits)
         known = self._gradients.get(bits)
-        residual = -(self._rough_sums(bits) if known is None else self._summed(known, bits)) * free
+        residual = -(self._rough_sums(bits) if known is None else self.summed(known, bits)) * free
         direction = solve(residual)
         some = slice(None, None, max(1, len(direction) // _SAMPLED))
         change = self._looked_up(direction[some], self.codes[some])
@@ -163,7 +163,7 @@ class Tree:
         missing = self._missing(bits)
         leading = missing @ self.hessian.leading
         along: Tensor = (self._by_entry(2**bits)[..., :-1] @ leading[..., None])[..., 0]
-        return along + self._summed(missing.mul_(self.hessian.diagonal), bits)
+        return along + self.summed(missing.mul_(self.hessian.diagonal), bits)
 
     def _preconditioner(self, bits: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return which entries are free, and a solver of every row's problem for the approximate Hessian (Woodbury)."""
@@ -279,11 +279,26 @@ class Tree:
         self.codes, self.codebooks[bits] = split(*given, _SPLIT_STEPS)
         self._gathered, self._gradients = None, {}
 
+    def extend(self, codebook: Tensor) -> None:
+        """Add a bit whose codebook, float32 [N, 2**bits], is given: the nearer half of every cell."""
+        bits = self.parent + 1
+        middle = (codebook[:, 0::2] + codebook[:, 1::2]) / 2
+        above = self.targets[bits] > middle.gather(1, self.codes)
+        descending = (codebook[:, 0::2] > codebook[:, 1::2]).gather(1, self.codes)
+        self.codes = 2 * self.codes + (above ^ descending)
+        self.codebooks[bits] = codebook
+        self._gathered, self._gradients = None, {}
+
+    def fit_and_step(self, bits: int) -> None:
+        """Find the best codebooks of a number of bits given the codes, as near as is worth the time."""
+        self.fit(bits, _NEAR)
+        self.step(bits)
+
     def _held(self, bits: int) -> Tensor:
         """Return which entries must stay 0, bool [N, 2**bits]."""
         if self.zeros is None:
             return torch.zeros_like(self.codebooks[bits], dtype=torch.bool)
-        return self._summed(self.zeros.float(), bits) > 0
+        return self.summed(self.zeros.float(), bits) > 0
 
 
 def _sums(values: Tensor, codes: Tensor, entries: int) -> Tensor:
@@ -336,14 +351,48 @@ def nested_output_codebooks(
     Returns:
         Codes and float32 codebooks, on the device of the targets.
     """
-    prepared, buffers, rows, parts = Hessian(hessian), Buffers(hessian.device), len(targets[min(targets)]), []
-    step = _ROWS if hessian.device.type == "cpu" else rows
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    prepared, buffers, parts = Hessian(hessian), Buffers(hessian.device), []
+    for part in row_parts(len(targets[min(targets)]), hessian.device):
         wanted = {bits: target[part] for bits, target in targets.items()}
         parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part], buffers))
     codebooks = {bits: torch.cat([found[bits] for _, found in parts]) for bits in sorted(targets)}
     return Codes(torch.cat([codes for codes, _ in parts]), codebooks)
+
+
+def row_parts(rows: int, device: torch.device) -> list[slice]:
+    """Divide rows into what is worked on at a time."""
+    step = _ROWS if device.type == "cpu" else rows
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def start_tree(
+    targets: Mapping[int, Tensor], hessian: Hessian, zeros: Tensor | None, buffers: Buffers, together: int | None = None
+) -> Tree:
+    """Cluster the weights themselves, each weighed by the Hessian's diagonal, up to so many bits (all there are for None)."""
+    seed, parent = min(targets), max(targets)
+    start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
+    weights = hessian.matrix.diagonal().expand_as(start).contiguous()
+    given = start.cpu().numpy(), weights.cpu().numpy(), seed, together or parent
+    first = nested_codebooks(*given, zeros is not None, torch.get_num_threads())
+    codebooks = {bits: codebook.to(start.device) for bits, codebook in first.codebooks.items()}
+    return Tree(targets, hessian, first.codes.to(start.device), codebooks, zeros, buffers)
+
+
+def _objective(tree: Tree, focus: Mapping[int, float], below: int | None, power: float) -> Objective:
+    under = [bits for bits in tree.codebooks if below is None or bits > below]
+    return Objective({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - under[0])) for bits in under}, below)
+
+
+def joint_objectives(tree: Tree, focus: Mapping[int, float]) -> list[list[Objective]]:
+    """Return the passes of the sweeps that choose whole paths."""
+    sweeps = _POWERS if min(tree.codebooks) >= 3 else _POWERS_BELOW_3
+    return [[_objective(tree, focus, None, power) for power in powers] for powers in sweeps]
+
+
+def below_objectives(tree: Tree, focus: Mapping[int, float]) -> list[list[Objective]]:
+    """Return the passes of the last sweep, which keep the bits above each number of bits; none if there is one number only."""
+    under = range(min(tree.codebooks), tree.parent)
+    return [[_objective(tree, focus, bits, _BELOW) for bits in under]] if under else []
 
 
 def _grown(
@@ -352,28 +401,13 @@ def _grown(
     """Find parent codes, uint8, and codebooks of a few rows."""
     seed, parent = min(targets), max(targets)
     together = max(seed, min(parent, TOGETHER))
-    start = targets[parent] if zeros is None else targets[parent].masked_fill(zeros, 0.0)
-    weights = hessian.matrix.diagonal().expand_as(start).contiguous()
-    first = nested_codebooks(
-        start.cpu().numpy(), weights.cpu().numpy(), seed, together, zeros is not None, torch.get_num_threads()
-    )
-    codebooks = {bits: codebook.to(start.device) for bits, codebook in first.codebooks.items()}
-    tree = Tree(targets, hessian, first.codes.to(start.device), codebooks, zeros, buffers)
-
-    def one(below: int | None, power: float) -> Objective:
-        under = [bits for bits in tree.codebooks if below is None or bits > below]
-        return Objective({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - under[0])) for bits in under}, below)
-
-    joint = [[one(None, power) for power in powers] for powers in (_POWERS if seed >= 3 else _POWERS_BELOW_3)]
-    for passes in [*joint, [one(bits, _BELOW) for bits in range(seed, together)]]:
-        if passes:
-            tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
+    tree = start_tree(targets, hessian, zeros, buffers, together)
+    for passes in [*joint_objectives(tree, focus), *below_objectives(tree, focus)]:
+        tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
     for bits in tree.codebooks:
-        tree.fit(bits, _NEAR)
-        tree.step(bits)
+        tree.fit_and_step(bits)
     for bits in range(together + 1, parent + 1):
         tree.split()
         tree.descend([Objective({bits: 1.0}, bits - 1)], {bits: tree.step(bits)})
-        tree.fit(bits, _NEAR)
-        tree.step(bits)
+        tree.fit_and_step(bits)
     return tree.codes.to(torch.uint8), tree.codebooks

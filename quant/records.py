@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_GAP_BITS = 8
-_BYTES = {"int32": 4, "float16": 2, "float32": 4}
+MAX_RANK = 8
+STORED_BITS = 5  # shared codebooks of more bits are computed, unless the seed has more
+_BYTES = {"int8": 1, "int32": 4, "float16": 2, "float32": 4}
 
 Specification = dict[str, tuple[tuple[int, ...], str]]
 """Tensor name -> (shape, name of its dtype in torch)."""
@@ -31,6 +33,19 @@ class PackedShape:
     def all_bits(self) -> range:
         """Return every number of bits this matrix can be read at."""
         return range(self.seed_bits, self.parent_bits + 1)
+
+    @property
+    def model_bits(self) -> range:
+        """Return the numbers of bits of the whole model that it knows of: its own, unless it has a table of them."""
+        return self.all_bits
+
+    def at(self, bits: int) -> int:
+        """Return the number of bits that it is read at where the model is read at ``bits``."""
+        return min(max(bits, self.seed_bits), self.parent_bits)
+
+    def step(self, bits: int) -> int:
+        """Return the fewest bits of the model at which so many of its own are read."""
+        return next((step for step in self.model_bits if self.at(step) >= bits), self.model_bits[-1])
 
     @property
     def dense(self) -> PackedShape:
@@ -89,6 +104,68 @@ class SparseShape(PackedShape):
         if self.gap_bits:
             tensors["mask_low"] = ((self.gap_bits, _words(self.survivors)), "int32")
         return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedShape(PackedShape):
+    """Record a matrix whose rows share their codebooks (:mod:`compress.quant.shared`)."""
+
+    rank: int  # coefficients of every row
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether a matrix can have these numbers."""
+        return super().sound and 1 <= self.rank <= MAX_RANK
+
+    @property
+    def stored_bits(self) -> range:
+        """Return the numbers of bits whose codebooks are stored; those of more are computed from the last."""
+        return range(self.seed_bits, min(self.parent_bits, max(self.seed_bits, STORED_BITS)) + 1)
+
+    def specification(self) -> Specification:
+        """Return the shape and dtype of every stored tensor, by its name under the module."""
+        tensors = {name: size for name, size in super().specification().items() if not name.startswith("codebook_")}
+        tensors["columns"] = (self.in_features,), self.codebook_dtype
+        tensors["rows"] = (self.out_features, 1), self.codebook_dtype
+        if self.rank > 1:
+            tensors["shapes"] = (self.out_features, self.rank - 1), "int8"
+        for bits in self.stored_bits:
+            tensors[f"basis_{bits}"] = (self.rank, 2**bits), self.codebook_dtype
+        last = self.stored_bits[-1]
+        if self.parent_bits > last:
+            tensors[f"width_{last + 1}"] = (self.rank, 2**last), self.codebook_dtype
+        for bits in range(last + 1, self.parent_bits + 1):
+            tensors[f"place_{bits}"] = (2 ** (bits - last),), self.codebook_dtype
+        return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingShape(SharedShape):
+    """Record an embedding or a head, which has its own number of bits for every one of the model's."""
+
+    read_at: Mapping[str, int]  # bits of the model, as text, without a gap -> bits of this matrix, which do not fall
+
+    @property
+    def model_bits(self) -> range:
+        """Return the numbers of bits of the whole model that it knows of."""
+        known = sorted(map(int, self.read_at))
+        return range(known[0], known[-1] + 1)
+
+    def at(self, bits: int) -> int:
+        """Return the number of bits that it is read at where the model is read at ``bits``."""
+        known = self.model_bits
+        return super().at(self.read_at[str(min(max(bits, known[0]), known[-1]))])
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether a matrix can have these numbers."""
+        table = self.read_at
+        if not isinstance(table, Mapping) or not table or not all(key in tuple("12345678") for key in table):
+            return False
+        if any(type(bits) is not int for bits in table.values()) or len(table) != len(self.model_bits):
+            return False
+        own = [table[str(bits)] for bits in self.model_bits]
+        return super().sound and own == sorted(own) and 1 <= own[0] <= own[-1] <= 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,14 +228,25 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     Raises:
         TypeError: missing or unknown fields.
     """
-    kind = SparseShape if "survivors" in record else StackedShape if "experts" in record else PackedShape
+    marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "rank": SharedShape, "experts": StackedShape}
+    kind: type[PackedShape] = next((kind for mark, kind in marks.items() if mark in record), PackedShape)
     return kind(**record)
+
+
+def own_tensor(shape: PackedShape, bits: int) -> str | None:
+    """Name the tensor of values that only one number of bits reads; None where more bits are computed from its own."""
+    if not isinstance(shape, SharedShape):
+        return f"codebook_{bits}"
+    last = shape.stored_bits[-1]
+    if bits > last:
+        return f"place_{bits}"
+    return f"basis_{bits}" if bits < last or shape.parent_bits == last else None
 
 
 def first_bits(tensor_name: str) -> int | None:
     """Return the fewest bits that need a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")
-    return int(bits) if kind in ("plane", "codebook") and bits.isdigit() else None
+    return int(bits) if kind in ("plane", "codebook", "basis", "width", "place") and bits.isdigit() else None
 
 
 def packed_bytes(shape: PackedShape, bits: int) -> int:
@@ -167,7 +255,17 @@ def packed_bytes(shape: PackedShape, bits: int) -> int:
     return sum(size for tensor, size in held if (first_bits(tensor) or 0) <= max(bits, shape.seed_bits))
 
 
+def model_bytes(shapes: Iterable[PackedShape], bits: int) -> int:
+    """Return the bytes of packed matrices that loading the model at a number of bits reads."""
+    return sum(packed_bytes(shape, shape.at(bits)) for shape in shapes)
+
+
 def bits_range(shapes: Iterable[PackedShape]) -> range:
-    """Return all bits that modules can be read at together, from the least seed's to the largest parent's; none of none."""
-    held = list(shapes)
-    return range(min(s.seed_bits for s in held), max(s.parent_bits for s in held) + 1) if held else range(0)
+    """Return all bits that modules can be read at together, from the least seed's to the largest parent's; none of none.
+
+    Embeddings with a table of the model's bits count only where there is nothing else.
+    """
+    every = list(shapes)
+    others = [shape for shape in every if not isinstance(shape, EmbeddingShape)]
+    held = [shape.model_bits for shape in others or every]
+    return range(min(bits[0] for bits in held), max(bits[-1] for bits in held) + 1) if held else range(0)

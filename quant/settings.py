@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from compress.settings import PassConfig
+from compress.settings import Calibration, PassConfig
 
 
 class QuantiseConfig(PassConfig):
@@ -16,8 +16,36 @@ class QuantiseConfig(PassConfig):
         (), description="Linears to leave dense: full names, or 're:' and a regular expression for a full name."
     )
     include: tuple[str, ...] = Field(
-        (), description="Modules outside the blocks to quantise too: the head and the embedding, by name or 're:'."
+        (),
+        description="Head and embedding, by name or 're:', to quantise at the model's own bits where embedding_bits is 0.",
     )
+    embedding_bits: int | dict[int, int] | None = Field(
+        None,
+        description="Bits of the embedding and the head, which are stored once where they are tied: one number, or the model's "
+        "bits -> theirs; by default two more than the model's, at least 4 and at most 8. 0 leaves them dense.",
+    )
+
+    @field_validator("embedding_bits")
+    @classmethod
+    def _possible(cls, value: int | dict[int, int] | None) -> int | dict[int, int] | None:
+        table = value if isinstance(value, dict) else {8: value or 8}
+        own = [table[bits] for bits in sorted(table)]
+        if not own or own != sorted(own) or not all(2 <= bits <= 8 for bits in [*own, *table]):
+            raise ValueError(f"{value} must be 0, a number of bits from 2 to 8, or such numbers that do not fall")
+        return value
+
+    def embedding_table(self, model_bits: range) -> dict[int, int]:
+        """Return the bits of embedding and head by those of the model; none if they stay dense.
+
+        Bits that a given table leaves out have those of the next lower ones in it, or of its first.
+        """
+        if self.embedding_bits is None:
+            return {bits: max(4, min(bits + 2, 8)) for bits in model_bits}
+        if isinstance(self.embedding_bits, int):
+            return dict.fromkeys(model_bits, self.embedding_bits) if self.embedding_bits else {}
+        given = self.embedding_bits
+        nearest = {bits: max((b for b in given if b <= bits), default=min(given)) for bits in model_bits}
+        return {bits: given[place] for bits, place in nearest.items()}
 
 
 class SensitiveConfig(QuantiseConfig):
@@ -38,7 +66,7 @@ class SensitiveConfig(QuantiseConfig):
 class AnyPrecisionConfig(SensitiveConfig):
     """Any-precision: one set of nested codes, read at every number of bits from the seed's to the parent's.
 
-    Every output row gets a codebook per number of bits; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
+    Every output row has a codebook per number of bits; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
     method of the paper with exact clustering: the seed is the optimal weighted one-dimensional k-means of each row, every
     further bit splits each cell at its best point. Objective ``output`` starts there and lowers the error of the layer's
     output on calibration text, for all numbers of bits up to 6 together. Deterministic. Works a block at a time; the Fisher
@@ -55,6 +83,11 @@ class AnyPrecisionConfig(SensitiveConfig):
         "output",
         description="Which error is made small: of each weight, by its sensitivity, or of each layer's output.",
     )
+    codebooks: Literal["shared", "row"] = Field(
+        "shared",
+        description="Objective output: whether the rows of a matrix share their codebooks, which then take few bytes at any "
+        "number of bits (not with keep_zeros), or each has its own; with objective weight each has its own.",
+    )
     focus: dict[int, float] = Field(
         {}, description="Objective output: bits -> how much their error counts beside the others', 1 where not given."
     )
@@ -64,6 +97,13 @@ class AnyPrecisionConfig(SensitiveConfig):
         le=1,
         description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
     )
+
+    @property
+    def rank(self) -> int | None:
+        """Return how many coefficients a row has where codebooks are shared, else None."""
+        if self.codebooks == "row" or self.objective == "weight" or self.keep_zeros:
+            return None
+        return 6 if self.parent_bits > 2 else 3
 
     @model_validator(mode="after")
     def _ordered(self) -> AnyPrecisionConfig:
@@ -108,3 +148,33 @@ class TuneTablesConfig(PassConfig):
         gt=0,
         description="Largest step of Adam, as a share of the mean distance between entries; a cosine ends it.",
     )
+
+
+class KVCalibrateConfig(PassConfig):
+    """Choose bits of the cache of keys and values for every layer, by loss on calibration text; the model stays as it is.
+
+    Measures what each layer alone costs at each number of bits, and takes the numbers whose summed cost is least at the mean that is
+    asked for. ``compress.load(folder, kv="recommended")`` then packs keys and values so.
+    """
+
+    kind: Literal["kv_calibrate"] = Field("kv_calibrate", description="Name of the pass.")
+    bits: float = Field(4.0, ge=2, le=8, description="Mean number of bits of all layers.")
+    choices: tuple[int, ...] = Field(
+        (2, 3, 4, 6, 8), min_length=1, description="Numbers of bits that a layer may have."
+    )
+    group: int | tuple[int, int] = Field(
+        32, description="Values that share a scale; (of keys, of values) if they differ."
+    )
+    residual: int = Field(128, ge=0, description="So many of the last tokens stay whole.")
+    text: Calibration | None = Field(
+        None,
+        description="Text to measure on, as of calibration; the recipe's calibration if absent. A few long samples are enough.",
+    )
+
+    @model_validator(mode="after")
+    def _in_reach(self) -> KVCalibrateConfig:
+        if any(not 2 <= bits <= 8 for bits in self.choices):
+            raise ValueError("choices are numbers of bits from 2 to 8")
+        if min(self.choices) > self.bits:
+            raise ValueError(f"a mean of {self.bits} bits cannot be had of choices {self.choices}")
+        return self

@@ -21,10 +21,12 @@ from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape
+from compress.quant.records import EmbeddingShape, PackedShape, bits_range, own_tensor
 from compress.quant.settings import TuneTablesConfig
 from compress.training import predictions
 from compress.workspace import Record
+
+_OF_MORE_BITS = "codebooks of more bits are computed from these, and would change with them"
 
 
 class _LookUp(torch.autograd.Function):
@@ -44,23 +46,35 @@ class _LookUp(torch.autograd.Function):
 
 
 class _Tuned(nn.Module):
-    """Stand in for a packed linear; ``offset`` is learned, in units of the mean distance between entries."""
+    """Stand in for a packed linear; ``offset`` is learned, in units of the mean distance between entries.
 
-    def __init__(self, packed: BitPlaneLinear) -> None:
+    Where rows share their codebooks, only what no other number of bits reads is trained: the basis, or places in cells.
+    """
+
+    def __init__(self, packed: BitPlaneLinear, stored: str) -> None:
         super().__init__()
-        self.packed = packed
-        self.start = packed.codebook().float()
-        self.free = self.start != 0  # an exact zero may stand for pruned weights
+        self.packed, self.stored = packed, stored
+        self.start = packed.get_buffer(self.stored).float()
+        # An exact zero may stand for pruned weights.
+        self.free = self.start != 0 if self.stored.startswith("codebook") else torch.ones_like(self.start)
         # Entries reach about two standard deviations to either side of their mean.
-        self.distance = 4 * self.start.std().clamp_min(1e-30) / self.start.shape[1]
+        self.distance = 4 * self.start.std().clamp_min(1e-30) / self.start.shape[-1]
         self.offset = nn.Parameter(torch.zeros_like(self.start))
 
-    def codebook(self) -> Tensor:
+    def trained(self) -> Tensor:
         return self.start + self.free * self.distance * self.offset
+
+    def codebook(self) -> Tensor:
+        shared, found = self.packed.shared(), self.trained()
+        if shared is None:
+            return found
+        return shared.differentiable(self.packed.bits, found)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed
         weight: Tensor = _LookUp.apply(self.codebook(), packed.in_features, *packed.planes())  # type: ignore[no-untyped-call]
+        if packed.factors is not None:
+            weight = weight * packed.factors
         return linear(x, weight, packed.bias)
 
 
@@ -79,7 +93,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         Raises:
             CompressError: a number of bits that no matrix has.
         """
-        there = sorted({bits for shape in packed.values() for bits in shape.all_bits})
+        there = list(bits_range(packed.values()))
         for bits in self.config.widths:
             if bits not in there:
                 raise CompressError(
@@ -96,10 +110,13 @@ class TuneTables(Pass[TuneTablesConfig]):
         in_use = {name: module.bits for name, module in packed.items()}
         tuned: dict[str, _Tuned] = {}
         for name, module in packed.items():
-            module.bits = min(max(bits, module.shape.seed_bits), module.shape.parent_bits)
-            if isinstance(module, BitPlaneLinear) and module.bits == bits:
-                tuned[name] = _Tuned(module)
+            module.bits = module.shape.at(bits)
+            own = None if isinstance(module.shape, EmbeddingShape) else own_tensor(module.shape, module.bits)
+            if isinstance(module, BitPlaneLinear) and module.bits == bits and own is not None:
+                tuned[name] = _Tuned(module, own)
                 whole.model.set_submodule(name, tuned[name])
+        if not tuned:
+            return {}, {"kept": False, "reason": _OF_MORE_BITS}
         held, trained = whole.samples[::8], [s for i, s in enumerate(whole.samples) if i % 8] or whole.samples
         try:
             before = _held_out(whole, held)
@@ -118,8 +135,8 @@ class TuneTables(Pass[TuneTablesConfig]):
             return {}, record
         tensors = {}
         for name, stand_in in tuned.items():
-            stored = packed[name].get_buffer(f"codebook_{bits}")
-            tensors[f"{name}.codebook_{bits}"] = stand_in.codebook().detach().to("cpu", stored.dtype)
+            kind = packed[name].get_buffer(stand_in.stored).dtype
+            tensors[f"{name}.{stand_in.stored}"] = stand_in.trained().detach().to("cpu", kind)
         return tensors, record
 
     def _train(

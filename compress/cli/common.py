@@ -88,6 +88,19 @@ def panel(title: str, help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=title, **more)
 
 
+_KV = "Cache of keys and values"
+KVBitsOption = Annotated[
+    Optional[str],
+    panel(_KV, "Pack it at 2 to 8 bits; 4:2 for keys and values apart, 'recommended' as the checkpoint says."),
+]
+KVBitsList = Annotated[
+    Optional[str],
+    panel(_KV, "Measure with it packed too: 2 to 8 bits, comma-separated; 4:2 for keys and values apart."),
+]
+KVGroupOption = Annotated[
+    Optional[str], panel(_KV, "Values that share a scale, 32 if absent; 128:64 for keys and values apart.")
+]
+KVResidualOption = Annotated[Optional[int], panel(_KV, "So many of the last tokens stay whole, 128 if absent.", min=0)]
 _TEXT, TASKS = "Text", "Tasks (lm-eval)"
 _PROTOCOL = (
     "How a paper cuts text: 2048, llm-pruner, any-precision, any-precision-c4, any-precision-ptb, compress-then-prompt."

@@ -15,6 +15,9 @@ from compress.cli.common import (
     Folder,
     IncludeOption,
     JsonOption,
+    KVBitsList,
+    KVGroupOption,
+    KVResidualOption,
     PromptFlag,
     PromptFrom,
     ResultsOption,
@@ -63,6 +66,9 @@ def evaluate(
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
     adapter: AdapterFlag = None,
+    kv_bits: KVBitsList = None,
+    kv_group: KVGroupOption = None,
+    kv_residual: KVResidualOption = None,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -74,13 +80,19 @@ def evaluate(
         raise CompressError("nothing to measure: give --text FILE, --tasks NAMES, or both.")
     if text.text is None and (agreement or robustness):
         raise CompressError("--agreement and --robustness look at text: give --text FILE too.")
+    if text.text is None and kv_bits is not None:
+        raise CompressError("--kv-bits is measured on text: give --text FILE too.")
     refuse_unwritable(target, table)
+    from compress.evals.kv import kv_wanted
     from compress.evals.suite import Suite, evaluate_all
     from compress.evals.tasks import Tasks, tidy, write_lm_eval, write_table
 
     quiet_transformers()
     chosen, front = Tasks(parse_names(tasks), include, text.limit, fewshot), prompt_from or prompt
-    suite = Suite(text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch, adapter)
+    kv = kv_wanted(kv_bits, kv_group, kv_residual)
+    suite = Suite(
+        text.text, text.protocol(), chosen, front, agreement, robustness, dense, reference, batch, adapter, kv
+    )
     with progress_bar() as progress:
         result, rows = evaluate_all(folder, suite, parse_bits(bits), kept, device, progress)
     if table is not None:
@@ -102,6 +114,8 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
             figures = [tables.number(score[key], digits) for key, digits in _FIGURES]
             table.add("width", width, *figures, str(score["tokens"]))
         print_table(table)
+    if "kv" in result:
+        print_table(tables.cached(result["kv"], result["bits"]))
     if rows:
         print_table(tables.task_table({(width, None): found for width, found in rows.items()}))
         if cut := sum(row["truncated"] for found in rows.values() for row in found.values()):
@@ -131,6 +145,10 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
     device: DeviceOption = "cpu",
     adapter: AdapterFlag = None,
+    kv_bits: KVBitsList = None,
+    kv_group: KVGroupOption = None,
+    kv_residual: KVResidualOption = None,
+    kv_context: Annotated[int, panel("Cache of keys and values", "Tokens in the caches that are timed.", min=1)] = 4096,
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -143,10 +161,12 @@ def bench(
     import torch
 
     from compress.evals import tables
+    from compress.evals.kv import decode_speed, kv_wanted
     from compress.evals.random_llama import write_packed_llama
     from compress.evals.speed import Load
     from compress.evals.speed import bench as measure
     from compress.evals.store import results_of
+    from compress.loading import load as load_model
 
     quiet_transformers()
     if threads is not None:
@@ -155,13 +175,19 @@ def bench(
     with progress_bar() as progress, TemporaryDirectory() as scratch:
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
         store, chosen = results_of(place, kept), parse_bits(bits)
+        caches = kv_wanted(kv_bits, kv_group, kv_residual)
         found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter)
+        if caches.bits:
+            model = load_model(place, dtype=kind, device_map=device, exact=exact, adapter=adapter)
+            found["kv"] = {"context": kv_context, "caches": decode_speed(model, caches, kv_context, progress=progress)}
     if write_json(found, target):
         return
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
     if found["dense"].startswith("not measured"):
         out.print(f"dense {escape(found['dense'])}")
     print_table(tables.speed(found))
+    if "kv" in found:
+        print_table(tables.cache_speed(found["kv"]))
 
 
 _CONTROLS = "Make and measure stages and controls too: runs of their own."
@@ -183,6 +209,7 @@ def report(
     samples: _Samples = None,
     device: DeviceOption = "cpu",
     adapter: AdapterFlag = None,
+    kv_bits: KVBitsList = None,
     kept: ResultsOption = None,
 ) -> None:
     """Write one page (HTML, Markdown, PNG): what was done, size, speed and quality at all bits, controls, errors, samples.
@@ -190,6 +217,7 @@ def report(
     Measures what is missing and keeps it in DIR/report/results.jsonl; stopped, the same command continues.
     """
     from compress.evals.gather import Wanted
+    from compress.evals.kv import kv_wanted
     from compress.evals.report import report as write
     from compress.evals.speed import Load
     from compress.evals.tasks import Tasks
@@ -198,7 +226,8 @@ def report(
     chosen = Tasks(parse_names(tasks), include, text.limit) if tasks else None
     load = Load(rounds=5, loads=3) if benchmark else None
     prompts = tuple(samples or ())
-    wanted = Wanted(text.text, text.protocol(), chosen, parse_bits(bits), controls, load, prompts, device, adapter)
+    kv = kv_wanted(kv_bits, None, None)
+    wanted = Wanted(text.text, text.protocol(), chosen, parse_bits(bits), controls, load, prompts, device, adapter, kv)
     with progress_bar() as progress:
         written, notes = write(folder, wanted if run else None, output, kept, progress)
     for path in written:

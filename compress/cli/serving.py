@@ -9,6 +9,9 @@ from rich.markup import escape
 from compress.cli.common import (
     AdapterFlag,
     Folder,
+    KVBitsOption,
+    KVGroupOption,
+    KVResidualOption,
     PromptFlag,
     PromptFrom,
     app,
@@ -19,6 +22,7 @@ from compress.cli.common import (
     quiet_transformers,
 )
 from compress.errors import CompressError
+from compress.kv_settings import kv_options
 
 
 @app.command()
@@ -36,8 +40,14 @@ def generate(
     prompt: PromptFlag = False,
     prompt_from: PromptFrom = None,
     adapter: AdapterFlag = None,
+    kv_bits: KVBitsOption = None,
+    kv_group: KVGroupOption = None,
+    kv_residual: KVResidualOption = None,
 ) -> None:
     """Continue a text at a number of bits, or with --chat answer it."""
+    changes = kv_options(kv_group, kv_residual)
+    if changes and kv_bits in (None, "recommended"):
+        raise CompressError("--kv-group and --kv-residual go with a number of bits: give --kv-bits.")
     chosen: list[Any] = parse_bits(bits) or [None]
     if len(chosen) > 1:
         raise CompressError(f"--bits {bits!r}: give one number of bits to generate at.")
@@ -59,7 +69,8 @@ def generate(
         err.print(
             "note: the text is continued as it is; --chat says it to the model in its chat template.", soft_wrap=True
         )
-    model: Any = load(folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, dtype=torch.float32)
+    kv: Any = {"bits": kv_bits, **changes} if changes else kv_bits
+    model: Any = load(folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, kv=kv, dtype=torch.float32)
     set_generation(model, tokenizer)
     room, given = text_length(model), len(ids)
     if room is not None and given >= room:

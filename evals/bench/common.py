@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compress.evals.speed import spread
+from compress.evals.timing import spread
 
 JsonOption = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]
 Times = dict[str, list[float]]

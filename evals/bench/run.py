@@ -15,9 +15,10 @@ from typing import Annotated, Any, Optional
 import typer
 from safetensors.torch import save_file
 
-from compress.evals.bench.common import JsonOption, show, write
+from compress.evals.bench.common import JsonOption, console, show, write
 from compress.evals.fresh import in_fresh_process
 from compress.evals.random_llama import llama, write_llama
+from compress.plan import plan
 from compress.recipe import load_recipe
 from compress.shapes import fewer_blocks
 from compress.source import open_source
@@ -136,6 +137,7 @@ def main(
     blocks: Annotated[int, typer.Option(help="Cut the model after so many; 0 for all.")] = 0,
     settings: Annotated[list[str], typer.Option("--set", help="key.0.key=value, as for `compress run`.")] = [],  # noqa: B006
     threads: Annotated[list[int], typer.Option(help="Threads; again to compare; 0 for all cores.")] = [0],  # noqa: B006
+    foresee: Annotated[bool, typer.Option(help="Also show what `compress plan --time` says beforehand.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Measure a whole run, by stages: processor time of all threads, wall time, and peak memory.
@@ -150,6 +152,12 @@ def main(
             wanted["model"] = str(write_llama(folder / "model", llama(2048, blocks or 2, **_BLOCK_OF_1B)))
         elif blocks:
             wanted["model"] = str(cut(wanted["model"], blocks, folder / "model"))
+        if foresee:
+            steps = plan(wanted, seconds=True)["passes"]
+            known = [step["processor_seconds"] for step in steps if step["processor_seconds"] is not None]
+            console.print(
+                f"foreseen: {sum(known):.1f} seconds of processor time by {len(known)} of {len(steps)} passes"
+            )
         for count in threads:
             found[count] = in_fresh_process(RUN, [wanted, str(folder / f"packed-{count}"), count])
     stages = sorted(

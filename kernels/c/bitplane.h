@@ -106,6 +106,7 @@ typedef struct {
     int64_t stride, rows, columns, bits;
     int64_t isa;
     int64_t width;             /* bytes of a table entry: 2 (float16) or 4 (float32); 1 in the int8 mode */
+    int64_t shared;            /* whether there is one row of table (and affine) for all rows */
 } Matrix;
 
 int compress_abi(void);      /* changes with everything below */
@@ -116,7 +117,8 @@ int compress_best_isa(void); /* the best this processor can run */
 int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
 /* The same with activations rounded to 8 bits, 64 columns at a time, and table entries of 8 bits. */
 int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
-/* out[n, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are. */
-int compress_look_up(const Matrix *matrix, void *out, Team team, int threads);
+/* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are, for the rows n = places[i], or for all
+ * of them if `places` is NULL. */
+int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads);
 
 #endif

@@ -15,14 +15,16 @@ typedef struct {
     Activations x;
     const float *totals;       /* int8 mode: [batch], the sum of each row's activations as rounded */
     float *y;                  /* [batch, rows] */
-    void *out;                 /* [rows, columns], when codes are only looked up */
+    const int64_t *places;     /* when codes are only looked up: of which rows, or NULL */
+    void *out;                 /* then: [rows, columns] */
+    int64_t rows;              /* to do */
     int64_t block;             /* columns of activations at a time */
     int64_t next;              /* the first row that no thread has taken */
 } Job;
 
 int compress_abi(void)
 {
-    return 1;
+    return 2;
 }
 
 int compress_best_isa(void)
@@ -78,7 +80,7 @@ static int64_t take(Job *job, int64_t *first)
 #else
     *first = job->next, job->next += ROWS_AT_ONCE; /* threads are only started by runtimes that come with GCC's entry */
 #endif
-    return *first < job->matrix->rows ? smaller(ROWS_AT_ONCE, job->matrix->rows - *first) : 0;
+    return *first < job->rows ? smaller(ROWS_AT_ONCE, job->rows - *first) : 0;
 }
 
 static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns)
@@ -86,7 +88,7 @@ static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t c
     Block w = {.rows = rows, .stride = matrix->stride, .bits = (int)matrix->bits, .width = (int)matrix->width};
     for (int plane = 0; plane < w.bits; plane++)
         w.planes[plane] = matrix->planes[plane] + row * matrix->stride + column / 8;
-    w.table = (const uint8_t *)matrix->table + row * (matrix->width << matrix->bits);
+    w.table = (const uint8_t *)matrix->table + (matrix->shared ? 0 : row * (matrix->width << matrix->bits));
     w.bytes = smaller((columns + 7) / 8, matrix->stride - column / 8);
     return w;
 }
@@ -99,21 +101,23 @@ static void multiply(void *data)
 
     while ((rows = take(job, &first))) {
         float sum[ROWS_AT_ONCE][MAX_BATCH] = {{0}};
+        int64_t together = matrix->shared ? 1 : rows; /* kernels take the table of one row behind that of another */
         for (int64_t column = 0; column < span; column += job->block) {
             Activations x = job->x;
-            Block w = block_of(matrix, first, rows, column, smaller(job->block, matrix->columns - column));
             if (matrix->affine) {
                 x.codes += column;
                 x.scales += column / GROUP;
-                job->kernels->int8(&w, &x, sum);
-            } else {
+            } else
                 x.values += column;
-                job->kernels->exact(&w, &x, sum);
+            for (int64_t i = 0; i < rows; i += together) {
+                int64_t columns = smaller(job->block, matrix->columns - column);
+                Block w = block_of(matrix, first + i, together, column, columns);
+                (matrix->affine ? job->kernels->int8 : job->kernels->exact)(&w, &x, sum + i);
             }
         }
         for (int64_t i = 0; i < rows; i++)
             for (int m = 0; m < job->x.batch; m++) {
-                const float *affine = matrix->affine ? matrix->affine + 2 * (first + i) : NULL;
+                const float *affine = matrix->affine ? matrix->affine + (matrix->shared ? 0 : 2 * (first + i)) : NULL;
                 float y = sum[i][m];
                 if (affine)
                     y = affine[0] * y + (affine[1] + affine[0] * job->kernels->int8_excess) * job->totals[m];
@@ -124,7 +128,7 @@ static void multiply(void *data)
 
 static void start(Job *job, void (*work)(void *), Team team, int threads)
 {
-    threads = (int)smaller(threads, (job->matrix->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
+    threads = (int)smaller(threads, (job->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
     if (team && threads > 1)
         team(work, job, (unsigned)threads, 0);
     else
@@ -149,7 +153,8 @@ int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Te
             for (int i = 0; i < CHUNK; i++)
                 to[i] = order[i] < here ? from[order[i]] : 0.0f;
         }
-    Job job = {.matrix = matrix, .kernels = kernels, .y = y, .x = {.values = values, .step = span, .batch = batch}};
+    Job job = {.matrix = matrix, .kernels = kernels, .rows = matrix->rows, .y = y};
+    job.x = (Activations){.values = values, .step = span, .batch = batch};
     job.block = padded(BLOCK_BYTES / (int64_t)sizeof(float) / batch);
     start(&job, multiply, team, threads);
     free(block);
@@ -206,7 +211,7 @@ int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Tea
         totals[m] = (float)total;
     }
     Activations activations = {.codes = codes, .scales = scale, .step = span, .batch = batch};
-    Job job = {.matrix = matrix, .kernels = kernels, .y = y, .x = activations, .totals = totals};
+    Job job = {.matrix = matrix, .kernels = kernels, .rows = matrix->rows, .y = y, .x = activations, .totals = totals};
     job.block = padded(BLOCK_BYTES / batch);
     start(&job, multiply, team, threads);
     free(block);
@@ -220,15 +225,16 @@ static void copy(void *data)
     int64_t first, rows;
     while ((rows = take(job, &first)))
         for (int64_t row = first; row < first + rows; row++) {
-            Block w = block_of(matrix, row, 1, 0, matrix->columns);
+            Block w = block_of(matrix, job->places ? job->places[row] : row, 1, 0, matrix->columns);
             job->kernels->look_up(&w, matrix->columns, (uint8_t *)job->out + row * matrix->columns * matrix->width);
         }
 }
 
-int compress_look_up(const Matrix *matrix, void *out, Team team, int threads)
+int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads)
 {
     const Kernels *kernels = kernels_of(matrix->isa);
-    Job job = {.matrix = matrix, .kernels = kernels, .out = out};
+    Job job = {.matrix = matrix, .kernels = kernels, .places = places, .out = out};
+    job.rows = places ? count : matrix->rows;
     if (!kernels)
         return -1;
     start(&job, copy, team, threads);

@@ -13,7 +13,7 @@ from compress.recipe import Recipe, explain, json_schema, load_recipe
 from compress.settings import Calibration, PassConfig, config_class, kinds
 
 INSTALLED = [
-    "any_precision", "joint", "kmeans", "lora_recovery", "mini_llm", "prune", "rtn", "soft_prompt", "tune_tables",
+    "any_precision", "joint", "kmeans", "kv_calibrate", "lora_recovery", "mini_llm", "prune", "rtn", "soft_prompt", "tune_tables",
 ]  # fmt: skip
 
 

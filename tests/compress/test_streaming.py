@@ -88,7 +88,29 @@ def test_squared_gradients_of_head_and_embedding(make_model, tmp_path):
     squared_gradients(model, samples, Stage(tmp_path, "key"), names, lambda *_: None)
     found = Stage(tmp_path, "key").load("fisher--1")
     for name, expected in plain_fisher(folder, samples.tokens, names).items():
+        expected = expected.mean(1, keepdim=True)
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-3 * expected.max().item())
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hidden = torch.cat([dense.model(input_ids=tokens[None]).last_hidden_state[0] for tokens in samples.tokens]).detach()
+    torch.testing.assert_close(found["hessian of lm_head"], hidden.t() @ hidden / len(hidden), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_squared_gradients_of_a_tied_embedding_are_those_of_both_uses(make_model, tmp_path, kind):
+    tied, untied = make_model(kind, tie_word_embeddings=True), tmp_path / "untied"
+    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(untied)
+    samples = Samples((TOKENS, TOKENS[:9] + 3), {})
+    stage = Stage(tmp_path, "key")
+    squared_gradients(
+        StreamedModel(open_source(str(tied)).state, CPU), samples, stage, ["model.embed_tokens"], lambda *_: None
+    )
+    found = stage.load("fisher--1")["model.embed_tokens"]
+    parts = plain_fisher(untied, samples.tokens, ["lm_head", "model.embed_tokens"]).values()
+    expected = sum(parts).mean(1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.max().item())
 
 
 def test_damaged_weights_are_named(tmp_path, make_model):

@@ -83,9 +83,10 @@ def test_a_stopwatch_divides_the_time_among_stages(monkeypatch):
 @pytest.mark.slow
 def test_stages_of_a_whole_run_add_up_to_its_time(tmp_path):
     settings = ("--set", "calibration.samples=2", "--set", "calibration.length=32", "--set", "passes.0.parent_bits=3")
-    printed = run("run", "--blocks", 1, *settings, "--json", tmp_path / "found.json")
+    printed = run("run", "--blocks", 1, "--foresee", *settings, "--json", tmp_path / "found.json")
     (found,) = json.loads((tmp_path / "found.json").read_text()).values()
     assert sum(found["stages"].values()) == pytest.approx(found["processor_seconds"], rel=0.02)
+    assert "by 1 of 1 passes" in " ".join(printed.split())
     assert all(stage in printed for stage in ("squared gradients", "codebook search", "moments", "inputs of linears"))
 
 

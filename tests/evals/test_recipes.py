@@ -25,9 +25,12 @@ def test_a_recipe_runs_until_it_needs_weights(recipe):
     assert found["checkpoint_bytes"] == pytest.approx(stored_bytes(written), rel=1e-3)
 
 
-def packed_bytes(rows, columns, seed, parent):
-    """Bit planes in whole words of 32 columns, and a float16 codebook of 2**bits values per row for every width."""
-    return rows * (parent * 4 * math.ceil(columns / 32) + sum(2 * 2**bits for bits in range(seed, parent + 1)))
+def packed_bytes(rows, columns, seed, parent, shared):
+    """Bit planes in whole words of 32 columns, and a float16 codebook of 2**bits values per row for every width; or 7 bytes a row."""
+    planes = parent * 4 * math.ceil(columns / 32)
+    if shared:
+        return rows * (planes + 7) + 2 * columns
+    return rows * (planes + sum(2 * 2**bits for bits in range(seed, parent + 1)))
 
 
 def stored_bytes(recipe):
@@ -42,7 +45,8 @@ def stored_bytes(recipe):
     if step["kind"] == "prune":
         return dense
     seed, parent = (step[key] if key in step else step["bits"] for key in ("seed_bits", "parent_bits"))
-    return dense + sum(packed_bytes(*shape, seed, parent) - 2 * math.prod(shape) for shape in sizes.values())
+    shared = step["kind"] == "any_precision" and step.get("objective") != "weight"
+    return dense + sum(packed_bytes(*shape, seed, parent, shared) - 2 * math.prod(shape) for shape in sizes.values())
 
 
 def test_there_are_recipes_for_every_paper():

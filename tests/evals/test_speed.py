@@ -10,8 +10,9 @@ import compress
 from compress.errors import CompressError
 from compress.evals import speed
 from compress.evals.fresh import in_fresh_process
-from compress.evals.speed import Load, bench, spread
+from compress.evals.speed import Load, bench
 from compress.evals.store import Results
+from compress.evals.timing import spread
 from compress.hf import packed_modules
 from compress.inspect import inspect
 

@@ -62,6 +62,8 @@ static int code_of(const Matrix *w, int64_t row, int64_t column)
 
 static double entry(const Matrix *w, int64_t row, int code)
 {
+    if (w->shared)
+        row = 0;
     int64_t place = (row << w->bits) + code;
     if (w->affine)
         return (double)((const uint8_t *)w->table)[place] * w->affine[2 * row] + w->affine[2 * row + 1];
@@ -115,19 +117,33 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
         affine[i] = i % 2 ? normal() : 0.01f;
 
     w.table = table;
-    if (compress_exact(&w, x, batch, y, NULL, 1) || compress_look_up(&w, out, NULL, 1))
+    if (compress_exact(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "exact");
     for (int64_t i = 0; i < rows * columns; i++)
         if (out[i] != table[(i / columns << bits) + code_of(&w, i / columns, i % columns)])
             exit(4);
     w.table = half, w.width = 2; /* no reference here: the guards watch, Python compares */
-    if (compress_exact(&w, x, batch, y, NULL, 1) || compress_look_up(&w, out, NULL, 1))
+    if (compress_exact(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
         exit(3);
     w.table = bytes, w.affine = affine, w.width = 1;
     if (compress_int8(&w, x, batch, y, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "int8");
+
+    int64_t last = rows - 1; /* its table, which ends where memory ends, for all rows; and that row alone looked up */
+    w.shared = 1, w.table = bytes + (last << bits), w.affine = affine + 2 * last;
+    if (compress_int8(&w, x, batch, y, NULL, 1))
+        exit(3);
+    check(&w, x, batch, y, "int8, shared");
+    w.table = table + (last << bits), w.affine = NULL, w.width = 4;
+    if (compress_exact(&w, x, batch, y, NULL, 1) ||
+        compress_look_up(&w, &last, 1, out + last * columns, NULL, 1))
+        exit(3);
+    check(&w, x, batch, y, "exact, shared");
+    for (int64_t k = 0; k < columns; k++)
+        if (out[last * columns + k] != (float)entry(&w, last, code_of(&w, last, k)))
+            exit(4);
 
     for (int plane = 0; plane < bits; plane++)
         give_back((void *)w.planes[plane], (size_t)(rows * stride));

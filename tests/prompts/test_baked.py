@@ -116,9 +116,23 @@ def test_what_cannot_be_baked_is_refused(prompted, compressed, baked, recipe, ma
     output = compress.run(recipe, tmp_path / "packed")
     with pytest.raises(CompressError, match="is a prefix"):
         bake(output, tmp_path / "no")
-    with pytest.raises(CompressError, match="lm_head is packed"):
-        bake(output, tmp_path / "no", prompt=prompted / "soft_prompt" / "3bit")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_vocabulary_gets_the_prompt_as_rows_of_its_own(prompted, recipe, make_model, tmp_path, tied):
+    recipe["model"] = str(make_model("llama", tie_word_embeddings=tied))
+    recipe["passes"] = [{"kind": "rtn", "bits": 8}]
+    prompt, tokens = prompted / "soft_prompt" / "3bit", torch.arange(3, 20)[None]
+    output = compress.run(recipe, tmp_path / "packed")
+    bake(output, tmp_path / "baked", prompt=prompt)
+    model = compress.load(tmp_path / "baked")
+    assert model.config.tie_word_embeddings is tied
+    found = model(torch.cat([torch.arange(300, 305)[None], tokens], 1)).logits
+    expected = compress.load(output, prompt=prompt)(tokens).logits
+    assert (found[:, 5:, :300] - expected[:, -17:]).abs().max() < 0.02 * expected.abs().max()
+    assert tied or not found[..., 300:].any()
+    assert verify(tmp_path / "baked")
 
 
 def test_a_dense_model_behind_the_prompt_of_another_can_be_looked_at(prompted, tiny_llama, tmp_path, command):

@@ -15,9 +15,13 @@ import compress
 from compress.hf import packed_modules
 from compress.quant.format import Codes, expand, pack, pack_smaller
 from compress.quant.linear import BitPlaneLinear
+from compress.quant.records import shape_of
+from compress.quant.shared import read_shared
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
-VECTORS, SPARSE_VECTORS = map(json.loads, re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE))
+VECTORS, SPARSE_VECTORS, SHARED_VECTORS = map(
+    json.loads, re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
+)
 SPARSE_FIELDS = {"survivors", "gap_bits", "mask_bits"}
 
 
@@ -35,6 +39,26 @@ def decode(tensors, record, bits):
                 code = 2 * code + (plane[n][k // 32] >> (k % 32) & 1)
             weight[n].append(table[n][code])
     return weight
+
+
+def decode_shared(tensors, record, bits):
+    """The weight at a width of a matrix whose rows share their codebooks, by the section on version 4 alone."""
+    last, rank = max(record["seed_bits"], 5), record["rank"]
+    kind = {"float16": np.float16, "float32": np.float32}[record["codebook_dtype"]]
+    table = []
+    for n in range(record["out_features"]):
+        size = tensors["rows"][n][0]
+        c = [size] + [size * tensors["shapes"][n][i] / 128 for i in range(rank - 1)]
+        cells = [
+            sum(c[i] * tensors[f"basis_{min(bits, last)}"][i][q] for i in range(rank))
+            for q in range(2 ** min(bits, last))
+        ]
+        if bits > last:
+            width = [sum(c[i] * tensors[f"width_{last + 1}"][i][h] for i in range(rank)) for h in range(2**last)]
+            cells = [cells[h] + width[h] * place for h in range(2**last) for place in tensors[f"place_{bits}"]]
+        table.append([float(kind(np.float32(entry))) for entry in cells])
+    found = decode(tensors | {f"codebook_{bits}": table}, record, bits)
+    return [[float(np.float32(w * column)) for w, column in zip(row, tensors["columns"], strict=True)] for row in found]
 
 
 def bits_of(words, count):
@@ -147,6 +171,29 @@ def test_the_sparse_vectors_are_what_is_written_read_and_decoded(vector):
         assert module.dense().tolist() == vector["decoded"][str(bits)]
 
 
+@pytest.mark.parametrize("vector", SHARED_VECTORS, ids=lambda vector: vector["name"])
+def test_the_shared_vectors_are_what_is_written_read_and_decoded(vector):
+    record, tensors = vector["record"], stored(vector)
+    shape = shape_of(record)
+    kinds = {name: getattr(torch, kind) for name, (_, kind) in shape.specification().items()}
+    given = {name: torch.tensor(value, dtype=kinds[name]) for name, value in tensors.items()}
+    shared = read_shared(given)
+    tables = {bits: shared.codebook(bits) for bits in widths(record)}
+    read_at = record.get("read_at")
+    codes = Codes(torch.tensor(vector["codes"], dtype=torch.uint8), tables, shared=shared, read_at=read_at)
+    found, written, _ = pack_smaller(codes.as_stored())
+    assert found == shape
+    assert {name: tensor.tolist() for name, tensor in written.items()} == tensors
+    for bits in widths(record):
+        assert decode_shared(tensors, record, bits) == vector["decoded"][str(bits)]
+        assert codes.dense(bits).tolist() == vector["decoded"][str(bits)]
+        narrow = replace(shape, parent_bits=bits)
+        module = BitPlaneLinear(narrow, bias=False)
+        module.hold(narrow, {name: written[name] for name in narrow.specification()})
+        assert module.dense().tolist() == vector["decoded"][str(bits)]
+        assert module(torch.eye(record["in_features"])).t().tolist() == vector["decoded"][str(bits)]
+
+
 def test_the_sparse_vectors_cover_what_goes_wrong():
     """Both kinds of mask and of tables, a second word in the mask, a row without survivors, padding."""
     assert {vector["record"]["gap_bits"] > 0 for vector in SPARSE_VECTORS} == {True, False}
@@ -165,7 +212,7 @@ def sparse(make_model, tmp_path_factory):
         array[abs(array) < np.quantile(abs(array), 0.75 if array.ndim == 2 else 0)] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {"seed_bits": 3, "parent_bits": 5, "objective": "weight", "sensitivity": "none", "keep_zeros": True}
-    recipe = {"model": str(folder), "passes": [{"kind": "any_precision", **settings}]}
+    recipe = {"model": str(folder), "passes": [{"kind": "any_precision", "embedding_bits": 0, **settings}]}
     return compress.run(recipe, tmp_path_factory.mktemp("sparse") / "model")
 
 
@@ -195,12 +242,61 @@ def test_sparse_field_lists_are_the_real_ones(sparse):
     assert config["format_version"] == manifest["format_version"] == 2
 
 
+@pytest.fixture(scope="module")
+def by_row(tiny_llama, text_file, tmp_path_factory):
+    """A checkpoint whose rows have codebooks of their own."""
+    settings = {"seed_bits": 3, "parent_bits": 6, "codebooks": "row"}
+    recipe = {
+        "model": str(tiny_llama),
+        "calibration": {"text": str(text_file), "samples": 4, "length": 32},
+        "passes": [{"kind": "any_precision", "embedding_bits": 0, **settings}],
+    }
+    return compress.run(recipe, tmp_path_factory.mktemp("by_row") / "model")
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_the_decoder_reads_a_real_shared_checkpoint(compressed, bits):
+    """From the files of one width alone; and its bytes are as documented."""
+    modules, arrays = packed_modules(compress.load(compressed, bits=bits)), read_at(compressed, bits)
+    for name, record in config_of(compressed)["modules"].items():
+        tensors = {key.rpartition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
+        n, k, s, r = (record[key] for key in ("out_features", "in_features", "seed_bits", "rank"))
+        t, c = {"float16": 2, "float32": 4}[record["codebook_dtype"]], max(s, 5)
+        more = t * (r * 2**c + 2 ** (bits - c + 1) - 2) if bits > c else 0
+        size = n * (4 * -(-k // 32) * bits + t + r - 1) + t * (k + r * (2 ** (min(bits, c) + 1) - 2**s)) + more
+        assert sum(array.nbytes for array in tensors.values()) == size
+        weight = decode_shared({key: value.tolist() for key, value in tensors.items()}, record, bits)
+        assert torch.equal(torch.tensor(weight), modules[name].dense())
+
+
+def test_a_saved_shared_model_is_read_by_the_same_rules(compressed, tmp_path):
+    model = compress.load(compressed, bits=6)
+    model.save_pretrained(tmp_path / "again")
+    config, arrays = config_of(tmp_path / "again"), load_file(tmp_path / "again" / "model.safetensors")
+    assert config["format_version"] == 4
+    name = "model.layers.2.mlp.down_proj"
+    tensors = {key.rpartition(".")[2]: value.tolist() for key, value in arrays.items() if key.startswith(f"{name}.")}
+    assert tensors.keys() == shape_of(config["modules"][name]).specification().keys()
+    for bits in (3, 6):
+        compress.set_bits(model, bits)
+        weight = decode_shared(tensors, config["modules"][name], bits)
+        assert torch.equal(torch.tensor(weight), model.get_submodule(name).dense())
+
+
+def test_shared_field_lists_are_the_real_ones(compressed):
+    config = config_of(compressed)
+    assert fields("Shared record") == ["rank"]
+    for record in config["modules"].values():
+        assert record.keys() == {*fields("Module record"), "rank"}
+    assert config["format_version"] == 4
+
+
 @pytest.mark.parametrize("bits", [3, 4, 5, 6])
-def test_the_decoder_reads_a_real_checkpoint(compressed, bits):
+def test_the_decoder_reads_a_real_checkpoint(by_row, bits):
     """From the files of one width alone, every matrix as the library has it."""
-    modules = packed_modules(compress.load(compressed, bits=bits))
-    arrays = read_at(compressed, bits)
-    records = config_of(compressed)["modules"]
+    modules = packed_modules(compress.load(by_row, bits=bits))
+    arrays = read_at(by_row, bits)
+    records = config_of(by_row)["modules"]
     assert records.keys() == modules.keys()
     assert len(records) == 21
     for name, record in records.items():
@@ -209,12 +305,12 @@ def test_the_decoder_reads_a_real_checkpoint(compressed, bits):
         assert torch.equal(torch.tensor(weight), modules[name].dense())
 
 
-def test_the_bytes_of_a_width_are_as_documented(compressed):
+def test_the_bytes_of_a_width_are_as_documented(by_row):
     """The formula for one matrix, which leaves no room for a tensor of a higher width; and the manifest's sum."""
-    records = config_of(compressed)["modules"]
-    sizes = json.loads((compressed / "compression.json").read_text())["sizes"]
+    records = config_of(by_row)["modules"]
+    sizes = json.loads((by_row / "compression.json").read_text())["sizes"]
     for bits in (3, 4, 5, 6):
-        arrays = read_at(compressed, bits)
+        arrays = read_at(by_row, bits)
         assert sum(array.nbytes for array in arrays.values()) == sizes["tensors_at_bits"][str(bits)]
         for name, record in records.items():
             rows, words = record["out_features"], -(-record["in_features"] // 32)
@@ -223,34 +319,34 @@ def test_the_bytes_of_a_width_are_as_documented(compressed):
             assert found == rows * (4 * words * bits + entry * (2 ** (bits + 1) - 2 ** record["seed_bits"]))
 
 
-def test_files_are_divided_by_width_step(compressed):
-    for file in compressed.glob("model-*.safetensors"):
+def test_files_are_divided_by_width_step(by_row):
+    for file in by_row.glob("model-*.safetensors"):
         step = int(re.fullmatch(r"model-(\d)bit-\d{5}-of-\d{5}\.safetensors", file.name)[1])
         later = {match for name in load_file(file) for match in re.findall(r"\.(?:plane|codebook)_(\d)$", name)}
         assert later == {str(step)}
 
 
-def test_padding_is_zero(compressed):
-    arrays = read_at(compressed, None)
-    for name, record in config_of(compressed)["modules"].items():
+def test_padding_is_zero(by_row):
+    arrays = read_at(by_row, None)
+    for name, record in config_of(by_row)["modules"].items():
         used = record["in_features"] % 32
         for key in ["weight", *(f"plane_{bits}" for bits in widths(record)[1:])]:
             last = arrays[f"{name}.{key}"][..., -1].astype("int64") & 0xFFFFFFFF
             assert not used or (last >> used == 0).all()
 
 
-def test_field_lists_are_the_real_ones(compressed):
-    config = config_of(compressed)
+def test_field_lists_are_the_real_ones(by_row):
+    config = config_of(by_row)
     assert set(fields("quantization_config")) == config.keys()
     for record in config["modules"].values():
         assert set(fields("Module record")) == record.keys()
-    manifest = json.loads((compressed / "compression.json").read_text())
+    manifest = json.loads((by_row / "compression.json").read_text())
     assert set(fields("compression.json")) == manifest.keys()
     assert config["format_version"] == manifest["format_version"] == 1
 
 
-def test_a_saved_model_is_read_by_the_same_rules(compressed, tmp_path):
-    model = compress.load(compressed, bits=4)
+def test_a_saved_model_is_read_by_the_same_rules(by_row, tmp_path):
+    model = compress.load(by_row, bits=4)
     model.save_pretrained(tmp_path / "again")
     arrays = load_file(tmp_path / "again" / "model.safetensors")
     records = config_of(tmp_path / "again")["modules"]

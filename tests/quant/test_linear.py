@@ -9,8 +9,9 @@ import torch
 
 from compress.kernels import cpu
 from compress.kernels.packing import unpack_planes
+from compress.quant.embedding import BitPlaneEmbedding
 from compress.quant.format import pack
-from compress.quant.linear import BitPlaneEmbedding, BitPlaneLinear
+from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape, first_bits
 
 ROWS, COLUMNS, SEED, PARENT = 6, 45, 3, 6

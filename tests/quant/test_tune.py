@@ -105,3 +105,17 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(recipe, tmp_path, passe
     with pytest.raises(compress.CompressError, match=complaint):
         compress.run({**recipe, "passes": passes}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_of_shared_codebooks_only_what_no_other_bits_read_is_trained(tuned_recipe, tmp_path):
+    shared = {"kind": "any_precision", "seed_bits": 4, "parent_bits": 6}
+    tune = {"kind": "tune_tables", "steps": 8, "batch": 2}
+    plain = compress.run({**tuned_recipe, "passes": [shared]}, tmp_path / "plain")
+    tuned = compress.run({**tuned_recipe, "passes": [shared, tune]}, tmp_path / "tuned")
+    units = json.loads((tuned / "compression.json").read_text())["passes"][1]["units"]
+    assert "computed from these" in units["width-5"]["reason"]
+    before, after = tensors(plain), tensors(tuned)
+    changed = {name.rpartition(".")[2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {kind for kind in ("basis_4", "place_6") if units[f"width-{kind[-1]}"]["kept"]}
+    assert changed

@@ -1,0 +1,32 @@
+"""Compiles attention to packed keys and values for GPUs that need not be there; prints one JSON line per kernel."""
+
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compress.kernels import triton_kv
+from compress.kernels.kv import Grid, pack
+from compress.kernels.kv_gpu import constants
+
+
+def compiled(bits, channels, rows, has_mask, target):
+    packed = [pack(torch.zeros(1, 1, 32, channels), Grid(bits, 32, along)) for along in ("channel", "token")]
+    fixed, names = constants(*packed, rows, has_mask), list(triton_kv.attend.arg_names)
+    types = dict.fromkeys(("query", "mask", "largest", "total", "mixed"), "*fp32")
+    types |= {f"{side}{plane}": "*u8" for side in "kv" for plane in range(8)}
+    types |= {f"{side}_{what}": "*fp16" for side in ("key", "value") for what in ("low", "span")}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    constexprs = {(names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(triton_kv.attend, signature, constexprs=constexprs)
+    place = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    return triton.compile(source, target=place, options={"num_warps": 4})
+
+
+for target in ("sm_80", "sm_90", "gfx942"):
+    for bits, channels, rows, has_mask in ((2, 64, 3, False), (4, 128, 8, True), (8, 128, 1, False)):
+        kernel = compiled(bits, channels, rows, has_mask, target)
+        shared, code = kernel.metadata.shared, kernel.asm.get("cubin") or kernel.asm["hsaco"]
+        print(json.dumps({"target": target, "bits": bits, "shared": shared, "code": len(code)}))

@@ -1,0 +1,215 @@
+"""Packed keys and values against KIVI as its paper writes it, and attention over them against float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.kernels import gpu
+from compress.kernels.cpu import ISAS, library
+from compress.kernels.kv import Grid, States, attend, codes_of, join, pack, rotate, unpack
+from compress.kernels.kv_cpu import attend_packed, attention
+
+
+def states(*shape, seed=0):
+    """Random states with one loud channel, as keys have."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x[..., 1] = x[..., 1] * 8 + 20
+    return x
+
+
+def kivi(x, bits, group, along):
+    """Algorithm 1 of KIVI on one head [T, D], a group at a time: z = min X, s = (max X - min X) / (2**B - 1)."""
+    out = x.clone()
+    rows, columns = (group, 1) if along == "channel" else (1, group)
+    for t in range(0, x.shape[0], rows):
+        for d in range(0, x.shape[1], columns):
+            part = x[t : t + rows, d : d + columns]
+            zero = part.min().half().float()
+            span = (part.max() - zero).half().float()
+            scale = span / (2**bits - 1)
+            code = ((part - zero) / scale).round() if scale > 0 else torch.zeros_like(part)
+            out[t : t + rows, d : d + columns] = code.clamp(0, 2**bits - 1) * scale + zero
+    return out
+
+
+@pytest.mark.parametrize("along", ["channel", "token"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_control_is_kivi_as_its_paper_writes_it(bits, along):
+    x = states(2, 3, 16, 24)
+    x[0, 0, :8, 2] = 1.5  # a group of one value
+    found = unpack(pack(x, Grid(bits, 8, along, nested=False)))
+    wanted = torch.stack([torch.stack([kivi(head, bits, 8, along) for head in row]) for row in x])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(1, 8),
+    group=st.sampled_from([1, 2, 4, 12]),
+    along=st.sampled_from(["channel", "token"]),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.sampled_from([12, 24]), st.sampled_from([12, 24, 36])),
+    size=st.sampled_from([1e-6, 1.0, 1e3]),
+)
+def test_a_value_comes_back_within_half_a_cell(bits, group, along, shape, size):
+    x = states(*shape) * size
+    grid = Grid(bits, group, along)
+    packed = pack(x, grid)
+    _, step = packed.affine()
+    room = step.unsqueeze(grid.axis) * 0.5 + 2e-3 * x.abs().amax()  # and what float16 takes from low and span
+    assert (grid.grouped(unpack(packed) - x).abs() <= room).all()
+    assert unpack(packed).shape == x.shape
+    assert packed.planes[0].shape == (*shape[:3], -(-shape[3] // 8))
+
+
+@pytest.mark.parametrize("along", ["channel", "token"])
+def test_leading_planes_are_what_fewer_bits_pack(along):
+    x = states(2, 2, 32, 16)
+    most = pack(x, Grid(8, 8, along))
+    for bits in range(1, 8):
+        fewer = pack(x, Grid(bits, 8, along))
+        for one, other in zip(most.at_bits(bits).tensors(), fewer.tensors(), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(unpack(most.at_bits(bits)), unpack(fewer))
+        assert torch.equal(codes_of(fewer), codes_of(most) >> (8 - bits))
+
+
+def test_no_value_is_too_large_for_what_a_group_stores():
+    x = torch.tensor([[[[1e6, -1e6, 3e38, 0.0]]]])
+    assert torch.isfinite(unpack(pack(x, Grid(4, 4, "token")))).all()
+
+
+def reference(query, keys, values, mask, scale):
+    """Attention in float64, heads of keys repeated."""
+    keys, values = (x.double().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
+    products = query.double() @ keys.mT * scale
+    if mask is not None:
+        products = products.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else products + mask
+    return products.softmax(-1).nan_to_num(0.0) @ values
+
+
+def held_of(repeats, tokens, whole, bits=(4, 2), channels=(16, 24), nested=True):
+    """Packed keys and values between whole ones, rotated where heads repeat."""
+    keys, values = states(2, 2, tokens, channels[0]), states(2, 2, tokens, channels[1], seed=1)
+    new_keys, new_values = states(2, 2, whole, channels[0], seed=2), states(2, 2, whole, channels[1], seed=3)
+    first = whole // 3
+    return States(
+        pack(keys, Grid(bits[0], 16, "channel", nested, rotated=repeats == 2)),
+        pack(values, Grid(bits[1], channels[1] // 2, "token", nested, rotated=repeats > 1)),
+        new_keys.split([first, whole - first], 2),
+        new_values.split([first, whole - first], 2),
+    )
+
+
+def mask_of(kind, queries, tokens):
+    """A mask with a query that sees nothing and a stretch of tokens that nobody sees."""
+    if kind is None:
+        return None
+    mask = torch.rand(2, 1, queries, tokens, generator=torch.Generator().manual_seed(5)) < 0.7
+    mask[0, :, 0] = False
+    mask[1, :, :, :600] = False
+    return mask if kind == "bool" else torch.where(mask, 0.0, -torch.inf)
+
+
+SHAPES = [(1, 16, 3), (3, 1040, 0), (2, 512, 130)]
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize(("repeats", "tokens", "whole"), SHAPES)
+def test_attention_by_chunks_is_attention(queries, masked, repeats, tokens, whole):
+    held, query = held_of(repeats, tokens, whole), states(2, 2 * repeats, queries, 16, seed=4)
+    mask = mask_of(masked, queries, tokens + whole)
+    found = attend(query, held, mask, 0.3)
+    torch.testing.assert_close(found, reference(query, *held.dense(), mask, 0.3).float(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize(("repeats", "tokens", "whole"), SHAPES)
+def test_attention_in_c_is_attention(isa, masked, repeats, tokens, whole):
+    skip_without(isa)
+    held, query = held_of(repeats, tokens, whole), states(2, 2 * repeats, 3, 16, seed=4)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)  # as models hand it over
+    mask = mask_of(masked, 3, tokens + whole)
+    found = attend_packed(query, held, mask, 0.3, isa)
+    torch.testing.assert_close(found, reference(query, *held.dense(), mask, 0.3).float(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("channels", "nested"), [((4, 12), True), ((80, 64), True), ((64, 200), False), ((36, 8), True)]
+)
+def test_every_width_and_head_in_c(isa, bits, channels, nested):
+    skip_without(isa)
+    held = held_of(3, 48, 5, (bits, 9 - bits), channels, nested)
+    query = states(2, 6, 1, channels[0], seed=4).bfloat16()
+    found = attend_packed(query, held, None, 0.1, isa)
+    wanted = reference(query, *held.dense(), None, 0.1)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(attention(query, held, None, 0.1).double(), wanted, rtol=1e-2, atol=1e-2)
+    many = states(2, 6, 40, channels[0], seed=5)
+    found = attention(many, held, None, 0.1)
+    torch.testing.assert_close(found.double(), reference(many, *held.dense(), None, 0.1), rtol=1e-3, atol=1e-3)
+
+
+def skip_without(isa):
+    found = library()
+    if isinstance(found, str) or found.isa < isa:
+        pytest.skip(f"no {ISAS[isa]} here")
+
+
+def test_stretches_join():
+    x = states(1, 2, 32, 16)
+    for along in ("channel", "token"):
+        whole = pack(x, Grid(3, 8, along))
+        joined = join([pack(x[:, :, :8], whole.grid), pack(x[:, :, 8:], whole.grid)])
+        assert torch.equal(unpack(joined), unpack(whole))
+        assert torch.equal(unpack(whole.part(8, 24)), unpack(whole)[:, :, 8:24])
+
+
+@pytest.mark.parametrize("channels", [1, 12, 64, 80])
+def test_rotating_twice_is_nothing_and_products_stay(channels):
+    x, y = states(2, 1, 3, 96)[..., :channels].double(), states(2, 1, 3, 96, seed=1)[..., :channels].double()
+    torch.testing.assert_close(rotate(rotate(x)), x)
+    torch.testing.assert_close(rotate(x) @ rotate(y).mT, x @ y.mT)
+
+
+def test_a_loud_channel_costs_less_when_it_is_rotated():
+    x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    x[..., 5] *= 20
+    error = [(unpack(pack(x, Grid(3, 32, "token", rotated=way))) - x).square().mean() for way in (True, False)]
+    assert error[0] < error[1] / 2
+
+
+def in_a_process(script, **environment):
+    """Run a script of this folder by itself; return what it prints."""
+    names = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", **environment}
+    names = {name: value for name, value in names.items() if value is not None}
+    command = [sys.executable, Path(__file__).with_name(script)]
+    process = subprocess.run(command, capture_output=True, text=True, env=names, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+def test_attention_in_triton_is_attention():
+    assert in_a_process("interpreted_kv.py", TRITON_INTERPRET="1").count(": ok") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+def test_attention_in_triton_compiles_for_gpus(tmp_path):
+    printed = in_a_process("static_kv.py", TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path))
+    found = [json.loads(line) for line in printed.splitlines()]
+    assert {row["target"] for row in found} == {"sm_80", "sm_90", "gfx942"}
+    assert all(row["code"] and row["shared"] <= 48 << 10 for row in found)

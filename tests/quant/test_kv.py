@@ -1,0 +1,70 @@
+"""The pass that recommends bits of the cache."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import compress
+from compress import CompressError, KVCache
+from compress.hf import cache_name
+from compress.quant.kv import choose
+
+PASS = {"kind": "kv_calibrate", "bits": 3, "choices": [2, 4], "group": [4, 12], "residual": 8}
+
+
+def test_the_choice_is_the_best_of_all():
+    generator = torch.Generator().manual_seed(0)
+    costs = [{bits: float(torch.rand((), generator=generator)) / bits for bits in (2, 3, 8)} for _ in range(4)]
+    for total in (8, 12, 17, 32):
+        fitting = [each for each in itertools.product((2, 3, 8), repeat=4) if sum(each) <= total]
+        wanted = min(fitting, key=lambda each: sum(layer[bits] for layer, bits in zip(costs, each, strict=True)))
+        assert choose(costs, total) == list(wanted)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_llama, text_file, tmp_path_factory):
+    calibration = {"text": str(text_file), "samples": 3, "length": 60}
+    passes = [{"kind": "rtn", "bits": 4}, PASS]
+    recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": passes}
+    return compress.run(recipe, output=tmp_path_factory.mktemp("kv") / "model")
+
+
+def test_a_checkpoint_is_loaded_with_what_the_pass_recommends(calibrated):
+    manifest = json.loads((calibrated / "compression.json").read_text())
+    record = manifest["passes"][-1]["units"]["kv"]
+    kv = record["kv"]
+    assert record["losses"].keys() == {"whole", "chosen", "uniform"}
+    assert len(record["alone"]) == 3
+    assert sum(record["chosen"]) <= 9
+    model = compress.load(calibrated, kv="recommended")
+    cache = getattr(model(torch.arange(1, 40)[None]), cache_name(model))
+    assert isinstance(cache, KVCache)
+    bits = kv["bits"] if isinstance(kv["bits"], list) else [kv["bits"]] * 3
+    assert [layer.bits for layer in cache.layers] == [(one, one) for one in bits]
+    assert cache.settings.groups == (4, 12)
+
+
+def test_the_pass_stands_beside_another_sidecar_but_not_behind_its_like(tiny_llama, text_file, tmp_path):
+    calibration = {"text": str(text_file), "samples": 3, "length": 60}
+    recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": [PASS, PASS]}
+    with pytest.raises(CompressError, match="put kv_calibrate last"):
+        compress.run(recipe, output=tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 1}, "bits"),
+        ({"bits": 2, "choices": [3, 4]}, "cannot be had"),
+        ({"choices": [9]}, "from 2 to 8"),
+        ({"group": 32}, "does not divide the 12 channels"),
+        ({"residual": 100}, "no sample has more tokens"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message, tiny_llama, text_file, tmp_path):
+    calibration = {"text": str(text_file), "samples": 2, "length": 60}
+    recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": [{**PASS, **changes}]}
+    with pytest.raises(CompressError, match=message):
+        compress.run(recipe, output=tmp_path / "model")
