@@ -8,7 +8,7 @@ replaced by :class:`Experts`, in which expert 3 of ``mlp.experts`` has the linea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -323,6 +323,11 @@ class StackedTensors:
             dtype = max((value.dtype for value in values), key=lambda kind: kind.itemsize)  # codebooks may differ
             result[name] = torch.stack([value.to(dtype) for value in values], members[0][1].axis)
         return result
+
+
+def in_stack(name: str, paths: Collection[str]) -> bool:
+    """Tell whether a matrix is one expert's, of the modules at some paths."""
+    return name.rsplit(".", 2)[0] in paths
 
 
 def stacked_shapes(packed: Mapping[str, PackedShape], paths: Iterable[str]) -> dict[str, PackedShape]:

@@ -20,6 +20,7 @@ from compress.structure import Architecture, block_of, block_prefix, linears_of
 _TOKENS = 24
 READ = "the model reads its weight, which a packed matrix does not have"
 STACK = "several matrices in one parameter, in a form that is not known"
+BIASED = "transformers fits the bias of a tied head to the rows of its weight, which a packed matrix does not have"
 NOT_CALLED = "the model does not call it on text alone"
 
 
@@ -207,6 +208,11 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
     left = dict.fromkeys(_stacks(model, structure), STACK)
     left |= dict.fromkeys(sorted(inside.keys() - linears.called), NOT_CALLED)
     left |= dict.fromkeys(sorted(linears.read), READ)
+    ends = {structure.embedding, structure.head}
+    if f"{structure.head}.weight" in model.all_tied_weights_keys:  # one tensor
+        biased = getattr(outside[structure.head], "bias", None) is not None
+        left |= dict.fromkeys(sorted(ends if ends & linears.read else ()), READ)
+        left |= dict.fromkeys(sorted(ends if biased else ()), BIASED)
     return replace(structure, left=left, returns=tuple(calls.returns[i] for i in range(len(blocks))))
 
 

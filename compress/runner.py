@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compress.calibration import Samples
 from compress.config import BlockShape
 from compress.errors import CompressError
+from compress.experts import in_stack
 from compress.fisher import HESSIAN, squared_gradients, unit_of
 from compress.models import untied
 from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
@@ -275,8 +276,8 @@ class Runner:
         self._check_finite(tensors)
         shapes, storage = {}, {}
         for name, found in block.packed.items():
-            in_stack = name.rsplit(".", 2)[0] in self.context.structure.experts  # stacks have no sparse form
-            shape, stored, note = (*pack(found.codes, found.codebooks), None) if in_stack else pack_smaller(found)
+            in_one = in_stack(name, self.context.structure.experts)  # stacks have no sparse form
+            shape, stored, note = (*pack(found.codes, found.codebooks), None) if in_one else pack_smaller(found)
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
             shapes[name], storage[name] = vars(shape), note
         notes: Record = {"packed": shapes, "skipped": block.skipped}
