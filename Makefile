@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check docs test-matrix test-latest bench proof gpu clean
+.PHONY: demo test test-fast check docs test-matrix test-latest test-models bench proof gpu clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ check: .venv/ready
 docs: .venv/ready
 	.venv/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# A sample of the types of models that transformers has, end to end.
+test-models: .venv/ready
+	.venv/bin/python -m pytest -q tests/compress/test_models.py tests/compress/test_experts.py tests/compress/test_following.py
 
 # The round-trip tests on transformers 5.0, a middle version and the latest, each in an environment of its own.
 test-matrix:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.quant.records import PackedShape, SharedShape, SparseShape, first_bits, shape_of
+from compress.quant.records import PackedShape, SharedShape, SparseShape, StackedShape, first_bits, shape_of
 from compress.weights import INDEX, Checkpoint
 
 METHOD = "compress"
-DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION, SHARED_VERSION = 1, 2, 3, 4
+DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION, SHARED_VERSION, EXPERTS_VERSION = 1, 2, 3, 4, 5
 """Versions of the format (:func:`format_version`)."""
 
 Bits = int | Mapping[str, int]
@@ -50,9 +50,9 @@ class StoredConfig:
         pruned: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if format_version not in range(DENSE_VERSION, SHARED_VERSION + 1):
+        if format_version not in range(DENSE_VERSION, EXPERTS_VERSION + 1):
             raise CompressError(
-                f"config.json: format_version {format_version} is none of {DENSE_VERSION} to {SHARED_VERSION}, "
+                f"config.json: format_version {format_version} is none of {DENSE_VERSION} to {EXPERTS_VERSION}, "
                 "which this release of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
@@ -85,7 +85,7 @@ class StoredConfig:
         if self.format_version < format_version(shapes.values()):
             raise CompressError(
                 f"config.json: quantization_config.modules is malformed: version {self.format_version} has no modules "
-                f"that are stored {'shared' if self.format_version > DENSE_VERSION else 'sparse or shared'}."
+                f"that are stored {'shared or as stacks' if self.format_version > DENSE_VERSION else 'sparse or shared'}."
             )
         for name, shape in shapes.items():
             named = {field: value for field, value in vars(shape).items() if field not in ("codebook_dtype", "read_at")}
@@ -115,6 +115,8 @@ def stored_config(settings: Mapping[str, Any] | None) -> StoredConfig | None:
 def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
     """Return the version of the format that modules, and blocks of sizes the rest of the config does not tell, need."""
     held = list(shapes)
+    if any(isinstance(shape, StackedShape) for shape in held):
+        return EXPERTS_VERSION
     if any(isinstance(shape, SharedShape) for shape in held):
         return SHARED_VERSION
     if pruned:

@@ -144,10 +144,13 @@ def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) 
                 call = model.capture(tokens)[1][index]
             state = hidden[str(i)].to(model.device).requires_grad_()
             output = model.run(block, state, call)
-            found = torch.autograd.grad(output, [state, *weights], gradients[str(i)].to(model.device))
+            wanted = gradients[str(i)].to(model.device)
+            found = torch.autograd.grad(output, [state, *weights], wanted, allow_unused=True)
+            assert found[0] is not None
             gradients[str(i)] = found[0].cpu()
-            for total, gradient in zip(fisher, found[1:], strict=True):
-                total += gradient.square()
+            for place, gradient in enumerate(found[1:]):
+                if gradient is not None:  # an expert that no token was sent to, or a choice that has no gradient
+                    fisher[place] += gradient.square()
     result = {}
     for (name, linear), total in zip(linears.items(), fisher, strict=True):
         if not torch.isfinite(total).all():

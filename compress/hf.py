@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -27,13 +29,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.config import METHOD, Bits, StoredConfig, format_version
 from compress.errors import CompressError
+from compress.experts import Experts, is_experts
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import expand
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape, SparseShape, bits_range
+from compress.quant.records import PackedShape, SparseShape, StackedShape, bits_range, expert_name, unstacked
 from compress.shapes import replace_shapes, set_linear, tell_heads
-from compress.structure import Linear, architecture, head_name, is_linear, matching
+from compress.structure import Linear, declaration, inspected, is_linear, matching
 
 
 def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
@@ -53,7 +56,7 @@ def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, i
         return {name: shape.at(bits) for name, shape in shapes.items()}
     chosen = {name: shape.parent_bits for name, shape in shapes.items()}
     for pattern, value in bits.items():
-        for name in matching(pattern, list(shapes)):
+        for name in [pattern] if pattern in shapes else matching(pattern, list(shapes)):
             if not isinstance(value, int) or value not in (span := shapes[name].all_bits):
                 raise CompressError(f"{value} bits are not available for {name}; it has {span[0]} to {span[-1]}.")
             chosen[name] = value
@@ -88,9 +91,13 @@ def name_in(model: PreTrainedModel, stored: str) -> str | None:
 
 def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) -> None:
     """Put packed modules, on the meta device, where a model has dense ones, and refuse records that do not fit it."""
-    renamed = {old: new for new, old in architecture(model.config).renamed.items()}
+    known = declaration(model.config)
+    renamed = {old: new for new, old in known.renamed.items()} if known else {}
     for stored, shape in shapes.items():
         name = stored if hasattr(model, stored.partition(".")[0]) else renamed.get(stored, stored)
+        if isinstance(shape, StackedShape):
+            _replace_stack(model, name, shape)
+            continue
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -115,18 +122,40 @@ def replace_packed(model: PreTrainedModel, shapes: Mapping[str, PackedShape]) ->
             )
         packed._is_hf_initialized = True  # type: ignore[assignment]  # transformers draws random numbers for what is missing; we refuse it
         model.set_submodule(name, packed)
-        if isinstance(packed, BitPlaneEmbedding) and model.config.tie_word_embeddings:
+        if isinstance(packed, BitPlaneEmbedding) and getattr(model.config, "tie_word_embeddings", False):
             tie_head(model, packed)
 
 
 def tie_head(model: PreTrainedModel, embedding: BitPlaneEmbedding) -> None:
     """Let the head of a model multiply by its packed embedding, and transformers tie nothing."""
-    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+    own = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if own is None:
         return  # a model without its head
-    name = head_name(model)
+    name = next(name for name, module in model.named_modules() if module is own)
     head = BitPlaneHead(embedding, getattr(model.get_submodule(name), "bias", None))
     model.set_submodule(name, head)
     model.all_tied_weights_keys.pop(f"{name}.weight", None)
+
+
+def _replace_stack(model: PreTrainedModel, name: str, shape: StackedShape) -> None:
+    """Put what a stack of experts is loaded into where a model has a parameter of 3 dimensions."""
+    path, _, matrix = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = nn.Module()
+    if is_experts(module):
+        module = Experts(module)
+        model.set_submodule(path, module)
+    if not isinstance(module, Experts) or matrix not in module.matrices:
+        raise CompressError(f"config.json records packed experts {name!r} that this model does not have.")
+    weight = module.expert(0).get_submodule(matrix).get_parameter("weight")
+    if (module.num_experts, *weight.shape) != (shape.experts, shape.out_features, shape.in_features):
+        raise CompressError(
+            f"{name}: recorded as {shape.experts} x {shape.out_features} x {shape.in_features}, but the model's own shape is "
+            f"{module.num_experts} x {weight.shape[0]} x {weight.shape[1]}."
+        )
+    module.hold_stack(matrix, shape, weight.dtype)
 
 
 def packed_modules(model: nn.Module) -> dict[str, BitPlaneLinear | BitPlaneEmbedding]:
@@ -158,7 +187,8 @@ def resize_packed(
 def join_layers(model: PreTrainedModel) -> None:
     """Let the layers of a model that multiply the same input be launched together where GPU kernels serve them."""
     linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
-    join(linears, architecture(model.config).fused)
+    if any(module.is_tiled for module in linears.values()):
+        join(linears, inspected(model).fused)
 
 
 def cache_name(model: nn.Module) -> str:
@@ -183,6 +213,22 @@ def _unread(stored: Mapping[str, PackedShape], loaded: Mapping[str, PackedShape]
     return [f"^(?:{'|'.join(names)})\\.(?:{'|'.join(unread)})$" for unread, names in by_tensors.items() if unread]
 
 
+def _most(name: str, shape: PackedShape, bits: Mapping[str, int]) -> int:
+    """Return the most bits that are asked of a matrix, or of the matrices of a stack."""
+    if isinstance(shape, StackedShape):
+        return max(bits[expert_name(name, place)] for place in range(shape.experts))
+    return bits[name]
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    """Tell whether a model still has a module of a name."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
 def _bytes(shapes: Mapping[str, PackedShape]) -> int:
     return sum(sum(shape.tensor_bytes().values()) for shape in shapes.values())
 
@@ -192,14 +238,25 @@ class CompressQuantizer(HfQuantizer):
 
     requires_calibration = False
     stored_share = 1.0  # bytes of the packed modules as stored, per byte of what they become
+    experts_bits: Mapping[str, int] = MappingProxyType({})  # by matrix, as asked for
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
         stored = config.shapes()
-        bits = bits_by_module({} if config.bits is None or not stored else config.bits, stored)
+        bits = bits_by_module({} if config.bits is None or not stored else config.bits, unstacked(stored))
         own = {name: name_in(model, name) for name in [*stored, *config.pruned]}
-        loaded = {place: replace(s, parent_bits=bits[name]) for name, s in stored.items() if (place := own[name])}
+        loaded = {
+            place: replace(shape, parent_bits=_most(name, shape, bits))
+            for name, shape in stored.items()
+            if (place := own[name])
+        }
+        self.experts_bits = {
+            expert_name(own[name] or name, place): bits[expert_name(name, place)]
+            for name, shape in stored.items()
+            if isinstance(shape, StackedShape)
+            for place in range(shape.experts)
+        }
         pruned = {own[name] or name: shape for name, shape in config.block_shapes().items()}
         replace_shapes(model, pruned)
         replace_packed(model, loaded)
@@ -216,14 +273,22 @@ class CompressQuantizer(HfQuantizer):
         config.pruned = {name: dict(vars(shape)) for name, shape in pruned.items()}
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leave out what merges or turns tensors: a compressed checkpoint has them as the model has them, but for names."""
+        return [entry for entry in weight_conversions if not isinstance(entry, WeightConverter)]
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers marks what it read from the checkpoint; it would fill the rest with whatever memory held.
         packed = packed_modules(model)
-        for name, module in packed.items():
+        experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+        for name, module in [*packed.items(), *experts.items()]:
             for tensor, value in [*module.named_buffers(), *module.named_parameters()]:
                 if not getattr(value, "_is_hf_initialized", False):
                     where = f"tensor {name}.{tensor}"
                     raise CompressError(f"{model.name_or_path}: {where} is missing; fetch or write it again.")
+        for path, mixture in experts.items():
+            mixture.take_stacks(self.experts_bits, path)
+        packed = packed_modules(model)
         rebuild(model)
         for module in packed.values():
             if isinstance(module, BitPlaneLinear):
@@ -249,7 +314,9 @@ class CompressQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, BitPlaneHead):
                 model.set_submodule(name, plain.get_submodule(name))  # what it is tied to comes with tie_weights
-            if not isinstance(module, (BitPlaneLinear, BitPlaneEmbedding)):
+            if isinstance(module, Experts):
+                model.set_submodule(name, module.joined(plain.get_submodule(name), dtype or model.dtype))
+            if not isinstance(module, (BitPlaneLinear, BitPlaneEmbedding)) or not _has(model, name):
                 continue
             dense = plain.get_submodule(name.replace(".base_layer", ""))
             weight = module.dense(dtype or model.dtype)

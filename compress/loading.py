@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,7 +26,8 @@ from compress.kv import KVCache
 from compress.kv_serving import kv_of, make_caches, use_kv_cache
 from compress.kv_settings import KVBits
 from compress.manifest import MANIFEST, noted, read_manifest
-from compress.quant.records import EmbeddingShape
+from compress.models import auto_class
+from compress.quant.records import EmbeddingShape, unstacked
 from compress.sidecars import ADAPTER_FOLDER, Choice, find_adapter, find_prompts
 from compress.structure import architecture, matching
 
@@ -123,7 +123,8 @@ def _load_model(
     if chosen is not None:
         if not shapes:
             raise CompressError(f"{name}: none of its matrices is packed, so it has no bits to choose from.")
-        most = max(shapes[name].step(own) for name, own in bits_by_module(chosen, shapes).items())
+        matrices = unstacked(shapes)
+        most = max(matrices[name].step(own) for name, own in bits_by_module(chosen, matrices).items())
         config.quantization_config["bits"] = chosen if isinstance(chosen, int) else dict(chosen)
         if Path(name).is_dir() and not (Path(name) / index_name(most)).exists():
             most = None  # save_pretrained writes no index by bits
@@ -204,12 +205,14 @@ def bits_for(
     stored = stored_config(config.quantization_config)
     assert manifest is not None  # cached_file raises where it finds nothing
     assert stored is not None
-    return bits_for_budget(Path(manifest).parent, stored.shapes(), architecture(config), mean, memory)
+    return bits_for_budget(Path(manifest).parent, unstacked(stored.shapes()), architecture(config), mean, memory)
 
 
 def _from_pretrained(name: str, **kwargs: Any) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        access = {key: value for key, value in kwargs.items() if key in ACCESS}
+        config = kwargs.get("config") or read_config(name, **access)
+        return auto_class(config).from_pretrained(name, **{**kwargs, "config": config})
     except SafetensorError as error:
         raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
     except OSError as error:

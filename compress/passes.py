@@ -182,6 +182,7 @@ class Context:
         outside: the same for the embedding and the head.
         head: which of those is the head.
         tied: whether the two are one tensor.
+        vocabulary: rows of the embedding.
         config: the model's.
         shapes: blocks that are not as large as the config says.
         biased: linears inside the blocks that have a bias.
@@ -197,6 +198,7 @@ class Context:
     outside: Mapping[str, tuple[int, int]]
     head: str
     tied: bool
+    vocabulary: int
     config: PretrainedConfig
     shapes: Shapes
     biased: frozenset[str]

@@ -14,6 +14,7 @@ from compress import writer
 from compress.calibration import draw_samples
 from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
+from compress.experts import stacked_shapes
 from compress.manifest import read_manifest
 from compress.passes import Context, Pass, Progress, pass_class
 from compress.quant.records import PackedShape
@@ -92,10 +93,10 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
     drawn = {one: draw_samples(one, source.tokenizer, context.context_length) for one in dict.fromkeys(texts) if one}
     for samples in drawn.values():
         largest = max(int(tokens.max()) for tokens in samples.tokens)
-        if largest >= source.state.config.vocab_size:
+        if largest >= context.vocabulary:
             raise CompressError(
                 f"{source.folder}: its tokenizer makes token {largest} of the text, but the model has an embedding for "
-                f"{source.state.config.vocab_size} tokens; the two do not belong together."
+                f"{context.vocabulary} tokens; the two do not belong together."
             )
     probe = torch.tensor(source.tokenizer(_PROBE, add_special_tokens=False)["input_ids"] or [0, 1])
     _check_once(source, probe[:8], work, log)
@@ -191,6 +192,7 @@ def check_order(
             )
         pattern = here if needs.pattern else pattern
         packed |= step.packed_shapes(context)
+        stacked_shapes(packed, context.structure.experts)
         if needs.whole_model:
             step.model_units(packed)
         if needs.packs:

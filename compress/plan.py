@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compress.defaults import usual_defaults
+from compress.models import text_config
 from compress.passes import Context, Pass, Sizes, pass_class
 from compress.pipeline import check_order, text_of
 from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
@@ -55,7 +56,7 @@ def plan(
     at = {str(bits): rest + model_bytes(packed.values(), bits) for bits in bits_range(packed.values())}
     return {
         "model": str(source.folder),
-        "blocks": source.state.config.num_hidden_layers,
+        "blocks": source.state.structure.depth,
         "parameters": found[0][1].parameters,
         "parameters_after": context.parameters,
         "dense_bytes": sum(item.nbytes for item in source.state.source.info().values()),
@@ -85,14 +86,15 @@ def _needs(
     block, inside = max(blocks.values()), sum(blocks.values())
     whole, all_packed = outside + inside, sum(packed_bytes(shape, shape.parent_bits) for shape in packed.values())
     samples, length = (text.samples, text.length) if text else (0, 0)
-    hidden = samples * length * int(getattr(state.config, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
+    language = text_config(state.config)
+    hidden = samples * length * int(getattr(language, "hidden_size", 0)) * _FLOAT if needs.calibration else 0
     varied = len(needs.variants) * min(1.0, (needs.variant_length or length) / max(length, 1))
     shown = round((1 + varied) * hidden)  # what goes into a block, the variants included
     # Measured by the memory bench: a block in float32, as read, and as written.
     memory, units, carried = outside + 3 * block + hidden, inside, 2 * shown
     if needs.squared_gradients:  # their sum for a block, those of hidden states, one sample's logits and gradient
         some = round(hidden * min(1.0, (needs.gradient_samples or samples) / max(samples, 1)))
-        memory += block + some + 2 * length * int(getattr(state.config, "vocab_size", 0)) * _FLOAT
+        memory += block + some + 2 * length * int(getattr(language, "vocab_size", 0)) * _FLOAT
         units, carried = 2 * inside, max(carried, some * (len(blocks) + 3))
     if needs.packs:
         units += all_packed - inside

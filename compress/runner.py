@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from compress.calibration import Samples
 from compress.config import BlockShape
 from compress.errors import CompressError
+from compress.experts import in_stack
 from compress.fisher import HESSIAN, squared_gradients, unit_of
+from compress.models import untied
 from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
-from compress.quant.format import pack_smaller
+from compress.quant.format import pack, pack_smaller
 from compress.quant.records import shape_of
 from compress.shapes import block_shape
 from compress.source import processes
 from compress.streaming import Call, State, StreamedModel, reshaped
-from compress.structure import block_of, block_prefix
+from compress.structure import block_prefix
 from compress.version import __version__
 from compress.weights import Overlay
 from compress.workspace import Record, Stage, Workspace
@@ -88,8 +90,7 @@ class Runner:
         self.fisher = work.stage("fisher", state.key, text, count, self.outside, device, __version__)
         self.processes = processes(context.device)
         self.statistics: list[list[Record]] = []
-        inside = {block_of(name, context.structure) for name in context.linears}
-        self.blocks = [block_prefix(context.structure, i) for i in range(len(inside))]
+        self.blocks = [block_prefix(context.structure, i) for i in range(context.structure.depth)]
 
     @cached_property
     def model(self) -> StreamedModel:
@@ -275,7 +276,8 @@ class Runner:
         self._check_finite(tensors)
         shapes, storage = {}, {}
         for name, found in block.packed.items():
-            shape, stored, note = pack_smaller(found)
+            in_one = in_stack(name, self.context.structure.experts)  # stacks have no sparse form
+            shape, stored, note = (*pack(found.codes, found.codebooks), None) if in_one else pack_smaller(found)
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
             shapes[name], storage[name] = vars(shape), note
         notes: Record = {"packed": shapes, "skipped": block.skipped}
@@ -305,12 +307,12 @@ class Runner:
             return replace(self.state, key=self.stage.key)
         new = {name: shape_of(fields) for record in records.values() for name, fields in record["packed"].items()}
         packed, config = {**self.state.packed, **new}, self.state.config
-        if self.context.head in packed and config.tie_word_embeddings:
-            config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+        if self.context.head in packed and self.context.tied:
+            config = untied(config)
         files = [self.stage.path(unit) for unit in records]
         gone = {*new, self.context.head} if self._tied_in(new) else set(new)  # files may hold a copy for the head
         source = Overlay(self.state.source, files, [f"{name}.weight" for name in sorted(gone)])
-        state = State(source, config, packed, self.stage.key, self.state.shapes)
+        state = replace(self.state, source=source, config=config, packed=packed, key=self.stage.key)
         if not self.needs.changes_shapes:
             return state
         shapes = {name: records[f"block-{i}"].get("shape") for i, name in enumerate(self.blocks)}

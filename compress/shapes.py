@@ -10,17 +10,22 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
-from compress.structure import Architecture, Groups, Linear, architecture, block_prefix
+from compress.structure import Architecture, Groups, Linear, architecture, block_prefix, declaration, inspected
 
 
 def groups_of(structure: Architecture) -> Groups:
     """Return the declaration of a family's groups, and refuse a family that has none."""
     if structure.groups is None:
         raise CompressError(
-            f"architecture {structure.model_types[0]!r} declares no groups, so nothing of it can be removed as a whole; "
-            "give its Architecture a Groups (compress/structure.py)."
+            f"model type {structure.model_types[0]!r} is not declared for structured pruning, so no heads, channels or blocks can be "
+            "removed from it; declare an Architecture with Groups for it (CONTRIBUTING.md), or prune single weights."
         )
     return structure.groups
+
+
+def declared(config: PretrainedConfig) -> Architecture:
+    """Return what is declared of a config's model type; nothing but its name where nothing is."""
+    return declaration(config) or Architecture((str(config.model_type),))
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -37,7 +42,7 @@ def config_shape(config: PretrainedConfig) -> BlockShape:
             f"config.json: {heads} query heads are not a multiple of {shared} key-value heads, so there are no equal groups of "
             "heads to remove."
         )
-    key = groups_of(architecture(config)).config_channels
+    key = groups_of(declared(config)).config_channels
     channels = getattr(config, key, None) if key else None
     return BlockShape(heads, shared, int(channels or 4 * config.hidden_size))
 
@@ -86,7 +91,7 @@ def tell_block(block: nn.Module, structure: Architecture, shape: BlockShape, dim
 def tell_heads(config: PretrainedConfig, shapes: Shapes) -> None:
     """Tell readers of a loaded model's config of blocks with fewer heads: caches are made by it. Older releases have no place for it."""
     heads = {shape.key_value_heads for shape in shapes.values()}
-    if not hasattr(config, "per_layer_config") or not heads - {config_shape(config).key_value_heads}:
+    if not heads or not hasattr(config, "per_layer_config") or not heads - {config_shape(config).key_value_heads}:
         return
     names = [block_prefix(architecture(config), index) for index in range(config.num_hidden_layers)]
     counts = [block_shape(config, shapes, name).key_value_heads for name in names]
@@ -110,14 +115,14 @@ def set_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
 
 def replace_shapes(model: PreTrainedModel, shapes: Shapes) -> None:
     """Give blocks of a model on the meta device their recorded shapes, and refuse those the model cannot have."""
-    structure, dimension = architecture(model.config), head_dim(model.config)
-    whole = config_shape(model.config) if shapes else None
+    if not shapes:
+        return
+    structure, dimension, whole = inspected(model), head_dim(model.config), config_shape(model.config)
     for name, shape in shapes.items():
         try:
             block = model.get_submodule(name)
         except AttributeError:
             raise CompressError(f"config.json records a pruned block {name!r} that this model does not have.") from None
-        assert whole is not None
         if any(value > getattr(whole, field) for field, value in vars(shape).items()):
             raise CompressError(f"config.json: quantization_config.pruned[{name!r}] is larger than the model: {shape}.")
         shape_block(block, structure, shape, dimension)
@@ -129,7 +134,7 @@ def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedCo
     A Llama whose number of heads no longer divides its hidden size, which its class refuses, becomes the same network under
     the name Mistral, where that is possible.
     """
-    groups, now = groups_of(architecture(config)), config_shape(config)
+    groups, now = groups_of(declared(config)), config_shape(config)
     fields: dict[str, Any] = {}
     if shape.channels != now.channels:
         if groups.config_channels is None:
@@ -167,7 +172,7 @@ def settled(config: PretrainedConfig, shapes: Shapes, structure: Architecture) -
     """Move shapes into the config where all blocks have one that it can express; return the records still needed, too."""
     if not shapes:
         return config, {}
-    names = [block_prefix(structure, index) for index in range(config.num_hidden_layers)]
+    names = [block_prefix(structure, index) for index in range(structure.depth)]
     found = {block_shape(config, shapes, name) for name in names}
     plain = ordinary_config(config, found.pop()) if len(found) == 1 else None
     if plain is not None:

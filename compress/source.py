@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from compress.config import read_settings
 from compress.errors import CompressError, first_line
-from compress.hf import replace_packed
 from compress.hub import model_folder
 from compress.loading import load_tokenizer, read_config
+from compress.models import auto_class, text_config
 from compress.passes import Context
-from compress.shapes import replace_shapes
+from compress.quant.records import unstacked
 from compress.sidecars import PEFT_CONFIG
-from compress.streaming import State, StreamedModel, empty_model, tensor_names
-from compress.structure import architecture, block_of, head_name
+from compress.streaming import State, StreamedModel, open_state
+from compress.structure import architecture, block_of
 from compress.weights import Checkpoint
 from compress.workspace import digest
 
@@ -42,7 +42,7 @@ class Source:
 
 
 def open_source(model: str | Mapping[str, Any]) -> Source:
-    """Open a dense model of a declared architecture, as a recipe names it: a folder, the built-in one, or a hub id."""
+    """Open a dense model, as a recipe names it: a folder, the built-in one, or a hub id."""
     folder = model_folder(model)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
@@ -52,27 +52,11 @@ def open_source(model: str | Mapping[str, Any]) -> Source:
             f"{folder}: has a peft adapter beside its weights ({PEFT_CONFIG}), which transformers would put on the model; "
             "merge it into the model, or move it to a folder of its own."
         )
-    architecture(config)
+    auto_class(config)
     tokenizer = load_tokenizer(folder)
-    checkpoint, config = _open_files(folder, config, empty_model(config))
-    sha256 = checkpoint.sha256()
-    return Source(folder, State(checkpoint, config, {}, digest(sha256)), tokenizer, sha256)
-
-
-def _open_files(folder: Path, config: PretrainedConfig, model: PreTrainedModel) -> tuple[Checkpoint, PretrainedConfig]:
-    """Open a model's files; where they hold a head that is not the embedding, the config says so, whatever it said.
-
-    That is how transformers reads a head whose config calls it tied. One that equals the embedding is not looked at again.
-    """
-    names = tensor_names(model)
-    checkpoint = Checkpoint(folder, names)
-    tied = [f"{name}.weight" for name in (architecture(config).embedding, head_name(model))]
-    if not config.tie_word_embeddings or not checkpoint.info().keys() >= set(tied):
-        return checkpoint, config
-    embedding, head = (checkpoint.read([name])[name] for name in tied)
-    if torch.equal(embedding, head):
-        return Checkpoint(folder, {name: names[name] for name in names if name != tied[1]}), config
-    return checkpoint, type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    files = Checkpoint(folder)
+    sha256 = files.sha256()
+    return Source(folder, open_state(files, config, digest(sha256)), tokenizer, sha256)
 
 
 def checkpoint_state(folder: Path) -> State:
@@ -80,14 +64,12 @@ def checkpoint_state(folder: Path) -> State:
     settings, config = read_settings(folder), read_config(folder)
     if settings is not None:
         del config.quantization_config  # the model is built dense and then replaced
-    model, rename = empty_model(config), architecture(config).stored_name
-    running = {rename(name): name for name, _ in model.named_modules()}
-    packed = {running.get(name, name): shape for name, shape in (settings.shapes() if settings else {}).items()}
+    structure = architecture(config)
+    running = {structure.stored_name(structure.head): structure.head}
+    matrices = unstacked(settings.shapes()) if settings else {}
+    packed = {running.get(name, name): shape for name, shape in matrices.items()}
     shapes = settings.block_shapes() if settings else {}
-    replace_shapes(model, shapes)
-    replace_packed(model, packed)
-    checkpoint, config = _open_files(folder, config, model)
-    return State(checkpoint, config, packed, digest(str(folder)), shapes)
+    return open_state(Checkpoint(folder), config, digest(str(folder)), packed, shapes)
 
 
 @torch.no_grad()
@@ -104,7 +86,7 @@ def check_source(source: Source, tokens: Tensor) -> None:
     del model  # never both
     with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
         try:
-            whole = AutoModelForCausalLM.from_pretrained(
+            whole = auto_class(source.state.config).from_pretrained(
                 str(source.folder), dtype=torch.float32, device_map=places, offload_folder=scratch
             )
             wanted = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
@@ -160,7 +142,7 @@ def make_context(source: Source, device: torch.device, seed: int, state: State |
     state = state or source.state
     model = StreamedModel(state, torch.device("meta"))
     inside = {name: linear for i in range(len(model.blocks)) for name, linear in model.linears(i).items()}
-    tied = bool(state.config.tie_word_embeddings)
+    tied = f"{model.head}.weight" in model.model.all_tied_weights_keys
     sizes = {name: math.prod(item.shape) for name, item in state.source.info().items()}
     if tied:
         sizes.pop(f"{model.head}.weight", None)
@@ -172,10 +154,17 @@ def make_context(source: Source, device: torch.device, seed: int, state: State |
         outside={name: linear.shape for name, linear in model.outside().items()},
         head=model.head,
         tied=tied,
+        vocabulary=int(model.model.get_submodule(model.structure.embedding).num_embeddings),  # type: ignore[arg-type]
         config=state.config,
         shapes=state.shapes,
         biased=frozenset(n for n, linear in inside.items() if getattr(linear.module, "bias", None) is not None),
         parameters=sum(sizes.values()),
-        context_length=getattr(state.config, "max_position_embeddings", None),
+        context_length=_limit(text_config(state.config)),
         tokenizer=source.tokenizer,
     )
+
+
+def _limit(config: PretrainedConfig) -> int | None:
+    """Return the tokens that a model can look at; None without a limit, which some configs write as -1."""
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None

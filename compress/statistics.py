@@ -82,6 +82,13 @@ class Moments:
             self.sums[name] += x.square().sum(0)
         self.tokens[name] = self.tokens.get(name, 0) + x.shape[0]
 
+    def assume(self, name: str, weight: Tensor) -> None:
+        """Take the inputs of a linear that no sample has come to, weight [N, K], for alike and unrelated."""
+        columns = weight.shape[1]
+        self.owner[name], self.tokens[name] = name, 1
+        make = torch.eye if self._full else torch.ones
+        self.sums[name] = make(columns, device=weight.device)
+
     def mean(self, name: str) -> Tensor:
         """Return the mean over tokens for the input of one linear, float32 [K] or [K, K], and refuse one that is not finite."""
         owner = self.owner[name]

@@ -5,26 +5,38 @@ called as the model itself would: the arguments of every block's call are captur
 over blocks that only take notes. No forward pass is written again here, so a new transformers release needs nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
+from compress.experts import (
+    Experts,
+    SplitTensors,
+    StackedTensors,
+    parts_of,
+    split_experts,
+    stacked_shapes,
+    stacked_sizes,
+)
+from compress.following import follow
 from compress.hf import packed_modules, rebuild, replace_packed
+from compress.models import empty_model, text_config, untied
+from compress.names import NamedTensors
 from compress.precision import multiplies_bfloat16
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.shapes import block_shape, fewer_blocks, head_dim, replace_shapes, settled, shape_block
-from compress.structure import Architecture, Linear, architecture, block_of, block_prefix, head_name, linears_of
-from compress.weights import Renamed, TensorInfo, TensorSource
+from compress.structure import Architecture, Linear, block_of, block_prefix, inspected, linears_of
+from compress.weights import Checkpoint, Joined, Renamed, TensorInfo, TensorSource
 
 _FAST_FROM = 512  # columns: below, bfloat16 gains nothing
 
@@ -33,8 +45,9 @@ _FAST_FROM = 512  # columns: below, bfloat16 gains nothing
 class State:
     """Hold a model between two passes.
 
-    ``packed`` are the matrices that are bit planes by now, ``key`` is the digest of all that led here, and ``shapes`` are those
-    of blocks that are not as large as the config says.
+    ``packed`` are the matrices that are bit planes by now, ``key`` is the digest of all that led here, ``shapes`` are those
+    of blocks that are not as large as the config says, and ``structure`` is found from the config where it is not given.
+    ``beside`` has the tensors that the files hold beyond the model, such as a head for several tokens: they are kept.
     """
 
     source: TensorSource
@@ -42,6 +55,12 @@ class State:
     packed: Mapping[str, PackedShape]
     key: str
     shapes: Shapes = field(default_factory=dict)
+    structure: Architecture = None  # type: ignore[assignment]
+    beside: TensorSource | None = None
+
+    def __post_init__(self) -> None:
+        if self.structure is None:
+            object.__setattr__(self, "structure", examine(self.config))
 
 
 @dataclass(frozen=True)
@@ -56,30 +75,78 @@ class _LastBlock(Exception):
     """Stop the model after its last note-taking block: the rest need not run."""
 
 
-def tensor_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Return, for every tensor, the names it may have in files, which lack a prefix, have one in excess, or an old name."""
-    structure, start = architecture(model.config), f"{model.base_model_prefix}."
-    names: dict[str, tuple[str, ...]] = {
-        name: (name, name.removeprefix(start), start + name, structure.stored_name(name)) for name in model.state_dict()
-    }
-    embedding, head = f"{structure.embedding}.weight", f"{head_name(model)}.weight"
-    if model.config.tie_word_embeddings and embedding in names and head in names:  # files may have either
-        names[embedding] += names[head]
-    return names
+def examine(config: PretrainedConfig) -> Architecture:
+    """Find where things are in a config's model, and what its forward pass does with them.
+
+    Raises:
+        CompressError: it is not a model that can be compressed block by block.
+    """
+    model = empty_model(config)
+    structure = inspected(model)
+    split_experts(model)
+    experts = tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
+    return follow(model, replace(structure, experts=experts))
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the real model class with parameters on the meta device and buffers in place."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    model.train(False)
+def built(config: PretrainedConfig, packed: Mapping[str, PackedShape], shapes: Shapes) -> PreTrainedModel:
+    """Build an empty model as passes have left it, every expert's matrices by themselves."""
+    model = empty_model(config)
+    split_experts(model)
+    replace_shapes(model, shapes)
+    replace_packed(model, packed)
     return model
+
+
+def stored_state(state: State) -> State:
+    """Return the same model under the names that checkpoint files use, experts in stacks."""
+    parts = parts_of(built(state.config, state.packed, state.shapes)) if state.structure.experts else {}
+    source = StackedTensors(state.source, parts)
+    rename = state.structure.stored_name
+    stored: TensorSource = Renamed(source, {rename(name): name for name in source.info()})
+    packed = {rename(name): shape for name, shape in stacked_shapes(state.packed, state.structure.experts).items()}
+    return replace(state, source=Joined(stored, state.beside) if state.beside else stored, packed=packed)
+
+
+def open_state(
+    files: Checkpoint,
+    config: PretrainedConfig,
+    key: str,
+    packed: Mapping[str, PackedShape] | None = None,
+    shapes: Shapes | None = None,
+) -> State:
+    """Open a folder as passes see it: nothing is read but headers."""
+    structure, packed, shapes = examine(config), packed or {}, shapes or {}
+    model = built(config, packed, shapes)
+    tensors = open_tensors(files, model, structure)
+    source: TensorSource = tensors
+    ends = [f"{name}.weight" for name in (structure.embedding, structure.head)]
+    if ends[1] in model.all_tied_weights_keys and structure.head not in packed and tensors.info().keys() >= set(ends):
+        embedding, head = (tensors.read([name])[name] for name in ends)
+        if torch.equal(embedding, head):
+            source = Renamed(tensors, {name: name for name in tensors.info() if name != ends[1]})
+        else:  # transformers reads a head whose config calls it tied where files have one of its own
+            config = untied(config)
+    names = [name for name in tensors.unused if not _RECOMPUTED.search(name)]
+    beside = Renamed(files, {name: name for name in names}) if names else None
+    return State(source, config, packed, key, shapes, structure, beside)
+
+
+_RECOMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias)$")  # buffers that old releases stored
+
+
+def open_tensors(files: Checkpoint, model: PreTrainedModel, structure: Architecture) -> SplitTensors:
+    """Read the tensors of a model from a folder, by the names of the model's own modules."""
+    parts = parts_of(model)
+    sizes = stacked_sizes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, parts)
+    stock = empty_model(model.config) if structure.experts else model  # conversions look at its parameters
+    named = NamedTensors(files, stock, sizes, structure)
+    return SplitTensors(named, parts, named.unused)
 
 
 def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
     """Return the same tensors, of their new sizes already, as a model of other shapes; None for a block that is removed."""
-    structure = architecture(state.config)
-    names = [block_prefix(structure, index) for index in range(state.config.num_hidden_layers)]
+    structure = state.structure
+    names = [block_prefix(structure, index) for index in range(structure.depth)]
     kept = [index for index, name in enumerate(names) if shapes.get(name, True) is not None]
     whole = {**state.shapes, **{name: shape for name, shape in shapes.items() if shape is not None}}
     source, config = state.source, state.config
@@ -94,8 +161,9 @@ def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
                 renamed[moved[place] + name.removeprefix(names[place])] = name
         source, config = Renamed(source, renamed), fewer_blocks(config, kept)
         whole = {moved[index]: whole[names[index]] for index in kept if names[index] in whole}
+    structure = replace(structure, depth=len(kept), returns=tuple(structure.returns[i] for i in kept))
     config, records = settled(config, whole, structure)
-    return State(source, config, state.packed, state.key, records)
+    return replace(state, source=source, config=config, shapes=records, structure=structure)
 
 
 @dataclass(frozen=True)
@@ -114,11 +182,10 @@ class _Foreseen:
 def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
     """Return what :func:`reshaped` will give once a pass has done its work, with tensors that can only be looked at."""
     after = reshaped(state, shapes)
-    model = empty_model(after.config)
-    replace_shapes(model, after.shapes)
+    model = built(after.config, {}, after.shapes)
     sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     info = {name: replace(item, shape=sizes.get(name, item.shape)) for name, item in after.source.info().items()}
-    return State(_Foreseen(info), after.config, after.packed, after.key, after.shapes)
+    return replace(after, source=_Foreseen(info))
 
 
 class StreamedModel:
@@ -130,20 +197,15 @@ class StreamedModel:
 
     def __init__(self, state: State, device: torch.device, fast: bool = False) -> None:
         self.state, self.device = state, device
-        wide = int(getattr(state.config, "hidden_size", 0)) >= _FAST_FROM
+        wide = int(getattr(text_config(state.config), "hidden_size", 0)) >= _FAST_FROM
         self._fast = fast and wide and multiplies_bfloat16(device)
-        self.structure: Architecture = architecture(state.config)
-        self.model = empty_model(state.config)
-        self.head = head_name(self.model)
-        replace_shapes(self.model, state.shapes)
-        replace_packed(self.model, state.packed)
+        self.structure = state.structure
+        self.model = built(state.config, state.packed, state.shapes)
+        self.head = self.structure.head
         for packed in packed_modules(self.model).values():
             packed.keep_dense = False  # a dense copy would outlive its block
         self.blocks = list(self.model.get_submodule(self.structure.blocks).children())
-        self._returns_tuple = False
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        if state.config.tie_word_embeddings and self.head not in state.packed:
-            wanted.pop(f"{self.head}.weight", None)  # it shares the embedding's storage and need not be in the files
+        wanted = self._wanted()
         self._check_tensors(wanted)
         if device.type != "meta":
             self._fill(self.model, {name: name for name in wanted if block_of(name, self.structure) is None})
@@ -152,7 +214,16 @@ class StreamedModel:
                 for name, buffer in module.named_buffers(recurse=False):
                     if buffer.device.type != "meta":
                         setattr(module, name, buffer.to(device))
-            self._find_return_type()
+
+    def _wanted(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that have to be in the files: not those that share the storage of others."""
+        tied = set() if self.head in self.state.packed else set(self.model.all_tied_weights_keys)
+        stored = self.state.source.info()
+        computed = {
+            name for name, buffer in self.model.named_buffers() if buffer.device.type != "meta" and name not in stored
+        }
+        tensors = self.model.state_dict().items()
+        return {name: tuple(tensor.shape) for name, tensor in tensors if name not in tied and name not in computed}
 
     def _check_tensors(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse, before any work is done, tensors that are missing or not of the model's own shape."""
@@ -205,18 +276,21 @@ class StreamedModel:
         return self.model
 
     def linears(self, index: int) -> dict[str, Linear]:
-        """Return the dense linears of a block, by full name."""
-        return linears_of(self.blocks[index], block_prefix(self.structure, index))
+        """Return the dense linears of a block that passes work on, by full name."""
+        found = linears_of(self.blocks[index], block_prefix(self.structure, index))
+        return {name: linear for name, linear in found.items() if name not in self.structure.left}
 
     def outside(self) -> dict[str, Linear]:
         """Return embedding and head, as matrices, unless they are packed."""
         modules = {name: self.model.get_submodule(name) for name in (self.structure.embedding, self.head)}
         packed = BitPlaneHead, BitPlaneLinear, BitPlaneEmbedding
-        return {name: Linear(name, module) for name, module in modules.items() if not isinstance(module, packed)}
+        open_ones = {n: m for n, m in modules.items() if n not in self.structure.left and not isinstance(m, packed)}
+        return {name: Linear(name, module) for name, module in open_ones.items()}
 
     def head_matrix(self) -> str:
         """Return the name of the matrix that the head multiplies by: the embedding's, if the two are tied."""
-        return self.structure.embedding if self.state.config.tie_word_embeddings else self.head
+        tied = bool(getattr(self.state.config, "tie_word_embeddings", False))
+        return self.structure.embedding if tied else self.head
 
     @contextmanager
     def _forwards(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
@@ -229,8 +303,10 @@ class StreamedModel:
             for block in self.blocks:
                 del block.forward
 
-    def _wrapped(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+    def _wrapped(self, index: int, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which a block returns them."""
+        values = self.structure.returns[index]
+        return (hidden, *[None] * (values - 1)) if values else hidden
 
     def capture(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Let the model prepare one sample, int64 [T]: the first block's inputs [1, T, hidden], and how blocks are called."""
@@ -244,7 +320,7 @@ class StreamedModel:
                 calls.append(Call(args, kwargs))
                 if index == len(self.blocks) - 1:
                     raise _LastBlock
-                return self._wrapped(hidden)
+                return self._wrapped(index, hidden)
 
             return take_note
 
@@ -260,18 +336,11 @@ class StreamedModel:
         """Return the first block's hidden states for every sample, by its place in the list."""
         return {str(place): self.capture(tokens)[0] for place, tokens in enumerate(samples)}
 
-    @torch.no_grad()
-    def _find_return_type(self) -> None:
-        """Call the first block as the model does: some releases' blocks return a tensor, some a tuple."""
-        hidden, calls = self.capture(torch.zeros(2, dtype=torch.long))
-        with self.block(0) as block:
-            self._returns_tuple = isinstance(block(hidden, *calls[0].args, **calls[0].kwargs), tuple)
-
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """Run one block on one sample: [1, T, hidden] to the same, float32."""
         with self._products():
-            result: Tensor | tuple[Tensor, ...] = block(hidden, *call.args, **call.kwargs)
-        return (result[0] if isinstance(result, tuple) else result).float()
+            result: Tensor | Sequence[Tensor] = block(hidden, *call.args, **call.kwargs)
+        return (result if isinstance(result, Tensor) else result[0]).float()
 
     def _products(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._fast else nullcontext()
@@ -287,6 +356,6 @@ class StreamedModel:
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Compute what the model makes of the last block's output: [1, T, hidden] -> float32 [T, vocabulary]."""
-        with self._forwards(lambda _index: lambda _hidden, *_args, **_kwargs: self._wrapped(hidden)):
+        with self._forwards(lambda index: lambda _hidden, *_args, **_kwargs: self._wrapped(index, hidden)):
             output = self.model(input_ids=tokens[None].to(self.device), use_cache=False)
         return output.logits[0].float()  # type: ignore[no-any-return]

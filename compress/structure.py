@@ -1,11 +1,13 @@
-"""Find where things are in a model: one declaration per architecture family, as data.
+"""Find where things are in a model, by looking at its modules.
 
-A package can add its own: an entry point of group ``compress.architectures`` that names an :class:`Architecture`.
+What looking cannot tell (which heads and channels structured pruning may remove, and how a model is told) is declared, as data.
+A package can declare its own: an entry point of group ``compress.architectures`` that names an :class:`Architecture`, which also
+overrides what would be found.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Literal
 
@@ -14,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError, did_you_mean
-from compress.quant.linear import BitPlaneLinear
+from compress.models import empty_model
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,37 @@ class Groups:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Declare a family of models. Module names of linears are relative to one block.
+    """Tell where things are in a model. Module names of linears are relative to one block.
 
     Attributes:
-        model_types: values of ``config.model_type`` it covers.
-        blocks: path of the list of transformer blocks.
-        embedding: path of the token embedding.
-        attention: linears of one attention group, inputs first, output projection last.
-        mlp: linears of one MLP group, the one that leads back to the residual stream last.
-        fused: linears that servers merge into one matrix, and that must have the same bits there.
+        model_types: values of ``config.model_type`` it is declared for.
+        blocks: path of the list of transformer blocks; found where it is not declared.
+        embedding: path of the token embedding; found.
+        attention: linears of one attention group, inputs first, output projection last, where heads can be removed.
+        mlp: linears of one MLP group, the one that leads back to the residual stream last, where channels can be removed.
+        fused: linears that servers merge into one matrix, and that must have the same bits there; found by their usual names.
         groups: what structured pruning may remove; None where that is not declared.
         renamed: module names of newer transformers releases -> the name checkpoints are stored under.
+        head: path of the language-model head; found.
+        depth: how many blocks there are; found.
+        experts: full paths of the modules that hold the experts of a mixture; found.
+        left: linear's full name -> why it stays dense; found (:func:`compress.following.follow`).
+        returns: for every block, how many values it returns in a tuple, 0 for a bare tensor; found by the same.
     """
 
     model_types: tuple[str, ...]
-    blocks: str
-    embedding: str
-    attention: tuple[str, ...]
-    mlp: tuple[str, ...]
+    blocks: str = ""
+    embedding: str = ""
+    attention: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     groups: Groups | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
+    head: str = ""
+    depth: int = 0
+    experts: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    returns: tuple[int, ...] = ()
 
     def stored_name(self, name: str) -> str:
         """Return the name a module or tensor has in checkpoint files."""
@@ -75,11 +87,8 @@ class Architecture:
 ARCHITECTURES = (
     Architecture(
         model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
-        blocks="model.layers",
-        embedding="model.embed_tokens",
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
         mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-        fused=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
         groups=Groups(
             "separate",
             {"num_key_value_groups": "queries"},
@@ -90,17 +99,12 @@ ARCHITECTURES = (
     ),
     Architecture(
         model_types=("opt",),
-        blocks="model.decoder.layers",
-        embedding="model.decoder.embed_tokens",
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         mlp=("fc1", "fc2"),
-        fused=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
         groups=Groups("separate", {"num_heads": "heads"}, config_channels="ffn_dim"),
     ),
     Architecture(
         model_types=("gpt2",),
-        blocks="transformer.h",
-        embedding="transformer.wte",
         attention=("attn.c_attn", "attn.c_proj"),
         mlp=("mlp.c_fc", "mlp.c_proj"),
         groups=Groups(
@@ -112,16 +116,12 @@ ARCHITECTURES = (
     ),
     Architecture(
         model_types=("bloom",),
-        blocks="transformer.h",
-        embedding="transformer.word_embeddings",
         attention=("self_attention.query_key_value", "self_attention.dense"),
         mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         groups=Groups(None, heads_fixed="its position slopes (ALiBi) are made for one number of heads in all blocks"),
     ),
     Architecture(
         model_types=("gpt_neox",),
-        blocks="gpt_neox.layers",
-        embedding="gpt_neox.embed_in",
         attention=("attention.query_key_value", "attention.dense"),
         mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         groups=Groups("interleaved", config_channels="intermediate_size"),
@@ -130,31 +130,75 @@ ARCHITECTURES = (
 )
 
 
-def architecture(config: PretrainedConfig) -> Architecture:
-    """Return the declaration that covers a model, and refuse a model that none covers."""
-    kind = str(config.model_type)
+def declaration(config: PretrainedConfig) -> Architecture | None:
+    """Return what is declared of a config's model type, by packages before by this module."""
     others = (point.load() for point in entry_points(group="compress.architectures"))
-    declared: list[Architecture] = [*ARCHITECTURES, *others]
-    for candidate in declared:
-        if kind in candidate.model_types:
-            return candidate
-    known = [name for candidate in declared for name in candidate.model_types]
-    text = str(getattr(getattr(config, "text_config", None), "model_type", ""))
-    if text in known:
-        raise CompressError(
-            f"model type {kind!r} reads more than text, which is not supported; its language model is a {text!r}, which can be "
-            "compressed once it is saved as a model of its own."
-        )
-    if any(key in config.to_dict() for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise CompressError(
-            f"model type {kind!r} is a mixture of experts, whose fused expert tensors are not supported yet; "
-            f"use a dense model ({', '.join(known)})."
-        )
-    raise CompressError(
-        f"model type {kind!r} is not declared in compress/structure.py. {did_you_mean(kind, known)} To add it, give "
-        "an Architecture (the paths of its blocks, embedding and head, and the linears of one attention and one "
-        "MLP group) through an entry point of group 'compress.architectures'."
-    )
+    return next((known for known in (*others, *ARCHITECTURES) if str(config.model_type) in known.model_types), None)
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """Find where things are in the model of a config."""
+    return inspected(empty_model(config))
+
+
+def inspected(model: PreTrainedModel) -> Architecture:
+    """Find where things are in a model, which may be on the meta device.
+
+    Raises:
+        CompressError: it has no list of blocks, no token embedding or no head.
+    """
+    kind = str(model.config.model_type)
+    known = declaration(model.config) or Architecture((kind,))
+    embedding: nn.Module | None
+    head: nn.Module | None
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    except NotImplementedError:
+        embedding = head = None
+    paths = {id(module): name for name, module in model.named_modules()}
+    found = known.embedding or paths.get(id(embedding), "")
+    blocks = known.blocks or _find_blocks(model, found)
+    for what, path in (("token embedding", found), ("head", paths.get(id(head), "")), ("list of blocks", blocks)):
+        if not path:
+            raise CompressError(f"model type {kind!r}: no {what} is found in {type(model).__name__}. {_DECLARE}")
+    inside = model.get_submodule(blocks)
+    fused, depth = known.fused or _find_fused(inside), len(list(inside.children()))
+    return replace(known, blocks=blocks, embedding=found, head=paths[id(head)], fused=fused, depth=depth)
+
+
+_DECLARE = "To say where it is, give an Architecture through an entry point of group 'compress.architectures' (CONTRIBUTING.md)."
+_OTHER_SENSES = re.compile("vision|visual|vqmodel|image|video|audio|speech")
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by names that servers go by
+
+
+def _find_blocks(model: nn.Module, embedding: str) -> str:
+    """Find the list with most weights in the part of the model that owns the token embedding."""
+    sizes: dict[str, int] = {
+        name: sum(p.numel() for p in module.parameters() if p.ndim > 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not _OTHER_SENSES.search(name)
+    }
+    scope = embedding
+    while scope:
+        scope = scope.rpartition(".")[0]
+        inside = {name: size for name, size in sizes.items() if size and name.startswith(scope and scope + ".")}
+        if inside:  # of equal ones the outermost
+            return max(sorted(inside), key=lambda name: (inside[name], -name.count(".")))
+    return ""
+
+
+def _find_fused(blocks: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Find the linears of a block that servers merge, relative to it, in any block."""
+    found: dict[tuple[str, ...], None] = {}
+    for block in blocks.children():
+        names = {name for name, module in block.named_modules() if is_linear(module)}
+        for group in _FUSED:
+            for name in sorted(names):
+                if name.rpartition(".")[2] == group[0]:
+                    members = tuple(name.removesuffix(group[0]) + member for member in group)
+                    if names >= set(members):
+                        found[members] = None
+    return tuple(found)
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
@@ -195,9 +239,15 @@ class Linear:
         return rows, columns
 
 
+_ALSO_LINEAR = ("FalconLinear",)  # classes with a forward pass of their own that multiplies and no more
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a dense weight matrix that passes work on."""
-    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, BitPlaneLinear)
+    """Tell whether a module is a dense weight matrix that passes work on: one that multiplies and does nothing else."""
+    kind = type(module)
+    if kind.__name__ in _ALSO_LINEAR:
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and kind.forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def linears_of(block: nn.Module, prefix: str) -> dict[str, Linear]:
@@ -215,10 +265,3 @@ def block_of(name: str, structure: Architecture) -> int | None:
     head, _, rest = name.partition(structure.blocks + ".")
     index = rest.partition(".")[0]
     return int(index) if not head and index.isdigit() else None
-
-
-def head_name(model: PreTrainedModel) -> str:
-    """Return the path of the language-model head, which some releases have renamed."""
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    names: Iterator[str] = (name for name, module in model.named_modules() if module is head)
-    return next(names)

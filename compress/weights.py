@@ -165,6 +165,25 @@ class Renamed:
         return {new: tensors[old] for new, old in wanted.items()}
 
 
+class Joined:
+    """Read the tensors of two sources that have no name in common."""
+
+    def __init__(self, first: TensorSource, second: TensorSource) -> None:
+        self._sources = first, second
+
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor of both."""
+        first, second = self._sources
+        return {**first.info(), **second.info()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copy some tensors of either."""
+        result, wanted = dict[str, "Tensor"](), set(names)
+        for source in self._sources:
+            result |= source.read(sorted(wanted & source.info().keys()))
+        return result
+
+
 class Overlay:
     """Lay the files of a pass's finished units over the tensors that were there before; some names exist no longer."""
 

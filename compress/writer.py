@@ -20,10 +20,10 @@ from compress.hf import bits_by_module, packed_modules
 from compress.hub import files_beside
 from compress.manifest import MANIFEST, noted
 from compress.quant.records import bits_range, first_bits
-from compress.streaming import State, StreamedModel
-from compress.structure import architecture, block_of
+from compress.streaming import State, StreamedModel, built, open_tensors, stored_state
+from compress.structure import block_of, is_linear
 from compress.version import __version__
-from compress.weights import SINGLE, Checkpoint, Renamed, TensorInfo, sha256_of
+from compress.weights import SINGLE, Checkpoint, TensorInfo, sha256_of
 from compress.workspace import save_atomic, write_atomic
 
 _LARGEST_SHARD = 4 << 30
@@ -44,7 +44,7 @@ def write_checkpoint(
     Tokenizer and generation settings are copied from ``source``, the dense model's folder. Files, sizes, and what the
     model makes of ``probe_tokens`` at all bits (for ``verify``) are added to the manifest.
     """
-    running, state = state, _stored_state(state)
+    running, state = state, stored_state(state)
     info = state.source.info()
     needed, free = sum(item.nbytes for item in info.values()), shutil.disk_usage(target.parent).free
     if free < needed * 1.05:
@@ -86,14 +86,6 @@ def write_checkpoint(
     partial.replace(target)
 
 
-def _stored_state(state: State) -> State:
-    """Return the same model under the names that checkpoint files use."""
-    rename = architecture(state.config).stored_name
-    names = {rename(name): name for name in state.source.info()}
-    packed = {rename(name): shape for name, shape in state.packed.items()}
-    return replace(state, source=Renamed(state.source, names), packed=packed)
-
-
 def _needed_at(info: Mapping[str, TensorInfo], state: State) -> dict[int | None, list[str]]:
     """List the tensors that loading at some bits reads (None: at all), a module with fewer at most staying at its most."""
     needed: dict[int | None, list[str]] = {None: list(info)}
@@ -115,7 +107,7 @@ def plan_shards(info: Mapping[str, TensorInfo], state: State) -> dict[str, list[
     The files of packed tensors are ``model-<bits>bit-00001-of-00002.safetensors``: loading at fewer bits opens none.
     """
     first = min(bits_range(state.packed.values()), default=None)
-    structure, blocks = architecture(state.config), Counter[int]()
+    structure, blocks = state.structure, Counter[int]()
     groups: dict[str, list[str]] = {}
     for name in sorted(info):
         step = _step_of(name, state)
@@ -174,15 +166,19 @@ def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str
     default = "the recipe has no quantising pass"
     outside = "outside the blocks; a quantising pass takes it unless embedding_bits is 0" if state.packed else default
     inside = (name for index in range(len(model.blocks)) for name in model.linears(index))
-    return {name: reasons.get(name, default) for name in inside} | dict.fromkeys(model.outside(), outside)
+    found = {name: reasons.get(name, default) for name in inside} | dict.fromkeys(model.outside(), outside)
+    beyond = [name for name, module in model.model.named_modules() if is_linear(module) and name not in found]
+    others = [name for name in beyond if block_of(name, state.structure) is None]
+    found |= dict.fromkeys(others, "outside the blocks of the language model")
+    extra = [name for name, info in state.beside.info().items() if len(info.shape) > 1] if state.beside else []
+    return found | dict.fromkeys(extra, "in the files beyond the model, and kept as it is") | dict(state.structure.left)
 
 
 @torch.no_grad()
 def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Compute what a checkpoint makes of a few tokens at all bits: its loss, which must be finite, and the last position's largest logits."""
-    structure = architecture(running.config)
-    names = {name: (structure.stored_name(name),) for name in running.source.info()}
-    state = replace(running, source=Checkpoint(folder, names))
+    empty = built(running.config, running.packed, running.shapes)
+    state = replace(running, source=open_tensors(Checkpoint(folder), empty, running.structure))
     model = StreamedModel(state, device)
     ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])
     hidden: dict[int, Tensor] = {}

@@ -40,7 +40,7 @@ _LOAD = """
 import psutil, torch
 import compress
 from compress.loading import read_config
-from compress.streaming import empty_model
+from compress.models import empty_model
 
 folder, bits, dtype, device, adapter = request
 dtype = getattr(torch, dtype)

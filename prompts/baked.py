@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.loading import load_tokenizer
 from compress.manifest import MANIFEST, read_manifest
+from compress.models import empty_model
 from compress.quant.records import EmbeddingShape, PackedShape
 from compress.quant.vocabulary import with_rows
 from compress.sidecars import ADAPTER_FOLDER, PEFT_WEIGHTS, find_adapter, find_prompts, read_prompt
 from compress.source import checkpoint_state
-from compress.streaming import State, empty_model
-from compress.structure import architecture, head_name
+from compress.streaming import State
 from compress.weights import Checkpoint, Overlay, sha256_of
 from compress.workspace import digest
 
@@ -55,9 +56,9 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
     refuse_existing(output)
     tensor = _prompt(folder, bits, prompt)
     state = checkpoint_state(folder)
-    structure = architecture(state.config)
+    structure = state.structure
     model = empty_model(state.config)
-    names = (structure.embedding, head_name(model))
+    names = (structure.embedding, structure.head)
     for name in names:
         if name in state.packed and not isinstance(state.packed[name], EmbeddingShape):
             raise CompressError(
@@ -74,7 +75,9 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
         fields = {"vocab_size": vocabulary + len(tensor), "tie_word_embeddings": tied}
         config = type(state.config).from_dict({**state.config.to_dict(), **fields})
         source = Overlay(state.source, [file])
-        larger = State(source, config, {**state.packed, **packed}, digest(state.key, added), state.shapes)
+        larger = replace(
+            state, source=source, config=config, packed={**state.packed, **packed}, key=digest(state.key, added)
+        )
 
         def write_sidecars(target: Path) -> None:
             tokenizer.save_pretrained(target)

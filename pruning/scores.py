@@ -102,6 +102,8 @@ def measure(block: Block, names: Iterable[str], score: Score, damping: float) ->
         return Measured({name: magnitude(weight) for name, weight in weights.items()}, {})
     inputs = Moments(full=score == "sparsegpt")
     block.for_each_input(inputs.add)
+    for name in weights.keys() - inputs.owner.keys():  # an expert that no token was sent to
+        inputs.assume(name, weights[name])
     if score == "wanda":
         return Measured({name: wanda(weight, inputs.mean(name)) for name, weight in weights.items()}, {})
     assert score == "sparsegpt", score  # a new score has its branch above

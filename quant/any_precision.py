@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from compress.experts import in_stack
 from compress.passes import Block, Context, Needs, Sizes
 from compress.quant.base import Array, QuantisePass
 from compress.quant.block_sweep import CORRECTING, fit_block, fitting_bytes
@@ -75,6 +76,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         if rank is None:
             return shapes
         own = set(context.outside)
+        own |= {name for name in shapes if in_stack(name, context.structure.experts)}  # a stack has codebooks by row
         return {name: shape if name in own else SharedShape(**vars(shape), rank=rank) for name, shape in shapes.items()}
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:

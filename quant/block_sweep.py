@@ -17,11 +17,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.passes import Block
 from compress.precision import multiplies_bfloat16
 from compress.quant.format import Codes
+from compress.quant.mixture import fit_experts
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
@@ -35,14 +36,14 @@ _FAST_FROM = 512  # columns: below, products in bfloat16 gain nothing
 
 
 class Originals:
-    """Hold what one pass of all samples through the original block shows of its linears.
+    """Hold what one pass of all samples through the original block shows of some of its linears, by full name.
 
     Attributes:
         moments: the Hessian of every distinct input.
         groups: linears that are called with the same tensor, in the order of their calls.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
         correcting = CORRECTING if block.variants else 0
         self.moments, self.groups = Moments(full=True), dict[str, list[str]]()
         self._inputs: dict[str, list[Tensor]] = {}
@@ -56,7 +57,7 @@ class Originals:
             if owner == name and correcting:
                 self._inputs.setdefault(owner, []).append(x[:correcting].to(_product_dtype(x), copy=True))
 
-        block.for_each_input(visit, keep_outputs=True)
+        block.for_each_input(visit, modules, keep_outputs=True)
 
     def take_inputs(self, owner: str) -> list[Tensor]:
         """Return the inputs of a group on the first tokens of every sample, [T, K] each, and let them go."""
@@ -117,7 +118,7 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
     Raises:
         CompressError: inputs that are not finite.
     """
-    fitted: dict[str, Codes] = {}
+    fitted = fit_experts(block, names, config)
     linears = block.linears  # not the block, which would then be kept by what it keeps
 
     def show(variant: str) -> None:
@@ -125,8 +126,8 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
             linears[name].weight.copy_(found.dense(int(variant)))
 
     block.show = show
-    inner = {name: name.removeprefix(f"{block.name}.") for name in linears}
-    originals = Originals(block)
+    inner = {name: name.removeprefix(f"{block.name}.") for name in linears if name not in fitted}
+    originals = Originals(block, {name: linears[name].module for name in inner})
     replays = {variant: Replay(block.module, runs, inner.values()) for variant, runs in block.variants.items()}
     for owner, group in originals.groups.items():
         inputs, chosen = originals.take_inputs(owner), [name for name in group if name in names]

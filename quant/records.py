@@ -168,6 +168,55 @@ class EmbeddingShape(SharedShape):
         return super().sound and own == sorted(own) and 1 <= own[0] <= own[-1] <= 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class StackedShape(PackedShape):
+    """Record the matrices of a mixture's experts, all of one shape, that are stored with one tensor per plane for all.
+
+    In memory every expert is a matrix of its own (:mod:`compress.experts`).
+    """
+
+    experts: int
+
+    @property
+    def one(self) -> PackedShape:
+        """Return the record of one expert's matrix."""
+        return PackedShape(self.out_features, self.in_features, self.seed_bits, self.parent_bits, self.codebook_dtype)
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether a stack can have these numbers."""
+        return super().sound and self.experts > 0
+
+    @staticmethod
+    def axis(tensor: str) -> int:
+        """Return along which dimension of a stored tensor the experts lie."""
+        return 1 if tensor == "weight" else 0
+
+    def specification(self) -> Specification:
+        """Return the shape and dtype of every stored tensor, by its name under the stack."""
+        tensors = super().specification().items()
+        return {
+            n: ((*size[: self.axis(n)], self.experts, *size[self.axis(n) :]), dtype) for n, (size, dtype) in tensors
+        }
+
+
+def expert_name(stack: str, place: int) -> str:
+    """Return the full name of one expert's matrix: ``mlp.experts.3.down_proj`` of the stack ``mlp.experts.down_proj``."""
+    path, _, matrix = stack.rpartition(".")
+    return f"{path}.{place}.{matrix}"
+
+
+def unstacked(shapes: Mapping[str, PackedShape]) -> dict[str, PackedShape]:
+    """Return the records of all matrices, those of stacks one by one."""
+    found: dict[str, PackedShape] = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, StackedShape):
+            found |= {expert_name(name, place): shape.one for place in range(shape.experts)}
+        else:
+            found[name] = shape
+    return found
+
+
 def _words(bits: int) -> int:
     """Return how many int32 hold one bit each for a row of so many columns."""
     return -(-bits // 32)
@@ -179,7 +228,7 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     Raises:
         TypeError: missing or unknown fields.
     """
-    marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "rank": SharedShape}
+    marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "rank": SharedShape, "experts": StackedShape}
     kind: type[PackedShape] = next((kind for mark, kind in marks.items() if mark in record), PackedShape)
     return kind(**record)
 

@@ -27,6 +27,7 @@ LLAMA_LIKE = {
     "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
 }  # fmt: skip
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), LLAMA_LIKE),
     "opt": {"hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -36,6 +37,76 @@ CONFIGS = {
     "gpt_neox": {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
                  "max_position_embeddings": 64},
 }  # fmt: skip
+
+
+HEADS = {**LLAMA_LIKE, "pad_token_id": 0}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+}
+ROUTED = {
+    **MIXTURE,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+MODELS = {
+    **dict.fromkeys(
+        ("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3", "seed_oss", "smollm3", "ernie4_5"), HEADS
+    ),
+    **{kind: {**HEADS, "sliding_window": 8} for kind in ("cohere2", "gemma4_text")},
+    "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
+    "starcoder2": HEADS,
+    "mamba2": {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_heads": 4,
+        "head_dim": 24,
+        "state_size": 8,
+        "n_groups": 1,
+    },
+    "lfm2": {**HEADS, "layer_types": ["conv", "full_attention", "conv"]},
+    "deepseek_v3": {**HEADS, **ROUTED, **LATENT, "num_key_value_heads": 4},
+    "granitemoe": {**HEADS, **MIXTURE},
+    "mixtral": {**HEADS, **MIXTURE},
+    "olmoe": {**HEADS, **MIXTURE},
+    "mamba": {"hidden_size": 48, "num_hidden_layers": 3},
+    "openai-gpt": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "qwen3_moe": {**LLAMA_LIKE, **MIXTURE},
+    "gpt_oss": {**LLAMA_LIKE, **MIXTURE, "intermediate_size": 16, "sliding_window": 8},
+    "llama4_text": {
+        **LLAMA_LIKE,
+        "intermediate_size": 16,
+        "intermediate_size_mlp": 100,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 16,
+    },
+    "nemotron_h": {
+        **LLAMA_LIKE,
+        **MIXTURE,
+        "n_routed_experts": 4,
+        "layers_block_type": ["mamba", "moe", "attention"],
+        "n_groups": 2,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 24,
+        "ssm_state_size": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 16,
+        "chunk_size": 8,
+    },
+}
+"""A sample of the types that are taken without a declaration, with tiny sizes."""
+DECODER = {"d_model": 48, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 100, "pad_token_id": 1}
 
 
 def pytest_addoption(parser):
@@ -65,7 +136,9 @@ def save_tokenizer(folder):
 
 def save_model(folder, kind="llama", dtype=torch.float32, **changes):
     """A tiny random model with larger weights than usual, so that every block matters."""
-    config = transformers.AutoConfig.for_model(kind, **{**COMMON, **CONFIGS[kind], **changes})
+    config = transformers.AutoConfig.for_model(
+        kind, **{**COMMON, **({"bart": DECODER} | MODELS | CONFIGS)[kind], **changes}
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -101,8 +101,17 @@ def inspect(
         typer.Option(help="Count zeros per block and linear, which reads all weights; if absent, of pruned models."),
     ] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the sparsity of blocks and linears (.svg, .png).")] = None,
+    structure: Annotated[
+        bool,
+        typer.Option(
+            "--structure", help="Show what would be packed of a dense model, and what not; config.json is enough."
+        ),
+    ] = False,
 ) -> None:
     """Show what is in a checkpoint: modules, bytes by bits, errors, sparsity, where it came from."""
+    if structure:
+        _show_structure(str(folder), as_json)
+        return
     from compress.inspect import inspect as look
     from compress.inspect import sparsity as count
 
@@ -143,6 +152,18 @@ def inspect(
     out.print(f"dense tensors: {len(found['dense'])}, {dense / 1e6:.3f} MB")
     for name, reason in found["not_quantised"].items():
         out.print(f"  {escape(name)}: {escape(reason)}")
+
+
+def _show_structure(model: str, as_json: bool) -> None:
+    from compress.outline import lines, outline
+
+    quiet_transformers()
+    found = outline(model)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for line in lines(found):
+        out.print(escape(line), soft_wrap=True)
 
 
 def _pruned_lines(modules: dict[str, Any]) -> Iterator[str]:

@@ -21,10 +21,10 @@ from rich.table import Table
 from transformers import LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig
 
 from compress.errors import CompressError, did_you_mean
+from compress.models import empty_model
 from compress.passes import kinds
 from compress.plan import plan
 from compress.source import model_folder
-from compress.streaming import empty_model
 from compress.structure import architecture
 from compress.weights import SINGLE
 

@@ -251,7 +251,7 @@ def test_odd_groups_and_undeclared_ones_are_refused(make_model):
     config.num_attention_heads, config.num_key_value_heads = 5, 2
     with pytest.raises(CompressError, match="5 query heads are not a multiple of 2 key-value heads"):
         config_shape(config)
-    with pytest.raises(CompressError, match="declares no groups"):
+    with pytest.raises(CompressError, match="is not declared for structured pruning"):
         groups_of(replace(architecture(config), groups=None))
 
 

@@ -1,0 +1,246 @@
+"""Follow a model's own forward pass, with tensors that have shapes and no data, to see what it does with its blocks.
+
+No weight is needed, so a config is enough. What is found: which linears are multiplied by and which are only read (a packed
+one has no weight to read), what blocks return, and whether a block can be run by itself, given the hidden states alone.
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from compress.errors import CompressError, first_line
+from compress.experts import Experts
+from compress.structure import Architecture, block_of, block_prefix, linears_of
+
+_TOKENS = 24
+READ = "the model reads its weight, which a packed matrix does not have"
+STACK = "several matrices in one parameter, in a form that is not known"
+BIASED = "transformers fits the bias of a tied head to the rows of its weight, which a packed matrix does not have"
+NOT_CALLED = "the model does not call it on text alone"
+
+
+class _Linears:
+    """Watch modules for the length of one forward pass: who is called, and whose weight is read by somebody else."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.called: set[str] = set()
+        self.read: set[str] = set()
+        for name, module in modules.items():
+            module.__class__ = self._watched(name, type(module))
+
+    def _watched(self, name: str, kind: type[nn.Module]) -> type[nn.Module]:
+        found, inside = self, False
+
+        class Watched(kind):  # type: ignore[misc, valid-type]
+            @property
+            def weight(self) -> Tensor:
+                if not inside:
+                    found.read.add(name)
+                return cast(Tensor, self._parameters["weight"])
+
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                found.called.add(name)
+                inside = True
+                try:
+                    return super().forward(*args, **kwargs)
+                finally:
+                    inside = False
+
+        return Watched
+
+
+class _TouchedError(Exception):
+    """Raised by a block that looks at what an earlier one has made besides the hidden states."""
+
+
+class _Sealed:
+    """Stand for a value that must not be looked at."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise _TouchedError
+
+    __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = __add__ = __mul__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise _TouchedError
+
+
+class _WriteOnly(dict[Any, Any]):
+    """Take what blocks leave behind in a mapping for others, and show it to nobody."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise _TouchedError
+
+    __getitem__ = __contains__ = __iter__ = get = pop = keys = values = items = _refuse
+
+
+class _Blocks:
+    """Take note of every call of a block, and keep from it all that earlier ones have made but the hidden states."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.order: list[int] = []
+        self.returns: dict[int, int] = {}
+        self.faults: dict[str, None] = {}
+        self.hidden: list[Tensor] = []
+        self._filled_later: list[MutableMapping[Any, Any]] = []  # empty before the first block
+        self._made: list[Any] = []  # all that blocks have returned, kept alive so that identities stay their own
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(self._before, with_kwargs=True)
+            block.register_forward_hook(self._after(index), with_kwargs=True)
+
+    def _before(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            self.faults["they take the hidden states by keyword"] = None
+        elif self._made and args[0] is not _first(self._made[-1]):
+            self.faults["the model works on the hidden states between them"] = None
+        others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
+        mappings = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, MutableMapping)]
+        if not self.order:
+            self._filled_later = [value for value in mappings if not value]
+        filled = {id(value) for value in self._filled_later if value}
+        sealed = tuple(_sealed(value, others, filled) for value in args[1:]), _sealed(kwargs, others, filled)
+        if any(leaf.requires_grad for leaf in _leaves(sealed)):
+            self.faults["the model gives them what it makes of the hidden states of several"] = None
+        return (*args[:1], *sealed[0]), sealed[1]
+
+    def _after(self, index: int) -> Any:
+        def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            first = _first(output)
+            if not isinstance(first, Tensor):
+                self.faults[f"they return a {type(output).__name__}"] = None
+                return output
+            self.order.append(index)
+            self.returns[index] = len(output) if isinstance(output, (tuple, list)) else 0
+            self.hidden.append(
+                first.detach().requires_grad_()
+            )  # what is made of it, but by the next block, can be told
+            marked = type(output)([self.hidden[-1], *output[1:]]) if self.returns[index] else self.hidden[-1]
+            self._made.append(marked)
+            return marked
+
+        return hook
+
+    def check_end(self, logits: Tensor) -> None:
+        """Take note if the logits are made of more than the last block's hidden states."""
+        earlier = self.hidden[:-1]
+        found = (
+            torch.autograd.grad(logits.sum(), earlier, allow_unused=True) if earlier and logits.requires_grad else ()
+        )
+        if any(gradient is not None for gradient in found):
+            self.faults["the model looks at the hidden states of others than the last"] = None
+
+
+def _sealed(value: Any, others: set[int], filled: set[int]) -> Any:
+    """Replace tensors among ``others``, and mappings among ``filled``."""
+    if isinstance(value, Tensor):
+        return _Sealed() if id(value) in others else value
+    if id(value) in filled:
+        return _WriteOnly()
+    if type(value) is dict:
+        return {key: _sealed(inner, others, filled) for key, inner in value.items()}
+    return type(value)(_sealed(v, others, filled) for v in value) if type(value) in (tuple, list) else value
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping) and not isinstance(value, _WriteOnly):
+        for inner in value.values():
+            yield from _leaves(inner)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from _leaves(inner)
+
+
+def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
+    """Return the structure with what one forward pass shows; the model, empty and with its experts split, is used up.
+
+    Raises:
+        CompressError: the blocks cannot be run one at a time, each given what the one before returns.
+    """
+    kind = model.config.model_type
+    blocks = list(model.get_submodule(structure.blocks).children())
+    _refuse_shared(model, structure)
+    inside = {
+        name: linear.module
+        for index, block in enumerate(blocks)
+        for name, linear in linears_of(block, block_prefix(structure, index)).items()
+    }
+    outside = {name: model.get_submodule(name) for name in (structure.embedding, structure.head)}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.all_tokens = True
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _give_shapes(model, mode)
+    linears, calls = _Linears({**inside, **outside}), _Blocks(blocks)
+    try:
+        with torch.enable_grad(), mode:
+            output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"), use_cache=False)
+            calls.check_end(output.logits)
+            if output.logits.shape[:2] != (1, _TOKENS):
+                calls.faults["its logits are not one row for every token of the text"] = None
+    except _TouchedError:
+        raise CompressError(
+            f"model type {kind!r}: its blocks cannot be run one at a time: block {len(calls.order)} needs more than the hidden "
+            "states of those before it."
+        ) from None
+    except Exception as error:  # whatever a model's code raises
+        raise CompressError(
+            f"model type {kind!r}: its forward pass on text cannot be followed without weights "
+            f"({type(error).__name__}: {first_line(error)}), so its blocks cannot be run one at a time."
+        ) from error
+    if calls.order != list(range(len(blocks))):
+        calls.faults["they are not called one after the other, each once"] = None
+    if calls.faults:
+        raise CompressError(f"model type {kind!r}: its blocks cannot be run one at a time: {'; '.join(calls.faults)}.")
+    left = dict.fromkeys(_stacks(model, structure), STACK)
+    left |= dict.fromkeys(sorted(inside.keys() - linears.called), NOT_CALLED)
+    left |= dict.fromkeys(sorted(linears.read), READ)
+    ends = {structure.embedding, structure.head}
+    if f"{structure.head}.weight" in model.all_tied_weights_keys:  # one tensor
+        biased = getattr(outside[structure.head], "bias", None) is not None
+        left |= dict.fromkeys(sorted(ends if ends & linears.read else ()), READ)
+        left |= dict.fromkeys(sorted(ends if biased else ()), BIASED)
+    return replace(structure, left=left, returns=tuple(calls.returns[i] for i in range(len(blocks))))
+
+
+def _stacks(model: nn.Module, structure: Architecture) -> list[str]:
+    """Name the parameters of blocks that are several matrices in one, in a form that is not known."""
+    found = model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
+    wide = ((name, parameter) for name, parameter in found if sum(size > 1 for size in parameter.shape) > 2)
+    return [name for name, parameter in wide if id(parameter) not in convolutions]
+
+
+def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Put parameters that have shapes, and seem to be on the CPU, where a model has some on the meta device."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                with mode:
+                    like = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                    made[id(parameter)] = nn.Parameter(like, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+
+
+def _refuse_shared(model: PreTrainedModel, structure: Architecture) -> None:
+    for one, other in model.all_tied_weights_keys.items():
+        places = block_of(one, structure), block_of(other, structure)
+        if places != (None, None):
+            raise CompressError(
+                f"model type {model.config.model_type!r}: {one} and {other} are one tensor, so its blocks cannot be compressed "
+                "one at a time."
+            )

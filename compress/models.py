@@ -1,0 +1,87 @@
+"""Build the class that a config stands for, empty: language models, and models of images and text with one inside."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from compress.errors import CompressError, first_line
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that describes the language model: itself, or what is nested in it."""
+    return config.get_text_config()
+
+
+def untied(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a config by which embedding and head are two tensors."""
+    data = config.to_dict()
+    for part in (data, *(value for value in data.values() if isinstance(value, dict))):
+        if part is data or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    return type(config).from_dict(data)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the auto class of transformers that builds a config's model, the one its ``architectures`` name where it can.
+
+    Raises:
+        CompressError: transformers has no language model of this type.
+    """
+    kind = type(config)
+    named = set(getattr(config, "architectures", None) or ())
+    found = [
+        (auto, {getattr(one, "__name__", "") for one in (entry if isinstance(entry, tuple) else (entry,))})
+        for auto, mapping in (
+            (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+            (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        )
+        if kind in mapping and (entry := mapping[kind])
+    ]
+    if not found:
+        raise CompressError(
+            f"config.json: model type {config.model_type!r} is no language model that this release of transformers can build."
+        )
+    return next((auto for auto, names in found if names & named), found[0][0])
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Let no memory be asked for that a parameter of a mixture of experts would take before it moves to the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        sizes = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
+        if func in (torch.empty, torch.zeros, torch.ones) and "device" not in given and _is_large(sizes):
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+def _is_large(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) > 1 << 28
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the real model class with parameters on the meta device and buffers in place.
+
+    Raises:
+        CompressError: the class cannot be built, for want of a package say.
+    """
+    auto = auto_class(config)
+    try:
+        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    except ImportError as error:
+        raise CompressError(f"model type {config.model_type!r} cannot be built here: {first_line(error)}.") from error
+    model.train(False)
+    return model

@@ -1,0 +1,72 @@
+"""Codes for the experts of a mixture, each by the tokens that are routed to it.
+
+An expert sees a share of the calibration text, some of them little. What its own tokens say of its inputs is therefore mixed with
+what is known without them, counted as if it were as many tokens as the matrix has columns: for the first matrix the inputs of all
+experts of the layer, which are of one kind, and for the second, whose inputs are the expert's own, that all are alike. Experts are
+not corrected for the errors of the layers before: in another run other tokens come to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compress.experts import Experts
+from compress.passes import Block
+from compress.quant.format import Codes
+from compress.quant.nested import nested_output_codebooks
+from compress.quant.settings import AnyPrecisionConfig
+from compress.statistics import check_inputs
+
+_DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
+
+
+@torch.no_grad()
+def fit_experts(block: Block, names: Sequence[str], config: AnyPrecisionConfig) -> dict[str, Codes]:
+    """Quantise the experts among the named linears of a block by the error of their outputs.
+
+    Those that no token of the calibration text comes to have no statistics, and are left out.
+    """
+    found: dict[str, Codes] = {}
+    for path, module in block.module.named_modules(prefix=block.name):
+        if isinstance(module, Experts):
+            for matrix in module.matrices:
+                members = [f"{path}.{place}.{matrix}" for place in range(module.num_experts)]
+                found |= _fit(block, [name for name in members if name in names], matrix == module.first, config)
+    return found
+
+
+def _fit(block: Block, members: Sequence[str], alike: bool, config: AnyPrecisionConfig) -> dict[str, Codes]:
+    """Quantise one matrix of every expert; ``alike`` tells that their inputs are of one kind."""
+    sums, tokens = dict[str, Tensor](), dict.fromkeys(members, 0)
+
+    def visit(name: str, x: Tensor) -> None:
+        x = x.float()
+        if name not in sums:
+            sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+        sums[name].addmm_(x.t(), x)
+        tokens[name] += len(x)
+
+    block.for_each_input(visit, {name: block.linears[name].module for name in members})
+    if not sums:
+        return {}
+    total: Tensor = sum(sums.values()) / max(1, sum(tokens.values()))  # type: ignore[assignment]
+    found = {}
+    for name in members:
+        if not tokens[name]:
+            continue
+        own, columns = sums.pop(name), len(total)
+        known = total if alike else torch.eye(columns, device=own.device) * (own.diagonal().mean() / tokens[name])
+        hessian = (own + columns * known) / (tokens[name] + columns)
+        check_inputs(name, hessian)
+        measured = hessian.clone()
+        mean = hessian.diagonal().mean()
+        hessian.diagonal().add_(_DAMPING * torch.where(mean > 0, mean, 1.0))
+        weight = block.linears[name].weight.float()
+        targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
+        codes = nested_output_codebooks(targets, hessian, config.focus, weight == 0 if config.keep_zeros else None)
+        codebooks = {bits: codebook.cpu() for bits, codebook in codes.codebooks.items()}
+        found[name] = Codes(codes.codes.cpu(), codebooks, measured.cpu())
+    return found

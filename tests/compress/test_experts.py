@@ -1,0 +1,128 @@
+"""The experts of a mixture are matrices for passes, and stacks in files and in transformers."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.errors import CompressError
+from compress.experts import Experts
+from compress.hf import packed_modules
+from compress.source import open_source
+from compress.streaming import StreamedModel
+
+MIXTURES = ("qwen3_moe", "gpt_oss", "nemotron_h", "llama4_text")
+TOKENS = torch.arange(5, 29)
+
+
+def recipe_for(folder, text_file, *passes):
+    calibration = {"text": str(text_file), "samples": 3, "length": 32}
+    return {"model": str(folder), "calibration": calibration, "passes": [*passes]}
+
+
+@pytest.fixture(scope="session")
+def mixture(make_model, text_file, tmp_path_factory):
+    """A mixture's dense folder, and its checkpoint of 3 and 4 bits, made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = make_model(kind)
+            step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
+            made[kind] = (
+                folder,
+                compress.run(recipe_for(folder, text_file, step), tmp_path_factory.mktemp(kind) / "out"),
+            )
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@torch.no_grad()
+def test_streamed_logits_equal_the_models_own(make_model, kind):
+    folder = make_model(kind)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS[None]).logits[0]
+    model = StreamedModel(open_source(str(folder)).state, torch.device("cpu"))
+    hidden, calls = model.capture(TOKENS)
+    for index, call in enumerate(calls):
+        with model.block(index) as block:
+            hidden = model.run(block, hidden, call)
+    torch.testing.assert_close(model.logits(TOKENS, hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_loaded_mixture_computes_with_the_decoded_weights(mixture, kind):
+    """The packed experts, put back into a stock model's stacks, give what the packed model gives."""
+    folder, out = mixture(kind)
+    packed, stock = compress.load(out, bits=3), AutoModelForCausalLM.from_pretrained(folder)
+    mixtures = [path for path, module in packed.named_modules() if isinstance(module, Experts)]
+    assert mixtures
+    stock.requires_grad_(False)
+    for name, module in packed_modules(packed).items():
+        path, _, matrix = name.rpartition(".")
+        path, _, place = path.rpartition(".")
+        if path in mixtures:
+            transposed = packed.get_submodule(path).transposed
+            stack = getattr(stock.get_submodule(path), matrix)
+            stack[int(place)] = module.dense().t() if transposed else module.dense()
+        else:
+            stock.get_submodule(name).weight.copy_(module.dense())
+    with torch.no_grad():
+        torch.testing.assert_close(packed(TOKENS[None]).logits, stock(TOKENS[None]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_stored_as_stacks(mixture):
+    _, out = mixture("qwen3_moe")
+    record = json.loads((out / "config.json").read_text())["quantization_config"]
+    shape = record["modules"]["model.layers.1.mlp.experts.down_proj"]
+    assert (record["format_version"], shape["experts"]) == (4, 4)
+    stored = compress.config.Checkpoint(out).info()
+    assert stored["model.layers.1.mlp.experts.down_proj.weight"].shape == (3, 4, 48, 1)
+    assert stored["model.layers.1.mlp.experts.down_proj.plane_4"].shape == (4, 48, 1)
+    manifest = json.loads((out / "compression.json").read_text())
+    assert not [name for name in manifest["not_quantised"] if "expert" in name]
+    errors = manifest["passes"][0]["units"]["block-1"]["errors"]
+    assert len([name for name in errors if re.search(r"experts\.\d\.", name)]) == 8
+
+
+def test_experts_may_have_bits_of_their_own(mixture):
+    _, out = mixture("qwen3_moe")
+    name = "model.layers.0.mlp.experts.{}.gate_up_proj"
+    model = compress.load(out, bits={"re:.*": 3, name.format(2): 4})
+    bits = compress.get_bits(model)
+    assert [bits[name.format(place)] for place in range(4)] == [3, 3, 4, 3]
+    held = packed_modules(model)
+    assert held[name.format(1)].shape.parent_bits == 3, "what it does not need is not held"
+    mean = compress.get_bits(compress.load(out, bits="3.5"))
+    assert {3, 4} == set(mean.values())
+
+
+def test_a_loaded_mixture_is_saved_and_loaded_again(mixture, tmp_path):
+    _, out = mixture("gpt_oss")  # with biases
+    model = compress.load(out)
+    model.save_pretrained(tmp_path / "again")
+    again = compress.load(tmp_path / "again")
+    assert torch.equal(again(TOKENS[None]).logits, model(TOKENS[None]).logits)
+    model.load_state_dict(again.state_dict())
+    assert torch.equal(again(TOKENS[None]).logits, model(TOKENS[None]).logits)
+
+
+def test_all_experts_of_a_layer_are_quantised_or_none(make_model, text_file, tmp_path):
+    step = {"kind": "rtn", "bits": 4, "ignore": [r"re:.*layers\.0\.mlp\.experts\.1\..*"]}
+    with pytest.raises(CompressError, match="ignore all experts of a layer or none"):
+        compress.run(recipe_for(make_model("qwen3_moe"), text_file, step), tmp_path / "out")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_pruned_experts_stay_dense_stacks_that_transformers_reads(make_model, text_file, tmp_path):
+    steps = [{"kind": "prune", "score": score, "sparsity": 0.5} for score in ("wanda", "sparsegpt")]
+    for step in steps:
+        out = compress.run(recipe_for(make_model("gpt_oss"), text_file, step), tmp_path / step["score"])
+        stacks = [p for n, p in AutoModelForCausalLM.from_pretrained(out).named_parameters() if n.endswith("_proj")]
+        assert len(stacks) == 6
+        zeros = torch.cat([(stack == 0).flatten() for stack in stacks])
+        assert zeros.float().mean().item() == pytest.approx(0.5, abs=0.01)
