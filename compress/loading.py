@@ -212,7 +212,7 @@ def _from_pretrained(name: str, **kwargs: Any) -> Any:
     try:
         access = {key: value for key, value in kwargs.items() if key in ACCESS}
         config = kwargs.get("config") or read_config(name, **access)
-        return auto_class(config).from_pretrained(name, **{**kwargs, "config": config})
+        return auto_class(config).from_pretrained(name, **kwargs)
     except SafetensorError as error:
         raise CompressError(f"{name}: a shard is damaged or truncated ({error}); fetch or write it again.") from error
     except OSError as error:

@@ -164,7 +164,9 @@ def not_quantised(state: State, passes: Sequence[Mapping[str, Any]]) -> dict[str
     model = StreamedModel(state, torch.device("meta"))
     reasons = dict(noted({"passes": passes}, "skipped"))
     default = "the recipe has no quantising pass"
-    outside = "outside the blocks; a quantising pass takes it unless embedding_bits is 0" if state.packed else default
+    outside = (
+        "outside the blocks; a quantising pass takes it where embedding_bits is not 0" if state.packed else default
+    )
     inside = (name for index in range(len(model.blocks)) for name in model.linears(index))
     found = {name: reasons.get(name, default) for name in inside} | dict.fromkeys(model.outside(), outside)
     beyond = [name for name, module in model.model.named_modules() if is_linear(module) and name not in found]

@@ -19,19 +19,19 @@ class QuantiseConfig(PassConfig):
         (),
         description="Head and embedding, by name or 're:', to quantise at the model's own bits where embedding_bits is 0.",
     )
-    embedding_bits: int | dict[int, int] | None = Field(
-        None,
-        description="Bits of the embedding and the head, which are stored once where they are tied: one number, or the model's "
-        "bits -> theirs; by default two more than the model's, at least 4 and at most 8. 0 leaves them dense.",
+    embedding_bits: int | dict[int, int] | Literal["auto"] = Field(
+        0,
+        description="Bits of the embedding and the head, which are stored once where they are tied: one number, the model's "
+        "bits -> theirs, or auto: two more than the model's, at least 4 and at most 8. 0 leaves them dense.",
     )
 
     @field_validator("embedding_bits")
     @classmethod
-    def _possible(cls, value: int | dict[int, int] | None) -> int | dict[int, int] | None:
-        table = value if isinstance(value, dict) else {8: value or 8}
+    def _possible(cls, value: int | dict[int, int] | str) -> int | dict[int, int] | str:
+        table = value if isinstance(value, dict) else {8: value if isinstance(value, int) and value else 8}
         own = [table[bits] for bits in sorted(table)]
         if not own or own != sorted(own) or not all(2 <= bits <= 8 for bits in [*own, *table]):
-            raise ValueError(f"{value} must be 0, a number of bits from 2 to 8, or such numbers that do not fall")
+            raise ValueError(f"{value} must be 0, auto, a number of bits from 2 to 8, or such numbers that do not fall")
         return value
 
     def embedding_table(self, model_bits: range) -> dict[int, int]:
@@ -39,11 +39,12 @@ class QuantiseConfig(PassConfig):
 
         Bits that a given table leaves out have those of the next lower ones in it, or of its first.
         """
-        if self.embedding_bits is None:
+        if self.embedding_bits == "auto":
             return {bits: max(4, min(bits + 2, 8)) for bits in model_bits}
         if isinstance(self.embedding_bits, int):
             return dict.fromkeys(model_bits, self.embedding_bits) if self.embedding_bits else {}
         given = self.embedding_bits
+        assert isinstance(given, dict)
         nearest = {bits: max((b for b in given if b <= bits), default=min(given)) for bits in model_bits}
         return {bits: given[place] for bits, place in nearest.items()}
 

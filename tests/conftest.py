@@ -182,7 +182,7 @@ def recipe(tiny_llama, text_file):
     return {
         "model": str(tiny_llama),
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "embedding_bits": 0}],
+        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
     }
 
 
@@ -195,7 +195,7 @@ def compressed(tiny_llama, text_file, tmp_path_factory):
         {
             "model": str(tiny_llama),
             "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "embedding_bits": 0}],
+            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
         },
         tmp_path_factory.mktemp("compressed") / "model",
     )
@@ -211,7 +211,7 @@ def prompted(tiny_llama, text_file, tmp_path_factory):
         {
             "model": str(tiny_llama),
             "calibration": {"text": str(text_file), "samples": 6, "length": 32},
-            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "embedding_bits": 0}, prompt],
+            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}, prompt],
         },
         tmp_path_factory.mktemp("prompted") / "model",
     )

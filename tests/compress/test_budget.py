@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import compress
 from compress.budget import choose_bits, groups, parse_bytes
 from compress.hf import packed_modules
 from compress.quant.records import packed_bytes
-from compress.structure import ARCHITECTURES
+from compress.structure import architecture
 
 
 def by_trying_everything(options, budget):
@@ -45,7 +46,8 @@ def test_large_budgets_are_kept_and_nearly_used_up():
 
 
 def test_fused_matrices_are_one_choice():
-    llama = ARCHITECTURES[0]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 16, "num_attention_heads": 2}
+    llama = architecture(LlamaConfig(num_hidden_layers=1, **sizes))
     names = [f"model.layers.0.{name}" for name in (*llama.attention, *llama.mlp)] + ["lm_head"]
     assert [len(group) for group in groups(names, llama)] == [3, 1, 2, 1, 1]
 

@@ -49,7 +49,8 @@ def decode_by_hand(module, row, column):
     code = 0
     for plane in module.planes():
         code = 2 * code + (int(plane[row, column // 32]) >> (column % 32) & 1)
-    return module.codebook()[row, code].float() * module.factors[column]
+    factor = 1.0 if module.factors is None else module.factors[column]
+    return module.codebook()[row, code].float() * factor
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 6])

@@ -315,7 +315,7 @@ def test_damage_that_hashes_do_not_cover_is_found_by_the_fresh_process(compresse
     folder = shutil.copytree(compressed, tmp_path / "model")
     file = next(folder.glob("model-3bit-*.safetensors"))
     tensors = load_file(file)
-    tensors["model.layers.1.mlp.down_proj.basis_3"] *= -1
+    tensors["model.layers.1.mlp.down_proj.codebook_3"] *= -1
     save_file(tensors, file, metadata={"format": "pt"})
     manifest = json.loads((folder / "compression.json").read_text())
     data = file.read_bytes()

@@ -42,7 +42,7 @@ PASSES = [
     {"kind": "mini_llm", "ratio": 0.2, "mode": "global"},
     {"kind": "lora_recovery", "steps": 2, "batch": 2, "validate_every": 2},
     {"kind": "prune", "score": "wanda", "sparsity": 0.6},
-    {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "keep_zeros": True, "embedding_bits": 0},
+    {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "keep_zeros": True},
     {"kind": "tune_tables", "steps": 2, "batch": 2},
     {"kind": "soft_prompt", "tokens": 3, "steps": 2, "batch": 2, "validate_every": 2},
 ]

@@ -136,7 +136,7 @@ def test_what_transformers_cannot_run_is_one_sentence(tiny_llama, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr("compress.source.AutoModelForCausalLM.from_pretrained", broken)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
     with pytest.raises(CompressError, match=r"transformers cannot run it \(no such kernel\)"):
         check_source(open_source(str(tiny_llama)), TOKENS)
 

@@ -9,7 +9,7 @@ PROMPT = {"kind": "soft_prompt", "tokens": 5, "steps": 6, "batch": 2, "validate_
 def prompt_recipe(recipe):
     recipe["passes"] = [
         {"kind": "prune", "score": "magnitude", "sparsity": 0.3},
-        {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "embedding_bits": 0},
+        {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4},
         dict(PROMPT),
     ]
     recipe["calibration"] |= {"samples": 6}

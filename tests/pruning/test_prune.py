@@ -167,7 +167,7 @@ def test_refreshed_mrp_measures_again_on_the_sparse_model(recipe, tmp_path):
 def test_masks_survive_quantisation_saving_and_loading(recipe, tmp_path, fresh_python):
     """At every width, in a fresh process, each pruned weight is exactly zero; survivors may round to zero too."""
     first = {"kind": "prune", "score": "sparsegpt", "sparsity": 0.6}
-    second = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 5, "keep_zeros": True, "embedding_bits": 0}
+    second = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 5, "keep_zeros": True}
     pruned = compress.run({**recipe, "passes": [first]}, tmp_path / "pruned", workspace=tmp_path / "work")
     packed = compress.run({**recipe, "passes": [first, second]}, tmp_path / "packed", workspace=tmp_path / "work")
     assert units_of(pruned) == units_of(packed)

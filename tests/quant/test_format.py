@@ -212,7 +212,7 @@ def sparse(make_model, tmp_path_factory):
         array[abs(array) < np.quantile(abs(array), 0.75 if array.ndim == 2 else 0)] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {"seed_bits": 3, "parent_bits": 5, "objective": "weight", "sensitivity": "none", "keep_zeros": True}
-    recipe = {"model": str(folder), "passes": [{"kind": "any_precision", "embedding_bits": 0, **settings}]}
+    recipe = {"model": str(folder), "passes": [{"kind": "any_precision", **settings}]}
     return compress.run(recipe, tmp_path_factory.mktemp("sparse") / "model")
 
 
@@ -249,7 +249,7 @@ def by_row(tiny_llama, text_file, tmp_path_factory):
     recipe = {
         "model": str(tiny_llama),
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-        "passes": [{"kind": "any_precision", "embedding_bits": 0, **settings}],
+        "passes": [{"kind": "any_precision", **settings}],
     }
     return compress.run(recipe, tmp_path_factory.mktemp("by_row") / "model")
 
