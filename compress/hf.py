@@ -36,7 +36,7 @@ from compress.quant.fused import join
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape, StackedShape, bits_range, expert_name, unstacked
 from compress.shapes import replace_shapes, set_linear, tell_heads
-from compress.structure import Linear, declaration, inspected, is_linear, matching
+from compress.structure import Linear, architecture, declaration, is_linear, matching
 
 
 def bits_by_module(bits: Bits, shapes: Mapping[str, PackedShape]) -> dict[str, int]:
@@ -188,7 +188,7 @@ def join_layers(model: PreTrainedModel) -> None:
     """Let the layers of a model that multiply the same input be launched together where GPU kernels serve them."""
     linears = {name: module for name, module in packed_modules(model).items() if isinstance(module, BitPlaneLinear)}
     if any(module.is_tiled for module in linears.values()):
-        join(linears, inspected(model).fused)
+        join(linears, architecture(model.config).fused)
 
 
 def cache_name(model: nn.Module) -> str:

@@ -49,7 +49,7 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
     batch, heads = keys.low.shape[:2]
     asked = (query.float() * scale).reshape(batch, heads, -1, query.shape[-1])  # [B, H, rows, D]
     sizes = [states.whole_keys[0].shape[2], keys.tokens, states.whole_keys[1].shape[2]]
-    products = torch.empty(*asked.shape[:3], states.tokens)
+    products = torch.empty(*asked.shape[:3], states.tokens, dtype=torch.float32, device="cpu")
     before, packed, behind = torch.split(products, sizes, -1)
     before.copy_(asked @ states.whole_keys[0].float().mT)
     behind.copy_(asked @ states.whole_keys[1].float().mT)
@@ -57,7 +57,7 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
     if mask is not None:
         products = masked(products.view(batch, heads, -1, query.shape[2], states.tokens), mask).view_as(products)
     before, packed, behind = torch.split(products.softmax(-1).nan_to_num_(0.0), sizes, -1)
-    mixed = _padded(torch.zeros(*asked.shape[:3], values.channels))
+    mixed = _padded(torch.zeros(*asked.shape[:3], values.channels, dtype=torch.float32, device="cpu"))
     _run(values, mixed, packed, _SUMS, isa)
     mixed = mixed[..., : values.channels]
     mixed = rotate(mixed) if values.grid.rotated else mixed
@@ -69,7 +69,7 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
 def as_rounded_in_c(packed: Packed) -> Tensor:
     """Do what :func:`compress.kernels.kv.as_rounded` does."""
     shape = *packed.low.shape[:2], packed.tokens
-    out = torch.empty(*shape, -(-packed.channels // _LANES) * _LANES)
+    out = torch.empty(*shape, -(-packed.channels // _LANES) * _LANES, dtype=torch.float32, device="cpu")
     _run(packed, out, None, _STATES)
     return out[..., : packed.channels]
 

@@ -84,7 +84,7 @@ class AnyPrecisionConfig(SensitiveConfig):
         description="Which error is made small: of each weight, by its sensitivity, or of each layer's output.",
     )
     codebooks: Literal["shared", "row"] = Field(
-        "shared",
+        "row",
         description="Objective output: whether the rows of a matrix share their codebooks, which then take few bytes at any "
         "number of bits (not with keep_zeros), or each has its own; with objective weight each has its own.",
     )

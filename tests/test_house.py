@@ -16,7 +16,7 @@ MOUNTED = ("pruning", "quant", "prompts", "kernels", "evals")
 
 MAY_IMPORT = {
     "kernels": set(),
-    "core": {"kernels", "quant.records", "quant.format", "quant.linear", "quant.fused"},
+    "core": {"kernels", "quant.records", "quant.format", "quant.linear", "quant.embedding", "quant.fused"},
     "quant": {"core", "kernels"},
     "pruning": {"core", "quant"},
     "prompts": {"core", "quant"},
@@ -29,19 +29,19 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (4750, 10.7),
-    "compress/cli": (945, 9.4),
+    "compress": (7600, 10.9),
+    "compress/cli": (1065, 9.4),
     "compress/demo": (90, 11.9),
-    "quant": (2870, 11.8),
-    "pruning": (2750, 11.7),
-    "prompts": (445, 9.4),
-    "kernels": (2055, 13.2),
-    "evals": (3525, 11.5),
-    "evals/bench": (870, 10.8),
+    "quant": (4320, 12.4),
+    "pruning": (2760, 11.7),
+    "prompts": (500, 9.4),
+    "kernels": (2710, 13.7),
+    "evals": (3900, 11.5),
+    "evals/bench": (1815, 11.2),
     "evals/experiments": (380, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (17400, 11.3),
-    "without tests": (19300, 11.3),
+    "in the wheel": (23000, 11.5),
+    "without tests": (25700, 11.5),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

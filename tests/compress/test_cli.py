@@ -228,7 +228,7 @@ def test_progress_in_a_log_is_a_line_per_unit_with_the_time_left():
 def test_a_run_tells_a_log_how_far_it_is(recipe_file, tmp_path, command):
     code, _, log = command("run", recipe_file, "-o", tmp_path / "model")
     assert code == 0
-    assert re.match(r"any_precision: .* \(0 of \d+\)\n", log)
+    assert re.match(r"comparing with transformers \(0 of 1\)\nany_precision: .* \(\d+ of \d+", log)
 
 
 @pytest.mark.parametrize(
