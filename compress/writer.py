@@ -20,7 +20,7 @@ from compress.hf import bits_by_module, packed_modules
 from compress.hub import files_beside
 from compress.manifest import MANIFEST, noted
 from compress.quant.records import bits_range, first_bits
-from compress.streaming import State, StreamedModel, built, open_tensors, stored_state
+from compress.streaming import Call, State, StreamedModel, built, open_tensors, stored_state
 from compress.structure import block_of, is_linear
 from compress.version import __version__
 from compress.weights import SINGLE, Checkpoint, TensorInfo, sha256_of
@@ -183,15 +183,15 @@ def probe(folder: Path, running: State, tokens: Sequence[int], device: torch.dev
     state = replace(running, source=open_tensors(Checkpoint(folder), empty, running.structure))
     model = StreamedModel(state, device)
     ids = torch.tensor(list(tokens)[:64] if len(tokens) > 1 else [0, 1])
-    hidden: dict[int, Tensor] = {}
+    hidden, calls = dict[int, Tensor](), dict[int, list[Call]]()
     for bits in bits_range(state.packed.values()) or [0]:
         set_all_bits(model.model, state, bits)
-        hidden[bits], calls = model.capture(ids)
+        hidden[bits], calls[bits] = model.capture(ids)  # what blocks are given may come from a packed embedding
     for index in range(len(model.blocks)):
         with model.block(index) as block:
             for bits in hidden:
                 set_all_bits(model.model, state, bits)
-                hidden[bits] = model.run(block, hidden[bits], calls[index])
+                hidden[bits] = model.run(block, hidden[bits], calls[bits][index])
     results = {}
     for bits, value in hidden.items():
         set_all_bits(model.model, state, bits)
