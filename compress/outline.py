@@ -85,7 +85,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     if experts:
         text.append(f"mixtures of experts: {len(experts)}, of {max(experts.values())} experts")
     tie = " (one tensor)" if found["tied"] else ""
-    text += [f"embedding and head{tie}: {found['embedding']}, {found['head']}; packed where include names them"]
+    text.append(f"embedding and head{tie}: {found['embedding']}, {found['head']}")
     text.append(f"packed: {packed / 1e6:.1f} M weights, {share}")
     for name, entry in found["matrices"].items():
         text.append(f"  {name}: {entry['count']} of {entry['shape'][0]} x {entry['shape'][1]}")
