@@ -40,8 +40,8 @@ BUDGETS = {
     "evals/bench": (1815, 11.2),
     "evals/experiments": (380, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (23000, 11.5),
-    "without tests": (25700, 11.5),
+    "in the wheel": (23000, 11.6),
+    "without tests": (25700, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

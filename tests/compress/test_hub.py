@@ -83,7 +83,7 @@ def test_a_token_goes_to_every_opening_and_is_written_nowhere(tiny_llama, recipe
     for name, module in (("AutoConfig", loading), ("AutoTokenizer", loading), ("AutoModelForCausalLM", models)):
         theirs = getattr(module, name)
 
-        class Watched:
+        class Watched(theirs):
             @staticmethod
             def from_pretrained(*args, theirs=theirs, name=name, **kwargs):
                 seen.append((name, kwargs.get("token")))

@@ -122,7 +122,7 @@ def test_what_cannot_be_baked_is_refused(prompted, compressed, baked, recipe, ma
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_vocabulary_gets_the_prompt_as_rows_of_its_own(prompted, recipe, make_model, tmp_path, tied):
     recipe["model"] = str(make_model("llama", tie_word_embeddings=tied))
-    recipe["passes"] = [{"kind": "rtn", "bits": 8}]
+    recipe["passes"] = [{"kind": "rtn", "bits": 8, "embedding_bits": "auto"}]
     prompt, tokens = prompted / "soft_prompt" / "3bit", torch.arange(3, 20)[None]
     output = compress.run(recipe, tmp_path / "packed")
     bake(output, tmp_path / "baked", prompt=prompt)

@@ -199,7 +199,7 @@ def test_embedding_bits_of_a_recipe():
     assert table(6) == [6] * 7
     assert table({3: 4, 5: 8}) == [4, 4, 4, 8, 8, 8, 8]
     assert table(0) == []
-    assert table("auto") == [4, 4, 5, 6, 7, 8, 8]
+    assert table("auto") == [4, 5, 6, 7, 8, 8, 8]
     for wrong in (9, 1, {3: 6, 4: 5}, {}, {4: 0}):
         with pytest.raises(ValueError, match="embedding_bits"):
             KMeansConfig(embedding_bits=wrong)

@@ -243,6 +243,17 @@ def test_sparse_field_lists_are_the_real_ones(sparse):
 
 
 @pytest.fixture(scope="module")
+def in_common(tiny_llama, text_file, tmp_path_factory):
+    """A checkpoint whose rows share their codebooks."""
+    recipe = {
+        "model": str(tiny_llama),
+        "calibration": {"text": str(text_file), "samples": 4, "length": 32},
+        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "codebooks": "shared"}],
+    }
+    return compress.run(recipe, tmp_path_factory.mktemp("in_common") / "model")
+
+
+@pytest.fixture(scope="module")
 def by_row(tiny_llama, text_file, tmp_path_factory):
     """A checkpoint whose rows have codebooks of their own."""
     settings = {"seed_bits": 3, "parent_bits": 6, "codebooks": "row"}
@@ -255,10 +266,10 @@ def by_row(tiny_llama, text_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6])
-def test_the_decoder_reads_a_real_shared_checkpoint(compressed, bits):
+def test_the_decoder_reads_a_real_shared_checkpoint(in_common, bits):
     """From the files of one width alone; and its bytes are as documented."""
-    modules, arrays = packed_modules(compress.load(compressed, bits=bits)), read_at(compressed, bits)
-    for name, record in config_of(compressed)["modules"].items():
+    modules, arrays = packed_modules(compress.load(in_common, bits=bits)), read_at(in_common, bits)
+    for name, record in config_of(in_common)["modules"].items():
         tensors = {key.rpartition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
         n, k, s, r = (record[key] for key in ("out_features", "in_features", "seed_bits", "rank"))
         t, c = {"float16": 2, "float32": 4}[record["codebook_dtype"]], max(s, 5)
@@ -269,8 +280,8 @@ def test_the_decoder_reads_a_real_shared_checkpoint(compressed, bits):
         assert torch.equal(torch.tensor(weight), modules[name].dense())
 
 
-def test_a_saved_shared_model_is_read_by_the_same_rules(compressed, tmp_path):
-    model = compress.load(compressed, bits=6)
+def test_a_saved_shared_model_is_read_by_the_same_rules(in_common, tmp_path):
+    model = compress.load(in_common, bits=6)
     model.save_pretrained(tmp_path / "again")
     config, arrays = config_of(tmp_path / "again"), load_file(tmp_path / "again" / "model.safetensors")
     assert config["format_version"] == 4
@@ -283,8 +294,8 @@ def test_a_saved_shared_model_is_read_by_the_same_rules(compressed, tmp_path):
         assert torch.equal(torch.tensor(weight), model.get_submodule(name).dense())
 
 
-def test_shared_field_lists_are_the_real_ones(compressed):
-    config = config_of(compressed)
+def test_shared_field_lists_are_the_real_ones(in_common):
+    config = config_of(in_common)
     assert fields("Shared record") == ["rank"]
     for record in config["modules"].values():
         assert record.keys() == {*fields("Module record"), "rank"}

@@ -109,7 +109,7 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(recipe, tmp_path, passe
 
 @pytest.mark.slow
 def test_of_shared_codebooks_only_what_no_other_bits_read_is_trained(tuned_recipe, tmp_path):
-    shared = {"kind": "any_precision", "seed_bits": 4, "parent_bits": 6}
+    shared = {"kind": "any_precision", "seed_bits": 4, "parent_bits": 6, "codebooks": "shared"}
     tune = {"kind": "tune_tables", "steps": 8, "batch": 2}
     plain = compress.run({**tuned_recipe, "passes": [shared]}, tmp_path / "plain")
     tuned = compress.run({**tuned_recipe, "passes": [shared, tune]}, tmp_path / "tuned")
