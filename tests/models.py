@@ -43,7 +43,7 @@ $ compress inspect Qwen3-30B-A3B --structure
   parameters. The manifest's `not_quantised` lists every matrix that stays dense, with the reason.
 * Tensors that files hold beyond the model, heads that predict several tokens for example, are kept as they are and listed there too.
 * What cannot be run one block at a time is refused before any work, with the reason. Structured pruning (`mini_llm`) works on the types that
-  are declared for it; unstructured pruning, LoRA recovery, `tune_tables` and soft prompts on all that are taken.
+  are declared for it. Unstructured pruning, LoRA recovery, `tune_tables` and soft prompts have been tried on the declared types and on a tiny `qwen3_moe`.
 
 `tests/compress/test_models.py` compresses, loads, checks and generates with {sample} of these types, as tiny random models. The table is
 of transformers {version}, written by `python -m tests.models`: *packed* is the share of all parameters in linears that quantising passes take, of the type's
