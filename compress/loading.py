@@ -91,20 +91,31 @@ def load(
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if cached is not None:
         use_kv_cache(model, make_caches(model, *cached))
+    _choose_products(model, keep_dense, exact)
+    result = _with_sidecars(model, prompts, adapted)
+    if adapted and adapter is None:
+        _log.warning("%s: loaded with its %s/; adapter=False (--no-adapter) leaves it off.", folder, ADAPTER_FOLDER)
+    return (result, loaded[1]) if isinstance(loaded, tuple) else result  # type: ignore[return-value]
+
+
+def _choose_products(model: PreTrainedModel, keep_dense: bool | None, exact: bool) -> None:
+    """Tell packed modules how to multiply."""
     packed = packed_modules(model)
     for module in packed.values():
         module.keep_dense, module.exact = keep_dense, exact
     if packed and not exact:
         join_layers(model)
+
+
+def _with_sidecars(model: PreTrainedModel, prompts: Any, adapter: Path | None) -> Any:
+    """Put an adapter and prompts, where there are any, on a model."""
     result: Any = model
-    if prompts is not None or adapted is not None:
+    if prompts is not None or adapter is not None:
         from compress.adapters import attach_adapter, attach_prompts
 
-        result = attach_adapter(model, adapted) if adapted else model
+        result = attach_adapter(model, adapter) if adapter else model
         result = attach_prompts(model, prompts) if prompts is not None else result
-        if adapted and adapter is None:
-            _log.warning("%s: loaded with its %s/; adapter=False (--no-adapter) leaves it off.", folder, ADAPTER_FOLDER)
-    return (result, loaded[1]) if isinstance(loaded, tuple) else result  # type: ignore[return-value]
+    return result
 
 
 def _load_model(

@@ -86,25 +86,30 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
             if adapter := find_adapter(folder):
                 shutil.copytree(adapter, target / ADAPTER_FOLDER)
 
-        manifest = read_manifest(folder) or {
-            "recipe": {"model": str(folder), "passes": [], "seed": 0},
-            "model_sha256": Checkpoint(folder).sha256(),
-            "calibration": None,
-            "passes": [],
-        }
-        kept = {key: manifest[key] for key in ("recipe", "model_sha256", "calibration", "passes")}
-        baked = {"from": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None, "tokens": added}
         ids = tokenizer("def compress(model):\n    return")["input_ids"]
         writer.write_checkpoint(
             larger,
             folder,
             output,
-            manifest={**kept, "baked": baked},
+            manifest=_manifest(folder, added),
             probe_tokens=ids,
             device=torch.device("cpu"),
             write_sidecars=write_sidecars,
         )
     return added
+
+
+def _manifest(folder: Path, added: list[str]) -> dict[str, Any]:
+    """Return what the manifest keeps of the checkpoint that the tokens were added to, and which they are."""
+    manifest = read_manifest(folder) or {
+        "recipe": {"model": str(folder), "passes": [], "seed": 0},
+        "model_sha256": Checkpoint(folder).sha256(),
+        "calibration": None,
+        "passes": [],
+    }
+    kept = {key: manifest[key] for key in ("recipe", "model_sha256", "calibration", "passes")}
+    baked = {"from": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None, "tokens": added}
+    return {**kept, "baked": baked}
 
 
 def _prompt(folder: Path, bits: int | None, prompt: bool | Path) -> Tensor:

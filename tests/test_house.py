@@ -30,7 +30,7 @@ WAITING: set[tuple[str, str]] = set()
 
 BUDGETS = {
     "compress": (7600, 10.9),
-    "compress/cli": (1065, 9.4),
+    "compress/cli": (1070, 9.4),
     "compress/demo": (90, 11.9),
     "quant": (4320, 12.4),
     "pruning": (2760, 11.7),

@@ -160,7 +160,6 @@ def bench(
     refuse_unwritable(target)
     import torch
 
-    from compress.evals import tables
     from compress.evals.kv import decode_speed, kv_wanted
     from compress.evals.random_llama import write_packed_llama
     from compress.evals.speed import Load
@@ -180,8 +179,14 @@ def bench(
         if caches.bits:
             model = load_model(place, dtype=kind, device_map=device, exact=exact, adapter=adapter)
             found["kv"] = {"context": kv_context, "caches": decode_speed(model, caches, kv_context, progress=progress)}
-    if write_json(found, target):
-        return
+    if not write_json(found, target):
+        _print_speed(found)
+
+
+def _print_speed(found: dict[str, Any]) -> None:
+    """Print what was timed, and on what."""
+    from compress.evals import tables
+
     out.print(f"{escape(found['device'])}, {found['threads']} thread(s), {found['dtype']}; {escape(found['backend'])}")
     if found["dense"].startswith("not measured"):
         out.print(f"dense {escape(found['dense'])}")
