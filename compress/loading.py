@@ -72,8 +72,7 @@ def load(
             for keys and values apart, a mapping of ``bits`` and its other arguments, or ``"recommended"``, what the pass
             ``kv_calibrate`` found for this checkpoint.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``; what finds a model's files (``revision``, ``subfolder``,
-            ``cache_dir``, ``token``, …) goes to everything that is opened. With ``output_loading_info`` the result is
-            (model, information), as there.
+            ``cache_dir``, ``token``, …) goes to everything that is opened; ``output_loading_info`` works as there.
 
     Raises:
         CompressError: no such checkpoint or bits, a pattern that matches nothing, damaged or missing files, no prompt,
