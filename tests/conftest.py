@@ -232,6 +232,15 @@ def command(monkeypatch, capsys):
     return run
 
 
+def stream(model, tokens):
+    """Run a streamed model block by block; return what its last block gives."""
+    hidden, calls = model.capture(tokens)
+    for index, call in enumerate(calls):
+        with model.block(index) as block:
+            hidden = model.run(block, hidden, call)
+    return hidden
+
+
 def assert_same_files(left, right):
     names = sorted(str(path.relative_to(left)) for path in left.rglob("*") if path.is_file())
     assert names == sorted(str(path.relative_to(right)) for path in right.rglob("*") if path.is_file())

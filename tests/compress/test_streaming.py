@@ -12,18 +12,11 @@ from compress.source import open_source
 from compress.streaming import StreamedModel
 from compress.structure import ARCHITECTURES
 from compress.workspace import Stage
+from tests.conftest import stream
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(5, 29)
 KINDS = [kind for family in ARCHITECTURES for kind in family.model_types]
-
-
-def stream(model, tokens):
-    hidden, calls = model.capture(tokens)
-    for index, call in enumerate(calls):
-        with model.block(index) as block:
-            hidden = model.run(block, hidden, call)
-    return hidden
 
 
 @pytest.mark.parametrize("kind", KINDS)
