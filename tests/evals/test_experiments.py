@@ -65,7 +65,12 @@ def test_prompts_beside_lora_and_beside_each_other(tiny_llama, text_file, tmp_pa
         assert float(closed[row][0].rstrip("%")) / 100 == pytest.approx(share, abs=0.01)
     for name in ("grids.grid.measure", "grids.grid.make", "experiments.prompts.train", "evaluate.score"):
         monkeypatch.setattr(f"compress.evals.{name}", None)  # all of it is known
-    monkeypatch.setattr(prompts.GridRun, "checkpoint", lambda run, cell: next((run.out / "models").glob("*prompt-3*")))
+
+    def kept(run, cell):
+        name = f"{cell.place['row']} {cell.place['level']}".replace(" ", "-")
+        return next((run.out / "models").glob(f"{name}-*"), tiny_llama)
+
+    monkeypatch.setattr(prompts.GridRun, "checkpoint", kept)
     run(monkeypatch, prompts.main, *arguments)
 
 
