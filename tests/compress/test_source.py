@@ -68,6 +68,7 @@ def test_a_model_in_sixteen_bits_too(make_model, tmp_path, kind):
     check_source(open_source(str(tmp_path / kind)), TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "opt", "gpt2", "bloom"])
 def test_a_head_of_its_own_is_used_whatever_the_config_says(make_model, recipe, tmp_path, kind):
     """config.json says tied, the file has two tensors that differ: transformers uses both, and so must everything here."""
@@ -90,6 +91,7 @@ def test_a_head_of_its_own_is_used_whatever_the_config_says(make_model, recipe, 
     assert apart < 0.1 * (loaded(source) - loaded(folder)).abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["both", "head"])
 def test_one_tensor_under_either_name_stays_tied(tiny_llama, make_model, recipe, tmp_path, keep):
     folder = make_model("llama", tie_word_embeddings=True)

@@ -29,6 +29,7 @@ def test_it_needs_nothing_that_a_machine_with_a_gpu_may_lack():
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_stopped_and_one_that_fails_says_why(tmp_path):
     assert gpu._run("correct", 0.1, tmp_path, None, True) == "stopped after 0 s"
     ended = gpu._run("no such step", 300, tmp_path, None, True)

@@ -278,6 +278,7 @@ def test_without_bos_the_end_of_text_stands_before_a_rolling_document(tiny_llama
     assert found["dense"]["whole"]["metrics"] == with_bos["dense"]["whole"]["metrics"]  # its EOS is the same token
 
 
+@pytest.mark.slow
 def test_tasks_tell_of_progress_in_a_log_and_ask_no_git(tiny_llama, task_folder, tmp_path):
     """In a fresh process, in a folder that is no repository."""
     command = [sys.executable, "-m", "compress.cli", "eval", str(tiny_llama), "--tasks", "animals", "--include"]

@@ -119,6 +119,7 @@ def test_what_cannot_be_baked_is_refused(prompted, compressed, baked, recipe, ma
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_vocabulary_gets_the_prompt_as_rows_of_its_own(prompted, recipe, make_model, tmp_path, tied):
     recipe["model"] = str(make_model("llama", tie_word_embeddings=tied))

@@ -224,6 +224,7 @@ def logits(model):
         return model(input_ids=TOKENS).logits
 
 
+@pytest.mark.slow
 def test_tied_stays_tied(packed):
     recipe, folder = packed
     config = json.loads((folder / "config.json").read_text())
