@@ -37,12 +37,36 @@ def cache_teacher(
     kept: dict[str, Tensor] = {}
     for place, sample in enumerate(samples):
         progress(place, len(samples))
-        logs = predictions(teacher, sample[None].to(teacher.device))[0].log_softmax(-1)
-        largest = logs.topk(min(count, logs.shape[-1]))
-        kept[f"logs.{place}"] = largest.values.cpu()
-        kept[f"tokens.{place}"] = largest.indices.int().cpu()
+        logs, tokens = likeliest(teacher, sample[None].to(teacher.device), count)
+        kept[f"logs.{place}"] = logs[0].cpu()
+        kept[f"tokens.{place}"] = tokens[0].cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_atomic(file, kept, {"format": "pt"})
+
+
+@torch.no_grad()
+def likeliest(teacher: nn.Module, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` likeliest next tokens at every place of samples, int64 [B, T], or the whole vocabulary if that is less.
+
+    Log-probabilities over the whole vocabulary, float32 [B, T - 1, count], and tokens, int32 of the same shape.
+    """
+    logs = predictions(teacher, tokens).log_softmax(-1)
+    largest = logs.topk(min(count, logs.shape[-1]))
+    return largest.values, largest.indices.int()
+
+
+def listed_divergence(logits: Tensor, wanted: Tensor, tokens: Tensor) -> Tensor:
+    """Return ``KL(teacher || student)`` of every prediction, [..., vocabulary] -> [...], in nats, from the teacher's likeliest tokens.
+
+    All tokens outside its list, ``tokens`` [..., count] with log-probabilities ``wanted``, are taken as one event.
+    """
+    found = logits.log_softmax(-1)
+    listed = found.gather(-1, tokens.long())
+    apart = (wanted.exp() * (wanted - listed)).sum(-1)
+    if wanted.shape[-1] < found.shape[-1]:
+        rest, left = _rest(wanted), _rest(listed)
+        apart = apart + rest.exp() * (rest - left)
+    return apart
 
 
 def distillation_loss(file: Path) -> Loss:
@@ -55,15 +79,10 @@ def distillation_loss(file: Path) -> Loss:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with safe_open(file, framework="pt") as handle:
             logs = [handle.get_tensor(f"logs.{place}") for place in batch.places]
-            tokens = [handle.get_tensor(f"tokens.{place}").long() for place in batch.places]
+            tokens = [handle.get_tensor(f"tokens.{place}") for place in batch.places]
         device = batch.tokens.device
-        wanted = pad_sequence(logs, batch_first=True).to(device)
-        found = predictions(model, batch.tokens).log_softmax(-1)
-        listed = found.gather(-1, pad_sequence(tokens, batch_first=True).to(device))
-        apart = (wanted.exp() * (wanted - listed)).sum(-1)
-        if wanted.shape[-1] < found.shape[-1]:
-            rest, left = _rest(wanted), _rest(listed)
-            apart = apart + rest.exp() * (rest - left)
+        wanted, places = (pad_sequence(part, batch_first=True).to(device) for part in (logs, tokens))
+        apart = listed_divergence(predictions(model, batch.tokens), wanted, places)
         return apart[batch.scored].sum()
 
     return loss

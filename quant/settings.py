@@ -133,21 +133,26 @@ class RoundToNearestConfig(QuantiseConfig):
 class TuneTablesConfig(PassConfig):
     """Train the codebooks of a quantised model to say what the dense model says on calibration text.
 
-    It minimises the divergence of the quantised model's next-token distribution from the dense one's, for one number of
-    bits after another. Every eighth sample is not trained on: codebooks that are not better on those stay as they were. Needs both
-    models in memory, in float32.
+    It minimises the divergence of the quantised model's next-token distribution from the dense one's: of what all numbers of
+    bits have in common where rows share their codebooks, first, for all of them in turn; then of what each has of its own, one number
+    of bits after another. One of eight pieces of text is not trained on: what is not better on those stays as it was. Needs both models in
+    memory, in float32.
     """
 
     kind: Literal["tune_tables"] = Field("tune_tables", description="Name of the pass.")
     widths: tuple[int, ...] = Field(
         (), description="Numbers of bits whose codebooks are trained; all if none is given."
     )
-    steps: int = Field(200, ge=1, description="Steps of Adam per number of bits.")
-    batch: int = Field(16, ge=1, description="Calibration samples per step.")
+    steps: int = Field(100, ge=1, description="Steps of Adam per number of bits.")
+    batch: int = Field(4, ge=1, description="Pieces of calibration text per step.")
+    length: int = Field(128, ge=2, description="Tokens of a piece: samples that are longer are cut.")
     learning_rate: float = Field(
         0.02,
         gt=0,
         description="Largest step of Adam, as a share of the mean distance between entries; a cosine ends it.",
+    )
+    target: Literal["dense", "text"] = Field(
+        "dense", description="What is to be said: what the dense model says, or (a control) the text itself."
     )
 
 
