@@ -169,8 +169,9 @@ def _codes(
     sizes: Sequence[int],
 ) -> list[Codes]:
     """Quantise matrices of one input, so many rows of the targets each; return what was found, on the CPU."""
-    if config.rank is not None:
-        every = shared_output_codebooks(targets, hessian, config.rank, config.focus, sizes)
+    rank = config.rank(len(hessian))
+    if rank is not None:
+        every = shared_output_codebooks(targets, hessian, rank, config.focus, sizes)
         return [found.to("cpu") for found in every]
     codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
     codebooks = [torch.split(codebook.cpu(), list(sizes)) for codebook in codes.codebooks.values()]

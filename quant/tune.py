@@ -24,16 +24,14 @@ from compress.models import text_config
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.precision import multiplies_bfloat16
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import EmbeddingShape, PackedShape, SharedShape, bits_range, own_tensor
+from compress.quant.records import EmbeddingShape, PackedShape, SharedShape, bits_range
 from compress.quant.settings import TuneTablesConfig
 from compress.quant.student import Student
 from compress.training import predictions
 from compress.workspace import Record
 
 COMMON = "common"
-"""The unit in which what numbers of bits have in common is trained."""
-_OF_MORE_BITS = "codebooks of more bits are computed from these, and would change with them"
-_FACTORS = "columns", "rows", "shapes"
+"""The unit in which shared codebooks are trained, at all numbers of bits in turn."""
 _LISTED = 64  # likeliest tokens of the dense model that are kept of every prediction
 _HELD_OUT, _MOST_HELD_OUT = 8, 16  # one piece of so many, and how many at most
 _FAST_FROM = 512  # hidden units: below, products in bfloat16 gain nothing
@@ -59,13 +57,14 @@ class TuneTables(Pass[TuneTablesConfig]):
         return [bits for bits in there if bits in (self.config.widths or there)]
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """Name a unit per number of bits, after one for what they have in common.
+        """Name a unit for all numbers of bits where rows share codebooks, then one for each where rows have their own.
 
         Raises:
             CompressError: a number of bits that no matrix has.
         """
-        shared = any(isinstance(s, SharedShape) and not isinstance(s, EmbeddingShape) for s in packed.values())
-        return [COMMON] * shared + [f"width-{bits}" for bits in self._chosen(packed)]
+        kinds = {isinstance(s, SharedShape) for s in packed.values() if not isinstance(s, EmbeddingShape)}
+        chosen = self._chosen(packed)
+        return [COMMON] * (True in kinds) + [f"width-{bits}" for bits in chosen if False in kinds]
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, progress: Progress
@@ -77,8 +76,6 @@ class TuneTables(Pass[TuneTablesConfig]):
         trained = {name: _trained(shape, all_bits, unit == COMMON) for name, shape in shapes.items()}
         lesson = self._lesson(whole)
         with _students(whole.model, trained, all_bits) as students:
-            if not students:
-                return {}, {"kept": False, "reason": _OF_MORE_BITS}
             before = {bits: lesson.held_out_loss(bits) for bits in all_bits}
             offsets = [offset for student in students.values() for offset in student.offsets.values()]
             generator = context.generator(0 if unit == COMMON else all_bits[0])
@@ -125,15 +122,14 @@ class TuneTables(Pass[TuneTablesConfig]):
 
 def _trained(shape: PackedShape, all_bits: Sequence[int], common: bool) -> list[str]:
     """Name the stored tensors of a matrix that are trained in a unit."""
-    if isinstance(shape, EmbeddingShape) or not any(bits in shape.all_bits for bits in all_bits):
+    shared, readable = isinstance(shape, SharedShape), any(bits in shape.all_bits for bits in all_bits)
+    if isinstance(shape, EmbeddingShape) or shared != common or not readable:
         return []
-    if not common:
-        own = own_tensor(shape, all_bits[0])
-        return [] if own is None else [own]
-    if not isinstance(shape, SharedShape):
-        return []
-    tables = [name for name in shape.specification() if name.startswith(("basis_", "width_", "place_"))]
-    return [name for name in _FACTORS if name in shape.specification()] + tables
+    return (
+        [name for name in shape.specification() if not name.startswith(("weight", "plane_"))]
+        if shared
+        else [f"codebook_{all_bits[0]}"]
+    )
 
 
 @contextmanager
