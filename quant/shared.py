@@ -53,6 +53,10 @@ class Shared:
         """Return the codebook of a row of size 1, float32 [1, 2**bits], where rows have no other coefficients."""
         return replace(self, rows=torch.ones(1, 1, device=self.rows.device)).codebook(bits)
 
+    def decoded(self, bits: int) -> Tensor:
+        """Return the codebook of every row as weights are decoded by it: float32 where the rows' sizes are all there is of them."""
+        return self.codebook(bits) if self.shapes is not None else self.table(bits) * self.rows.float()
+
     def differentiable(self, bits: int) -> Tensor:
         """Return the codebook of every row in float32, with the gradients of all parts, which may all be float32 here."""
         size = self.rows
