@@ -68,7 +68,8 @@ class Student(nn.Module):
         """Apply the layer: [..., K] to [..., N], differentiable in ``x`` and in what is trained."""
         bits, now = self.packed.bits, self.tensors()
         if "columns" in now:
-            table, columns = read_shared(now).differentiable(bits), now["columns"]
+            with torch.autocast(x.device.type, enabled=False):  # entries are not to be rounded
+                table, columns = read_shared(now).differentiable(bits), now["columns"]
         else:
             table, columns = now[f"codebook_{bits}"], self.plain
         if torch.is_autocast_enabled(x.device.type):

@@ -108,7 +108,9 @@ def main(
     ours: Annotated[Optional[list[Path]], typer.Option(help="A checkpoint made of it; may be repeated.")] = None,
     gguf: Annotated[Optional[list[Path]], typer.Option(help="A llama.cpp file of it; may be repeated.")] = None,
     bits: Annotated[str, typer.Option(help="Of ours, and of what is rounded here.")] = "2,3,4,5,6,8",
-    groups: Annotated[str, typer.Option(help="Columns that share a scale in round to nearest; 0: a row.")] = "0,32",
+    groups: Annotated[
+        str, typer.Option(help="Columns that share a scale in round to nearest; 0: a row; empty: leave it out.")
+    ] = "0,32",
     length: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     windows: Annotated[int, typer.Option(help="How many, spread evenly over the text; 0 for all.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
@@ -120,7 +122,7 @@ def main(
     every = max(1, len(cut.windows) // windows) if windows else 1
     cut = Text(cut.windows[::every][: windows or None], cut.bytes)
     rows = []
-    given = [int(one) for one in groups.split(",")]
+    given = [int(one) for one in groups.split(",") if one]
     for name, make in candidates(
         model, ours or [], [int(one) for one in bits.split(",")], gguf or [], given, getattr(torch, dtype)
     ):

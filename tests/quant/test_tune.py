@@ -139,6 +139,9 @@ def test_students_gradients_are_those_of_the_plain_product():
         signs = torch.randn(2, 3, 12)
         plain = torch.autograd.grad((x @ weight.t() * signs).sum(), wanted, allow_unused=True)
         own = torch.autograd.grad((student(x) * signs).sum(), wanted, allow_unused=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = torch.autograd.grad((student(x) * signs).sum(), wanted, allow_unused=True)
+        assert [g is None or g.dtype == torch.float32 for g in narrow] == [True] * len(narrow)
         for one, other in zip(own, plain, strict=True):
             assert (one is None) == (other is None)
             if one is not None:
