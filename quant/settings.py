@@ -12,6 +12,7 @@ _NARROWEST, _WIDEST = (
     512,
     4096,
 )  # columns: narrower matrices were not measured; wider rows lose more by sharing than it saves
+_FEWEST = 4  # bits: below, rows with codebooks of their own lose less for their bytes
 EmbeddingBits = int | dict[int, int] | Literal["auto"] | None
 _EMBEDDING_BITS = (
     "Bits of the embedding and the head, which are stored once where they are tied: one number, the model's "
@@ -101,7 +102,8 @@ class AnyPrecisionConfig(SensitiveConfig):
     codebooks: Literal["auto", "shared", "row"] = Field(
         "auto",
         description="Objective output: whether the rows of a matrix share their codebooks, which then take few bytes at any "
-        "number of bits (not with keep_zeros), or each has its own; auto: they are shared where rows have 512 to 4095 columns. "
+        "number of bits (not with keep_zeros), or each has its own; auto: they are shared where rows have 512 to 4095 columns and "
+        "the parent 4 bits or more. "
         "With objective weight each has its own.",
     )
     embedding_bits: EmbeddingBits = Field(
@@ -120,7 +122,8 @@ class AnyPrecisionConfig(SensitiveConfig):
 
     def rank(self, columns: int) -> int | None:
         """Return how many coefficients a row of so many columns has where codebooks are shared, else None."""
-        shared = _NARROWEST <= columns < _WIDEST if self.codebooks == "auto" else self.codebooks == "shared"
+        pays = _NARROWEST <= columns < _WIDEST and self.parent_bits >= _FEWEST
+        shared = pays if self.codebooks == "auto" else self.codebooks == "shared"
         if not shared or self.objective == "weight" or self.keep_zeros:
             return None
         return 6 if self.parent_bits > 2 else 3
@@ -153,8 +156,8 @@ class TuneTablesConfig(PassConfig):
     """Train the codebooks of a quantised model to say what the dense model says on calibration text.
 
     It minimises the divergence of the quantised model's next-token distribution from the dense one's. Shared codebooks are trained
-    together, at all numbers of bits in turn, since they have most in common; where each row has its own, for one number of bits after
-    another. One of eight pieces of text is not trained on: what is not better on those stays as it was. Needs both models in
+    together, the numbers of bits in turn; what all have in common, sizes and coefficients of rows, only if all are to be trained. Where each
+    row has its own, they are trained for one number of bits after another. One of eight pieces of text is not trained on: what is not better on those stays as it was. Needs both models in
     memory, in float32.
     """
 

@@ -32,6 +32,7 @@ from compress.workspace import Record
 
 COMMON = "common"
 """The unit in which shared codebooks are trained, at all numbers of bits in turn."""
+_OF_MORE_BITS = "codebooks of more bits are computed from these, and would change with them"
 _LISTED = 64  # likeliest tokens of the dense model that are kept of every prediction
 _HELD_OUT, _MOST_HELD_OUT = 8, 16  # one piece of so many, and how many at most
 _FAST_FROM = 512  # hidden units: below, products in bfloat16 gain nothing
@@ -74,6 +75,10 @@ class TuneTables(Pass[TuneTablesConfig]):
         shapes = {name: module.shape for name, module in packed.items()}
         all_bits = self._chosen(shapes) if unit == COMMON else [int(unit.removeprefix("width-"))]
         trained = {name: _trained(shape, all_bits, unit == COMMON) for name, shape in shapes.items()}
+        own = {name.rpartition("_")[2] for names in trained.values() for name in names}
+        all_bits = [bits for bits in all_bits if str(bits) in own]
+        if not all_bits:
+            return {}, {"kept": False, "reason": _OF_MORE_BITS}
         lesson = self._lesson(whole)
         with _students(whole.model, trained, all_bits) as students:
             before = {bits: lesson.held_out_loss(bits) for bits in all_bits}
@@ -120,16 +125,18 @@ class TuneTables(Pass[TuneTablesConfig]):
             schedule.step()
 
 
-def _trained(shape: PackedShape, all_bits: Sequence[int], common: bool) -> list[str]:
+def _trained(shape: PackedShape, chosen: Sequence[int], common: bool) -> list[str]:
     """Name the stored tensors of a matrix that are trained in a unit."""
-    shared, readable = isinstance(shape, SharedShape), any(bits in shape.all_bits for bits in all_bits)
-    if isinstance(shape, EmbeddingShape) or shared != common or not readable:
+    if isinstance(shape, EmbeddingShape) or isinstance(shape, SharedShape) != common:
         return []
-    return (
-        [name for name in shape.specification() if not name.startswith(("weight", "plane_"))]
-        if shared
-        else [f"codebook_{all_bits[0]}"]
-    )
+    stored, last = shape.specification(), max(shape.stored_bits) if isinstance(shape, SharedShape) else 0
+    if not common:
+        return [name for name in stored if name == f"codebook_{chosen[0]}"]
+    every = set(shape.all_bits) <= set(chosen)
+    tables = [f"basis_{bits}" for bits in chosen if every or bits != last or shape.parent_bits == last]
+    tables += [f"place_{bits}" for bits in chosen]
+    # Columns keep their factors: with others, matrices that share an input could not be multiplied together on a GPU.
+    return [name for name in stored if name in tables or (every and name.startswith(("rows", "shapes", "width_")))]
 
 
 @contextmanager

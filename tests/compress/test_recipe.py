@@ -162,6 +162,7 @@ def test_without_passes_it_has_the_best_there_are():
     quantise, tune = load_recipe(data).passes
     assert (quantise, tune) == (config_class("any_precision")(), config_class("tune_tables")())
     assert [quantise.rank(columns) for columns in (511, 512, 4095, 4096)] == [None, 6, 6, None]
+    assert quantise.model_copy(update={"parent_bits": 3}).rank(600) is None
     assert [quantise.packs_embedding(columns) for columns in (511, 512, 8192)] == [False, True, True]
     named = quantise.model_copy(update={"include": ("lm_head",)})
     assert not named.packs_embedding(4096)

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import SharedShape
+from compress.quant.records import PackedShape, SharedShape
 from compress.quant.shared import read_shared
 from compress.quant.student import Student
+from compress.quant.tune import _trained
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_shared_codebooks_are_trained_at_all_bits_in_turn(tuned_recipe, tmp_path
     assert set(units["common"]["divergence"]) == {"4", "5", "6"}
     before, after = tensors(plain), tensors(tuned)
     changed = {name.rpartition(".")[2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert changed == {"columns", "rows", "shapes", "basis_4", "basis_5", "width_6", "place_6"}
+    assert changed == {"rows", "shapes", "basis_4", "basis_5", "width_6", "place_6"}
     ratio = [found["after"] / found["before"] for found in units["common"]["divergence"].values()]
     assert math.prod(ratio) < 1
 
@@ -149,9 +150,37 @@ def test_students_gradients_are_those_of_the_plain_product():
 
 
 @pytest.mark.slow
+def test_bits_without_anything_of_their_own_are_left(tuned_recipe, tmp_path):
+    """The basis of 5 bits is what 6 are computed from."""
+    shared = {"kind": "any_precision", "seed_bits": 4, "parent_bits": 6, "codebooks": "shared", "correction": 0}
+    passes = [[shared, {"kind": "tune_tables", "steps": 2, "batch": 2, "widths": bits}] for bits in ([5], [4, 5])]
+    only, both = (compress.run({**tuned_recipe, "passes": steps}, tmp_path / f"{i}") for i, steps in enumerate(passes))
+    unit = json.loads((only / "compression.json").read_text())["passes"][1]["units"]["common"]
+    assert not unit["kept"]
+    assert "computed from these" in unit["reason"]
+    unit = json.loads((both / "compression.json").read_text())["passes"][1]["units"]["common"]
+    assert set(unit["divergence"]) == {"4"}
+
+
+@pytest.mark.slow
 def test_the_control_is_trained_on_the_text_itself(tuned_recipe, tmp_path):
     tuned_recipe["passes"][1] |= {"target": "text", "widths": [3], "steps": 4}
     tuned = compress.run(tuned_recipe, tmp_path / "tuned")
     units = json.loads((tuned / "compression.json").read_text())["passes"][1]["units"]
     assert "divergence" not in units["width-3"]
     assert units["width-3"]["loss"]["before"] > units["width-3"]["loss"]["after"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "trained"),
+    [
+        ([2, 4], {"basis_2", "basis_4"}),
+        ([5, 7], {"place_7"}),  # more bits are computed from the basis of 5
+        (range(2, 8), {"rows", "shapes", "width_6", *(f"basis_{b}" for b in range(2, 6)), "place_6", "place_7"}),
+    ],
+)
+def test_what_other_bits_read_is_trained_only_with_them(chosen, trained):
+    shape = SharedShape(12, 600, 2, 7, rank=6)
+    assert set(_trained(shape, list(chosen), True)) == trained
+    assert _trained(shape, list(chosen), False) == []
+    assert _trained(PackedShape(12, 600, 2, 7), [chosen[0]], False) == [f"codebook_{chosen[0]}"]
