@@ -102,15 +102,15 @@ class Harness(HFLM):
         for place, (_, before, after) in enumerate(requests):
             asked.setdefault(tuple((before + after)[-self.max_length - 1 : -1]), []).append(place)
         ordered, found = sorted(asked, key=len, reverse=True), [(0.0, False)] * len(requests)
-        done = 0
+        done = told = 0
         while done < len(ordered):
             batch = ordered[done : done + self._rows(len(ordered[done]))]
             places = [(row, place) for row, text in enumerate(batch) for place in asked[text]]
             answers = self._answers(batch, [(row, requests[place][2]) for row, place in places])
             for (_, place), answer in zip(places, answers, strict=True):
                 found[place] = answer
-            done += len(batch)
-            self._tell(done, len(ordered))
+            done, told = done + len(batch), told + len(places)
+            self._tell(told, len(requests))
         return found
 
     @torch.inference_mode()
