@@ -7,6 +7,7 @@ method.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ class CompressQuantization(QuantizationConfig):
         """Read the records of packed modules, and refuse what cannot be served, or not at the bits that are asked for."""
         self.folder, self.access = model_name, {"revision": revision} if revision else {}
         if not self.config.modules:  # --hf-overrides of quantization_config replaces all that the file says
-            self.config = read_settings(cached_file(model_name, "config.json", **self.access)) or self.config
+            place = cached_file(model_name, "config.json", **self.access)
+            self.config = read_settings(Path(str(place)).parent) or self.config
         structure = architecture(config := read_config(model_name, **self.access))
         reason = unserved(self.config, config.model_type)
         if reason is not None:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from compress.quant.embedding import BitPlaneEmbedding
 from compress.quant.records import PackedShape
-from compress.vllm.matrices import Cut, Held, Matrices, StoredMatrix
+from compress.vllm.matrices import Cut, Held, Matrices, StoredMatrix, Vocabulary
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
@@ -91,14 +91,17 @@ class LinearMethod(LinearMethodBase):
             whole = one.shape.out_features if one.shape else _stored_rows(layer, place, output_size)
             copies = layer.num_kv_head_replicas if place and hasattr(layer, "num_kv_head_replicas") else 1
             row = layer.tp_rank // copies * size if size < whole else 0
-            self.matrices.append(StoredMatrix(one.name, one.shape, one.held, Cut(range(row, row + size), columns, size)))
+            self.matrices.append(
+                StoredMatrix(one.name, one.shape, one.held, Cut(range(row, row + size), columns, size))
+            )
         _sinks(layer, self.matrices, params_dtype)
         self.name = _register(layer, layer.prefix)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put the matrices that were loaded in the place of what collected them."""
         _drop_sinks(layer, self.matrices)
-        layer.compress = Matrices([matrix.build(layer.params_dtype) for matrix in self.matrices])
+        modules = [matrix.build(layer.params_dtype) for matrix in self.matrices]
+        layer.compress = Matrices(modules, [one.name for one in self.stored])
         layer.qweight = next(layer.compress.buffers(), None)  # LoRA finds a layer's device by it
         self.matrices = []
 
@@ -138,7 +141,9 @@ class VocabularyMethod(QuantizeMethodBase):
         if hasattr(layer, "compress"):
             return
         _drop_sinks(layer, [self.matrix])
-        layer.compress = self.matrix.build(layer.params_dtype, embedding=True)
+        rows = self.matrix.build(layer.params_dtype, embedding=True)
+        assert isinstance(rows, BitPlaneEmbedding)
+        layer.compress = Vocabulary(rows, self.stored.name)
 
     def embedding(self, layer: Any, tokens: Tensor) -> Tensor:
         """Look rows up, int64 [...] to [..., K]."""
@@ -150,8 +155,7 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply activations by all rows, [..., K] to [..., N]."""
-        held: BitPlaneEmbedding = layer.compress
-        y = held.product(x, held.bits)
+        y: Tensor = layer.compress.product(x)
         return y if bias is None else y + bias
 
 

@@ -163,18 +163,21 @@ class Matrices(nn.Module):
     Those whose rows have codebooks of their own, of the same bits, become one matrix; others stay next to each other.
     """
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], names: Sequence[str]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(_merged(parts))
-        for part in self.packed():
+        found = _merged(parts, names)
+        self.parts = nn.ModuleList(found.values())
+        self.names = list(found)
+        for part in self.packed().values():
             part.tile()
         if len(self.packed()) == len(self.parts) > 1:
-            names = [str(place) for place in range(len(self.parts))]
-            join({f"part.{name}": part for name, part in zip(names, self.packed(), strict=True)}, [names])
+            places = [str(place) for place in range(len(self.parts))]
+            join({f"part.{place}": part for place, part in zip(places, self.packed().values(), strict=True)}, [places])
 
-    def packed(self) -> list[BitPlaneLinear]:
-        """Return the parts that are packed."""
-        return [part for part in self.parts if isinstance(part, BitPlaneLinear)]
+    def packed(self) -> dict[tuple[str, ...], BitPlaneLinear]:
+        """Return the parts that are packed, by the names of their matrices in the checkpoint."""
+        both = zip(self.names, self.parts, strict=True)
+        return {names: part for names, part in both if isinstance(part, BitPlaneLinear)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all products side by side: [..., K] to [..., N of all] in the dtype of ``x``."""
@@ -182,22 +185,72 @@ class Matrices(nn.Module):
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
-def _merged(parts: Sequence[nn.Module]) -> list[nn.Module]:
-    """Make neighbours that are stored alike one matrix."""
-    found: list[nn.Module] = []
-    for part in parts:
-        last = found[-1] if found else None
+def _merged(parts: Sequence[nn.Module], names: Sequence[str]) -> dict[tuple[str, ...], nn.Module]:
+    """Make neighbours that are stored alike one matrix; each has the names of what it is made of."""
+    found: list[tuple[tuple[str, ...], nn.Module]] = []
+    for part, name in zip(parts, names, strict=True):
+        before, last = found[-1] if found else ((), None)
         if isinstance(last, BitPlaneLinear) and isinstance(part, BitPlaneLinear) and _alike(last, part):
             rows = last.shape.out_features + part.shape.out_features
-            tensors = {name: torch.cat([tensor, part.get_buffer(name)], -2) for name, tensor in last.named_buffers()}
+            tensors = {kind: torch.cat([tensor, part.get_buffer(kind)], -2) for kind, tensor in last.named_buffers()}
             shape = replace(last.shape, out_features=rows)
-            found[-1] = _packed(shape, tensors, last.bits, torch.float32, embedding=False)
+            found[-1] = (*before, name), _packed(shape, tensors, last.bits, torch.float32, embedding=False)
         else:
-            found.append(part)
-    return found
+            found.append(((name,), part))
+    return dict(found)
 
 
 def _alike(one: BitPlaneLinear, other: BitPlaneLinear) -> bool:
     own = type(one.shape) is PackedShape and type(other.shape) is PackedShape
     same = replace(one.shape, out_features=1) == replace(other.shape, out_features=1)
     return own and same and one.bits == other.bits
+
+
+class Vocabulary(nn.Module):
+    """Look rows of a packed embedding up, and multiply by all of them."""
+
+    def __init__(self, rows: BitPlaneEmbedding, name: str) -> None:
+        super().__init__()
+        self.rows, self.name = rows, name
+
+    def packed(self) -> dict[tuple[str, ...], BitPlaneEmbedding]:
+        """Return the packed module, by the name of its matrix in the checkpoint."""
+        return {(self.name,): self.rows}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look rows up: int64 [...] to [..., K]."""
+        found: Tensor = self.rows(tokens)
+        return found
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply by all rows: [..., K] to [..., N] in the dtype of ``x``."""
+        return self.rows.product(x, self.rows.bits)
+
+
+def packed_parts(model: nn.Module) -> dict[tuple[str, ...], BitPlaneLinear | BitPlaneEmbedding]:
+    """Find all packed modules of a served model, each by the names in the checkpoint of the matrices that it is made of."""
+    found: dict[tuple[str, ...], BitPlaneLinear | BitPlaneEmbedding] = {}
+    for module in model.modules():
+        if isinstance(module, (Matrices, Vocabulary)):
+            found.update(module.packed())
+    return found
+
+
+def switch(parts: Mapping[tuple[str, ...], BitPlaneLinear | BitPlaneEmbedding], bits: Mapping[str, int]) -> None:
+    """Change the bits of packed modules: all of them, or none where one cannot be read so.
+
+    Raises:
+        CompressError: bits that are not in memory, or not the same for matrices that are kept as one.
+    """
+    for names, part in parts.items():
+        wanted = {bits[name] for name in names}
+        held = part.shape.all_bits
+        if len(wanted) > 1:
+            raise CompressError(f"{names[0]} and {names[-1]} are served as one matrix; give them the same bits.")
+        if not wanted <= set(held):
+            raise CompressError(
+                f"{names[0]}: {wanted.pop()} bits are not in memory, which has {held[0]} to {held[-1]}; "
+                "start the server with --held-bits."
+            )
+    for names, part in parts.items():
+        part.bits = bits[names[0]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.config import StoredConfig
 from compress.errors import CompressError, did_you_mean
-from compress.quant.records import EmbeddingShape, StackedShape, bits_range, unstacked
+from compress.quant.records import EmbeddingShape, PackedShape, StackedShape, bits_range, unstacked
 from compress.vllm.matrices import Held
 
 _DENSE_EMBEDDING = ("gemma", "gemma2", "opt", "falcon", "bloom", "mixtral", "gpt_oss")  # they pass it no quantisation
@@ -24,12 +24,14 @@ class Settings:
         held_bits: up to so many bits are kept in memory, so that the engine can be switched while it runs; only those in use
             if None.
         draft_bits: what ``bits`` are for a draft of speculative decoding.
+        by_load: fewer bits for more requests (:func:`compress.vllm.load.load_policy`), for :mod:`compress.vllm.http`.
     """
 
     bits: Any = None
     memory: str | int | None = None
     held_bits: int | None = None
     draft_bits: Any = None
+    by_load: str | None = None
 
 
 def settings_of(given: Mapping[str, Any], where: str) -> Settings:
@@ -65,6 +67,15 @@ def held_bits(folder: str, stored: StoredConfig, asked: Settings, access: Mappin
         name: Held(own, shapes[name].seed_bits, max(own, shapes[name].at(asked.held_bits)))
         for name, own in chosen.items()
     }
+
+
+def common_bits(in_use: Mapping[str, int], shapes: Mapping[str, PackedShape]) -> int | float:
+    """Return the number of bits that a model is read at, or where its matrices differ their mean by weights."""
+    for bits in bits_range(shapes.values()):
+        if all(shapes[name].at(bits) == own for name, own in in_use.items()):
+            return bits
+    weights = {name: shapes[name].out_features * shapes[name].in_features for name in in_use}
+    return round(sum(own * weights[name] for name, own in in_use.items()) / sum(weights.values()), 2)
 
 
 def unserved(stored: StoredConfig, model_type: str) -> str | None:
