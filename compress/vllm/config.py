@@ -28,8 +28,7 @@ from compress.errors import CompressError
 from compress.loading import read_config
 from compress.structure import architecture
 from compress.vllm.layers import LinearMethod, Stored, TiedHead, VocabularyMethod
-from compress.vllm.matrices import Held
-from compress.vllm.settings import Settings, held_bits, legal_degrees, settings_of, unserved
+from compress.vllm.settings import Held, Settings, held_bits, legal_degrees, settings_of, unserved
 
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 _DRAFT = "draft_model."

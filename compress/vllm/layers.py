@@ -19,7 +19,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from compress.quant.embedding import BitPlaneEmbedding
 from compress.quant.records import PackedShape
-from compress.vllm.matrices import Cut, Held, Matrices, StoredMatrix, Vocabulary
+from compress.vllm.matrices import Cut, Matrices, StoredMatrix, Vocabulary
+from compress.vllm.settings import Held
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 

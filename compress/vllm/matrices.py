@@ -16,6 +16,7 @@ from compress.quant.format import expand
 from compress.quant.fused import join
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape
+from compress.vllm.settings import Held
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,6 @@ class Cut:
     rows: range
     columns: range
     padded: int  # rows of the result; those past the end of ``rows`` are zero
-
-
-@dataclass(frozen=True)
-class Held:
-    """Say at how many bits a matrix is read, and which others are kept so that it can be read at them later."""
-
-    bits: int
-    least: int
-    most: int
 
 
 def cut(tensors: Mapping[str, Tensor], shape: PackedShape, part: Cut) -> tuple[PackedShape, dict[str, Tensor]]:

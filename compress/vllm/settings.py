@@ -9,9 +9,17 @@ from typing import Any
 from compress.config import StoredConfig
 from compress.errors import CompressError, did_you_mean
 from compress.quant.records import EmbeddingShape, PackedShape, StackedShape, bits_range, unstacked
-from compress.vllm.matrices import Held
 
 _DENSE_EMBEDDING = ("gemma", "gemma2", "opt", "falcon", "bloom", "mixtral", "gpt_oss")  # they pass it no quantisation
+
+
+@dataclass(frozen=True)
+class Held:
+    """Say at how many bits a matrix is read, and which others are kept so that it can be read at them later."""
+
+    bits: int
+    least: int
+    most: int
 
 
 @dataclass(frozen=True)
