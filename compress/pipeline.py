@@ -18,10 +18,11 @@ from compress.experts import stacked_shapes
 from compress.manifest import read_manifest
 from compress.passes import Context, Pass, Progress, pass_class
 from compress.quant.records import PackedShape
+from compress.ranks import Ranks
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner, figures_of
 from compress.settings import Calibration, config_class
-from compress.source import Source, check_source, make_context, open_source, pick_device, processes
+from compress.source import Source, check_source, make_context, open_source, pick_device
 from compress.streaming import State, foreseen
 from compress.workspace import Workspace
 
@@ -64,12 +65,11 @@ def run(
         raise CompressError(f"output {target}: give the name of a folder to create.")
     refuse_existing(target)
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
-    team = processes(pick_device(settings.device))
-    main = team.is_main_process
+    ranks = Ranks.at_work(pick_device(settings.device))
     try:
-        with work.locked() if main else nullcontext():
+        with work.locked() if ranks.main else nullcontext():
             source = open_source(settings.source)
-            log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
+            log = Log(target.with_name(target.name + ".log.jsonl"), progress, ranks.main)
             _compress(settings, source, work, target, log)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -79,8 +79,8 @@ def run(
         if isinstance(error, OSError) and error.filename:
             raise CompressError(f"{error.filename}: {error.strerror}.") from error
         raise
-    team.wait_for_everyone()
-    if workspace is None and main:
+    ranks.wait()
+    if workspace is None and ranks.main:
         work.remove()
     return target
 
@@ -110,7 +110,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
         units = {u: {key: r[key] for key in sorted(r) if key != "packed"} for u, r in records.items()}
         history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
         sidecars.append((step, runner.sidecars(records), {unit: figures_of(r) for unit, r in records.items()}))
-    if not processes(device).is_main_process:
+    if not context.ranks.main:
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None
 
