@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from compress import writer
-from compress.calibration import draw_samples
+from compress.calibration import Samples, draw_samples
 from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.experts import stacked_shapes
@@ -41,7 +41,7 @@ def run(
     """Compress a model.
 
     Run again after an interruption, it continues where it was and ends with the same bytes. Under ``torchrun`` or ``accelerate
-    launch`` the main process compresses, and all share the samples of passes that train.
+    launch`` all processes share the work (:mod:`compress.ranks`), on a file system that all can see; the main one writes.
 
     Args:
         recipe: YAML file, mapping or :class:`Recipe`.
@@ -99,8 +99,24 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
                 f"{context.vocabulary} tokens; the two do not belong together."
             )
     probe = torch.tensor(source.tokenizer(_PROBE, add_special_tokens=False)["input_ids"] or [0, 1])
-    _check_once(source, probe[:8], work, log)
-    state, history, sidecars = source.state, [], []
+    with context.ranks.together(work.folder):
+        _check_once(source, probe[:8], work, log)
+        _work(passes, texts, drawn, settings, source, probe.tolist(), work, target, log)
+
+
+def _work(
+    passes: Sequence[Pass[Any]],
+    texts: Sequence[Calibration | None],
+    drawn: Mapping[Calibration, Samples],
+    settings: Recipe,
+    source: Source,
+    probe: Sequence[int],
+    work: Workspace,
+    target: Path,
+    log: Log,
+) -> None:
+    """Do what has been checked: the passes, then the checkpoint."""
+    state, history, sidecars, device = source.state, [], [], pick_device(settings.device)
     for step, text in zip(passes, texts, strict=True):
         context = make_context(source, device, settings.seed, state)
         runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
@@ -129,7 +145,7 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
             "calibration": calibration.source if calibration else None,
             "passes": history,
         },
-        probe_tokens=probe.tolist(),
+        probe_tokens=probe,
         device=device,
         write_sidecars=write_sidecars,
     )

@@ -7,11 +7,18 @@ decides. So any number of processes gives the same bytes, as long as each has th
 
 from __future__ import annotations
 
+import fcntl
 import json
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +26,11 @@ from accelerate import PartialState
 from torch import Tensor
 from torch import distributed as dist
 
+from compress.errors import CompressError
+
 T = TypeVar("T")
+_ENDED = "lock-ended"  # there once a process has said that another is no more
+_TRIES = 50  # tenths of a second
 LOTS = 8
 """Lots that samples are divided into; more processes than lots gain nothing where samples are shared out."""
 
@@ -27,6 +38,37 @@ LOTS = 8
 def processes(device: torch.device) -> PartialState:
     """Tell who is at work; usually one process. Of the device only the type matters."""
     return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
+
+
+class _Stopped(BaseException):
+    """Raised where the launcher stops this process, as it does when another has ended."""
+
+
+@contextmanager
+def _stopped_by_exception() -> Iterator[None]:
+    """Raise :class:`_Stopped` at SIGTERM, for the length of a ``with``."""
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _held(path: Path) -> bool:
+    """Tell whether a process holds the lock on a file."""
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -60,6 +102,51 @@ class Ranks:
         """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    @contextmanager
+    def together(self, folder: Path) -> Iterator[None]:
+        """Work with the others for the length of a ``with``; where one of them ends before, name it.
+
+        Each holds a lock on a file of its own in a folder that all can see, which the system releases when a process ends.
+
+        Raises:
+            CompressError: another process has ended, or this one is told to stop; said by the first to find out, while the
+                rest exit.
+        """
+        if self.size == 1:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"lock-rank-{self.rank}").open("w") as own, _stopped_by_exception():
+            try:
+                fcntl.flock(own, fcntl.LOCK_EX)
+                if self.main:
+                    (folder / _ENDED).unlink(missing_ok=True)
+                self.wait()
+                yield
+            except CompressError as error:
+                raise error if self.main else CompressError(f"rank {self.rank}: {error}") from error
+            except (RuntimeError, _Stopped) as error:
+                ended = self._ended(folder)
+                if not ended and isinstance(error, RuntimeError):
+                    raise
+                try:
+                    (folder / _ENDED).touch(exist_ok=False)
+                except FileExistsError:
+                    sys.exit(1)
+                who = f"rank {ended[0]} of {self.size} has ended" if ended else f"rank {self.rank}: told to stop"
+                raise CompressError(
+                    f"{who} before the work was done; what is finished is kept: run again, with any number of processes."
+                ) from error
+
+    def _ended(self, folder: Path) -> list[int]:
+        """Find the processes that are no more; one that has just gone may take a moment to be."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for _ in range(_TRIES):
+            if ended := [rank for rank in others if not _held(folder / f"lock-rank-{rank}")]:
+                return ended
+            time.sleep(0.1)
+        return []
 
     def lots(self, count: int) -> list[range]:
         """Return the samples of every lot of this process, places among ``count``; as many lots for all, some without a sample."""

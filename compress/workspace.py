@@ -130,7 +130,7 @@ class Workspace:
             try:
                 yield
             finally:
-                if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["lock"]:
+                if self.folder.is_dir() and all(path.name.startswith("lock") for path in self.folder.iterdir()):
                     self.remove()
 
     def remove(self) -> None:
