@@ -28,7 +28,7 @@ from compress.quant.nested import nested_output_codebooks
 from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared_search import shared_output_codebooks
-from compress.ranks import ALONE, Ranks, Sums
+from compress.ranks import ALONE, Ranks, Sums, even_parts
 from compress.statistics import Moments, add_products, mirrored
 
 CORRECTING = 256  # tokens of every sample that corrections are measured on
@@ -96,9 +96,14 @@ def correction(
         sums.add("drift", drift)
         sums.end_lot()
     hessian = mirrored(sums.total["hessian"])
-    right = sums.total.pop("drift") @ weight.t()
+    drift = sums.total.pop("drift")
     _damp(hessian, _CORRECTION_DAMPING)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(hessian)).t()
+    factor = torch.linalg.cholesky(hessian)
+
+    def solved(rows: slice) -> dict[str, Tensor]:
+        return {"change": torch.cholesky_solve(drift @ weight[rows].t(), factor).t()}
+
+    return torch.cat([part["change"] for part in ranks.over(even_parts(len(weight), len(weight)), solved)])
 
 
 def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: int, length: int) -> int:
