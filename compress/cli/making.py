@@ -236,6 +236,22 @@ def verify(folder: Folder) -> None:
 
 
 @app.command()
+def push(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner alone.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to upload to; main if absent.")] = None,
+    token: Annotated[
+        Optional[str], typer.Option(help="Access token; the one you are logged in with if absent.")
+    ] = None,
+) -> None:
+    """Upload a checkpoint, with its model card, to the Hugging Face hub."""
+    from compress.publish import push as upload
+
+    out.print(escape(upload(folder, name, private, revision, token)))
+
+
+@app.command()
 def passes(kind: Annotated[Optional[str], typer.Argument(help="One pass in full.")] = None) -> None:
     """List the installed passes, or one with all its settings."""
     from compress.settings import config_class, kinds
