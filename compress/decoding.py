@@ -8,7 +8,6 @@ under the same names. Its forward makes that call where it computes the same: a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from operator import is_
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -31,8 +30,6 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _SPARE = 64  # tokens that a cache has room for when it grows, at least
-
-Key = list[object]
 
 
 def join_steps(model: PreTrainedModel) -> int:
@@ -82,9 +79,36 @@ class JoinedBlock:
 class Joined:
     """Hold what a block's calls use again: its tensors as the library takes them, and room in caches behind their last token."""
 
-    def __init__(self, key: Key, block: Block | None) -> None:
-        self.key, self.block = key, block
+    def __init__(self, block: Any) -> None:
+        attention, mlp = block._modules["self_attn"], block._modules["mlp"]
+        self._parents = [part._modules for part in (block, attention, mlp)]
+        self._modules = [part.__dict__ for modules in self._parents for part in modules.values()]
+        self._hooks = [held[kind] for held in self._modules for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._tensors = [held[kind] for held in self._modules for kind in ("_buffers", "_parameters") if held[kind]]
+        self._packed = [held for held in self._modules if "_bits" in held]
+        self.state = self.now()
+        self.block = _describe(block)
         self.rooms: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+    def now(self) -> list[object]:
+        """Return all that a block's one call depends on."""
+        found: list[object] = []
+        for held in self._parents:
+            found += held.values()
+        for held in self._tensors:
+            found += held.values()
+        for held in self._packed:
+            found += held["_bits"], held.get("_exact"), held["keep_dense"]
+        return found
+
+    def is_current(self) -> bool:
+        """Tell whether every tensor, setting and module of the block is what it was."""
+        now = self.now()
+        return len(now) == len(self.state) and all(map(is_, now, self.state))
+
+    def is_watched(self) -> bool:
+        """Tell whether a hook wants to see a module's own call."""
+        return any(self._hooks) or any("forward" in held for held in self._modules)
 
     def room(self, layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
         """Return tensors that a cache's keys and values lie at the start of, with room for more tokens.
@@ -138,29 +162,11 @@ def _layer_of(cache: Any, block: Any) -> Any:
 
 
 def _joined(block: Any) -> Joined | None:
-    """Return what is kept of a block, made again if any tensor, setting or module of it is another; None if it bears hooks."""
-    key = _key(block)
+    """Return what is kept of a block, made again if anything in it is another; None if hooks watch it."""
     kept: Joined | None = block.__dict__.get("joined")
-    if key is None:
-        return None
-    if kept is None or len(kept.key) != len(key) or not all(map(is_, kept.key, key)):
-        kept = Joined(key, _describe(block))
-        block.__dict__["joined"] = kept
-    return kept
-
-
-def _key(block: Any) -> Key | None:
-    """Return all that a block's one call depends on; None if a hook wants to see a module's own call."""
-    key: Key = []
-    attention, mlp = block._modules["self_attn"], block._modules["mlp"]
-    for module in (block, attention, mlp, *block._modules.values(), *attention._modules.values(), *mlp._modules.values()):
-        held = module.__dict__
-        if module is not block and (held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held):
-            return None
-        key += module, held.get("_bits"), held.get("_exact"), held.get("keep_dense")
-        key += held["_buffers"].values()
-        key += held["_parameters"].values()
-    return key
+    if kept is None or not kept.is_current():
+        kept = block.__dict__["joined"] = Joined(block)
+    return None if kept.is_watched() else kept
 
 
 def _describe(block: Any) -> Block | None:

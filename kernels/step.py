@@ -92,7 +92,7 @@ class Block:
         """
         batch, length = x.shape[:2]
         y = x.to(torch.float32, copy=True).contiguous()
-        cosine, sine = (turn.float().contiguous() for turn in turns)
+        cosine, sine = turns[0].float().contiguous(), turns[1].float().contiguous()
         addresses = self._place, y.data_ptr(), cosine.data_ptr(), sine.data_ptr(), keys.data_ptr(), values.data_ptr()
         several = length if cosine.shape[0] > 1 else 0
         seen = (0, 0, 0) if mask is None else (mask.element_size(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))

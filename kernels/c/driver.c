@@ -1,7 +1,6 @@
 /* The library's entry points: which kernels run here, activations brought into their order, rows shared out to threads. */
-#include "driver.h"
+#include "small.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -88,8 +87,10 @@ static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t c
 static void multiply(const Product *product, int64_t first, int64_t rows)
 {
     const Matrix *matrix = product->matrix;
-    float sum[ROWS_AT_ONCE][MAX_BATCH] = {{0}};
+    float sum[ROWS_AT_ONCE][MAX_BATCH];
     int64_t together = matrix->shared ? 1 : rows; /* kernels take the table of one row behind that of another */
+    for (int64_t i = 0; i < rows; i++)
+        memset(sum[i], 0, sizeof(float) * (size_t)product->x.batch);
 
     for (int64_t column = 0; column < matrix->columns; column += product->block) {
         int64_t columns = smaller(product->block, matrix->columns - column);
@@ -104,16 +105,18 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
             (matrix->affine ? product->kernels->int8 : product->kernels->exact)(&w, &x, sum + i);
         }
     }
-    for (int64_t i = 0; i < rows; i++)
-        for (int m = 0; m < product->x.batch; m++) {
-            float y = sum[i][m], *to = product->y + m * product->step + first + i;
+    for (int m = 0; m < product->x.batch; m++) {
+        float *to = product->y + m * product->step + first;
+        for (int64_t i = 0; i < rows; i++) {
+            float y = sum[i][m];
             if (matrix->affine) {
                 const float *affine = matrix->affine + (matrix->shared ? 0 : 2 * (first + i));
                 y = affine[0] * y + (affine[1] + affine[0] * product->kernels->int8_excess) * product->totals[m];
             }
             y = (matrix->factors ? matrix->factors[first + i] * y : y) + (matrix->bias ? matrix->bias[first + i] : 0);
-            *to = product->add ? *to + y : y;
+            to[i] = product->add ? to[i] + y : y;
         }
+    }
 }
 
 static int64_t pieces(int64_t rows)
@@ -142,40 +145,9 @@ static void work(void *queue)
 
 size_t arranged_bytes(const Matrix *matrix, int batch)
 {
-    size_t values = (size_t)rounded_up(matrix->columns, CHUNK) * (size_t)batch;
+    size_t row = (size_t)rounded_up(matrix->columns, CHUNK), values = row * (size_t)batch;
     size_t bytes = matrix->affine ? values + values / GROUP * sizeof(float) + MAX_BATCH * sizeof(float) : values * sizeof(float);
-    return (bytes + ALIGN - 1) / ALIGN * ALIGN;
-}
-
-/* Columns `start` and on of one row, as many as `count`, in the kernels' order, zeros for those that are not there. */
-static void ordered(const Matrix *matrix, const uint16_t *order, const float *x, int64_t start, int count, float *to)
-{
-    int64_t here = matrix->columns - start;
-    const float *from = x + start, *factors = matrix->inputs ? matrix->inputs + start : NULL;
-    if (factors)
-        for (int i = 0; i < count; i++)
-            to[i] = order[i] < here ? from[order[i]] * factors[order[i]] : 0.0f;
-    else
-        for (int i = 0; i < count; i++)
-            to[i] = order[i] < here ? from[order[i]] : 0.0f;
-}
-
-/* One group of activations to 8 bits; returns the scale, NaN if the group has a value that is not finite. */
-static float round_group(const float *value, int8_t *code)
-{
-    float largest = 0;
-    int finite = 1;
-    for (int i = 0; i < GROUP; i++) {
-        float size = fabsf(value[i]);
-        finite &= size <= 3.402823466e38f;
-        largest = size > largest ? size : largest;
-    }
-    float inverse = finite && largest >= 1e-36f ? 127.0f / largest : 0.0f;
-    for (int i = 0; i < GROUP; i++) {
-        float scaled = finite ? value[i] * inverse : 0.0f;
-        code[i] = (int8_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-    }
-    return finite ? (inverse > 0 ? largest / 127.0f : 0.0f) : NAN;
+    return (bytes + ALIGN - 1) / ALIGN * ALIGN + row * sizeof(float); /* and one row that is filled up with zeros */
 }
 
 int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP])
@@ -192,26 +164,28 @@ Product arrange(const Matrix *matrix, const float *x, int64_t step, int batch, v
     int64_t span = padded(kernels, matrix->columns);
     uint16_t own[CHUNK + GROUP];
     const uint16_t *order = matrix->order ? matrix->order : own;
+    const Small *small = small_of(matrix->isa);
     float *values = room, *scales = (float *)((int8_t *)room + batch * span), *totals = scales + batch * span / GROUP;
+    float *row = (float *)((char *)room + arranged_bytes(matrix, batch)) - rounded_up(matrix->columns, CHUNK);
     if (!matrix->order)
         compress_order(matrix, own);
+    memset(row, 0, sizeof(float) * (size_t)rounded_up(matrix->columns, CHUNK));
     for (int m = 0; m < batch; m++) {
         double total = 0;
+        for (int64_t k = 0; k < matrix->columns; k++)
+            row[k] = matrix->inputs ? x[m * step + k] * matrix->inputs[k] : x[m * step + k];
         for (int64_t start = 0; start < span; start += GROUP) {
-            int64_t chunk = start / CHUNK * CHUNK;
+            int64_t chunk = start / CHUNK * CHUNK, place = m * span + start;
             int whole = chunk + CHUNK <= span;
             const uint16_t *group = order + (whole ? start - chunk : CHUNK);
-            int64_t place = m * span + start;
-            float held[GROUP], *to = matrix->affine ? held : values + place;
-            ordered(matrix, group, x + m * step, whole ? chunk : start, GROUP, to);
-            if (matrix->affine) {
-                int8_t *codes = (int8_t *)room + place;
-                int32_t sum = 0;
-                scales[place / GROUP] = round_group(held, codes);
-                for (int i = 0; i < GROUP; i++)
-                    sum += codes[i];
-                total += (double)scales[place / GROUP] * sum;
+            const float *from = row + (whole ? chunk : start);
+            int32_t sum;
+            if (!matrix->affine) {
+                small->ordered(from, group, values + place);
+                continue;
             }
+            scales[place / GROUP] = small->rounded(from, group, (int8_t *)room + place, &sum);
+            total += (double)scales[place / GROUP] * sum;
         }
         if (matrix->affine)
             totals[m] = (float)total;

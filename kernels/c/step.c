@@ -4,7 +4,7 @@
  * share (a norm, bringing activations into order) before it lets the others go on.
  */
 #define _POSIX_C_SOURCE 200809L
-#include "step.h"
+#include "small.h"
 
 #include <math.h>
 #include <sched.h>
@@ -12,8 +12,6 @@
 #include <string.h>
 
 #if defined(__GNUC__)
-typedef float Floats __attribute__((vector_size(64)));
-
 INLINE uint16_t to_bfloat16(float value)
 {
     uint32_t bits;
@@ -31,64 +29,6 @@ INLINE void wait_a_little(int64_t tries)
 #endif
     if (tries > 1000)
         sched_yield();
-}
-
-#define NAME(function) function##_plain
-#include "step_body.h"
-#undef NAME
-
-#ifdef COMPRESS_X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#define NAME(function) function##_avx2
-#include "step_body.h"
-#undef NAME
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
-#endif
-#define NAME(function) function##_avx512
-#include "step_body.h"
-#undef NAME
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-/* What a processor does the small work by. */
-typedef struct {
-    void (*norm)(const float *x, const float *weight, float *y, int64_t count, float epsilon);
-    void (*turn)(float *x, const float *cosine, const float *sine, int64_t channels);
-    void (*gated)(float *gate, const float *up, int64_t count, int64_t activation);
-    void (*attend)(const Step *step, int64_t batch, int64_t head, const float *query, float *scores, float *out);
-} Small;
-
-static const Small plain = {norm_plain, turn_plain, gated_plain, attend_plain};
-#ifdef COMPRESS_X86
-static const Small avx2 = {norm_avx2, turn_avx2, gated_avx2, attend_avx2};
-static const Small avx512 = {norm_avx512, turn_avx512, gated_avx512, attend_avx512};
-#endif
-
-static const Small *small_of(int64_t isa)
-{
-#ifdef COMPRESS_X86
-    if (isa == AVX512)
-        return &avx512;
-    if (isa == AVX2)
-        return &avx2;
-#endif
-    (void)isa;
-    return &plain;
 }
 
 #define MOST 3 /* products of one input */
@@ -186,9 +126,10 @@ static void attend(Work *work)
     const Layer *layer = work->layer;
     const Step *step = work->step;
     int64_t unit, units = work->rows / step->length * layer->key_heads;
+    int64_t each = (step->past + step->length + 15) / 16 * 16;
     while ((unit = taken(&work->heads)) < units)
         work->small->attend(step, unit / layer->key_heads, unit % layer->key_heads, work->query,
-                            work->scores + unit * (step->past + step->length), work->mixed);
+                            work->scores + unit * each, work->mixed);
 }
 
 static void end_attention(Work *work)
@@ -259,7 +200,7 @@ int compress_step(const Step *step, Team team, int (*team_size)(void), int threa
     const Layer *layer = step->layer;
     int64_t rows = step->batch * step->length, tokens = step->past + step->length;
     int64_t queries = layer->heads * layer->channels, keys = layer->key_heads * layer->channels;
-    int64_t sizes[] = {layer->hidden, queries, keys, keys, queries, layer->gate->rows, layer->gate->rows, layer->key_heads * tokens};
+    int64_t sizes[] = {layer->hidden, queries, keys, keys, queries, layer->gate->rows, layer->gate->rows, layer->key_heads * (tokens + 15) / 16 * 16};
     Work work = {.layer = layer, .step = step, .small = small_of(layer->query->isa), .rows = rows};
     float **parts[] = {&work.normed, &work.query, &work.key, &work.value, &work.mixed, &work.gate, &work.up, &work.scores};
     if (rows < 1 || rows > MAX_BATCH || !kernels_of(layer->query->isa))
