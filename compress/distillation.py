@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from compress.training import Batch, Loss, predictions
+from compress.logits import Predictions
+from compress.training import Batch, Loss
 from compress.workspace import save_atomic
 
 
@@ -50,23 +51,27 @@ def likeliest(teacher: nn.Module, tokens: Tensor, count: int) -> tuple[Tensor, T
 
     Log-probabilities over the whole vocabulary, float32 [B, T - 1, count], and tokens, int32 of the same shape.
     """
-    logs = predictions(teacher, tokens).log_softmax(-1)
-    largest = logs.topk(min(count, logs.shape[-1]))
-    return largest.values, largest.indices.int()
+    found = Predictions(teacher, tokens)
+    logs = (found.logits(part).log_softmax(-1) for part in found.parts())
+    largest = [part.topk(min(count, part.shape[-1])) for part in logs]
+    return torch.cat([part.values for part in largest], 1), torch.cat([part.indices for part in largest], 1).int()
 
 
-def listed_divergence(logits: Tensor, wanted: Tensor, tokens: Tensor) -> Tensor:
-    """Return ``KL(teacher || student)`` of every prediction, [..., vocabulary] -> [...], in nats, from the teacher's likeliest tokens.
+def listed_divergence(model: nn.Module, tokens: Tensor, logs: Tensor, listed: Tensor) -> Tensor:
+    """Return ``KL(teacher || student)`` of the predictions on samples, int64 [B, T]: float32 [B, T - 1], in nats.
 
-    All tokens outside its list, ``tokens`` [..., count] with log-probabilities ``wanted``, are taken as one event.
+    ``logs`` and ``listed`` are what :func:`likeliest` found. All tokens outside the list are taken as one event.
     """
-    found = logits.log_softmax(-1)
-    listed = found.gather(-1, tokens.long())
-    apart = (wanted.exp() * (wanted - listed)).sum(-1)
-    if wanted.shape[-1] < found.shape[-1]:
-        rest, left = _rest(wanted), _rest(listed)
-        apart = apart + rest.exp() * (rest - left)
-    return apart
+
+    def apart(logits: Tensor, part: slice) -> Tensor:
+        wanted, found = logs[:, part], logits.log_softmax(-1).gather(-1, listed[:, part].long())
+        lost = (wanted.exp() * (wanted - found)).sum(-1)
+        if wanted.shape[-1] < logits.shape[-1]:
+            rest, left = _rest(wanted), _rest(found)
+            lost = lost + rest.exp() * (rest - left)
+        return lost
+
+    return Predictions(model, tokens).each(apart)
 
 
 def distillation_loss(file: Path) -> Loss:
@@ -81,9 +86,8 @@ def distillation_loss(file: Path) -> Loss:
             logs = [handle.get_tensor(f"logs.{place}") for place in batch.places]
             tokens = [handle.get_tensor(f"tokens.{place}") for place in batch.places]
         device = batch.tokens.device
-        wanted, places = (pad_sequence(part, batch_first=True).to(device) for part in (logs, tokens))
-        apart = listed_divergence(predictions(model, batch.tokens), wanted, places)
-        return apart[batch.scored].sum()
+        wanted, listed = (pad_sequence(part, batch_first=True).to(device) for part in (logs, tokens))
+        return listed_divergence(model, batch.tokens, wanted, listed)[batch.scored].sum()
 
     return loss
 

@@ -31,7 +31,7 @@ _BESIDE = (
     "LICENSE*",
     "NOTICE*",
 )
-_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
+_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 
 
 def files_beside(folder: Path) -> dict[str, Path]:

@@ -6,12 +6,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -22,6 +20,7 @@ from compress.loading import load_tokenizer, read_config
 from compress.models import auto_class, text_config
 from compress.passes import Context
 from compress.quant.records import unstacked
+from compress.ranks import Ranks, processes
 from compress.sidecars import PEFT_CONFIG
 from compress.streaming import State, StreamedModel, open_state
 from compress.structure import architecture, block_of
@@ -129,14 +128,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def processes(device: torch.device) -> PartialState:
-    """Tell who is at work, under ``torchrun`` or ``accelerate launch``: usually one process.
-
-    The main process compresses while the others wait; all take part in training. Of the device only the type matters.
-    """
-    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
-
-
 def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
     """Tell what passes may know of a state of the model (the source's by default) before any weight is read."""
     state = state or source.state
@@ -161,6 +152,7 @@ def make_context(source: Source, device: torch.device, seed: int, state: State |
         parameters=sum(sizes.values()),
         context_length=_limit(text_config(state.config)),
         tokenizer=source.tokenizer,
+        ranks=Ranks.at_work(device),
     )
 
 

@@ -332,9 +332,9 @@ class StreamedModel:
         return first[0], calls
 
     @torch.no_grad()
-    def first_inputs(self, samples: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return the first block's hidden states for every sample, by its place in the list."""
-        return {str(place): self.capture(tokens)[0] for place, tokens in enumerate(samples)}
+    def first_inputs(self, samples: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return the first block's hidden states for every sample, by its place."""
+        return {str(place): self.capture(tokens)[0] for place, tokens in samples.items()}
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """Run one block on one sample: [1, T, hidden] to the same, float32."""

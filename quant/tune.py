@@ -13,13 +13,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from compress.distillation import likeliest, listed_divergence
 from compress.errors import CompressError
 from compress.hf import packed_modules
+from compress.logits import token_losses
 from compress.models import text_config
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.precision import multiplies_bfloat16
@@ -27,7 +27,6 @@ from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import EmbeddingShape, PackedShape, SharedShape, bits_range
 from compress.quant.settings import TuneTablesConfig
 from compress.quant.student import Student
-from compress.training import predictions
 from compress.workspace import Record
 
 COMMON = "common"
@@ -197,12 +196,11 @@ class _Lesson:
         scored = _side_by_side([torch.ones(len(self.pieces[place]) - 1, dtype=torch.bool) for place in pieces])
         said = [self._say(place) for place in pieces] if self._config.target == "dense" else []
         with self._precision():
-            logits = predictions(model, tokens)
-        if said:
-            wanted, listed = (_side_by_side([each[part] for each in said]).to(device) for part in range(2))
-            lost = listed_divergence(logits, wanted, listed)
-        else:
-            lost = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+            if said:
+                logs, listed = (_side_by_side([each[part] for each in said]).to(device) for part in range(2))
+                lost = listed_divergence(model, tokens, logs, listed)
+            else:
+                lost = token_losses(model, tokens)
         return lost[scored.to(device)].mean()
 
     @torch.no_grad()

@@ -84,6 +84,16 @@ def plan(
         )
 
 
+def _degrees(folder: Path) -> list[int]:
+    """Return the degrees of tensor parallelism that vLLM can serve a folder at; none where it cannot serve it."""
+    from compress.config import read_settings
+    from compress.vllm.settings import legal_degrees, unserved
+
+    config, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), read_settings(folder)
+    served = stored is None or unserved(stored, config.get("model_type", "")) is None
+    return legal_degrees(config) if served else []
+
+
 def _time(step: dict[str, Any]) -> str:
     if "processor_seconds" not in step:
         return ""
@@ -116,6 +126,7 @@ def inspect(
     from compress.inspect import sparsity as count
 
     found = look(folder)
+    found["tensor_parallel"] = _degrees(folder)
     if plot is not None or (found["pruned"] if sparsity is None else sparsity):
         quiet_transformers()
         found["sparsity"] = count(folder)
@@ -136,6 +147,9 @@ def inspect(
     )
     if modules and found["modules"]:
         out.print(_module_table(found))
+    if found["modules"]:
+        degrees = ", ".join(map(str, found["tensor_parallel"]))
+        out.print(f"degrees of tensor parallelism in vLLM: {degrees or 'none, it cannot serve this'}")
     for line in _pruned_lines(found["modules"]):
         out.print(line)
     for name, sizes in found["blocks"].items():
@@ -219,6 +233,22 @@ def verify(folder: Folder) -> None:
 
     for line in check(folder):
         out.print(f"[green]ok[/] {escape(line)}")
+
+
+@app.command()
+def push(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner alone.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to upload to; main if absent.")] = None,
+    token: Annotated[
+        Optional[str], typer.Option(help="Access token; the one you are logged in with if absent.")
+    ] = None,
+) -> None:
+    """Upload a checkpoint, with its model card, to the Hugging Face hub."""
+    from compress.publish import push as upload
+
+    out.print(escape(upload(folder, name, private, revision, token)))
 
 
 @app.command()
