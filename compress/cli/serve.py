@@ -40,6 +40,10 @@ def serve(
     bits_by_load: Annotated[
         Optional[str], panel(_VLLM, "Fewer bits for more requests: 8,4,3, or 8,4:4,3:16 with the numbers of requests.")
     ] = None,
+    fast: Annotated[
+        bool,
+        panel(_VLLM, "Round activations and codebook entries to 8 bits on a CPU: faster, and less exact.", "--fast"),
+    ] = False,
     draft_bits: Annotated[
         Optional[str],
         panel(_VLLM, "Guess tokens ahead with the same checkpoint at so many bits; the text stays the same."),
@@ -52,7 +56,12 @@ def serve(
     from compress.vllm.settings import Settings
 
     kind, why_not = engines.choose_engine(folder, engine, read_config(folder).model_type)
-    given: dict[str, Any] = {"--held-bits": held_bits, "--bits-by-load": bits_by_load, "--draft-bits": draft_bits}
+    given: dict[str, Any] = {
+        "--held-bits": held_bits,
+        "--bits-by-load": bits_by_load,
+        "--draft-bits": draft_bits,
+        "--fast": fast or None,
+    }
     given |= {"what follows --": context.args or None, "--api-key": api_key}
     if kind == "transformers" and (extra := [name for name, value in given.items() if value is not None]):
         raise CompressError(
@@ -62,7 +71,8 @@ def serve(
     if bits_by_load is not None:
         steps = load_policy(bits_by_load).steps
         asked, held_bits = (steps[0][1] if asked is None else asked), max(held_bits or 0, steps[0][1])
-    settings = Settings(asked, memory, held_bits, _one("--draft-bits", draft_bits), bits_by_load)
+    draft = _one("--draft-bits", draft_bits)
+    settings = Settings(asked, memory, held_bits, draft, False if fast else None, bits_by_load)
     serving = engines.Serving(folder.resolve(), settings, host, port, api_key, tuple(context.args))
     by_matrix, size = engines.served_bits(folder, settings)
     engines.refuse_taken(serving)

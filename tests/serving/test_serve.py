@@ -97,7 +97,7 @@ def test_degrees_of_tensor_parallelism(config, degrees):
 
 def test_the_command_for_vllm(monkeypatch, checkpoint):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    asked = Settings(8, None, 8, 3, "8,4")
+    asked = Settings(8, None, 8, 3, by_load="8,4")
     command, environment = vllm_command(Serving(checkpoint, asked, "::1", 9, "key", ("--max-model-len", "64")), True)
     assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
     said = dict(pairwise(command))
