@@ -68,3 +68,18 @@ def tokens_of(llm, prompts=None) -> list[list[int]]:
     greedily = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     prompts = prompts or [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     return [list(made.outputs[0].token_ids) for made in llm.generate(prompts, greedily, use_tqdm=False)]
+
+
+def greedy_text(folder: Path, bits, prompts: list[str], new: int) -> list[str]:
+    """Return the text that the library itself generates, in float32, up to the end of the text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = compress.load(folder, bits=bits, dtype=torch.float32)
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
