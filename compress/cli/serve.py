@@ -54,7 +54,7 @@ def serve(
     from compress.loading import load_tokenizer, read_config
 
     kind, why_not = engines.choose_engine(folder, engine, read_config(folder).model_type)
-    given = {"--held-bits": held_bits, "--bits-by-load": bits_by_load, "--draft-bits": draft_bits}
+    given: dict[str, Any] = {"--held-bits": held_bits, "--bits-by-load": bits_by_load, "--draft-bits": draft_bits}
     given |= {"--fast": fast or None, "what follows --": context.args or None, "--api-key": api_key}
     extra = [name for name, value in given.items() if value is not None]
     if kind == "transformers" and extra:

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import NEW, PROMPTS, greedy, tokens_of
+from engine_helpers import PROMPTS, greedy, tokens_of
 
 import compress
 
@@ -37,12 +38,6 @@ def test_greedy_tokens_are_those_of_the_library(checkpoints, engine, name, bits)
     wanted = greedy(folder, bits)
     overrides = {} if bits is None else {"compress_bits": bits}
     assert tokens_of(engine(folder, hf_overrides=overrides)) == wanted
-
-
-def test_a_model_that_vllm_builds_by_transformers_is_served_too(checkpoints, engine):
-    folder = checkpoints("shared")
-    wanted = greedy(folder, 4)
-    assert tokens_of(engine(folder, model_impl="transformers", hf_overrides={"compress_bits": 4})) == wanted
 
 
 def test_bits_by_memory_and_by_the_configuration_of_the_engine(checkpoints, engine):
@@ -110,27 +105,34 @@ def test_a_wrong_setting_ends_the_start_with_one_sentence(checkpoints, engine, o
         engine(checkpoints("row"), hf_overrides=overrides)
 
 
-IN_TWO = """
-import sys, json
-from vllm import LLM, SamplingParams
+APART = """
+import json, sys
+from engine_helpers import tokens_of
+from vllm import LLM
 if __name__ == "__main__":
-    folder, new, prompts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, skip_tokenizer_init=True,
-              tensor_parallel_size=2, hf_overrides={"compress_bits": 3})
-    greedily = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    made = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedily, use_tqdm=False)
-    print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in made]))
+    usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True}
+    print("TOKENS", json.dumps(tokens_of(LLM(sys.argv[1], **usual, **json.loads(sys.argv[2])))))
 """
 
 
-@pytest.mark.parametrize("name", ["row", "shared"])
-def test_two_processes_share_a_model(checkpoints, tmp_path, name):
-    """The second half of 500 inputs begins within a word of the planes; the embedding is split by rows."""
-    folder, script = checkpoints(name), tmp_path / "two.py"
-    script.write_text(IN_TWO)
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [sys.executable, str(script), str(folder), str(NEW), json.dumps(PROMPTS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+@pytest.mark.parametrize(
+    ("name", "options", "environment"),
+    [
+        ("row", {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+        ("shared", {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+        ("shared", {"model_impl": "transformers"}, {}),
+    ],
+    ids=["two processes", "two processes, shared codebooks", "model of transformers"],
+)
+def test_an_engine_in_other_processes(checkpoints, tmp_path, name, options, environment):
+    """Split in two, the second half of 500 inputs begins within a word of the planes; the embedding is split by rows."""
+    folder, script = checkpoints(name), tmp_path / "apart.py"
+    script.write_text(APART)
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(script), str(folder), json.dumps({"hf_overrides": {"compress_bits": 3}, **options})]
+    done = subprocess.run(
+        command, env={**os.environ, **more, **environment}, capture_output=True, text=True, timeout=600
+    )
     line = next((line for line in done.stdout.splitlines() if line.startswith("TOKENS ")), "")
     assert line, done.stderr[-2000:]
     assert json.loads(line.removeprefix("TOKENS ")) == greedy(folder, 3)
