@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from compress.kv import KVCache
     from compress.loading import get_bits, load, set_bits
     from compress.pipeline import run
+    from compress.view import view
 
 if "compress_command" not in sys.modules:
     import compress.hf  # noqa: F401  (registers it)
 
-__all__ = ["CompressError", "KVCache", "__version__", "backend", "get_bits", "load", "run", "set_bits"]
+__all__ = ["CompressError", "KVCache", "__version__", "backend", "get_bits", "load", "run", "set_bits", "view"]
 
 _HOMES = dict.fromkeys(("get_bits", "load", "set_bits"), "compress.loading")
-_HOMES |= {"KVCache": "compress.kv", "backend": "compress.kernels.bitplane", "run": "compress.pipeline"}
+_HOMES |= {"KVCache": "compress.kv", "backend": "compress.kernels.bitplane", "run": "compress.pipeline", "view": "compress.view"}
 
 
 def __getattr__(name: str) -> Any:

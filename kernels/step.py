@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.kernels.cpu import FUSED_ROWS, WORTH_A_TEAM, Library, Prepared, library
+from compress.kernels.cpu import FUSED_ROWS, WORTH_A_TEAM, Prepared, library
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of the library's numbers
 MATRICES = ("query", "key", "value", "out", "gate", "up", "down")

@@ -171,7 +171,7 @@ def test_copies_and_pickles_go_on(load, monkeypatch):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         made, calls = decoded(other, monkeypatch, True)
         assert calls > 0
-        assert torch.equal(made, expected)
+        assert torch.allclose(made, expected, atol=1e-5)
     assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
 
 
