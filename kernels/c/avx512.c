@@ -186,11 +186,36 @@ INLINE void add_up(const int batch, const __m512 *total, float *sum)
     }
 }
 
+/* Add the products of a chunk's values and up to four rows of activations to their chains, which are in registers meanwhile. */
+INLINE void chunk_of_rows(const int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+{
+    __m512 sum[4 * CHAINS];
+    for (int i = 0; i < rows * CHAINS; i++)
+        sum[i] = total[i];
+    for (int place = 0; place < VALUES; place += CHAINS)
+        for (int i = 0; i < CHAINS; i++)
+            for (int m = 0; m < rows; m++)
+                sum[m * CHAINS + i] =
+                    _mm512_fmadd_ps(value[place + i], _mm512_load_ps(x + m * step + 16 * (place + i)), sum[m * CHAINS + i]);
+    for (int i = 0; i < rows * CHAINS; i++)
+        total[i] = sum[i];
+}
+
+INLINE void some_rows(int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+{
+    switch (rows) {
+    case 1: chunk_of_rows(1, value, x, step, total); break;
+    case 2: chunk_of_rows(2, value, x, step, total); break;
+    case 3: chunk_of_rows(3, value, x, step, total); break;
+    default: chunk_of_rows(4, value, x, step, total);
+    }
+}
+
 INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots, each = VALUES / slots;
     const void *values = (const uint8_t *)w->table + row * (w->width << bits);
-    __m512 total[MAX_BATCH * CHAINS], small[2];
+    __m512 total[MAX_BATCH * CHAINS], small[2], held[VALUES];
     __m512i split[4][4];
     for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm512_setzero_ps();
@@ -214,14 +239,17 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
                 }
             else
                 values_by_bytes(bits, split, codes[vector], value);
-            for (int m = 0; m < batch; m++) {
-                const float *place = x->values + m * x->step + start * 8 + vector * each * 16;
-                for (int i = 0; i < each; i++) {
-                    __m512 *chain = &total[m * CHAINS + i % CHAINS];
-                    *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(place + 16 * i), *chain);
-                }
+            for (int i = 0; i < each; i++) {
+                int place = vector * each + i;
+                if (batch == 1)
+                    total[i % CHAINS] = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + start * 8 + 16 * place), total[i % CHAINS]);
+                else
+                    held[place] = value[i];
             }
         }
+        if (batch > 1)
+            for (int m = 0; m < batch; m += 4)
+                some_rows(batch - m, held, x->values + m * x->step + start * 8, x->step, total + m * CHAINS);
     }
     for (; start < w->bytes; start += GROUP / 8) {
         __m512i codes = unit_of(bits, w->planes, row * w->stride + start, w->bytes - start);
