@@ -29,7 +29,12 @@ if "compress_command" not in sys.modules:
 __all__ = ["CompressError", "KVCache", "__version__", "backend", "get_bits", "load", "run", "set_bits", "view"]
 
 _HOMES = dict.fromkeys(("get_bits", "load", "set_bits"), "compress.loading")
-_HOMES |= {"KVCache": "compress.kv", "backend": "compress.kernels.bitplane", "run": "compress.pipeline", "view": "compress.drafting"}
+_HOMES |= {
+    "KVCache": "compress.kv",
+    "backend": "compress.kernels.bitplane",
+    "run": "compress.pipeline",
+    "view": "compress.drafting",
+}
 
 
 def __getattr__(name: str) -> Any:

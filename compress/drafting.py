@@ -82,12 +82,14 @@ class Drafting:
         cost: of a drafted token, in tokens decoded by the model itself.
         check: of one more token in the pass that checks, likewise.
         tokens: draft always so many; None chooses.
+        streamer: told of the prompt and of every token; give it here, as ``generate`` hands none on to a loop of another's.
     """
 
     draft: PreTrainedModel
     cost: float = 0.35
     check: float = 0.15
     tokens: int | None = None
+    streamer: Any = None
     share: float = 0.7  # of drafted tokens that were accepted, of late
     drafted: int = 0
     accepted: int = 0
@@ -102,7 +104,6 @@ class Drafting:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        streamer: Any = None,
         **given: Any,
     ) -> Any:
         """Decode one sequence, int64 [1, T]; called by ``generate``.
@@ -112,25 +113,31 @@ class Drafting:
         """
         mask = given.get("attention_mask")
         if len(input_ids) != 1 or not (mask is None or bool((mask == 1).all())):
-            raise CompressError("drafts are for one sequence without padding: give one prompt, without a draft for more.")
+            raise CompressError(
+                "drafts are for one sequence without padding: give one prompt, without a draft for more."
+            )
         name, sampled = cache_name(model), bool(generation_config.do_sample)
         cache = given.get(name) or DynamicCache(config=model.config)
         readers = _Reader(model, name, cache), _Reader(self.draft, name, DynamicCache(config=self.draft.config))
         ids, done = input_ids, False
+        self._tell(ids)
         while not done:
             proposed, beliefs = self._propose(readers[1], ids, logits_processor, sampled)
             logits = readers[0].read(torch.cat([ids, proposed], 1), proposed.shape[1] + 1)
             for token in self._check(ids, proposed, beliefs, logits, logits_processor, sampled):
                 ids = torch.cat([ids, token], 1)
-                if streamer is not None:
-                    streamer.put(token[0].cpu())
+                self._tell(token)
                 if done := bool(stopping_criteria(ids, None).all()):
                     break
             for reader in readers:
                 reader.forget_after(ids.shape[1] - 1)
-        if streamer is not None:
-            streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
         return GenerateDecoderOnlyOutput(sequences=ids) if generation_config.return_dict_in_generate else ids
+
+    def _tell(self, tokens: Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(tokens[0].cpu())
 
     def count(self) -> int:
         """Return how many tokens the next round drafts: what gives most tokens per cost at the share accepted so far."""
