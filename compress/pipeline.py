@@ -24,7 +24,7 @@ from compress.runner import Log, Runner, figures_of
 from compress.settings import Calibration, config_class
 from compress.source import Source, check_source, make_context, open_source, pick_device
 from compress.streaming import State, foreseen
-from compress.workspace import Workspace
+from compress.workspace import Record, Workspace
 
 _PROBE = "def compress(model):\n    return"
 """What the model is asked before work, and by ``verify`` after it."""
@@ -118,15 +118,16 @@ def _work(
     """Do what has been checked: the passes, then the checkpoint."""
     state, history, sidecars, device = source.state, [], [], pick_device(settings.device)
     for step, text in zip(passes, texts, strict=True):
-        context = make_context(source, device, settings.seed, state)
-        runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
-        state, records = runner.run()
-        own = {"text": drawn[text].source} if text and step.needs().text else {}
+        samples = drawn[text] if text else None
+        state, records, tensors = _applied(
+            step, state, source, samples, make_context(source, device, settings.seed, state), work, log
+        )
+        own = {"text": samples.source} if samples and step.needs().text else {}
         # The config says what is packed.
         units = {u: {key: r[key] for key in sorted(r) if key != "packed"} for u, r in records.items()}
         history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
-        sidecars.append((step, runner.sidecars(records), {unit: figures_of(r) for unit, r in records.items()}))
-    if not context.ranks.main:
+        sidecars.append((step, tensors, {unit: figures_of(r) for unit, r in records.items()}))
+    if not log.main:
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None
 
@@ -150,6 +151,15 @@ def _work(
         write_sidecars=write_sidecars,
     )
     log.progress("writing", 1, 1)
+
+
+def _applied(
+    step: Pass[Any], state: State, source: Source, samples: Samples | None, context: Context, work: Workspace, log: Log
+) -> tuple[State, dict[str, Record], dict[str, dict[str, torch.Tensor]]]:
+    """Apply one pass: the state after it, the records of its units, and what belongs beside the model; let its model go."""
+    runner = Runner(step, state, source.state, samples, context, work, log)
+    after, records = runner.run()
+    return after, records, runner.sidecars(records)
 
 
 def _check_once(source: Source, tokens: torch.Tensor, work: Workspace, log: Log) -> None:
