@@ -89,7 +89,11 @@ def plan(
         out.print(
             f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace"
             + _time(step)
+            + (f"; up to {step['processes']} processes can share it" if step["processes"] > 1 else "")
         )
+    out.print(f"at most about {found['peak_memory_bytes'] / 1e6:.0f} MB of memory above the imports in each process")
+    for warning in found["warnings"]:
+        out.print(f"[bold yellow]does not fit:[/] {escape(warning)}")
 
 
 def _time(step: dict[str, Any]) -> str:
