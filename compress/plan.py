@@ -16,7 +16,7 @@ from compress.pipeline import check_order, text_of
 from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
 from compress.ranks import LOTS
 from compress.recipe import Overrides, Recipe, load_recipe
-from compress.settings import Calibration
+from compress.settings import Calibration, TrainingConfig
 from compress.source import open_source
 from compress.streaming import State
 from compress.structure import block_of
@@ -124,11 +124,16 @@ def _needs(
         memory += trained + own
         if needs.teacher:  # both models and, in a step, a dense weight per packed one
             memory = 3 * weights.whole + trained + own
-    helping = min(LOTS, samples) if needs.calibration else len(context.linears) // max(weights.blocks, 1)
+    if isinstance(step.config, TrainingConfig):
+        helping = min(step.config.batch, samples)
+    elif needs.divides:
+        helping = min(LOTS, samples) if needs.calibration else len(context.linears) // weights.blocks
+    else:
+        helping = 1
     return {
         "memory_bytes": _LATE_CODE + memory,
         "workspace_bytes": units + carried,
-        "processes": max(helping, 1) if needs.divides or needs.whole_model else 1,
+        "processes": max(helping, 1),
     }
 
 

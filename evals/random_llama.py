@@ -46,6 +46,15 @@ SIZES = {
 """``llama-1b`` has the sizes of Llama-3.2-1B, but a head of its own; ``llama-8b`` those of Llama-3.1-8B."""
 
 
+def sized(name: str, blocks: int) -> LlamaConfig:
+    """Return one of :data:`SIZES`, cut to its first blocks."""
+    if name not in SIZES:
+        raise CompressError(f"there is no random model {name!r}. {did_you_mean(name, SIZES)}")
+    config = LlamaConfig.from_dict(SIZES[name].to_dict())
+    config.num_hidden_layers = blocks
+    return config
+
+
 def write_llama(folder: Path, config: LlamaConfig) -> Path:
     """Write a random bfloat16 Llama with the built-in model's tokenizer, a block at a time; return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
