@@ -24,6 +24,7 @@ PASSES: dict[str, dict[str, Any]] = {
         "weight, Fisher": {"objective": "weight", "sensitivity": "fisher"},
         "output objective, Fisher": {"objective": "output", "sensitivity": "fisher"},
     },
+    "rtn": {"4 bits": {"bits": 4}},
     "prune": {
         "wanda": {"score": "wanda", "allocation": "mrp", "sparsity": 0.5},
         "sparsegpt": {"score": "sparsegpt", "allocation": "mrp", "sparsity": 0.5},
@@ -85,6 +86,7 @@ class Kind(str, Enum):
     """Name a kind of pass to measure."""
 
     any_precision = "any_precision"
+    rtn = "rtn"
     prune = "prune"
     mini_llm = "mini_llm"
     soft_prompt = "soft_prompt"
