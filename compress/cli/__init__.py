@@ -6,7 +6,7 @@ import sys
 from rich.markup import escape
 
 # Each adds its commands to the application.
-from compress.cli import making, measuring, serving, tuning  # noqa: F401
+from compress.cli import making, measuring, serve, serving, tuning  # noqa: F401
 from compress.cli.common import app, err
 from compress.errors import CompressError
 

@@ -96,6 +96,16 @@ def plan(
         out.print(f"[bold yellow]does not fit:[/] {escape(warning)}")
 
 
+def _degrees(folder: Path) -> list[int]:
+    """Return the degrees of tensor parallelism that vLLM can serve a folder at; none where it cannot serve it."""
+    from compress.config import read_settings
+    from compress.vllm.settings import legal_degrees, unserved
+
+    config, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), read_settings(folder)
+    served = stored is None or unserved(stored, config.get("model_type", "")) is None
+    return legal_degrees(config) if served else []
+
+
 def _time(step: dict[str, Any]) -> str:
     if "processor_seconds" not in step:
         return ""
@@ -128,6 +138,7 @@ def inspect(
     from compress.inspect import sparsity as count
 
     found = look(folder)
+    found["tensor_parallel"] = _degrees(folder)
     if plot is not None or (found["pruned"] if sparsity is None else sparsity):
         quiet_transformers()
         found["sparsity"] = count(folder)
@@ -148,6 +159,9 @@ def inspect(
     )
     if modules and found["modules"]:
         out.print(_module_table(found))
+    if found["modules"]:
+        degrees = ", ".join(map(str, found["tensor_parallel"]))
+        out.print(f"degrees of tensor parallelism in vLLM: {degrees or 'none, it cannot serve this'}")
     for line in _pruned_lines(found["modules"]):
         out.print(line)
     for name, sizes in found["blocks"].items():

@@ -73,7 +73,7 @@ static int column_of(int slots, int vector, int field)
     return first[slots][vector] + slots * field;
 }
 
-static void int8_order(int bits, uint16_t order[CHUNK])
+static void int8_order(int bits, uint16_t order[CHUNK + GROUP])
 {
     int slots = SLOTS(bits), units = 8 / slots;
     for (int i = 0; i < CHUNK; i++) {
@@ -82,7 +82,7 @@ static void int8_order(int bits, uint16_t order[CHUNK])
     }
 }
 
-static void exact_order(int bits, uint16_t order[CHUNK])
+static void exact_order(int bits, uint16_t order[CHUNK + GROUP])
 {
     int slots = SLOTS(bits), units = 8 / slots;
     for (int i = 0; i < CHUNK; i++) {
@@ -266,7 +266,7 @@ static void look_up(const Block *w, int64_t columns, void *out)
     portable_kernels.look_up(w, columns, out);
 }
 
-const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f};
+const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f, 0};
 
 #if defined(__clang__)
 #pragma clang attribute pop
