@@ -28,7 +28,8 @@ FORMS = ("fp8", "mxfp4")
 class Dequantised(Checkpoint):
     """Offer the tensors of a folder as a dense checkpoint has them.
 
-    ``dtype``, by its name, is what matrices become; ``block`` has the rows and columns of a block of float8.
+    ``dtype``, by its name, is what matrices become; ``block`` has the rows and columns of a block of float8. ``uneven`` names a
+    matrix whose last blocks are smaller than the others, which transformers 5.24 takes for blocks of one size.
     """
 
     def __init__(self, files: Checkpoint, dtype: str, block: tuple[int, int]) -> None:
@@ -46,6 +47,9 @@ class Dequantised(Checkpoint):
             if missing := [part for part in parts if part not in stored]:
                 raise CompressError(f"{files.folder}: {name} has no {missing[0]}; fetch the model again.")
         hidden = {part for parts in self._parts.values() for part in parts}
+        self.uneven = next(
+            (n for n, parts in self._parts.items() if self._is_uneven(*(stored[p].shape for p in parts))), None
+        )
         self._info = {n: item for n, item in stored.items() if n not in hidden and not n.endswith(_UNREAD)}
         for name, item in self._info.items():
             if item.dtype in _FLOAT8:
@@ -58,6 +62,12 @@ class Dequantised(Checkpoint):
             if values != name:  # [experts, rows, groups, bytes] -> [experts, columns, rows]
                 shape = (*shape[:-3], 2 * shape[-2] * shape[-1], shape[-3])
             self._info[name] = replace(item, shape=shape, dtype=dtype, itemsize=size)
+
+    def _is_uneven(self, values: tuple[int, ...], scales: tuple[int, ...]) -> bool:
+        if len(scales) < 2 or len(values) != len(scales):
+            return False
+        sizes = zip(values[-2:], scales[-2:], self._block, strict=True)
+        return any(-(-size // usual) == blocks > 1 and size % usual for size, blocks, usual in sizes)
 
     def info(self) -> Mapping[str, TensorInfo]:
         """Describe every tensor of the dense model."""

@@ -41,6 +41,7 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     sha256: dict[str, str]
     quantised: bool = False  # as stored
+    uneven: str | None = None  # a matrix that transformers does not dequantise rightly (findings/fp8_last_block.sh)
 
 
 def open_source(model: str | Mapping[str, Any]) -> Source:
@@ -57,7 +58,8 @@ def open_source(model: str | Mapping[str, Any]) -> Source:
     files = dense_files(Checkpoint(folder), config)
     sha256 = files.sha256()
     state = open_state(files, config, digest(sha256))
-    return Source(folder, state, tokenizer, sha256, isinstance(files, Dequantised))
+    quantised = isinstance(files, Dequantised)
+    return Source(folder, state, tokenizer, sha256, quantised, files.uneven if isinstance(files, Dequantised) else None)
 
 
 def checkpoint_state(folder: Path) -> State:

@@ -104,6 +104,30 @@ def test_the_last_blocks_may_be_smaller():
     assert torch.equal(float8_matrix("w", values, exponents, (128, 128)), torch.full((5, 6), 2.0))
 
 
+def test_a_model_with_uneven_blocks_is_read_rightly_and_not_compared(make_model, tmp_path, caplog):
+    """Transformers takes its blocks of 64 and 32 rows for two of 48 (``findings/fp8_last_block.sh``)."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def changed(own, weight):
+        if own != name:
+            return {own: weight.bfloat16()}
+        parts = (weight.float() * torch.logspace(0, -2, 96)[:, None]).split(64)
+        scales = torch.stack([part.abs().amax() / 448 for part in parts])[:, None]
+        values = torch.cat([part / scale for part, scale in zip(parts, scales, strict=True)]).to(torch.float8_e4m3fn)
+        return {own: values, f"{own}_scale_inv": scales}
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_hidden_layers": 2}
+    settings = {**FLOAT8, "weight_block_size": [64, 64]}
+    folder = rewritten(make_model("qwen3", **sizes), tmp_path / "model", changed, settings)
+    source = open_source(str(folder))
+    stored = load_file(folder / "model.safetensors")
+    wanted = stored[name].float() * stored[f"{name}_scale_inv"].repeat_interleave(64, 0)[:96]
+    assert source.uneven == name
+    assert torch.equal(source.state.source.read([name])[name], wanted.bfloat16())
+    compress.run({"model": str(folder), "passes": [{"kind": "rtn", "bits": 8}]}, tmp_path / "out")
+    assert f"not compared with transformers, which reads another {name}" in caplog.text
+
+
 def test_what_does_not_fit_is_refused(float8, tmp_path):
     with pytest.raises(CompressError, match=r"w: .*\[5, 6\] with scales of \[3, 1\] is no form that is read here"):
         float8_matrix("w", torch.ones(5, 6).to(torch.float8_e4m3fn), torch.ones(3, 1), (4, 4))
