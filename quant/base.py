@@ -111,12 +111,12 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         for name, weight in weights.items():
             check_weight(name, weight)
         if self.needs().variants:  # these put other weights into the block
-            weights = {name: _copied(weight) for name, weight in weights.items()}
+            weights = {name: weight.clone() for name, weight in weights.items()}
         sensitivities = self._sensitivities(block)
         fitted = self.fit_block(block, list(weights))
         errors: Record = {}
         for name in block.ranks.share({name: weight.numel() for name, weight in weights.items()}):
-            weight, sensitivity, found = _copied(weights[name]), sensitivities.get(name), fitted.get(name)
+            weight, sensitivity, found = _on_cpu(weights[name]), sensitivities.get(name), fitted.get(name)
             if found is None:
                 importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
                 found = self.quantise(weight.numpy(), importance)
@@ -132,7 +132,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         table, errors = self.embedding_table(), dict[str, dict[str, dict[str, float]]]()
         for name, linear in block.linears.items():
             check_weight(name, linear.weight)
-            weight = _copied(linear.weight)
+            weight = _on_cpu(linear.weight)
             hessian = block.hessians.get(name)
             looked_up = isinstance(linear.module, nn.Embedding)
             found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())), block.ranks)
@@ -168,9 +168,9 @@ def share_packed(block: Block, names: Sequence[str]) -> None:
     block.packed = packed | block.packed
 
 
-def _copied(weight: Tensor) -> Tensor:
-    """Copy a weight to the CPU, float32 [N, K]."""
-    return weight.detach().to("cpu", torch.float32, copy=True).contiguous()
+def _on_cpu(weight: Tensor) -> Tensor:
+    """Return a weight on the CPU, float32 [N, K], row after row; not to be written to."""
+    return weight.detach().to("cpu", torch.float32).contiguous()
 
 
 def vocabulary_errors(
