@@ -121,10 +121,7 @@ class Joined:
             if held[0].data_ptr() == keys.data_ptr() and held[1].data_ptr() == values.data_ptr():
                 return held
         size = *keys.shape[:2], wanted + max(_SPARE, wanted // 4), keys.shape[3]
-        held = (
-            torch.empty(size, dtype=keys.dtype, device=keys.device),
-            torch.empty(size, dtype=keys.dtype, device=keys.device),
-        )
+        held = torch.empty(size, dtype=keys.dtype, device=keys.device), torch.empty(size, dtype=keys.dtype, device=keys.device)
         for new, old in zip(held, (keys, values), strict=True):
             new[:, :, : old.shape[2]] = old
         self.rooms[layer] = held
