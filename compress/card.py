@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,33 +17,28 @@ from compress.settings import config_class
 from compress.workspace import write_atomic
 
 CARD = "README.md"
+_MEASURED, _RECIPE = "## Measured", "## Recipe"
 _KEPT = ("license", "license_name", "license_link", "language")  # of the dense model's card
 
 
-def write_card(folder: Path, measured: str | None = None, source: Path | None = None) -> None:
-    """Write, or write again, the card of a checkpoint.
-
-    Args:
-        folder: the checkpoint, complete but for its card.
-        measured: a table in Markdown; what an earlier card has of it is lost.
-        source: folder of the dense model, whose licence and language go along; those of an earlier card if None.
-    """
+def write_card(folder: Path, source: Path) -> None:
+    """Write the card of a checkpoint, complete but for it; the dense model's licence and language go along."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise CompressError(f"{folder}: has no manifest, so there is nothing to make a model card of.")
-    kept = _metadata((source or folder) / CARD)
+    kept = _metadata(source / CARD)
     model = manifest["recipe"]["model"]
     name = model if isinstance(model, str) else str(model["name"])
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
     data = ModelCardData(
-        base_model=(name if on_hub else None) if source else kept.get("base_model"),
+        base_model=name if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["compress", *sorted({step["config"]["kind"] for step in manifest["passes"]})],
         **{key: kept[key] for key in _KEPT if kept.get(key) is not None},
     )
     title = Path(name).name
-    body = "\n\n".join(_sections(title, manifest, measured))
+    body = "\n\n".join(_sections(title, manifest))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False)
     write_atomic(folder / CARD, str(card))
 
@@ -58,7 +54,16 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise CompressError(f"{path}: its metadata is not YAML ({first_line(error)}); mend or remove it.") from error
 
 
-def _sections(title: str, manifest: Mapping[str, Any], measured: str | None) -> Iterator[str]:
+def add_measured(folder: Path, table: str) -> None:
+    """Put what was measured of a checkpoint, Markdown, into its card, in place of what was there; the rest stays as it is."""
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = re.sub(rf"{_MEASURED}\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
+    before, recipe, after = text.partition(_RECIPE)
+    write_atomic(path, f"{before.rstrip()}\n\n{_MEASURED}\n\n{table.strip()}\n\n{recipe}{after}".strip() + "\n")
+
+
+def _sections(title: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     at = manifest["sizes"].get("tensors_at_bits", {})
     yield f"# {title}, compressed"
     yield f"{title} after post-training compression with `compress` {manifest['compress_version']}, pass by pass:"
@@ -70,10 +75,7 @@ def _sections(title: str, manifest: Mapping[str, Any], measured: str | None) -> 
     )
     yield "## Load"
     yield _loading(list(map(int, at)))
-    if measured:
-        yield "## Measured"
-        yield measured
-    yield "## Recipe"
+    yield _RECIPE
     recipe = {key: value for key, value in manifest["recipe"].items() if value is not None}
     recipe["passes"] = [_changed(config) for config in recipe["passes"]]
     for key in ("model", "calibration"):

@@ -1,6 +1,7 @@
 """Turn a recipe into a checkpoint: every pass on every block, each step on disk before the next begins."""
 
 import errno
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import version
@@ -24,8 +25,9 @@ from compress.runner import Log, Runner, figures_of
 from compress.settings import Calibration, config_class
 from compress.source import Source, check_source, make_context, open_source, pick_device
 from compress.streaming import State, foreseen
-from compress.workspace import Workspace
+from compress.workspace import Record, Workspace
 
+_log = logging.getLogger(__name__)
 _PROBE = "def compress(model):\n    return"
 """What the model is asked before work, and by ``verify`` after it."""
 
@@ -118,15 +120,16 @@ def _work(
     """Do what has been checked: the passes, then the checkpoint."""
     state, history, sidecars, device = source.state, [], [], pick_device(settings.device)
     for step, text in zip(passes, texts, strict=True):
-        context = make_context(source, device, settings.seed, state)
-        runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
-        state, records = runner.run()
-        own = {"text": drawn[text].source} if text and step.needs().text else {}
+        samples = drawn[text] if text else None
+        state, records, tensors = _applied(
+            step, state, source, samples, make_context(source, device, settings.seed, state), work, log
+        )
+        own = {"text": samples.source} if samples and step.needs().text else {}
         # The config says what is packed.
         units = {u: {key: r[key] for key in sorted(r) if key != "packed"} for u, r in records.items()}
         history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
-        sidecars.append((step, runner.sidecars(records), {unit: figures_of(r) for unit, r in records.items()}))
-    if not context.ranks.main:
+        sidecars.append((step, tensors, {unit: figures_of(r) for unit, r in records.items()}))
+    if not log.main:
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None
 
@@ -152,12 +155,26 @@ def _work(
     log.progress("writing", 1, 1)
 
 
+def _applied(
+    step: Pass[Any], state: State, source: Source, samples: Samples | None, context: Context, work: Workspace, log: Log
+) -> tuple[State, dict[str, Record], dict[str, dict[str, torch.Tensor]]]:
+    """Apply one pass: the state after it, the records of its units, and what belongs beside the model; let its model go."""
+    runner = Runner(step, state, source.state, samples, context, work, log)
+    after, records = runner.run()
+    return after, records, runner.sidecars(records)
+
+
 def _check_once(source: Source, tokens: torch.Tensor, work: Workspace, log: Log) -> None:
     """Check, once for a workspace, that what is read of the model is the model."""
     stage = work.stage("source", source.state.key, *(version(package) for package in ("torch", "transformers")))
     if log.main and stage.record("logits") is None:
-        log.progress("comparing with transformers", 0, 1)
-        check_source(source, tokens)
+        if source.uneven is None:
+            log.progress("comparing with transformers", 0, 1)
+            check_source(source, tokens)
+        else:
+            _log.warning(
+                "not compared with transformers, which reads another %s out of blocks of unequal size.", source.uneven
+            )
         stage.save("logits", {})
 
 

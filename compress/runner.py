@@ -225,7 +225,7 @@ class Runner:
             if block.removed:
                 outputs, tensors = self.stage.load(f"{inputs}-{i}", self.own) if self.needs.inputs else {}, {}
             elif not unchanged:  # load exactly what will be stored
-                inner = {name.removeprefix(f"{block.name}."): tensor.float() for name, tensor in tensors.items()}
+                inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
                 module.load_state_dict(inner, strict=False)
                 outputs = self._outputs(module, block.samples)
             for name, found in block.outputs.items():

@@ -23,6 +23,8 @@ from compress.statistics import hessian_bytes
 from compress.structure import block_of, matching
 from compress.workspace import Record
 
+_SORTING = 24  # bytes per weight of a matrix whose weights are all compared
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,10 +86,12 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         return Needs(inputs="updated" if looks else None, divides=True, pattern=self.config.pattern is not None)
 
     def memory(self, sizes: Sizes, context: Context) -> int:
-        """Estimate what Hessians take: of every distinct input one, its inverse and factor, and a block's scores."""
+        """Estimate what a block's scores and masks take, and Hessians: of every distinct input one, its inverse and factor."""
+        largest = max(rows * columns for rows, columns in context.linears.values())
+        scored = sizes.block + sizes.block // 4 + (0 if self._group == "row" else _SORTING * largest)
         if self.score != "sparsegpt" and self.config.allocation != "hessian":
-            return 0
-        return sizes.block + 3 * hessian_bytes(context.structure, context.linears)
+            return scored
+        return scored + 3 * hessian_bytes(context.structure, context.linears)
 
     @property
     def _group(self) -> Group:

@@ -151,16 +151,26 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
     """
     rows, columns = scores.shape
     if group == "row":
-        counts = torch.tensor(shares(zeros, rows), device=scores.device)
-        order = scores.argsort(dim=1, stable=True)
-        first = torch.arange(columns, device=scores.device) < counts[:, None]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, first)
+        counts, chunks = torch.tensor(shares(zeros, rows), device=scores.device), row_chunks(scores)
+        each = zip(chunks, torch.split(counts, [len(chunk) for chunk in chunks]), strict=True)
+        return torch.cat([_smallest(chunk, count) for chunk, count in each])
     if group == "columns":
         counted = zip(column_blocks(columns), column_shares(zeros, columns), strict=True)
         return torch.cat([select(scores[:, a:b], count, "matrix") for (a, b), count in counted], dim=1)
     pruned = torch.zeros(rows * columns, dtype=torch.bool, device=scores.device)
     pruned[scores.flatten().argsort(stable=True)[:zeros]] = True
     return pruned.view(rows, columns)
+
+
+def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Divide a matrix by rows into views of about 4 million entries."""
+    return torch.split(matrix, max(1, (1 << 22) // max(matrix.shape[1], 1)))
+
+
+def _smallest(scores: Tensor, counts: Tensor) -> Tensor:
+    """Choose the smallest of every row, so many each: bool [N, K]."""
+    first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argsort(dim=1, stable=True), first)
 
 
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:

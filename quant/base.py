@@ -109,12 +109,16 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             return self._run_outside(block)
         ignored = self._ignored(context)
         block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
-        weights = {name: _checked(name, linear.weight) for name, linear in block.linears.items() if name not in ignored}
+        weights = {name: linear.weight for name, linear in block.linears.items() if name not in ignored}
+        for name, weight in weights.items():
+            check_weight(name, weight)
+        if self.needs().variants:  # these put other weights into the block
+            weights = {name: weight.clone() for name, weight in weights.items()}
         sensitivities = self._sensitivities(block)
         fitted = self.fit_block(block, list(weights))
         errors: Record = {}
         for name in block.ranks.share({name: weight.numel() for name, weight in weights.items()}):
-            weight, sensitivity, found = weights[name], sensitivities.get(name), fitted.get(name)
+            weight, sensitivity, found = _on_cpu(weights[name]), sensitivities.get(name), fitted.get(name)
             if found is None:
                 importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
                 found = self.quantise(weight.numpy(), importance)
@@ -129,7 +133,8 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         """Quantise embedding and head, and measure the errors: of outputs where the matrix multiplies hidden states."""
         table, errors = self.embedding_table(), dict[str, dict[str, dict[str, float]]]()
         for name, linear in block.linears.items():
-            weight = _checked(name, linear.weight)
+            check_weight(name, linear.weight)
+            weight = _on_cpu(linear.weight)
             hessian = block.hessians.get(name)
             looked_up = isinstance(linear.module, nn.Embedding)
             found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())), block.ranks)
@@ -165,11 +170,9 @@ def share_packed(block: Block, names: Sequence[str]) -> None:
     block.packed = packed | block.packed
 
 
-def _checked(name: str, weight: Tensor) -> Tensor:
-    """Copy a weight to the CPU, float32 [N, K], and refuse values that are not finite."""
-    weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
-    check_weight(name, weight)
-    return weight
+def _on_cpu(weight: Tensor) -> Tensor:
+    """Return a weight on the CPU, float32 [N, K], row after row; not to be written to."""
+    return weight.detach().to("cpu", torch.float32).contiguous()
 
 
 def vocabulary_errors(

@@ -24,7 +24,7 @@ from compress.passes import Block
 from compress.precision import multiplies_bfloat16
 from compress.quant.format import Codes
 from compress.quant.mixture import fit_experts
-from compress.quant.nested import nested_output_codebooks
+from compress.quant.nested import nested_output_codebooks, row_parts
 from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared_search import shared_output_codebooks
@@ -34,6 +34,7 @@ from compress.statistics import Moments, add_products, mirrored
 CORRECTING = 256  # tokens of every sample that corrections are measured on
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
+_SEARCH = 90  # bytes per weight of the rows that are searched at a time
 _FAST_FROM = 512  # columns: below, products in bfloat16 gain nothing
 
 
@@ -116,9 +117,13 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: in
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
     # What the linears are given on those tokens, and make of them in every variant, in two bytes.
     kept = tokens * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
-    return (
-        4 * (matrices + targets + 4 * length * inputs) + 2 * kept + 1024 * 90 * inputs
-    )  # a sample, and rows, at a time
+    # A sample, and rows, at a time; rows of all linears that may share an input.
+    searched = 0
+    for columns in {columns for _, columns in shapes}:
+        together = sum(rows for rows, other in shapes if other == columns)
+        largest = max(part.stop - part.start for part in row_parts(together, torch.device("cpu")))
+        searched = max(searched, largest * columns)
+    return 4 * (matrices + targets + 4 * length * inputs) + 2 * kept + _SEARCH * searched
 
 
 @torch.no_grad()

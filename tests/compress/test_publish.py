@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import compress
-from compress.card import write_card
+from compress.card import add_measured, write_card
 from compress.errors import CompressError
 from compress.manifest import verify
 from compress.publish import push
@@ -142,9 +142,19 @@ def test_a_card_has_licence_and_base_and_may_be_written_again(recipe, make_model
     folder = compress.run(recipe, tmp_path / "model")
     assert ModelCard.load(folder / "README.md").data.license == "apache-2.0"
     assert ModelCard.load(folder / "README.md").data.base_model is None
-    write_card(folder, measured="| bits | loss |\n|---|---:|\n| 4 | 1.5 |")
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMine.\n")
+    for loss in ("1.5", "1.4"):
+        add_measured(folder, f"| bits | loss |\n|---|---:|\n| 4 | {loss} |")
     card = ModelCard.load(folder / "README.md")
-    assert "## Measured\n\n| bits | loss |" in card.text
+    assert card.text.count("## Measured\n\n| bits | loss |") == 1
+    assert "1.4" in card.text
+    assert "1.5" not in card.text
+    assert (
+        card.text.index("## Load")
+        < card.text.index("## Measured")
+        < card.text.index("## Recipe")
+        < card.text.index("Mine.")
+    )
     assert card.data.license == "apache-2.0"
     assert verify(folder)
     (source / "README.md").unlink()
@@ -159,8 +169,6 @@ def test_a_card_names_the_base_on_the_hub(compressed, tmp_path):
     manifest["recipe"]["model"] = {"name": "them/parent", "revision": "v1"}
     (folder / "compression.json").write_text(json.dumps(manifest))
     write_card(folder, source=tmp_path)
-    assert ModelCard.load(folder / "README.md").data.base_model == "them/parent"
-    write_card(folder)
     assert ModelCard.load(folder / "README.md").data.base_model == "them/parent"
 
 
