@@ -21,7 +21,7 @@ from pydantic import (
 from compress.errors import CompressError, did_you_mean
 from compress.settings import Calibration, ModelSource, PassConfig, config_class, kinds
 
-_BEST = "any_precision", "tune_tables"  # the passes of a recipe that names none
+_BEST = ("any_precision",)  # the passes of a recipe that names none
 _NAME, _MAPPING = "model as a name", "model as a mapping"
 
 
@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     passes: tuple[SerializeAsAny[PassConfig], ...] = Field(
         default_factory=lambda: tuple(parse_pass({"kind": kind}, place) for place, kind in enumerate(_BEST)),
         min_length=1,
-        description="Applied in this order; any_precision and tune_tables, as they are by default, if not given.",
+        description="Applied in this order; any_precision as it is by default, if not given.",
     )
     output: str | None = Field(None, description="Folder to write; the command line's -o takes precedence.")
     seed: int = Field(0, ge=0, description="For passes that draw random numbers.")

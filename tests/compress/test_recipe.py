@@ -159,8 +159,8 @@ def test_a_missing_key_is_named():
 def test_without_passes_it_has_the_best_there_are():
     data = recipe()
     del data["passes"]
-    quantise, tune = load_recipe(data).passes
-    assert (quantise, tune) == (config_class("any_precision")(), config_class("tune_tables")())
+    (quantise,) = load_recipe(data).passes
+    assert quantise == config_class("any_precision")()
     assert [quantise.rank(columns) for columns in (511, 512, 4095, 4096)] == [None, 6, 6, None]
     assert quantise.model_copy(update={"parent_bits": 3}).rank(600) is None
     assert [quantise.packs_embedding(columns) for columns in (511, 512, 8192)] == [False, True, True]
