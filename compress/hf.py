@@ -274,7 +274,9 @@ class CompressQuantizer(HfQuantizer):
         config.pruned = {name: dict(vars(shape)) for name, shape in pruned.items()}
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(  # releases up to 5.19 give no model
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """Leave out what merges or turns tensors: a compressed checkpoint has them as the model has them, but for names."""
         return [entry for entry in weight_conversions if not isinstance(entry, WeightConverter)]
 

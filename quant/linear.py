@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from compress.errors import CompressError
 from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linear, tiled_linear, tiled_weight
 from compress.kernels.layout import Tiled, head_for
@@ -23,6 +25,35 @@ _Key = tuple[int, object, list[Tensor | None]]
 def _same(one: _Key, other: _Key) -> bool:
     (bits, kind, buffers), (other_bits, other_kind, others) = one, other
     return bits == other_bits and kind == other_kind and len(buffers) == len(others) and all(map(is_, buffers, others))
+
+
+_NO_WEIGHT = (
+    "an adapter cannot be merged into packed weights, nor can anything else be computed from their bit planes: keep it beside the "
+    "model, call dequantize() on the model first, which makes its weights dense, or take dense() of a layer."
+)
+
+
+class Planes(Tensor):
+    """Bit planes where others expect a weight: they can be looked at, moved and copied, but not calculated with.
+
+    A model that multiplies by them, or an adapter that is merged into them, would end in torch's words about sizes, or in
+    numbers without sense.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse what takes or gives floating-point numbers; results are plain tensors, but for copies."""
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        refused = any(not isinstance(value, Planes) and value.is_floating_point() for value in given)
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                found = None if refused else func(*args, **(kwargs or {}))
+            except RuntimeError as error:  # of sizes, mostly
+                raise CompressError(_NO_WEIGHT) from error
+            if refused or (isinstance(found, Tensor) and found.is_floating_point()):
+                raise CompressError(_NO_WEIGHT)
+            kept = func in (Tensor.data.__get__, Tensor.clone)  # type: ignore[attr-defined]
+            return found.as_subclass(cls if kept else Tensor) if isinstance(found, Tensor) else found
 
 
 class PackedModule(nn.Module):
@@ -59,6 +90,21 @@ class PackedModule(nn.Module):
         self._group: Group | None = None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return what is held in the place of a weight, the seed's planes or the layout of the kernels, to look at."""
+        held = self._buffers.get("weight", self._buffers.get("tiled_codes"))
+        if held is None:
+            raise AttributeError("weight")
+        found = held.as_subclass(Planes)
+        found.__dict__.update(held.__dict__)  # transformers marks tensors
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors are."""
+        return next(tensor.device for tensor in self._buffers.values() if tensor is not None)
 
     @property
     def bits(self) -> int:
@@ -248,7 +294,7 @@ class PackedModule(nn.Module):
         return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
 
 
-class BitPlaneLinear(PackedModule, nn.Linear):
+class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a weight to look at
     """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
     It is one by class, so that peft puts adapters on it as on any other; its ``weight`` is the seed's planes.
@@ -291,7 +337,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):
         """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""
         if self.is_tiled or self.shape.dense is not self.shape:  # one in the sparse form is not rebuilt yet
             return
-        if not gpu.serves(self.get_buffer("weight").device):
+        if not gpu.serves(self.device):
             return
         shape, buffers, shared = self.shape, dict(self.named_buffers()), self.shared()
         codebooks = {
@@ -336,7 +382,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._part()
         super()._apply(fn, recurse)
-        if self.is_tiled and not gpu.serves(self.get_buffer("tiled_codes").device):
+        if self.is_tiled and not gpu.serves(self.device):
             self.untile()
         self.tile()
         return self
