@@ -265,8 +265,8 @@ class PackedModule(nn.Module):
         if not cpu.serves(self.codebook(bits)):
             return None
         planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
-        factors = {"inputs": self.factors, "factors": self.row_factors, "bias": self._parameters.get("bias")}
-        prepared = cpu.Prepared(planes, table, columns, not exact, **factors)
+        scales = self.factors, self.row_factors, self._parameters.get("bias")
+        prepared = cpu.Prepared(planes, table, columns, not exact, None, *scales)
         self._prepared = key, prepared
         return prepared
 
