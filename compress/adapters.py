@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from compress.config import StoredConfig
 from compress.errors import CompressError, first_line
 from compress.hf import packed_modules
-from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import EmbeddingShape
 from compress.shapes import head_dim
 from compress.sidecars import PROMPT_NAME, find_prompts, read_adapter, read_prompt
@@ -182,11 +181,7 @@ def _settings(fields: Mapping[str, Any], folder: Path, packed: bool) -> dict[str
 
 
 def lora_config(**fields: Any) -> LoraConfig:
-    """Return peft's configuration of low-rank adapters that knows packed linears; to be called within :func:`with_peft`."""
+    """Return peft's configuration of low-rank adapters, which packed linears take as others do; to be called within :func:`with_peft`."""
     from peft import LoraConfig
 
-    from compress.packed_lora import PackedLora
-
-    config = LoraConfig(**fields)
-    config._register_custom_module({BitPlaneLinear: PackedLora})
-    return config
+    return LoraConfig(**fields)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from compress.training import Batch, Loss, predictions
+from compress.logits import Predictions
+from compress.training import Batch, Loss
 from compress.workspace import save_atomic
 
 
@@ -37,10 +39,10 @@ def cache_teacher(
     kept: dict[str, Tensor] = {}
     for place, sample in enumerate(samples):
         progress(place, len(samples))
-        logs = predictions(teacher, sample[None].to(teacher.device))[0].log_softmax(-1)
-        largest = logs.topk(min(count, logs.shape[-1]))
-        kept[f"logs.{place}"] = largest.values.cpu()
-        kept[f"tokens.{place}"] = largest.indices.int().cpu()
+        found = Predictions(teacher, sample[None].to(teacher.device))
+        parts = [_largest(found.logits(part)[0].log_softmax(-1), count) for part in found.parts()]
+        kept[f"logs.{place}"] = torch.cat([part.values for part in parts]).cpu()
+        kept[f"tokens.{place}"] = torch.cat([part.indices for part in parts]).int().cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_atomic(file, kept, {"format": "pt"})
 
@@ -58,15 +60,24 @@ def distillation_loss(file: Path) -> Loss:
             tokens = [handle.get_tensor(f"tokens.{place}").long() for place in batch.places]
         device = batch.tokens.device
         wanted = pad_sequence(logs, batch_first=True).to(device)
-        found = predictions(model, batch.tokens).log_softmax(-1)
-        listed = found.gather(-1, pad_sequence(tokens, batch_first=True).to(device))
-        apart = (wanted.exp() * (wanted - listed)).sum(-1)
-        if wanted.shape[-1] < found.shape[-1]:
-            rest, left = _rest(wanted), _rest(listed)
-            apart = apart + rest.exp() * (rest - left)
-        return apart[batch.scored].sum()
+        places = pad_sequence(tokens, batch_first=True).to(device)
+
+        def apart(logits: Tensor, part: slice) -> Tensor:
+            truth, listed = wanted[:, part], logits.log_softmax(-1).gather(-1, places[:, part])
+            found = (truth.exp() * (truth - listed)).sum(-1)
+            if truth.shape[-1] < logits.shape[-1]:
+                rest, left = _rest(truth), _rest(listed)
+                found = found + rest.exp() * (rest - left)
+            return found
+
+        return Predictions(model, batch.tokens).each(apart)[batch.scored].sum()
 
     return loss
+
+
+def _largest(logs: Tensor, count: int) -> Any:
+    """Return values and indices of the largest of each row, [T, count]."""
+    return logs.topk(min(count, logs.shape[-1]))
 
 
 def _rest(logs: Tensor) -> Tensor:

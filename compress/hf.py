@@ -28,6 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.config import METHOD, Bits, StoredConfig, format_version
+from compress.decoding import join_steps
 from compress.errors import CompressError
 from compress.experts import Experts, is_experts
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
@@ -296,6 +297,7 @@ class CompressQuantizer(HfQuantizer):
             if isinstance(module, BitPlaneLinear):
                 module.tile()
         join_layers(model)
+        join_steps(model)
         assert isinstance(self.quantization_config, CompressConfig)
         tell_heads(model.config, self.quantization_config.block_shapes())
         ends = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from compress.errors import CompressError
 from compress.hf import cache_name
 from compress.kv import KVCache
 from compress.kv_settings import KVBits, KVSettings, parse_kv_bits
+from compress.logits import token_losses
 
 _PLAIN = KVSettings()
 _NAMES = ("past_key_values", "cache")
@@ -37,9 +38,8 @@ def losses_by_blocks(model: Any, ids: Tensor, cache: Any, block: int) -> Tensor:
     name, losses = cache_name(model), []
     for start in range(0, ids.shape[1] - 1, block):
         part = ids[:, start : start + block]
-        logits = model(input_ids=part, use_cache=True, **{name: cache}).logits[:, -part.shape[1] :].float()
         after = ids[:, start + 1 : start + 1 + part.shape[1]]
-        losses.append(nn.functional.cross_entropy(logits[:, : after.shape[1]].mT, after, reduction="none"))
+        losses.append(token_losses(model, part, after, use_cache=True, **{name: cache}))
     return torch.cat(losses, 1)
 
 

@@ -17,14 +17,14 @@ import torch
 from accelerate.utils import broadcast, reduce
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from compress.defaults import usual_defaults
 from compress.errors import CompressError
+from compress.logits import token_losses
 from compress.passes import Progress, derived_generator
+from compress.ranks import processes
 from compress.settings import TrainingConfig as TrainingConfig  # a part of this contract
-from compress.source import processes
 from compress.weights import read_tensors
 from compress.workspace import digest, save_atomic
 
@@ -53,15 +53,17 @@ _AS_IT_IS: States = {"loss": lambda: None}
 
 
 def predictions(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Compute the logits for ``tokens[:, 1:]``, float32 [B, T - 1, vocabulary]; those of a prompt's virtual tokens are dropped."""
+    """Compute the logits for ``tokens[:, 1:]``, float32 [B, T - 1, vocabulary]; those of a prompt's virtual tokens are dropped.
+
+    With a large vocabulary this is much memory: :class:`compress.logits.Predictions` makes a part of them at a time.
+    """
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits[:, -tokens.shape[1] : -1].float()
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum the cross-entropy of the tokens after each sample's first."""
-    losses = cross_entropy(predictions(model, batch.tokens).transpose(1, 2), batch.tokens[:, 1:], reduction="none")
-    return losses[batch.scored].sum()
+    return token_losses(model, batch.tokens)[batch.scored].sum()
 
 
 @dataclass

@@ -30,9 +30,10 @@ from compress.evals.perplexity import Window, score
 from compress.evals.store import dense_identity, identity
 from compress.hub import model_folder
 from compress.loading import load
+from compress.logits import Predictions
 from compress.manifest import read_manifest
 
-_HELD = 1 << 28  # bytes of the dense model's log-probabilities held while all numbers of bits are compared with them
+_HELD = 1 << 28  # bytes of the dense model's logits held while all numbers of bits are compared with them
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
@@ -140,13 +141,16 @@ def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str
         step = max(1, _HELD // (4 * longest * int(dense.config.vocab_size)))
         for start in range(0, len(windows), step):
             chunk = windows[start : start + step]
-            expected = [_log_probabilities(dense, window) for window in chunk]
+            expected = [_predictions(dense, window) for window in chunk]
             for label, comparison in sums.items():
                 if label != "dense":
                     compress.set_bits(work.model, work.all_bits[label])
                 for window, truth in zip(chunk, expected, strict=True):
-                    got = truth if label == "dense" else _log_probabilities(work.model, window)
-                    comparison.add(truth, got, torch.tensor(window.tokens[-window.scored :], device=truth.device))
+                    got = truth if label == "dense" else _predictions(work.model, window)
+                    wanted = torch.tensor(window.tokens[-window.scored :], device=dense.device)
+                    for part in truth.parts():
+                        logs = [one.logits(part)[0].log_softmax(-1) for one in (truth, got)]
+                        comparison.add(logs[0], logs[1], wanted[part])
             if watch is not None:
                 watch(start + len(chunk), len(windows))
         for label, comparison in sums.items():
@@ -155,11 +159,10 @@ def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str
     return {label: row["metrics"] for label, row in rows.items() if row is not None}
 
 
-def _log_probabilities(model: PreTrainedModel, window: Window) -> Tensor:
-    """Return the log-probabilities that predict the scored tokens: [scored, vocabulary], float32."""
-    ids = torch.tensor([window.tokens], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, -window.scored - 1 : -1]
-    return logits.float().log_softmax(-1)  # type: ignore[no-any-return]
+def _predictions(model: PreTrainedModel, window: Window) -> Predictions:
+    """Return what a model predicts for the scored tokens of a window."""
+    last = len(window.tokens) - 1
+    return Predictions(model, torch.tensor([window.tokens], device=model.device), range(last - window.scored, last))
 
 
 def evaluate_robustness(work: OpenText, rate: float = 0.05) -> dict[str, dict[str, float]]:

@@ -15,19 +15,20 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.adapters import virtual_tokens
 from compress.errors import CompressError
-from compress.evals.perplexity import Window, context_length, prepare, window_losses
-
-_LOGITS = 1 << 28  # bytes of float32 logits in a batch on the CPU, where nothing tells that memory runs out
+from compress.evals.perplexity import BATCH_TOKENS, Window, context_length, prepare, window_losses
+from compress.logits import Predictions
 
 
 class Harness(HFLM):
     """Show lm-eval a loaded causal LM, or a peft model whose virtual tokens take a part of the context.
 
-    The rows in a batch are chosen by the machine's memory if ``batch`` is None; ``progress`` gets (requests done, in all).
+    Without ``batch`` the rows in a batch are chosen by their length, and where texts are generated on a GPU by lm-eval;
+    ``progress`` gets (requests done, in all).
     """
 
     def __init__(
@@ -38,10 +39,10 @@ class Harness(HFLM):
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.virtual_tokens, self.progress, self.truncated = virtual_tokens(model), progress, 0
-        self._done = self._total = 0
+        self._done, self._total, self._batch = 0, 0, batch
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch or "auto")
         if batch is None and self.device.type == "cpu":  # elsewhere lm-eval tries, and halves at out of memory
-            self.batch_size_per_gpu = min(32, max(1, _LOGITS // (4 * self.max_length * len(tokenizer))))
+            self.batch_size_per_gpu = min(32, self._rows(self.max_length))
 
     @property
     def max_length(self) -> int:
@@ -58,13 +59,14 @@ class Harness(HFLM):
         for number, request in enumerate(requests):
             text = [request.args[0]] if request.args[0] else []
             windows = prepare(text, self.tokenizer, length, begin=[self.prefix_token_id]).windows if text else []
-            found.append(-sum(self._loss(windows[i : i + self._rows]) for i in range(0, len(windows), self._rows)))
+            step = self._rows(length)
+            found.append(-sum(self._loss(windows[i : i + step]) for i in range(0, len(windows), step)))
             self._tell(number + 1, len(requests))
         return found
 
-    @property
-    def _rows(self) -> int:
-        return self.batch_size if isinstance(self.batch_size, int) else 1
+    def _rows(self, length: int) -> int:
+        """Return the rows in a batch of texts, if nobody has said how many."""
+        return self._batch or max(1, BATCH_TOKENS // length)
 
     @torch.inference_mode()
     def _loss(self, windows: Sequence[Window]) -> float:
@@ -86,21 +88,54 @@ class Harness(HFLM):
             self.progress(done, total)
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+        """Return (log-likelihood of the answer, whether each of its tokens is the likeliest) of (_, before, answer).
+
+        What is too long loses its beginning, as with lm-eval. Answers of one token share a run of what is before them.
+        """
         longest = max((len(after) for _, _, after in requests), default=0)
         if longest > self.max_length:
             raise CompressError(
                 f"an answer has {longest} tokens, but the context holds {self.max_length}; this model can not take the task."
             )
         self.truncated += sum(len(before) + len(after) > self.max_length + 1 for _, before, after in requests)
-        self._done, self._total = 0, len(requests)
-        return list(super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs))
+        asked: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, before, after) in enumerate(requests):
+            asked.setdefault(tuple((before + after)[-self.max_length - 1 : -1]), []).append(place)
+        ordered, found = sorted(asked, key=len, reverse=True), [(0.0, False)] * len(requests)
+        done = told = 0
+        while done < len(ordered):
+            batch = ordered[done : done + self._rows(len(ordered[done]))]
+            places = [(row, place) for row, text in enumerate(batch) for place in asked[text]]
+            answers = self._answers(batch, [(row, requests[place][2]) for row, place in places])
+            for (_, place), answer in zip(places, answers, strict=True):
+                found[place] = answer
+            done, told = done + len(batch), told + len(places)
+            self._tell(told, len(requests))
+        return found
 
-    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.inference_mode():
-            logits = super()._model_call(inps, *args, **kwargs)
-        self._done = min(self._done + len(inps), self._total)
-        self._tell(self._done, self._total)
-        return logits  # type: ignore[no-any-return]
+    @torch.inference_mode()
+    def _answers(
+        self, texts: Sequence[Sequence[int]], answers: Sequence[tuple[int, list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Score answers, (row of the text that ends with all but their last token, tokens)."""
+        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(self.device)
+        ends = [len(texts[row]) for row, _ in answers]
+        first = min(end - len(tokens) for end, (_, tokens) in zip(ends, answers, strict=True))
+        targets = torch.full((len(answers), max(ends) - first), -1)
+        for target, end, (_, tokens) in zip(targets, ends, answers, strict=True):
+            target[end - len(tokens) - first : end - first] = torch.tensor(tokens)
+        targets, rows = targets.to(self.device), torch.tensor([row for row, _ in answers], device=self.device)
+
+        def score(logits: Tensor, part: slice) -> Tensor:
+            wanted = targets[:, part]
+            columns = torch.arange(wanted.shape[1], device=wanted.device)
+            logs = logits.log_softmax(-1)[rows[:, None], columns, wanted.clamp(min=0)]
+            return torch.stack([logs, (logits.argmax(-1)[rows] == wanted).float()], -1)
+
+        found = Predictions(self.model, ids, range(first, max(ends))).each(score).double()
+        scored = targets >= 0
+        sums = (found[..., 0] * scored).sum(1)
+        return list(zip(sums.tolist(), ((found[..., 1] == 1) | ~scored).all(1).tolist(), strict=True))
 
 
 _SEED, _OTHER_SEED = 0, 1234  # lm-eval's own, of ``random`` and of everything else

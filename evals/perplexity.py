@@ -8,13 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.adapters import text_length, virtual_tokens
 from compress.defaults import usual_defaults
 from compress.errors import CompressError
+from compress.logits import token_losses
 from compress.tokens import bos_tokens, front_tokens, reading, token_ids
+
+BATCH_TOKENS = 8192
+"""Tokens that are run through a model at once; the logits of some of them are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _bytes_of(
 def score(
     model: PreTrainedModel,
     text: Text,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
     losses: Callable[[PreTrainedModel, Sequence[Window]], Tensor] | None = None,
 ) -> Score:
@@ -181,9 +185,7 @@ def as_tensors(batch: Sequence[Window], device: torch.device) -> tuple[Tensor, T
 def window_losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
     """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
     ids, wanted = as_tensors(batch, model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] : -1].float()  # without those of a prompt
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses.masked_fill(~wanted, 0.0)
+    return token_losses(model, ids).masked_fill(~wanted, 0.0)
 
 
 def context_length(model: PreTrainedModel, cap: int = 2048) -> int:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from compress.errors import CompressError
+from compress.logits import token_losses
 from compress.settings import Calibration
 from compress.tokens import bos_tokens, token_ids
-from compress.training import Batch, Loss, predictions
+from compress.training import Batch, Loss
 
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
@@ -79,7 +79,7 @@ def answer_loss(samples: Sequence[Instruction]) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         targets = batch.tokens[:, 1:]
-        losses = cross_entropy(predictions(model, batch.tokens).transpose(1, 2), targets, reduction="none")
+        losses = token_losses(model, batch.tokens)
         first = torch.tensor([samples[place].prompt - 1 for place in batch.places], device=targets.device)
         answer = batch.scored & (torch.arange(targets.shape[1], device=targets.device) >= first[:, None])
         return ((losses * answer).sum(1) / answer.sum(1) * batch.scored.sum(1)).sum()

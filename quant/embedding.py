@@ -41,7 +41,7 @@ class BitPlaneHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the embedding's first planes, as the embedding itself has them under this name."""
-        return self.embedding.get_buffer("weight")
+        return self.embedding.weight
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -49,7 +49,7 @@ class BitPlaneHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the head: [..., K] to [..., N] in the dtype of ``x``, differentiable in ``x``."""
-        place = self.embedding.get_buffer("weight").device
+        place = self.embedding.device
         y = self.embedding.product(x.to(place), self.embedding.bits).to(x.device)
         return y if self.bias is None else y + self.bias
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from compress.errors import CompressError
 from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linear, tiled_linear, tiled_weight
 from compress.kernels.layout import Tiled, head_for
@@ -23,6 +25,35 @@ _Key = tuple[int, object, list[Tensor | None]]
 def _same(one: _Key, other: _Key) -> bool:
     (bits, kind, buffers), (other_bits, other_kind, others) = one, other
     return bits == other_bits and kind == other_kind and len(buffers) == len(others) and all(map(is_, buffers, others))
+
+
+_NO_WEIGHT = (
+    "an adapter cannot be merged into packed weights, nor can anything else be computed from their bit planes: keep it beside the "
+    "model, call dequantize() on the model first, which makes its weights dense, or take dense() of a layer."
+)
+
+
+class Planes(Tensor):
+    """Bit planes where others expect a weight: they can be looked at, moved and copied, but not calculated with.
+
+    A model that multiplies by them, or an adapter that is merged into them, would end in torch's words about sizes, or in
+    numbers without sense.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse what takes or gives floating-point numbers; results are plain tensors, but for copies."""
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        refused = any(not isinstance(value, Planes) and value.is_floating_point() for value in given)
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                found = None if refused else func(*args, **(kwargs or {}))
+            except RuntimeError as error:  # of sizes, mostly
+                raise CompressError(_NO_WEIGHT) from error
+            if refused or (isinstance(found, Tensor) and found.is_floating_point()):
+                raise CompressError(_NO_WEIGHT)
+            kept = func in (Tensor.data.__get__, Tensor.clone)  # type: ignore[attr-defined]
+            return found.as_subclass(cls if kept else Tensor) if isinstance(found, Tensor) else found
 
 
 class PackedModule(nn.Module):
@@ -59,6 +90,21 @@ class PackedModule(nn.Module):
         self._group: Group | None = None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return what is held in the place of a weight, the seed's planes or the layout of the kernels, to look at."""
+        held = self._buffers.get("weight", self._buffers.get("tiled_codes"))
+        if held is None:
+            raise AttributeError("weight")
+        found = held.as_subclass(Planes)
+        found.__dict__.update(held.__dict__)  # transformers marks tensors
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors are."""
+        return next(tensor.device for tensor in self._buffers.values() if tensor is not None)
 
     @property
     def bits(self) -> int:
@@ -140,18 +186,23 @@ class PackedModule(nn.Module):
         return found if columns is None else found.mul_(columns).to(dtype)
 
     def product(self, x: Tensor, bits: int) -> Tensor:
-        """Multiply by the matrix as it is stored, at a number of bits: [..., K] to [..., N] in the dtype of ``x``, differentiable in it."""
+        """Multiply by the matrix as it is stored, at a number of bits: [..., K] to [..., N] in the dtype of ``x``, differentiable in it.
+
+        The module's bias is added, if it has one.
+        """
         prepared = self._direct(bits, x)
-        dense = self._kept_dense(bits, x.dtype) if prepared is None else None
-        if dense is not None:
-            return matmul(x, dense.t())
-        shape, scaled, rows = self.shape, self._scaled(x), self.row_factors
         if prepared is not None:
-            y = prepared(scaled)
+            return prepared(x)
+        dense = self._kept_dense(bits, x.dtype)
+        if dense is not None:
+            y = matmul(x, dense.t())
         else:
+            shape, rows = self.shape, self.row_factors
             tensors = [self.codebook(bits), *self.planes(bits)]
-            y = packed_linear(scaled, tensors, None, shape.out_features, shape.in_features, bits, 0)
-        return y if rows is None else (y * rows[:, 0]).to(x.dtype)
+            y = packed_linear(self._scaled(x), tensors, None, shape.out_features, shape.in_features, bits, 0)
+            y = y if rows is None else (y * rows[:, 0]).to(x.dtype)
+        bias = self._parameters.get("bias")
+        return y if bias is None else y + bias
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Multiply activations by the factors of the columns, if there are any."""
@@ -174,7 +225,7 @@ class PackedModule(nn.Module):
 
     def _key(self, bits: int, kind: object) -> _Key:
         """Return all that what is kept between calls was made of; whoever moves tensors may put others in their place."""
-        return bits, kind, list(self._buffers.values())
+        return bits, kind, [*self._buffers.values(), self._parameters.get("bias")]
 
     def _kept_dense(self, bits: int, dtype: torch.dtype) -> Tensor | None:
         """Return the dense weight kept between calls, ``N * K`` values in the activations' dtype, or None."""
@@ -195,19 +246,27 @@ class PackedModule(nn.Module):
 
         The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
         """
-        if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
+        if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
             return None
         if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return None
-        exact, kept = self.exact, self._prepared
+        return self.prepared(bits)
+
+    def prepared(self, bits: int | None = None) -> cpu.Prepared | None:
+        """Return the C library's view of this layer at a number of bits, those in use if None; None where it does not serve it."""
+        bits, exact, kept = bits or self.bits, self.exact, self._prepared
+        if self.keep_dense or self.is_tiled:
+            return None
         key = self._key(bits, exact)
         if kept is not None and _same(kept[0], key):
             return kept[1]
         if not cpu.serves(self.codebook(bits)):
             return None
-        prepared = cpu.Prepared(self.planes(bits), self.codebook(bits), self.shape.in_features, int8=not exact)
+        planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
+        factors = {"inputs": self.factors, "factors": self.row_factors, "bias": self._parameters.get("bias")}
+        prepared = cpu.Prepared(planes, table, columns, not exact, **factors)
         self._prepared = key, prepared
         return prepared
 
@@ -235,7 +294,7 @@ class PackedModule(nn.Module):
         return f"{shape.in_features}, {shape.out_features}, bits={self.bits} of {shape.seed_bits}..{shape.parent_bits}"
 
 
-class BitPlaneLinear(PackedModule, nn.Linear):
+class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a weight to look at
     """Stand in for ``nn.Linear``: a frozen layer of N outputs and K inputs in ``bits`` planes.
 
     It is one by class, so that peft puts adapters on it as on any other; its ``weight`` is the seed's planes.
@@ -272,14 +331,13 @@ class BitPlaneLinear(PackedModule, nn.Linear):
         if self.is_tiled and not self.keep_dense:
             shared = group.take(self, bits, x) if group is not None else None
             return tiled_linear(self._scaled(x), self.tiled(), bits, self.bias) if shared is None else shared
-        y = self.product(x, bits)
-        return y if self.bias is None else y + self.bias
+        return self.product(x, bits)
 
     def tile(self) -> None:
         """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""
         if self.is_tiled or self.shape.dense is not self.shape:  # one in the sparse form is not rebuilt yet
             return
-        if not gpu.serves(self.get_buffer("weight").device):
+        if not gpu.serves(self.device):
             return
         shape, buffers, shared = self.shape, dict(self.named_buffers()), self.shared()
         codebooks = {
@@ -324,7 +382,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._part()
         super()._apply(fn, recurse)
-        if self.is_tiled and not gpu.serves(self.get_buffer("tiled_codes").device):
+        if self.is_tiled and not gpu.serves(self.device):
             self.untile()
         self.tile()
         return self

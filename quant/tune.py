@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.kernels.packing import unpack_planes
+from compress.logits import Predictions
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import EmbeddingShape, PackedShape, bits_range, own_tensor
 from compress.quant.settings import TuneTablesConfig
-from compress.training import predictions
 from compress.workspace import Record
 
 _OF_MORE_BITS = "codebooks of more bits are computed from these, and would change with them"
@@ -176,7 +176,11 @@ def divergence(model: PreTrainedModel, dense: PreTrainedModel, samples: Sequence
     tokens = pad_sequence(list(samples), batch_first=True).to(device)
     scored = pad_sequence([torch.ones(len(sample) - 1, dtype=torch.bool) for sample in samples], batch_first=True)
     with torch.no_grad():
-        wanted = predictions(dense, tokens).log_softmax(-1)
-    found = predictions(model, tokens).log_softmax(-1)
-    apart = kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
-    return apart[scored.to(device)].mean()
+        wanted = Predictions(dense, tokens)
+
+    def apart(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            logs = wanted.logits(part).log_softmax(-1)
+        return kl_div(logits.log_softmax(-1), logs, reduction="none", log_target=True).sum(-1)
+
+    return Predictions(model, tokens).each(apart)[scored.to(device)].mean()

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
+from compress.logits import run_inside, token_losses
 from compress.passes import Context, Progress
 from compress.pruning.settings import GradientSettings
 from compress.pruning.structured.groups import Kind, Part
@@ -151,7 +152,7 @@ def _inputs(
         for chosen, scored in batches(samples, model.device):
             first = torch.ones(len(chosen), 1, dtype=torch.bool, device=chosen.device)
             real = torch.cat([first, scored], dim=1).flatten()
-            model(input_ids=chosen, use_cache=False)
+            run_inside(model, chosen)
     means = {name: total / moments.tokens[name] for name, total in sums.items()}
     return {name: moments.mean(name).sqrt() for name in sums}, means
 
@@ -168,9 +169,7 @@ def batches(samples: Sequence[Tensor], device: torch.device) -> Iterator[tuple[T
 
 def sample_losses(model: PreTrainedModel, tokens: Tensor, scored: Tensor) -> Tensor:
     """Measure the mean next-token loss of every sample, [B], in nats and float32."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    return (losses * scored).sum(1) / scored.sum(1)
+    return (token_losses(model, tokens) * scored).sum(1) / scored.sum(1)
 
 
 def noise(shape: torch.Size, seed: int, place: int, device: torch.device) -> Tensor:
@@ -343,7 +342,7 @@ def gates_residual(
             found[label] += summed.square().sum(0) / len(samples)
 
         with torch.no_grad(), watch({label: linear.module for label, (linear, _) in gated.items()}, add):
-            model(input_ids=tokens, use_cache=False)
+            run_inside(model, tokens)
     return found
 
 
@@ -362,5 +361,6 @@ def _stream_slope(model: PreTrainedModel, last_block: nn.Module, tokens: Tensor,
 
     # No weight requires a gradient, so nothing before the leaf is recorded.
     with torch.enable_grad(), _hooked([last_block.register_forward_hook(cut)]):
-        (slope,) = torch.autograd.grad(sample_losses(model, tokens, scored).sum(), leaf)
+        loss = sample_losses(model, tokens, scored).sum()
+        (slope,) = torch.autograd.grad(loss, leaf[0])  # the block also runs where the head is run in parts
     return slope

@@ -250,17 +250,17 @@ def test_a_tensor_of_another_adapter_is_refused(compressed, tmp_path):
         attach_adapter(compress.load(compressed), tmp_path)
 
 
+@pytest.mark.parametrize("config", [lora_config, peft.LoraConfig])
 @pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter"])
-def test_merging_into_packed_weights_is_refused_and_works_once_they_are_dense(compressed, call):
-    model = peft.get_peft_model(
-        compress.load(compressed), lora_config(task_type="CAUSAL_LM", r=4, target_modules=TARGETS)
-    )
+def test_merging_into_packed_weights_is_refused_and_works_once_they_are_dense(compressed, call, config):
+    model = peft.get_peft_model(compress.load(compressed), config(task_type="CAUSAL_LM", r=4, target_modules=TARGETS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     expected = logits(model)
-    with pytest.raises(CompressError, match=r"cannot be merged into packed weights.*dequantize\(\)"):
-        getattr(model, call)()
+    for safe in (False, True):
+        with pytest.raises(CompressError, match=r"cannot be merged into packed weights.*dequantize\(\)"):
+            getattr(model, call)(safe_merge=safe)
     assert torch.equal(logits(model), expected)
     model.unmerge_adapter()
     model.get_base_model().dequantize()
@@ -273,5 +273,25 @@ def test_an_adapter_can_be_taken_off_again(compressed):
     model = adapted(compress.load(compressed))
     bare = model.unload()
     assert torch.equal(logits(bare), logits(compress.load(compressed)))
-    with pytest.raises(RuntimeError):  # peft's own layer, in its own words: nothing is changed
+    with pytest.raises(CompressError, match="cannot be merged into packed weights"):
         adapted(bare).merge_and_unload()
+
+
+def test_a_packed_weight_can_be_looked_at_and_moved_but_not_calculated_with(compressed):
+    model = compress.load(compressed)
+    layer, x = model.model.layers[0].mlp.up_proj, torch.ones(1, 48)
+    weight, held = layer.weight, dict(layer.named_buffers())["weight"]
+    assert (weight.shape, weight.dtype, weight.device.type) == (held.shape, torch.int32, "cpu")
+    assert type(weight.to("cpu")) is type(held) is torch.Tensor
+    assert torch.equal(weight, held)
+    calculations = (
+        lambda: x @ weight.t(),
+        lambda: torch.nn.functional.linear(x, weight),
+        lambda: weight.float(),
+        lambda: weight.data.add_(x),
+        lambda: 0.5 * weight,
+        lambda: weight.clone() + x,
+    )
+    for calculate in calculations:
+        with pytest.raises(CompressError, match=r"bit planes.*dequantize\(\)"):
+            calculate()

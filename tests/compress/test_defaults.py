@@ -121,7 +121,7 @@ NUMBERED = {"arange", "tensor", "randint", "randperm"}
 WITHIN_A_FORWARD_PASS = (
     *sorted((ROOT / "kernels").glob("*.py")),
     *(ROOT / "quant" / name for name in ("format.py", "fused.py")),
-    *(ROOT / "compress" / name for name in ("shapes.py", "prompted.py", "packed_lora.py")),
+    *(ROOT / "compress" / name for name in ("shapes.py", "prompted.py")),
 )
 
 
