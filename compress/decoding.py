@@ -29,6 +29,7 @@ _KNOWN = {
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+JOINED = "joined"  # the name under which a block keeps what its calls use again
 _SPARE = 64  # tokens that a cache has room for when it grows, at least
 
 
@@ -72,7 +73,7 @@ class JoinedBlock:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the class that transformers has, without what was derived from tensors."""
-        state = {name: value for name, value in self.__dict__.items() if name != "joined"}
+        state = {name: value for name, value in self.__dict__.items() if name != JOINED}
         return _bare, (self.plain,), state
 
 
@@ -117,11 +118,14 @@ class Joined:
         """
         keys, values, wanted = layer.keys, layer.values, layer.keys.shape[2] + tokens
         held = self.rooms.get(layer)
-        if held is not None and held[0].shape[0] == len(keys) and wanted <= held[0].shape[2]:
-            if held[0].data_ptr() == keys.data_ptr() and held[1].data_ptr() == values.data_ptr():
-                return held
+        fits = held is not None and held[0].shape[0] == keys.shape[0] and wanted <= held[0].shape[2]
+        if fits and held[0].data_ptr() == keys.data_ptr() and held[1].data_ptr() == values.data_ptr():
+            return held
         size = *keys.shape[:2], wanted + max(_SPARE, wanted // 4), keys.shape[3]
-        held = torch.empty(size, dtype=keys.dtype, device=keys.device), torch.empty(size, dtype=keys.dtype, device=keys.device)
+        held = (
+            torch.empty(size, dtype=keys.dtype, device=keys.device),
+            torch.empty(size, dtype=keys.dtype, device=keys.device),
+        )
         for new, old in zip(held, (keys, values), strict=True):
             new[:, :, : old.shape[2]] = old
         self.rooms[layer] = held
@@ -163,9 +167,9 @@ def _layer_of(cache: Any, block: Any) -> Any:
 
 def _joined(block: Any) -> Joined | None:
     """Return what is kept of a block, made again if anything in it is another; None if hooks watch it."""
-    kept: Joined | None = block.__dict__.get("joined")
+    kept: Joined | None = block.__dict__.get(JOINED)
     if kept is None or not kept.is_current():
-        kept = block.__dict__["joined"] = Joined(block)
+        kept = block.__dict__[JOINED] = Joined(block)
     return None if kept.is_watched() else kept
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.kernels.cpu import FUSED_ROWS, WORTH_A_TEAM, Library, Prepared, library
+from compress.kernels.cpu import FUSED_ROWS, WORTH_A_TEAM, Prepared, library
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of the library's numbers
 MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
@@ -48,9 +48,20 @@ class Block:
         found = library()
         if isinstance(found, str):
             raise ValueError(found)
-        hidden, queries, keys = matrices["query"].columns, sizes.heads * sizes.channels, sizes.key_heads * sizes.channels
+        hidden, queries, keys = (
+            matrices["query"].columns,
+            sizes.heads * sizes.channels,
+            sizes.key_heads * sizes.channels,
+        )
         inner = matrices["gate"].rows
-        wanted = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), *[(inner, hidden)] * 2, (hidden, inner)]
+        wanted = [
+            (queries, hidden),
+            (keys, hidden),
+            (keys, hidden),
+            (hidden, queries),
+            *[(inner, hidden)] * 2,
+            (hidden, inner),
+        ]
         held = [(matrices[name].rows, matrices[name].columns) for name in MATRICES]
         if held != wanted or sizes.channels % _LANES or sizes.heads % sizes.key_heads:
             raise ValueError(f"matrices of {held} are not a block of {sizes} that the library serves")
@@ -95,7 +106,11 @@ class Block:
         cosine, sine = turns[0].float().contiguous(), turns[1].float().contiguous()
         addresses = self._place, y.data_ptr(), cosine.data_ptr(), sine.data_ptr(), keys.data_ptr(), values.data_ptr()
         several = length if cosine.shape[0] > 1 else 0
-        seen = (0, 0, 0) if mask is None else (mask.element_size(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+        seen = (
+            (0, 0, 0)
+            if mask is None
+            else (mask.element_size(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+        )
         sizes = batch, length, past, several, keys.stride(0), keys.stride(1), _CACHED[keys.dtype]
         step = _STEP.pack(*addresses, 0 if mask is None else mask.data_ptr(), *sizes, *seen)
         found = self._library

@@ -163,8 +163,9 @@ class KVCalibrateConfig(PassConfig):
     choices: tuple[int, ...] = Field(
         (2, 3, 4, 6, 8), min_length=1, description="Numbers of bits that a layer may have."
     )
-    group: int | tuple[int, int] = Field(
-        32, description="Values that share a scale; (of keys, of values) if they differ."
+    group: int | tuple[int, int] | None = Field(
+        None,
+        description="Values that share a scale; (of keys, of values) if they differ. Absent: 128 tokens of a key's channel, up to 64 channels of a value.",
     )
     residual: int = Field(128, ge=0, description="So many of the last tokens stay whole.")
     text: Calibration | None = Field(

@@ -40,6 +40,10 @@ def serve(
     bits_by_load: Annotated[
         Optional[str], panel(_VLLM, "Fewer bits for more requests: 8,4,3, or 8,4:4,3:16 with the numbers of requests.")
     ] = None,
+    fast: Annotated[
+        bool,
+        panel(_VLLM, "Round activations and codebook entries to 8 bits on a CPU: faster, and less exact.", "--fast"),
+    ] = False,
     draft_bits: Annotated[
         Optional[str],
         panel(_VLLM, "Guess tokens ahead with the same checkpoint at so many bits; the text stays the same."),
@@ -48,21 +52,15 @@ def serve(
     """Serve a checkpoint by OpenAI's interface. What follows -- goes to vLLM: -- --max-model-len 4096."""
     from compress.cli import engines
     from compress.loading import load_tokenizer, read_config
-    from compress.vllm.load import load_policy
-    from compress.vllm.settings import Settings
 
     kind, why_not = engines.choose_engine(folder, engine, read_config(folder).model_type)
     given: dict[str, Any] = {"--held-bits": held_bits, "--bits-by-load": bits_by_load, "--draft-bits": draft_bits}
-    given |= {"what follows --": context.args or None, "--api-key": api_key}
-    if kind == "transformers" and (extra := [name for name, value in given.items() if value is not None]):
-        raise CompressError(
-            f"{extra[0]}: transformers' server cannot do this, and {why_not or 'it was asked for'}; vLLM can."
-        )
-    asked = _one("--bits", bits)
-    if bits_by_load is not None:
-        steps = load_policy(bits_by_load).steps
-        asked, held_bits = (steps[0][1] if asked is None else asked), max(held_bits or 0, steps[0][1])
-    settings = Settings(asked, memory, held_bits, _one("--draft-bits", draft_bits), bits_by_load)
+    given |= {"--fast": fast or None, "what follows --": context.args or None, "--api-key": api_key}
+    extra = [name for name, value in given.items() if value is not None]
+    if kind == "transformers" and extra:
+        reason = why_not or "it was asked for"
+        raise CompressError(f"{extra[0]}: transformers' server cannot do this, and {reason}; vLLM can.")
+    settings = _settings(folder, _one("--bits", bits), memory, held_bits, bits_by_load, fast, draft_bits)
     serving = engines.Serving(folder.resolve(), settings, host, port, api_key, tuple(context.args))
     by_matrix, size = engines.served_bits(folder, settings)
     engines.refuse_taken(serving)
@@ -76,6 +74,31 @@ def serve(
         _run(serving, kind, by_matrix, size, chats)
     except KeyboardInterrupt:
         err.print("server ended.")
+
+
+def _settings(
+    folder: Path,
+    bits: Any,
+    memory: str | None,
+    held: int | None,
+    by_load: str | None,
+    fast: bool,
+    draft_bits: str | None,
+) -> Any:
+    """Put options together, and refuse bits that the checkpoint does not have."""
+    from compress.cli import engines
+    from compress.vllm.load import load_policy
+    from compress.vllm.settings import Settings
+
+    draft = _one("--draft-bits", draft_bits)
+    later = [] if draft is None else [draft]
+    if by_load is not None:
+        steps = [number for _, number in load_policy(by_load).steps]
+        later += steps
+        bits, held = (steps[0] if bits is None else bits), max(held or 0, steps[0])
+    for other in later:
+        engines.served_bits(folder, Settings(other))
+    return Settings(bits, memory, held, draft, False if fast else None, by_load)
 
 
 def _one(option: str, text: str | None) -> Any:

@@ -75,23 +75,23 @@ class BitsMiddleware:
             self._policy, self._by_load = load_policy(extra["by_load"]), True
 
     async def _adapt(self, engine: Any) -> None:
-        """Change the bits if the number of requests asks for it, and nobody is changing them."""
+        """Change the bits as long as the number of requests asks for it; who comes meanwhile leaves it to that."""
         if self._policy is None or not self._by_load or self._changing.locked():
             return
-        bits = self._policy.next(self._told["bits"], len(self._seen))
-        if bits is not None:
-            await self._change(engine, bits)
-
-    async def _change(self, engine: Any, bits: Any) -> str | None:
-        """Change the bits of all workers; return what is wrong with them, or None."""
         async with self._changing:
-            wrong: str | None = (await engine.collective_rpc("compress_set_bits", args=(bits,)))[0]
-            if wrong is None:
-                self._told = (await engine.collective_rpc("compress_bits"))[0]
-                await engine.reset_prefix_cache()
-                for met in self._seen.values():
-                    met.append(self._told["bits"])
-            return wrong
+            while (bits := self._policy.next(self._told["bits"], len(self._seen))) is not None:
+                if await self._set(engine, bits) is not None:
+                    break
+
+    async def _set(self, engine: Any, bits: Any) -> str | None:
+        """Set the bits of all workers, by whoever holds the lock; return what is wrong with them, or None."""
+        wrong: str | None = (await engine.collective_rpc("compress_set_bits", args=(bits,)))[0]
+        if wrong is None:
+            self._told = (await engine.collective_rpc("compress_bits"))[0]
+            await engine.reset_prefix_cache()
+            for met in self._seen.values():
+                met.append(self._told["bits"])
+        return wrong
 
     async def _answer(self, scope: _Message, receive: _Receive) -> tuple[int, Any]:
         """Return the status and the content for a request about bits."""
@@ -106,9 +106,11 @@ class BitsMiddleware:
                 if asked == "load" and self._policy is None:
                     raise ValueError("this server was started without --bits-by-load.")
                 self._by_load = asked == "load"
-                wrong = None if self._by_load else await self._change(engine, asked)
-                if wrong is not None:
-                    raise ValueError(wrong)
+                if not self._by_load:
+                    async with self._changing:
+                        wrong = await self._set(engine, asked)
+                    if wrong is not None:
+                        raise ValueError(wrong)
             elif scope["method"] != "GET":
                 return 405, _error(f"{PATH} knows GET and POST.")
         except ValueError as error:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from compress.errors import CompressError
+from compress.kernels import cpu
 from compress.kernels.packing import WORD, pack_planes, unpack_planes
 from compress.quant.embedding import BitPlaneEmbedding
-from compress.quant.format import expand
-from compress.quant.fused import join
+from compress.quant.format import expand, join_planes
+from compress.quant.fused import join, same_factors
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape, SparseShape
 from compress.vllm.settings import Held
@@ -129,7 +130,9 @@ class StoredMatrix:
         else:
             shape = cut({}, shape, self.part)[0]
         shape, tensors = _from_least(shape, tensors, self.held.least)
-        return _packed(shape, tensors, self.held.bits, dtype, embedding)
+        module = _packed(shape, tensors, self.held.bits, dtype, embedding)
+        module.exact = self.held.exact
+        return module
 
 
 def _dense(weight: Tensor) -> nn.Linear:
@@ -165,6 +168,9 @@ class Matrices(nn.Module):
         if len(self.packed()) == len(self.parts) > 1:
             places = [str(place) for place in range(len(self.parts))]
             join({f"part.{place}": part for place, part in zip(places, self.packed().values(), strict=True)}, [places])
+        self._linears = list(self.packed().values())
+        self._together = _lay_together(list(self.parts))
+        self._joined: tuple[list[int], AtOnce | None] | None = None
 
     def packed(self) -> dict[tuple[str, ...], BitPlaneLinear]:
         """Return the parts that are packed, by the names of their matrices in the checkpoint."""
@@ -173,8 +179,74 @@ class Matrices(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all products side by side: [..., K] to [..., N of all] in the dtype of ``x``."""
+        if x.device.type == "cpu" and (joined := self._at_once()) is not None:
+            return joined(x)
         products = [part(x) for part in self.parts]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+    def _at_once(self) -> AtOnce | None:
+        """Return what multiplies by all parts in one call of the C library at the bits in use, or None."""
+        bits = [part.bits for part in self.packed().values()] if self._together else []
+        if self._joined is None or self._joined[0] != bits:
+            self._joined = (
+                bits,
+                AtOnce.of(list(self.packed().values()), self._together) if len(set(bits)) == 1 else None,
+            )
+        return self._joined[1]
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """Multiply by matrices whose planes lie behind each other, past all that a module of the library looks after."""
+
+    prepared: cpu.Prepared
+    columns: Tensor | None  # factors of the columns, float32 [K]
+
+    @classmethod
+    def of(cls, parts: Sequence[BitPlaneLinear], together: Mapping[str, Tensor]) -> AtOnce:
+        """Make it for parts at the bits in use, and their planes by the stored names."""
+        first = parts[0]
+        planes = join_planes(together, first.shape.seed_bits, first.bits)
+        codebook = torch.cat([part.codebook() for part in parts])
+        columns = None if first.factors is None else first.factors.float()
+        return cls(cpu.Prepared(planes, codebook, first.in_features, int8=not first.exact), columns)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply: [..., K] to [..., N of all] in the dtype of ``x``."""
+        scaled = x if self.columns is None else x.float() * self.columns
+        if x.numel() > cpu.FUSED_ROWS * x.shape[-1]:
+            scaled = scaled.to(x.dtype)  # torch multiplies by weights that are looked up, faster in this dtype
+        return self.prepared(scaled).to(x.dtype)
+
+
+def _lay_together(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Put planes of parts behind each other where one call of the C library can multiply by all, else return nothing.
+
+    That is where every row has a codebook of its own, be it computed, and all parts multiply the same values.
+    """
+    packed = [part for part in parts if isinstance(part, BitPlaneLinear)]
+    if len(packed) < len(parts) or not all(_direct(part) for part in packed):
+        return {}
+    first = packed[0]
+    same = all(
+        part.shape.all_bits == first.shape.all_bits
+        and part.shape.codebook_dtype == first.shape.codebook_dtype
+        and same_factors(part.factors, first.factors)
+        for part in packed
+    )
+    if not same:
+        return {}
+    names = ["weight", *(f"plane_{bits}" for bits in first.shape.all_bits[1:])]
+    together = {name: torch.cat([part.get_buffer(name) for part in packed], -2) for name in names}
+    for name, planes in together.items():
+        views = torch.split(planes, [part.out_features for part in packed], -2)
+        for part, view in zip(packed, views, strict=True):
+            part.register_buffer(name, view)
+    return together
+
+
+def _direct(part: BitPlaneLinear) -> bool:
+    return not part.is_tiled and part.row_factors is None and cpu.serves(part.get_buffer("weight"))
 
 
 def _merged(parts: Sequence[nn.Module], names: Sequence[str]) -> dict[tuple[str, ...], nn.Module]:
@@ -186,7 +258,9 @@ def _merged(parts: Sequence[nn.Module], names: Sequence[str]) -> dict[tuple[str,
             rows = last.shape.out_features + part.shape.out_features
             tensors = {kind: torch.cat([tensor, part.get_buffer(kind)], -2) for kind, tensor in last.named_buffers()}
             shape = replace(last.shape, out_features=rows)
-            found[-1] = (*before, name), _packed(shape, tensors, last.bits, torch.float32, embedding=False)
+            one = _packed(shape, tensors, last.bits, torch.float32, embedding=False)
+            one.exact = last.exact
+            found[-1] = (*before, name), one
         else:
             found.append(((name,), part))
     return dict(found)
@@ -195,7 +269,7 @@ def _merged(parts: Sequence[nn.Module], names: Sequence[str]) -> dict[tuple[str,
 def _alike(one: BitPlaneLinear, other: BitPlaneLinear) -> bool:
     own = type(one.shape) is PackedShape and type(other.shape) is PackedShape
     same = replace(one.shape, out_features=1) == replace(other.shape, out_features=1)
-    return own and same and one.bits == other.bits
+    return own and same and one.bits == other.bits and one.exact == other.exact
 
 
 class Vocabulary(nn.Module):

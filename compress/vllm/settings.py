@@ -15,11 +15,12 @@ _DENSE_EMBEDDING = ("gemma", "gemma2", "opt", "falcon", "bloom", "mixtral", "gpt
 
 @dataclass(frozen=True)
 class Held:
-    """Say at how many bits a matrix is read, and which others are kept so that it can be read at them later."""
+    """Say at how many bits a matrix is read, which others are kept so that it can be read at them later, and how it multiplies."""
 
     bits: int
     least: int
     most: int
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Settings:
         held_bits: up to so many bits are kept in memory, so that the engine can be switched while it runs; only those in use
             if None.
         draft_bits: what ``bits`` are for a draft of speculative decoding.
+        exact: as of :func:`compress.load`: whether sums on a CPU are of float32 products, not of 8-bit ones.
         by_load: fewer bits for more requests (:func:`compress.vllm.load.load_policy`), for :mod:`compress.vllm.http`.
     """
 
@@ -39,6 +41,7 @@ class Settings:
     memory: str | int | None = None
     held_bits: int | None = None
     draft_bits: Any = None
+    exact: bool | None = None
     by_load: str | None = None
 
 
@@ -66,13 +69,16 @@ def held_bits(folder: str, stored: StoredConfig, asked: Settings, access: Mappin
     if bits is None and asked.memory is None:
         bits = {} if stored.bits is None else stored.bits
     chosen = bits_by_module(bits_for(folder, bits, asked.memory, **access) or {}, shapes)
+    if asked.exact not in (None, True, False):
+        raise CompressError(f"exact {asked.exact!r}: give true or false.")
+    exact = asked.exact is not False
     if asked.held_bits is None:
-        return {name: Held(own, own, own) for name, own in chosen.items()}
+        return {name: Held(own, own, own, exact) for name, own in chosen.items()}
     known = bits_range(shapes.values())
     if type(asked.held_bits) is not int or asked.held_bits not in known:
         raise CompressError(f"held_bits {asked.held_bits!r}: this model can be read at {known[0]} to {known[-1]} bits.")
     return {
-        name: Held(own, shapes[name].seed_bits, max(own, shapes[name].at(asked.held_bits)))
+        name: Held(own, shapes[name].seed_bits, max(own, shapes[name].at(asked.held_bits)), exact)
         for name, own in chosen.items()
     }
 

@@ -175,23 +175,49 @@ INLINE void prefetch(const int bits, const Block *w, int64_t place)
         PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD));
 }
 
-/* Sums of the four chains of a single row of activations, or of one chain for each of several. */
+/* Every row of activations is added up in four chains, however many rows there are: the sums are the same to the last bit. */
+#define CHAINS 4
+
 INLINE void add_up(const int batch, const __m512 *total, float *sum)
 {
-    if (batch == 1)
-        sum[0] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3])));
-    else
-        for (int m = 0; m < batch; m++)
-            sum[m] += _mm512_reduce_add_ps(total[m]);
+    for (int m = 0; m < batch; m++) {
+        const __m512 *chain = total + m * CHAINS;
+        sum[m] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(chain[0], chain[1]), _mm512_add_ps(chain[2], chain[3])));
+    }
+}
+
+/* Add the products of a chunk's values and up to four rows of activations to their chains, which are in registers meanwhile. */
+INLINE void chunk_of_rows(const int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+{
+    __m512 sum[4 * CHAINS];
+    for (int i = 0; i < rows * CHAINS; i++)
+        sum[i] = total[i];
+    for (int place = 0; place < VALUES; place += CHAINS)
+        for (int i = 0; i < CHAINS; i++)
+            for (int m = 0; m < rows; m++)
+                sum[m * CHAINS + i] =
+                    _mm512_fmadd_ps(value[place + i], _mm512_load_ps(x + m * step + 16 * (place + i)), sum[m * CHAINS + i]);
+    for (int i = 0; i < rows * CHAINS; i++)
+        total[i] = sum[i];
+}
+
+INLINE void some_rows(int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+{
+    switch (rows) {
+    case 1: chunk_of_rows(1, value, x, step, total); break;
+    case 2: chunk_of_rows(2, value, x, step, total); break;
+    case 3: chunk_of_rows(3, value, x, step, total); break;
+    default: chunk_of_rows(4, value, x, step, total);
+    }
 }
 
 INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
-    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1, each = VALUES / slots;
+    const int slots = SLOTS(bits), units = 8 / slots, each = VALUES / slots;
     const void *values = (const uint8_t *)w->table + row * (w->width << bits);
-    __m512 total[MAX_BATCH], small[2];
+    __m512 total[MAX_BATCH * CHAINS], small[2], held[VALUES];
     __m512i split[4][4];
-    for (int i = 0; i < batch * chains; i++)
+    for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm512_setzero_ps();
     if (bits <= 5)
         small_table(bits, values, w->width, small);
@@ -213,14 +239,17 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
                 }
             else
                 values_by_bytes(bits, split, codes[vector], value);
-            for (int m = 0; m < batch; m++) {
-                const float *place = x->values + m * x->step + start * 8 + vector * each * 16;
-                for (int i = 0; i < each; i++) {
-                    __m512 *chain = &total[m * chains + i % chains];
-                    *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(place + 16 * i), *chain);
-                }
+            for (int i = 0; i < each; i++) {
+                int place = vector * each + i;
+                if (batch == 1)
+                    total[i % CHAINS] = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + start * 8 + 16 * place), total[i % CHAINS]);
+                else
+                    held[place] = value[i];
             }
         }
+        if (batch > 1)
+            for (int m = 0; m < batch; m += 4)
+                some_rows(batch - m, held, x->values + m * x->step + start * 8, x->step, total + m * CHAINS);
     }
     for (; start < w->bytes; start += GROUP / 8) {
         __m512i codes = unit_of(bits, w->planes, row * w->stride + start, w->bytes - start);
@@ -234,7 +263,7 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
             values_by_bytes(bits, split, codes, value);
         for (int m = 0; m < batch; m++)
             for (int i = 0; i < 4; i++) {
-                __m512 *chain = &total[m * chains + i % chains];
+                __m512 *chain = &total[m * CHAINS + i % CHAINS];
                 *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + m * x->step + start * 8 + 16 * i), *chain);
             }
     }
@@ -260,10 +289,10 @@ INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
 
 INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
-    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1;
-    __m512 total[MAX_BATCH];
+    const int slots = SLOTS(bits), units = 8 / slots;
+    __m512 total[MAX_BATCH * CHAINS];
     __m512i table[4];
-    for (int i = 0; i < batch * chains; i++)
+    for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm512_setzero_ps();
     int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
 
@@ -282,7 +311,7 @@ INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t ro
             for (int group = 0; group < GROUPS; group++) {
                 __m512i activation = _mm512_load_si512(x->codes + place + group * GROUP);
                 __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value[group], activation);
-                __m512 *chain = &total[m * chains + group % chains];
+                __m512 *chain = &total[m * CHAINS + group % CHAINS];
                 *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale[group]), *chain);
             }
         }
@@ -292,7 +321,7 @@ INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t ro
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
             __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value, _mm512_load_si512(x->codes + place));
-            __m512 *chain = &total[m * chains];
+            __m512 *chain = &total[m * CHAINS];
             *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x->scales[place / GROUP]), *chain);
         }
     }

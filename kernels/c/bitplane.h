@@ -71,7 +71,7 @@ extern const Kernels avx2_kernels, avx512_kernels;
 #define PREFETCH(address) ((void)(address))
 #endif
 
-/* A function for every width, and one more for a single row of activations. */
+/* A function for every width, and more for one to four rows of activations. */
 #define EVERY_WIDTH(call)  \
     switch (w->bits) {     \
     case 1: call(1) break; \
@@ -83,13 +83,15 @@ extern const Kernels avx2_kernels, avx512_kernels;
     case 7: call(7) break; \
     default: call(8)       \
     }
-#define ROWS(function, bits)                               \
-    if (x->batch == 1)                                     \
-        for (int64_t row = 0; row < w->rows; row++)        \
-            function(bits, 1, w, row, x, sum[row]);        \
-    else                                                   \
-        for (int64_t row = 0; row < w->rows; row++)        \
-            function(bits, x->batch, w, row, x, sum[row]);
+#define ROWS(function, bits)                                         \
+    for (int64_t row = 0; row < w->rows; row++)                      \
+        switch (x->batch) {                                          \
+        case 1: function(bits, 1, w, row, x, sum[row]); break;       \
+        case 2: function(bits, 2, w, row, x, sum[row]); break;       \
+        case 3: function(bits, 3, w, row, x, sum[row]); break;       \
+        case 4: function(bits, 4, w, row, x, sum[row]); break;       \
+        default: function(bits, x->batch, w, row, x, sum[row]);      \
+        }
 #define EXACT(bits) ROWS(exact_row, bits)
 #define INT8(bits) ROWS(int8_row, bits)
 

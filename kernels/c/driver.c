@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define ROWS_AT_ONCE 16      /* rows of weights that pass by one block of activations */
-#define BLOCK_BYTES 32768    /* such a block of the first row stays in or near the first-level cache */
+#define BLOCK 4096           /* columns of activations at a time: the same for any number of rows, so that sums are the same */
 
 int compress_abi(void)
 {
@@ -92,8 +92,8 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
     for (int64_t i = 0; i < rows; i++)
         memset(sum[i], 0, sizeof(float) * (size_t)product->x.batch);
 
-    for (int64_t column = 0; column < matrix->columns; column += product->block) {
-        int64_t columns = smaller(product->block, matrix->columns - column);
+    for (int64_t column = 0; column < matrix->columns; column += BLOCK) {
+        int64_t columns = smaller(BLOCK, matrix->columns - column);
         Activations x = product->x;
         if (matrix->affine) {
             x.codes += column;
@@ -191,8 +191,7 @@ Product arrange(const Matrix *matrix, const float *x, int64_t step, int batch, v
             totals[m] = (float)total;
     }
     Activations arranged = {.values = values, .codes = room, .scales = scales, .step = span, .batch = batch};
-    int64_t block = rounded_up(BLOCK_BYTES / (matrix->affine ? 1 : (int64_t)sizeof(float)) / batch, CHUNK);
-    return (Product){.matrix = matrix, .kernels = kernels, .x = arranged, .totals = totals, .block = block};
+    return (Product){.matrix = matrix, .kernels = kernels, .x = arranged, .totals = totals};
 }
 
 int compress_product(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)

@@ -16,7 +16,6 @@ typedef struct {
     const float *totals;       /* int8 mode: [batch], the sum of each row's activations as rounded */
     float *y;
     int64_t step;              /* from a row of y to the next */
-    int64_t block;             /* columns of activations at a time */
     int add;                   /* to what y holds */
 } Product;
 

@@ -12,11 +12,14 @@ from compress.vllm.load import load_policy
 
 
 class Engine:
+    slow = 0  # seconds that a call takes
+
     def __init__(self, by_load=None):
         self.bits, self.resets = 8, 0
         self.vllm_config = SimpleNamespace(additional_config={"compress": {"by_load": by_load}})
 
     async def collective_rpc(self, name, args=()):
+        await asyncio.sleep(self.slow)
         if name == "compress_bits":
             return [{"bits": self.bits, "held": [3, 8]}] * 2
         if args[0] > 8:
@@ -119,7 +122,7 @@ def test_an_answer_has_the_bits_that_it_met():
     async def main():
         server = Server()
         waiting = asyncio.create_task(server.ask("POST", "/v1/completions", {}))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
         await server.bits({"bits": 3})
         server.go.set()
         assert (await waiting)[1] == {b"x-own": b"1", b"x-compress-bits": b"8,3"}
@@ -134,7 +137,7 @@ def test_many_requests_get_fewer_bits_and_more_again_when_they_are_done():
         waiting, seen = [], []
         for _ in range(7):
             waiting.append(asyncio.create_task(server.ask("POST", "/v1/completions", {})))
-            for _ in range(5):
+            for _ in range(20):
                 await asyncio.sleep(0)
             seen.append(server.engine.bits)
         assert seen == [8, 8, 4, 4, 4, 3, 3]
@@ -147,6 +150,20 @@ def test_many_requests_get_fewer_bits_and_more_again_when_they_are_done():
         assert server.engine.bits == 4  # whoever sets them decides, until "load" is sent
         assert (await server.bits({"bits": "load"}))[1]["by_load"] is True
         await server.ask("POST", "/v1/completions", {})
+        assert server.engine.bits == 8
+
+    asyncio.run(main())
+
+
+def test_requests_that_end_during_a_change_count_too():
+    async def main():
+        server = Server(by_load="8,4:2,3:6")
+        server.engine.slow = 0.01
+        waiting = [asyncio.create_task(server.ask("POST", "/v1/completions", {})) for _ in range(8)]
+        await asyncio.sleep(0.2)
+        assert server.engine.bits == 3
+        server.go.set()
+        await asyncio.gather(*waiting)
         assert server.engine.bits == 8
 
     asyncio.run(main())

@@ -97,7 +97,7 @@ def test_degrees_of_tensor_parallelism(config, degrees):
 
 def test_the_command_for_vllm(monkeypatch, checkpoint):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    asked = Settings(8, None, 8, 3, "8,4")
+    asked = Settings(8, None, 8, 3, by_load="8,4")
     command, environment = vllm_command(Serving(checkpoint, asked, "::1", 9, "key", ("--max-model-len", "64")), True)
     assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
     said = dict(pairwise(command))
@@ -142,6 +142,8 @@ def test_a_view_is_the_checkpoint_at_some_bits(checkpoint, tmp_path):
         (["--bits", "9", "--engine", "vllm"], "9 bits are not available; this model can be read at 2 to 4 bits"),
         (["--bits", "2,3"], "--bits '2,3': give one number of bits"),
         (["--bits-by-load", "3,4"], "--bits-by-load '3,4': give two or more"),
+        (["--bits-by-load", "4,1"], "1 bits are not available; this model can be read at 2 to 4 bits"),
+        (["--draft-bits", "7"], "7 bits are not available; this model can be read at 2 to 4 bits"),
         (["--engine", "transformers", "--held-bits", "4"], "--held-bits: transformers' server cannot do this"),
         (["--engine", "transformers", "--api-key", "x"], "--api-key: transformers' server cannot do this"),
         (["--engine", "transformers", "--", "--seed", "1"], "what follows --: transformers' server cannot do this"),
