@@ -283,6 +283,11 @@ class CompressQuantizer(HfQuantizer):
         experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
         for name, module in [*packed.items(), *experts.items()]:
             for tensor, value in [*module.named_buffers(), *module.named_parameters()]:
+                if value.is_meta:
+                    raise CompressError(
+                        f"{model.name_or_path}: {name} is packed, so it cannot be left on the disk; give a device_map without disk, "
+                        "or more memory in max_memory."
+                    )
                 if not getattr(value, "_is_hf_initialized", False):
                     where = f"tensor {name}.{tensor}"
                     raise CompressError(f"{model.name_or_path}: {where} is missing; fetch or write it again.")
@@ -300,6 +305,11 @@ class CompressQuantizer(HfQuantizer):
         if any(module is end for module in packed.values() for end in ends):
             model.resize_token_embeddings = partial(resize_packed, model)  # type: ignore[assignment, method-assign]
         return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Make all of a model dense, of ``dtype``, or of the one it has by now, which its config does not know."""
+        wanted = dtype or model.dtype
+        return super().dequantize(model, wanted).to(wanted)  # type: ignore[no-any-return, no-untyped-call]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put dense modules, of the bits in use, where a model has packed ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,10 @@ class BitPlaneEmbedding(PackedModule):
         found = self.dense(self.dtype, places=tokens.reshape(-1))
         # The constant is rounded to the dtype first, as the dense module does.
         return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype  # rows are looked up in the model's
+        return super()._apply(fn, recurse)
 
 
 class BitPlaneHead(nn.Module):
