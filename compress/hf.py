@@ -283,13 +283,13 @@ class CompressQuantizer(HfQuantizer):
         experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
         for name, module in [*packed.items(), *experts.items()]:
             for tensor, value in [*module.named_buffers(), *module.named_parameters()]:
-                if value.is_meta:
-                    raise CompressError(
-                        f"{model.name_or_path}: {name} is packed, so it cannot be left on the disk; give a device_map without disk, "
-                        "or more memory in max_memory."
-                    )
                 if not getattr(value, "_is_hf_initialized", False):
                     where = f"tensor {name}.{tensor}"
+                    if "disk" in getattr(model, "hf_device_map", {}).values():
+                        raise CompressError(
+                            f"{model.name_or_path}: {where} is packed, so it cannot be left on the disk; give a device_map "
+                            "without disk, or more memory in max_memory."
+                        )
                     raise CompressError(f"{model.name_or_path}: {where} is missing; fetch or write it again.")
         for path, mixture in experts.items():
             mixture.take_stacks(self.experts_bits, path)

@@ -141,7 +141,7 @@ FACTORIES = {"zeros", "ones", "empty", "full", "eye", "rand", "randn", "linspace
 NUMBERED = {"arange", "tensor", "randint", "randperm"}
 WITHIN_A_FORWARD_PASS = (
     *sorted((ROOT / "kernels").glob("*.py")),
-    *(ROOT / "quant" / name for name in ("embedding.py", "format.py", "fused.py", "linear.py", "shared.py")),
+    *(ROOT / "quant" / name for name in ("embedding.py", "format.py", "fused.py", "shared.py")),
     *(ROOT / "compress" / name for name in ("experts.py", "kv.py", "logits.py", "prompted.py", "shapes.py")),
 )
 
