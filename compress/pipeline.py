@@ -1,6 +1,7 @@
 """Turn a recipe into a checkpoint: every pass on every block, each step on disk before the next begins."""
 
 import errno
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from compress.source import Source, check_source, make_context, open_source, pic
 from compress.streaming import State, foreseen
 from compress.workspace import Workspace
 
+_log = logging.getLogger(__name__)
 _PROBE = "def compress(model):\n    return"
 """What the model is asked before work, and by ``verify`` after it."""
 
@@ -167,7 +169,7 @@ def check_order(
 
     Return for every pass the model it will find, and after them the one they leave; its tensors can only be looked at.
     """
-    packed_by, before, packed = None, None, dict[str, PackedShape]()
+    packed_by, before, zeros, packed = None, None, None, dict[str, PackedShape]()
     pattern = _pattern_of(source.folder)
     state, context = source.state, make_context(source, device, settings.seed)
     found = [(state, context)]
@@ -190,7 +192,16 @@ def check_order(
             raise CompressError(
                 f"{here} would take columns out of the n:m pattern of zeros that {pattern} has set; put it earlier."
             )
-        pattern = here if needs.pattern else pattern
+        if needs.loses_zeros and pattern:
+            raise CompressError(
+                f"{here} would give zeros of the n:m pattern that {pattern} has set other values; take any_precision or kmeans with "
+                "keep_zeros: true."
+            )
+        if needs.loses_zeros and zeros:
+            _log.warning(
+                "%s: weights that %s has set to zero get other values; keep_zeros: true keeps them.", here, zeros
+            )
+        pattern, zeros = here if needs.pattern else pattern, here if needs.zeros else zeros
         packed |= step.packed_shapes(context)
         stacked_shapes(packed, context.structure.experts)
         if needs.whole_model:

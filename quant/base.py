@@ -36,7 +36,11 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         kind = self.sensitivity
         looks = kind == "activation"
         return Needs(
-            inputs="original" if looks else None, outputs=looks, squared_gradients=kind == "fisher", packs=True
+            inputs="original" if looks else None,
+            outputs=looks,
+            squared_gradients=kind == "fisher",
+            packs=True,
+            loses_zeros=not getattr(self.config, "keep_zeros", False),
         )
 
     @property
