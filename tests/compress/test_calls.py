@@ -235,6 +235,26 @@ def test_an_adapter_computes_what_it_did_before_it_was_saved(compressed, tmp_pat
         assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * len(packed_modules(model))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"the model's head is packed with its embedding, so it cannot be copied, trained or replaced",
+        ),
+        ({"trainable_token_indices": [1, 5]}, r"trainable_token_indices \(\[1, 5\]\) works on dense weights"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_a_packed_embedding_or_head_is_refused(rounded, tmp_path, settings, message):
+    folder = rounded("llama", embedding_bits=6, tie_word_embeddings=True)
+    adapted(compress.load(folder).dequantize(), **settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CompressError, match=message):
+        compress.load(folder, adapter=tmp_path / "adapter")
+    with pytest.raises((CompressError, RuntimeError)):  # torch's for token indices, but never silently
+        peft.PeftModel.from_pretrained(compress.load(folder), tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
 def test_how_an_adapter_began_does_not_matter(tiny_llama, compressed, tmp_path, start):
     model = adapted(compress.load(tiny_llama), init_lora_weights=start)
