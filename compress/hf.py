@@ -273,8 +273,11 @@ class CompressQuantizer(HfQuantizer):
         config.pruned = {name: dict(vars(shape)) for name, shape in pruned.items()}
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Leave out what merges or turns tensors: a compressed checkpoint has them as the model has them, but for names."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Leave out what merges or turns tensors: a compressed checkpoint has them as the model has them, but for names.
+
+        Releases of transformers before 5.24 do not give the model, and 5.0 does not ask.
+        """
         return [entry for entry in weight_conversions if not isinstance(entry, WeightConverter)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
