@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check docs test-matrix test-latest test-models bench proof gpu clean
+.PHONY: demo test test-fast check docs test-matrix test-latest test-models test-serve bench proof gpu clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,10 @@ test-matrix:
 test-latest:
 	$(PYTHON) tests/matrix.py 5.0.0 5.10.1 upgraded
 
+# A real vLLM on the CPU, in an environment of its own: engines, and servers with real clients. Five minutes, and five more the first time.
+test-serve:
+	$(PYTHON) tests/serving/environment.py
+
 # Compile every GPU kernel for GPUs that need not be there, and hold its machine code to its budget.
 proof: .venv/ready
 	.venv/bin/python tests/kernels/static.py --full
@@ -64,4 +68,4 @@ bench: .venv/ready
 	.venv/bin/python -m compress.evals.bench cpu
 
 clean:
-	rm -rf .venv .venv-matrix runs site build *.egg-info kernels/_bitplane.so
+	rm -rf .venv .venv-matrix .venv-serve runs site build *.egg-info kernels/_bitplane.so

@@ -17,6 +17,7 @@ from compress.errors import CompressError
 from compress.version import __version__
 
 if TYPE_CHECKING:
+    from compress.drafting import view
     from compress.kernels.bitplane import backend
     from compress.kv import KVCache
     from compress.loading import get_bits, load, set_bits
@@ -25,10 +26,15 @@ if TYPE_CHECKING:
 if "compress_command" not in sys.modules:
     import compress.hf  # noqa: F401  (registers it)
 
-__all__ = ["CompressError", "KVCache", "__version__", "backend", "get_bits", "load", "run", "set_bits"]
+__all__ = ["CompressError", "KVCache", "__version__", "backend", "get_bits", "load", "run", "set_bits", "view"]
 
 _HOMES = dict.fromkeys(("get_bits", "load", "set_bits"), "compress.loading")
-_HOMES |= {"KVCache": "compress.kv", "backend": "compress.kernels.bitplane", "run": "compress.pipeline"}
+_HOMES |= {
+    "KVCache": "compress.kv",
+    "backend": "compress.kernels.bitplane",
+    "run": "compress.pipeline",
+    "view": "compress.drafting",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from compress.calibration import Samples
 from compress.errors import CompressError
 from compress.passes import OUTSIDE, Progress
+from compress.ranks import Ranks, Sums
 from compress.streaming import StreamedModel
 from compress.workspace import Stage
 
@@ -33,8 +34,8 @@ def squared_gradients(
 ) -> None:
     """Leave the diagonal Fisher information of every block in a stage, a unit each (:func:`unit_of`).
 
-    Each sample's gradient is squared on its own. Finished units are kept; ``outside`` names modules among
-    :meth:`StreamedModel.outside`. A loss or gradient that is not finite is refused.
+    Each sample's gradient is squared on its own, in the process of the stage that has the sample. Finished units are kept;
+    ``outside`` names modules among :meth:`StreamedModel.outside`. A loss or gradient that is not finite is refused.
     """
     count = len(model.blocks)
     total = 2 * count + 1
@@ -42,6 +43,7 @@ def squared_gradients(
     outside_open = bool(outside) and stage.record(unit_of(OUTSIDE)) is None
     # The gradient that the next open block (or the embedding) begins with is not there before the forward pass has ended,
     # nor where a finished unit was damaged after what led to it was cleared away.
+    stage.ranks.wait()  # before any is finished: all must see the same
     first = max(open_blocks, default=-1) + 1
     if (open_blocks or outside_open) and stage.record(f"gradient-{first}") is None:
         for index in range(count):
@@ -64,39 +66,48 @@ def squared_gradients(
 
 @torch.no_grad()
 def _forward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -> None:
+    own = _own(samples, stage)
     if index == 0 and stage.record("hidden-0") is None:
-        stage.save("hidden-0", model.first_inputs(samples.tokens))
+        stage.save_joined("hidden-0", model.first_inputs(own))
     if stage.record(f"hidden-{index + 1}") is not None:
         return
-    hidden = stage.load(f"hidden-{index}")
+    hidden = stage.load(f"hidden-{index}", own)
     with model.block(index) as block:
-        for i, tokens in enumerate(samples.tokens):
+        for i, tokens in own.items():
             call = model.capture(tokens)[1][index]
             hidden[str(i)] = model.run(block, hidden[str(i)].to(model.device), call).cpu()
-    stage.save(f"hidden-{index + 1}", hidden)
+    stage.save_joined(f"hidden-{index + 1}", hidden)
+
+
+def _own(samples: Samples, stage: Stage) -> dict[int, Tensor]:
+    """Return the samples of this process, by their places."""
+    return {i: samples.tokens[i] for lot in stage.ranks.lots(len(samples.tokens)) for i in lot}
 
 
 def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[str]) -> None:
     """Find the gradient of every sample's loss by the last block's output (and what the head's matrix has to know, if wanted)."""
     count = len(model.blocks)
-    hidden = stage.load(f"hidden-{count}")
+    hidden = stage.load(f"hidden-{count}", _own(samples, stage))
     head = model.head_matrix() if model.head_matrix() in outside else None
-    measured = _HeadStatistics()
+    measured = _HeadStatistics(stage.ranks)
     gradients: dict[str, Tensor] = {}
-    for i, tokens in enumerate(samples.tokens):
-        state = hidden[str(i)].to(model.device).requires_grad_()
-        with _calls(model.model.get_submodule(model.head)) as calls:
-            loss = cross_entropy(model.logits(tokens, state)[:-1], tokens[1:].to(model.device))
-        if not torch.isfinite(loss):
-            raise CompressError(f"calibration sample {i}: the model's loss is {loss.item()}; its weights are damaged.")
-        wanted = [state] if head is None else [state, calls[0][1]]
-        found = torch.autograd.grad(loss, wanted)
-        gradients[str(i)] = found[0].cpu()
-        if head is not None:
-            measured.add(calls[0][0].detach().flatten(0, -2), found[1].flatten(0, -2))
+    for lot in stage.ranks.lots(len(samples.tokens)):
+        for i in lot:
+            tokens, state = samples.tokens[i], hidden[str(i)].to(model.device).requires_grad_()
+            with _calls(model.model.get_submodule(model.head)) as calls:
+                loss = cross_entropy(model.logits(tokens, state)[:-1], tokens[1:].to(model.device))
+            if not torch.isfinite(loss):
+                raise CompressError(
+                    f"calibration sample {i}: the model's loss is {loss.item()}; its weights are damaged."
+                )
+            found = torch.autograd.grad(loss, [state] if head is None else [state, calls[0][1]])
+            gradients[str(i)] = found[0].cpu()
+            if head is not None:
+                measured.add(calls[0][0].detach().flatten(0, -2), found[1].flatten(0, -2))
+        measured.end_lot()
     if head is not None:
         stage.save("head", measured.result(head))
-    stage.save(f"gradient-{count}", gradients)
+    stage.save_joined(f"gradient-{count}", gradients)
 
 
 @contextmanager
@@ -117,46 +128,57 @@ def _calls(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 class _HeadStatistics:
     """Sum, without ever holding a gradient of the whole head, the squares of every row's, and ``h h^T`` of its inputs."""
 
-    def __init__(self) -> None:
-        self.squares, self.hessian, self.tokens = torch.zeros(()), torch.zeros(()), 0
+    def __init__(self, ranks: Ranks) -> None:
+        self._sums = Sums(ranks)
 
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Take one sample: inputs [T, K], gradients of the outputs [T, N]."""
         parts = torch.split(gradients, _HEAD_ROWS, 1)
         found = torch.cat([(part.t().float() @ inputs.float()).square().mean(1) for part in parts])
-        self.squares = self.squares + found.cpu()
-        self.hessian = self.hessian + (inputs.float().t() @ inputs.float()).cpu()
-        self.tokens += len(inputs)
+        self._sums.add("squares", found.cpu())
+        self._sums.add("hessian", (inputs.float().t() @ inputs.float()).cpu())
+        self._sums.add("tokens", torch.tensor(len(inputs)))
+
+    def end_lot(self) -> None:
+        """Add up the lots of all processes."""
+        self._sums.end_lot()
 
     def result(self, name: str) -> dict[str, Tensor]:
         """Return by their names in a unit: float32 [N, 1], means over rows, and [K, K]."""
-        return {name: self.squares[:, None].clone(), HESSIAN + name: self.hessian / self.tokens}
+        total = self._sums.total
+        return {name: total["squares"][:, None].clone(), HESSIAN + name: total["hessian"] / total["tokens"]}
 
 
 def _backward(model: StreamedModel, samples: Samples, stage: Stage, index: int) -> None:
-    hidden, gradients = stage.load(f"hidden-{index}"), stage.load(f"gradient-{index + 1}")
+    own = _own(samples, stage)
+    hidden, gradients = stage.load(f"hidden-{index}", own), stage.load(f"gradient-{index + 1}", own)
+    fisher = Sums(stage.ranks)
     with model.block(index) as block:
         linears = model.linears(index)
         weights = [linear.module.get_parameter("weight").requires_grad_() for linear in linears.values()]
-        fisher = [torch.zeros_like(weight) for weight in weights]
-        for i, tokens in enumerate(samples.tokens):
-            with torch.no_grad():
-                call = model.capture(tokens)[1][index]
-            state = hidden[str(i)].to(model.device).requires_grad_()
-            output = model.run(block, state, call)
-            wanted = gradients[str(i)].to(model.device)
-            found = torch.autograd.grad(output, [state, *weights], wanted, allow_unused=True)
-            assert found[0] is not None
-            gradients[str(i)] = found[0].cpu()
-            for place, gradient in enumerate(found[1:]):
-                if gradient is not None:  # an expert that no token was sent to, or a choice that has no gradient
-                    fisher[place] += gradient.square()
-    result = {}
-    for (name, linear), total in zip(linears.items(), fisher, strict=True):
-        if not torch.isfinite(total).all():
-            raise CompressError(f"{name}: its gradient on calibration text is not finite; check the model's weights.")
-        result[name] = (total.t() if linear.transposed else total).cpu()
-    stage.save(f"gradient-{index}", gradients)
+        for lot in stage.ranks.lots(len(samples.tokens)):
+            for i in lot:
+                with torch.no_grad():
+                    call = model.capture(samples.tokens[i])[1][index]
+                state = hidden[str(i)].to(model.device).requires_grad_()
+                output = model.run(block, state, call)
+                wanted = gradients[str(i)].to(model.device)
+                found = torch.autograd.grad(output, [state, *weights], wanted, allow_unused=True)
+                assert found[0] is not None
+                gradients[str(i)] = found[0].cpu()
+                for name, gradient in zip(linears, found[1:], strict=True):
+                    if gradient is not None:  # an expert that no token was sent to, or a choice that has no gradient
+                        fisher.add(name, gradient.square())
+            fisher.end_lot()
+        result = {}
+        for (name, linear), weight in zip(linears.items(), weights, strict=True):
+            total = fisher.total.get(name, torch.zeros_like(weight))
+            if not torch.isfinite(total).all():
+                raise CompressError(
+                    f"{name}: its gradient on calibration text is not finite; check the model's weights."
+                )
+            result[name] = (total.t() if linear.transposed else total).detach().cpu()
+    stage.save_joined(f"gradient-{index}", gradients)
     stage.save(unit_of(index), result)
 
 

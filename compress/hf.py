@@ -28,6 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.config import METHOD, Bits, StoredConfig, format_version
+from compress.decoding import join_steps
 from compress.errors import CompressError
 from compress.experts import Experts, is_experts
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
@@ -273,11 +274,10 @@ class CompressQuantizer(HfQuantizer):
         config.pruned = {name: dict(vars(shape)) for name, shape in pruned.items()}
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Leave out what merges or turns tensors: a compressed checkpoint has them as the model has them, but for names.
-
-        Releases of transformers before 5.24 do not give the model, and 5.0 does not ask.
-        """
+    def update_weight_conversions(  # releases up to 5.19 give no model
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Leave out what merges or turns tensors: a compressed checkpoint has them as the model has them, but for names."""
         return [entry for entry in weight_conversions if not isinstance(entry, WeightConverter)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -302,6 +302,7 @@ class CompressQuantizer(HfQuantizer):
             if isinstance(module, BitPlaneLinear):
                 module.tile()
         join_layers(model)
+        join_steps(model)
         assert isinstance(self.quantization_config, CompressConfig)
         tell_heads(model.config, self.quantization_config.block_shapes())
         ends = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ _BESIDE = (
     "LICENSE*",
     "NOTICE*",
 )
-_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
+_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 
 
 def files_beside(folder: Path) -> dict[str, Path]:
@@ -65,6 +65,11 @@ def model_folder(model: str | Mapping[str, Any], **access: Any) -> Path:
     if not isinstance(model, str):
         access |= {key: value for key, value in model.items() if key != "name"}
     name = name_of(model)
+    if name.lower().endswith(".gguf"):
+        raise CompressError(
+            f"model {name!r}: GGUF files are not read, as transformers' reader loses what some of them say (RoPE scaling of Llamas, "
+            "without a word); start from the checkpoint that the file was made of."
+        )
     place, access = located(Path(name).expanduser(), access)
     if Path(place).is_dir():
         return Path(place)

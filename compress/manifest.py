@@ -42,12 +42,8 @@ def noted(manifest: Mapping[str, Any], field: str) -> Iterator[tuple[str, Any]]:
         yield from found.items() if isinstance(found, Mapping) else ()
 
 
-def verify(folder: Path) -> list[str]:
-    """Check digests, tensors, and what a fresh process computes; return a line per check, or refuse the first that fails."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise CompressError(f"{folder}: has no {MANIFEST}, so there is nothing to verify it against.")
-    settings = read_settings(folder)
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of which a file is missing or not what was written."""
     for name, recorded in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -57,6 +53,15 @@ def verify(folder: Path) -> list[str]:
             raise CompressError(f"{path}: has {size} bytes instead of {recorded['bytes']}; fetch or write it again.")
         if sha256_of(path) != recorded["sha256"]:
             raise CompressError(f"{path}: its content has changed (SHA-256 differs from the manifest); fetch it again.")
+
+
+def verify(folder: Path) -> list[str]:
+    """Check digests, tensors, and what a fresh process computes; return a line per check, or refuse the first that fails."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CompressError(f"{folder}: has no {MANIFEST}, so there is nothing to verify it against.")
+    settings = read_settings(folder)
+    check_files(folder, manifest)
     passed = [f"{len(manifest['files'])} files have their recorded size and SHA-256"]
     if settings is not None and settings.modules:
         count = check_tensors(folder, settings)

@@ -1,8 +1,9 @@
 """Define what a pass is: a frozen config, a class that works on one block at a time, an entry point (``CONTRIBUTING.md``)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from compress.config import BlockShape, Shapes
 from compress.quant.format import Codes
 from compress.quant.records import PackedShape
+from compress.ranks import ALONE, Ranks
 from compress.settings import PASSES, Calibration, load_entry
 from compress.settings import PassConfig as PassConfig
 from compress.settings import kinds as kinds
@@ -38,6 +40,8 @@ class Needs:
         variants: with ``original`` inputs, also carry them through these versions of the updated blocks; the pass
             leaves ``block.show`` behind, which puts a block into each.
         variant_length: how many tokens of every sample, the first, go through the variants; all if None.
+        divides: under ``torchrun`` every process calls :meth:`Pass.run_block` and :meth:`Pass.measure_block` with its own
+            samples, and what they return must be the same in all (:attr:`Block.ranks`); else the main process alone does.
         outputs: :meth:`Pass.run_block` also leaves what the block makes of the samples in ``block.outputs``.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         gradient_samples: how many of the samples, the first, are enough for it; all if None.
@@ -60,6 +64,7 @@ class Needs:
     inputs: Literal["original", "updated"] | None = None
     variants: tuple[str, ...] = ()
     variant_length: int | None = None
+    divides: bool = False
     outputs: bool = False
     squared_gradients: bool = False
     gradient_samples: int | None = None
@@ -97,7 +102,8 @@ class Block:
         linears: every dense linear in it, by full name.
         squared_gradients: full name -> [out_features, in_features] float32, if asked for; of embedding and head the mean
             over every row, [out_features, 1].
-        samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``.
+        samples: one call per calibration sample, if inputs were asked for: ``for run in samples: run(module)``. Where the pass
+            divides, those of this process.
         variants: the same calls on the inputs that each variant of the earlier blocks produces.
         statistics: of every finished round of calibration statistics, the records of all blocks in order.
         model_statistics: what :meth:`Pass.measure_model` returned.
@@ -110,6 +116,8 @@ class Block:
             [in_features, in_features], the mean of ``h h^T`` over the head's inputs.
         outputs: variant (``""`` for the inputs of :attr:`samples`) -> what the next block is given, [1, T, hidden] each; filled
             by a pass that has announced it, and computed by the pipeline otherwise.
+        ranks: the processes that work on this block; one alone, unless the pass divides.
+        lots: how many of the samples each lot has (:meth:`compress.ranks.Ranks.lots`); all are one lot if there is none.
     """
 
     index: int
@@ -128,6 +136,14 @@ class Block:
     show: Callable[[str], None] | None = None
     hessians: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    lots: Sequence[int] = ()
+
+    def each_lot(self) -> Iterator[Iterable[Run]]:
+        """Yield the samples of one lot after the other."""
+        runs = iter(self.samples)
+        for count in self.lots or [len(self.samples)]:
+            yield islice(runs, count)
 
     @torch.no_grad()
     def for_each_input(
@@ -135,19 +151,22 @@ class Block:
         visit: Callable[[str, Tensor], None],
         modules: Mapping[str, nn.Module] | None = None,
         keep_outputs: bool = False,
+        end_lot: Callable[[], object] = lambda: None,
     ) -> None:
         """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears, in order.
 
         ``modules`` are those to look at, by name; every linear by its full name if None. ``keep_outputs`` leaves what the
-        block makes of the samples in :attr:`outputs`.
+        block makes of the samples in :attr:`outputs`. ``end_lot`` is called after every lot of samples.
         """
         watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
         outputs: list[Tensor] = []
         with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
-            for run in self.samples:
-                output = run(self.module)
-                if keep_outputs:
-                    outputs.append(output)
+            for lot in self.each_lot():
+                for run in lot:
+                    output = run(self.module)
+                    if keep_outputs:
+                        outputs.append(output)
+                end_lot()
         if keep_outputs:
             self.outputs[""] = outputs
 
@@ -193,6 +212,7 @@ class Context:
         parameters: of the whole model, those of a tied head counted once.
         context_length: tokens the model can look at, if it has a limit.
         tokenizer: of the model.
+        ranks: the processes of the run.
     """
 
     structure: Architecture
@@ -209,6 +229,7 @@ class Context:
     parameters: int
     context_length: int | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    ranks: Ranks = ALONE
 
     def generator(self, *place: int) -> torch.Generator:
         """Return a random generator that depends on the seed and a place (pass, block, …) only."""

@@ -12,19 +12,20 @@ import torch
 from safetensors import SafetensorError
 
 from compress import writer
-from compress.calibration import draw_samples
+from compress.calibration import Samples, draw_samples
 from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.experts import stacked_shapes
 from compress.manifest import read_manifest
 from compress.passes import Context, Pass, Progress, pass_class
 from compress.quant.records import PackedShape
+from compress.ranks import Ranks
 from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner, figures_of
 from compress.settings import Calibration, config_class
-from compress.source import Source, check_source, make_context, open_source, pick_device, processes
+from compress.source import Source, check_source, make_context, open_source, pick_device
 from compress.streaming import State, foreseen
-from compress.workspace import Workspace
+from compress.workspace import Record, Workspace
 
 _log = logging.getLogger(__name__)
 _PROBE = "def compress(model):\n    return"
@@ -42,7 +43,7 @@ def run(
     """Compress a model.
 
     Run again after an interruption, it continues where it was and ends with the same bytes. Under ``torchrun`` or ``accelerate
-    launch`` the main process compresses, and all share the samples of passes that train.
+    launch`` all processes share the work (:mod:`compress.ranks`), on a file system that all can see; the main one writes.
 
     Args:
         recipe: YAML file, mapping or :class:`Recipe`.
@@ -66,12 +67,11 @@ def run(
         raise CompressError(f"output {target}: give the name of a folder to create.")
     refuse_existing(target)
     work = Workspace(Path(workspace) if workspace else target.with_name(target.name + ".work"))
-    team = processes(pick_device(settings.device))
-    main = team.is_main_process
+    ranks = Ranks.at_work(pick_device(settings.device))
     try:
-        with work.locked() if main else nullcontext():
+        with work.locked() if ranks.main else nullcontext():
             source = open_source(settings.source)
-            log = Log(target.with_name(target.name + ".log.jsonl"), progress, main)
+            log = Log(target.with_name(target.name + ".log.jsonl"), progress, ranks.main)
             _compress(settings, source, work, target, log)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -81,8 +81,8 @@ def run(
         if isinstance(error, OSError) and error.filename:
             raise CompressError(f"{error.filename}: {error.strerror}.") from error
         raise
-    team.wait_for_everyone()
-    if workspace is None and main:
+    ranks.wait()
+    if workspace is None and ranks.main:
         work.remove()
     return target
 
@@ -101,18 +101,35 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
                 f"{context.vocabulary} tokens; the two do not belong together."
             )
     probe = torch.tensor(source.tokenizer(_PROBE, add_special_tokens=False)["input_ids"] or [0, 1])
-    _check_once(source, probe[:8], work, log)
-    state, history, sidecars = source.state, [], []
+    with context.ranks.together(work.folder):
+        _check_once(source, probe[:8], work, log)
+        _work(passes, texts, drawn, settings, source, probe.tolist(), work, target, log)
+
+
+def _work(
+    passes: Sequence[Pass[Any]],
+    texts: Sequence[Calibration | None],
+    drawn: Mapping[Calibration, Samples],
+    settings: Recipe,
+    source: Source,
+    probe: Sequence[int],
+    work: Workspace,
+    target: Path,
+    log: Log,
+) -> None:
+    """Do what has been checked: the passes, then the checkpoint."""
+    state, history, sidecars, device = source.state, [], [], pick_device(settings.device)
     for step, text in zip(passes, texts, strict=True):
-        context = make_context(source, device, settings.seed, state)
-        runner = Runner(step, state, source.state, drawn[text] if text else None, context, work, log)
-        state, records = runner.run()
-        own = {"text": drawn[text].source} if text and step.needs().text else {}
+        samples = drawn[text] if text else None
+        state, records, tensors = _applied(
+            step, state, source, samples, make_context(source, device, settings.seed, state), work, log
+        )
+        own = {"text": samples.source} if samples and step.needs().text else {}
         # The config says what is packed.
         units = {u: {key: r[key] for key in sorted(r) if key != "packed"} for u, r in records.items()}
         history.append({"config": step.config.model_dump(mode="json"), **own, "units": units})
-        sidecars.append((step, runner.sidecars(records), {unit: figures_of(r) for unit, r in records.items()}))
-    if not processes(device).is_main_process:
+        sidecars.append((step, tensors, {unit: figures_of(r) for unit, r in records.items()}))
+    if not log.main:
         return
     calibration = drawn.get(settings.calibration) if settings.calibration else None
 
@@ -131,19 +148,33 @@ def _compress(settings: Recipe, source: Source, work: Workspace, target: Path, l
             "calibration": calibration.source if calibration else None,
             "passes": history,
         },
-        probe_tokens=probe.tolist(),
+        probe_tokens=probe,
         device=device,
         write_sidecars=write_sidecars,
     )
     log.progress("writing", 1, 1)
 
 
+def _applied(
+    step: Pass[Any], state: State, source: Source, samples: Samples | None, context: Context, work: Workspace, log: Log
+) -> tuple[State, dict[str, Record], dict[str, dict[str, torch.Tensor]]]:
+    """Apply one pass: the state after it, the records of its units, and what belongs beside the model; let its model go."""
+    runner = Runner(step, state, source.state, samples, context, work, log)
+    after, records = runner.run()
+    return after, records, runner.sidecars(records)
+
+
 def _check_once(source: Source, tokens: torch.Tensor, work: Workspace, log: Log) -> None:
     """Check, once for a workspace, that what is read of the model is the model."""
     stage = work.stage("source", source.state.key, *(version(package) for package in ("torch", "transformers")))
     if log.main and stage.record("logits") is None:
-        log.progress("comparing with transformers", 0, 1)
-        check_source(source, tokens)
+        if source.uneven is None:
+            log.progress("comparing with transformers", 0, 1)
+            check_source(source, tokens)
+        else:
+            _log.warning(
+                "not compared with transformers, which reads another %s out of blocks of unequal size.", source.uneven
+            )
         stage.save("logits", {})
 
 

@@ -56,6 +56,13 @@ class Recipe(BaseModel):
         given = {"name": self.model} if isinstance(self.model, str) else self.model.model_dump(exclude_defaults=True)
         return {**given, **({} if self.revision is None else {"revision": self.revision})}
 
+    def opened(self, revision: str | None, token: str | None) -> "Recipe":
+        """Return the recipe with another revision of the model, or an access token, where these are given."""
+        given = {key: value for key, value in (("revision", revision), ("token", token)) if value is not None}
+        if not given:
+            return self
+        return self.model_copy(update={"model": ModelSource(**{**self.source, **given}), "revision": None})
+
     def record(self) -> dict[str, Any]:
         """Return the recipe for the manifest: without its output, and never with an access token."""
         data = self.model_dump(mode="json", exclude={"output"})

@@ -22,8 +22,8 @@ from compress.models import untied
 from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
 from compress.quant.format import pack, pack_smaller
 from compress.quant.records import shape_of
+from compress.ranks import ALONE
 from compress.shapes import block_shape
-from compress.source import processes
 from compress.streaming import Call, State, StreamedModel, reshaped
 from compress.structure import block_prefix
 from compress.version import __version__
@@ -83,12 +83,16 @@ class Runner:
         text = self.samples.key if self.samples else None
         settings = step.config.model_dump(mode="json")
         device = context.device.type
-        self.stage: Stage = work.stage(self.kind, state.key, settings, text, context.seed, device, __version__)
+        self.ranks = context.ranks if self.needs.divides else ALONE
+        stage = work.stage(self.kind, state.key, settings, text, context.seed, device, __version__)
+        self.stage: Stage = replace(stage, ranks=self.ranks)
         self.outside = step.outside(context)
         count = self.needs.gradient_samples
         self.gradient_samples = self.samples and self.samples.first(count)
-        self.fisher = work.stage("fisher", state.key, text, count, self.outside, device, __version__)
-        self.processes = processes(context.device)
+        fisher = work.stage("fisher", state.key, text, count, self.outside, device, __version__)
+        self.fisher = replace(fisher, ranks=self.ranks)
+        self.lots = self.ranks.lots(len(samples.tokens)) if samples and self.needs.inputs else []
+        self.own = [n for lot in self.lots for n in lot]  # the samples of this process
         self.statistics: list[list[Record]] = []
         self.blocks = [block_prefix(context.structure, i) for i in range(context.structure.depth)]
 
@@ -104,9 +108,11 @@ class Runner:
             self._run_whole(units)
         else:
             units = [f"block-{i}" for i in range(len(self.blocks))] + (["outside"] if self.outside else [])
-            if self.processes.is_main_process and any(self.stage.record(unit) is None for unit in units):
+            unfinished = any(self.stage.record(unit) is None for unit in units)
+            self.context.ranks.wait()  # before any is finished: all must see the same
+            if unfinished and (self.needs.divides or self.context.ranks.main):
                 self._run_blocks()
-        self.processes.wait_for_everyone()
+        self.context.ranks.wait()
         self._progress("done", len(units), len(units))
         records = {unit: self.stage.record(unit) or {} for unit in units}
         return self._after(records), records
@@ -123,10 +129,7 @@ class Runner:
         if self.needs.model_statistics and self.stage.record("model-survey") is None:
             assert self.samples is not None
             with self.log.unit(self.kind, "model survey"):
-                model = StreamedModel(self.state, self.context.device).whole()
-                found = self.step.measure_model(model, self.samples.tokens, self.context, self._progress)
-                self._check_finite(found)
-                self.stage.save("model-survey", found)
+                self.stage.save("model-survey", self._measured_model(self.samples.tokens) if self.ranks.main else {})
         while self.step.wants_statistics(self.context, self.statistics):
             label = f"survey-{len(self.statistics)}"
             self._walk(label, f"{label}-inputs", self._measure_block)
@@ -140,13 +143,20 @@ class Runner:
                 block = Block(
                     OUTSIDE, "", self.model.model, linears, found, statistics=self.statistics, hessians=hessians
                 )
+                block.ranks = self.ranks
                 line |= self.step.run_block(block, self.context)
                 self._finish("outside", block, {}, line)
+
+    def _measured_model(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        model = StreamedModel(self.state, self.context.device).whole()
+        found = self.step.measure_model(model, samples, self.context, self._progress)
+        self._check_finite(found)
+        return found
 
     def _run_whole(self, units: Sequence[str]) -> None:
         """Work on the units of a pass that has the whole model in memory."""
         open_units = [unit for unit in units if self.stage.record(unit) is None]
-        self.processes.wait_for_everyone()  # before any is finished: all must see the same
+        self.context.ranks.wait()  # before any is finished: all must see the same
         if not open_units:
             return
         assert self.samples is not None
@@ -162,7 +172,7 @@ class Runner:
                 tensors, record = self.step.run_model(unit, whole, self.context, self._progress)
                 line |= record
                 self._check_finite(tensors)
-                if not self.processes.is_main_process:
+                if not self.context.ranks.main:
                     continue
                 stored = {} if self.needs.sidecar else self.state.source.info()
                 tensors = {n: t.to(getattr(torch, stored[n].dtype)) if n in stored else t for n, t in tensors.items()}
@@ -176,9 +186,11 @@ class Runner:
         if self.needs.inputs and first and self.stage.record(f"{inputs}-{first}") is None:
             for i in range(count):  # a finished unit was damaged later: what led to it is gone, so begin again
                 self.stage.discard(f"{label}-{i}")
+        unfinished = [self.stage.record(f"{label}-{i}") is None for i in range(count)]
+        self.ranks.wait()
         for i in range(count):
             self._progress(f"{label.replace('-', ' ')} {i}", i, count)
-            if self.stage.record(f"{label}-{i}") is None:
+            if unfinished[i]:
                 work(i, f"{label}-{i}", inputs)
             self.stage.discard(f"{inputs}-{i}")
         self.stage.discard(f"{inputs}-{count}")
@@ -192,7 +204,9 @@ class Runner:
         whole = self.stage.load("model-survey") if self.needs.model_statistics else {}
         shape = block_shape(state.config, state.shapes, name) if self.context.structure.groups else None
         linears = self.model.linears(i)
-        return Block(i, name, module, linears, self._fisher(i), samples, variants, self.statistics, whole, shape)
+        block = Block(i, name, module, linears, self._fisher(i), samples, variants, self.statistics, whole, shape)
+        block.ranks, block.lots = self.ranks, [len(lot) for lot in self.lots]
+        return block
 
     def _measure_block(self, i: int, unit: str, inputs: str) -> None:
         with self.log.unit(self.kind, unit) as line, self.model.block(i) as module:
@@ -209,13 +223,14 @@ class Runner:
             line |= self.step.run_block(block, self.context)
             tensors = self._collect(block)
             if block.removed:
-                outputs, tensors = self.stage.load(f"{inputs}-{i}") if self.needs.inputs else {}, {}
+                outputs, tensors = self.stage.load(f"{inputs}-{i}", self.own) if self.needs.inputs else {}, {}
             elif not unchanged:  # load exactly what will be stored
-                inner = {name.removeprefix(f"{block.name}."): tensor.float() for name, tensor in tensors.items()}
+                inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
                 module.load_state_dict(inner, strict=False)
                 outputs = self._outputs(module, block.samples)
             for name, found in block.outputs.items():
-                outputs |= {f"{name}-{n}" if name else f"{n}": output.cpu() for n, output in enumerate(found)}
+                own = zip(self.own, found, strict=True)
+                outputs |= {f"{name}-{n}" if name else f"{n}": output.cpu() for n, output in own}
             for name, calls in ({} if block.removed or self.needs.outputs else block.variants).items():
                 assert block.show is not None
                 block.show(name)
@@ -236,8 +251,8 @@ class Runner:
         assert self.samples is not None
         tokens = self.samples.tokens
         if i == 0 and self.stage.record(f"{inputs}-0") is None:
-            self.stage.save(f"{inputs}-0", self.model.first_inputs(tokens))
-        hidden = self.stage.load(f"{inputs}-{i}")
+            self.stage.save_joined(f"{inputs}-0", self.model.first_inputs({n: tokens[n] for n in self.own}))
+        hidden = self.stage.load(f"{inputs}-{i}", self.own)
         model, captures = self.model, dict[tuple[int, int], Call]()
 
         def call(n: int, key: str, length: int | None) -> Run:
@@ -251,19 +266,19 @@ class Runner:
             return run
 
         def calls(prefix: str, length: int | None = None) -> list[Run]:
-            return [call(n, f"{prefix}{n}", length) for n in range(len(tokens))]
+            return [call(n, f"{prefix}{n}", length) for n in self.own]
 
         length = self.needs.variant_length
         return calls(""), {name: calls(f"{name}-" if i else "", length) for name in self.needs.variants}
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module, calls: Sequence[Run], prefix: str = "") -> dict[str, Tensor]:
-        return {f"{prefix}{n}": run(module).cpu() for n, run in enumerate(calls)}
+        return {f"{prefix}{n}": run(module).cpu() for n, run in zip(self.own, calls, strict=True)}
 
     def _carry(self, i: int, inputs: str, outputs: Mapping[str, Tensor]) -> None:
         """Store the next block's inputs; those of an earlier try stay, so that a resumed run sees the same bits."""
-        if outputs and self.stage.record(f"{inputs}-{i + 1}") is None:
-            self.stage.save(f"{inputs}-{i + 1}", outputs)
+        if self.needs.inputs and self.stage.record(f"{inputs}-{i + 1}") is None:
+            self.stage.save_joined(f"{inputs}-{i + 1}", outputs)
 
     def _collect(self, block: Block) -> dict[str, Tensor]:
         """Return the block's dense tensors as they will be stored, in the dtype they came in."""
@@ -273,6 +288,9 @@ class Runner:
         return {n: t.to("cpu", getattr(torch, stored[n].dtype)) for n, t in dense.items() if n in kept}
 
     def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record) -> None:
+        if not self.ranks.main:
+            self.ranks.wait()
+            return
         self._check_finite(tensors)
         shapes, storage = {}, {}
         for name, found in block.packed.items():

@@ -6,29 +6,30 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from compress.config import read_settings
+from compress.dequantised import Dequantised, dense_files
 from compress.errors import CompressError, first_line
 from compress.hub import model_folder
 from compress.loading import load_tokenizer, read_config
 from compress.models import auto_class, text_config
 from compress.passes import Context
 from compress.quant.records import unstacked
+from compress.ranks import Ranks, processes
 from compress.sidecars import PEFT_CONFIG
 from compress.streaming import State, StreamedModel, open_state
 from compress.structure import architecture, block_of
 from compress.weights import Checkpoint
 from compress.workspace import digest
 
-_TOLERANCE = 1e-3  # of the largest logit
+# Of the largest logit. What transformers dequantises on loading in float32 is not rounded to the dtype of the config first.
+_TOLERANCE, _OF_QUANTISED = 1e-3, 2e-2
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Source:
     state: State
     tokenizer: PreTrainedTokenizerBase
     sha256: dict[str, str]
+    quantised: bool = False  # as stored
+    uneven: str | None = None  # a matrix that transformers does not dequantise rightly (findings/fp8_last_block.sh)
 
 
 def open_source(model: str | Mapping[str, Any]) -> Source:
     """Open a dense model, as a recipe names it: a folder, the built-in one, or a hub id."""
     folder = model_folder(model)
     config = read_config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CompressError(f"{folder}: is already quantised; compress starts from a dense model.")
     if (folder / PEFT_CONFIG).exists():
         raise CompressError(
             f"{folder}: has a peft adapter beside its weights ({PEFT_CONFIG}), which transformers would put on the model; "
@@ -54,9 +55,11 @@ def open_source(model: str | Mapping[str, Any]) -> Source:
         )
     auto_class(config)
     tokenizer = load_tokenizer(folder)
-    files = Checkpoint(folder)
+    files = dense_files(Checkpoint(folder), config)
     sha256 = files.sha256()
-    return Source(folder, open_state(files, config, digest(sha256)), tokenizer, sha256)
+    state = open_state(files, config, digest(sha256))
+    quantised = isinstance(files, Dequantised)
+    return Source(folder, state, tokenizer, sha256, quantised, files.uneven if isinstance(files, Dequantised) else None)
 
 
 def checkpoint_state(folder: Path) -> State:
@@ -95,7 +98,7 @@ def check_source(source: Source, tokens: Tensor) -> None:
     if not streamed.isfinite().all() and not wanted.isfinite().all():
         return  # the same to both; which weight it is, passes and writer tell
     apart, largest = float((streamed - wanted).abs().max()), float(wanted.abs().max())
-    if not apart <= _TOLERANCE * largest:
+    if not apart <= (_OF_QUANTISED if source.quantised else _TOLERANCE) * largest:
         raise CompressError(
             f"{source.folder}: read block by block it computes other logits (by up to {apart:.3g}, the largest being "
             f"{largest:.3g}) than transformers' from_pretrained of it, so another model would be compressed; load it with "
@@ -129,14 +132,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def processes(device: torch.device) -> PartialState:
-    """Tell who is at work, under ``torchrun`` or ``accelerate launch``: usually one process.
-
-    The main process compresses while the others wait; all take part in training. Of the device only the type matters.
-    """
-    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
-
-
 def make_context(source: Source, device: torch.device, seed: int, state: State | None = None) -> Context:
     """Tell what passes may know of a state of the model (the source's by default) before any weight is read."""
     state = state or source.state
@@ -161,6 +156,7 @@ def make_context(source: Source, device: torch.device, seed: int, state: State |
         parameters=sum(sizes.values()),
         context_length=_limit(text_config(state.config)),
         tokenizer=source.tokenizer,
+        ranks=Ranks.at_work(device),
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.ranks import ALONE, Ranks, Sums
 from compress.structure import Architecture, block_of
 
 _STRIPES, _NARROWEST = 4, 64  # a symmetric sum is added up in stripes, at least so many columns wide
@@ -54,6 +55,7 @@ class Moments:
 
     Args:
         full: sum ``x x^T``, [K, K], instead of the square of each input alone, [K].
+        ranks: the processes that share the samples; each then calls :meth:`end_lot` after every lot.
 
     Attributes:
         owner: linear -> the linear under whose name its input is kept.
@@ -62,11 +64,27 @@ class Moments:
         tokens: owner -> how many tokens there were.
     """
 
-    def __init__(self, full: bool = False) -> None:
-        self._full, self._shared = full, SharedInputs()
+    def __init__(self, full: bool = False, ranks: Ranks = ALONE) -> None:
+        self._full, self._shared, self._sums = full, SharedInputs(), Sums(ranks)
+        self._lot_tokens: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}
         self.owner: dict[str, str] = {}
-        self.sums: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums of all lots; one that was not ended is the last."""
+        self._end_last()
+        return self._sums.total
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Return how many tokens they are over."""
+        self._end_last()
+        return self._tokens
+
+    def _end_last(self) -> None:
+        if self._lot_tokens:
+            self.end_lot()
 
     def add(self, name: str, x: Tensor) -> None:
         """Add inputs of one linear, [tokens, K]; to be called in the order in which linears are."""
@@ -74,13 +92,22 @@ class Moments:
         if owner != name:
             return
         x = x.float()
-        if name not in self.sums:
-            self.sums[name] = x.new_zeros([x.shape[1]] * (2 if self._full else 1))
+        if name not in self._sums.lot:
+            self._sums.lot[name] = x.new_zeros([x.shape[1]] * (2 if self._full else 1))
         if self._full:
-            add_products(self.sums[name], x)
+            add_products(self._sums.lot[name], x)
         else:
-            self.sums[name] += x.square().sum(0)
-        self.tokens[name] = self.tokens.get(name, 0) + x.shape[0]
+            self._sums.lot[name] += x.square().sum(0)
+        self._lot_tokens[name] = self._lot_tokens.get(name, 0) + x.shape[0]
+
+    def end_lot(self) -> None:
+        """Add up what was added since the last lot, in all processes."""
+        before, self.owner = self.owner, {}
+        for owner, tokens in self._sums.end_lot([before, self._lot_tokens]):
+            self.owner |= {name: first for name, first in owner.items() if name not in self.owner}
+            for name, count in tokens.items():
+                self._tokens[name] = self._tokens.get(name, 0) + count
+        self._lot_tokens = {}
 
     def assume(self, name: str, weight: Tensor) -> None:
         """Take the inputs of a linear that no sample has come to, weight [N, K], for alike and unrelated."""
@@ -92,7 +119,8 @@ class Moments:
     def mean(self, name: str) -> Tensor:
         """Return the mean over tokens for the input of one linear, float32 [K] or [K, K], and refuse one that is not finite."""
         owner = self.owner[name]
-        mean = self.sums[owner] / self.tokens[owner]
+        total = self.sums[owner]
+        mean = total / self.tokens[owner]
         check_inputs(name, mean)
         return mirrored(mean) if self._full else mean
 

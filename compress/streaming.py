@@ -240,13 +240,16 @@ class StreamedModel:
 
     def _fill(self, module: nn.Module, names: Mapping[str, str]) -> None:
         """Give a module its tensors: names inside it -> names in the state."""
-        tensors = self.state.source.read(names.values())
         values = {}
-        for inner, stored in names.items():
-            value = tensors[stored]
-            table = stored.rpartition(".")[0] in self.state.packed and not stored.endswith(".bias")
-            floating = value.is_floating_point() and not table
-            values[inner] = value.to(self.device, torch.float32 if floating else value.dtype)
+        # One at a time, so that nothing is there twice; experts come from a stack, which is read once for all.
+        at_once = [names] if self.structure.experts else [{inner: stored} for inner, stored in names.items()]
+        for some in at_once:
+            tensors = self.state.source.read(some.values())
+            for inner, stored in some.items():
+                value = tensors.pop(stored)
+                table = stored.rpartition(".")[0] in self.state.packed and not stored.endswith(".bias")
+                floating = value.is_floating_point() and not table
+                values[inner] = value.to(self.device, torch.float32 if floating else value.dtype)
         module.load_state_dict(values, strict=False, assign=True)
         module.requires_grad_(False)
         rebuild(module)
@@ -332,9 +335,9 @@ class StreamedModel:
         return first[0], calls
 
     @torch.no_grad()
-    def first_inputs(self, samples: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return the first block's hidden states for every sample, by its place in the list."""
-        return {str(place): self.capture(tokens)[0] for place, tokens in enumerate(samples)}
+    def first_inputs(self, samples: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return the first block's hidden states for every sample, by its place."""
+        return {str(place): self.capture(tokens)[0] for place, tokens in samples.items()}
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """Run one block on one sample: [1, T, hidden] to the same, float32."""

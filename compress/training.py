@@ -23,8 +23,8 @@ from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.logits import token_losses
 from compress.passes import Progress, derived_generator
+from compress.ranks import processes
 from compress.settings import TrainingConfig as TrainingConfig  # a part of this contract
-from compress.source import processes
 from compress.weights import read_tensors
 from compress.workspace import digest, save_atomic
 

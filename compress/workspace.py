@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.ranks import ALONE, Ranks
 from compress.weights import read_tensors
 
 Record = dict[str, Any]
@@ -59,10 +60,14 @@ def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
 
 @dataclass(frozen=True)
 class Stage:
-    """Keep the units of one pass or statistic; ``key`` is the digest of all they depend on."""
+    """Keep the units of one pass or statistic; ``key`` is the digest of all they depend on.
+
+    The main one of ``ranks`` writes, while the others, who call the same methods, wait.
+    """
 
     folder: Path
     key: str
+    ranks: Ranks = ALONE
 
     def path(self, unit: str) -> Path:
         """Return the place of a unit's file."""
@@ -76,18 +81,28 @@ class Stage:
         except (FileNotFoundError, SafetensorError, TypeError, KeyError, ValueError):
             return None
 
-    def load(self, unit: str) -> dict[str, Tensor]:
-        """Read the tensors of a finished unit."""
-        return read_tensors(self.path(unit))
+    def load(self, unit: str, samples: Collection[int] | None = None) -> dict[str, Tensor]:
+        """Read the tensors of a finished unit; or only those of some samples, whose places end their names."""
+        with safe_open(self.path(unit), framework="pt") as handle:
+            names = list(handle.keys())
+        own = [name for name in names if samples is None or int(name.rpartition("-")[2]) in samples]
+        return read_tensors(self.path(unit), own)
 
     def save(self, unit: str, tensors: Mapping[str, Tensor], record: Record | None = None) -> None:
         """Finish a unit. Its record must not hold times: equal work gives equal bytes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_atomic(self.path(unit), tensors, {"record": json.dumps(record or {}, sort_keys=True)})
+        if self.ranks.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_atomic(self.path(unit), tensors, {"record": json.dumps(record or {}, sort_keys=True)})
+        self.ranks.wait()
+
+    def save_joined(self, unit: str, tensors: Mapping[str, Tensor]) -> None:
+        """Finish a unit of what every process has of it."""
+        self.save(unit, self.ranks.joined(tensors))
 
     def discard(self, unit: str) -> None:
         """Forget a unit that later ones have made superfluous."""
-        self.path(unit).unlink(missing_ok=True)
+        if self.ranks.main:
+            self.path(unit).unlink(missing_ok=True)
 
 
 class Workspace:
@@ -115,7 +130,7 @@ class Workspace:
             try:
                 yield
             finally:
-                if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["lock"]:
+                if self.folder.is_dir() and all(path.name.startswith("lock") for path in self.folder.iterdir()):
                     self.remove()
 
     def remove(self) -> None:

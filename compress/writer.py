@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.card import write_card
 from compress.config import METHOD, format_version, index_name
 from compress.errors import CompressError
 from compress.hf import bits_by_module, packed_modules
@@ -81,6 +82,7 @@ def write_checkpoint(
         "probe": probe(partial, running, probe_tokens, device),
     }
     write_atomic(partial / MANIFEST, json.dumps(whole, indent=1) + "\n")
+    write_card(partial, source=source)
     if target.exists():
         target.rmdir()  # empty: the pipeline has refused anything else
     partial.replace(target)

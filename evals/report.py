@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.card import add_measured
 from compress.errors import CompressError
-from compress.evals import plots
+from compress.evals import plots, tables
 from compress.evals.gather import Wanted, collect, measure_missing
 from compress.evals.page import html, markdown
-from compress.evals.sections import report_page
+from compress.evals.sections import QUALITY, report_page
 from compress.evals.store import FOLDER, results_of
 from compress.passes import Progress
 from compress.workspace import write_atomic
@@ -21,7 +22,7 @@ def report(
     results: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Path], list[str]]:
-    """Measure what is missing and write the report of a checkpoint.
+    """Measure what is missing and write the report of a checkpoint; its own report's quality goes into its model card too.
 
     Args:
         folder: the checkpoint.
@@ -52,6 +53,10 @@ def report(
         write_atomic(written[1], markdown(page, [picture.file for picture in files]))
         for picture in files:
             plots.save(picture.draw(), target / picture.file)
+        quality = [section for section in page.sections if section.title.startswith(QUALITY) and section.table]
+        if output is None and quality:
+            parts = [f"{tables.markdown(section.table)}\n\n{section.note}" for section in quality if section.table]
+            add_measured(folder, "\n\n".join(parts))
     except OSError as error:
         raise CompressError(f"{target}: cannot be written ({error.strerror}); give another folder with -o.") from error
     return written, [*notes, *without]

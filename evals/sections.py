@@ -16,6 +16,9 @@ from compress.evals.plots import Line, Point
 from compress.evals.tables import Matrix, Table
 from compress.hub import name_of
 
+QUALITY = "Quality at every number of bits"
+"""Title of the sections that a model card has too."""
+
 
 def report_page(facts: Facts) -> Page:
     """Lay out everything that is known of a checkpoint."""
@@ -80,7 +83,7 @@ def _quality(facts: Facts) -> Iterable[Section]:
         label = "Added loss against size, one point per number of bits" + f" (text {place + 1})" * bool(place)
         picture = Picture(label, partial(plots.pareto, lines), caption, file="" if place else "pareto.png")
         pictures = [picture] if sum(len(line.points) for line in lines) > 1 else []
-        title = "Quality at every number of bits" + f": {_name_of(text)}" * bool(place)
+        title = QUALITY + f": {_name_of(text)}" * bool(place)
         yield Section(title, quality_table(facts, text), protocol_words(text), pictures)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 2
-_MATRIX = struct.Struct("=17q")
+_ABI = 3
+_MATRIX = struct.Struct("=21q")
+_CHUNK, _GROUP = 512, 64  # columns, as in kernels/c/bitplane.h
 _TABLES = {torch.float16: 2, torch.float32: 4}
 _TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
 WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
@@ -35,6 +36,7 @@ class Library:
     calls: ctypes.CDLL
     isa: int  # index in ``ISAS`` of the best kernels that this processor can run
     team: int  # address of ``GOMP_parallel`` in the process, or 0: then one thread does all the work
+    team_size: int  # that of ``omp_get_num_threads``
 
 
 @functools.cache
@@ -51,16 +53,17 @@ def library() -> Library | str:
     if found != _ABI:
         return f"the C library is of another version ({found}, not {_ABI}): install again"
     number, address = ctypes.c_int, ctypes.c_void_p
-    for name in ("compress_exact", "compress_int8"):
-        getattr(calls, name).argtypes = [ctypes.c_char_p, address, number, address, address, number]
+    calls.compress_product.argtypes = [ctypes.c_char_p, address, number, address, address, number]
+    calls.compress_order.argtypes = [ctypes.c_char_p, address]
     calls.compress_look_up.argtypes = [ctypes.c_char_p, address, ctypes.c_int64, address, address, number]
-    return Library(calls, calls.compress_best_isa(), _openmp())
+    calls.compress_step.argtypes = [ctypes.c_char_p, address, address, number]
+    return Library(calls, calls.compress_best_isa(), _openmp("GOMP_parallel"), _openmp("omp_get_num_threads"))
 
 
-def _openmp() -> int:
-    """Return the address of the function that starts a team of threads in the runtime that torch brought, 0 if there is none."""
+def _openmp(name: str) -> int:
+    """Return the address of a function in the OpenMP runtime that torch brought, which starts a team of threads; 0 if there is none."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+        return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
     except (OSError, AttributeError, TypeError):
         return 0
 
@@ -111,8 +114,24 @@ def int8_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
     return places, affine
 
 
+@functools.cache
+def _order(bits: int, int8: bool, isa: int) -> Tensor:
+    """Return the order in which kernels want activations, int16 of any meaning to the library alone."""
+    order = torch.empty(_CHUNK + _GROUP, dtype=torch.int16, device="cpu")
+    # Of a matrix without rows; the address of its codebook's steps says that it is of the int8 mode.
+    matrix = _MATRIX.pack(*[0] * 9, int(int8), *[0] * 4, 0, 0, 0, bits, isa, 0, 0)
+    if _library().calls.compress_order(matrix, order.data_ptr()):
+        raise RuntimeError("this processor cannot run the kernels asked for")
+    return order
+
+
+def _held(tensor: Tensor | None) -> Tensor | None:
+    """Return a vector as the library reads it."""
+    return None if tensor is None else tensor.detach().float().contiguous().view(-1)
+
+
 class Prepared:
-    """Hold a packed matrix as the C library takes it: addresses of tensors, which are kept alive, and nothing copied.
+    """Hold a packed matrix as the C library takes it: addresses of tensors, which are kept alive, and no plane copied.
 
     Args:
         planes: b int32 tensors [N, ceil(K / 32)] on the CPU, most significant first.
@@ -120,14 +139,25 @@ class Prepared:
         columns: K.
         int8: round activations to 8 bits, 64 at a time, and codebook entries to 8 bits: faster, and less exact.
         isa: index in ``ISAS``, for tests; the best one if None.
+        inputs: [K], what activations are multiplied by first.
+        factors: [N] or [N, 1], what sums are multiplied by.
+        bias: [N], what is added then.
 
     Raises:
         ValueError: shapes or types that do not belong together.
-        RuntimeError: there is no library.
+        RuntimeError: there is no library, or it has no kernels for this processor.
     """
 
     def __init__(
-        self, planes: Sequence[Tensor], codebook: Tensor, columns: int, int8: bool = False, isa: int | None = None
+        self,
+        planes: Sequence[Tensor],
+        codebook: Tensor,
+        columns: int,
+        int8: bool = False,
+        isa: int | None = None,
+        inputs: Tensor | None = None,
+        factors: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         found = _library()
         strides = planes[0].stride()
@@ -140,14 +170,17 @@ class Prepared:
             shapes = [tuple(plane.shape) for plane in planes]
             raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
         entries, affine = int8_codebook(table) if int8 else (table, None)
-        self.planes, self.codebook, self.columns, self._kept_alive = planes, table, columns, (entries, affine)
+        isa = found.isa if isa is None else isa
+        vectors = [affine, _held(inputs), _held(factors), _held(bias), _order(bits, int8, isa)]
+        self.planes, self.codebook, self.rows, self.columns = planes, table, rows, columns
+        self._inputs, self._factors, self._bias = vectors[1:4]
+        self._kept_alive = entries, vectors
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
-        addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits)
-        addresses += [entries.data_ptr(), 0 if affine is None else affine.data_ptr()]
-        sizes = stride, rows, columns, bits, found.isa if isa is None else isa, entries.element_size()
-        self._matrix = _MATRIX.pack(*addresses, *sizes, int(table.shape[0] < rows))
-        self._multiply = found.calls.compress_int8 if int8 else found.calls.compress_exact
-        self._weights, self._rows, self._team = rows * columns, rows, found.team
+        addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits) + [entries.data_ptr()]
+        addresses += [0 if vector is None else vector.data_ptr() for vector in vectors]
+        sizes = stride, rows, columns, bits, isa, entries.element_size(), int(table.shape[0] < rows)
+        self.matrix = _MATRIX.pack(*addresses, *sizes)
+        self._library = found
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x @ W.T``: floating [..., K] to [..., N] in the same dtype, added in float32; no gradient.
@@ -162,31 +195,36 @@ class Prepared:
         count = x.numel() // self.columns
         if count > FUSED_ROWS:
             return self._tiled(x)
-        y = torch.empty((*shape[:-1], self._rows), dtype=torch.float32, device=x.device)
+        y = torch.empty((*shape[:-1], self.rows), dtype=torch.float32, device=x.device)
         if count == 0:
             return y.to(dtype)
-        rows = x.to(torch.float32).contiguous()
+        rows, found = x.to(torch.float32).contiguous(), self._library
         threads = torch.get_num_threads() if self.products(count) >= WORTH_A_TEAM else 1
-        if self._multiply(self._matrix, rows.data_ptr(), count, y.data_ptr(), self._team, threads):
+        if found.calls.compress_product(self.matrix, rows.data_ptr(), count, y.data_ptr(), found.team, threads):
             raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
         return y if dtype == torch.float32 else y.to(dtype)
 
     def products(self, count: int) -> int:
         """Count the multiplications for ``count`` rows of activations."""
-        return count * self._weights
+        return count * self.rows * self.columns
 
     def _tiled(self, x: Tensor) -> Tensor:
         """Return the product by torch, a few rows of looked-up weights at a time."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
-        rows = x.detach().reshape(-1, self.columns).to(dtype)
-        y = torch.empty(rows.shape[0], self._rows, dtype=dtype, device=x.device)
+        rows = x.detach().reshape(-1, self.columns)
+        rows = (rows if self._inputs is None else rows.float() * self._inputs).to(dtype)
+        y = torch.empty(rows.shape[0], self.rows, dtype=dtype, device=x.device)
         step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
-        for start in range(0, self._rows, step):
+        for start in range(0, self.rows, step):
             part = slice(start, start + step)
-            table = self.codebook[part] if len(self.codebook) == self._rows else self.codebook
+            table = self.codebook[part] if len(self.codebook) == self.rows else self.codebook
             weight = look_up([plane[part] for plane in self.planes], table.to(dtype), self.columns)
             y[:, part] = rows @ weight.t()
-        return y.to(x.dtype).view(*x.shape[:-1], self._rows)
+        if self._factors is not None:
+            y = y * self._factors
+        if self._bias is not None:
+            y = y + self._bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.rows)
 
 
 def look_up(
@@ -212,6 +250,6 @@ def look_up(
     out = torch.empty(count, columns, dtype=table.dtype, device=table.device)
     threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
     where = (0, 0) if places is None else (places.data_ptr(), len(places))
-    if len(out) and found.calls.compress_look_up(matrix._matrix, *where, out.data_ptr(), found.team, threads):
+    if len(out) and found.calls.compress_look_up(matrix.matrix, *where, out.data_ptr(), found.team, threads):
         raise RuntimeError("this processor cannot run the kernels asked for")
     return out

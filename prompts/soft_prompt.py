@@ -17,9 +17,9 @@ from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.records import PackedShape, bits_range
+from compress.ranks import processes
 from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
-from compress.source import processes
 from compress.tokens import token_ids
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record

@@ -14,6 +14,7 @@ from compress.pruning.settings import JointConfig
 from compress.pruning.sparsegpt import sweep
 from compress.quant.format import Codes
 from compress.quant.records import PackedShape
+from compress.workspace import Record
 
 
 class Joint(SparsePass[JointConfig]):
@@ -23,7 +24,7 @@ class Joint(SparsePass[JointConfig]):
 
     def needs(self) -> Needs:
         """Ask for inputs from the packed blocks; leave packed matrices."""
-        return Needs(inputs="updated", packs=True, pattern=self.config.pattern is not None)
+        return Needs(inputs="updated", divides=True, packs=True, pattern=self.config.pattern is not None)
 
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Return the shape of every linear that is not ignored."""
@@ -40,9 +41,13 @@ class Joint(SparsePass[JointConfig]):
             weight.copy_(swept.weight)
             block.packed[name] = Codes(codes_of(swept.weight, codebook).cpu(), {self.config.bits: codebook.cpu()})
             result[name] = Pruned(swept.pruned, swept.figures(factor))
-        for name in block.linears.keys() - result.keys():
-            block.skipped[name] = f"ignored by the pass {self.config.kind}"
         return result
+
+    def run_block(self, block: Block, context: Context) -> Record:
+        """Prune and round one block as planned."""
+        for name in block.linears.keys() - set(self.chosen(context)):
+            block.skipped[name] = f"ignored by the pass {self.config.kind}"
+        return super().run_block(block, context)
 
 
 def even_codebook(weight: Tensor, bits: int) -> Tensor:

@@ -18,9 +18,12 @@ from compress.pruning.mrp import Search, Step, curve, grid, non_outlier_ratio, o
 from compress.pruning.scores import DEFAULT_GROUP, Measured, measure, pattern_zeros
 from compress.pruning.settings import Group, Score, SparseConfig
 from compress.pruning.sparsegpt import Rule
+from compress.quant.base import share_packed
 from compress.statistics import hessian_bytes
 from compress.structure import block_of, matching
 from compress.workspace import Record
+
+_SORTING = 24  # bytes per weight of a matrix whose weights are all compared
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,38 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
     def prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
         """Prune the measured linears of a block in place, each by its number of zeros."""
 
+    def _prune(self, block: Block, zeros: Mapping[str, int], measured: Measured) -> dict[str, Pruned]:
+        """Let every process prune some of the linears, and all have the result."""
+        sizes = {name: score.numel() * score.shape[1] for name, score in measured.scores.items()}
+        own = block.ranks.share(sizes)
+        factors = {name: factor for name, factor in measured.factors.items() if name in own}
+        pruned = self.prune(block, zeros, Measured({name: measured.scores[name] for name in own}, factors))
+        if block.ranks.size == 1:
+            return pruned
+        tensors = block.ranks.joined(
+            {f"weight {name}": block.linears[name].weight for name in own}
+            | {f"mask {name}": part.mask for name, part in pruned.items()}
+        )
+        figures = block.ranks.noted({name: part.figures for name, part in pruned.items()})
+        for name in sizes:
+            block.linears[name].weight.copy_(tensors[f"weight {name}"])
+        share_packed(block, list(sizes))
+        return {name: Pruned(tensors[f"mask {name}"], figures[name]) for name in sizes}
+
     def needs(self) -> Needs:
         """Ask for inputs, unless neither the score nor the allocation looks at them."""
         looks = self.score != "magnitude" or self.config.allocation in ("owl", "dlp", "hessian")
-        return Needs(inputs="updated" if looks else None, pattern=self.config.pattern is not None, zeros=True)
+        return Needs(
+            inputs="updated" if looks else None, divides=True, pattern=self.config.pattern is not None, zeros=True
+        )
 
     def memory(self, sizes: Sizes, context: Context) -> int:
-        """Estimate what Hessians take: of every distinct input one, its inverse and factor, and a block's scores."""
+        """Estimate what a block's scores and masks take, and Hessians: of every distinct input one, its inverse and factor."""
+        largest = max(rows * columns for rows, columns in context.linears.values())
+        scored = sizes.block + sizes.block // 4 + (0 if self._group == "row" else _SORTING * largest)
         if self.score != "sparsegpt" and self.config.allocation != "hessian":
-            return 0
-        return sizes.block + 3 * hessian_bytes(context.structure, context.linears)
+            return scored
+        return scored + 3 * hessian_bytes(context.structure, context.linears)
 
     @property
     def _group(self) -> Group:
@@ -142,7 +167,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         groups = dict.fromkeys(names, self._group)
         record = {"nor": curve(measured.scores, groups, self._points(), config.outlier, config.ratio)}
         if block.statistics:
-            self.prune(block, self.plan(context, block.statistics).zeros, measured)
+            self._prune(block, self.plan(context, block.statistics).zeros, measured)
         return record
 
     def _points(self) -> list[float]:
@@ -213,7 +238,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             return {"linears": {}}
         config, plan = self.config, self.plan(context, block.statistics)
         measured = self.scored(block, names)
-        pruned = self.prune(block, plan.zeros, measured)
+        pruned = self._prune(block, plan.zeros, measured)
         masks = {name: part.mask for name, part in pruned.items()}
         unit = next(index for index, unit in enumerate(self._units(context)) if names[0] in unit)
         linears = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.pruning.allocation import Budget
-from compress.pruning.scores import levels
+from compress.pruning.scores import levels, row_chunks
 from compress.pruning.settings import Group, Ratio
 
 _NARROW = 1e-9
@@ -42,11 +42,15 @@ def non_outlier_ratio(
     ``outlier`` is M.
     """
     dense = list(scores.values())
-    kept = [score[~pruned[name]] for name, score in scores.items()] if pruned else dense
     if ratio == "all":
+        kept = [score[~pruned[name]] for name, score in scores.items()] if pruned else dense
         return _ratio_of_all(kept, sum(score.numel() for score in dense), outlier)
-    threshold, survivors = outlier * _mean(dense), sum(score.numel() for score in kept)
-    return 1 - sum(int((score > threshold).sum()) for score in kept) / survivors if survivors else 1.0
+    threshold, above, survivors = outlier * _mean(dense), 0, 0
+    for name, score in scores.items():
+        high = score > threshold
+        above += int((high & ~pruned[name]).sum() if pruned else high.sum())
+        survivors += int((~pruned[name]).sum()) if pruned else score.numel()
+    return 1 - above / survivors if survivors else 1.0
 
 
 def _ratio_of_all(kept: Sequence[Tensor], entries: int, outlier: float) -> float:
@@ -72,24 +76,32 @@ def curve(
     held = list(scores.values())
     entries = sum(score.numel() for score in held)
     edges = torch.tensor(points, dtype=torch.float32, device=held[0].device) + 1e-7
-    # the first point at which a weight is gone; len(points) if it never is
-    gone = [torch.bucketize(levels(score, groups[name]).flatten(), edges) for name, score in scores.items()]
-    left = entries - _counts(gone, len(points))[:-1].cumsum(0)
     if ratio == "survivors":
         threshold = outlier * _mean(held)
-        high = [g[score.flatten() > threshold] for g, score in zip(gone, held, strict=True)]
-        outliers = _counts(high, len(points))
-        above = outliers.sum() - outliers[:-1].cumsum(0)
+        every, outliers = (torch.zeros(len(points) + 1, dtype=torch.long, device=edges.device) for _ in range(2))
+        for name, score in scores.items():
+            for part in _compared(score, groups[name]):
+                gone = _first_gone(part, groups[name], edges)
+                every += torch.bincount(gone, minlength=len(every))
+                outliers += torch.bincount(gone[part.flatten() > threshold], minlength=len(every))
+        left, above = entries - every[:-1].cumsum(0), outliers.sum() - outliers[:-1].cumsum(0)
         return [float(value) for value in torch.where(left > 0, 1 - above / left.clamp(min=1), 1.0).double()]
+    gone_of = [_first_gone(score, groups[name], edges) for name, score in scores.items()]
     found = []
     for index in range(len(points)):
-        kept = [score.flatten()[g > index] for g, score in zip(gone, held, strict=True)]
+        kept = [score.flatten()[gone > index] for gone, score in zip(gone_of, held, strict=True)]
         found.append(_ratio_of_all(kept, entries, outlier))
     return found
 
 
-def _counts(gone: Sequence[Tensor], points: int) -> Tensor:
-    return torch.stack([torch.bincount(part, minlength=points + 1) for part in gone]).sum(0)
+def _compared(scores: Tensor, group: Group) -> Sequence[Tensor]:
+    """Return parts of a matrix whose weights are not compared with others': what is sorted takes many times their bytes."""
+    return row_chunks(scores) if group == "row" else [scores]
+
+
+def _first_gone(scores: Tensor, group: Group, edges: Tensor) -> Tensor:
+    """Return, for every weight, the first point of a grid at which it is gone; the number of points if it never is."""
+    return torch.bucketize(levels(scores, group).flatten(), edges)
 
 
 @dataclass(frozen=True)

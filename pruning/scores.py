@@ -5,7 +5,7 @@ Smaller scores are pruned first; equal scores by position, so that the result ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.passes import Block
 from compress.pruning.settings import Group, Score
+from compress.ranks import Ranks
 from compress.statistics import Moments, check_inputs, check_weight
 
 COLUMNS = 128
@@ -100,21 +101,29 @@ def measure(block: Block, names: Iterable[str], score: Score, damping: float) ->
         check_weight(name, weight)
     if score == "magnitude":
         return Measured({name: magnitude(weight) for name, weight in weights.items()}, {})
-    inputs = Moments(full=score == "sparsegpt")
-    block.for_each_input(inputs.add)
+    inputs = Moments(full=score == "sparsegpt", ranks=block.ranks)
+    block.for_each_input(inputs.add, end_lot=inputs.end_lot)
     for name in weights.keys() - inputs.owner.keys():  # an expert that no token was sent to
         inputs.assume(name, weights[name])
     if score == "wanda":
         return Measured({name: wanda(weight, inputs.mean(name)) for name, weight in weights.items()}, {})
     assert score == "sparsegpt", score  # a new score has its branch above
-    shared: dict[str, Factor] = {}
-    for name in weights:
-        owner = inputs.owner[name]
-        if owner not in shared:
-            # SparseGPT's Hessian is that of the sum of squared errors.
-            shared[owner] = factorise(inputs.take(name).mul_(2), damping, name)
-    factors = {name: shared[inputs.owner[name]] for name in weights}
+    factors = _factors(inputs, {name: weight.shape[1] for name, weight in weights.items()}, damping, block.ranks)
     return Measured({name: removal(w, factors[name].diagonal) for name, w in weights.items()}, factors)
+
+
+def _factors(inputs: Moments, columns: Mapping[str, int], damping: float, ranks: Ranks) -> dict[str, Factor]:
+    """Factor the Hessian of every distinct input of linears, given with their columns, each in one process."""
+    first = {inputs.owner[name]: name for name in reversed(list(columns))}
+    tensors, used = dict[str, Tensor](), dict[str, float]()
+    for owner in ranks.share({inputs.owner[name]: float(count) ** 3 for name, count in columns.items()}):
+        # SparseGPT's Hessian is that of the sum of squared errors.
+        found = factorise(inputs.take(first[owner]).mul_(2), damping, first[owner])
+        tensors |= {f"upper {owner}": found.upper, f"dead {owner}": found.dead}
+        used[owner] = found.damping
+    tensors, used = ranks.joined(tensors), ranks.noted(used)
+    shared = {owner: Factor(tensors[f"upper {owner}"], tensors[f"dead {owner}"], used[owner]) for owner in first}
+    return {name: shared[inputs.owner[name]] for name in columns}
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -142,16 +151,26 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
     """
     rows, columns = scores.shape
     if group == "row":
-        counts = torch.tensor(shares(zeros, rows), device=scores.device)
-        order = scores.argsort(dim=1, stable=True)
-        first = torch.arange(columns, device=scores.device) < counts[:, None]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, first)
+        counts, chunks = torch.tensor(shares(zeros, rows), device=scores.device), row_chunks(scores)
+        each = zip(chunks, torch.split(counts, [len(chunk) for chunk in chunks]), strict=True)
+        return torch.cat([_smallest(chunk, count) for chunk, count in each])
     if group == "columns":
         counted = zip(column_blocks(columns), column_shares(zeros, columns), strict=True)
         return torch.cat([select(scores[:, a:b], count, "matrix") for (a, b), count in counted], dim=1)
     pruned = torch.zeros(rows * columns, dtype=torch.bool, device=scores.device)
     pruned[scores.flatten().argsort(stable=True)[:zeros]] = True
     return pruned.view(rows, columns)
+
+
+def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Divide a matrix by rows into views of about 4 million entries."""
+    return torch.split(matrix, max(1, (1 << 22) // max(matrix.shape[1], 1)))
+
+
+def _smallest(scores: Tensor, counts: Tensor) -> Tensor:
+    """Choose the smallest of every row, so many each: bool [N, K]."""
+    first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argsort(dim=1, stable=True), first)
 
 
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:

@@ -37,6 +37,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         looks = kind == "activation"
         return Needs(
             inputs="original" if looks else None,
+            divides=True,
             outputs=looks,
             squared_gradients=kind == "fisher",
             packs=True,
@@ -107,28 +108,35 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             return self._run_outside(block)
         ignored = self._ignored(context)
         block.skipped |= {name: f"ignored by {ignored[name]!r}" for name in block.linears if name in ignored}
-        weights = {name: _checked(name, linear.weight) for name, linear in block.linears.items() if name not in ignored}
+        weights = {name: linear.weight for name, linear in block.linears.items() if name not in ignored}
+        for name, weight in weights.items():
+            check_weight(name, weight)
+        if self.needs().variants:  # these put other weights into the block
+            weights = {name: weight.clone() for name, weight in weights.items()}
         sensitivities = self._sensitivities(block)
         fitted = self.fit_block(block, list(weights))
         errors: Record = {}
-        for name, weight in weights.items():
-            sensitivity = sensitivities.get(name)
-            found = fitted.get(name)
+        for name in block.ranks.share({name: weight.numel() for name, weight in weights.items()}):
+            weight, sensitivity, found = _on_cpu(weights[name]), sensitivities.get(name), fitted.get(name)
             if found is None:
                 importance = None if sensitivity is None else np.ascontiguousarray(sensitivity.numpy())
                 found = self.quantise(weight.numpy(), importance)
             block.packed[name] = stored = found.as_stored()
             errors[name] = matrix_errors(weight, stored, sensitivity, context.device)
-        return {"errors": errors}
+        share_packed(block, [name for name in weights if name not in fitted])
+        block.packed |= {name: found.as_stored() for name, found in fitted.items() if name not in block.packed}
+        errors = block.ranks.noted(errors)
+        return {"errors": {name: errors[name] for name in weights}}
 
     def _run_outside(self, block: Block) -> Record:
         """Quantise embedding and head, and measure the errors: of outputs where the matrix multiplies hidden states."""
         table, errors = self.embedding_table(), dict[str, dict[str, dict[str, float]]]()
         for name, linear in block.linears.items():
-            weight = _checked(name, linear.weight)
+            check_weight(name, linear.weight)
+            weight = _on_cpu(linear.weight)
             hessian = block.hessians.get(name)
             looked_up = isinstance(linear.module, nn.Embedding)
-            found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())))
+            found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())), block.ranks)
             block.packed[name] = replace(found, read_at={str(bits): own for bits, own in table.items()})
             sensitivity = block.squared_gradients.get(name)
             errors[name] = {
@@ -142,17 +150,28 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             return dict(block.squared_gradients)
         if self.sensitivity == "none":
             return {}
-        moments = Moments()
-        block.for_each_input(moments.add, keep_outputs=self.needs().outputs)
+        moments = Moments(ranks=block.ranks)
+        block.for_each_input(moments.add, keep_outputs=self.needs().outputs, end_lot=moments.end_lot)
         rows = {name: linear.shape[0] for name, linear in block.linears.items()}
         return {name: moments.mean(name).cpu().expand(rows[name], -1) for name in moments.owner}
 
 
-def _checked(name: str, weight: Tensor) -> Tensor:
-    """Copy a weight to the CPU, float32 [N, K], and refuse values that are not finite."""
-    weight = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
-    check_weight(name, weight)
-    return weight
+def share_packed(block: Block, names: Sequence[str]) -> None:
+    """Give every process the matrices among ``names`` that one has packed, with codebooks by row; their order is the block's."""
+    if block.ranks.size == 1:
+        return
+    own = {name: block.packed[name] for name in names if name in block.packed}
+    tensors = {f"codes {name}": found.codes for name, found in own.items()}
+    for name, found in own.items():
+        tensors |= {f"{bits} {name}": codebook for bits, codebook in found.codebooks.items()}
+    tensors, bits = block.ranks.joined(tensors), block.ranks.noted({n: list(f.codebooks) for n, f in own.items()})
+    packed = {n: Codes(tensors[f"codes {n}"], {b: tensors[f"{b} {n}"] for b in bits[n]}) for n in names if n in bits}
+    block.packed = packed | block.packed
+
+
+def _on_cpu(weight: Tensor) -> Tensor:
+    """Return a weight on the CPU, float32 [N, K], row after row; not to be written to."""
+    return weight.detach().to("cpu", torch.float32).contiguous()
 
 
 def vocabulary_errors(

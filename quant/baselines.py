@@ -10,6 +10,8 @@ from compress.quant.format import Codes
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.settings import KMeansConfig, RoundToNearestConfig
 
+_ROWS = 1 << 10
+
 
 class KMeans(QuantisePass[KMeansConfig]):
     """Find the optimal codebook of each row for one number of bits."""
@@ -32,7 +34,10 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
         bits = self.config.bits
         low = weight.min(axis=1, keepdims=True).astype(np.float64)
         step = (weight.max(axis=1, keepdims=True) - low) / (2**bits - 1)
-        safe = np.where(step > 0, step, 1.0)
-        codes = np.clip(np.rint((weight - low) / safe), 0, 2**bits - 1).astype(np.uint8)
+        safe, codes = np.where(step > 0, step, 1.0), np.empty(weight.shape, np.uint8)
+        for rows in (
+            slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS)
+        ):  # float64 is twice as large
+            codes[rows] = np.clip(np.rint((weight[rows] - low[rows]) / safe[rows]), 0, 2**bits - 1)
         codebook = (low + step * np.arange(2**bits)).astype(np.float32)
         return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(codebook)})

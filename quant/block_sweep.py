@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,17 @@ from compress.passes import Block
 from compress.precision import multiplies_bfloat16
 from compress.quant.format import Codes
 from compress.quant.mixture import fit_experts
-from compress.quant.nested import nested_output_codebooks
+from compress.quant.nested import nested_output_codebooks, row_parts
 from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared_search import shared_output_codebooks
+from compress.ranks import ALONE, Ranks, Sums, even_parts
 from compress.statistics import Moments, add_products, mirrored
 
 CORRECTING = 256  # tokens of every sample that corrections are measured on
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
+_SEARCH = 90  # bytes per weight of the rows that are searched at a time
 _FAST_FROM = 512  # columns: below, products in bfloat16 gain nothing
 
 
@@ -45,19 +48,17 @@ class Originals:
 
     def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
         correcting = CORRECTING if block.variants else 0
-        self.moments, self.groups = Moments(full=True), dict[str, list[str]]()
+        self.moments, self.groups = Moments(full=True, ranks=block.ranks), dict[str, list[str]]()
         self._inputs: dict[str, list[Tensor]] = {}
 
         def visit(name: str, x: Tensor) -> None:
             self.moments.add(name, x)
-            owner = self.moments.owner[name]
-            group = self.groups.setdefault(owner, [])
-            if name not in group:
-                group.append(name)
-            if owner == name and correcting:
-                self._inputs.setdefault(owner, []).append(x[:correcting].to(_product_dtype(x), copy=True))
+            if self.moments.owner[name] == name and correcting:
+                self._inputs.setdefault(name, []).append(x[:correcting].to(_product_dtype(x), copy=True))
 
-        block.for_each_input(visit, modules, keep_outputs=True)
+        block.for_each_input(visit, modules, keep_outputs=True, end_lot=self.moments.end_lot)
+        for name, owner in self.moments.owner.items():
+            self.groups.setdefault(owner, []).append(name)
 
     def take_inputs(self, owner: str) -> list[Tensor]:
         """Return the inputs of a group on the first tokens of every sample, [T, K] each, and let them go."""
@@ -75,23 +76,35 @@ def _damp(hessian: Tensor, share: float) -> None:
 
 
 @torch.no_grad()
-def correction(pairs: Iterable[tuple[Tensor, Tensor | None]], weight: Tensor) -> Tensor:
+def correction(
+    pairs: Iterable[tuple[Tensor, Tensor | None]], weight: Tensor, lots: Sequence[int] = (), ranks: Ranks = ALONE
+) -> Tensor:
     """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares.
 
-    ``pairs`` are ``x`` and ``x'`` of every sample, [T, K]; one that another number of tokens came to tells nothing.
+    ``pairs`` are ``x`` and ``x'`` of every sample, [T, K], in ``lots`` of so many; one that another number of tokens came to
+    tells nothing.
     """
-    hessian, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
-    for x, shown in pairs:
-        if shown is None or shown.shape != x.shape:
-            continue
-        add_products(hessian, shown.float())
-        missing, dtype = x.float() - shown, _product_dtype(x)
-        drift += shown.to(dtype).t() @ missing.to(dtype)
-    right = drift @ weight.t()
-    del drift  # as large as the Hessian
-    mirrored(hessian)
+    sums, left = Sums(ranks), iter(pairs)
+    for count in lots or (None,):
+        hessian, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
+        for x, shown in islice(left, count):
+            if shown is None or shown.shape != x.shape:
+                continue
+            add_products(hessian, shown.float())
+            missing, dtype = x.float() - shown, _product_dtype(x)
+            drift += shown.to(dtype).t() @ missing.to(dtype)
+        sums.add("hessian", hessian)
+        sums.add("drift", drift)
+        sums.end_lot()
+    hessian = mirrored(sums.total["hessian"])
+    drift = sums.total.pop("drift")
     _damp(hessian, _CORRECTION_DAMPING)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(hessian)).t()
+    factor = torch.linalg.cholesky(hessian)
+
+    def solved(rows: slice) -> dict[str, Tensor]:
+        return {"change": torch.cholesky_solve(drift @ weight[rows].t(), factor).t()}
+
+    return torch.cat([part["change"] for part in ranks.over(even_parts(len(weight), len(weight)), solved)])
 
 
 def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: int, length: int) -> int:
@@ -104,9 +117,13 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: in
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
     # What the linears are given on those tokens, and make of them in every variant, in two bytes.
     kept = tokens * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
-    return (
-        4 * (matrices + targets + 4 * length * inputs) + 2 * kept + 1024 * 90 * inputs
-    )  # a sample, and rows, at a time
+    # A sample, and rows, at a time; rows of all linears that may share an input.
+    searched = 0
+    for columns in {columns for _, columns in shapes}:
+        together = sum(rows for rows, other in shapes if other == columns)
+        largest = max(part.stop - part.start for part in row_parts(together, torch.device("cpu")))
+        searched = max(searched, largest * columns)
+    return 4 * (matrices + targets + 4 * length * inputs) + 2 * kept + _SEARCH * searched
 
 
 @torch.no_grad()
@@ -136,7 +153,8 @@ def fit_block(block: Block, names: Sequence[str], config: AnyPrecisionConfig) ->
             targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
             for variant, replay in replays.items():
                 show(variant)
-                shift = correction(zip(inputs, replay.inputs(inner[chosen[0]]), strict=True), weight)
+                pairs = zip(inputs, replay.inputs(inner[chosen[0]]), strict=True)
+                shift = correction(pairs, weight, block.lots, block.ranks)
                 targets[int(variant)] = (weight + config.correction * shift).contiguous()
             fitted |= _fit_group(block, chosen, targets, originals.moments.take(owner), config)
         for replay in replays.values():
@@ -155,7 +173,7 @@ def _fit_group(
     _damp(hessian, _DAMPING)
     dense = torch.cat([block.linears[name].weight for name in names]) if config.keep_zeros else None
     sizes = [block.linears[name].shape[0] for name in names]
-    found = _codes(targets, hessian, config, None if dense is None else dense == 0, sizes)
+    found = _codes(targets, hessian, config, None if dense is None else dense == 0, sizes, block.ranks)
     hessian.diagonal().copy_(measured)
     hessian = hessian.cpu()
     return {name: replace(codes, hessian=hessian) for name, codes in zip(names, found, strict=True)}
@@ -167,12 +185,13 @@ def _codes(
     config: AnyPrecisionConfig,
     zeros: Tensor | None,
     sizes: Sequence[int],
+    ranks: Ranks,
 ) -> list[Codes]:
     """Quantise matrices of one input, so many rows of the targets each; return what was found, on the CPU."""
     if config.rank is not None:
-        every = shared_output_codebooks(targets, hessian, config.rank, config.focus, sizes)
+        every = shared_output_codebooks(targets, hessian, config.rank, config.focus, sizes, ranks)
         return [found.to("cpu") for found in every]
-    codes = nested_output_codebooks(targets, hessian, config.focus, zeros)
+    codes = nested_output_codebooks(targets, hessian, config.focus, zeros, ranks)
     codebooks = [torch.split(codebook.cpu(), list(sizes)) for codebook in codes.codebooks.values()]
     of_each = zip(torch.split(codes.codes.cpu(), list(sizes)), *codebooks, strict=True)
     return [Codes(rows, dict(zip(codes.codebooks, of_rows, strict=True))) for rows, *of_rows in of_each]

@@ -8,6 +8,7 @@ from torch import Tensor
 from compress.quant.format import Codes
 
 Errors = dict[str, float]
+_AT_ONCE = 1 << 22  # weights that are there in float64
 
 
 def matrix_errors(weight: Tensor, found: Codes, sensitivity: Tensor | None, device: torch.device) -> dict[str, Errors]:
@@ -43,11 +44,15 @@ def layer_errors(weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, 
     ``s``, float32 [N, K] (None for 1). With a Hessian there is ``output``, the sum of ``e H e^T`` over that of ``w H w^T``,
     and ``weighted`` is the sum of ``e H e^T`` times each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
     """
-    error = (quantised - weight).double()
-    power = float(weight.double().square().sum()) or 1.0
-    result = {"relative": float(error.square().sum()) / power}
+    lost = power = weighted = 0.0
+    step = max(1, _AT_ONCE // max(weight.shape[1], 1))
+    for part in (slice(start, start + step) for start in range(0, len(weight), step)):
+        squares = (quantised[part] - weight[part]).double().square()
+        lost, power = lost + float(squares.sum()), power + float(weight[part].double().square().sum())
+        if scale is None:
+            weighted += float((squares if sensitivity is None else squares * sensitivity[part]).sum())
+    result = {"relative": lost / (power or 1.0)}
     if scale is None:
-        cost = error.square() if sensitivity is None else error.square() * sensitivity
-        return result | {"weighted": float(cost.sum())}
-    rows = scale.rows(error.float())
+        return result | {"weighted": weighted}
+    rows = scale.rows(quantised - weight)
     return result | {"output": float(rows.sum()) / scale.power, "weighted": float((rows * scale.cost).sum())}

@@ -37,7 +37,11 @@ class Codes:
 
     def dense(self, bits: int) -> Tensor:
         """Return the weights that a number of bits stands for, float32 [N, K]."""
-        found = self.codebooks[bits].float().gather(1, (self.codes >> (max(self.codebooks) - bits)).long())
+        codebook, lower = self.codebooks[bits].float(), max(self.codebooks) - bits
+        found = torch.empty(self.codes.shape, device=self.codes.device)
+        step = max(1, _AT_ONCE // max(self.codes.shape[1], 1))
+        for rows in (slice(start, start + step) for start in range(0, len(found), step)):
+            torch.gather(codebook[rows], 1, (self.codes[rows] >> lower).long(), out=found[rows])
         return found if self.shared is None else found * self.shared.columns.float()
 
     def rows(self, bits: int, part: slice) -> Tensor:

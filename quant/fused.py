@@ -44,7 +44,7 @@ def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
     return found
 
 
-def _same_factors(one: Tensor | None, other: Tensor | None) -> bool:
+def same_factors(one: Tensor | None, other: Tensor | None) -> bool:
     """Tell whether what two layers multiply is still one input after their columns' factors."""
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 
@@ -59,7 +59,7 @@ def _alike(members: Sequence[BitPlaneLinear]) -> bool:
         and member.shape.codebook_dtype == first.shape.codebook_dtype
         and member.exact == first.exact
         and (member.bias is None) == (first.bias is None)
-        and _same_factors(member.factors, first.factors)
+        and same_factors(member.factors, first.factors)
         and member.get_buffer("tiled_codes").device == first.get_buffer("tiled_codes").device
         for member in members
     )

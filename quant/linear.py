@@ -186,18 +186,23 @@ class PackedModule(nn.Module):
         return found if columns is None else found.mul_(columns).to(dtype)
 
     def product(self, x: Tensor, bits: int) -> Tensor:
-        """Multiply by the matrix as it is stored, at a number of bits: [..., K] to [..., N] in the dtype of ``x``, differentiable in it."""
+        """Multiply by the matrix as it is stored, at a number of bits: [..., K] to [..., N] in the dtype of ``x``, differentiable in it.
+
+        The module's bias is added, if it has one.
+        """
         prepared = self._direct(bits, x)
-        dense = self._kept_dense(bits, x.dtype) if prepared is None else None
-        if dense is not None:
-            return matmul(x, dense.t())
-        shape, scaled, rows = self.shape, self._scaled(x), self.row_factors
         if prepared is not None:
-            y = prepared(scaled)
+            return prepared(x)
+        dense = self._kept_dense(bits, x.dtype)
+        if dense is not None:
+            y = matmul(x, dense.t())
         else:
+            shape, rows = self.shape, self.row_factors
             tensors = [self.codebook(bits), *self.planes(bits)]
-            y = packed_linear(scaled, tensors, None, shape.out_features, shape.in_features, bits, 0)
-        return y if rows is None else (y * rows[:, 0]).to(x.dtype)
+            y = packed_linear(self._scaled(x), tensors, None, shape.out_features, shape.in_features, bits, 0)
+            y = y if rows is None else (y * rows[:, 0]).to(x.dtype)
+        bias = self._parameters.get("bias")
+        return y if bias is None else y + bias
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Multiply activations by the factors of the columns, if there are any."""
@@ -220,7 +225,7 @@ class PackedModule(nn.Module):
 
     def _key(self, bits: int, kind: object) -> _Key:
         """Return all that what is kept between calls was made of; whoever moves tensors may put others in their place."""
-        return bits, kind, list(self._buffers.values())
+        return bits, kind, [*self._buffers.values(), self._parameters.get("bias")]
 
     def _kept_dense(self, bits: int, dtype: torch.dtype) -> Tensor | None:
         """Return the dense weight kept between calls, ``N * K`` values in the activations' dtype, or None."""
@@ -241,19 +246,27 @@ class PackedModule(nn.Module):
 
         The operator's dispatch takes longer than a small layer's product; gradients and tracing need it.
         """
-        if self.keep_dense or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
+        if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SERVED:
             return None
         if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return None
-        exact, kept = self.exact, self._prepared
+        return self.prepared(bits)
+
+    def prepared(self, bits: int | None = None) -> cpu.Prepared | None:
+        """Return the C library's view of this layer at a number of bits, those in use if None; None where it does not serve it."""
+        bits, exact, kept = bits or self.bits, self.exact, self._prepared
+        if self.keep_dense or self.is_tiled:
+            return None
         key = self._key(bits, exact)
         if kept is not None and _same(kept[0], key):
             return kept[1]
         if not cpu.serves(self.codebook(bits)):
             return None
-        prepared = cpu.Prepared(self.planes(bits), self.codebook(bits), self.shape.in_features, int8=not exact)
+        planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
+        factors = {"inputs": self.factors, "factors": self.row_factors, "bias": self._parameters.get("bias")}
+        prepared = cpu.Prepared(planes, table, columns, not exact, **factors)
         self._prepared = key, prepared
         return prepared
 
@@ -318,8 +331,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
         if self.is_tiled and not self.keep_dense:
             shared = group.take(self, bits, x) if group is not None else None
             return tiled_linear(self._scaled(x), self.tiled(), bits, self.bias) if shared is None else shared
-        y = self.product(x, bits)
-        return y if self.bias is None else y + self.bias
+        return self.product(x, bits)
 
     def tile(self) -> None:
         """Take the layout of the GPU kernels in place of the stored tensors, if they serve the device those are on."""

@@ -18,9 +18,11 @@ from compress.passes import Block
 from compress.quant.format import Codes
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.settings import AnyPrecisionConfig
+from compress.ranks import Sums
 from compress.statistics import check_inputs
 
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
+_TOKENS = "tokens of "
 
 
 @torch.no_grad()
@@ -40,16 +42,19 @@ def fit_experts(block: Block, names: Sequence[str], config: AnyPrecisionConfig) 
 
 def _fit(block: Block, members: Sequence[str], alike: bool, config: AnyPrecisionConfig) -> dict[str, Codes]:
     """Quantise one matrix of every expert; ``alike`` tells that their inputs are of one kind."""
-    sums, tokens = dict[str, Tensor](), dict.fromkeys(members, 0)
+    inputs = Sums(block.ranks)
 
     def visit(name: str, x: Tensor) -> None:
         x = x.float()
-        if name not in sums:
-            sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-        sums[name].addmm_(x.t(), x)
-        tokens[name] += len(x)
+        if name not in inputs.lot:
+            inputs.lot[name] = x.new_zeros(x.shape[1], x.shape[1])
+        inputs.lot[name].addmm_(x.t(), x)
+        inputs.add(f"{_TOKENS}{name}", torch.tensor(len(x)))
 
-    block.for_each_input(visit, {name: block.linears[name].module for name in members})
+    modules = {name: block.linears[name].module for name in members}
+    block.for_each_input(visit, modules, end_lot=inputs.end_lot)
+    tokens = {name: int(inputs.total.pop(f"{_TOKENS}{name}", 0)) for name in members}
+    sums = inputs.total
     if not sums:
         return {}
     total: Tensor = sum(sums.values()) / max(1, sum(tokens.values()))  # type: ignore[assignment]
@@ -66,7 +71,8 @@ def _fit(block: Block, members: Sequence[str], alike: bool, config: AnyPrecision
         hessian.diagonal().add_(_DAMPING * torch.where(mean > 0, mean, 1.0))
         weight = block.linears[name].weight.float()
         targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
-        codes = nested_output_codebooks(targets, hessian, config.focus, weight == 0 if config.keep_zeros else None)
+        zeros = weight == 0 if config.keep_zeros else None
+        codes = nested_output_codebooks(targets, hessian, config.focus, zeros, block.ranks)
         codebooks = {bits: codebook.cpu() for bits, codebook in codes.codebooks.items()}
         found[name] = Codes(codes.codes.cpu(), codebooks, measured.cpu())
     return found

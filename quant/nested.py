@@ -27,6 +27,7 @@ from compress.quant.descent import Descent, GpuDescent, gather_columns, split_ce
 from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Follower, Hessian
 from compress.quant.kmeans import nested_codebooks
+from compress.ranks import ALONE, Ranks, even_parts
 
 CARRIED = (
     5  # bits; up to here codes see the errors of the layers before; above, correcting for them adds more than it takes
@@ -339,6 +340,7 @@ def nested_output_codebooks(
     hessian: Tensor,
     focus: Mapping[int, float] | None = None,
     zeros: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Codes:
     """Find nested codes and codebooks of rows that share their inputs.
 
@@ -347,22 +349,27 @@ def nested_output_codebooks(
         hessian: float32 [K, K], mean of ``x x^T`` over the inputs, positive definite.
         focus: bits -> how much their error counts, 1 where not given; for bits up to the larger of 6 and the seed's.
         zeros: bool [N, K], weights that must be exactly 0 at every number of bits.
+        ranks: the processes that share the rows; all get the result.
 
     Returns:
         Codes and float32 codebooks, on the device of the targets.
     """
-    prepared, buffers, parts = Hessian(hessian), Buffers(hessian.device), []
-    for part in row_parts(len(targets[min(targets)]), hessian.device):
+    prepared, buffers = Hessian(hessian), Buffers(hessian.device)
+
+    def grown(part: slice) -> dict[str, Tensor]:
         wanted = {bits: target[part] for bits, target in targets.items()}
-        parts.append(_grown(wanted, prepared, focus or {}, None if zeros is None else zeros[part], buffers))
-    codebooks = {bits: torch.cat([found[bits] for _, found in parts]) for bits in sorted(targets)}
-    return Codes(torch.cat([codes for codes, _ in parts]), codebooks)
+        held = None if zeros is None else zeros[part]
+        codes, codebooks = _grown(wanted, prepared, focus or {}, held, buffers)
+        return {"codes": codes, **{str(bits): codebook for bits, codebook in codebooks.items()}}
+
+    parts = ranks.over(row_parts(len(targets[min(targets)]), hessian.device, ranks), grown)
+    codebooks = {bits: torch.cat([part[str(bits)] for part in parts]) for bits in sorted(targets)}
+    return Codes(torch.cat([part["codes"] for part in parts]), codebooks)
 
 
-def row_parts(rows: int, device: torch.device) -> list[slice]:
-    """Divide rows into what is worked on at a time."""
-    step = _ROWS if device.type == "cpu" else rows
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def row_parts(rows: int, device: torch.device, ranks: Ranks = ALONE) -> list[slice]:
+    """Divide rows into what is worked on at a time: on a CPU alike for any number of processes, as codes depend on it."""
+    return even_parts(rows, _ROWS) if device.type == "cpu" else even_parts(rows, rows, ranks.size)
 
 
 def start_tree(

@@ -6,8 +6,9 @@ ones, and chooses codes again, which then make up for most of what the rows lost
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from compress.quant.nested import (
 )
 from compress.quant.shared import Shared
 from compress.quant.shared_fit import column_factors, fit_shared, from_coefficients, solved, with_places
+from compress.ranks import ALONE, Ranks
 
 _POWER = 0.5  # of 4 per bit: what errors at more bits count in codebooks and coefficients common to all
 _ABOVE = 0.5, 0.0  # the same for the bits after the last basis, which are chosen together
@@ -37,6 +39,7 @@ def shared_output_codebooks(
     rank: int,
     focus: Mapping[int, float] | None = None,
     sizes: Sequence[int] = (),
+    ranks: Ranks = ALONE,
 ) -> list[Codes]:
     """Find nested codes and shared codebooks of matrices that share their inputs, and so the factors of their columns.
 
@@ -46,6 +49,7 @@ def shared_output_codebooks(
         rank: coefficients of every row, at most as many as there are entries of all stored numbers of bits.
         focus: bits -> how much their error counts, 1 where not given.
         sizes: rows of each matrix; one of all rows if not given.
+        ranks: the processes that share the rows; all get the result.
 
     Returns:
         For each matrix codes and float32 codebooks, on the device of the targets.
@@ -54,9 +58,9 @@ def shared_output_codebooks(
     prepared, found, start = Hessian(hessian * columns[:, None] * columns), [], 0
     for size in sizes or [len(targets[max(targets)])]:
         wanted = {bits: target[start : start + size] / columns for bits, target in targets.items()}
-        search = _Search(wanted, prepared, focus or {})
+        search = _Search(wanted, prepared, focus or {}, ranks)
         shared = search.shared(columns, rank)
-        codes = torch.cat([search.finished(part, shared) for part in search.parts])
+        codes = search.finished(shared)
         found.append(Codes(codes, {bits: shared.codebook(bits) for bits in sorted(targets)}, shared=shared))
         start += size
     return found
@@ -65,18 +69,25 @@ def shared_output_codebooks(
 class _Search:
     """Hold the rows while their codebooks become shared; ``codes`` are those of ``together`` bits."""
 
-    def __init__(self, targets: Mapping[int, Tensor], hessian: Hessian, focus: Mapping[int, float]) -> None:
-        self.targets, self.hessian, self.focus = targets, hessian, focus
+    def __init__(
+        self, targets: Mapping[int, Tensor], hessian: Hessian, focus: Mapping[int, float], ranks: Ranks
+    ) -> None:
+        self.targets, self.hessian, self.focus, self.ranks = targets, hessian, focus, ranks
         self.together = max(min(targets), min(max(targets), TOGETHER))
         device = hessian.matrix.device
-        self.buffers, self.parts = Buffers(device), row_parts(len(targets[self.together]), device)
+        self.buffers, self.parts = Buffers(device), row_parts(len(targets[self.together]), device, ranks)
         self.bits = range(min(targets), self.together + 1)
-        self.codes = torch.empty(targets[self.together].shape, dtype=torch.uint8, device=device)
+        self.codes = torch.empty(0)  # of all rows, once there are some
 
     def _counts(self, bits: int) -> float:
         return self.focus.get(bits, 1.0) * 4 ** (_POWER * (bits - self.bits[0]))
 
-    def _free(self, part: slice) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _over(self, work: Callable[[slice], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Do some work on all parts, each in one process; return its results, one below the other."""
+        found = self.ranks.over(self.parts, work)
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def _free(self, part: slice) -> dict[str, Tensor]:
         """Find codes and a codebook per row and number of bits, and what errors of their entries cost."""
         wanted = {bits: self.targets[bits][part] for bits in self.bits}
         tree = start_tree(wanted, self.hessian, None, self.buffers)
@@ -84,20 +95,21 @@ class _Search:
             tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
         for bits in self.bits:
             tree.fit_and_step(bits)
-        self.codes[part] = tree.codes.to(torch.uint8)
         cost = self.hessian.matrix.diagonal().expand_as(tree.codes)
-        return dict(tree.codebooks), {bits: tree.summed(cost, bits) * self._counts(bits) for bits in self.bits}
+        masses = {f"mass {bits}": tree.summed(cost, bits) * self._counts(bits) for bits in self.bits}
+        codebooks = {f"codebook {bits}": codebook for bits, codebook in tree.codebooks.items()}
+        return {"codes": tree.codes.to(torch.uint8), **codebooks, **masses}
 
     def shared(self, columns: Tensor, rank: int) -> Shared:
         """Find shared codebooks, and codes of ``together`` bits for them."""
-        found = [self._free(part) for part in self.parts]
-        codebooks, masses = (
-            {bits: torch.cat([each[kind][bits] for each in found]) for bits in self.bits} for kind in range(2)
-        )
+        found = self._over(self._free)
+        self.codes = found["codes"]
+        codebooks, masses = ({b: found[f"{kind} {b}"] for b in self.bits} for kind in ("codebook", "mass"))
         shared = self._placed(fit_shared(codebooks, masses, columns, rank))
         for last in (False, True):
-            rows = torch.cat([self._settled(part, shared, last) for part in self.parts])
-            shared = self._placed(from_coefficients(columns, rows, shared.basis))
+            found = self._over(partial(self._settled, shared, last))
+            self.codes = found["codes"]
+            shared = self._placed(from_coefficients(columns, found["rows"], shared.basis))
         return shared
 
     def _placed(self, shared: Shared) -> Shared:
@@ -146,13 +158,12 @@ class _Search:
         codes = self.codes[part] >> (self.together - together)
         return Tree(wanted, self.hessian, codes, codebooks, None, self.buffers)
 
-    def _settled(self, part: slice, shared: Shared, last: bool) -> Tensor:
-        """Choose codes of some rows, given the codebooks; return their best coefficients then, float32 [rows, rank]."""
+    def _settled(self, shared: Shared, last: bool, part: slice) -> dict[str, Tensor]:
+        """Choose codes of some rows, given the codebooks; find their best coefficients then, float32 [rows, rank]."""
         tree = self._tree(part, shared, self.together)
         for passes in below_objectives(tree, self.focus) if last else joint_objectives(tree, self.focus)[-1:]:
             tree.descend(passes)
-        self.codes[part] = tree.codes.to(torch.uint8)
-        return self._coefficients(tree, shared)
+        return {"codes": tree.codes.to(torch.uint8), "rows": self._coefficients(tree, shared)}
 
     def _coefficients(self, tree: Tree, shared: Shared) -> Tensor:
         """Solve every row's least-squares problem for its coefficients, all stored numbers of bits together."""
@@ -168,6 +179,6 @@ class _Search:
                 right[:, i] += (image * tree.targets[bits]).sum(1)
         return solved(inner, right)
 
-    def finished(self, part: slice, shared: Shared) -> Tensor:
-        """Choose the bits below the last basis anew, together; return parent codes of some rows, uint8."""
-        return self._below(part, shared).codes.to(torch.uint8)
+    def finished(self, shared: Shared) -> Tensor:
+        """Choose the bits below the last basis anew, together; return parent codes of all rows, uint8."""
+        return self._over(lambda part: {"codes": self._below(part, shared).codes.to(torch.uint8)})["codes"]

@@ -21,6 +21,7 @@ from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import Objective, Tree, row_parts
 from compress.quant.records import STORED_BITS, EmbeddingShape
 from compress.quant.shared import Shared, read_shared
+from compress.ranks import ALONE, Ranks
 
 _BINS = 1 << 14  # of the histogram that the table is fitted to
 _SAMPLED = 1 << 13  # rows of which it is made
@@ -48,7 +49,9 @@ class _Tables(Mapping[int, Tensor]):
 
 
 @torch.no_grad()
-def fit_vocabulary(weight: Tensor, hessian: Tensor | None, looked_up: bool, all_bits: Sequence[int]) -> Codes:
+def fit_vocabulary(
+    weight: Tensor, hessian: Tensor | None, looked_up: bool, all_bits: Sequence[int], ranks: Ranks = ALONE
+) -> Codes:
     """Find nested codes of an embedding or a head, and shared codebooks of rank 1 (:mod:`compress.quant.shared`).
 
     Args:
@@ -56,6 +59,7 @@ def fit_vocabulary(weight: Tensor, hessian: Tensor | None, looked_up: bool, all_
         hessian: float32 [K, K], mean of ``h h^T`` over the head's inputs; None to let all errors cost the same.
         looked_up: whether its rows are looked up too, as those of an embedding are.
         all_bits: the numbers of bits that count, ascending; those between can be read too.
+        ranks: the processes that share the rows.
     """
     unit = torch.eye(weight.shape[1])
     cost = unit if hessian is None else hessian / hessian.diagonal().mean().clamp_min(1e-30)
@@ -64,10 +68,13 @@ def fit_vocabulary(weight: Tensor, hessian: Tensor | None, looked_up: bool, all_
     shared = _tables(weight, columns, rows, all_bits[0], all_bits[-1])
     damped = (cost + (_LOOKED_UP if looked_up else _DAMPED) * unit) * columns[:, None] * columns
     search, buffers = Hessian(damped), Buffers(weight.device)
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    for part in row_parts(len(weight), weight.device):
+
+    def descended(part: slice) -> dict[str, Tensor]:
         given = weight[part] / columns, None if hessian is None else search, shared.part(part)
-        codes[part] = _descended(*given, range(all_bits[0], all_bits[-1] + 1), buffers)
+        return {"codes": _descended(*given, range(all_bits[0], all_bits[-1] + 1), buffers)}
+
+    parts = ranks.over(row_parts(len(weight), weight.device, ranks), descended)
+    codes = torch.cat([part["codes"] for part in parts])
     found = shared.to(torch.float16)
     return Codes(codes, _Tables(found, range(all_bits[0], all_bits[-1] + 1)), shared=found)
 

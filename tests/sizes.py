@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
-    "compress/cli", "compress/demo", "compress", "quant", "pruning", "prompts", "kernels", "evals/bench", "evals/experiments", "evals/grids",
+    "compress/cli", "compress/demo", "compress/vllm", "compress", "quant", "pruning", "prompts", "kernels", "evals/bench", "evals/experiments", "evals/grids",
     "evals", "tests",
 )  # fmt: skip
 """A file belongs to the first that it lies in; what lies in none is ``other``."""

@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "pruning": {"core", "quant"},
     "prompts": {"core", "quant"},
     "evals": {"core", "kernels", "quant", "pruning", "prompts"},
+    "vllm": {"core", "kernels", "quant"},
     "demo": {"core", "evals"},
-    "cli": {"core", "kernels", "quant", "pruning", "prompts", "evals", "demo"},
+    "cli": {"core", "kernels", "quant", "pruning", "prompts", "evals", "vllm", "demo"},
 }
-"""The table of CONTRIBUTING.md: folder -> folders, or single modules of them. ``core`` is compress/ without cli/ and demo/."""
+"""The table of CONTRIBUTING.md: folder -> folders, or single modules of them. ``core`` is compress/ without cli/, demo/ and vllm/."""
 WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 

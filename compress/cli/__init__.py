@@ -1,11 +1,12 @@
 """Run the ``compress`` command. Every error a user can put right is one line; tracebacks are for ``--traceback``."""
 
+import os
 import sys
 
 from rich.markup import escape
 
 # Each adds its commands to the application.
-from compress.cli import making, measuring, serving, tuning  # noqa: F401
+from compress.cli import making, measuring, serve, serving, tuning  # noqa: F401
 from compress.cli.common import app, err
 from compress.errors import CompressError
 
@@ -23,6 +24,8 @@ def main() -> None:
         if show:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
+        if os.environ.get("RANK", "0") != "0" and not text.startswith("rank "):
+            sys.exit(1)  # the main process says the same
         known = isinstance(error, CompressError)
         note = "" if known else f"unexpected {type(error).__name__} (add --traceback to see where): "
         err.print(f"[bold red]error:[/] {escape(note + text)}", soft_wrap=True)

@@ -18,6 +18,10 @@ from compress.errors import CompressError, did_you_mean
 from compress.hub import name_of
 
 _WORKSPACE = "Keep finished units here, to share between recipes; OUTPUT.work, deleted at the end, if absent."
+_REVISION = "Branch, tag or commit of a model on the hub, in place of the recipe's."
+_TOKEN = "Access token for the hub; the one you are logged in with if absent. It is written nowhere."
+RevisionOption = Annotated[Optional[str], typer.Option(help=_REVISION)]
+TokenOption = Annotated[Optional[str], typer.Option(help=_TOKEN)]
 Assignments = Annotated[Optional[list[str]], typer.Option("--set", help="Override: passes.0.seed_bits=2")]
 
 
@@ -27,11 +31,13 @@ def run(
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.")] = None,
     assignments: Assignments = None,
     workspace: Annotated[Optional[Path], typer.Option(help=_WORKSPACE)] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
 ) -> None:
     """Compress a model. Interrupted, the same command continues where it was."""
     from compress.recipe import load_recipe
 
-    settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
+    settings = load_recipe(recipe, assignments or ()).opened(revision, token)  # before torch, which takes seconds
     from accelerate import PartialState
 
     from compress import pipeline
@@ -59,11 +65,13 @@ def plan(
         bool,
         typer.Option("--time", help="Also foresee the processor time, by doing a little of the work on one block."),
     ] = False,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
 ) -> None:
     """Tell, without reading a weight (but for --time), what a run will need and how large the result will be."""
     from compress.recipe import load_recipe
 
-    settings = load_recipe(recipe, assignments or ())  # before torch is imported, which takes seconds
+    settings = load_recipe(recipe, assignments or ()).opened(revision, token)  # before torch, which takes seconds
     from compress.plan import plan as foresee
 
     quiet_transformers()
@@ -81,7 +89,21 @@ def plan(
         out.print(
             f"{step['kind']}: about {memory:.0f} MB of memory above the imports, {room:.0f} MB of workspace"
             + _time(step)
+            + (f"; up to {step['processes']} processes can share it" if step["processes"] > 1 else "")
         )
+    out.print(f"at most about {found['peak_memory_bytes'] / 1e6:.0f} MB of memory above the imports in each process")
+    for warning in found["warnings"]:
+        out.print(f"[bold yellow]does not fit:[/] {escape(warning)}")
+
+
+def _degrees(folder: Path) -> list[int]:
+    """Return the degrees of tensor parallelism that vLLM can serve a folder at; none where it cannot serve it."""
+    from compress.config import read_settings
+    from compress.vllm.settings import legal_degrees, unserved
+
+    config, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), read_settings(folder)
+    served = stored is None or unserved(stored, config.get("model_type", "")) is None
+    return legal_degrees(config) if served else []
 
 
 def _time(step: dict[str, Any]) -> str:
@@ -116,6 +138,7 @@ def inspect(
     from compress.inspect import sparsity as count
 
     found = look(folder)
+    found["tensor_parallel"] = _degrees(folder)
     if plot is not None or (found["pruned"] if sparsity is None else sparsity):
         quiet_transformers()
         found["sparsity"] = count(folder)
@@ -136,6 +159,9 @@ def inspect(
     )
     if modules and found["modules"]:
         out.print(_module_table(found))
+    if found["modules"]:
+        degrees = ", ".join(map(str, found["tensor_parallel"]))
+        out.print(f"degrees of tensor parallelism in vLLM: {degrees or 'none, it cannot serve this'}")
     for line in _pruned_lines(found["modules"]):
         out.print(line)
     for name, sizes in found["blocks"].items():
@@ -219,6 +245,22 @@ def verify(folder: Folder) -> None:
 
     for line in check(folder):
         out.print(f"[green]ok[/] {escape(line)}")
+
+
+@app.command()
+def push(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner alone.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to upload to; main if absent.")] = None,
+    token: Annotated[
+        Optional[str], typer.Option(help="Access token; the one you are logged in with if absent.")
+    ] = None,
+) -> None:
+    """Upload a checkpoint, with its model card, to the Hugging Face hub."""
+    from compress.publish import push as upload
+
+    out.print(escape(upload(folder, name, private, revision, token)))
 
 
 @app.command()

@@ -43,6 +43,10 @@ def generate(
     kv_bits: KVBitsOption = None,
     kv_group: KVGroupOption = None,
     kv_residual: KVResidualOption = None,
+    draft_bits: Annotated[
+        Optional[int],
+        typer.Option(help="Draft tokens by the first planes, so many, and check them with all: the same text."),
+    ] = None,
 ) -> None:
     """Continue a text at a number of bits, or with --chat answer it."""
     changes = kv_options(kv_group, kv_residual)
@@ -55,6 +59,7 @@ def generate(
     from transformers import TextStreamer
 
     from compress.adapters import text_length, virtual_tokens
+    from compress.drafting import Drafting, view
     from compress.loading import load, load_tokenizer, read_config
     from compress.tokens import prompt_tokens, set_generation
 
@@ -82,7 +87,10 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     tokens = torch.tensor([ids])
     mask = torch.ones_like(tokens)
-    model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    stream: dict[str, Any] = {"streamer": streamer}
+    if draft_bits is not None:
+        stream = {"custom_generate": Drafting(view(model, draft_bits, exact=False), streamer=streamer)}
+    model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **stream, **sampling)
 
 
 @app.command(name="bake-prompt")

@@ -55,7 +55,8 @@ def main(
         for mode, (int8, entries_of) in MODES.items():
             hooks = []
             for layer in layers:
-                prepared = Prepared(layer.planes(), entries_of(layer.codebook()), layer.in_features, int8)
+                table, scales = entries_of(layer.codebook()), (None, layer.factors, layer.row_factors)
+                prepared = Prepared(layer.planes(), table, layer.in_features, int8, *scales)
                 hooks.append(layer.register_forward_hook(partial(in_pieces, prepared)))
             losses[str(bits)][mode] = score(model, scored).loss
             for hook in hooks:

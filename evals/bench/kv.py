@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
 import compress
 from compress.evals.bench.common import JsonOption, show, write
 from compress.evals.evaluate import Protocol, documents_of
-from compress.evals.kv import CachedLosses
-from compress.evals.perplexity import Text, score
+from compress.evals.kv import bytes_of
+from compress.hf import cache_name
 from compress.kv import KVCache
 from compress.kv_settings import KVBits
 from compress.loading import load_tokenizer
@@ -57,11 +58,54 @@ def candidates(config: Any, wanted: list[KVBits]) -> dict[str, Callable[[], Any]
     return found
 
 
-def measure(model: Any, text: Text, make: Callable[[], Any], block: int) -> dict[str, Any]:
-    """Return loss, and bytes of the cache per token when it is fullest."""
-    losses = CachedLosses(make, block)
-    found = score(model, text, 1, None, losses)
-    return {"loss": found.loss, "perplexity": found.perplexity, "bytes": losses.bytes / losses.tokens}
+@torch.inference_mode()
+def side_by_side(
+    model: Any, windows: Sequence[Sequence[int]], makers: Mapping[str, Callable[[], Any]], block: int
+) -> dict[str, dict[str, float]]:
+    """Read windows of tokens a block at a time with every cache in turn, the one named ``plain`` first.
+
+    Returns:
+        For every cache: loss, perplexity and ``above_plain``; ``error``, the standard error of its loss less the plain one's, by token;
+        ``divergence``, the mean Kullback-Leibler divergence of its predictions from the plain cache's, in nats; and bytes per token at the
+        end of a window. A cache that fails is said and left out.
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in makers}
+    size: dict[str, float] = {}
+    name_of_cache = cache_name(model)
+    for window in windows:
+        ids = torch.tensor([list(window)], device=model.device)
+        caches: dict[str, Any] = {}
+        for start in range(0, len(window) - 1, block):
+            after = ids[0, start + 1 : start + block + 1]
+            plain = None
+            for name in list(rows):
+                try:
+                    if name not in caches:
+                        caches[name] = makers[name]()
+                    own = {name_of_cache: caches[name]}
+                    found = model(input_ids=ids[:, start : start + block], use_cache=True, **own)
+                except (ImportError, RuntimeError, ValueError, TypeError) as error:
+                    print(f"{name}: not measured ({type(error).__name__}: {str(error).splitlines()[0]})", flush=True)
+                    del rows[name]
+                    continue
+                logs = found.logits[0, : len(after)].float().log_softmax(-1)
+                plain = logs if plain is None else plain
+                divergence = (plain.exp() * (plain - logs)).sum(-1)
+                rows[name].append(torch.stack([-logs[range(len(after)), after], divergence]).cpu().double())
+        size |= {name: bytes_of(caches[name]) / len(window) for name in rows}
+    each = {name: torch.cat(parts, 1) for name, parts in rows.items()}
+    losses = {name: found[0] for name, found in each.items()}
+    return {
+        name: {
+            "loss": float(loss.mean()),
+            "perplexity": math.exp(loss.mean()),
+            "above_plain": math.expm1(float((loss - losses["plain"]).mean())),
+            "error": float((loss - losses["plain"]).std()) / len(loss) ** 0.5,
+            "divergence": float(each[name][1].mean()),
+            "bytes": size[name],
+        }
+        for name, loss in losses.items()
+    }
 
 
 def main(
@@ -75,31 +119,25 @@ def main(
     only: Annotated[str, typer.Option(help="Part of the names to measure, beside the plain cache.")] = "",
     target: JsonOption = None,
 ) -> None:
-    """Measure perplexity with each cache in the loop, and the bytes it takes."""
+    """Measure perplexity with each cache in the loop, how far predictions are from the plain cache's, and the bytes it takes."""
     network = compress.load(model, dtype=getattr(torch, dtype))
     documents, _ = documents_of(text, Protocol(join="\n\n"))
     cut = Protocol(length=length, disjoint=True).cut(documents, load_tokenizer(model))
-    cut = Text(cut.windows[:windows], cut.bytes)
-    found: dict[str, Any] = {}
-    for name, make in candidates(network.config, [int(one) for one in bits.split(",")]).items():
-        if name != "plain" and only not in name:
-            continue
-        try:
-            found[name] = measure(network, cut, make, block)
-        except (ImportError, RuntimeError, ValueError, TypeError) as error:
-            print(f"{name}: not measured ({type(error).__name__}: {str(error).splitlines()[0]})", flush=True)
-            continue
-        more = math.exp(found[name]["loss"] - found["plain"]["loss"]) - 1
-        found[name]["above_plain"] = more
-        print(
-            f"{name}: {found[name]['perplexity']:.4f} {more:+.2%} {found[name]['bytes']:.0f} bytes per token",
-            flush=True,
-        )
+    makers = candidates(network.config, [int(one) for one in bits.split(",")])
+    makers = {name: make for name, make in makers.items() if name == "plain" or only in name}
+    found = side_by_side(network, [window.tokens for window in cut.windows[:windows]], makers, block)
     show(
         "packed caches",
-        ["cache", "perplexity", "above plain", "bytes per token"],
+        ["cache", "perplexity", "above plain", "standard error", "divergence", "bytes per token"],
         [
-            [name, f"{row['perplexity']:.4f}", f"{row['above_plain']:+.2%}", f"{row['bytes']:.0f}"]
+            [
+                name,
+                f"{row['perplexity']:.4f}",
+                f"{row['above_plain']:+.2%}",
+                f"{row['error']:.2%}",
+                f"{row['divergence']:.4f}",
+                f"{row['bytes']:.0f}",
+            ]
             for name, row in found.items()
         ],
     )

@@ -6,14 +6,14 @@ import shutil
 import tempfile
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
 import compress
 from compress.evals.bench.common import JsonOption, show, write
 from compress.evals.fresh import AT_ONCE, in_fresh_process
-from compress.evals.random_llama import llama, write_llama
+from compress.evals.random_llama import llama, sized, write_llama
 from compress.plan import plan
 
 CALIBRATION: dict[str, Any] = {"builtin": "stdlib", "samples": 8, "length": 256}
@@ -24,6 +24,7 @@ PASSES: dict[str, dict[str, Any]] = {
         "weight, Fisher": {"objective": "weight", "sensitivity": "fisher"},
         "output objective, Fisher": {"objective": "output", "sensitivity": "fisher"},
     },
+    "rtn": {"4 bits": {"bits": 4}},
     "prune": {
         "wanda": {"score": "wanda", "allocation": "mrp", "sparsity": 0.5},
         "sparsegpt": {"score": "sparsegpt", "allocation": "mrp", "sparsity": 0.5},
@@ -85,22 +86,25 @@ class Kind(str, Enum):
     """Name a kind of pass to measure."""
 
     any_precision = "any_precision"
+    rtn = "rtn"
     prune = "prune"
     mini_llm = "mini_llm"
     soft_prompt = "soft_prompt"
 
 
-def run_passes(kind: str, dense: Path) -> list[dict[str, Any]]:
+def run_passes(kind: str, dense: Path, only: str | None = None) -> list[dict[str, Any]]:
     """Measure every setting of a kind of pass on a model; bytes, by ``float32`` (of the dense weights), ``planned`` and so on."""
     rows = []
     for label, settings in PASSES[kind].items():
+        if only not in (None, label):
+            continue
         step = {"kind": kind, **ALWAYS.get(kind, {}), **settings}
         recipe = {"model": str(dense), "calibration": CALIBRATION, "passes": [step]}
         foreseen, output = plan(recipe), dense.with_name("compressed")
-        sizes = {"float32": 4 * foreseen["parameters"], "planned": foreseen["passes"][0]["memory_bytes"]}
+        sizes = {"float32": 4 * foreseen["parameters"], "planned": foreseen["peak_memory_bytes"]}
         rows.append({"what": label, **sizes, **in_fresh_process(RUN, [recipe, str(output)], AT_ONCE)})
         shutil.rmtree(output)
-    if kind == "mini_llm":
+    if kind == "mini_llm" and only is None:
         request = [str(dense), CALIBRATION["samples"], CALIBRATION["length"]]
         rows.append({"what": "a forward pass of as much text", **in_fresh_process(FORWARD, request, AT_ONCE)})
     return rows
@@ -132,6 +136,12 @@ def main(
     kind: Annotated[Kind, typer.Argument(help="Kind of pass.")] = Kind.any_precision,
     hidden: Annotated[int, typer.Option(help="Hidden units of the random Llama.")] = 1024,
     blocks: Annotated[list[int], typer.Option(help="Its blocks; again for more models.")] = [24],  # noqa: B006
+    size: Annotated[
+        Optional[str], typer.Option(help="Its other sizes, in place of --hidden: llama-7b, llama-8b, …")
+    ] = None,
+    setting: Annotated[
+        Optional[str], typer.Option(help="Measure this setting of the pass alone, such as wanda.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the peak memory of runs beside the size of the model and the plan.
@@ -143,8 +153,8 @@ def main(
     rows: list[dict[str, Any]] = []
     for depth in blocks:
         with tempfile.TemporaryDirectory() as name:
-            dense = write_llama(Path(name) / "dense", llama(hidden, depth))
-            found = train_prompts(dense) if kind is Kind.soft_prompt else run_passes(kind.value, dense)
+            dense = write_llama(Path(name) / "dense", sized(size, depth) if size else llama(hidden, depth))
+            found = train_prompts(dense) if kind is Kind.soft_prompt else run_passes(kind.value, dense, setting)
             rows += [{"blocks": depth, **row} for row in found]
     for row in rows:
         row["peak"] -= row["imports"]

@@ -73,7 +73,7 @@ static int column_of(int slots, int vector, int field)
     return first[slots][vector] + slots * field;
 }
 
-static void int8_order(int bits, uint16_t order[CHUNK])
+static void int8_order(int bits, uint16_t order[CHUNK + GROUP])
 {
     int slots = SLOTS(bits), units = 8 / slots;
     for (int i = 0; i < CHUNK; i++) {
@@ -82,7 +82,7 @@ static void int8_order(int bits, uint16_t order[CHUNK])
     }
 }
 
-static void exact_order(int bits, uint16_t order[CHUNK])
+static void exact_order(int bits, uint16_t order[CHUNK + GROUP])
 {
     int slots = SLOTS(bits), units = 8 / slots;
     for (int i = 0; i < CHUNK; i++) {
@@ -135,14 +135,15 @@ INLINE float add_lanes(__m256 x)
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-/* Sums of the four chains of a single row of activations, or of one chain for each of several. */
+/* Every row of activations is added up in four chains, however many rows there are: the sums are the same to the last bit. */
+#define CHAINS 4
+
 INLINE void add_up(const int batch, const __m256 *total, float *sum)
 {
-    if (batch == 1)
-        sum[0] += add_lanes(_mm256_add_ps(_mm256_add_ps(total[0], total[1]), _mm256_add_ps(total[2], total[3])));
-    else
-        for (int m = 0; m < batch; m++)
-            sum[m] += add_lanes(total[m]);
+    for (int m = 0; m < batch; m++) {
+        const __m256 *chain = total + m * CHAINS;
+        sum[m] += add_lanes(_mm256_add_ps(_mm256_add_ps(chain[0], chain[1]), _mm256_add_ps(chain[2], chain[3])));
+    }
 }
 
 INLINE void prefetch(const int bits, const Block *w, int64_t place)
@@ -153,13 +154,13 @@ INLINE void prefetch(const int bits, const Block *w, int64_t place)
 
 INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
-    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1, each = 4 * units;
+    const int slots = SLOTS(bits), units = 8 / slots, each = 4 * units;
     float staged[1 << MAX_BITS];
-    __m256 total[MAX_BATCH], table[4];
+    __m256 total[MAX_BATCH * CHAINS], table[4];
     stage(bits, w, row, staged);
     for (int i = 0; i < 4; i++)
         table[i] = _mm256_loadu_ps(staged + (bits <= 3 ? 0 : 8 * i % (1 << bits)));
-    for (int i = 0; i < batch * chains; i++)
+    for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm256_setzero_ps();
 
     for (int64_t start = 0; start < w->bytes; start += HALF_BYTES) {
@@ -175,7 +176,7 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
             for (int m = 0; m < batch; m++) {
                 const float *place = x->values + m * x->step + start * 8 + vector * each * 8;
                 for (int i = 0; i < each; i++) {
-                    __m256 *chain = &total[m * chains + i % chains];
+                    __m256 *chain = &total[m * CHAINS + i % CHAINS];
                     *chain = _mm256_fmadd_ps(value[i], _mm256_load_ps(place + 8 * i), *chain);
                 }
             }
@@ -220,11 +221,11 @@ INLINE __m256i dot(__m256i value, const int8_t *code)
 
 INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
-    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1;
-    __m256 total[MAX_BATCH];
+    const int slots = SLOTS(bits), units = 8 / slots;
+    __m256 total[MAX_BATCH * CHAINS];
     __m256i table[16];
     int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
-    for (int i = 0; i < batch * chains; i++)
+    for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm256_setzero_ps();
 
     for (int64_t start = 0; start < w->bytes; start += HALF_BYTES) {
@@ -242,7 +243,7 @@ INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t ro
             for (int group = 0; group < HALF / GROUP; group++) {
                 __m256i sums = _mm256_add_epi32(dot(value[2 * group], x->codes + place + GROUP * group),
                                                 dot(value[2 * group + 1], x->codes + place + GROUP * group + 32));
-                __m256 *chain = &total[m * chains + group % chains];
+                __m256 *chain = &total[m * CHAINS + group % CHAINS];
                 __m256 scale = _mm256_set1_ps(x->scales[place / GROUP + group]);
                 *chain = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, *chain);
             }
@@ -266,7 +267,7 @@ static void look_up(const Block *w, int64_t columns, void *out)
     portable_kernels.look_up(w, columns, out);
 }
 
-const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f};
+const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f, 0};
 
 #if defined(__clang__)
 #pragma clang attribute pop

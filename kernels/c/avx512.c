@@ -19,6 +19,7 @@
 #include <string.h>
 
 #define VALUES (CHUNK / 16) /* vectors of float32 in a chunk */
+#define TAIL 256            /* columns: above, a whole chunk is fewer instructions than units of GROUP */
 #define AHEAD 1536           /* bytes of a plane from what is read to what is asked for */
 
 /* One cache line of every slot, or what there is of it, into SLOTS(bits) vectors of transposed elements. */
@@ -53,6 +54,25 @@ INLINE void transposed(const int bits, const uint8_t *const planes[], int64_t st
     }
 }
 
+/* The codes of 64 columns in their order, one byte each, from eight bytes of every plane, or what there is of them. */
+INLINE __m512i unit_of(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes)
+{
+    static const uint8_t by_columns[64] = {
+        0, 8,  16, 24, 32, 40, 48, 56, 1, 9,  17, 25, 33, 41, 49, 57, 2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59,
+        4, 12, 20, 28, 36, 44, 52, 60, 5, 13, 21, 29, 37, 45, 53, 61, 6, 14, 22, 30, 38, 46, 54, 62, 7, 15, 23, 31, 39, 47, 55, 63};
+    __m512i lines = _mm512_setzero_si512();
+    for (int plane = 0; plane < bits; plane++) {
+        int64_t word = 0;
+        if (bytes >= 8)
+            memcpy(&word, planes[plane] + start, 8);
+        else
+            memcpy(&word, planes[plane] + start, (size_t)bytes);
+        lines = _mm512_mask_set1_epi64(lines, (__mmask8)(1u << (8 - bits + plane)), word);
+    }
+    lines = _mm512_permutexvar_epi8(_mm512_loadu_si512(by_columns), lines);
+    return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201ll), lines, 0);
+}
+
 /* The column whose code lies in byte `byte` of vector `vector` of transposed(), in its unit `unit` of SLOTS bits,
  * counted from the most significant. */
 static int column_of(int slots, int vector, int unit, int byte)
@@ -61,21 +81,23 @@ static int column_of(int slots, int vector, int unit, int byte)
     return 128 * lane + 8 * (2 * units * vector + units * element + unit) + byte % 8;
 }
 
-static void int8_order(int bits, uint16_t order[CHUNK])
+static void int8_order(int bits, uint16_t order[CHUNK + GROUP])
 {
     int slots = SLOTS(bits), units = 8 / slots;
     for (int i = 0; i < CHUNK; i++)
         order[i] = (uint16_t)column_of(slots, i / 64 / units, i / 64 % units, i % 64);
+    for (int i = 0; i < GROUP; i++)
+        order[CHUNK + i] = (uint16_t)i;
 }
 
-static void exact_order(int bits, uint16_t order[CHUNK])
+static void exact_order(int bits, uint16_t order[CHUNK + GROUP])
 {
     int slots = SLOTS(bits), units = 8 / slots;
-    for (int i = 0; i < CHUNK; i++) {
+    for (int i = 0; i < CHUNK + GROUP; i++) {
         int vector = i / 64 / units, unit = i / 64 % units, quarter = i / 16 % 4, lane = i % 16;
         /* Up to five bits, quarter j takes byte j of every four; above, it takes bytes 4 j to 4 j + 3 of every sixteen. */
         int byte = bits <= 5 ? 4 * lane + quarter : lane / 4 * 16 + 4 * quarter + lane % 4;
-        order[i] = (uint16_t)column_of(slots, vector, unit, byte);
+        order[i] = (uint16_t)(i < CHUNK ? column_of(slots, vector, unit, byte) : byte);
     }
 }
 
@@ -153,30 +175,57 @@ INLINE void prefetch(const int bits, const Block *w, int64_t place)
         PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD));
 }
 
-/* Sums of the four chains of a single row of activations, or of one chain for each of several. */
+/* Every row of activations is added up in four chains, however many rows there are: the sums are the same to the last bit. */
+#define CHAINS 4
+
 INLINE void add_up(const int batch, const __m512 *total, float *sum)
 {
-    if (batch == 1)
-        sum[0] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3])));
-    else
-        for (int m = 0; m < batch; m++)
-            sum[m] += _mm512_reduce_add_ps(total[m]);
+    for (int m = 0; m < batch; m++) {
+        const __m512 *chain = total + m * CHAINS;
+        sum[m] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(chain[0], chain[1]), _mm512_add_ps(chain[2], chain[3])));
+    }
+}
+
+/* Add the products of a chunk's values and up to four rows of activations to their chains, which are in registers meanwhile. */
+INLINE void chunk_of_rows(const int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+{
+    __m512 sum[4 * CHAINS];
+    for (int i = 0; i < rows * CHAINS; i++)
+        sum[i] = total[i];
+    for (int place = 0; place < VALUES; place += CHAINS)
+        for (int i = 0; i < CHAINS; i++)
+            for (int m = 0; m < rows; m++)
+                sum[m * CHAINS + i] =
+                    _mm512_fmadd_ps(value[place + i], _mm512_load_ps(x + m * step + 16 * (place + i)), sum[m * CHAINS + i]);
+    for (int i = 0; i < rows * CHAINS; i++)
+        total[i] = sum[i];
+}
+
+INLINE void some_rows(int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+{
+    switch (rows) {
+    case 1: chunk_of_rows(1, value, x, step, total); break;
+    case 2: chunk_of_rows(2, value, x, step, total); break;
+    case 3: chunk_of_rows(3, value, x, step, total); break;
+    default: chunk_of_rows(4, value, x, step, total);
+    }
 }
 
 INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
-    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1, each = VALUES / slots;
+    const int slots = SLOTS(bits), units = 8 / slots, each = VALUES / slots;
     const void *values = (const uint8_t *)w->table + row * (w->width << bits);
-    __m512 total[MAX_BATCH], small[2];
+    __m512 total[MAX_BATCH * CHAINS], small[2], held[VALUES];
     __m512i split[4][4];
-    for (int i = 0; i < batch * chains; i++)
+    for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm512_setzero_ps();
     if (bits <= 5)
         small_table(bits, values, w->width, small);
     else
         split_table(bits, values, w->width, split);
 
-    for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
+    int64_t start = 0;
+    for (; w->bytes - start > TAIL / 8; start += CHUNK_BYTES) {
         __m512i codes[8];
         prefetch(bits, w, row * w->stride + start);
         transposed(bits, w->planes, row * w->stride + start, w->bytes - start, codes);
@@ -190,14 +239,33 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
                 }
             else
                 values_by_bytes(bits, split, codes[vector], value);
-            for (int m = 0; m < batch; m++) {
-                const float *place = x->values + m * x->step + start * 8 + vector * each * 16;
-                for (int i = 0; i < each; i++) {
-                    __m512 *chain = &total[m * chains + i % chains];
-                    *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(place + 16 * i), *chain);
-                }
+            for (int i = 0; i < each; i++) {
+                int place = vector * each + i;
+                if (batch == 1)
+                    total[i % CHAINS] = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + start * 8 + 16 * place), total[i % CHAINS]);
+                else
+                    held[place] = value[i];
             }
         }
+        if (batch > 1)
+            for (int m = 0; m < batch; m += 4)
+                some_rows(batch - m, held, x->values + m * x->step + start * 8, x->step, total + m * CHAINS);
+    }
+    for (; start < w->bytes; start += GROUP / 8) {
+        __m512i codes = unit_of(bits, w->planes, row * w->stride + start, w->bytes - start);
+        __m512 value[4];
+        if (bits <= 5)
+            for (int i = 0; i < 4; i++) {
+                __m512i code = _mm512_srli_epi32(codes, (unsigned)(8 * i));
+                value[i] = bits == 5 ? _mm512_permutex2var_ps(small[0], code, small[1]) : _mm512_permutexvar_ps(code, small[0]);
+            }
+        else
+            values_by_bytes(bits, split, codes, value);
+        for (int m = 0; m < batch; m++)
+            for (int i = 0; i < 4; i++) {
+                __m512 *chain = &total[m * CHAINS + i % CHAINS];
+                *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + m * x->step + start * 8 + 16 * i), *chain);
+            }
     }
     add_up(batch, total, sum);
 }
@@ -221,14 +289,15 @@ INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
 
 INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
-    const int slots = SLOTS(bits), units = 8 / slots, chains = batch == 1 ? 4 : 1;
-    __m512 total[MAX_BATCH];
+    const int slots = SLOTS(bits), units = 8 / slots;
+    __m512 total[MAX_BATCH * CHAINS];
     __m512i table[4];
-    for (int i = 0; i < batch * chains; i++)
+    for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm512_setzero_ps();
     int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
 
-    for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
+    int64_t start = 0;
+    for (; w->bytes - start > TAIL / 8; start += CHUNK_BYTES) {
         __m512i codes[8], value[GROUPS];
         prefetch(bits, w, row * w->stride + start);
         transposed(bits, w->planes, row * w->stride + start, w->bytes - start, codes);
@@ -242,9 +311,18 @@ INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t ro
             for (int group = 0; group < GROUPS; group++) {
                 __m512i activation = _mm512_load_si512(x->codes + place + group * GROUP);
                 __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value[group], activation);
-                __m512 *chain = &total[m * chains + group % chains];
+                __m512 *chain = &total[m * CHAINS + group % CHAINS];
                 *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale[group]), *chain);
             }
+        }
+    }
+    for (; start < w->bytes; start += GROUP / 8) {
+        __m512i value = byte_look_up(bits, table, unit_of(bits, w->planes, row * w->stride + start, w->bytes - start));
+        for (int m = 0; m < batch; m++) {
+            int64_t place = m * x->step + start * 8;
+            __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value, _mm512_load_si512(x->codes + place));
+            __m512 *chain = &total[m * CHAINS];
+            *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x->scales[place / GROUP]), *chain);
         }
     }
     add_up(batch, total, sum);
@@ -357,7 +435,7 @@ static void look_up(const Block *w, int64_t columns, void *out)
 #undef LOOK_UP
 }
 
-const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, 0.0f};
+const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, 0.0f, TAIL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

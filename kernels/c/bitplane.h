@@ -35,14 +35,14 @@ typedef struct {
     const float *values;   /* exact mode: float32, in kernel order */
     const int8_t *codes;   /* int8 mode: value = scale * code, in kernel order */
     const float *scales;   /* one per GROUP codes */
-    int64_t step;          /* a multiple of CHUNK */
+    int64_t step;          /* a multiple of GROUP */
     int batch;             /* 1 to MAX_BATCH */
 } Activations;
 
 typedef struct {
-    /* order[i]: the column of a chunk whose activation the kernels want in place i. */
-    void (*exact_order)(int bits, uint16_t order[CHUNK]);
-    void (*int8_order)(int bits, uint16_t order[CHUNK]);
+    /* order[i]: the column of a chunk whose activation the kernels want in place i; behind it, that of a unit of GROUP columns. */
+    void (*exact_order)(int bits, uint16_t order[CHUNK + GROUP]);
+    void (*int8_order)(int bits, uint16_t order[CHUNK + GROUP]);
     /* sum[row][m] += sum over the columns of table[code] * x[m], in float32. */
     void (*exact)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
     /* The same with values 0 to 255 and activations of 8 bits. */
@@ -51,6 +51,8 @@ typedef struct {
     void (*look_up)(const Block *w, int64_t columns, void *out);
     /* What the int8 kernels take off every table entry. */
     float int8_excess;
+    /* So many columns behind the last whole chunk, or fewer, are taken in units of GROUP; more are a chunk. */
+    int tail;
 } Kernels;
 
 extern const Kernels portable_kernels;
@@ -69,7 +71,7 @@ extern const Kernels avx2_kernels, avx512_kernels;
 #define PREFETCH(address) ((void)(address))
 #endif
 
-/* A function for every width, and one more for a single row of activations. */
+/* A function for every width, and more for one to four rows of activations. */
 #define EVERY_WIDTH(call)  \
     switch (w->bits) {     \
     case 1: call(1) break; \
@@ -81,13 +83,15 @@ extern const Kernels avx2_kernels, avx512_kernels;
     case 7: call(7) break; \
     default: call(8)       \
     }
-#define ROWS(function, bits)                               \
-    if (x->batch == 1)                                     \
-        for (int64_t row = 0; row < w->rows; row++)        \
-            function(bits, 1, w, row, x, sum[row]);        \
-    else                                                   \
-        for (int64_t row = 0; row < w->rows; row++)        \
-            function(bits, x->batch, w, row, x, sum[row]);
+#define ROWS(function, bits)                                         \
+    for (int64_t row = 0; row < w->rows; row++)                      \
+        switch (x->batch) {                                          \
+        case 1: function(bits, 1, w, row, x, sum[row]); break;       \
+        case 2: function(bits, 2, w, row, x, sum[row]); break;       \
+        case 3: function(bits, 3, w, row, x, sum[row]); break;       \
+        case 4: function(bits, 4, w, row, x, sum[row]); break;       \
+        default: function(bits, x->batch, w, row, x, sum[row]);      \
+        }
 #define EXACT(bits) ROWS(exact_row, bits)
 #define INT8(bits) ROWS(int8_row, bits)
 
@@ -103,6 +107,10 @@ typedef struct {
     const uint8_t *planes[MAX_BITS];
     const void *table;         /* [rows, 2**bits]: values, or bytes in the int8 mode, or words to copy */
     const float *affine;       /* int8 mode: [rows, 2], value = byte * affine[0] + affine[1]; else NULL */
+    const float *inputs;       /* [columns]: what activations are multiplied by first; or NULL */
+    const float *factors;      /* [rows]: what sums are multiplied by; or NULL */
+    const float *bias;         /* [rows]: what is added then; or NULL */
+    const uint16_t *order;     /* what compress_order() writes, so that it is not computed again; or NULL */
     int64_t stride, rows, columns, bits;
     int64_t isa;
     int64_t width;             /* bytes of a table entry: 2 (float16) or 4 (float32); 1 in the int8 mode */
@@ -112,11 +120,12 @@ typedef struct {
 int compress_abi(void);      /* changes with everything below */
 int compress_best_isa(void); /* the best this processor can run */
 
-/* y[m, n] = sum over k of value[n, code(n, k)] * x[m, k], in float32; x is [batch, columns], y [batch, rows]. `team` may be
- * NULL: then the calling thread does it all. Returns 0, or -1: this processor lacks `isa`, or there is no memory. */
-int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
-/* The same with activations rounded to 8 bits, 64 columns at a time, and table entries of 8 bits. */
-int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
+/* The order in which a matrix of these bits, mode and instruction set wants activations; 0, or -1 if this processor lacks the set. */
+int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP]);
+/* y[m, n] = sum over k of value[n, code(n, k)] * x[m, k], in float32; x is [batch, columns], y [batch, rows]. In the int8 mode
+ * activations are rounded to 8 bits, 64 columns at a time. `team` may be NULL: then the calling thread does it all. Returns 0,
+ * or -1: this processor lacks `isa`, or there is no memory. */
+int compress_product(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
 /* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are, for the rows n = places[i], or for all
  * of them if `places` is NULL. */
 int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads);

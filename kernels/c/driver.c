@@ -1,30 +1,15 @@
 /* The library's entry points: which kernels run here, activations brought into their order, rows shared out to threads. */
-#include "bitplane.h"
+#include "small.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define ROWS_AT_ONCE 16      /* rows of weights that pass by one block of activations */
-#define BLOCK_BYTES 32768    /* such a block of the first row stays in or near the first-level cache */
-#define ALIGN 64
-
-typedef struct {
-    const Matrix *matrix;
-    const Kernels *kernels;
-    Activations x;
-    const float *totals;       /* int8 mode: [batch], the sum of each row's activations as rounded */
-    float *y;                  /* [batch, rows] */
-    const int64_t *places;     /* when codes are only looked up: of which rows, or NULL */
-    void *out;                 /* then: [rows, columns] */
-    int64_t rows;              /* to do */
-    int64_t block;             /* columns of activations at a time */
-    int64_t next;              /* the first row that no thread has taken */
-} Job;
+#define BLOCK 4096           /* columns of activations at a time: the same for any number of rows, so that sums are the same */
 
 int compress_abi(void)
 {
-    return 2;
+    return 3;
 }
 
 int compress_best_isa(void)
@@ -43,7 +28,7 @@ int compress_best_isa(void)
 #endif
 }
 
-static const Kernels *kernels_of(int64_t isa)
+const Kernels *kernels_of(int64_t isa)
 {
     if (isa < 0 || isa > compress_best_isa())
         return NULL;
@@ -56,31 +41,36 @@ static const Kernels *kernels_of(int64_t isa)
     return &portable_kernels;
 }
 
-static int64_t smaller(int64_t a, int64_t b)
+int64_t smaller(int64_t a, int64_t b)
 {
     return a < b ? a : b;
 }
 
-static int64_t padded(int64_t columns)
+int64_t taken(int64_t *next)
 {
-    return (columns + CHUNK - 1) / CHUNK * CHUNK;
+#if defined(__GNUC__)
+    return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+#else
+    return (*next)++; /* threads are only started by runtimes that come with GCC's entry */
+#endif
 }
 
-static void *aligned(size_t bytes, void **block)
+void *aligned(size_t bytes, void **block)
 {
     *block = malloc(bytes + ALIGN);
     return *block ? (void *)(((uintptr_t)*block + ALIGN - 1) / ALIGN * ALIGN) : NULL;
 }
 
-/* The rows a thread takes next; 0 when there are none left. */
-static int64_t take(Job *job, int64_t *first)
+static int64_t rounded_up(int64_t count, int64_t unit)
 {
-#if defined(__GNUC__)
-    *first = __atomic_fetch_add(&job->next, ROWS_AT_ONCE, __ATOMIC_RELAXED);
-#else
-    *first = job->next, job->next += ROWS_AT_ONCE; /* threads are only started by runtimes that come with GCC's entry */
-#endif
-    return *first < job->rows ? smaller(ROWS_AT_ONCE, job->rows - *first) : 0;
+    return (count + unit - 1) / unit * unit;
+}
+
+/* The columns that kernels are given: whole chunks, then, where they can, units of GROUP. */
+static int64_t padded(const Kernels *kernels, int64_t columns)
+{
+    int64_t behind = columns % CHUNK;
+    return behind > kernels->tail ? rounded_up(columns, CHUNK) : columns - behind + rounded_up(behind, GROUP);
 }
 
 static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns)
@@ -93,150 +83,166 @@ static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t c
     return w;
 }
 
-static void multiply(void *data)
+/* A few rows of a product. */
+static void multiply(const Product *product, int64_t first, int64_t rows)
 {
-    Job *job = data;
-    const Matrix *matrix = job->matrix;
-    int64_t first, rows, span = padded(matrix->columns);
+    const Matrix *matrix = product->matrix;
+    float sum[ROWS_AT_ONCE][MAX_BATCH];
+    int64_t together = matrix->shared ? 1 : rows; /* kernels take the table of one row behind that of another */
+    for (int64_t i = 0; i < rows; i++)
+        memset(sum[i], 0, sizeof(float) * (size_t)product->x.batch);
 
-    while ((rows = take(job, &first))) {
-        float sum[ROWS_AT_ONCE][MAX_BATCH] = {{0}};
-        int64_t together = matrix->shared ? 1 : rows; /* kernels take the table of one row behind that of another */
-        for (int64_t column = 0; column < span; column += job->block) {
-            Activations x = job->x;
+    for (int64_t column = 0; column < matrix->columns; column += BLOCK) {
+        int64_t columns = smaller(BLOCK, matrix->columns - column);
+        Activations x = product->x;
+        if (matrix->affine) {
+            x.codes += column;
+            x.scales += column / GROUP;
+        } else
+            x.values += column;
+        for (int64_t i = 0; i < rows; i += together) {
+            Block w = block_of(matrix, first + i, together, column, columns);
+            (matrix->affine ? product->kernels->int8 : product->kernels->exact)(&w, &x, sum + i);
+        }
+    }
+    for (int m = 0; m < product->x.batch; m++) {
+        float *to = product->y + m * product->step + first;
+        for (int64_t i = 0; i < rows; i++) {
+            float y = sum[i][m];
             if (matrix->affine) {
-                x.codes += column;
-                x.scales += column / GROUP;
-            } else
-                x.values += column;
-            for (int64_t i = 0; i < rows; i += together) {
-                int64_t columns = smaller(job->block, matrix->columns - column);
-                Block w = block_of(matrix, first + i, together, column, columns);
-                (matrix->affine ? job->kernels->int8 : job->kernels->exact)(&w, &x, sum + i);
+                const float *affine = matrix->affine + (matrix->shared ? 0 : 2 * (first + i));
+                y = affine[0] * y + (affine[1] + affine[0] * product->kernels->int8_excess) * product->totals[m];
             }
+            y = (matrix->factors ? matrix->factors[first + i] * y : y) + (matrix->bias ? matrix->bias[first + i] : 0);
+            to[i] = product->add ? to[i] + y : y;
         }
-        for (int64_t i = 0; i < rows; i++)
-            for (int m = 0; m < job->x.batch; m++) {
-                const float *affine = matrix->affine ? matrix->affine + (matrix->shared ? 0 : 2 * (first + i)) : NULL;
-                float y = sum[i][m];
-                if (affine)
-                    y = affine[0] * y + (affine[1] + affine[0] * job->kernels->int8_excess) * job->totals[m];
-                job->y[m * matrix->rows + first + i] = y;
-            }
     }
 }
 
-static void start(Job *job, void (*work)(void *), Team team, int threads)
+static int64_t pieces(int64_t rows)
 {
-    threads = (int)smaller(threads, (job->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
-    if (team && threads > 1)
-        team(work, job, (unsigned)threads, 0);
-    else
-        work(job);
+    return (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 }
 
-int compress_exact(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)
+void work_off(Queue *queue)
+{
+    for (;;) {
+        const Product *product = queue->products, *end = product + queue->count;
+        int64_t piece = taken(&queue->next);
+        while (product < end && piece >= pieces(product->matrix->rows))
+            piece -= pieces(product++->matrix->rows);
+        if (product == end)
+            return;
+        int64_t first = piece * ROWS_AT_ONCE;
+        multiply(product, first, smaller(ROWS_AT_ONCE, product->matrix->rows - first));
+    }
+}
+
+static void work(void *queue)
+{
+    work_off(queue);
+}
+
+size_t arranged_bytes(const Matrix *matrix, int batch)
+{
+    size_t row = (size_t)rounded_up(matrix->columns, CHUNK), values = row * (size_t)batch;
+    size_t bytes = matrix->affine ? values + values / GROUP * sizeof(float) + MAX_BATCH * sizeof(float) : values * sizeof(float);
+    return (bytes + ALIGN - 1) / ALIGN * ALIGN + row * sizeof(float); /* and one row that is filled up with zeros */
+}
+
+int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP])
 {
     const Kernels *kernels = kernels_of(matrix->isa);
-    int64_t span = padded(matrix->columns);
-    uint16_t order[CHUNK];
-    void *block;
-    float *values = kernels ? aligned(sizeof(float) * (size_t)(batch * span), &block) : NULL;
-    if (!values)
-        return -1;
-    kernels->exact_order((int)matrix->bits, order);
-    for (int m = 0; m < batch; m++)
-        for (int64_t start = 0; start < span; start += CHUNK) {
-            const float *from = x + m * matrix->columns + start;
-            float *to = values + m * span + start;
-            int64_t here = smaller(CHUNK, matrix->columns - start);
-            for (int i = 0; i < CHUNK; i++)
-                to[i] = order[i] < here ? from[order[i]] : 0.0f;
-        }
-    Job job = {.matrix = matrix, .kernels = kernels, .rows = matrix->rows, .y = y};
-    job.x = (Activations){.values = values, .step = span, .batch = batch};
-    job.block = padded(BLOCK_BYTES / (int64_t)sizeof(float) / batch);
-    start(&job, multiply, team, threads);
-    free(block);
-    return 0;
+    if (kernels)
+        (matrix->affine ? kernels->int8_order : kernels->exact_order)((int)matrix->bits, order);
+    return kernels ? 0 : -1;
 }
 
-/* One group of activations to 8 bits; returns the scale, NaN if the group has a value that is not finite. */
-static float round_group(const float *value, int8_t *code)
-{
-    float largest = 0;
-    int finite = 1;
-    for (int i = 0; i < GROUP; i++) {
-        float size = fabsf(value[i]);
-        finite &= size <= 3.402823466e38f;
-        largest = size > largest ? size : largest;
-    }
-    float inverse = finite && largest >= 1e-36f ? 127.0f / largest : 0.0f;
-    for (int i = 0; i < GROUP; i++) {
-        float scaled = finite ? value[i] * inverse : 0.0f;
-        code[i] = (int8_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-    }
-    return finite ? (inverse > 0 ? largest / 127.0f : 0.0f) : NAN;
-}
-
-int compress_int8(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)
+Product arrange(const Matrix *matrix, const float *x, int64_t step, int batch, void *room)
 {
     const Kernels *kernels = kernels_of(matrix->isa);
-    int64_t span = padded(matrix->columns);
-    uint16_t order[CHUNK];
-    float totals[MAX_BATCH];
-    void *block;
-    size_t size = (size_t)(batch * span); /* of the codes, which come first: they must be aligned */
-    int8_t *codes = kernels ? aligned(size + size / GROUP * sizeof(float), &block) : NULL;
-    if (!codes)
-        return -1;
-    float *scale = (float *)(codes + size);
-    kernels->int8_order((int)matrix->bits, order);
+    int64_t span = padded(kernels, matrix->columns);
+    uint16_t own[CHUNK + GROUP];
+    const uint16_t *order = matrix->order ? matrix->order : own;
+    const Small *small = small_of(matrix->isa);
+    float *values = room, *scales = (float *)((int8_t *)room + batch * span), *totals = scales + batch * span / GROUP;
+    float *row = (float *)((char *)room + arranged_bytes(matrix, batch)) - rounded_up(matrix->columns, CHUNK);
+    if (!matrix->order)
+        compress_order(matrix, own);
+    memset(row, 0, sizeof(float) * (size_t)rounded_up(matrix->columns, CHUNK));
     for (int m = 0; m < batch; m++) {
         double total = 0;
+        for (int64_t k = 0; k < matrix->columns; k++)
+            row[k] = matrix->inputs ? x[m * step + k] * matrix->inputs[k] : x[m * step + k];
         for (int64_t start = 0; start < span; start += GROUP) {
-            const float *from = x + m * matrix->columns + start / CHUNK * CHUNK;
-            int64_t here = matrix->columns - start / CHUNK * CHUNK, place = m * span + start;
-            float group[GROUP];
-            int32_t sum = 0;
-            for (int i = 0; i < GROUP; i++) {
-                int column = order[start % CHUNK + i];
-                group[i] = column < here ? from[column] : 0.0f;
+            int64_t chunk = start / CHUNK * CHUNK, place = m * span + start;
+            int whole = chunk + CHUNK <= span;
+            const uint16_t *group = order + (whole ? start - chunk : CHUNK);
+            const float *from = row + (whole ? chunk : start);
+            int32_t sum;
+            if (!matrix->affine) {
+                small->ordered(from, group, values + place);
+                continue;
             }
-            scale[place / GROUP] = round_group(group, codes + place);
-            for (int i = 0; i < GROUP; i++)
-                sum += codes[place + i];
-            total += (double)scale[place / GROUP] * sum;
+            scales[place / GROUP] = small->rounded(from, group, (int8_t *)room + place, &sum);
+            total += (double)scales[place / GROUP] * sum;
         }
-        totals[m] = (float)total;
+        if (matrix->affine)
+            totals[m] = (float)total;
     }
-    Activations activations = {.codes = codes, .scales = scale, .step = span, .batch = batch};
-    Job job = {.matrix = matrix, .kernels = kernels, .rows = matrix->rows, .y = y, .x = activations, .totals = totals};
-    job.block = padded(BLOCK_BYTES / batch);
-    start(&job, multiply, team, threads);
+    Activations arranged = {.values = values, .codes = room, .scales = scales, .step = span, .batch = batch};
+    return (Product){.matrix = matrix, .kernels = kernels, .x = arranged, .totals = totals};
+}
+
+int compress_product(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads)
+{
+    void *block;
+    void *room = kernels_of(matrix->isa) ? aligned(arranged_bytes(matrix, batch), &block) : NULL;
+    if (!room)
+        return -1;
+    Product one = arrange(matrix, x, matrix->columns, batch, room);
+    one.y = y, one.step = matrix->rows;
+    Queue queue = {.products = &one, .count = 1};
+    threads = (int)smaller(threads, pieces(matrix->rows));
+    if (team && threads > 1)
+        team(work, &queue, (unsigned)threads, 0);
+    else
+        work_off(&queue);
     free(block);
     return 0;
 }
+
+/* Rows that are looked up, a few at a time. */
+typedef struct {
+    const Matrix *matrix;
+    const Kernels *kernels;
+    const int64_t *places; /* which rows, or NULL for all */
+    uint8_t *out;          /* [rows, columns] */
+    int64_t rows, next;
+} LookUp;
 
 static void copy(void *data)
 {
-    Job *job = data;
+    LookUp *job = data;
     const Matrix *matrix = job->matrix;
-    int64_t first, rows;
-    while ((rows = take(job, &first)))
-        for (int64_t row = first; row < first + rows; row++) {
+    int64_t piece;
+    while ((piece = taken(&job->next)) < pieces(job->rows))
+        for (int64_t row = piece * ROWS_AT_ONCE; row < smaller((piece + 1) * ROWS_AT_ONCE, job->rows); row++) {
             Block w = block_of(matrix, job->places ? job->places[row] : row, 1, 0, matrix->columns);
-            job->kernels->look_up(&w, matrix->columns, (uint8_t *)job->out + row * matrix->columns * matrix->width);
+            job->kernels->look_up(&w, matrix->columns, job->out + row * matrix->columns * matrix->width);
         }
 }
 
 int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads)
 {
-    const Kernels *kernels = kernels_of(matrix->isa);
-    Job job = {.matrix = matrix, .kernels = kernels, .places = places, .out = out};
+    LookUp job = {.matrix = matrix, .kernels = kernels_of(matrix->isa), .places = places, .out = out};
     job.rows = places ? count : matrix->rows;
-    if (!kernels)
+    if (!job.kernels)
         return -1;
-    start(&job, copy, team, threads);
+    threads = (int)smaller(threads, pieces(job.rows));
+    if (team && threads > 1)
+        team(copy, &job, (unsigned)threads, 0);
+    else
+        copy(&job);
     return 0;
 }

@@ -31,7 +31,7 @@ static void codes_in_order(const uint8_t *const planes[], int bits, int64_t byte
     }
 }
 
-static void natural(int bits, uint16_t order[CHUNK])
+static void natural(int bits, uint16_t order[CHUNK + GROUP])
 {
     (void)bits;
     for (int i = 0; i < CHUNK; i++)
@@ -129,4 +129,4 @@ static void look_up(const Block *w, int64_t columns, void *out)
     }
 }
 
-const Kernels portable_kernels = {natural, natural, exact, int8, look_up, 0.0f};
+const Kernels portable_kernels = {natural, natural, exact, int8, look_up, 0.0f, 0};

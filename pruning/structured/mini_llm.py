@@ -31,6 +31,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
         inside = config.compensate or config.score in ("output", "no_gradient", "noise")
         return Needs(
             inputs="updated" if inside or config.remove == "blocks" else None,
+            divides=True,
             model_statistics=config.score in WHOLE_MODEL,
             changes_shapes=True,
             breaks_pattern=config.remove == "groups",

@@ -21,6 +21,7 @@ from compress.passes import Block, Context
 from compress.pruning.scores import wanda
 from compress.pruning.settings import WHOLE_MODEL, Aggregate, Formula, ScoreSettings
 from compress.pruning.structured.groups import Kind, Part, last_linear
+from compress.ranks import ALONE, Ranks, Sums
 from compress.statistics import Moments, check_inputs
 from compress.structure import Linear
 
@@ -88,8 +89,9 @@ class BlockScores:
         if settings.score == "magnitude":
             elements = {name: weight.square() for name, weight in members.items()}
             return group_scores(part, elements, settings.aggregate)
-        inputs, elements = Moments(), {}
-        block.for_each_input(inputs.add, {name: block.module.get_submodule(name) for name in members})
+        inputs, elements = Moments(ranks=block.ranks), {}
+        modules = {name: block.module.get_submodule(name) for name in members}
+        block.for_each_input(inputs.add, modules, end_lot=inputs.end_lot)
         for name, weight in members.items():
             elements[name] = wanda(weight, inputs.mean(name))
             if settings.score == "noise":
@@ -104,8 +106,8 @@ class BlockScores:
         """
         block, last = self.block, last_linear(self.block, part)
         biased = getattr(last.module, "bias", None) is not None  # and will then take up the means
-        moments = OutputMoments(last.shape[1], self.settings.compensate and biased, last.weight.device)
-        block.for_each_input(lambda _name, x: moments.add(x), {part.last: last.module})
+        moments = OutputMoments(last.shape[1], self.settings.compensate and biased, last.weight.device, block.ranks)
+        block.for_each_input(lambda _name, x: moments.add(x), {part.last: last.module}, end_lot=moments.end_lot)
         moments.finish()
         check_inputs(f"{block.name}.{part.last}", moments.hessian)
         return moments
@@ -135,9 +137,14 @@ class BlockScores:
 @torch.no_grad()
 def _stream_energy(block: Block) -> float:
     """Measure the mean square, summed over the hidden size, of what the block leaves in the residual stream."""
-    outputs = [run(block.module).flatten(0, -2) for run in block.samples]
-    total = sum(float(output.double().square().sum()) for output in outputs)
-    return total / sum(map(len, outputs)) or 1.0
+    sums = Sums(block.ranks)
+    for lot in block.each_lot():
+        for run in lot:
+            output = run(block.module).flatten(0, -2)
+            sums.add("energy", output.double().square().sum())
+            sums.add("tokens", torch.tensor(len(output)))
+        sums.end_lot()
+    return float(sums.total["energy"]) / int(sums.total["tokens"]) or 1.0
 
 
 @torch.no_grad()
@@ -147,12 +154,17 @@ def _turn(block: Block) -> float:
     handle = block.module.register_forward_pre_hook(
         lambda _module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
+    sums = Sums(block.ranks)
     try:
-        outputs = ((run(block.module), inputs.pop()) for run in block.samples)
-        turns = [float(cosine_similarity(after.float(), before.float(), dim=-1).mean()) for after, before in outputs]
+        for lot in block.each_lot():
+            for run in lot:
+                after, before = run(block.module), inputs.pop()
+                sums.add("turn", cosine_similarity(after.float(), before.float(), dim=-1).mean().double())
+                sums.add("samples", torch.tensor(1))
+            sums.end_lot()
     finally:
         handle.remove()
-    return 1 - sum(turns) / len(turns)
+    return 1 - float(sums.total["turn"]) / int(sums.total["samples"])
 
 
 class OutputMoments:
@@ -162,21 +174,29 @@ class OutputMoments:
     which absorbs the inputs' means, ``mean``, float64 [K].
     """
 
-    def __init__(self, columns: int, centred: bool, device: torch.device) -> None:
-        self.centred, self.tokens = centred, 0
+    def __init__(self, columns: int, centred: bool, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.centred, self._sums = centred, Sums(ranks)
         self.mean = torch.zeros(columns, dtype=torch.float64, device=device)
         self.hessian = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add inputs [tokens, K]; products are made in their own precision, sums in float64."""
-        self.hessian += x.t() @ x
-        self.mean += x.sum(0)
-        self.tokens += x.shape[0]
+        lot = self._sums.lot or {"hessian": torch.zeros_like(self.hessian), "mean": torch.zeros_like(self.mean)}
+        lot["hessian"] += x.t() @ x
+        lot["mean"] += x.sum(0)
+        self._sums.lot = lot
+        self._sums.add("tokens", torch.tensor(len(x)))
+
+    def end_lot(self) -> None:
+        """Add up what was added since the last lot, in all processes."""
+        self._sums.end_lot()
 
     def finish(self) -> OutputMoments:
         """Turn the sums into means."""
-        self.hessian /= self.tokens
-        self.mean /= self.tokens
+        if self._sums.lot:
+            self.end_lot()
+        total = self._sums.total
+        self.hessian, self.mean = total["hessian"] / total["tokens"], total["mean"] / total["tokens"]
         if self.centred:
             self.hessian -= torch.outer(self.mean, self.mean)
         return self

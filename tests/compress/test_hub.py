@@ -209,3 +209,33 @@ def test_a_dense_model_is_loaded_with_every_keyword(tiny_llama, tmp_path):
     model, information = compress.load(tmp_path / "outer", subfolder="inner", use_cache=False, output_loading_info=True)
     assert (model.config.use_cache, list(information["missing_keys"])) == (False, [])
     assert torch.equal(model(TOKENS).logits, AutoModelForCausalLM.from_pretrained(tiny_llama)(TOKENS).logits)
+
+
+def test_a_recipe_is_opened_at_another_revision_and_with_a_token(recipe):
+    chosen = load_recipe({**recipe, "model": "me/small", "revision": "v1"}).opened("v2", "secret")
+    assert chosen.source == {"name": "me/small", "revision": "v2", "token": "secret"}
+    assert "secret" not in json.dumps(chosen.record())
+    assert load_recipe(recipe).opened(None, None) == load_recipe(recipe)
+    assert load_recipe({**recipe, "model": {"name": "me/small", "subfolder": "in"}}).opened("v2", None).source == {
+        "name": "me/small",
+        "subfolder": "in",
+        "revision": "v2",
+    }
+
+
+def test_revision_and_token_are_options_of_what_names_a_recipe(command, recipe, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **given: asked.append(given) or recipe["model"]
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({**recipe, "model": "me/small", "passes": [{"kind": "rtn"}]}))
+    assert command("plan", path, "--revision", "v2", "--token", "secret")[0] == 0
+    assert (asked[0]["revision"], asked[0]["token"]) == ("v2", "secret")
+
+
+def test_a_gguf_file_is_refused_with_the_reason():
+    with pytest.raises(
+        CompressError, match=r"model 'some\.gguf': GGUF files are not read, as transformers' reader loses"
+    ):
+        hub.model_folder("some.gguf")

@@ -1,5 +1,6 @@
 """The plan's time: what is rehearsed, and what it concludes from that."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -41,3 +42,31 @@ def test_each_slope_is_measured_by_itself(monkeypatch):
     monkeypatch.setattr(rehearsal, "_timed", lambda work, amount: work(amount))
     found = watch._foresee(lambda amount: 2 + 30 * amount.share + 5 * (amount.samples - 1))
     assert found == pytest.approx(2 + 30 + 5 * 63)
+
+
+def test_the_plan_says_what_does_not_fit_and_what_would(recipe, monkeypatch):
+    recipe["calibration"] |= {"samples": 64, "length": 64}
+    needed = plan(recipe)["peak_memory_bytes"]
+    assert plan(recipe)["warnings"] == []
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=needed - (1 << 20)))
+    (said,) = plan(recipe)["warnings"]
+    found = re.fullmatch(
+        r"memory: .* GB are needed, .* GB are free; calibration.samples (\d+) and calibration.length 64 .*", said
+    )
+    assert found is not None
+    assert int(found[1]) < 64
+    recipe["calibration"]["samples"] = int(found[1])
+    assert plan(recipe)["peak_memory_bytes"] < needed - (1 << 20)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1))
+    assert "it takes a machine with more memory" in plan(recipe)["warnings"][0]
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10))
+    assert "disk:" in plan(recipe)["warnings"][0]
+
+
+def test_the_plan_counts_processes_that_can_help(recipe):
+    recipe["passes"] = [{"kind": "prune", "score": "magnitude"}, {"kind": "any_precision"}, {"kind": "tune_tables"}]
+    recipe["passes"] += [{"kind": "soft_prompt", "batch": 3, "tokens": 4}]
+    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 4, 1, 3]
+    recipe["calibration"]["samples"] = 32
+    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 8, 1, 3]

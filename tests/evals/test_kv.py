@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import compress
+from compress.evals.bench.kv import side_by_side
 from compress.evals.kv import CachedLosses, KVWanted, bytes_of, decode_speed, kv_wanted
 from compress.evals.perplexity import prepare, score
 from compress.kv_serving import make_caches
@@ -128,3 +129,28 @@ def test_options_of_the_command_line():
     found = kv_wanted("4,4:2", "128:64", 16)
     assert list(found.bits) == [4, (4, 2)]
     assert (found.settings.groups, found.settings.residual) == ((128, 64), 16)
+
+
+def test_caches_are_read_side_by_side_and_one_that_fails_is_said(model, capsys):
+    settings = KVSettings(group=(4, 12), residual=8)
+
+    def broken():
+        raise RuntimeError("no such backend\nmore")
+
+    makers = {
+        "plain": lambda: DynamicCache(config=model.config),
+        "broken": broken,
+        "8 bits": make_caches(model, 8, settings),
+        "2 bits": make_caches(model, 2, settings),
+    }
+    windows = [list(range(1, 41)), list(range(41, 81))]
+    found = side_by_side(model, windows, makers, 4)
+    assert list(found) == ["plain", "8 bits", "2 bits"]
+    assert "broken: not measured (RuntimeError: no such backend)" in capsys.readouterr().out
+    assert found["plain"]["divergence"] == found["plain"]["error"] == 0
+    assert 0 < found["8 bits"]["divergence"] < found["2 bits"]["divergence"]
+    assert found["2 bits"]["bytes"] < found["8 bits"]["bytes"] < found["plain"]["bytes"]
+    with torch.no_grad():
+        whole = model(torch.tensor(windows)).logits[:, :-1].log_softmax(-1)
+    expected = -whole.gather(-1, torch.tensor(windows)[:, 1:, None]).mean()
+    assert math.isclose(found["plain"]["loss"], float(expected), rel_tol=1e-5)

@@ -117,27 +117,27 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
         affine[i] = i % 2 ? normal() : 0.01f;
 
     w.table = table;
-    if (compress_exact(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
+    if (compress_product(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "exact");
     for (int64_t i = 0; i < rows * columns; i++)
         if (out[i] != table[(i / columns << bits) + code_of(&w, i / columns, i % columns)])
             exit(4);
     w.table = half, w.width = 2; /* no reference here: the guards watch, Python compares */
-    if (compress_exact(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
+    if (compress_product(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
         exit(3);
     w.table = bytes, w.affine = affine, w.width = 1;
-    if (compress_int8(&w, x, batch, y, NULL, 1))
+    if (compress_product(&w, x, batch, y, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "int8");
 
     int64_t last = rows - 1; /* its table, which ends where memory ends, for all rows; and that row alone looked up */
     w.shared = 1, w.table = bytes + (last << bits), w.affine = affine + 2 * last;
-    if (compress_int8(&w, x, batch, y, NULL, 1))
+    if (compress_product(&w, x, batch, y, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "int8, shared");
     w.table = table + (last << bits), w.affine = NULL, w.width = 4;
-    if (compress_exact(&w, x, batch, y, NULL, 1) ||
+    if (compress_product(&w, x, batch, y, NULL, 1) ||
         compress_look_up(&w, &last, 1, out + last * columns, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "exact, shared");
@@ -154,7 +154,7 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
 
 int main(void)
 {
-    static const int columns[] = {1, 31, 32, 33, 250, 256, 500, 512, 513, 700, 1024, 4500};
+    static const int columns[] = {1, 31, 32, 33, 250, 256, 257, 500, 512, 513, 576, 700, 1024, 4500};
     static const int batches[] = {1, 2, 7, 16};
     int products = 0;
     for (int isa = 0; isa <= compress_best_isa(); isa++)

@@ -1,0 +1,270 @@
+"""Let several processes, started by ``torchrun`` or ``accelerate launch``, work on one block at a time.
+
+Whatever a process computes depends on what is computed and not on how many processes there are: samples are summed up in
+:data:`LOTS` lots, the sums of lots are added in their order, and the rows of a matrix are searched in parts that the matrix alone
+decides. So any number of processes gives the same bytes, as long as each has the same number of threads and the same hardware.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from threading import current_thread, main_thread
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch import distributed as dist
+
+from compress.errors import CompressError
+
+T = TypeVar("T")
+_ENDED = "lock-ended"  # there once a process has said that another is no more
+_TRIES = 50  # tenths of a second
+LOTS = 8
+"""Lots that samples are divided into; more processes than lots gain nothing where samples are shared out."""
+
+
+def processes(device: torch.device) -> PartialState:
+    """Tell who is at work; usually one process. Of the device only the type matters."""
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
+
+
+class _Stopped(BaseException):
+    """Raised where the launcher stops this process, as it does when another has ended."""
+
+
+@contextmanager
+def _stopped_by_exception() -> Iterator[None]:
+    """Raise :class:`_Stopped` at SIGTERM, for the length of a ``with``."""
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _held(path: Path) -> bool:
+    """Tell whether a process holds the lock on a file."""
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Say which of how many processes this is; one alone by default.
+
+    Every method that gives something to others is to be called by all processes, in the same order.
+
+    Attributes:
+        rank: number of this process; 0 is the main one, which writes.
+        size: how many there are.
+        device: where what they tell one another has to lie.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @classmethod
+    def at_work(cls, device: torch.device) -> Ranks:
+        """Find out, for work on a device."""
+        team = processes(device)
+        return cls(team.process_index, team.num_processes, str(team.device))
+
+    @property
+    def main(self) -> bool:
+        """Tell whether this process writes and speaks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def together(self, folder: Path) -> Iterator[None]:
+        """Work with the others for the length of a ``with``; where one of them ends before, name it.
+
+        Each holds a lock on a file of its own in a folder that all can see, which the system releases when a process ends.
+
+        Raises:
+            CompressError: another process has ended, or this one is told to stop; said by the first to find out, while the
+                rest exit.
+        """
+        if self.size == 1:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"lock-rank-{self.rank}").open("w") as own, _stopped_by_exception():
+            try:
+                fcntl.flock(own, fcntl.LOCK_EX)
+                if self.main:
+                    (folder / _ENDED).unlink(missing_ok=True)
+                self.wait()
+                yield
+            except CompressError as error:
+                raise error if self.main else CompressError(f"rank {self.rank}: {error}") from error
+            except (RuntimeError, _Stopped) as error:
+                ended = self._ended(folder)
+                if not ended and isinstance(error, RuntimeError):
+                    raise
+                try:
+                    (folder / _ENDED).touch(exist_ok=False)
+                except FileExistsError:
+                    sys.exit(1)
+                who = f"rank {ended[0]} of {self.size} has ended" if ended else f"rank {self.rank}: told to stop"
+                raise CompressError(
+                    f"{who} before the work was done; what is finished is kept: run again, with any number of processes."
+                ) from error
+
+    def _ended(self, folder: Path) -> list[int]:
+        """Find the processes that are no more; one that has just gone may take a moment to be."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for _ in range(_TRIES):
+            if ended := [rank for rank in others if not _held(folder / f"lock-rank-{rank}")]:
+                return ended
+            time.sleep(0.1)
+        return []
+
+    def lots(self, count: int) -> list[range]:
+        """Return the samples of every lot of this process, places among ``count``; as many lots for all, some without a sample."""
+        lots = min(LOTS, count)
+        edges = [count * lot // lots for lot in range(lots + 1)] if count else [0]
+        own = range(self.rank, -(-lots // self.size) * self.size, self.size)
+        return [range(edges[lot], edges[lot + 1]) if lot < lots else range(0) for lot in own]
+
+    def share(self, costs: Mapping[str, float]) -> list[str]:
+        """Return the names of this process's work, the largest pieces dealt out first, each to who has the least so far."""
+        loads = [0.0] * self.size
+        own = []
+        for name in sorted(costs, key=lambda name: -costs[name]):  # equal ones in their order
+            to = loads.index(min(loads))
+            loads[to] += costs[name]
+            if to == self.rank:
+                own.append(name)
+        return [name for name in costs if name in own]
+
+    def over(self, parts: Sequence[T], work: Callable[[T], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Do some work on parts of like size, each in one process; return what every part gave, in their order."""
+        own = {
+            f"{place} {name}": tensor
+            for place in range(self.rank, len(parts), self.size)
+            for name, tensor in work(parts[place]).items()
+        }
+        found: list[dict[str, Tensor]] = [{} for _ in parts]
+        for label, tensor in self.joined(own).items():
+            place, _, name = label.partition(" ")
+            found[int(place)][name] = tensor
+        return found
+
+    def each(self, tensors: Mapping[str, Tensor], note: Any = None) -> Iterator[tuple[dict[str, Tensor], Any]]:
+        """Yield what every process gives, in the order of their ranks: tensors by name, and something that JSON can say."""
+        for source in range(self.size):
+            if source == self.rank:
+                self._tell(source, tensors, note)
+                yield dict(tensors), note
+            else:
+                yield self._hear(source)
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of all processes."""
+        return {name: tensor for theirs, _ in self.each(tensors) for name, tensor in theirs.items()}
+
+    def noted(self, note: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what all processes note, by name."""
+        return {name: value for _, theirs in self.each({}, note) for name, value in theirs.items()}
+
+    def _tell(self, source: int, tensors: Mapping[str, Tensor], note: Any) -> None:
+        if self.size == 1:
+            return
+        there = {
+            name: [str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type] for name, t in tensors.items()
+        }
+        header = torch.tensor(list(json.dumps([there, note]).encode()), dtype=torch.uint8, device=self.device)
+        dist.broadcast(torch.tensor([len(header)], device=self.device), source)
+        dist.broadcast(header, source)
+        for tensor in tensors.values():
+            if tensor.numel():
+                dist.broadcast(tensor.contiguous().to(self.device).view(-1).view(torch.uint8), source)
+
+    def _hear(self, source: int) -> tuple[dict[str, Tensor], Any]:
+        size = torch.zeros(1, dtype=torch.long, device=self.device)
+        dist.broadcast(size, source)
+        header = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(header, source)
+        there, note = json.loads(bytes(header.tolist()))
+        tensors = {}
+        for name, (dtype, shape, kind) in there.items():
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            if tensor.numel():
+                dist.broadcast(tensor.view(-1).view(torch.uint8), source)
+            tensors[name] = tensor.to(kind) if kind != torch.device(self.device).type else tensor
+        return tensors, note
+
+
+ALONE = Ranks()
+
+
+class Sums:
+    """Sum tensors by name over samples in lots.
+
+    Attributes:
+        lot: the sums of the lot at hand, to be added to in place.
+        total: those of all finished lots of all processes.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.lot: dict[str, Tensor] = {}
+        self.total: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a tensor, which may be kept and written to."""
+        if name in self.lot:
+            self.lot[name] += value
+        else:
+            self.lot[name] = value
+
+    def end_lot(self, note: Any = None) -> list[Any]:
+        """Add the lots that the processes have at hand to the total; return their notes."""
+        notes = []
+        for lot, theirs in self._ranks.each(self.lot, note):
+            notes.append(theirs)
+            for name, value in lot.items():
+                if name in self.total:
+                    self.total[name] += value
+                else:
+                    self.total[name] = value
+        self.lot = {}
+        return notes
+
+
+def even_parts(rows: int, most: int, fewest: int = 4, least: int = 64) -> list[slice]:
+    """Divide rows evenly into parts of at most ``most``: a multiple of ``fewest`` of them where each then has ``least`` rows."""
+    count = max(-(-rows // most), 1)
+    if rows >= fewest * least:
+        count = -(-count // fewest) * fewest
+    edges = [rows * part // count for part in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(edges)]

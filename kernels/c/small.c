@@ -1,0 +1,61 @@
+/* The small work beside the products, once for every instruction set. */
+#include "small.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__GNUC__)
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef int8_t Chars __attribute__((vector_size(16)));
+
+#define CHOSEN(mask, yes, no) ((Floats)(((Ints)(yes) & (mask)) | ((Ints)(no) & ~(mask))))
+
+#define NAME(function) function##_plain
+#include "small_body.h"
+#undef NAME
+
+#ifdef COMPRESS_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define NAME(function) function##_avx2
+#include "small_body.h"
+#undef NAME
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
+#endif
+#define NAME(function) function##_avx512
+#include "small_body.h"
+#undef NAME
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#define SMALL(isa) {ordered_##isa, rounded_##isa, norm_##isa, turn_##isa, gated_##isa, attend_##isa}
+
+const Small *small_of(int64_t isa)
+{
+    static const Small plain = SMALL(plain);
+#ifdef COMPRESS_X86
+    static const Small avx2 = SMALL(avx2), avx512 = SMALL(avx512);
+    if (isa == AVX512)
+        return &avx512;
+    if (isa == AVX2)
+        return &avx2;
+#endif
+    (void)isa;
+    return &plain;
+}
+#endif

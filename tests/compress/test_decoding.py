@@ -1,0 +1,180 @@
+"""A block computed by one call is the block computed module by module; whatever is not the same is left to the block's own class."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import compress
+from compress import decoding
+from compress.hf import cache_name
+from compress.kernels import cpu
+
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
+SIZES = {"hidden_size": 80, "intermediate_size": 600, "head_dim": 16, "max_position_embeddings": 256}
+
+pytestmark = pytest.mark.skipif(not cpu.built(), reason="the C library was not built")
+
+
+@pytest.fixture
+def load(recipe, make_model, tmp_path):
+    """Load a small packed model whose blocks are known."""
+
+    def make(kind="llama", dtype=torch.float32, changes=None, passes=None, **options):
+        sizes = {**SIZES, **({"sliding_window": None} if kind == "mistral" else {}), **(changes or {})}
+        recipe["model"] = str(make_model(kind, **sizes))
+        recipe["passes"] = passes or [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}]
+        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
+        return compress.load(compress.run(recipe, folder), dtype=dtype, **options)
+
+    return make
+
+
+@torch.no_grad()
+def decoded(model, monkeypatch, joined, sizes=(20, 1, 1, 3, 1, 16, 2), batch=1, mask=None):
+    """Return the logits of pieces of a text given one after the other, and how many blocks were computed by one call."""
+    calls, own = [], decoding._step
+
+    def counted(block, x, given):
+        made = own(block, x, given) if joined else None
+        calls.append(made is not None)
+        return made
+
+    monkeypatch.setattr(decoding, "_step", counted)
+    tokens = torch.randint(300, (batch, sum(sizes)), generator=torch.Generator().manual_seed(0))
+    cache, logits, start = DynamicCache(config=model.config), [], 0
+    for size in sizes:
+        given = {} if mask is None else {"attention_mask": mask[:, : start + size]}
+        part = tokens[:, start : start + size]
+        logits.append(model(input_ids=part, use_cache=True, **given, **{cache_name(model): cache}).logits)
+        start += size
+    monkeypatch.setattr(decoding, "_step", own)
+    return torch.cat(logits, 1), sum(calls)
+
+
+def assert_same(model, monkeypatch, bound=1e-5, **options):
+    made, calls = decoded(model, monkeypatch, True, **options)
+    expected, none = decoded(model, monkeypatch, False, **options)
+    assert none == 0
+    assert calls > 0
+    assert (made - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_is_the_same_at_any_bits(load, monkeypatch, kind):
+    model = load(kind)
+    for bits in (3, 4, 6):
+        compress.set_bits(model, bits)
+        assert_same(model, monkeypatch)
+
+
+def test_shared_codebooks_and_a_packed_vocabulary(load, monkeypatch):
+    settings = {
+        "kind": "any_precision",
+        "seed_bits": 3,
+        "parent_bits": 6,
+        "codebooks": "shared",
+        "embedding_bits": "auto",
+    }
+    assert_same(load(passes=[settings]), monkeypatch)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_batches_and_padding(load, monkeypatch, attention):
+    model = load(attn_implementation=attention)
+    mask = torch.ones(3, 44, dtype=torch.long)
+    mask[0, :5] = mask[2, :11] = 0
+    assert_same(model, monkeypatch, batch=3, sizes=(20, 1, 1, 3, 1), mask=mask)
+
+
+def test_threads(load, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_same(load(), monkeypatch)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bfloat16_is_nearer_to_float32(load, monkeypatch):
+    exact, half = load(), load(dtype=torch.bfloat16)
+    wanted, _ = decoded(exact, monkeypatch, False)
+    made, calls = decoded(half, monkeypatch, True)
+    own, _ = decoded(half, monkeypatch, False)
+    assert calls > 0
+    assert (made - wanted).norm() <= 1.1 * (own - wanted).norm()
+
+
+def test_rounded_activations_cost_as_much_either_way(load, monkeypatch):
+    exact, rounded = load(), load(exact=False)
+    wanted, _ = decoded(exact, monkeypatch, False)
+    made, _ = decoded(rounded, monkeypatch, True)
+    own, _ = decoded(rounded, monkeypatch, False)
+    assert 0 < (made - wanted).norm() <= 1.5 * (own - wanted).norm()
+
+
+@torch.no_grad()
+def test_generate_writes_the_same(load, monkeypatch):
+    model, tokens = load(), torch.arange(5, 25)[None]
+    options = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False}
+    made = model.generate(tokens, **options)
+    beams = model.generate(tokens, num_beams=3, **options)
+    monkeypatch.setattr(decoding, "_step", lambda *_: None)
+    assert torch.equal(made, model.generate(tokens, **options))
+    assert torch.equal(beams, model.generate(tokens, num_beams=3, **options))
+
+
+@torch.no_grad()
+def test_caches_stay_apart(load):
+    """A cache that was copied, or cropped, never sees what another goes on with."""
+    model = load()
+    name = cache_name(model)
+    tokens = torch.arange(5, 35)[None]
+
+    def read(cache, part):
+        return model(input_ids=part, use_cache=True, **{name: cache}).logits
+
+    first = DynamicCache(config=model.config)
+    read(first, tokens[:, :20]), read(first, tokens[:, 20:21])
+    second, third = copy.deepcopy(first), DynamicCache(config=model.config)
+    for place, layer in enumerate(first.layers):
+        third.update(layer.keys[:, :, :-1], layer.values[:, :, :-1], place)
+    expected = read(copy.deepcopy(first), tokens[:, 21:22])
+    read(second, tokens[:, 25:26]), read(third, tokens[:, 26:27])
+    assert torch.equal(read(first, tokens[:, 21:22]), expected)
+    first.crop(-1)
+    assert torch.equal(read(first, tokens[:, 21:22]), expected)
+
+
+@torch.no_grad()
+def test_what_is_not_the_same_is_left_alone(load, monkeypatch):
+    model = load()
+    seen = []
+    hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    _, calls = decoded(model, monkeypatch, True, sizes=(20, 1))
+    assert (len(seen), calls) == (2, 2)  # of three blocks
+    hook.remove()
+    model.model.layers[2].mlp.up_proj = torch.nn.Linear(80, 600, bias=False)
+    _, calls = decoded(model, monkeypatch, True, sizes=(20, 1))
+    assert calls == 2
+    output = model(input_ids=torch.arange(5, 25)[None], output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    with torch.enable_grad():
+        assert model(input_ids=torch.arange(5, 8)[None]).logits.requires_grad
+
+
+def test_copies_and_pickles_go_on(load, monkeypatch):
+    model = load()
+    expected, _ = decoded(model, monkeypatch, True)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        made, calls = decoded(other, monkeypatch, True)
+        assert calls > 0
+        assert torch.allclose(made, expected, atol=1e-5)
+    assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
+
+
+def test_heads_that_the_library_does_not_serve(load, monkeypatch):
+    _, calls = decoded(load(changes={"head_dim": 12}), monkeypatch, True)
+    assert calls == 0

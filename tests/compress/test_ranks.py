@@ -1,0 +1,135 @@
+"""Several processes on one model: the same bytes, whatever their number."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress.ranks import LOTS, Ranks, Sums, even_parts
+from tests.conftest import assert_same_files
+
+LAUNCH = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+NESTED = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}
+PRUNE = {"kind": "prune", "score": "sparsegpt", "allocation": "mrp", "sparsity": 0.5}
+PASSES = {
+    "rows": [NESTED],
+    "shared": [{**NESTED, "seed_bits": 2, "codebooks": "shared"}],
+    "weight": [{**NESTED, "objective": "weight"}],
+    "kmeans": [{"kind": "kmeans", "bits": 3, "sensitivity": "activation"}],
+    "pruned": [PRUNE, {"kind": "rtn", "bits": 4}],
+    "joint": [{"kind": "joint", "bits": 4, "sparsity": 0.5, "allocation": "owl"}],
+    "cut": [{"kind": "mini_llm", "ratio": 0.2, "mode": "global", "score": "output"}],
+    "taylor": [{"kind": "mini_llm", "ratio": 0.2}],
+    "blocks": [{"kind": "mini_llm", "ratio": 0.3, "remove": "blocks", "score": "output"}],
+    "mixture": [NESTED],
+}
+
+
+def launch(ranks, *arguments):
+    """Run Python in several processes, as ``torchrun`` does."""
+    command = [sys.executable, *LAUNCH, f"--nproc-per-node={ranks}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@contextmanager
+def one_thread():
+    """Compute as each of several processes does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_lots_are_shared_out_and_none_is_left():
+    for count in (1, 3, 8, 21):
+        for size in (1, 2, 3, 4, 11):
+            lots = [Ranks(rank, size).lots(count) for rank in range(size)]
+            assert sorted(sample for own in lots for lot in own for sample in lot) == list(range(count))
+            assert len({len(own) for own in lots}) == 1
+    whole = Ranks().lots(21)
+    assert len(whole) == LOTS
+    assert [own for turn in zip(*(Ranks(rank, 3).lots(21) for rank in range(3)), strict=True) for own in turn][
+        :8
+    ] == whole
+
+
+def test_work_is_dealt_out_by_its_size():
+    costs = {"q": 3, "k": 1, "gate": 9, "up": 9, "down": 9}
+    shares = [Ranks(rank, 2).share(costs) for rank in range(2)]
+    assert shares == [["k", "gate", "down"], ["q", "up"]] or shares == [["gate", "down"], ["q", "k", "up"]]
+
+
+def test_parts_of_rows_do_not_depend_on_processes():
+    assert [part.stop - part.start for part in even_parts(576, 1024)] == [144] * 4
+    assert [part.stop - part.start for part in even_parts(4608, 1024)] == [576] * 8
+    assert even_parts(100, 1024) == [slice(0, 100)]
+    assert even_parts(0, 1024) == [slice(0, 0)]
+
+
+def test_sums_are_those_of_lots_in_order():
+    sums, parts = Sums(Ranks()), [torch.tensor([value]) for value in (1e8, 1.0, -1e8, 3.0)]
+    for lot in (parts[:2], parts[2:]):
+        for part in lot:
+            sums.add("x", part.clone())
+        sums.end_lot()
+    assert sums.total["x"] == (parts[0] + parts[1]) + (parts[2] + parts[3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_processes_write_the_bytes_of_one(ranks, recipe, make_model, tmp_path):
+    """Every pass that divides its work; more samples than lots, and rows enough for several parts."""
+    recipe["calibration"] |= {"samples": 11, "length": 24}
+    recipes = {}
+    for name, passes in PASSES.items():
+        kind, changes = ("mixtral", {}) if name == "mixture" else ("llama", {"intermediate_size": 260})
+        recipes[name] = {**recipe, "model": str(make_model(kind, **changes)), "passes": passes}
+    listed = tmp_path / "recipes.json"
+    listed.write_text(json.dumps({str(tmp_path / f"{name}-ranks"): one for name, one in recipes.items()}))
+    process = launch(ranks, Path(__file__).with_name("ranked.py"), listed)
+    assert process.returncode == 0, process.stderr
+    with one_thread():
+        for name, one in recipes.items():
+            compress.run(one, tmp_path / name)
+            assert_same_files(tmp_path / name, tmp_path / f"{name}-ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_dies_is_named_and_another_number_continues(dies, recipe, make_model, tmp_path):
+    recipe["model"] = str(make_model("llama", intermediate_size=260))
+    output, listed = tmp_path / "killed", tmp_path / "recipes.json"
+    listed.write_text(json.dumps({str(output): recipe}))
+    began = time.monotonic()
+    process = launch(2, Path(__file__).with_name("ranked.py"), listed, dies, 6)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
+    said = f"rank {dies} of 2 has ended before the work was done; what is finished is kept: run again"
+    assert " ".join(process.stderr.split()).count(said) == 1, process.stderr
+    work = tmp_path / "killed.work"
+    there = {path.name for path in work.glob("*/*.safetensors")}
+    assert len(there) >= 6
+    assert not output.exists()
+    with one_thread():
+        compress.run(recipe, output)
+        compress.run(recipe, tmp_path / "whole")
+    assert_same_files(output, tmp_path / "whole")
+    assert not work.exists()
+
+
+def test_what_is_wrong_for_all_is_said_once(recipe, tmp_path):
+    recipe["passes"] = [{"kind": "tune_tables"}]
+    listed = tmp_path / "recipe.yaml"
+    listed.write_text(json.dumps(recipe))
+    process = launch(2, "-m", "compress", "run", listed, "-o", tmp_path / "model")
+    assert process.returncode != 0
+    assert process.stderr.count("works on packed matrices; put a quantising pass before it.") == 1
