@@ -130,8 +130,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.whole: tuple[Tensor, Tensor] | None = None  # and behind them
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take note of the dtype and the sizes, [B, H, T, D], of what is to come, and refuse channels that do not fit."""
-        self.settings.check(key_states.shape[-1], value_states.shape[-1])
+        """Take note of the dtype and the sizes, [B, H, T, D], of what is to come, and choose groups; refuse channels that do not fit."""
+        self.settings = self.settings.fitted(key_states.shape[-1], value_states.shape[-1])
         self.whole = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
@@ -341,7 +341,8 @@ class KVCache(Cache):
 
     Args:
         bits: of a code, 2 to 8, or 16, which keeps a layer whole; (keys, values) if they differ; or a list of either, a layer each.
-        group: values that share a smallest value and a span; (of keys, of values) if they differ.
+        group: values that share a smallest value and a span; (of keys, of values) if they differ. None: 128 tokens of a channel, and as
+            many channels of a token as divide a head, up to 64.
         residual: so many of the last tokens stay as they are; some more wait until a group is full.
         keys: ``channel``: a group is ``group`` tokens of one channel; ``token``: channels of one token.
         values: the same for values.
@@ -361,7 +362,7 @@ class KVCache(Cache):
     def __init__(
         self,
         bits: KVBits = 4,
-        group: int | Pair = 32,
+        group: int | Pair | None = None,
         residual: int = 128,
         keys: Along = "channel",
         values: Along = "token",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Union
 
 from compress.errors import CompressError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from compress.kv_evict import Policy
 
 WHOLE = 16  # bits of a layer that stays as it is
+_TOKENS, _CHANNELS = 128, 64  # of a group
 Pair = tuple[int, int]
 KVBits = Union[int, Pair, Sequence[Union[int, Pair]]]
 """Bits of keys and values alike, (keys, values), or a list of either with an entry for every layer."""
@@ -23,7 +24,7 @@ KVBits = Union[int, Pair, Sequence[Union[int, Pair]]]
 class KVSettings:
     """Say how states are packed; fields as of :class:`compress.KVCache`."""
 
-    group: int | Pair = 32
+    group: int | Pair | None = None
     residual: int = 128
     keys: Along = "channel"
     values: Along = "token"
@@ -55,8 +56,25 @@ class KVSettings:
 
     @property
     def groups(self) -> Pair:
-        """Return the group of keys and that of values."""
+        """Return the group of keys and that of values; 128 tokens, or up to 64 channels, where none is given."""
+        if self.group is None:
+            keys, values = (_TOKENS if along == "channel" else _CHANNELS for along in (self.keys, self.values))
+            return keys, values
         return (self.group, self.group) if isinstance(self.group, int) else self.group
+
+    def fitted(self, *channels: int) -> KVSettings:
+        """Return settings for so many channels, of keys and of values; refuse a group that does not divide them."""
+        if self.group is None:
+            both = zip(channels, self.groups, (self.keys, self.values), strict=True)
+            keys, values = (group if along == "channel" else _fitting(size, group) for size, group, along in both)
+            return replace(self, group=(keys, values))
+        for size, group, along in zip(channels, self.groups, (self.keys, self.values), strict=True):
+            if along == "token" and size % group:
+                raise CompressError(
+                    f"kv group {group}: does not divide the {size} channels of this model's heads; "
+                    f"give a group that does, {_fitting(size, group)} say."
+                )
+        return self
 
     @property
     def tokens(self) -> int:
@@ -76,15 +94,6 @@ class KVSettings:
         keys, values = (Grid(number, group, along, self.nested, self.rotate) for number, group, along in both)
         return keys, values
 
-    def check(self, *channels: int) -> None:
-        """Refuse a number of channels, of keys and of values, that groups do not divide."""
-        for size, group, along in zip(channels, self.groups, (self.keys, self.values), strict=True):
-            if along == "token" and size % group:
-                fitting = max(number for number in range(1, min(size, group) + 1) if size % number == 0)
-                raise CompressError(
-                    f"kv group {group}: does not divide the {size} channels of this model's heads; give a group that does, {fitting} say."
-                )
-
     def check_config(self, config: Any) -> None:
         """Refuse, before any work, heads that groups do not divide, where the configuration tells their size."""
         text = config.get_text_config(decoder=True)
@@ -92,7 +101,7 @@ class KVSettings:
         if size is None and getattr(text, "num_attention_heads", None):
             size = text.hidden_size // text.num_attention_heads
         if isinstance(size, int) and getattr(text, "v_head_dim", None) is None:
-            self.check(size, size)
+            self.fitted(size, size)
 
     def by_layer(self, bits: KVBits, count: int) -> list[Pair]:
         """Return (keys, values) for each of so many layers."""
@@ -101,6 +110,11 @@ class KVSettings:
         if len(each) < count:
             raise CompressError(f"kv bits: {len(each)} entries for a model of {count} layers; give one for each.")
         return each
+
+
+def _fitting(size: int, most: int) -> int:
+    """Return the largest group of at most ``most`` channels that divides ``size``."""
+    return max(number for number in range(1, min(size, most) + 1) if size % number == 0)
 
 
 def _pair(bits: Any) -> Pair:

@@ -98,7 +98,11 @@ KVBitsList = Annotated[
     panel(_KV, "Measure with it packed too: 2 to 8 bits, comma-separated; 4:2 for keys and values apart."),
 ]
 KVGroupOption = Annotated[
-    Optional[str], panel(_KV, "Values that share a scale, 32 if absent; 128:64 for keys and values apart.")
+    Optional[str],
+    panel(
+        _KV,
+        "Values that share a scale: 32, or 128:64 for keys and values apart, as it is if absent (fewer where heads ask for it).",
+    ),
 ]
 KVResidualOption = Annotated[Optional[int], panel(_KV, "So many of the last tokens stay whole, 128 if absent.", min=0)]
 _TEXT, TASKS = "Text", "Tasks (lm-eval)"

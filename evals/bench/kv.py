@@ -24,7 +24,7 @@ from compress.loading import load_tokenizer
 _PEER_RESIDUAL = (
     288  # of QuantizedCache, whose window fills from nothing to it: on average as many whole tokens as ours
 )
-_KIVI = {"nested": False, "rotate": False, "sinks": 0}
+_KIVI = {"group": 32, "nested": False, "rotate": False, "sinks": 0}
 
 
 def candidates(config: Any, wanted: list[KVBits]) -> dict[str, Callable[[], Any]]:
@@ -40,9 +40,9 @@ def candidates(config: Any, wanted: list[KVBits]) -> dict[str, Callable[[], Any]
     ours = {"residual": 124}  # and four sinks: as many whole tokens as the controls have
     for bits in wanted:
         add(f"{bits} bits", bits, **ours)
-        add(f"{bits} bits, groups 128:64", bits, group=(128, 64), **ours)
-        add(f"{bits} bits, not rotated", bits, rotate=False, **ours)
-        add(f"{bits} bits, no sinks", bits, sinks=0)
+        add(f"{bits} bits, groups of 32", bits, group=32, **ours)
+        add(f"{bits} bits, groups of 32, not rotated", bits, group=32, rotate=False, **ours)
+        add(f"{bits} bits, groups of 32, no sinks", bits, group=32, sinks=0)
         add(f"{bits} bits, KIVI", bits, **_KIVI)
         for package, backend in (("optimum.quanto", "quanto"), ("hqq", "hqq")):
             if find_spec(package.partition(".")[0]) and bits in (2, 4):

@@ -252,6 +252,15 @@ def test_without_a_config_channels_are_checked_at_the_first_token():
         KVCache(4, group=8).update(torch.zeros(1, 1, 1, 12), torch.zeros(1, 1, 1, 12), 0)
 
 
+def test_groups_that_nobody_gives_fit_the_heads():
+    cache = KVCache(4)
+    cache.update(torch.zeros(1, 1, 1, 80), torch.zeros(1, 1, 1, 96), 0)
+    assert cache.layers[0].settings.groups == (128, 48)
+    cache = KVCache(4, keys="token", values="channel")
+    cache.update(torch.zeros(1, 1, 1, 80), torch.zeros(1, 1, 1, 96), 0)
+    assert cache.layers[0].settings.groups == (40, 128)
+
+
 def test_a_model_without_attention_is_refused():
     config = AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=32, state_size=4)
     with pytest.raises(CompressError, match="nothing to pack"):
@@ -305,7 +314,7 @@ def test_a_model_loaded_with_kv_packs_what_it_caches(compressed):
         ("x", "numbers of bits"),
         (9, "give 2 to 8"),
         ({"bits": 4, "grup": 3}, "'grup' is not a known setting"),
-        (4, "does not divide the 12 channels"),
+        ({"bits": 4, "group": 32}, "does not divide the 12 channels"),
     ],
 )
 def test_load_refuses_a_cache_before_it_reads_the_model(compressed, kv, message):

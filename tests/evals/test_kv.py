@@ -78,7 +78,17 @@ def test_eval_measures_text_with_packed_caches_and_keeps_what_it_measured(comman
 
 def test_generate_with_a_packed_cache(command, compressed):
     code, out, err = command(
-        "generate", compressed, "the quick", "--bits", "4", "--max-new-tokens", "4", "--kv-bits", "4"
+        "generate",
+        compressed,
+        "the quick",
+        "--bits",
+        "4",
+        "--max-new-tokens",
+        "4",
+        "--kv-bits",
+        "4",
+        "--kv-group",
+        "32",
     )
     assert (code, out) == (1, "")
     assert "does not divide the 12 channels" in err
@@ -97,7 +107,7 @@ def test_generate_with_a_packed_cache(command, compressed):
         (("--text", "builtin", "--kv-bits", "4", "--kv-group", "x"), "--kv-group 'x'"),
         (("--text", "builtin", "--kv-group", "32"), "give --kv-bits too"),
         (("--tasks", "builtin_line", "--kv-bits", "4"), "is measured on text"),
-        (("--text", "builtin", "--kv-bits", "4"), "does not divide the 12 channels"),
+        (("--text", "builtin", "--kv-bits", "4", "--kv-group", "32"), "does not divide the 12 channels"),
     ],
 )
 def test_bad_options_end_in_one_sentence(command, compressed, arguments, message):
