@@ -134,7 +134,8 @@ def _run(serving: Any, kind: str, by_matrix: Any, size: int, chats: bool) -> Non
             seconds = engines.wait_ready(process, serving)
             shown = f" at {common_bits(by_matrix, stored.shapes())} bits" if stored is not None else ""
             out.print(
-                f"{release} serves {escape(serving.name)}{shown}: {size / 1e6:.1f} MB of tensors, ready after {seconds:.0f} s"
+                f"{release} serves {escape(serving.name)}{shown}: {size / 1e6:.1f} MB of tensors, ready after {seconds:.0f} s",
+                soft_wrap=True,
             )
             out.print(f"{serving.address}/v1 (Ctrl-C ends it)")
             out.print(escape(engines.curl_line(serving, chats)), soft_wrap=True)

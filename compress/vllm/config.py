@@ -27,11 +27,10 @@ from compress.config import METHOD, StoredConfig, read_settings
 from compress.errors import CompressError
 from compress.loading import read_config
 from compress.structure import architecture
-from compress.vllm.layers import LinearMethod, Stored, TiedHead, VocabularyMethod
+from compress.vllm.layers import DRAFT, LinearMethod, Stored, TiedHead, VocabularyMethod
 from compress.vllm.settings import Held, Settings, held_bits, legal_degrees, settings_of, unserved
 
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-_DRAFT = "draft_model."
 
 
 @register_quantization_config(METHOD)
@@ -101,7 +100,7 @@ class CompressQuantization(QuantizationConfig):
             return None
         if self.held is None:
             self._begin(layer.tp_size, prefix)
-        name = prefix.removeprefix(_DRAFT).lstrip(".")
+        name = prefix.removeprefix(DRAFT).lstrip(".")
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(isinstance(layer, ParallelLMHead), name)
         stored = [self._stored(self.names.get(part, part)) for part in self._parts(name)]
@@ -115,7 +114,7 @@ class CompressQuantization(QuantizationConfig):
         extra = dict((getattr(config, "additional_config", None) or {}).get("compress") or {})
         found = settings_of({**extra, **self.given}, "--additional-config compress.")
         speculative = getattr(config, "speculative_config", None)
-        if prefix.startswith(_DRAFT) or (speculative and config.model_config is speculative.draft_model_config):
+        if prefix.startswith(DRAFT) or (speculative and config.model_config is speculative.draft_model_config):
             found = Settings(found.draft_bits)
         if degree not in self.degrees:
             legal = ", ".join(map(str, self.degrees))
@@ -130,7 +129,7 @@ class CompressQuantization(QuantizationConfig):
 
     def _stored(self, name: str) -> Stored:
         """Find what there is of a matrix, by its name in the checkpoint."""
-        return Stored(name, self.shapes.get(name), (self.held or {}).get(name, Held(0, 0, 0)))
+        return Stored(self.folder, name, self.shapes.get(name), (self.held or {}).get(name, Held(0, 0, 0)))
 
     def _vocabulary(self, is_head: bool, name: str) -> QuantizeMethodBase:
         """Choose how an embedding or a head is served; some models do not say what theirs is called."""

@@ -22,13 +22,16 @@ from compress.quant.records import PackedShape
 from compress.vllm.matrices import Cut, Matrices, StoredMatrix, Vocabulary
 from compress.vllm.settings import Held
 
+DRAFT = "draft_model."
+"""How the names of all layers of a draft begin."""
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Name one matrix of a checkpoint: its record, or None if it is stored as it was, and the bits to hold."""
+    """Name one matrix of a checkpoint: its folder, its record, or None if it is stored as it was, and the bits to hold."""
 
+    folder: str
     name: str
     shape: PackedShape | None
     held: Held
@@ -44,16 +47,34 @@ def _register(layer: nn.Module, prefix: str) -> str:
     return name
 
 
-def _sinks(layer: nn.Module, matrices: Sequence[StoredMatrix], dtype: torch.dtype) -> None:
+def _twin(layer: nn.Module, prefix: str, stored: Sequence[Stored]) -> nn.Module | None:
+    """Return what a draft that is the same checkpoint can take from the layer of its target: the tensors, at its own bits.
+
+    None for any other layer, and where the target does not hold the draft's bits.
+    """
+    layers = get_current_vllm_config().compilation_config.static_forward_context
+    target = layers.get(f"{prefix.removeprefix(DRAFT) or type(layer).__name__}.compress")
+    if not hasattr(target, "compress"):
+        return None
+    same = [(one.folder, one.name) for one in stored]
+    if [(one.folder, one.name) for one in target.quant_method.stored] != same:
+        return None
+    found: nn.Module | None = target.compress.twin({one.name: one.held.bits for one in stored})
+    return found
+
+
+def _sinks(layer: nn.Module, matrices: Sequence[StoredMatrix], dtype: torch.dtype, read: bool) -> None:
     """Give a layer an empty parameter for every tensor that its matrices may have in the checkpoint.
 
-    vLLM's own loaders would copy what they read into a parameter of its size, cut by columns where a word holds 32.
+    vLLM's own loaders would copy what they read into a parameter of its size, cut by columns where a word holds 32. Without
+    ``read`` what comes is left alone.
     """
 
     def loader(tensor_name: str) -> Callable[..., None]:
         def load(parameter: nn.Parameter, tensor: Tensor, shard: Any = None) -> None:
             place = _SHARDS.get(shard, shard) or 0
-            matrices[place].take(tensor_name, tensor, parameter.device)
+            if read:
+                matrices[place].take(tensor_name, tensor, parameter.device)
 
         return load
 
@@ -95,14 +116,18 @@ class LinearMethod(LinearMethodBase):
             self.matrices.append(
                 StoredMatrix(one.name, one.shape, one.held, Cut(range(row, row + size), columns, size))
             )
-        _sinks(layer, self.matrices, params_dtype)
+        self.twin = _twin(layer, layer.prefix, self.stored)
+        _sinks(layer, self.matrices, params_dtype, read=self.twin is None)
         self.name = _register(layer, layer.prefix)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put the matrices that were loaded in the place of what collected them."""
         _drop_sinks(layer, self.matrices)
-        modules = [matrix.build(layer.params_dtype) for matrix in self.matrices]
-        layer.compress = Matrices(modules, [one.name for one in self.stored])
+        if self.twin is None:
+            modules = [matrix.build(layer.params_dtype) for matrix in self.matrices]
+            layer.compress = Matrices(modules, [one.name for one in self.stored])
+        else:
+            layer.compress = self.twin
         layer.qweight = next(layer.compress.buffers(), None)  # LoRA finds a layer's device by it
         self.matrices = []
 
@@ -125,16 +150,18 @@ class VocabularyMethod(QuantizeMethodBase):
     """Serve an embedding, a head, or both from one packed matrix."""
 
     def __init__(self, stored: Stored) -> None:
-        self.stored = stored
+        self.stored = (stored,)
 
     def create_weights(self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **extra: Any) -> None:
         """Prepare a layer for the rows of this process; those that pad the vocabulary stay zero."""
-        shape, where = self.stored.shape, layer.shard_indices
+        (one,), where = self.stored, layer.shard_indices
+        shape = one.shape
         assert shape is not None
         rows = range(where.org_vocab_start_index, min(where.org_vocab_end_index, shape.out_features))
         part = Cut(rows, range(shape.in_features), layer.num_embeddings_per_partition)
-        self.matrix = StoredMatrix(self.stored.name, shape, self.stored.held, part)
-        _sinks(layer, [self.matrix], params_dtype)
+        self.matrix = StoredMatrix(one.name, shape, one.held, part)
+        self.twin = _twin(layer, layer.prefix, self.stored)
+        _sinks(layer, [self.matrix], params_dtype, read=self.twin is None)
         self.name = _register(layer, layer.prefix)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -142,9 +169,12 @@ class VocabularyMethod(QuantizeMethodBase):
         if hasattr(layer, "compress"):
             return
         _drop_sinks(layer, [self.matrix])
-        rows = self.matrix.build(layer.params_dtype, embedding=True)
-        assert isinstance(rows, BitPlaneEmbedding)
-        layer.compress = Vocabulary(rows, self.stored.name)
+        if self.twin is None:
+            rows = self.matrix.build(layer.params_dtype, embedding=True)
+            assert isinstance(rows, BitPlaneEmbedding)
+            layer.compress = Vocabulary(rows, self.matrix.name)
+        else:
+            layer.compress = self.twin
 
     def embedding(self, layer: Any, tokens: Tensor) -> Tensor:
         """Look rows up, int64 [...] to [..., K]."""

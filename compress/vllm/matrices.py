@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,6 +178,17 @@ class Matrices(nn.Module):
         both = zip(self.names, self.parts, strict=True)
         return {names: part for names, part in both if isinstance(part, BitPlaneLinear)}
 
+    def twin(self, bits: Mapping[str, int]) -> Matrices | None:
+        """Return the same matrices at other bits, by name, with the same tensors; None if those are not all in memory."""
+        parts = {names: _twin(part, bits.get(names[0])) for names, part in zip(self.names, self.parts, strict=True)}
+        if any(part is None for part in parts.values()):
+            return None
+        found = copy(self)
+        found._modules = {}
+        found.parts, found._joined = nn.ModuleList([part for part in parts.values() if part is not None]), None
+        found._linears = list(found.packed().values())
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Return all products side by side: [..., K] to [..., N of all] in the dtype of ``x``."""
         if x.device.type == "cpu" and (joined := self._at_once()) is not None:
@@ -193,6 +205,17 @@ class Matrices(nn.Module):
                 AtOnce.of(list(self.packed().values()), self._together) if len(set(bits)) == 1 else None,
             )
         return self._joined[1]
+
+
+def _twin(part: nn.Module, bits: int | None) -> nn.Module | None:
+    """Return a module with another's tensors at other bits; dense ones have none."""
+    if not isinstance(part, (BitPlaneLinear, BitPlaneEmbedding)):
+        return part
+    if bits is None or bits not in part.shape.all_bits:
+        return None
+    found = copy(part)
+    found.bits = bits
+    return found
 
 
 @dataclass(frozen=True)
@@ -282,6 +305,11 @@ class Vocabulary(nn.Module):
     def packed(self) -> dict[tuple[str, ...], BitPlaneEmbedding]:
         """Return the packed module, by the name of its matrix in the checkpoint."""
         return {(self.name,): self.rows}
+
+    def twin(self, bits: Mapping[str, int]) -> Vocabulary | None:
+        """Return the same embedding at other bits, with the same tensors; None if those are not in memory."""
+        rows = _twin(self.rows, bits[self.name])
+        return Vocabulary(rows, self.name) if isinstance(rows, BitPlaneEmbedding) else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look rows up: int64 [...] to [..., K]."""

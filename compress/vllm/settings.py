@@ -84,12 +84,13 @@ def held_bits(folder: str, stored: StoredConfig, asked: Settings, access: Mappin
 
 
 def common_bits(in_use: Mapping[str, int], shapes: Mapping[str, PackedShape]) -> int | float:
-    """Return the number of bits that a model is read at, or where its matrices differ their mean by weights."""
+    """Return the number of bits that a model is read at, or where its matrices differ their mean, by weights and without embeddings."""
     for bits in bits_range(shapes.values()):
         if all(shapes[name].at(bits) == own for name, own in in_use.items()):
             return bits
-    weights = {name: shapes[name].out_features * shapes[name].in_features for name in in_use}
-    return round(sum(own * weights[name] for name, own in in_use.items()) / sum(weights.values()), 2)
+    others = {name: own for name, own in in_use.items() if not isinstance(shapes[name], EmbeddingShape)} or in_use
+    weights = {name: shapes[name].out_features * shapes[name].in_features for name in others}
+    return round(sum(own * weights[name] for name, own in others.items()) / sum(weights.values()), 2)
 
 
 def unserved(stored: StoredConfig, model_type: str) -> str | None:

@@ -28,6 +28,11 @@ class BitsExtension:
         quantization, parts = self._compressed()
         try:
             held = held_bits(quantization.folder, quantization.config, Settings(bits), quantization.access)
+            least, most = self.compress_bits()["held"]
+            if not least <= bits <= most:
+                raise CompressError(
+                    f"{bits} bits are not in memory, which has {least} to {most}; start the server with --held-bits."
+                )
             switch(parts, {name: one.bits for name, one in held.items()})
         except CompressError as error:
             return str(error)

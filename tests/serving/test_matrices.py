@@ -122,3 +122,19 @@ def test_bits_are_switched_in_all_modules_or_in_none():
     with pytest.raises(CompressError, match="q and k are served as one matrix; give them the same bits"):
         switch(parts, {"q": 5, "k": 4, "embed": 5, "o": 4})
     assert [part.bits for part in parts.values()] == [3, 5, 4]
+
+
+def test_a_draft_has_the_tensors_of_its_target_at_bits_of_its_own():
+    """If those are in memory."""
+    held, x = Held(6, SEED, PARENT), torch.randn(2, COLUMNS)
+    target = Matrices([built("shared", held=held), built("shared", held=held, seed=0)], ["q", "k"])
+    draft = target.twin({"q": 3, "k": 3})
+    rows = dense(*stored("shared"), 3)
+    torch.testing.assert_close(draft(x), x @ torch.cat([rows, rows]).t())
+    torch.testing.assert_close(target(x), x @ torch.cat([dense(*stored("shared"), 6)] * 2).t())
+    places = [{tensor.data_ptr() for tensor in model.buffers()} for model in (target, draft)]
+    assert places[0] == places[1]
+    assert Matrices([built("own")], ["o"]).twin({"o": 3}) is None
+    embedding = Vocabulary(built("embedding", held=held, embedding=True), "embed")
+    assert embedding.twin({"embed": 4}).rows.bits == 4
+    assert embedding.rows.bits == 6

@@ -11,6 +11,7 @@ import torch
 from engine_helpers import PROMPTS, greedy, tokens_of
 
 import compress
+from compress.vllm.matrices import packed_parts
 
 EXTENSION = "compress.vllm.switching.BitsExtension"
 
@@ -81,6 +82,13 @@ def test_a_draft_of_fewer_bits_changes_no_token(checkpoints, engine):
     settings = {"bits": 6, "held_bits": 6, "draft_bits": 3}
     llm = engine(folder, speculative_config=draft, additional_config={"compress": settings})
     assert tokens_of(llm) == wanted
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    target, guesses = packed_parts(runner.get_model()), packed_parts(runner.drafter.model)
+    assert {part.bits for part in target.values()} == {6}
+    assert {part.bits for part in guesses.values()} == {3}
+    for names, part in guesses.items():
+        own = {tensor.data_ptr() for tensor in target[names].buffers()}
+        assert {tensor.data_ptr() for tensor in part.buffers()} == own
 
 
 def test_a_prompt_of_embeddings(checkpoints, engine):
