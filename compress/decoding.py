@@ -142,7 +142,7 @@ class Joined:
 
 def _starts(room: tuple[Tensor, Tensor], layer: Any) -> bool:
     """Tell whether a cache's keys and values lie at the start of a room."""
-    return room[0].data_ptr() == layer.keys.data_ptr() and room[1].data_ptr() == layer.values.data_ptr()
+    return bool(room[0].data_ptr() == layer.keys.data_ptr() and room[1].data_ptr() == layer.values.data_ptr())
 
 
 def _step(block: Any, x: Tensor, given: dict[str, Any]) -> Tensor | None:
@@ -174,7 +174,7 @@ def _layer_of(cache: Any, block: Any) -> Any:
     place = block._modules["self_attn"].layer_idx
     layer: Any = cache.layers[place] if place < len(cache.layers) else None
     plain = type(layer) is DynamicLayer and layer.is_initialized
-    return layer if plain and layer.keys.numel() else None  # type: ignore[union-attr]
+    return layer if plain and layer.keys.numel() else None
 
 
 def _joined(block: Any) -> Joined | None:
