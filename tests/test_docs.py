@@ -110,7 +110,10 @@ def test_the_shown_score_is_relative_importance(recipe, tmp_path, strangers_fold
         "from compress.ranks import Ranks\n"
         "from relative import PruneRelative\n"
         "weight = torch.tensor([[1.0, 1.0], [10.0, 30.0]])\n"
-        "block = Of(linears={'x': Of(weight=weight)}, for_each_input=lambda visit: visit('x', torch.ones(4, 2)), ranks=Ranks())\n"
+        "def inputs(visit, end_lot):\n"
+        "    visit('x', torch.ones(4, 2))\n"
+        "    end_lot()\n"
+        "block = Of(linears={'x': Of(weight=weight)}, for_each_input=inputs, ranks=Ranks())\n"
         "step = PruneRelative(PruneRelative.Config())\n"
         "print(step.scored(block, ['x']).scores['x'].tolist())\n"
     )
