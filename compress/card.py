@@ -87,7 +87,7 @@ def _sections(title: str, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _loading(all_bits: list[int]) -> str:
     code = ["import compress", "", 'model = compress.load("ORG/NAME")  # this repository, or its folder']
-    serve = ["compress serve ORG/NAME"]
+    serve = ["compress serve FOLDER"]
     for bits in all_bits if len(all_bits) > 1 else ():
         code.append(f'model = compress.load("ORG/NAME", bits={bits})')
         serve.append(f"vllm serve ORG/NAME --hf-overrides.compress_bits {bits}")
@@ -98,7 +98,7 @@ def _loading(all_bits: list[int]) -> str:
         return "It is an ordinary checkpoint: `AutoModelForCausalLM.from_pretrained` and every server load it as they load any other."
     python = "\n".join(code)
     shell = "\n".join(serve)
-    return f"```python\n{python}\n```\n\nWith a server:\n\n```\n{shell}\n```"
+    return f"With `pip install compress-llm`:\n\n```python\n{python}\n```\n\nWith a server:\n\n```\n{shell}\n```"
 
 
 def _changed(config: Mapping[str, Any]) -> dict[str, Any]:

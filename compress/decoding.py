@@ -29,7 +29,7 @@ _KNOWN = {
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-JOINED = "joined"  # the name under which a block keeps what its calls use again
+JOINED, _ROOMS = "joined", "rooms"  # names under which a block keeps what its calls use again
 _SPARE = 64  # tokens that a cache has room for when it grows, at least
 
 
@@ -43,7 +43,7 @@ def join_steps(model: PreTrainedModel) -> int:
     ]
     for name, module in found if cpu.built() else []:
         joined = _bare(type(module))
-        joined.__dict__.update(module.__dict__)
+        joined.__dict__ |= module.__dict__
         model.set_submodule(name, joined)
     return len(found)
 
@@ -56,8 +56,10 @@ def _joined_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 def _bare(plain: type[nn.Module]) -> nn.Module:
     """Make a block without anything in it."""
-    made = _joined_class(plain)
-    return cast(nn.Module, made.__new__(made))
+    made = _joined_class(plain)  # type: ignore[arg-type]  # classes can be hashed, whatever mypy says of a metaclass
+    block = made.__new__(made)
+    block.__dict__[_ROOMS] = WeakKeyDictionary()
+    return block
 
 
 class JoinedBlock:
@@ -73,7 +75,7 @@ class JoinedBlock:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the class that transformers has, without what was derived from tensors."""
-        state = {name: value for name, value in self.__dict__.items() if name != JOINED}
+        state = {name: value for name, value in self.__dict__.items() if name not in (JOINED, _ROOMS)}
         return _bare, (self.plain,), state
 
 
@@ -89,7 +91,9 @@ class Joined:
         self._packed = [held for held in self._modules if "_bits" in held]
         self.state = self.now()
         self.block = _describe(block)
-        self.rooms: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+        self.rooms: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = block.__dict__[
+            _ROOMS
+        ]  # a view's blocks have the same
 
     def now(self) -> list[object]:
         """Return all that a block's one call depends on."""
@@ -117,10 +121,14 @@ class Joined:
         They are the cache's own from then on. A cache that was cropped goes on in the same tensors.
         """
         keys, values, wanted = layer.keys, layer.values, layer.keys.shape[2] + tokens
-        held = self.rooms.get(layer)
-        fits = held is not None and held[0].shape[0] == keys.shape[0] and wanted <= held[0].shape[2]
-        if fits and held[0].data_ptr() == keys.data_ptr() and held[1].data_ptr() == values.data_ptr():
-            return held
+        kept = self.rooms.get(layer)
+        if (
+            kept is not None
+            and kept[0].shape[0] == keys.shape[0]
+            and wanted <= kept[0].shape[2]
+            and _starts(kept, layer)
+        ):
+            return kept
         size = *keys.shape[:2], wanted + max(_SPARE, wanted // 4), keys.shape[3]
         held = (
             torch.empty(size, dtype=keys.dtype, device=keys.device),
@@ -130,6 +138,11 @@ class Joined:
             new[:, :, : old.shape[2]] = old
         self.rooms[layer] = held
         return held
+
+
+def _starts(room: tuple[Tensor, Tensor], layer: Any) -> bool:
+    """Tell whether a cache's keys and values lie at the start of a room."""
+    return bool(room[0].data_ptr() == layer.keys.data_ptr() and room[1].data_ptr() == layer.values.data_ptr())
 
 
 def _step(block: Any, x: Tensor, given: dict[str, Any]) -> Tensor | None:
@@ -160,9 +173,8 @@ def _layer_of(cache: Any, block: Any) -> Any:
         return None
     place = block._modules["self_attn"].layer_idx
     layer: Any = cache.layers[place] if place < len(cache.layers) else None
-    if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.ndim != 4:
-        return None
-    return layer
+    plain = type(layer) is DynamicLayer and layer.is_initialized
+    return layer if plain and layer.keys.numel() else None
 
 
 def _joined(block: Any) -> Joined | None:

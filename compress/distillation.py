@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,12 +38,40 @@ def cache_teacher(
     kept: dict[str, Tensor] = {}
     for place, sample in enumerate(samples):
         progress(place, len(samples))
-        found = Predictions(teacher, sample[None].to(teacher.device))
-        parts = [_largest(found.logits(part)[0].log_softmax(-1), count) for part in found.parts()]
-        kept[f"logs.{place}"] = torch.cat([part.values for part in parts]).cpu()
-        kept[f"tokens.{place}"] = torch.cat([part.indices for part in parts]).int().cpu()
+        logs, tokens = likeliest(teacher, sample[None].to(teacher.device), count)
+        kept[f"logs.{place}"] = logs[0].cpu()
+        kept[f"tokens.{place}"] = tokens[0].cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_atomic(file, kept, {"format": "pt"})
+
+
+@torch.no_grad()
+def likeliest(teacher: nn.Module, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` likeliest next tokens at every place of samples, int64 [B, T], or the whole vocabulary if that is less.
+
+    Log-probabilities over the whole vocabulary, float32 [B, T - 1, count], and tokens, int32 of the same shape.
+    """
+    found = Predictions(teacher, tokens)
+    logs = (found.logits(part).log_softmax(-1) for part in found.parts())
+    largest = [part.topk(min(count, part.shape[-1])) for part in logs]
+    return torch.cat([part.values for part in largest], 1), torch.cat([part.indices for part in largest], 1).int()
+
+
+def listed_divergence(model: nn.Module, tokens: Tensor, logs: Tensor, listed: Tensor) -> Tensor:
+    """Return ``KL(teacher || student)`` of the predictions on samples, int64 [B, T]: float32 [B, T - 1], in nats.
+
+    ``logs`` and ``listed`` are what :func:`likeliest` found. All tokens outside the list are taken as one event.
+    """
+
+    def apart(logits: Tensor, part: slice) -> Tensor:
+        wanted, found = logs[:, part], logits.log_softmax(-1).gather(-1, listed[:, part].long())
+        lost = (wanted.exp() * (wanted - found)).sum(-1)
+        if wanted.shape[-1] < logits.shape[-1]:
+            rest, left = _rest(wanted), _rest(found)
+            lost = lost + rest.exp() * (rest - left)
+        return lost
+
+    return Predictions(model, tokens).each(apart)
 
 
 def distillation_loss(file: Path) -> Loss:
@@ -57,27 +84,12 @@ def distillation_loss(file: Path) -> Loss:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with safe_open(file, framework="pt") as handle:
             logs = [handle.get_tensor(f"logs.{place}") for place in batch.places]
-            tokens = [handle.get_tensor(f"tokens.{place}").long() for place in batch.places]
+            tokens = [handle.get_tensor(f"tokens.{place}") for place in batch.places]
         device = batch.tokens.device
-        wanted = pad_sequence(logs, batch_first=True).to(device)
-        places = pad_sequence(tokens, batch_first=True).to(device)
-
-        def apart(logits: Tensor, part: slice) -> Tensor:
-            truth, listed = wanted[:, part], logits.log_softmax(-1).gather(-1, places[:, part])
-            found = (truth.exp() * (truth - listed)).sum(-1)
-            if truth.shape[-1] < logits.shape[-1]:
-                rest, left = _rest(truth), _rest(listed)
-                found = found + rest.exp() * (rest - left)
-            return found
-
-        return Predictions(model, batch.tokens).each(apart)[batch.scored].sum()
+        wanted, listed = (pad_sequence(part, batch_first=True).to(device) for part in (logs, tokens))
+        return listed_divergence(model, batch.tokens, wanted, listed)[batch.scored].sum()
 
     return loss
-
-
-def _largest(logs: Tensor, count: int) -> Any:
-    """Return values and indices of the largest of each row, [T, count]."""
-    return logs.topk(min(count, logs.shape[-1]))
 
 
 def _rest(logs: Tensor) -> Tensor:

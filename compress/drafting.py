@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ def view(model: PreTrainedModel, bits: Bits, exact: bool | None = None) -> PreTr
     """Return a model of the same tensors that is read at other bits, for drafts of what ``model`` then checks.
 
     ``model.generate(tokens, assistant_model=compress.view(model, bits=3))`` writes what ``model.generate(tokens)`` does. Beyond
-    ``model``, a view takes the memory of its cache of keys and values, and of what a backend derives from codebooks at its bits.
-    It is of the tensors that the model has now: moved or cast later, the two part.
+    ``model``, a view takes the memory of its cache of keys and values (:class:`Drafting` gives it the model's own), and of what a
+    backend derives from codebooks at its bits. It is of the tensors that the model has now: moved or cast later, the two part.
 
     Args:
         model: loaded by :func:`compress.load` or ``from_pretrained``, with as many bits as both need.
@@ -45,7 +45,7 @@ def view(model: PreTrainedModel, bits: Bits, exact: bool | None = None) -> PreTr
     Raises:
         CompressError: the model has no packed modules, or the bits were not loaded.
     """
-    made = _twin(model, {})
+    made: PreTrainedModel = _twin(model, {})
     set_bits(made, bits)
     for module in made.modules():
         if isinstance(module, PackedModule) and exact is not None:
@@ -117,23 +117,27 @@ class Drafting:
                 "drafts are for one sequence without padding: give one prompt, without a draft for more."
             )
         name, sampled = cache_name(model), bool(generation_config.do_sample)
-        cache = given.get(name) or DynamicCache(config=model.config)
-        readers = _Reader(model, name, cache), _Reader(self.draft, name, DynamicCache(config=self.draft.config))
+        cache = given.get(name)
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        main, draft = _Reader(model, name, cache), _Reader(self.draft, name, cache)
         ids, done = input_ids, False
         self._tell(ids)
         while not done:
-            proposed, beliefs = self._propose(readers[1], ids, logits_processor, sampled)
-            logits = readers[0].read(torch.cat([ids, proposed], 1), proposed.shape[1] + 1)
+            proposed, beliefs = self._propose(draft, ids, logits_processor, sampled)
+            logits = main.read(torch.cat([ids, proposed], 1), proposed.shape[1] + 1)
             for token in self._check(ids, proposed, beliefs, logits, logits_processor, sampled):
                 ids = torch.cat([ids, token], 1)
                 self._tell(token)
                 if done := bool(stopping_criteria(ids, None).all()):
                     break
-            for reader in readers:
-                reader.forget_after(ids.shape[1] - 1)
+            main.forget_after(ids.shape[1] - 1)
         if self.streamer is not None:
             self.streamer.end()
-        return GenerateDecoderOnlyOutput(sequences=ids) if generation_config.return_dict_in_generate else ids
+        return (
+            GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, ids))
+            if generation_config.return_dict_in_generate
+            else ids
+        )
 
     def _tell(self, tokens: Tensor) -> None:
         if self.streamer is not None:
@@ -153,13 +157,14 @@ class Drafting:
         return best if best or self._waited else 1
 
     def _propose(self, reader: _Reader, ids: Tensor, processor: Any, sampled: bool) -> tuple[Tensor, list[Tensor]]:
-        """Draft tokens, [1, n], and the probabilities they were drawn from; none for the first token, which the prompt's pass gives."""
+        """Draft tokens, [1, n], and the probabilities they were drawn from; none before the model has read all tokens but the last."""
         proposed, beliefs = ids[:, :0], []
-        for _ in range(self.count() if self.rounds else 0):
+        for _ in range(self.count() if reader.cache.get_seq_length() == ids.shape[1] - 1 else 0):
             longer = torch.cat([ids, proposed], 1)
             scores = processor(longer, reader.read(longer, 1)[:, -1].float())
             beliefs.append(scores.softmax(-1))
             proposed = torch.cat([proposed, _drawn(beliefs[-1], sampled)], 1)
+        reader.forget_after(ids.shape[1] - 1)  # what the draft saw in them; the model reads them again
         return proposed, beliefs
 
     def _check(
@@ -200,7 +205,7 @@ def _drawn(probabilities: Tensor, sampled: bool) -> Tensor:
 
 @dataclass
 class _Reader:
-    """Read a growing sequence with a model, what is new of it, behind a cache."""
+    """Read a growing sequence with a model, what is new of it, behind a cache that the draft and the model share."""
 
     model: Any
     name: str
@@ -210,7 +215,6 @@ class _Reader:
         """Return the logits of the last tokens, [1, last, V]."""
         new = ids[:, self.cache.get_seq_length() :]
         output = self.model(input_ids=new, use_cache=True, logits_to_keep=last, **{self.name: self.cache})
-        self.cache = output[self.name]
         logits: Tensor = output.logits[:, -last:]
         return logits
 

@@ -21,6 +21,7 @@ from pydantic import (
 from compress.errors import CompressError, did_you_mean
 from compress.settings import Calibration, ModelSource, PassConfig, config_class, kinds
 
+_BEST = ("any_precision",)  # the passes of a recipe that names none
 _NAME, _MAPPING = "model as a name", "model as a mapping"
 
 
@@ -39,7 +40,11 @@ class Recipe(BaseModel):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     calibration: Calibration | None = Field(None, description="Needed by passes that look at text.")
-    passes: tuple[SerializeAsAny[PassConfig], ...] = Field(min_length=1, description="Applied in this order.")
+    passes: tuple[SerializeAsAny[PassConfig], ...] = Field(
+        default_factory=lambda: tuple(parse_pass({"kind": kind}, place) for place, kind in enumerate(_BEST)),
+        min_length=1,
+        description="Applied in this order; any_precision as it is by default, if not given.",
+    )
     output: str | None = Field(None, description="Folder to write; the command line's -o takes precedence.")
     seed: int = Field(0, ge=0, description="For passes that draw random numbers.")
     device: str = Field("auto", description="'cpu', 'cuda', 'cuda:1', …; auto takes a GPU if there is one.")

@@ -1,5 +1,6 @@
 """Open the model that work starts from, and tell passes what they may know of it before any weight is read."""
 
+import gc
 import logging
 import math
 import tempfile
@@ -95,6 +96,8 @@ def check_source(source: Source, tokens: Tensor) -> None:
             wanted = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
         except Exception as error:  # whatever a model's class may raise
             raise CompressError(f"{source.folder}: transformers cannot run it ({first_line(error)}).") from error
+    whole = None
+    gc.collect()  # hooks and the modules they are on hold each other: embedding and head would stay
     if not streamed.isfinite().all() and not wanted.isfinite().all():
         return  # the same to both; which weight it is, passes and writer tell
     apart, largest = float((streamed - wanted).abs().max()), float(wanted.abs().max())

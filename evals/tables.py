@@ -185,6 +185,9 @@ def cache_speed(found: Mapping[str, Any]) -> Table:
     return table
 
 
+_DRAFT_FIGURES = "accepted", "drafted_per_round", "cost", "check", "break_even"
+
+
 def speed(found: Mapping[str, Any]) -> Table:
     """Show the medians of a benchmark, each with half the distance between its quartiles."""
     heads = ["decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s"]
@@ -201,6 +204,27 @@ def speed(found: Mapping[str, Any]) -> Table:
         cells += [megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"])]
         table.add("dense" if bits == "dense" else "width", label(bits), *cells)
     return table.without_empty()
+
+
+def draft_speed(found: Mapping[str, Any]) -> Table:
+    """Show what drafts gain, beside none and prompt look-up."""
+    heads = [
+        "decode, tokens/s",
+        "× plain",
+        "same text",
+        "accepted",
+        "drafted a round",
+        "cost of one",
+        "of a check",
+        "break-even",
+    ]
+    table = Table(["draft", *heads])
+    for name, figures in found.items():
+        shares = [f"{figures[key]:.2f}" if key in figures else "–" for key in _DRAFT_FIGURES]
+        same = "yes" if figures["same_text"] else "no"
+        ratio = f"{figures['versus_plain']['median']:.2f}"
+        table.add("width", label(name), with_spread(figures["tokens_per_second"]), ratio, same, *shares)
+    return table
 
 
 def with_spread(figure: Mapping[str, float], scale: float = 1.0) -> str:

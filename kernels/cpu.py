@@ -84,8 +84,13 @@ def built() -> bool:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Tell whether there is a library and every tensor is in this processor's memory, not a stand-in for tracing."""
-    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and built()
+    """Tell whether there is a library and every tensor is in this processor's memory, not a stand-in for tracing.
+
+    A parameter is served where no gradient is asked for.
+    """
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+    wanted = torch.is_grad_enabled() and any(type(t) is torch.nn.Parameter and t.requires_grad for t in tensors)
+    return plain and not wanted and built()
 
 
 def _library() -> Library:

@@ -72,12 +72,13 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Return the shape of every chosen linear; those in blocks have shared codebooks, if the settings say so."""
         shapes = super().packed_shapes(context)
-        rank = self.config.rank
-        if rank is None:
-            return shapes
         own = set(context.outside)
         own |= {name for name in shapes if in_stack(name, context.structure.experts)}  # a stack has codebooks by row
-        return {name: shape if name in own else SharedShape(**vars(shape), rank=rank) for name, shape in shapes.items()}
+        ranks = {name: self.config.rank(shape.in_features) for name, shape in shapes.items() if name not in own}
+        shared = {
+            name: SharedShape(**vars(shapes[name]), rank=rank) for name, rank in ranks.items() if rank is not None
+        }
+        return {**shapes, **shared}
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Find nested codes of one matrix by the weight objective."""

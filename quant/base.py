@@ -41,6 +41,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             outputs=looks,
             squared_gradients=kind == "fisher",
             packs=True,
+            loses_zeros=not getattr(self.config, "keep_zeros", False),
         )
 
     @property
@@ -59,7 +60,9 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     def outside(self, context: Context) -> list[str]:
         """Name the embedding and the head, or those that ``include`` matches; a tied head goes with its embedding."""
-        chosen = list(context.outside) if self.config.embedding_bits != 0 else self._included(context)
+        columns = context.outside.get(context.structure.embedding, (0, 0))[1]
+        packs = self.config.packs_embedding(columns)
+        chosen = list(context.outside) if packs else self._included(context)
         if context.tied and context.head in chosen:
             chosen = [context.structure.embedding if name == context.head else name for name in chosen]
         return sorted({*chosen} & {*context.outside})

@@ -265,8 +265,8 @@ class PackedModule(nn.Module):
         if not cpu.serves(self.codebook(bits)):
             return None
         planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
-        factors = {"inputs": self.factors, "factors": self.row_factors, "bias": self._parameters.get("bias")}
-        prepared = cpu.Prepared(planes, table, columns, not exact, **factors)
+        scales = self.factors, self.row_factors, self._parameters.get("bias")
+        prepared = cpu.Prepared(planes, table, columns, not exact, None, *scales)
         self._prepared = key, prepared
         return prepared
 
@@ -341,7 +341,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
             return
         shape, buffers, shared = self.shape, dict(self.named_buffers()), self.shared()
         codebooks = {
-            bits: buffers[f"codebook_{bits}"] if shared is None else shared.codebook(bits) for bits in shape.all_bits
+            bits: buffers[f"codebook_{bits}"] if shared is None else shared.decoded(bits) for bits in shape.all_bits
         }
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
         self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))

@@ -233,16 +233,6 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     return kind(**record)
 
 
-def own_tensor(shape: PackedShape, bits: int) -> str | None:
-    """Name the tensor of values that only one number of bits reads; None where more bits are computed from its own."""
-    if not isinstance(shape, SharedShape):
-        return f"codebook_{bits}"
-    last = shape.stored_bits[-1]
-    if bits > last:
-        return f"place_{bits}"
-    return f"basis_{bits}" if bits < last or shape.parent_bits == last else None
-
-
 def first_bits(tensor_name: str) -> int | None:
     """Return the fewest bits that need a stored tensor: 5 for ``….plane_5``; None for the seed and dense tensors."""
     kind, _, bits = tensor_name.rpartition(".")[2].partition("_")

@@ -8,6 +8,17 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.settings import Calibration, PassConfig
 
+_NARROWEST, _WIDEST = (
+    512,
+    4096,
+)  # columns: narrower matrices were not measured; wider rows lose more by sharing than it saves
+_FEWEST = 4  # bits: below, rows with codebooks of their own lose less for their bytes
+EmbeddingBits = int | dict[int, int] | Literal["auto"] | None
+_EMBEDDING_BITS = (
+    "Bits of the embedding and the head, which are stored once where they are tied: one number, the model's "
+    "bits -> theirs, or auto: two more than the model's, at least 4 and at most 8. 0 leaves them dense"
+)
+
 
 class QuantiseConfig(PassConfig):
     """Settings of every quantising pass."""
@@ -19,15 +30,19 @@ class QuantiseConfig(PassConfig):
         (),
         description="Head and embedding, by name or 're:', to quantise at the model's own bits where embedding_bits is 0.",
     )
-    embedding_bits: int | dict[int, int] | Literal["auto"] = Field(
-        0,
-        description="Bits of the embedding and the head, which are stored once where they are tied: one number, the model's "
-        "bits -> theirs, or auto: two more than the model's, at least 4 and at most 8. 0 leaves them dense.",
-    )
+    embedding_bits: EmbeddingBits = Field(0, description=f"{_EMBEDDING_BITS}.")
+
+    def packs_embedding(self, columns: int) -> bool:
+        """Tell whether an embedding and a head of so many columns are quantised, other than by ``include``."""
+        if self.embedding_bits is None:
+            return columns >= _NARROWEST and not self.include
+        return self.embedding_bits != 0
 
     @field_validator("embedding_bits")
     @classmethod
-    def _possible(cls, value: int | dict[int, int] | str) -> int | dict[int, int] | str:
+    def _possible(cls, value: EmbeddingBits) -> EmbeddingBits:
+        if value is None:
+            return value
         table = value if isinstance(value, dict) else {8: value if isinstance(value, int) and value else 8}
         own = [table[bits] for bits in sorted(table)]
         if not own or own != sorted(own) or not all(2 <= bits <= 8 for bits in [*own, *table]):
@@ -39,9 +54,9 @@ class QuantiseConfig(PassConfig):
 
         Bits that a given table leaves out have those of the next lower ones in it, or of its first.
         """
-        if self.embedding_bits == "auto":
+        if self.embedding_bits == "auto" or (self.embedding_bits is None and not self.include):
             return {bits: max(4, min(bits + 2, 8)) for bits in model_bits}
-        if isinstance(self.embedding_bits, int):
+        if self.embedding_bits is None or isinstance(self.embedding_bits, int):
             return dict.fromkeys(model_bits, self.embedding_bits) if self.embedding_bits else {}
         given = self.embedding_bits
         assert isinstance(given, dict)
@@ -84,10 +99,16 @@ class AnyPrecisionConfig(SensitiveConfig):
         "output",
         description="Which error is made small: of each weight, by its sensitivity, or of each layer's output.",
     )
-    codebooks: Literal["shared", "row"] = Field(
-        "row",
+    codebooks: Literal["auto", "shared", "row"] = Field(
+        "auto",
         description="Objective output: whether the rows of a matrix share their codebooks, which then take few bytes at any "
-        "number of bits (not with keep_zeros), or each has its own; with objective weight each has its own.",
+        "number of bits (not with keep_zeros), or each has its own; auto: they are shared where rows have 512 to 4095 columns and "
+        "the parent 4 bits or more. "
+        "With objective weight each has its own.",
+    )
+    embedding_bits: EmbeddingBits = Field(
+        None,
+        description=f"{_EMBEDDING_BITS}; if not given: auto where they have 512 columns or more (and include is empty), else 0.",
     )
     focus: dict[int, float] = Field(
         {}, description="Objective output: bits -> how much their error counts beside the others', 1 where not given."
@@ -99,10 +120,11 @@ class AnyPrecisionConfig(SensitiveConfig):
         description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
     )
 
-    @property
-    def rank(self) -> int | None:
-        """Return how many coefficients a row has where codebooks are shared, else None."""
-        if self.codebooks == "row" or self.objective == "weight" or self.keep_zeros:
+    def rank(self, columns: int) -> int | None:
+        """Return how many coefficients a row of so many columns has where codebooks are shared, else None."""
+        pays = _NARROWEST <= columns < _WIDEST and self.parent_bits >= _FEWEST
+        shared = pays if self.codebooks == "auto" else self.codebooks == "shared"
+        if not shared or self.objective == "weight" or self.keep_zeros:
             return None
         return 6 if self.parent_bits > 2 else 3
 
@@ -133,21 +155,28 @@ class RoundToNearestConfig(QuantiseConfig):
 class TuneTablesConfig(PassConfig):
     """Train the codebooks of a quantised model to say what the dense model says on calibration text.
 
-    It minimises the divergence of the quantised model's next-token distribution from the dense one's, for one number of
-    bits after another. Every eighth sample is not trained on: codebooks that are not better on those stay as they were. Needs both
-    models in memory, in float32.
+    It minimises the divergence of the quantised model's next-token distribution from the dense one's. Shared codebooks are trained
+    together, the numbers of bits in turn; what all have in common, sizes and coefficients of rows, only if all are to be trained. Where each
+    row has its own, they are trained for one number of bits after another. One of eight pieces of text is not trained on: what is not better on those stays as it was. Needs both models in
+    memory, in float32.
     """
 
     kind: Literal["tune_tables"] = Field("tune_tables", description="Name of the pass.")
     widths: tuple[int, ...] = Field(
         (), description="Numbers of bits whose codebooks are trained; all if none is given."
     )
-    steps: int = Field(200, ge=1, description="Steps of Adam per number of bits.")
-    batch: int = Field(16, ge=1, description="Calibration samples per step.")
+    steps: int = Field(
+        100, ge=1, description="Steps of Adam; where rows have codebooks of their own, per number of bits."
+    )
+    batch: int = Field(4, ge=1, description="Pieces of calibration text per step.")
+    length: int = Field(128, ge=2, description="Tokens of a piece: samples that are longer are cut.")
     learning_rate: float = Field(
         0.02,
         gt=0,
         description="Largest step of Adam, as a share of the mean distance between entries; a cosine ends it.",
+    )
+    target: Literal["dense", "text"] = Field(
+        "dense", description="What is to be said: what the dense model says, or (a control) the text itself."
     )
 
 

@@ -51,16 +51,22 @@ class Shared:
 
     def table(self, bits: int) -> Tensor:
         """Return the codebook of a row of size 1, float32 [1, 2**bits], where rows have no other coefficients."""
-        return replace(self, rows=torch.ones(1, 1, device=self.rows.device)).codebook(bits)
+        return replace(self, rows=torch.ones(1, 1, dtype=torch.float32, device=self.rows.device)).codebook(bits)
 
-    def differentiable(self, bits: int, given: Tensor) -> Tensor:
-        """Return the codebook of every row in float32, with ``given`` for the basis of so many bits, or for the places."""
-        coefficients = self.coefficients().float()
+    def decoded(self, bits: int) -> Tensor:
+        """Return the codebook of every row as weights are decoded by it: float32 where the rows' sizes are all there is of them."""
+        return self.codebook(bits) if self.shapes is not None else self.table(bits) * self.rows.float()
+
+    def differentiable(self, bits: int) -> Tensor:
+        """Return the codebook of every row in float32, with the gradients of all parts, which may all be float32 here."""
+        size = self.rows
+        coefficients = size if self.shapes is None else torch.cat([size, size * self.shapes / 128], 1)
+        cells = coefficients @ self.basis[min(bits, self.last)]
         if bits <= self.last:
-            return coefficients @ given
+            return cells
         assert self.width is not None
-        cells, width = coefficients @ self.basis[self.last].float(), coefficients @ self.width.float()
-        return (cells[..., None] + width[..., None] * given).flatten(1)
+        assert self.place is not None
+        return (cells[..., None] + (coefficients @ self.width)[..., None] * self.place[bits]).flatten(1)
 
     def part(self, rows: slice) -> Shared:
         """Return the same of some rows."""

@@ -1,149 +1,111 @@
 """Codebooks trained on what the whole model says: distillation of the dense model's next-token distribution.
 
-Codes stay as they are, so the loss at a number of bits depends on its codebooks alone, and each is a training of its own. What changes is a few hundred numbers per thousand weights; the checkpoint keeps its size and format.
+Codes stay as they are, so the loss at a number of bits depends on its codebooks alone: where every row has its own, each number of bits is
+a training of its own. Where rows share them, factors and coefficients are common to all. What changes is a few numbers per hundred weights;
+the checkpoint keeps its size and format.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from operator import mul
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from compress.distillation import likeliest, listed_divergence
 from compress.errors import CompressError
 from compress.hf import packed_modules
-from compress.kernels.packing import unpack_planes
-from compress.logits import Predictions
+from compress.logits import token_losses
+from compress.models import text_config
 from compress.passes import Context, Needs, Pass, Progress, Whole
+from compress.precision import multiplies_bfloat16
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import EmbeddingShape, PackedShape, bits_range, own_tensor
+from compress.quant.records import EmbeddingShape, PackedShape, SharedShape, bits_range
 from compress.quant.settings import TuneTablesConfig
+from compress.quant.student import Student
 from compress.workspace import Record
 
+COMMON = "common"
+"""The unit in which shared codebooks are trained, at all numbers of bits in turn."""
 _OF_MORE_BITS = "codebooks of more bits are computed from these, and would change with them"
-
-
-class _LookUp(torch.autograd.Function):
-    """Look up a weight [N, K] in a codebook [N, 2**b]; the gradient of an entry is the sum over its weights."""
-
-    @staticmethod
-    def forward(ctx: Any, codebook: Tensor, columns: int, *planes: Tensor) -> Tensor:
-        ctx.save_for_backward(*planes)
-        ctx.columns, ctx.shape = columns, codebook.shape
-        return codebook.gather(1, unpack_planes(list(planes), columns).long())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        codes = unpack_planes(list(ctx.saved_tensors), ctx.columns).long()
-        sums = torch.zeros(ctx.shape, device=codes.device).scatter_add_(1, codes, gradients[0])
-        return (sums, *[None] * (1 + len(ctx.saved_tensors)))
-
-
-class _Tuned(nn.Module):
-    """Stand in for a packed linear; ``offset`` is learned, in units of the mean distance between entries.
-
-    Where rows share their codebooks, only what no other number of bits reads is trained: the basis, or places in cells.
-    """
-
-    def __init__(self, packed: BitPlaneLinear, stored: str) -> None:
-        super().__init__()
-        self.packed, self.stored = packed, stored
-        self.start = packed.get_buffer(self.stored).float()
-        # An exact zero may stand for pruned weights.
-        self.free = self.start != 0 if self.stored.startswith("codebook") else torch.ones_like(self.start)
-        # Entries reach about two standard deviations to either side of their mean.
-        self.distance = 4 * self.start.std().clamp_min(1e-30) / self.start.shape[-1]
-        self.offset = nn.Parameter(torch.zeros_like(self.start))
-
-    def trained(self) -> Tensor:
-        return self.start + self.free * self.distance * self.offset
-
-    def codebook(self) -> Tensor:
-        shared, found = self.packed.shared(), self.trained()
-        if shared is None:
-            return found
-        return shared.differentiable(self.packed.bits, found)
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed
-        weight: Tensor = _LookUp.apply(self.codebook(), packed.in_features, *packed.planes())  # type: ignore[no-untyped-call]
-        if packed.factors is not None:
-            weight = weight * packed.factors
-        return linear(x, weight, packed.bias)
+_LISTED = 64  # likeliest tokens of the dense model that are kept of every prediction
+_HELD_OUT, _MOST_HELD_OUT = 8, 16  # one piece of so many, and how many at most
+_FAST_FROM = 512  # hidden units: below, products in bfloat16 gain nothing
 
 
 class TuneTables(Pass[TuneTablesConfig]):
-    """Train codebooks, one number of bits at a time: codes are common to all, codebooks are not."""
+    """Train codebooks with codes as they are."""
 
     Config = TuneTablesConfig
+    _kept: _Lesson | None = None
 
     def needs(self) -> Needs:
         """Ask for the whole model, packed, and for the dense one."""
         return Needs(packed=True, whole_model=True, teacher=True)
 
-    def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """Name a unit per number of bits.
-
-        Raises:
-            CompressError: a number of bits that no matrix has.
-        """
+    def _chosen(self, packed: Mapping[str, PackedShape]) -> list[int]:
         there = list(bits_range(packed.values()))
         for bits in self.config.widths:
             if bits not in there:
                 raise CompressError(
                     f"tune_tables: {bits} bits are not among the {there[0]} to {there[-1]} of the model."
                 )
-        return [f"width-{bits}" for bits in there if bits in (self.config.widths or there)]
+        return [bits for bits in there if bits in (self.config.widths or there)]
+
+    def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
+        """Name a unit for all numbers of bits where rows share codebooks, then one for each where rows have their own.
+
+        Raises:
+            CompressError: a number of bits that no matrix has.
+        """
+        kinds = {isinstance(s, SharedShape) for s in packed.values() if not isinstance(s, EmbeddingShape)}
+        chosen = self._chosen(packed)
+        return [COMMON] * (True in kinds) + [f"width-{bits}" for bits in chosen if False in kinds]
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, progress: Progress
     ) -> tuple[dict[str, Tensor], Record]:
-        """Train the codebooks of one number of bits."""
-        bits = int(unit.removeprefix("width-"))
+        """Train the codebooks of one number of bits, or what all have in common."""
         packed = packed_modules(whole.model)
-        in_use = {name: module.bits for name, module in packed.items()}
-        tuned: dict[str, _Tuned] = {}
-        for name, module in packed.items():
-            module.bits = module.shape.at(bits)
-            own = None if isinstance(module.shape, EmbeddingShape) else own_tensor(module.shape, module.bits)
-            if isinstance(module, BitPlaneLinear) and module.bits == bits and own is not None:
-                tuned[name] = _Tuned(module, own)
-                whole.model.set_submodule(name, tuned[name])
-        if not tuned:
+        shapes = {name: module.shape for name, module in packed.items()}
+        all_bits = self._chosen(shapes) if unit == COMMON else [int(unit.removeprefix("width-"))]
+        trained = {name: _trained(shape, all_bits, unit == COMMON) for name, shape in shapes.items()}
+        own = {name.rpartition("_")[2] for names in trained.values() for name in names}
+        all_bits = [bits for bits in all_bits if str(bits) in own]
+        if not all_bits:
             return {}, {"kept": False, "reason": _OF_MORE_BITS}
-        held, trained = whole.samples[::8], [s for i, s in enumerate(whole.samples) if i % 8] or whole.samples
-        try:
-            before = _held_out(whole, held)
-            for step in self._train(
-                [module.offset for module in tuned.values()], whole, trained, context.generator(bits)
-            ):
+        lesson = self._lesson(whole)
+        with _students(whole.model, trained, all_bits) as students:
+            before = {bits: lesson.held_out_loss(bits) for bits in all_bits}
+            offsets = [offset for student in students.values() for offset in student.offsets.values()]
+            generator = context.generator(0 if unit == COMMON else all_bits[0])
+            for step in self._train(offsets, lesson, before, generator):
                 progress(unit, step, self.config.steps)
-            after = _held_out(whole, held)
-        finally:
-            for name, module in packed.items():
-                if name in tuned:
-                    whole.model.set_submodule(name, module)
-                module.bits = in_use[name]
-        record = {"divergence": {"before": before, "after": after}, "kept": after < before}
-        if after >= before:
-            return {}, record
-        tensors = {}
-        for name, stand_in in tuned.items():
-            kind = packed[name].get_buffer(stand_in.stored).dtype
-            tensors[f"{name}.{stand_in.stored}"] = stand_in.trained().detach().to("cpu", kind)
-        return tensors, record
+            after = {bits: lesson.held_out_loss(bits) for bits in all_bits}
+        kept = sum(math.log(after[bits] / before[bits]) for bits in all_bits) < 0
+        shown = {str(bits): {"before": before[bits], "after": after[bits]} for bits in all_bits}
+        kind = "divergence" if self.config.target == "dense" else "loss"
+        record: Record = {kind: shown if unit == COMMON else shown[str(all_bits[0])], "kept": kept}
+        return _stored(students) if kept else {}, record
+
+    def _lesson(self, whole: Whole) -> _Lesson:
+        if self._kept is None:  # what the dense model says is asked for once, for all units
+            self._kept = _Lesson(whole, self.config)
+        return self._kept
 
     def _train(
-        self, offsets: Sequence[nn.Parameter], whole: Whole, samples: Sequence[Tensor], generator: torch.Generator
+        self,
+        offsets: Sequence[nn.Parameter],
+        lesson: _Lesson,
+        start: Mapping[int, float],
+        generator: torch.Generator,
     ) -> Iterator[int]:
-        """Train offsets; yield the number of every step before it is taken."""
-        config = self.config
+        """Train offsets, the numbers of bits in turn; yield the number of every step before it is taken."""
+        config, all_bits = self.config, list(start)
         optimizer = torch.optim.Adam(offsets, config.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -152,35 +114,117 @@ class TuneTables(Pass[TuneTablesConfig]):
         for step in range(config.steps):
             yield step
             while len(order) < config.batch:
-                order = torch.cat([order, torch.randperm(len(samples), generator=generator)])
-            chosen, order = order[: config.batch], order[config.batch :]
-            loss = divergence(whole.model, whole.dense, [samples[int(i)] for i in chosen])
+                order = torch.cat([order, torch.randperm(len(lesson.trained), generator=generator)])
+            chosen, order = order[: config.batch].tolist(), order[config.batch :]
+            bits = all_bits[step % len(all_bits)]
+            loss = lesson.loss(bits, [lesson.trained[place] for place in chosen])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss / max(start[bits], 1e-6)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 
 
-@torch.no_grad()
-def _held_out(whole: Whole, samples: Sequence[Tensor]) -> float:
-    """Return the mean divergence in nats per token."""
-    tokens = [len(sample) - 1 for sample in samples]
-    apart = [divergence(whole.model, whole.dense, [sample]).item() for sample in samples]
-    return float(sum(map(mul, tokens, apart))) / sum(tokens)
+def _trained(shape: PackedShape, chosen: Sequence[int], common: bool) -> list[str]:
+    """Name the stored tensors of a matrix that are trained in a unit."""
+    if isinstance(shape, EmbeddingShape) or isinstance(shape, SharedShape) != common:
+        return []
+    stored, last = shape.specification(), max(shape.stored_bits) if isinstance(shape, SharedShape) else 0
+    if not common:
+        return [name for name in stored if name == f"codebook_{chosen[0]}"]
+    every = set(shape.all_bits) <= set(chosen)
+    tables = [f"basis_{bits}" for bits in chosen if every or bits != last or shape.parent_bits == last]
+    tables += [f"place_{bits}" for bits in chosen]
+    # Columns keep their factors: with others, matrices that share an input could not be multiplied together on a GPU.
+    return [name for name in stored if name in tables or (every and name.startswith(("rows", "shapes", "width_")))]
 
 
-def divergence(model: PreTrainedModel, dense: PreTrainedModel, samples: Sequence[Tensor]) -> Tensor:
-    """Return the mean over predicted tokens of KL(dense || model), in nats, on samples int64 [T] of any lengths."""
-    device = model.device
-    # Padding on the right is out of sight of what comes before it, so no mask is needed in the models.
-    tokens = pad_sequence(list(samples), batch_first=True).to(device)
-    scored = pad_sequence([torch.ones(len(sample) - 1, dtype=torch.bool) for sample in samples], batch_first=True)
-    with torch.no_grad():
-        wanted = Predictions(dense, tokens)
+@contextmanager
+def _students(
+    model: PreTrainedModel, trained: Mapping[str, Sequence[str]], all_bits: Sequence[int]
+) -> Iterator[dict[str, Student]]:
+    """Let stand-ins take the places of packed linears with something to train, for the length of a ``with``."""
+    packed = packed_modules(model)
+    in_use = {name: (module.bits, module.keep_dense) for name, module in packed.items()}
+    found: dict[str, Student] = {}
+    for name, module in packed.items():
+        module.keep_dense = True
+        if isinstance(module, BitPlaneLinear) and trained[name]:
+            found[name] = Student(module, trained[name], [module.shape.at(bits) for bits in all_bits])
+            model.set_submodule(name, found[name])
+    try:
+        yield found
+    finally:
+        for name, module in packed.items():
+            if name in found:
+                model.set_submodule(name, module)
+            module.bits, module.keep_dense = in_use[name]
 
-    def apart(logits: Tensor, part: slice) -> Tensor:
-        with torch.no_grad():
-            logs = wanted.logits(part).log_softmax(-1)
-        return kl_div(logits.log_softmax(-1), logs, reduction="none", log_target=True).sum(-1)
 
-    return Predictions(model, tokens).each(apart)[scored.to(device)].mean()
+def _stored(students: Mapping[str, Student]) -> dict[str, Tensor]:
+    """Return what was trained, by full name, as it is stored."""
+    tensors = {}
+    for name, student in students.items():
+        now = student.tensors()
+        for kind in student.offsets:
+            value, stored = now[kind].detach().cpu(), student.packed.get_buffer(kind).dtype
+            tensors[f"{name}.{kind}"] = (
+                value.round().clamp(-127, 127).to(stored) if stored == torch.int8 else value.to(stored)
+            )
+    return tensors
+
+
+class _Lesson:
+    """Hold the text in pieces, those held out, and what the dense model says of those that were asked for."""
+
+    def __init__(self, whole: Whole, config: TuneTablesConfig) -> None:
+        self._whole, self._config = whole, config
+        self.pieces = [part for sample in whole.samples for part in torch.split(sample, config.length) if len(part) > 1]
+        self.held_out = list(range(0, len(self.pieces), _HELD_OUT))[:_MOST_HELD_OUT]
+        self.trained = [place for place in range(len(self.pieces)) if place % _HELD_OUT] or self.held_out
+        self._said: dict[int, tuple[Tensor, Tensor]] = {}
+        hidden = int(getattr(text_config(whole.model.config), "hidden_size", 0))
+        self._fast = hidden >= _FAST_FROM and multiplies_bfloat16(whole.model.device)
+
+    def loss(self, bits: int, pieces: Sequence[int]) -> Tensor:
+        """Return what is minimised, in nats per predicted token, on some pieces at a number of bits."""
+        model, device = self._whole.model, self._whole.model.device
+        for module in packed_modules(model).values():
+            if module.bits != module.shape.at(bits):
+                module.bits = module.shape.at(bits)
+        # Padding on the right is out of sight of what comes before it, so no mask is needed in the models.
+        tokens = _side_by_side([self.pieces[place] for place in pieces]).to(device)
+        scored = _side_by_side([torch.ones(len(self.pieces[place]) - 1, dtype=torch.bool) for place in pieces])
+        said = [self._say(place) for place in pieces] if self._config.target == "dense" else []
+        with self._precision():
+            if said:
+                logs, listed = (_side_by_side([each[part] for each in said]).to(device) for part in range(2))
+                lost = listed_divergence(model, tokens, logs, listed)
+            else:
+                lost = token_losses(model, tokens)
+        return lost[scored.to(device)].mean()
+
+    @torch.no_grad()
+    def held_out_loss(self, bits: int) -> float:
+        """Return the same on what is not trained on."""
+        size = self._config.batch
+        parts = [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
+        tokens = [sum(len(self.pieces[place]) - 1 for place in part) for part in parts]
+        found = [self.loss(bits, part).item() * count for part, count in zip(parts, tokens, strict=True)]
+        return sum(found) / sum(tokens)
+
+    def _say(self, place: int) -> tuple[Tensor, Tensor]:
+        """Return the dense model's likeliest tokens after every token of a piece, and how likely, [T - 1, count] each."""
+        if place not in self._said:
+            with self._precision():
+                logs, tokens = likeliest(
+                    self._whole.dense, self.pieces[place][None].to(self._whole.model.device), _LISTED
+                )
+            self._said[place] = logs[0].cpu(), tokens[0].cpu()
+        return self._said[place]
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self._whole.model.device.type, torch.bfloat16, enabled=self._fast)
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True)

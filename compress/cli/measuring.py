@@ -124,6 +124,9 @@ def _print_evaluation(result: dict[str, Any], rows: dict[str, Any]) -> None:
         print_table(tables.agreement(result.get("agreement", {}), result.get("robustness", {})))
 
 
+_DRAFTS = "Drafts by the first planes"
+
+
 @app.command()
 def bench(
     folder: Annotated[
@@ -149,6 +152,8 @@ def bench(
     kv_group: KVGroupOption = None,
     kv_residual: KVResidualOption = None,
     kv_context: Annotated[int, panel("Cache of keys and values", "Tokens in the caches that are timed.", min=1)] = 4096,
+    draft_bits: Annotated[Optional[str], panel(_DRAFTS, "Bits of drafts of the model's own, such as 3,4.")] = None,
+    draft_text: Annotated[str, panel(_DRAFTS, "Text whose beginnings they continue, or 'builtin'.")] = "builtin",
     kept: ResultsOption = None,
     target: JsonOption = None,
 ) -> None:
@@ -160,6 +165,7 @@ def bench(
     refuse_unwritable(target)
     import torch
 
+    from compress.evals.drafts import draft_speed
     from compress.evals.kv import decode_speed, kv_wanted
     from compress.evals.random_llama import write_packed_llama
     from compress.evals.speed import Load
@@ -179,6 +185,10 @@ def bench(
         if caches.bits:
             model = load_model(place, dtype=kind, device_map=device, exact=exact, adapter=adapter)
             found["kv"] = {"context": kv_context, "caches": decode_speed(model, caches, kv_context, progress=progress)}
+        if draft_bits:
+            model = load_model(place, bits=max(chosen) if chosen else None, dtype=kind, exact=exact, adapter=adapter)
+            drafts = [int(bits) for bits in parse_bits(draft_bits) or []]
+            found["drafts"] = draft_speed(model, place, drafts, draft_text, tokens, rounds, progress)
     if not write_json(found, target):
         _print_speed(found)
 
@@ -193,6 +203,8 @@ def _print_speed(found: dict[str, Any]) -> None:
     print_table(tables.speed(found))
     if "kv" in found:
         print_table(tables.cache_speed(found["kv"]))
+    if "drafts" in found:
+        print_table(tables.draft_speed(found["drafts"]))
 
 
 _CONTROLS = "Make and measure stages and controls too: runs of their own."

@@ -158,5 +158,5 @@ def main(
             rows += [{"blocks": depth, **row} for row in found]
     for row in rows:
         row["peak"] -= row["imports"]
-    print_rows(f"{kind.value}, {hidden} hidden units; MB, the peak above what the imports take", rows)
+    print_rows(f"{kind.value}, {size or f'{hidden} hidden units'}; MB, the peak above what the imports take", rows)
     write(rows, json_file)

@@ -1,12 +1,15 @@
 """What is drafted and checked is what the model would have written; a view costs no memory."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import compress
 from compress.drafting import Drafting
 from compress.errors import CompressError
+from compress.hf import cache_name
 
 PROMPT = torch.arange(5, 25)[None]
 
@@ -46,7 +49,7 @@ def test_a_view_of_a_packed_vocabulary(recipe, make_model, tmp_path):
 
 
 def test_views_that_cannot_be(model, tiny_llama):
-    with pytest.raises(CompressError, match="not held|Load it at more bits"):
+    with pytest.raises(CompressError, match="Load it at more bits"):
         compress.view(model, bits=7)
     with pytest.raises(CompressError, match="no packed modules"):
         compress.view(AutoModelForCausalLM.from_pretrained(tiny_llama), bits=3)
@@ -58,7 +61,8 @@ def test_greedy_text_is_the_same(model, tokens):
     options = {"max_new_tokens": 40, "do_sample": False, "repetition_penalty": 1.3}
     drafts = Drafting(compress.view(model, bits=3), tokens=tokens)
     expected = model.generate(PROMPT, **options)
-    assert torch.equal(model.generate(PROMPT, custom_generate=drafts, **options), expected)
+    for _ in range(2):
+        assert torch.equal(model.generate(PROMPT, custom_generate=drafts, **options), expected)
     assert drafts.rounds > 0
     assert 0 <= drafts.accepted <= drafts.drafted
     assert drafts.drafted > 0 or tokens is None
@@ -82,9 +86,9 @@ def test_what_stops_a_text_stops_it_among_drafts(model):
 
 @torch.no_grad()
 def test_sampled_tokens_have_the_models_distribution(model):
-    """Chi-squared over the second sampled token, which a draft proposes, of the likeliest 12 and all others (0.1 % level)."""
+    """Chi-squared over a sampled token that a draft proposes, of the likeliest 12 and all others (0.1 % level)."""
     draws, top = 600, 12
-    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": True, "temperature": 0.7, "top_k": 20}
+    options = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": True, "temperature": 0.7, "top_k": 20}
     drafts = Drafting(compress.view(model, bits=3), tokens=2)
     torch.manual_seed(0)
     first = model.generate(PROMPT, max_new_tokens=1, do_sample=False)
@@ -93,12 +97,11 @@ def test_sampled_tokens_have_the_models_distribution(model):
     wanted = scores.softmax(-1)
     likely = wanted.topk(top).indices
     counts = torch.zeros(top + 1)
-    # A pass over the prompt gives its own token; begun a token later, the second one is drafted.
+    read = DynamicCache(config=model.config)  # nothing is drafted before the model itself has read the prompt
+    model(input_ids=PROMPT, use_cache=True, **{cache_name(model): read})
     for _ in range(draws):
-        drafts.rounds = 1
-        token = model.generate(first, custom_generate=drafts, **options | {"max_new_tokens": 1, "min_new_tokens": 1})[
-            0, -1
-        ]
+        known = {cache_name(model): copy.deepcopy(read)}
+        token = model.generate(first, custom_generate=drafts, **options, **known)[0, -1]
         place = (likely == token).nonzero()
         counts[int(place[0, 0]) if len(place) else top] += 1
     expected = draws * torch.cat([wanted[likely], 1 - wanted[likely].sum(0, keepdim=True)])

@@ -150,11 +150,24 @@ def test_a_pass_without_kind_is_told_the_kinds(item):
     assert message.startswith(f"passes.0: a pass is a mapping with a 'kind', one of {', '.join(INSTALLED)}; got ")
 
 
-@pytest.mark.parametrize("key", ["model", "passes"])
-def test_a_missing_key_is_named(key):
+def test_a_missing_key_is_named():
     data = recipe()
-    del data[key]
-    assert refused(data) == f"recipe: {key} is missing; it is required."
+    del data["model"]
+    assert refused(data) == "recipe: model is missing; it is required."
+
+
+def test_without_passes_it_has_the_best_there_are():
+    data = recipe()
+    del data["passes"]
+    (quantise,) = load_recipe(data).passes
+    assert quantise == config_class("any_precision")()
+    assert [quantise.rank(columns) for columns in (511, 512, 4095, 4096)] == [None, 6, 6, None]
+    assert quantise.model_copy(update={"parent_bits": 3}).rank(600) is None
+    assert [quantise.packs_embedding(columns) for columns in (511, 512, 8192)] == [False, True, True]
+    named = quantise.model_copy(update={"include": ("lm_head",)})
+    assert not named.packs_embedding(4096)
+    assert named.embedding_table(range(3, 5)) == {}
+    assert quantise.embedding_table(range(3, 5)) == {3: 5, 4: 6}
 
 
 @pytest.mark.parametrize(
@@ -321,7 +334,7 @@ def test_the_schema_lists_every_pass_by_kind():
 
 def test_the_schema_is_whole():
     schema = json_schema()
-    assert schema["required"] == ["model", "passes"]
+    assert schema["required"] == ["model"]
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(Recipe.model_fields)
     names = [re.fullmatch(r"#/\$defs/(\w+)", reference)[1] for reference in references(schema)]

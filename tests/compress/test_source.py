@@ -1,5 +1,6 @@
 """What is read of a model, block by block, is the model that transformers makes of the same files."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import compress
 from compress.errors import CompressError
@@ -146,3 +147,20 @@ def test_what_transformers_cannot_run_is_one_sentence(tiny_llama, monkeypatch):
 def test_the_check_says_nothing_and_leaves_loggers_as_they_were(tiny_llama, caplog):
     check_source(open_source(str(tiny_llama)), TOKENS)
     assert "meta device" not in caplog.text
+
+
+def test_nothing_stays_of_the_model_that_was_compared(tiny_llama):
+    """Its modules and the hooks on them hold each other, so that it would, embedding and head with it, until Python looks."""
+
+    def models():
+        return sum(issubclass(type(one), PreTrainedModel) for one in gc.get_objects())
+
+    source = open_source(str(tiny_llama))
+    gc.collect()
+    gc.disable()
+    try:
+        before = models()
+        check_source(source, torch.arange(8))
+        assert models() == before
+    finally:
+        gc.enable()

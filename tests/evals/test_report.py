@@ -246,3 +246,17 @@ def test_smaller_shapes_are_shown_block_by_block(tiny_llama, text_file, tmp_path
     assert shares == {name: math.prod(after[name].shape) / math.prod(before[name].shape) for name in shares}
     assert facts.kept["model.embed_tokens"] == 1 > facts.kept["model.layers.1.mlp.up_proj"]
     assert "<h2>Sizes per block</h2>" in html(report_page(facts))
+
+
+def test_its_quality_is_in_the_model_card_too(measured, tmp_path):
+    """Where the report is the checkpoint's own."""
+    folder = shutil.copytree(measured, tmp_path / "model")
+    before = (folder / "README.md").read_text()
+    report(folder, None, tmp_path / "elsewhere")
+    assert (folder / "README.md").read_text() == before
+    report(folder, None)
+    card = (folder / "README.md").read_text()
+    table = card.split("## Measured")[1].split("## Recipe")[0]
+    assert "| loss, nats |" in table
+    assert table.count("\n| ") >= 4  # the dense model, and every number of bits
+    assert card.replace(f"## Measured{table}", "") == before

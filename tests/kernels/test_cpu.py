@@ -264,3 +264,39 @@ def test_the_backend_says_what_serves_and_why(monkeypatch):
         assert backend().startswith(f"c: {cpu.ISAS[found.isa]} kernels")
     monkeypatch.setattr(cpu, "library", lambda: "the C library was not built: no compiler")
     assert backend().startswith("torch: reference look-up, because the C library was not built: no compiler")
+
+
+def test_parameters_are_served_without_gradients():
+    table = torch.nn.Parameter(torch.ones(4, 8))
+    assert not cpu.serves(table)
+    with torch.no_grad():
+        assert cpu.serves(table)
+    assert cpu.serves(torch.nn.Parameter(table.detach(), requires_grad=False))
+
+
+@pytest.mark.parametrize("isa", range(cpu.library().isa + 1) if cpu.built() else ())
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_a_row_is_the_same_in_any_company(bits, int8, isa):
+    """Drafts that are checked several at once must be judged as one at a time."""
+    generator = torch.Generator().manual_seed(0)
+    for columns in (64, 576, 5000):
+        planes = [
+            torch.randint(-(2**31), 2**31 - 1, (20, -(-columns // 32)), generator=generator).int() for _ in range(bits)
+        ]
+        prepared = cpu.Prepared(planes, torch.randn(20, 1 << bits, generator=generator), columns, int8, isa)
+        x = torch.randn(16, columns, generator=generator)
+        alone = torch.cat([prepared(row) for row in x.split(1)])
+        for count in (2, 3, 4, 7, 16):
+            assert torch.equal(prepared(x[:count]), alone[:count])
+
+
+def test_factors_and_bias_belong_to_the_product():
+    generator = torch.Generator().manual_seed(0)
+    planes = [torch.randint(-(2**31), 2**31 - 1, (30, 19), generator=generator).int() for _ in range(3)]
+    codebook, x = torch.randn(1, 8, generator=generator), torch.randn(20, 600, generator=generator)
+    inputs, factors, bias = (torch.randn(size, generator=generator) for size in (600, 30, 30))
+    prepared = cpu.Prepared(planes, codebook, 600, inputs=inputs, factors=factors, bias=bias)
+    wanted = (x.double() * inputs) @ cpu.look_up(planes, codebook, 600).double().t() * factors + bias
+    for count in (1, 5, 20):
+        assert torch.allclose(prepared(x[:count]).double(), wanted[:count], rtol=1e-4, atol=1e-3)

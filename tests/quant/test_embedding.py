@@ -84,6 +84,8 @@ def test_looked_up_rows_and_the_product_are_those_of_the_dense_matrix(bits):
     assert torch.equal(dense, found.rows(bits, slice(None)))
     assert torch.equal(embedding(tokens), dense[tokens])
     assert embedding.codebook().shape == (1, 2**bits), "one table serves all rows"
+    written_out = found.shared.decoded(bits).gather(1, (found.codes >> (8 - bits)).long()) * found.shared.columns
+    assert torch.equal(written_out, dense), "a codebook per row, which the GPU's layout has, rounds nothing"
     for count in (1, 3, 40):  # below and above what the C kernels multiply at once
         x = torch.randn(2, count, 40, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(embedding.product(x, bits), x @ dense.t(), rtol=1e-4, atol=1e-4)

@@ -71,7 +71,7 @@ def test_codebooks_of_low_rank_are_found_again():
 
 
 def test_rows_have_their_own_codebooks_where_zeros_are_kept_or_weights_are_the_objective():
-    assert AnyPrecisionConfig(codebooks="shared").rank == 6
-    assert AnyPrecisionConfig(codebooks="shared", keep_zeros=True).rank is None
-    assert AnyPrecisionConfig(codebooks="shared", objective="weight").rank is None
-    assert AnyPrecisionConfig().rank is None
+    assert AnyPrecisionConfig(codebooks="shared").rank(576) == 6
+    assert AnyPrecisionConfig(codebooks="shared", keep_zeros=True).rank(576) is None
+    assert AnyPrecisionConfig(codebooks="shared", objective="weight").rank(576) is None
+    assert AnyPrecisionConfig(codebooks="row").rank(576) is None
