@@ -115,10 +115,15 @@ class CompressQuantization(QuantizationConfig):
         found = settings_of({**extra, **self.given}, "--additional-config compress.")
         speculative = getattr(config, "speculative_config", None)
         if prefix.startswith(DRAFT) or (speculative and config.model_config is speculative.draft_model_config):
-            found = Settings(found.draft_bits)
+            found = Settings(found.draft_bits, exact=found.exact)
         if degree not in self.degrees:
             legal = ", ".join(map(str, self.degrees))
             raise CompressError(f"{self.folder}: cannot be split over {degree} processes; legal degrees are {legal}.")
+        graphs = getattr(getattr(config, "compilation_config", None), "cudagraph_mode", None)
+        if found.held_bits is not None and torch.cuda.is_available() and graphs is not None and graphs.name != "NONE":
+            raise CompressError(
+                "held_bits: a CUDA graph holds one number of bits, so a change would do nothing; add --enforce-eager."
+            )
         self.held = held_bits(self.folder, self.config, found, self.access)
 
     def _parts(self, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,3 +191,13 @@ def test_a_plugin_that_cannot_be_imported_warns_and_does_not_stop_vllm(monkeypat
     monkeypatch.setitem(sys.modules, "compress.vllm.config", None)
     package.register()
     assert "cannot serve its checkpoints in this vLLM" in caplog.text
+
+
+@pytest.mark.slow
+def test_bits_that_a_graph_would_hold_fast_are_refused(plugin, checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = vllm_config()
+    config.compilation_config.cudagraph_mode = SimpleNamespace(name="PIECEWISE")
+    name = "model.layers.0.self_attn.o_proj"
+    with current(config), pytest.raises(CompressError, match="add --enforce-eager"):
+        LinearBase(configured(plugin, checkpoint, compress_held_bits=4), name, 192, [192], torch.float32)
