@@ -120,6 +120,7 @@ def text_length(model: nn.Module, cap: int | None = None) -> int | None:
 
 _NEED_DENSE = ("use_dora", "target_parameters", "kasa_config")
 """Settings of peft's that read or change the weight within."""
+_NEED_DENSE_EMBEDDING = ("trainable_token_indices",)
 _SAME_WEIGHT = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the weight within as it is."""
 _INERT = ("peft_version", "qalora_group_size", "runtime_config")
@@ -136,7 +137,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     with with_peft():
         from peft import PeftModelForCausalLM
 
-        config = lora_config(**_settings(fields, folder, bool(packed_modules(model))))
+        config = lora_config(**_settings(fields, folder, model))
         try:
             adapted = PeftModelForCausalLM(model, config)
             found = adapted.load_adapter(str(folder), "default")
@@ -154,7 +155,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return adapted
 
 
-def _settings(fields: Mapping[str, Any], folder: Path, packed: bool) -> dict[str, Any]:
+def _settings(fields: Mapping[str, Any], folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     """Return the settings of a stored adapter for peft, and refuse by name those that would not be followed."""
     from peft import LoraConfig
 
@@ -167,8 +168,9 @@ def _settings(fields: Mapping[str, Any], folder: Path, packed: bool) -> dict[str
     if (task := fields.get("task_type")) not in (None, "CAUSAL_LM"):
         raise CompressError(f"{folder}: is an adapter for {task}, not of a causal LM.")
     settings = {key: value for key, value in fields.items() if key in known} | {"inference_mode": True}
-    if packed:
-        refused = [key for key in _NEED_DENSE if fields.get(key)]
+    if packed := packed_modules(model):
+        embedding = model.get_input_embeddings() in packed.values()
+        refused = [key for key in (*_NEED_DENSE, *_NEED_DENSE_EMBEDDING * embedding) if fields.get(key)]
         if fields.get("init_lora_weights") not in _SAME_WEIGHT:
             refused.append("init_lora_weights")
         if refused:

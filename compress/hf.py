@@ -288,6 +288,11 @@ class CompressQuantizer(HfQuantizer):
             for tensor, value in [*module.named_buffers(), *module.named_parameters()]:
                 if not getattr(value, "_is_hf_initialized", False):
                     where = f"tensor {name}.{tensor}"
+                    if "disk" in getattr(model, "hf_device_map", {}).values():
+                        raise CompressError(
+                            f"{model.name_or_path}: {where} is packed, so it cannot be left on the disk; give a device_map "
+                            "without disk, or more memory in max_memory."
+                        )
                     raise CompressError(f"{model.name_or_path}: {where} is missing; fetch or write it again.")
         for path, mixture in experts.items():
             mixture.take_stacks(self.experts_bits, path)
@@ -304,6 +309,11 @@ class CompressQuantizer(HfQuantizer):
         if any(module is end for module in packed.values() for end in ends):
             model.resize_token_embeddings = partial(resize_packed, model)  # type: ignore[assignment, method-assign]
         return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Make all of a model dense, of ``dtype``, or of the one it has by now, which its config does not know."""
+        wanted = dtype or model.dtype
+        return super().dequantize(model, wanted).to(wanted)  # type: ignore[no-any-return, no-untyped-call]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put dense modules, of the bits in use, where a model has packed ones."""

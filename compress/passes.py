@@ -48,6 +48,8 @@ class Needs:
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         pattern: leaves zeros in an n:m pattern behind. Zeros stay: a later pass that changes dense weights changes no zero.
+        zeros: sets weights to zero, in a pattern or not.
+        loses_zeros: gives weights that are zero other values, so that it is refused after a pattern and told of after other zeros.
         breaks_pattern: takes columns out of matrices, so that a pattern of zeros would not be one any more.
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
         model_statistics: measures the whole model, in memory, before any block is worked on (:meth:`Pass.measure_model`).
@@ -69,6 +71,8 @@ class Needs:
     packs: bool = False
     packed: bool = False
     pattern: bool = False
+    zeros: bool = False
+    loses_zeros: bool = False
     breaks_pattern: bool = False
     changes_shapes: bool = False
     model_statistics: bool = False

@@ -200,7 +200,7 @@ def check_order(
 
     Return for every pass the model it will find, and after them the one they leave; its tensors can only be looked at.
     """
-    packed_by, before, packed = None, None, dict[str, PackedShape]()
+    packed_by, before, zeros, packed = None, None, None, dict[str, PackedShape]()
     pattern = _pattern_of(source.folder)
     state, context = source.state, make_context(source, device, settings.seed)
     found = [(state, context)]
@@ -223,7 +223,16 @@ def check_order(
             raise CompressError(
                 f"{here} would take columns out of the n:m pattern of zeros that {pattern} has set; put it earlier."
             )
-        pattern = here if needs.pattern else pattern
+        if needs.loses_zeros and pattern:
+            raise CompressError(
+                f"{here} would give zeros of the n:m pattern that {pattern} has set other values; take any_precision or kmeans with "
+                "keep_zeros: true."
+            )
+        if needs.loses_zeros and zeros:
+            _log.warning(
+                "%s: weights that %s has set to zero get other values; keep_zeros: true keeps them.", here, zeros
+            )
+        pattern, zeros = here if needs.pattern else pattern, here if needs.zeros else zeros
         packed |= step.packed_shapes(context)
         stacked_shapes(packed, context.structure.experts)
         if needs.whole_model:

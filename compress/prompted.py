@@ -86,7 +86,10 @@ class PromptedModel(PeftModelForCausalLM):
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """Continue texts behind the prompt, as ``generate`` of the base model does; lengths count text alone."""
+        """Continue texts behind the prompt, as ``generate`` of the base model does; lengths count text alone.
+
+        A prefix lies in the cache, which is then used whatever ``use_cache`` says: the tokens are the same.
+        """
         model: Any = self.get_base_model()
         if self._disabled:
             return model.generate(inputs, generation_config=generation_config, **kwargs)
@@ -111,6 +114,7 @@ class PromptedModel(PeftModelForCausalLM):
             return model.generate(**({} if ids is None else {"input_ids": ids}), generation_config=config, **kwargs)
         if ids is None:
             raise CompressError("behind a prefix generate needs input_ids; embeddings alone can follow a prompt.")
+        config.use_cache = True
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         kwargs |= {self._cache_name: self.get_prompt(len(ids) * copies), "attention_mask": placed}
         if kwargs.get("streamer"):

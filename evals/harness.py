@@ -40,6 +40,7 @@ class Harness(HFLM):
     ) -> None:
         self.virtual_tokens, self.progress, self.truncated = virtual_tokens(model), progress, 0
         self._done, self._total, self._batch = 0, 0, batch
+        self.began = ""  # what stood in front of documents that were scored whole
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch or "auto")
         if batch is None and self.device.type == "cpu":  # elsewhere lm-eval tries, and halves at out of memory
             self.batch_size_per_gpu = min(32, self._rows(self.max_length))
@@ -56,6 +57,7 @@ class Harness(HFLM):
         none, EOS stands for it, as with lm-eval, so that all of a text is predicted.
         """
         length, found = context_length(self.model), list[float]()
+        self.began = str(self.tokenizer.bos_token or self.tokenizer.decode([self.prefix_token_id]))
         for number, request in enumerate(requests):
             text = [request.args[0]] if request.args[0] else []
             windows = prepare(text, self.tokenizer, length, begin=[self.prefix_token_id]).windows if text else []

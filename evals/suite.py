@@ -81,6 +81,10 @@ def evaluate_all(
         result["tasks"] = {
             label: {name: row["metrics"] for name, row in found.items()} for label, found in rows.items()
         }
+        begun = {row.get("documents_begin_with") for found in rows.values() for row in found.values()} - {None}
+        result |= (
+            {"documents_begin_with": begun.pop()} if begun else {}
+        )  # rolling tasks: BOS, or EOS where there is none
     if suite.text is None:
         return result, rows
     for place, options in places:

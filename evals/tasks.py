@@ -136,6 +136,7 @@ def _measure(
         metrics["ece"] = answers.pop("ece")
     kept = {key: part for key, part in found.items() if key != "samples"}
     row = {"metrics": metrics, "n": len(samples), "truncated": harness.truncated, **answers}
+    row |= {"documents_begin_with": harness.began} if harness.began else {}
     return {**row, "lm_eval": json.loads(json.dumps(kept, default=str))}
 
 

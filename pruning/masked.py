@@ -83,7 +83,9 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
     def needs(self) -> Needs:
         """Ask for inputs, unless neither the score nor the allocation looks at them."""
         looks = self.score != "magnitude" or self.config.allocation in ("owl", "dlp", "hessian")
-        return Needs(inputs="updated" if looks else None, divides=True, pattern=self.config.pattern is not None)
+        return Needs(
+            inputs="updated" if looks else None, divides=True, pattern=self.config.pattern is not None, zeros=True
+        )
 
     def memory(self, sizes: Sizes, context: Context) -> int:
         """Estimate what a block's scores and masks take, and Hessians: of every distinct input one, its inverse and factor."""

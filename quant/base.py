@@ -41,6 +41,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             outputs=looks,
             squared_gradients=kind == "fisher",
             packs=True,
+            loses_zeros=not getattr(self.config, "keep_zeros", False),
         )
 
     @property

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CompressError
 from compress.quant.linear import PackedModule
 from compress.quant.records import PackedShape
 
@@ -22,6 +27,10 @@ class BitPlaneEmbedding(PackedModule):
         found = self.dense(self.dtype, places=tokens.reshape(-1))
         # The constant is rounded to the dtype first, as the dense module does.
         return (found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)).view(*tokens.shape, -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype  # rows are looked up in the model's
+        return super()._apply(fn, recurse)
 
 
 class BitPlaneHead(nn.Module):
@@ -52,6 +61,17 @@ class BitPlaneHead(nn.Module):
         place = self.embedding.device
         y = self.embedding.product(x.to(place), self.embedding.bits).to(x.device)
         return y if self.bias is None else y + self.bias
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitPlaneHead:
+        """Copy with a model; by itself, as peft's ``modules_to_save`` does, it would be tied to nothing and lose what is loaded."""
+        if not memo:
+            raise CompressError(
+                "the model's head is packed with its embedding, so it cannot be copied, trained or replaced by itself; call "
+                "dequantize() on the model first, or compress it again with embedding_bits 0."
+            )
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         """Say what there is to say of it where the model is printed."""

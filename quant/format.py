@@ -38,7 +38,7 @@ class Codes:
     def dense(self, bits: int) -> Tensor:
         """Return the weights that a number of bits stands for, float32 [N, K]."""
         codebook, lower = self.codebooks[bits].float(), max(self.codebooks) - bits
-        found = torch.empty(self.codes.shape, device=self.codes.device)
+        found = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         step = max(1, _AT_ONCE // max(self.codes.shape[1], 1))
         for rows in (slice(start, start + step) for start in range(0, len(found), step)):
             torch.gather(codebook[rows], 1, (self.codes[rows] >> lower).long(), out=found[rows])

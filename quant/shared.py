@@ -51,7 +51,7 @@ class Shared:
 
     def table(self, bits: int) -> Tensor:
         """Return the codebook of a row of size 1, float32 [1, 2**bits], where rows have no other coefficients."""
-        return replace(self, rows=torch.ones(1, 1, device=self.rows.device)).codebook(bits)
+        return replace(self, rows=torch.ones(1, 1, dtype=torch.float32, device=self.rows.device)).codebook(bits)
 
     def decoded(self, bits: int) -> Tensor:
         """Return the codebook of every row as weights are decoded by it: float32 where the rows' sizes are all there is of them."""

@@ -107,9 +107,13 @@ def test_the_shown_score_is_relative_importance(recipe, tmp_path, strangers_fold
     code = (
         "import torch\n"
         "from types import SimpleNamespace as Of\n"
+        "from compress.ranks import Ranks\n"
         "from relative import PruneRelative\n"
         "weight = torch.tensor([[1.0, 1.0], [10.0, 30.0]])\n"
-        "block = Of(linears={'x': Of(weight=weight)}, for_each_input=lambda visit: visit('x', torch.ones(4, 2)))\n"
+        "def inputs(visit, end_lot):\n"
+        "    visit('x', torch.ones(4, 2))\n"
+        "    end_lot()\n"
+        "block = Of(linears={'x': Of(weight=weight)}, for_each_input=inputs, ranks=Ranks())\n"
         "step = PruneRelative(PruneRelative.Config())\n"
         "print(step.scored(block, ['x']).scores['x'].tolist())\n"
     )

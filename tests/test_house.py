@@ -30,19 +30,20 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (7600, 10.9),
-    "compress/cli": (1070, 9.4),
+    "compress": (9060, 10.9),
+    "compress/cli": (1480, 9.4),
     "compress/demo": (90, 11.9),
-    "quant": (4320, 12.4),
-    "pruning": (2760, 11.7),
+    "compress/vllm": (1120, 11.6),
+    "quant": (4660, 12.4),
+    "pruning": (2850, 11.7),
     "prompts": (500, 9.4),
-    "kernels": (2710, 13.7),
-    "evals": (3900, 11.5),
-    "evals/bench": (1815, 11.2),
+    "kernels": (2890, 13.7),
+    "evals": (4150, 11.5),
+    "evals/bench": (2040, 11.2),
     "evals/experiments": (380, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (23000, 11.6),
-    "without tests": (25700, 11.6),
+    "in the wheel": (26750, 11.6),
+    "without tests": (29800, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

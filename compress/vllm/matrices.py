@@ -171,7 +171,7 @@ class Matrices(nn.Module):
             join({f"part.{place}": part for place, part in zip(places, self.packed().values(), strict=True)}, [places])
         self._linears = list(self.packed().values())
         self._together = _lay_together(list(self.parts))
-        self._joined: tuple[list[int], AtOnce | None] | None = None
+        self._joined: tuple[list[int], cpu.Prepared | None] | None = None
 
     def packed(self) -> dict[tuple[str, ...], BitPlaneLinear]:
         """Return the parts that are packed, by the names of their matrices in the checkpoint."""
@@ -196,14 +196,12 @@ class Matrices(nn.Module):
         products = [part(x) for part in self.parts]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 
-    def _at_once(self) -> AtOnce | None:
+    def _at_once(self) -> cpu.Prepared | None:
         """Return what multiplies by all parts in one call of the C library at the bits in use, or None."""
-        bits = [part.bits for part in self.packed().values()] if self._together else []
+        bits = [part.bits for part in self._linears]
         if self._joined is None or self._joined[0] != bits:
-            self._joined = (
-                bits,
-                AtOnce.of(list(self.packed().values()), self._together) if len(set(bits)) == 1 else None,
-            )
+            able = self._together and len(set(bits)) == 1
+            self._joined = bits, _at_once(self._linears, self._together) if able else None
         return self._joined[1]
 
 
@@ -218,34 +216,20 @@ def _twin(part: nn.Module, bits: int | None) -> nn.Module | None:
     return found
 
 
-@dataclass(frozen=True)
-class AtOnce:
-    """Multiply by matrices whose planes lie behind each other, past all that a module of the library looks after."""
-
-    prepared: cpu.Prepared
-    columns: Tensor | None  # factors of the columns, float32 [K]
-
-    @classmethod
-    def of(cls, parts: Sequence[BitPlaneLinear], together: Mapping[str, Tensor]) -> AtOnce:
-        """Make it for parts at the bits in use, and their planes by the stored names."""
-        first = parts[0]
-        planes = join_planes(together, first.shape.seed_bits, first.bits)
-        codebook = torch.cat([part.codebook() for part in parts])
-        columns = None if first.factors is None else first.factors.float()
-        return cls(cpu.Prepared(planes, codebook, first.in_features, int8=not first.exact), columns)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply: [..., K] to [..., N of all] in the dtype of ``x``."""
-        scaled = x if self.columns is None else x.float() * self.columns
-        if x.numel() > cpu.FUSED_ROWS * x.shape[-1]:
-            scaled = scaled.to(x.dtype)  # torch multiplies by weights that are looked up, faster in this dtype
-        return self.prepared(scaled).to(x.dtype)
+def _at_once(parts: Sequence[BitPlaneLinear], together: Mapping[str, Tensor]) -> cpu.Prepared:
+    """Make one call of the C library of parts, at the bits in use, whose planes lie behind each other."""
+    first = parts[0]
+    planes = join_planes(together, first.shape.seed_bits, first.bits)
+    codebook = torch.cat([part.codebook() for part in parts])
+    factors = {"inputs": first.factors, "factors": first.row_factors}
+    return cpu.Prepared(planes, codebook, first.in_features, not first.exact, **factors)  # type: ignore[arg-type]
 
 
 def _lay_together(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Put planes of parts behind each other where one call of the C library can multiply by all, else return nothing.
 
-    That is where every row has a codebook of its own, be it computed, and all parts multiply the same values.
+    That is where all parts multiply the same values, and where there are several every row has a codebook of its own, be it
+    computed.
     """
     packed = [part for part in parts if isinstance(part, BitPlaneLinear)]
     if len(packed) < len(parts) or not all(_direct(part) for part in packed):
@@ -255,6 +239,7 @@ def _lay_together(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
         part.shape.all_bits == first.shape.all_bits
         and part.shape.codebook_dtype == first.shape.codebook_dtype
         and same_factors(part.factors, first.factors)
+        and (part.row_factors is None or len(packed) == 1)
         for part in packed
     )
     if not same:
@@ -269,7 +254,7 @@ def _lay_together(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def _direct(part: BitPlaneLinear) -> bool:
-    return not part.is_tiled and part.row_factors is None and cpu.serves(part.get_buffer("weight"))
+    return not part.is_tiled and cpu.serves(part.get_buffer("weight"))
 
 
 def _merged(parts: Sequence[nn.Module], names: Sequence[str]) -> dict[tuple[str, ...], nn.Module]:

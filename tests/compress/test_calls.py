@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -34,11 +36,13 @@ def states(model):
 
 @pytest.fixture
 def rounded(recipe, make_model, tmp_path):
-    """Make a checkpoint of 6 bits; ``include`` packs more than the blocks."""
+    """Make a checkpoint of 6 bits, or 3 and 4; ``include`` and ``embedding_bits`` pack more than the blocks."""
 
-    def make(kind="llama", include=(), **changes):
+    def make(kind="llama", include=(), embedding_bits=0, **changes):
         recipe["model"] = str(make_model(kind, **changes))
         recipe["passes"] = [{"kind": "rtn", "bits": 6, "include": list(include)}]
+        if embedding_bits:
+            recipe["passes"] = [{"kind": "any_precision", "parent_bits": 4, "embedding_bits": embedding_bits}]
         return compress.run(recipe, tmp_path / "-".join([kind, *include]))
 
     return make
@@ -94,6 +98,34 @@ def test_dequantising_takes_the_bits_in_use(compressed):
     compress.set_bits(model, 3)
     expected = logits(model)
     assert torch.equal(logits(model.dequantize()), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
+def test_a_dequantised_model_has_the_dtype_that_it_had_or_was_asked_for(rounded, tmp_path, kind):
+    """The config's is the one of loading, and a word after a save."""
+    model = compress.load(rounded(kind, embedding_bits=6), dtype=torch.bfloat16).to(torch.float32)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(copy.deepcopy(model).dequantize()), expected, rtol=1e-5, atol=1e-5)
+    half = model.dequantize(torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(half).float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
+def test_a_packed_embedding_goes_with_the_model_to_another_dtype(rounded, kind):
+    model = compress.load(rounded(kind, embedding_bits=6))
+    expected = logits(model)
+    assert model.get_input_embeddings()(torch.arange(3)).dtype == torch.float32
+    assert logits(model.to(torch.bfloat16)).dtype == torch.bfloat16
+    torch.testing.assert_close(logits(model).float(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(logits(model.to(torch.float64)), expected.double(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="may keep them in memory all the same")
+def test_packed_modules_on_the_disk_are_refused(compressed, tmp_path):
+    with pytest.raises(CompressError, match=r"is packed, so it cannot be left on the disk; give a device_map without"):
+        AutoModelForCausalLM.from_pretrained(compressed, device_map={"": "disk"}, offload_folder=tmp_path)
 
 
 def test_tokens_are_added_beside_packed_blocks_and_refused_beside_a_packed_embedding(rounded, compressed):
@@ -204,6 +236,26 @@ def test_an_adapter_computes_what_it_did_before_it_was_saved(compressed, tmp_pat
     assert torch.equal(logits(peft.PeftModel.from_pretrained(compress.load(compressed), tmp_path)), expected)
     if settings.get("target_modules") == "all-linear":
         assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * len(packed_modules(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"the model's head is packed with its embedding, so it cannot be copied, trained or replaced",
+        ),
+        ({"trainable_token_indices": [1, 5]}, r"trainable_token_indices \(\[1, 5\]\) works on dense weights"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_a_packed_embedding_or_head_is_refused(rounded, tmp_path, settings, message):
+    folder = rounded("llama", embedding_bits=6, tie_word_embeddings=True)
+    adapted(compress.load(folder).dequantize(), **settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CompressError, match=message):
+        compress.load(folder, adapter=tmp_path / "adapter")
+    with pytest.raises((CompressError, RuntimeError)):  # torch's for token indices, but never silently
+        peft.PeftModel.from_pretrained(compress.load(folder), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal"])

@@ -331,3 +331,10 @@ def test_gradients_reach_the_input_through_packed_layers(compressed, tiny_llama)
     expected = embeddings.detach().clone().requires_grad_()
     dense(inputs_embeds=expected).logits.sum().backward()
     torch.testing.assert_close(embeddings.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantizer_is_asked_for_conversions_with_and_without_the_model(compressed):
+    """transformers 5.10 gives the conversions alone, 5.24 the model too."""
+    model = compress.load(compressed)
+    for arguments in ((["a renaming"],), (["a renaming"], model)):
+        assert model.hf_quantizer.update_weight_conversions(*arguments) == ["a renaming"]

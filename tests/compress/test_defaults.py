@@ -56,6 +56,14 @@ def usual(make_model, text_file, tmp_path_factory):
     return recipe, compress.run(recipe, tmp_path_factory.mktemp("usual") / "model")
 
 
+@pytest.fixture(scope="module")
+def usual_embedding(make_model, text_file, tmp_path_factory):
+    calibration = {"text": str(text_file), "samples": 4, "length": 24}
+    step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "embedding_bits": 6}
+    recipe = {"model": str(make_model("gpt2")), "calibration": calibration, "passes": [step]}
+    return compress.run(recipe, tmp_path_factory.mktemp("usual") / "embedding")
+
+
 def usual_state():
     return torch.get_default_dtype(), str(torch.get_default_device()), torch.is_grad_enabled()
 
@@ -94,6 +102,19 @@ def test_a_model_is_loaded_and_computes_as_ever(compressed, exact, state):
                 assert torch.equal(layer(x), right)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_packed_embedding_computes_as_ever(usual_embedding, dtype):
+    model = compress.load(usual_embedding, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        torch.set_default_dtype(dtype)
+        try:
+            found = compress.load(usual_embedding)(TOKENS).logits
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.slow
 @every_state
 def test_measuring_baking_and_training_do_not_depend_on_it(usual, tmp_path, state):
@@ -120,8 +141,8 @@ FACTORIES = {"zeros", "ones", "empty", "full", "eye", "rand", "randn", "linspace
 NUMBERED = {"arange", "tensor", "randint", "randperm"}
 WITHIN_A_FORWARD_PASS = (
     *sorted((ROOT / "kernels").glob("*.py")),
-    *(ROOT / "quant" / name for name in ("format.py", "fused.py")),
-    *(ROOT / "compress" / name for name in ("shapes.py", "prompted.py")),
+    *(ROOT / "quant" / name for name in ("embedding.py", "format.py", "fused.py", "shared.py")),
+    *(ROOT / "compress" / name for name in ("experts.py", "kv.py", "logits.py", "prompted.py", "shapes.py")),
 )
 
 

@@ -10,12 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compress import logits as module
-from compress.distillation import cache_teacher, distillation_loss
+from compress.distillation import cache_teacher, distillation_loss, likeliest, listed_divergence
 from compress.evals.perplexity import Text, Window, score
 from compress.kv_serving import losses_by_blocks
 from compress.logits import Predictions, run_inside, token_losses
 from compress.prompts.stored import new_prompt
-from compress.quant.tune import divergence
 from compress.training import Batch, next_token_loss, predictions
 from tests.conftest import COMMON, CONFIGS, MODELS
 
@@ -102,7 +101,8 @@ def test_what_a_dense_model_says_in_parts(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "LOGITS_BYTES", limit)
         file = tmp_path / str(limit)
         cache_teacher(lambda: dense, list(tokens), 8, file)
-        found.append((distillation_loss(file)(model, batch), divergence(model, dense, list(tokens))))
+        whole = listed_divergence(model, tokens, *likeliest(dense, tokens, 300)).sum()
+        found.append((distillation_loss(file)(model, batch), whole))
     assert found[0][0] > 0
     assert found[0][1] > 0
     assert torch.allclose(torch.stack(found[0]), torch.stack(found[1]), rtol=1e-4)

@@ -101,3 +101,4 @@ def test_a_dry_run_goes_through_every_step(compressed, tmp_path):
     assert {record["bits"] for record in by_step["decode"] if "bits" in record} == {2, 3, 4, 8, 16}
     assert json.loads((tmp_path / "interpreter.json").read_text())["configs"]
     assert "times are made up" in process.stdout
+    assert all(what in process.stdout for what in gpu.NOT_DRY)

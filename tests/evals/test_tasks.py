@@ -276,6 +276,7 @@ def test_without_bos_the_end_of_text_stands_before_a_rolling_document(tiny_llama
     tokenizer.save_pretrained(model)
     found = evaluate_tasks(str(model), rolling_task(write_task, tmp_path, ["the dog", ""])[0])
     assert found["dense"]["whole"]["metrics"] == with_bos["dense"]["whole"]["metrics"]  # its EOS is the same token
+    assert found["dense"]["whole"]["documents_begin_with"] == tokenizer.eos_token
 
 
 @pytest.mark.slow

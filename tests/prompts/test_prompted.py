@@ -68,6 +68,7 @@ def test_a_padded_row_gets_the_logits_it_gets_alone(behind, kind, method):
 def test_a_padded_row_is_continued_as_it_is_alone(behind, kind, method):
     model, rows = behind(kind, method), [text(9), text(3)]
     made = model.generate(**batch(rows), **GREEDY)
+    assert torch.equal(model.generate(**batch(rows), **GREEDY, use_cache=False), made)
     for row, found in zip(rows, made, strict=True):
         alone = model.generate(row[None], **GREEDY)[0]
         assert torch.equal(alone[: len(row)], row)

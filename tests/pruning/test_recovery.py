@@ -302,3 +302,17 @@ def test_a_second_run_keeps_the_zeros_of_the_first(longer, tmp_path):
         plan(longer)
     longer["passes"] = [{"kind": "mini_llm", "ratio": 0.3, "remove": "blocks"}]
     plan(longer)
+
+
+@pytest.mark.parametrize("step", [{"kind": "any_precision"}, {"kind": "kmeans"}, {"kind": "rtn"}], ids=str)
+def test_a_quantiser_that_would_lose_zeros_is_refused_after_a_pattern_and_told_of_after_others(longer, step, caplog):
+    keeping = [] if step["kind"] == "rtn" else [{**step, "keep_zeros": True}]
+    pattern, half = {"kind": "prune", "pattern": "2:4"}, {"kind": "prune", "sparsity": 0.5}
+    with pytest.raises(CompressError, match=r"passes.1 .* would give zeros of the n:m pattern .* keep_zeros: true"):
+        plan({**longer, "passes": [pattern, step]})
+    plan({**longer, "passes": [pattern, *keeping]})
+    plan({**longer, "passes": [half, *keeping]})
+    assert not caplog.messages
+    plan({**longer, "passes": [half, step]})
+    told = f"passes.1 ({step['kind']}): weights that passes.0 (prune) has set to zero get other values; keep_zeros: true keeps them."
+    assert caplog.messages == [told]
