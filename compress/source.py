@@ -1,6 +1,5 @@
 """Open the model that work starts from, and tell passes what they may know of it before any weight is read."""
 
-import gc
 import logging
 import math
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -96,8 +96,10 @@ def check_source(source: Source, tokens: Tensor) -> None:
             wanted = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
         except Exception as error:  # whatever a model's class may raise
             raise CompressError(f"{source.folder}: transformers cannot run it ({first_line(error)}).") from error
-    whole = None
-    gc.collect()  # hooks and the modules they are on hold each other: embedding and head would stay
+    remove_hook_from_submodules(whole)
+    for module in whole.modules():
+        vars(module).pop("forward", None)  # bound to the module, which so holds itself: embedding and head would stay
+    del whole, module
     if not streamed.isfinite().all() and not wanted.isfinite().all():
         return  # the same to both; which weight it is, passes and writer tell
     apart, largest = float((streamed - wanted).abs().max()), float(wanted.abs().max())

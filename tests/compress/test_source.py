@@ -150,7 +150,7 @@ def test_the_check_says_nothing_and_leaves_loggers_as_they_were(tiny_llama, capl
 
 
 def test_nothing_stays_of_the_model_that_was_compared(tiny_llama):
-    """Its modules and the hooks on them hold each other, so that it would, embedding and head with it, until Python looks."""
+    """Its modules and the hooks on them hold each other, so that it would, embedding and head with it, unless the hooks are taken off."""
 
     def models():
         return sum(issubclass(type(one), PreTrainedModel) for one in gc.get_objects())
