@@ -31,8 +31,18 @@ def compiled(function: _Function) -> _Function:
     return cast(_Function, njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
+_ROWS_OF_A_THREAD = 64  # at least
+
+
 def in_threads(work: Callable[[slice], None], rows: int, threads: int, pool: ThreadPoolExecutor | None = None) -> None:
-    """Spread rows over threads in contiguous parts; no result depends on their number."""
+    """Spread rows over threads in contiguous parts; no result depends on their number.
+
+    A few rows are done at once: starting threads would take longer.
+    """
+    threads = max(1, min(threads, rows // _ROWS_OF_A_THREAD))
+    if threads == 1:
+        work(slice(0, rows))
+        return
     bounds = [rows * i // threads for i in range(threads + 1)]
     with nullcontext(pool) if pool else ThreadPoolExecutor(threads) as chosen:
         list(chosen.map(work, map(slice, bounds[:-1], bounds[1:])))
