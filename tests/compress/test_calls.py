@@ -163,6 +163,7 @@ def test_a_forward_pass_unpacks_nothing(compressed, exact):
     assert all(module._dense is None for module in packed_modules(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("keep_dense", [None, True])
 def test_a_model_can_be_copied_pickled_and_saved_by_torch(rounded, exact, keep_dense):
@@ -225,6 +226,7 @@ def adapted(model, **settings):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_an_adapter_computes_what_it_did_before_it_was_saved(compressed, tmp_path, settings):
     model = adapted(compress.load(compressed), **settings)

@@ -62,6 +62,7 @@ def assert_same(model, monkeypatch, bound=1e-5, **options):
     assert (made - expected).norm() <= bound * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_is_the_same_at_any_bits(load, monkeypatch, kind):
     model = load(kind)
@@ -70,6 +71,7 @@ def test_a_block_is_the_same_at_any_bits(load, monkeypatch, kind):
         assert_same(model, monkeypatch)
 
 
+@pytest.mark.slow
 def test_shared_codebooks_and_a_packed_vocabulary(load, monkeypatch):
     settings = {
         "kind": "any_precision",
@@ -81,6 +83,7 @@ def test_shared_codebooks_and_a_packed_vocabulary(load, monkeypatch):
     assert_same(load(passes=[settings]), monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_batches_and_padding(load, monkeypatch, attention):
     model = load(attn_implementation=attention)
@@ -89,6 +92,7 @@ def test_batches_and_padding(load, monkeypatch, attention):
     assert_same(model, monkeypatch, batch=3, sizes=(20, 1, 1, 3, 1), mask=mask)
 
 
+@pytest.mark.slow
 def test_threads(load, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -98,6 +102,7 @@ def test_threads(load, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_nearer_to_float32(load, monkeypatch):
     exact, half = load(), load(dtype=torch.bfloat16)
     wanted, _ = decoded(exact, monkeypatch, False)
@@ -107,6 +112,7 @@ def test_bfloat16_is_nearer_to_float32(load, monkeypatch):
     assert (made - wanted).norm() <= 1.1 * (own - wanted).norm()
 
 
+@pytest.mark.slow
 def test_rounded_activations_cost_as_much_either_way(load, monkeypatch):
     exact, rounded = load(), load(exact=False)
     wanted, _ = decoded(exact, monkeypatch, False)
@@ -115,6 +121,7 @@ def test_rounded_activations_cost_as_much_either_way(load, monkeypatch):
     assert 0 < (made - wanted).norm() <= 1.5 * (own - wanted).norm()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generate_writes_the_same(load, monkeypatch):
     model, tokens = load(), torch.arange(5, 25)[None]
@@ -126,6 +133,7 @@ def test_generate_writes_the_same(load, monkeypatch):
     assert torch.equal(beams, model.generate(tokens, num_beams=3, **options))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_caches_stay_apart(load):
     """A cache that was copied, or cropped, never sees what another goes on with."""
@@ -148,6 +156,7 @@ def test_caches_stay_apart(load):
     assert torch.equal(read(first, tokens[:, 21:22]), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_not_the_same_is_left_alone(load, monkeypatch):
     model = load()
@@ -165,6 +174,7 @@ def test_what_is_not_the_same_is_left_alone(load, monkeypatch):
         assert model(input_ids=torch.arange(5, 8)[None]).logits.requires_grad
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_go_on(load, monkeypatch):
     model = load()
     expected, _ = decoded(model, monkeypatch, True)
@@ -175,6 +185,7 @@ def test_copies_and_pickles_go_on(load, monkeypatch):
     assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
 
 
+@pytest.mark.slow
 def test_heads_that_the_library_does_not_serve(load, monkeypatch):
     _, calls = decoded(load(changes={"head_dim": 12}), monkeypatch, True)
     assert calls == 0

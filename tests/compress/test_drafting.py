@@ -84,6 +84,7 @@ def test_what_stops_a_text_stops_it_among_drafts(model):
     assert made[0, PROMPT.shape[1] :].tolist() == written[: written.index(stop) + 1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sampled_tokens_have_the_models_distribution(model):
     """Chi-squared over a sampled token that a draft proposes, of the likeliest 12 and all others (0.1 % level)."""

@@ -51,6 +51,7 @@ def test_streamed_logits_equal_the_models_own(make_model, kind):
     torch.testing.assert_close(model.logits(TOKENS, stream(model, TOKENS)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_loaded_mixture_computes_with_the_decoded_weights(mixture, kind):
     """The packed experts, put back into a stock model's stacks, give what the packed model gives."""

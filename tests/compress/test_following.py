@@ -34,6 +34,7 @@ def test_what_a_block_returns_is_found(make_model):
     assert examine(AutoConfig.from_pretrained(make_model("openai-gpt"))).returns == (1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

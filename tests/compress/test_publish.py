@@ -83,6 +83,7 @@ def hub():
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_pushed_with_its_card(hub, compressed):
     given = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [
@@ -134,6 +135,7 @@ def test_a_card_says_what_the_checkpoint_is(compressed):
     assert "/" not in recipe["model"] + recipe["calibration"]["text"]
 
 
+@pytest.mark.slow
 def test_a_card_has_licence_and_base_and_may_be_written_again(recipe, make_model, tmp_path, monkeypatch):
     """The licence is the dense model's; a table comes when there is one, and ``verify`` takes either card."""
     source = make_model("llama", intermediate_size=64)

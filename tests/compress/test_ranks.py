@@ -127,6 +127,7 @@ def test_a_rank_that_dies_is_named_and_another_number_continues(dies, recipe, ma
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_what_is_wrong_for_all_is_said_once(recipe, tmp_path):
     recipe["passes"] = [{"kind": "tune_tables"}]
     listed = tmp_path / "recipe.yaml"

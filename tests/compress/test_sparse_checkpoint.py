@@ -138,6 +138,7 @@ def test_every_architecture_is_the_same_model_in_fewer_bytes(make_model, tmp_pat
         assert torch.equal(logits(compress.load(stored, bits=bits)), logits(compress.load(dense, bits=bits)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sparsity", "saved"), [(0.5, 4 - (2.0 + 1.0)), (0.7, 4 - (1.2 + 0.89))])
 def test_bytes_on_disk(make_model, tmp_path, sparsity, saved):
     """In bits per weight at 4 bits: planes of the survivors and a mask, instead of all planes."""

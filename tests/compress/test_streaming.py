@@ -59,6 +59,7 @@ def plain_fisher(folder, samples, names):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_squared_gradients_equal_plain_backpropagation(make_model, tmp_path, kind):
     folder = make_model(kind)

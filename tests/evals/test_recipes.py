@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_until_it_needs_weights(recipe):
     written = yaml.safe_load(recipe.read_text())

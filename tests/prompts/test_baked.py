@@ -87,6 +87,7 @@ def test_a_tokenizer_that_forgets_is_refused(prompted, tmp_path, monkeypatch):
         bake(prompted, tmp_path / "no", bits=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opt", "gpt2", "bloom", "gemma3_text"])
 def test_dense_models_of_other_kinds(make_model, recipe, tmp_path, kind):
     recipe |= {"model": str(make_model(kind)), "passes": [{"kind": "soft_prompt", "tokens": 4, "steps": 1, "batch": 2}]}

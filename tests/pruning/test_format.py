@@ -51,6 +51,7 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_tensors_have_the_documented_sizes(shaped, kind):
     folder = shaped(kind)

@@ -57,6 +57,7 @@ def cases():
             yield kind, "attention", "queries", [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "part", "heads", "removed"), list(cases()))
 @torch.no_grad()
 def test_cut_equals_zeroed(make_model, kind, part, heads, removed):

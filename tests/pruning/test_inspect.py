@@ -75,6 +75,7 @@ def test_a_pass_that_records_its_linears_is_no_pruning_pass(tiny_llama, tmp_path
         assert inspect(folder)["pruned"] == pruned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt", "bloom"])
 def test_other_architectures(make_model, recipe, tmp_path, kind):
     recipe |= {"model": str(make_model(kind)), "passes": [{"kind": "joint", "bits": 4, "allocation": "uniform"}]}

@@ -70,6 +70,7 @@ def test_uniform_models_load_without_this_library(recipe, make_model, fresh_pyth
         assert torch.allclose(found, logits(folder)[0, -1], atol=1e-4), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [("llama", "global"), ("qwen2", "local"), ("gemma2", "local"), ("opt", "global"), ("gpt2", "local"),
@@ -98,6 +99,7 @@ def test_recorded_sizes_are_rebuilt_and_generate_with_a_cache(recipe, make_model
     assert torch.equal(logits(again), logits(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
 def test_blocks_with_different_heads_serve_every_cache(recipe, make_model, tmp_path, kind):
     """A static cache is made before the first token where the prompt comes in chunks, by what the config says of heads."""
@@ -194,6 +196,7 @@ SCORES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SCORES)
 def test_every_score_prunes_the_same_amount(recipe, tiny_llama, tmp_path, settings):
     folder = pruned(recipe, tmp_path / "model", **{"ratio": 0.3, "ratio_of": "model", **settings})
@@ -262,6 +265,7 @@ def test_a_second_round_of_pruning_starts_from_the_first(recipe, tiny_llama, tmp
     assert torch.isfinite(logits(folder)).all()
 
 
+@pytest.mark.slow
 def test_zeros_of_an_earlier_pass_stay_zeros(recipe, tmp_path):
     """What stays is refitted around them, and a pattern of them is not cut."""
     prune = {"kind": "prune", "score": "magnitude", "allocation": "uniform", "sparsity": 0.5}

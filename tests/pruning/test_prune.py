@@ -38,6 +38,7 @@ def linears_of(folder):
     return {name: (int((weight == 0).sum()), weight.numel()) for name, weight in weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("score", "allocation"),
     [*((score, "uniform") for score in SCORES), *(("wanda", name) for name in ("random", "owl", "atp", "mrp")),
@@ -55,6 +56,7 @@ def test_the_target_is_met_to_the_weight(recipe, tmp_path, score, allocation):
     assert (max(shares) - min(shares) < 1e-3) == (allocation == "uniform")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [family.model_types[0] for family in ARCHITECTURES])
 def test_every_family(make_model, recipe, tmp_path, kind):
     recipe["model"] = str(make_model(kind))

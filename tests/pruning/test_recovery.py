@@ -49,6 +49,7 @@ def logits(model):
     return model(TOKENS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_training_lowers_the_held_out_loss(longer, tmp_path, full):
     longer["passes"] = [{**PRUNE, "mode": "global"}, {**FAST, "full": full}]
@@ -255,6 +256,7 @@ def weights_of(folder):
     return {name: t for name, t in tensors.items() if t.ndim == 2 and (".layers." in name or ".h." in name)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", [{}, {"full": True}, {"dropout": 0.1}, {"merge": False}], ids=str)
 @pytest.mark.parametrize(("kind", "prune"), [("llama", {"sparsity": 0.5}), ("gpt2", {"pattern": "2:4"})])
 def test_what_pruning_has_set_to_zero_stays_zero(longer, make_model, tmp_path, kind, prune, recovery):

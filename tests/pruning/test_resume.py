@@ -20,6 +20,7 @@ def test_killed_runs_end_with_the_same_bytes(recipe, tmp_path, settings, kill_an
     assert_same_files(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", ["survey-0-1", "survey-1-2", "block-1"])
 def test_a_damaged_survey_or_block_is_made_again(recipe, tmp_path, damaged):
     work = tmp_path / "work"

@@ -293,6 +293,7 @@ def test_a_budget_chooses_its_bits_too(packed):
     assert rest + sum(packed_bytes(shapes[name], bits) for name, bits in mixed.items()) <= sizes["4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3_text", "opt"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_other_models_with_and_without_a_tie(make_model, text_file, tmp_path, kind, tied):

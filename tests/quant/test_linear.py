@@ -293,6 +293,7 @@ def test_an_input_can_be_trained_after_an_evaluation(guard, keep_dense):
     torch.testing.assert_close(x.grad, module.dense().sum(0).expand(4, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_dense", [None, False, True])
 def test_the_forward_pass_compiles_to_one_graph(keep_dense):
     torch.compiler.reset()  # recompilations are counted, for all instances together
