@@ -81,10 +81,7 @@ def evaluate_all(
         result["tasks"] = {
             label: {name: row["metrics"] for name, row in found.items()} for label, found in rows.items()
         }
-        begun = {row.get("documents_begin_with") for found in rows.values() for row in found.values()} - {None}
-        result |= (
-            {"documents_begin_with": begun.pop()} if begun else {}
-        )  # rolling tasks: BOS, or EOS where there is none
+        result |= _begun(rows)
     if suite.text is None:
         return result, rows
     for place, options in places:
@@ -99,3 +96,9 @@ def evaluate_all(
         if suite.robustness:
             result.setdefault("robustness", {}).update(evaluate_robustness(work))
     return result, rows
+
+
+def _begun(rows: Rows) -> dict[str, Any]:
+    """Tell what stands in front of documents in rolling tasks: BOS, or EOS where there is none."""
+    begun = {row.get("documents_begin_with") for found in rows.values() for row in found.values()} - {None}
+    return {"documents_begin_with": begun.pop()} if begun else {}

@@ -31,14 +31,14 @@ WAITING: set[tuple[str, str]] = set()
 
 BUDGETS = {
     "compress": (9060, 10.9),
-    "compress/cli": (1480, 9.4),
+    "compress/cli": (1500, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1120, 11.6),
     "quant": (4660, 12.4),
     "pruning": (2850, 11.7),
     "prompts": (500, 9.4),
     "kernels": (2890, 13.7),
-    "evals": (4150, 11.5),
+    "evals": (4170, 11.6),
     "evals/bench": (2040, 11.2),
     "evals/experiments": (380, 12.3),
     "evals/grids": (470, 13.1),

@@ -148,7 +148,12 @@ def inspect(
             plots.save(plots.heat_map(tables.zeros(found["sparsity"]), limits=(0, 100)), plot)
     if as_json:
         print(json.dumps(found, indent=1))
-        return
+    else:
+        _show_checkpoint(found, modules)
+
+
+def _show_checkpoint(found: dict[str, Any], modules: bool) -> None:
+    """Print what :func:`compress.inspect.inspect` found, every packed module if wanted."""
     origin = found["manifest"]
     if origin:
         recipe = origin["recipe"]

@@ -158,11 +158,7 @@ def bench(
     target: JsonOption = None,
 ) -> None:
     """Measure decoding, prefill, time to first token, switching, loading, memory and size, at all bits and dense, in turn."""
-    if (folder is None) == (random is None):
-        raise CompressError("bench: give a model's folder or --random NAME, one of the two.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
-    refuse_unwritable(target)
+    _check_bench(folder, random, dtype, target)
     import torch
 
     from compress.evals.drafts import draft_speed
@@ -191,6 +187,15 @@ def bench(
             found["drafts"] = draft_speed(model, place, drafts, draft_text, tokens, rounds, progress)
     if not write_json(found, target):
         _print_speed(found)
+
+
+def _check_bench(folder: Optional[str], random: Optional[str], dtype: str, target: Optional[str]) -> None:
+    """Refuse what cannot be measured, before anything is read."""
+    if (folder is None) == (random is None):
+        raise CompressError("bench: give a model's folder or --random NAME, one of the two.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise CompressError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
+    refuse_unwritable(target)
 
 
 def _print_speed(found: dict[str, Any]) -> None:

@@ -61,19 +61,13 @@ def generate(
     from compress.adapters import text_length, virtual_tokens
     from compress.drafting import Drafting, view
     from compress.loading import load, load_tokenizer, read_config
-    from compress.tokens import prompt_tokens, set_generation
+    from compress.tokens import set_generation
 
     quiet_transformers()
     front = prompt_from or prompt
     read_config(folder)  # the first to see what is wrong with a folder
     tokenizer = load_tokenizer(folder)
-    ids = prompt_tokens(tokenizer, text, chat)
-    if not ids:
-        raise CompressError("the text has no tokens; give some words.")
-    if tokenizer.chat_template and not chat:
-        err.print(
-            "note: the text is continued as it is; --chat says it to the model in its chat template.", soft_wrap=True
-        )
+    ids = _ids(tokenizer, text, chat)
     kv: Any = {"bits": kv_bits, **changes} if changes else kv_bits
     model: Any = load(folder, bits=chosen[0], memory=memory, prompt=front, adapter=adapter, kv=kv, dtype=torch.float32)
     set_generation(model, tokenizer)
@@ -91,6 +85,20 @@ def generate(
     if draft_bits is not None:
         stream = {"custom_generate": Drafting(view(model, draft_bits, exact=False), streamer=streamer)}
     model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **stream, **sampling)
+
+
+def _ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    """Return the tokens of a text, in the model's chat template if wanted; say where it has one and that is not wanted."""
+    from compress.tokens import prompt_tokens
+
+    ids = prompt_tokens(tokenizer, text, chat)
+    if not ids:
+        raise CompressError("the text has no tokens; give some words.")
+    if tokenizer.chat_template and not chat:
+        err.print(
+            "note: the text is continued as it is; --chat says it to the model in its chat template.", soft_wrap=True
+        )
+    return ids
 
 
 @app.command(name="bake-prompt")
