@@ -68,9 +68,8 @@ def evaluate_all(
         store = results_of(folder, store)
     result: dict[str, Any] = {"model": folder}
     rows: Rows = {}
-    places: list[tuple[str, dict[str, Any]]] = [
-        (folder, {"bits": bits, "prompt": suite.prompt, "adapter": suite.adapter})
-    ]
+    own: dict[str, Any] = {"bits": bits, "prompt": suite.prompt, "adapter": suite.adapter}
+    places = [(folder, own)]
     if suite.dense:
         front = folder if suite.prompt is True else suite.prompt
         places.append((dense_model_of(folder, suite.reference), {"prompt": front, "adapter": False}))
