@@ -18,7 +18,15 @@ from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 from compress.quant.shared import Shared, read_shared
 
-_SHARED = "columns", "rows", "shapes", "basis_", "width_", "place_"  # how names of the parts of shared codebooks begin
+_SHARED = (
+    "columns",
+    "rows",
+    "groups",
+    "shapes",
+    "basis_",
+    "width_",
+    "place_",
+)  # how names of the parts of shared codebooks begin
 _Key = tuple[int, object, list[Tensor | None]]
 
 
