@@ -120,13 +120,11 @@ class AnyPrecisionConfig(SensitiveConfig):
         description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
     )
 
-    def rank(self, columns: int) -> int | None:
-        """Return how many coefficients a row of so many columns has where codebooks are shared, else None."""
+    def shares(self, columns: int) -> bool:
+        """Tell whether the rows of a matrix with so many columns share their codebooks."""
         pays = _NARROWEST <= columns < _WIDEST and self.parent_bits >= _FEWEST
         shared = pays if self.codebooks == "auto" else self.codebooks == "shared"
-        if not shared or self.objective == "weight" or self.keep_zeros:
-            return None
-        return 6 if self.parent_bits > 2 else 3
+        return shared and self.objective == "output" and not self.keep_zeros
 
     @model_validator(mode="after")
     def _ordered(self) -> AnyPrecisionConfig:

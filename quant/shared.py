@@ -74,6 +74,11 @@ class Shared:
         assert self.place is not None
         return (cells[..., None] + (coefficients @ self.width)[..., None] * self.place[bits]).flatten(1)
 
+    def sizes(self) -> Tensor:
+        """Return what the entries of :meth:`table` are multiplied by in each column beside ``columns``, float32 [N, K]."""
+        factors = self.factors()
+        return self.rows.float().expand(-1, len(self.columns)) if factors is None else self.rows.float() * factors
+
     def factors(self) -> Tensor | None:
         """Return what entries of a row are multiplied by in each column beside ``columns``, float32 [N, K]; None without groups."""
         return None if self.groups is None else spread(self.groups.float() / 255, len(self.columns))
