@@ -18,7 +18,15 @@ from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 from compress.quant.shared import Shared, read_shared
 
-_SHARED = "columns", "rows", "shapes", "basis_", "width_", "place_"  # how names of the parts of shared codebooks begin
+_SHARED = (
+    "columns",
+    "rows",
+    "groups",
+    "shapes",
+    "basis_",
+    "width_",
+    "place_",
+)  # how names of the parts of shared codebooks begin
 _Key = tuple[int, object, list[Tensor | None]]
 
 
@@ -168,6 +176,11 @@ class PackedModule(nn.Module):
         """Return the factors of the rows, [N, 1], where :meth:`codebook` is one row for all of them; else None."""
         return None if self.is_tiled or "shapes" in self._buffers else self._buffers.get("rows")
 
+    @property
+    def groups(self) -> Tensor | None:
+        """Return the sizes of every row's groups of columns, uint8 [N, ceil(K / 64)] in 255ths, if entries have them; else None."""
+        return self._buffers.get("groups")
+
     def dense(self, dtype: torch.dtype | None = None, bits: int | None = None, places: Tensor | None = None) -> Tensor:
         """Return the weight at a number of bits, those in use if None, [N, K], float32 by default, and keep nothing.
 
@@ -180,7 +193,8 @@ class PackedModule(nn.Module):
             found = tiled_weight(self.tiled(), bits, wide)
             found = found if places is None else found[places]
         else:
-            found = dense_weight(self.planes(bits), self.codebook(bits), self.shape.in_features, wide, places)
+            columns_held = self.shape.in_features
+            found = dense_weight(self.planes(bits), self.codebook(bits), columns_held, wide, places, self.groups)
         if rows is not None:
             found *= rows if places is None else rows[places]
         return found if columns is None else found.mul_(columns).to(dtype)
@@ -199,7 +213,8 @@ class PackedModule(nn.Module):
         else:
             shape, rows = self.shape, self.row_factors
             tensors = [self.codebook(bits), *self.planes(bits)]
-            y = packed_linear(self._scaled(x), tensors, None, shape.out_features, shape.in_features, bits, 0)
+            sizes = shape.out_features, shape.in_features
+            y = packed_linear(self._scaled(x), tensors, None, *sizes, bits, 0, self.groups)
             y = y if rows is None else (y * rows[:, 0]).to(x.dtype)
         bias = self._parameters.get("bias")
         return y if bias is None else y + bias
@@ -265,7 +280,7 @@ class PackedModule(nn.Module):
         if not cpu.serves(self.codebook(bits)):
             return None
         planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
-        scales = self.factors, self.row_factors, self._parameters.get("bias")
+        scales = self.factors, self.row_factors, self._parameters.get("bias"), self.groups
         prepared = cpu.Prepared(planes, table, columns, not exact, None, *scales)
         self._prepared = key, prepared
         return prepared
