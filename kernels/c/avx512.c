@@ -367,14 +367,17 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
             const float *scale = x->scales + place / GROUP;
-            __m512 part[PARTS] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+            __m512 half = _mm512_setzero_ps();
             for (int group = 0; group < GROUPS; group++) {
                 __m512i activation = _mm512_load_si512(x->codes + place + group * GROUP);
                 __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value[group], activation);
-                __m512 *chain = grouped ? &part[group % PARTS] : &total[m * CHAINS + group % CHAINS];
+                __m512 *chain = grouped ? &half : &total[m * CHAINS + group % CHAINS];
                 *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale[group]), *chain);
-                if (grouped && (group + 1) % (GROUPS / 2) == 0)
-                    fold(part, sizes[group / (GROUPS / 2)], total + m * CHAINS);
+                if (grouped && (group + 1) % (GROUPS / 2) == 0) {
+                    chain = &total[m * CHAINS + group / (GROUPS / 2)];
+                    *chain = _mm512_fmadd_ps(half, sizes[group / (GROUPS / 2)], *chain);
+                    half = _mm512_setzero_ps();
+                }
             }
         }
     }
