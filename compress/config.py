@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.quant.records import PackedShape, SharedShape, SparseShape, StackedShape, first_bits, shape_of
+from compress.quant.records import (
+    GroupedShape,
+    PackedShape,
+    SharedShape,
+    SparseShape,
+    StackedShape,
+    first_bits,
+    shape_of,
+)
 from compress.weights import INDEX, Checkpoint
 
 METHOD = "compress"
-DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION, SHARED_VERSION, EXPERTS_VERSION = 1, 2, 3, 4, 5
+DENSE_VERSION, SPARSE_VERSION, SHAPED_VERSION, SHARED_VERSION, EXPERTS_VERSION, GROUPED_VERSION = range(1, 7)
 """Versions of the format (:func:`format_version`)."""
 
 Bits = int | Mapping[str, int]
@@ -50,9 +58,9 @@ class StoredConfig:
         pruned: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if format_version not in range(DENSE_VERSION, EXPERTS_VERSION + 1):
+        if format_version not in range(DENSE_VERSION, GROUPED_VERSION + 1):
             raise CompressError(
-                f"config.json: format_version {format_version} is none of {DENSE_VERSION} to {EXPERTS_VERSION}, "
+                f"config.json: format_version {format_version} is none of {DENSE_VERSION} to {GROUPED_VERSION}, "
                 "which this release of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
@@ -115,6 +123,8 @@ def stored_config(settings: Mapping[str, Any] | None) -> StoredConfig | None:
 def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
     """Return the version of the format that modules, and blocks of sizes the rest of the config does not tell, need."""
     held = list(shapes)
+    if any(isinstance(shape, GroupedShape) for shape in held):
+        return GROUPED_VERSION
     if any(isinstance(shape, StackedShape) for shape in held):
         return EXPERTS_VERSION
     if any(isinstance(shape, SharedShape) for shape in held):

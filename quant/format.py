@@ -19,7 +19,15 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.kernels.packing import pack_planes, unpack_planes
-from compress.quant.records import MAX_GAP_BITS, EmbeddingShape, PackedShape, SharedShape, SparseShape
+from compress.quant.records import (
+    GROUP,
+    MAX_GAP_BITS,
+    EmbeddingShape,
+    GroupedShape,
+    PackedShape,
+    SharedShape,
+    SparseShape,
+)
 from compress.quant.shared import Shared, read_shared
 
 _AT_ONCE = 1 << 20  # bounds int64 indices to 8 MiB
@@ -42,7 +50,10 @@ class Codes:
         step = max(1, _AT_ONCE // max(self.codes.shape[1], 1))
         for rows in (slice(start, start + step) for start in range(0, len(found), step)):
             torch.gather(codebook[rows], 1, (self.codes[rows] >> lower).long(), out=found[rows])
-        return found if self.shared is None else found * self.shared.columns.float()
+        if self.shared is None:
+            return found
+        factors = self.shared.factors()
+        return (found if factors is None else found.mul_(factors)) * self.shared.columns.float()
 
     def rows(self, bits: int, part: slice) -> Tensor:
         """Return some rows of an embedding or head (one coefficient per row) at a number of bits, float32 [rows, K]."""
@@ -114,6 +125,8 @@ def _pack_shared(found: Codes, shared: Shared) -> tuple[PackedShape, dict[str, T
     shape = SharedShape(rows, columns, bits[0], bits[-1], dtype, rank=rank)
     if found.read_at is not None:
         shape = EmbeddingShape(**vars(shape), read_at=found.read_at)
+    elif shared.groups is not None:
+        shape = GroupedShape(**vars(shape), group=GROUP)
     return shape, split_planes(pack_planes(found.codes, bits[-1]), shape) | shared.tensors()
 
 

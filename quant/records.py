@@ -10,7 +10,8 @@ from typing import Any
 MAX_GAP_BITS = 8
 MAX_RANK = 8
 STORED_BITS = 5  # shared codebooks of more bits are computed, unless the seed has more
-_BYTES = {"int8": 1, "int32": 4, "float16": 2, "float32": 4}
+GROUP = 64  # columns that share a size, where rows have one for every group of them
+_BYTES = {"int8": 1, "uint8": 1, "int32": 4, "float16": 2, "float32": 4}
 
 Specification = dict[str, tuple[tuple[int, ...], str]]
 """Tensor name -> (shape, name of its dtype in torch)."""
@@ -140,6 +141,22 @@ class SharedShape(PackedShape):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupedShape(SharedShape):
+    """Record a matrix with one codebook for all rows, and a size for every row and group of columns."""
+
+    group: int  # columns that share a size
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether a matrix can have these numbers."""
+        return super().sound and self.rank == 1 and self.group == GROUP
+
+    def specification(self) -> Specification:
+        """Return the shape and dtype of every stored tensor, by its name under the module."""
+        return super().specification() | {"groups": ((self.out_features, -(-self.in_features // self.group)), "uint8")}
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbeddingShape(SharedShape):
     """Record an embedding or a head, which has its own number of bits for every one of the model's."""
 
@@ -228,7 +245,8 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     Raises:
         TypeError: missing or unknown fields.
     """
-    marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "rank": SharedShape, "experts": StackedShape}
+    marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "group": GroupedShape, "rank": SharedShape}
+    marks["experts"] = StackedShape
     kind: type[PackedShape] = next((kind for mark, kind in marks.items() if mark in record), PackedShape)
     return kind(**record)
 

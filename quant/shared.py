@@ -3,7 +3,8 @@
 A codebook of its own for every row and number of bits takes more bytes than the planes where rows are short. Here row n's codebook of b
 bits is ``c[n] @ basis[b]``, with the same ``rank`` coefficients at every number of bits. Above 5 bits there is no basis: the entries in
 a cell of 5 bits lie at the same places for all cells, in units of the cell's width, ``c[n] @ width``. Before rows are compared, every
-column is divided by its factor, as columns differ more in size than rows do.
+column is divided by its factor, as columns differ more in size than rows do. With one coefficient, a row may have a size for every
+group of 64 columns.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compress.quant.records import GROUP
+
 
 @dataclass(frozen=True)
 class Shared:
     """Hold what the codebooks of a matrix of N rows and K columns are computed from."""
 
     columns: Tensor  # [K]
-    rows: Tensor  # [N, 1], the size of a row
+    rows: Tensor  # [N, 1], the size of a row, or of its largest group
     shapes: (
         Tensor | None
     )  # int8 [N, rank - 1], its other coefficients as multiples of ``rows / 128``; None if rank is 1
     basis: Mapping[int, Tensor]  # bits -> [rank, 2**bits], from the seed's
     width: Tensor | None = None  # [rank, entries of the last basis], for more bits; None if there are none
     place: Mapping[int, Tensor] | None = None  # more bits -> [2**(bits - last)]
+    groups: Tensor | None = (
+        None  # uint8 [N, ceil(K / 64)], the sizes of groups as multiples of ``rows / 255``; None: all 255
+    )
 
     @property
     def last(self) -> int:
@@ -68,14 +74,19 @@ class Shared:
         assert self.place is not None
         return (cells[..., None] + (coefficients @ self.width)[..., None] * self.place[bits]).flatten(1)
 
+    def factors(self) -> Tensor | None:
+        """Return what entries of a row are multiplied by in each column beside ``columns``, float32 [N, K]; None without groups."""
+        return None if self.groups is None else spread(self.groups.float() / 255, len(self.columns))
+
     def part(self, rows: slice) -> Shared:
         """Return the same of some rows."""
-        return replace(self, rows=self.rows[rows], shapes=None if self.shapes is None else self.shapes[rows])
+        shapes, groups = (None if held is None else held[rows] for held in (self.shapes, self.groups))
+        return replace(self, rows=self.rows[rows], shapes=shapes, groups=groups)
 
     def to(self, dtype: torch.dtype) -> Shared:
-        """Round everything but ``shapes`` to a dtype."""
+        """Round everything but integers to a dtype."""
         named = self.tensors().items()
-        return read_shared({name: tensor if name == "shapes" else tensor.to(dtype) for name, tensor in named})
+        return read_shared({name: t.to(dtype) if t.is_floating_point() else t for name, t in named})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by their stored names."""
@@ -84,6 +95,8 @@ class Shared:
             named[f"width_{self.last + 1}"] = self.width
         if self.shapes is not None:
             named["shapes"] = self.shapes
+        if self.groups is not None:
+            named["groups"] = self.groups
         named |= {f"place_{bits}": part for bits, part in (self.place or {}).items()}
         return {"columns": self.columns, "rows": self.rows, **named}
 
@@ -97,7 +110,13 @@ def read_shared(tensors: Mapping[str, Tensor]) -> Shared:
             found[kind][int(bits)] = tensor
     width = next(iter(found["width"].values()), None)
     shapes = tensors.get("shapes")
-    return Shared(tensors["columns"], tensors["rows"], shapes, found["basis"], width, found["place"] or None)
+    groups = tensors.get("groups")
+    return Shared(tensors["columns"], tensors["rows"], shapes, found["basis"], width, found["place"] or None, groups)
+
+
+def spread(groups: Tensor, columns: int) -> Tensor:
+    """Repeat a value for every group, [N, ceil(K / 64)], for every column, [N, K]."""
+    return groups.repeat_interleave(GROUP, 1)[:, :columns]
 
 
 def _product(coefficients: Tensor, basis: Tensor) -> Tensor:
