@@ -84,30 +84,18 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("compress::packed_weight", mutates_args=())
 def packed_weight(
-    tensors: list[Tensor],
-    rows: int,
-    columns: int,
-    bits: int,
-    head: int,
-    dtype: torch.dtype,
-    groups: Tensor | None = None,
+    tensors: list[Tensor], groups: Tensor | None, rows: int, columns: int, bits: int, head: int, dtype: torch.dtype
 ) -> Tensor:
     """Look up every weight of the matrix that :func:`packed_linear` would multiply by: [N, K] in ``dtype``."""
     if head:
-        return gpu.weight(gpu.GpuMatrix(tensors, rows, columns, bits, head), dtype)
+        return gpu.weight(gpu.GpuMatrix(tensors, rows, columns, bits, head, groups), dtype)
     codebook, *planes = tensors
     return dense_weight(planes, codebook, columns, dtype, groups=groups)
 
 
 @packed_weight.register_fake
 def _(
-    tensors: list[Tensor],
-    rows: int,
-    columns: int,
-    bits: int,
-    head: int,
-    dtype: torch.dtype,
-    groups: Tensor | None = None,
+    tensors: list[Tensor], groups: Tensor | None, rows: int, columns: int, bits: int, head: int, dtype: torch.dtype
 ) -> Tensor:
     return tensors[0].new_empty(rows, columns, dtype=dtype)
 
@@ -117,11 +105,11 @@ def packed_linear(
     x: Tensor,
     tensors: list[Tensor],
     bias: Tensor | None,
+    groups: Tensor | None,
     rows: int,
     columns: int,
     bits: int,
     head: int,
-    groups: Tensor | None = None,
 ) -> Tensor:
     """Apply a packed linear layer.
 
@@ -131,12 +119,12 @@ def packed_linear(
             its b planes, most significant first, int32 [N, ceil(K / 32)] each; of one in the layout of the GPU kernels what
             :meth:`compress.kernels.layout.Tiled.tensors` gives.
         bias: [N], or None.
+        groups: uint8 [N, ceil(K / 64)], what the entries of every 64 columns are multiplied by, divided by 255; in the
+            layout of the GPU kernels as :class:`compress.kernels.layout.Tiled` has them.
         rows: N.
         columns: K.
         bits: b.
         head: how many planes of that layout lie together, or 0.
-        groups: uint8 [N, ceil(K / 64)], what the entries of every 64 columns are multiplied by, divided by 255; in the
-            layout of the GPU kernels as :class:`compress.kernels.layout.Tiled` has them.
 
     Returns:
         [..., N] in ``x``'s dtype and on its device.
@@ -145,7 +133,7 @@ def packed_linear(
         ValueError: ``x`` is on another device than a matrix in the layout of the GPU kernels.
     """
     if head:
-        return gpu.linear(x, gpu.GpuMatrix(tensors, rows, columns, bits, head), bias)
+        return gpu.linear(x, gpu.GpuMatrix(tensors, rows, columns, bits, head, groups), bias)
     codebook, *planes = tensors
     if cpu.serves(x, *tensors) and x.dtype in SERVED:
         y = cpu.Prepared(planes, codebook, columns, groups=groups)(x)
@@ -159,23 +147,23 @@ def _(
     x: Tensor,
     tensors: list[Tensor],
     bias: Tensor | None,
+    groups: Tensor | None,
     rows: int,
     columns: int,
     bits: int,
     head: int,
-    groups: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, tensors, _, *ctx.facts, groups = inputs
+    _, tensors, _, groups, *ctx.facts = inputs
     ctx.save_for_backward(*tensors, groups)
 
 
 def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     *tensors, groups = ctx.saved_tensors
-    weight = packed_weight(tensors, *ctx.facts, gradient.dtype, groups)
+    weight = packed_weight(tensors, groups, *ctx.facts, gradient.dtype)
     return matmul(gradient, weight), [None] * len(tensors), *([None] * 6)
 
 
@@ -184,13 +172,15 @@ packed_linear.register_autograd(_input_gradient, setup_context=_keep_for_backwar
 
 def tiled_linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Tensor:
     """Multiply by a matrix in the layout of the GPU kernels at a number of bits: [..., K] to [..., N]; differentiable in ``x``."""
-    y: Tensor = packed_linear(x, tiled.tensors(bits), bias, tiled.rows, tiled.columns, bits, tiled.head)
+    facts = tiled.groups, tiled.rows, tiled.columns, bits, tiled.head
+    y: Tensor = packed_linear(x, tiled.tensors(bits), bias, *facts)
     return y
 
 
 def tiled_weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
     """Look up every weight of a matrix in the layout of the GPU kernels at a number of bits: [N, K]."""
-    weight: Tensor = packed_weight(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head, dtype)
+    facts = tiled.groups, tiled.rows, tiled.columns, bits, tiled.head, dtype
+    weight: Tensor = packed_weight(tiled.tensors(bits), *facts)
     return weight
 
 

@@ -110,7 +110,7 @@ def test_the_operators_take_groups(monkeypatch, built, dtype):
         facts = rows, columns, bits, 0
         for count in (1, 3, 40):
             x = activations(2, count, columns).to(dtype).requires_grad_()
-            y = packed_linear(x, [codebook, *planes], None, *facts, groups)
+            y = packed_linear(x, [codebook, *planes], None, groups, *facts)
             assert y.dtype == dtype
             assert_is_product(y, x, weight, bound)
             upstream = activations(2, count, rows).to(dtype)
@@ -118,7 +118,7 @@ def test_the_operators_take_groups(monkeypatch, built, dtype):
             assert_is_product(x.grad, upstream, weight.T, bound)
         places = torch.tensor([rows - 1, 0, rows - 1])
         found = dense_weight(planes, codebook, columns, dtype, places, groups)
-        assert torch.equal(found, packed_weight([codebook, *planes], *facts, dtype, groups)[places])
+        assert torch.equal(found, packed_weight([codebook, *planes], groups, *facts, dtype)[places])
         assert ((found - weight[places]).abs() <= bound * weight[places].abs()).all()
 
 
@@ -134,8 +134,8 @@ def test_torch_accepts_the_operators_with_groups():
     tensors, facts = [codebook, *planes], (5, 100, 4, 0)
     x = activations(2, 100).requires_grad_()
     linear, weight = torch.ops.compress.packed_linear.default, torch.ops.compress.packed_weight.default
-    assert set(torch.library.opcheck(linear, (x, tensors, None, *facts, groups)).values()) == {"SUCCESS"}
-    assert set(torch.library.opcheck(weight, (tensors, *facts, torch.float32, groups)).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(linear, (x, tensors, None, groups, *facts)).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(weight, (tensors, groups, *facts, torch.float32)).values()) == {"SUCCESS"}
 
 
 @pytest.mark.skipif(not cpu.built(), reason="no C library")
