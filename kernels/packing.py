@@ -44,6 +44,6 @@ def unpack_planes(planes: list[Tensor], columns: int) -> Tensor:
 def scale_groups(weight: Tensor, sizes: Tensor) -> Tensor:
     """Multiply every 64 columns of a weight [N, K] by their size, floating [N, ceil(K / 64)]: in place, and return it."""
     whole = weight.shape[1] // GROUP
-    weight[:, : whole * GROUP].unflatten(1, (whole, GROUP)).mul_(sizes[:, :whole, None])
+    weight[:, : whole * GROUP].view(len(weight), whole, GROUP).mul_(sizes[:, :whole, None])
     weight[:, whole * GROUP :].mul_(sizes[:, whole:])
     return weight

@@ -185,23 +185,24 @@ def dot(
         here = ()
         for plane in tl.static_range(BITS):
             here = here + (tl.load(first + plane * plane_stride + at * 32),)
-        found = _sixteen(TEXT, IO, here + given)
-        if GROUPS:  # 16 bits hold these numbers, and what they are divided by is left for the sums
-            size = group_sizes(groups, held[:, None], at, words).to(x.dtype.element_ty)
+        here = here + given
+        if GROUPS:  # 16 bits hold 256ths; what makes them 255ths is left for the sums
+            size = (group_sizes(groups, held[:, None], at, words) / 256).to(x.dtype.element_ty)
+            size = size.to(tl.int16, bitcast=True).to(tl.int32)
+            here = here + (size | size << 16,)  # not negative
+        found = _sixteen(TEXT, IO, here)
         k = (start + pair // 2) * 32 + pair % 2
         inside = ((start + pair // 2) < end)[:, None] & (m < count)[None, :]
         for j in tl.static_range(16):
             right = tl.load(x + m[None, :] * x_stride + (k + 2 * j)[:, None], mask=inside, other=0.0)
             low = (found[j] & 0xFFFF).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
             high = (found[j] >> 16).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
-            if GROUPS:
-                low, high = low * size, high * size
             left = tl.reshape(tl.join(low, high), [BN, 2 * STEP])
             total = tl.dot(left, right, total)
     if ENTRIES == 8:
         total *= _factor(tables, table_stride, held, WORDS)[:, None]
     if GROUPS:
-        total *= 1 / 255
+        total *= 256 / 255
     keep = (n < rows)[:, None] & (m < count)[None, :]
     if SPLIT == 1:
         if BIAS:

@@ -74,7 +74,7 @@ class Variant:
             text = ptx.product(self.bits, self.head, self.rows, self.form, entries)
             found |= {"LOAD_TEXT": load.text, "LOAD_IO": load.constraints}
         elif matrix:
-            text = ptx.weights(self.bits, self.head, kind, entries)
+            text = ptx.weights(self.bits, self.head, kind, entries, self.groups)
         else:
             text = ptx.stored(self.bits, self.head, kind, entries)
         return found | {"TEXT": text.text, "IO": text.constraints}

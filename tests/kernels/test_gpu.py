@@ -166,7 +166,7 @@ def interpret(script, *arguments):
 @pytest.mark.slow
 @interpreter
 def test_plain_kernels_against_float64():
-    assert interpret("interpreted.py").count(": ok") == 7
+    assert interpret("interpreted.py").count(": ok") == 8
 
 
 @pytest.mark.slow
