@@ -60,7 +60,7 @@ def _alike(members: Sequence[BitPlaneLinear]) -> bool:
         member.in_features == first.in_features
         and member.shape.all_bits == first.shape.all_bits
         and member.shape.codebook_dtype == first.shape.codebook_dtype
-        and (member.groups is None) == (first.groups is None)
+        and (member.group_sizes is None) == (first.group_sizes is None)
         and member.exact == first.exact
         and (member.bias is None) == (first.bias is None)
         and same_factors(member.factors, first.factors)

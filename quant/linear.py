@@ -161,7 +161,7 @@ class PackedModule(nn.Module):
     def _shared_parts(self) -> dict[str, Tensor]:
         """Return the tensors that shared codebooks are computed from, by their stored names; none if rows have their own."""
         found = {name: tensor for name, tensor in self.named_buffers() if name.startswith(_SHARED)}
-        return found if self.groups is None else found | {"groups": self.groups}
+        return found if self.group_sizes is None else found | {"groups": self.group_sizes}
 
     def shared(self) -> Shared | None:
         """Return what shared codebooks are computed from; None if rows have their own."""
@@ -178,7 +178,7 @@ class PackedModule(nn.Module):
         return None if self.is_tiled or "shapes" in self._buffers else self._buffers.get("rows")
 
     @property
-    def groups(self) -> Tensor | None:
+    def group_sizes(self) -> Tensor | None:
         """Return the sizes of every row's groups of columns, uint8 [N, ceil(K / 64)] in 255ths, if entries have them; else None."""
         tiled = self._buffers.get("tiled_groups")
         return self._buffers.get("groups") if tiled is None else untiled_groups(tiled, self.shape.out_features)
@@ -196,7 +196,7 @@ class PackedModule(nn.Module):
             found = found if places is None else found[places]
         else:
             columns_held = self.shape.in_features
-            found = dense_weight(self.planes(bits), self.codebook(bits), columns_held, wide, places, self.groups)
+            found = dense_weight(self.planes(bits), self.codebook(bits), columns_held, wide, places, self.group_sizes)
         if rows is not None:
             found *= rows if places is None else rows[places]
         return found if columns is None else found.mul_(columns).to(dtype)
@@ -216,7 +216,7 @@ class PackedModule(nn.Module):
             shape, rows = self.shape, self.row_factors
             tensors = [self.codebook(bits), *self.planes(bits)]
             sizes = shape.out_features, shape.in_features
-            y = packed_linear(self._scaled(x), tensors, None, self.groups, *sizes, bits, 0)
+            y = packed_linear(self._scaled(x), tensors, None, self.group_sizes, *sizes, bits, 0)
             y = y if rows is None else (y * rows[:, 0]).to(x.dtype)
         bias = self._parameters.get("bias")
         return y if bias is None else y + bias
@@ -283,7 +283,7 @@ class PackedModule(nn.Module):
         if not cpu.serves(self.codebook(bits)):
             return None
         planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
-        scales = self.factors, self.row_factors, self._parameters.get("bias"), self.groups
+        scales = self.factors, self.row_factors, self._parameters.get("bias"), self.group_sizes
         prepared = cpu.Prepared(planes, table, columns, not exact, None, *scales)
         self._prepared = key, prepared
         return prepared
@@ -362,7 +362,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
             bits: buffers[f"codebook_{bits}"] if shared is None else shared.decoded(bits) for bits in shape.all_bits
         }
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
-        self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact, self.groups))
+        self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact, self.group_sizes))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
