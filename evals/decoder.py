@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., K] to [..., N]."""
-        y: Tensor = packed_linear(x, list(self.buffers()), None, *self.facts)
+        y: Tensor = packed_linear(x, list(self.buffers()), None, None, *self.facts)
         return y
 
 

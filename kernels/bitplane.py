@@ -17,14 +17,19 @@ from torch import Tensor
 
 from compress.kernels import cpu, gpu
 from compress.kernels.layout import Tiled
-from compress.kernels.packing import unpack_planes
+from compress.kernels.packing import GROUP_UNIT, scale_groups, unpack_planes
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)  # by the C library: it adds in float32
 _WEIGHTS_AT_ONCE = 1 << 20  # looked up in one go: bounds the int64 indices to 8 MiB
 
 
 def dense_weight(
-    planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype, places: Tensor | None = None
+    planes: list[Tensor],
+    codebook: Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    places: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Look every weight up, or those of some rows.
 
@@ -34,17 +39,24 @@ def dense_weight(
         columns: K.
         dtype: of the result.
         places: int64 [T], rows to look up; all if None.
+        groups: uint8 [N, ceil(K / 64)], what the entries of every 64 columns are multiplied by, divided by 255.
 
     Returns:
         [N, K] in ``dtype``, or [T, K].
     """
     traced = torch.compiler.is_compiling()
-    if not traced and dtype.itemsize in (2, 4) and cpu.serves(codebook, *planes):
-        return cpu.look_up(planes, codebook.to(dtype), columns, places=places)
-    if places is not None:
-        planes = [plane[places] for plane in planes]
-        codebook = codebook if len(codebook) == 1 else codebook[places]
-    return reference_weight(planes, codebook, columns, dtype)
+    wide = torch.promote_types(dtype, torch.float32) if groups is not None else dtype  # rounded once
+    if not traced and wide.itemsize in (2, 4) and cpu.serves(codebook, *planes):
+        weight = cpu.look_up(planes, codebook.to(wide), columns, places=places)
+    else:
+        if places is not None:
+            planes = [plane[places] for plane in planes]
+            codebook = codebook if len(codebook) == 1 else codebook[places]
+        weight = reference_weight(planes, codebook, columns, wide)
+    if groups is not None:
+        sizes = (groups if places is None else groups[places]).to(wide) / GROUP_UNIT
+        weight = scale_groups(weight, sizes).to(dtype)
+    return weight
 
 
 def reference_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -71,22 +83,33 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("compress::packed_weight", mutates_args=())
-def packed_weight(tensors: list[Tensor], rows: int, columns: int, bits: int, head: int, dtype: torch.dtype) -> Tensor:
+def packed_weight(
+    tensors: list[Tensor], groups: Tensor | None, rows: int, columns: int, bits: int, head: int, dtype: torch.dtype
+) -> Tensor:
     """Look up every weight of the matrix that :func:`packed_linear` would multiply by: [N, K] in ``dtype``."""
     if head:
-        return gpu.weight(gpu.GpuMatrix(tensors, rows, columns, bits, head), dtype)
+        return gpu.weight(gpu.GpuMatrix(tensors, rows, columns, bits, head, groups), dtype)
     codebook, *planes = tensors
-    return dense_weight(planes, codebook, columns, dtype)
+    return dense_weight(planes, codebook, columns, dtype, groups=groups)
 
 
 @packed_weight.register_fake
-def _(tensors: list[Tensor], rows: int, columns: int, bits: int, head: int, dtype: torch.dtype) -> Tensor:
+def _(
+    tensors: list[Tensor], groups: Tensor | None, rows: int, columns: int, bits: int, head: int, dtype: torch.dtype
+) -> Tensor:
     return tensors[0].new_empty(rows, columns, dtype=dtype)
 
 
 @torch.library.custom_op("compress::packed_linear", mutates_args=())
 def packed_linear(
-    x: Tensor, tensors: list[Tensor], bias: Tensor | None, rows: int, columns: int, bits: int, head: int
+    x: Tensor,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    groups: Tensor | None,
+    rows: int,
+    columns: int,
+    bits: int,
+    head: int,
 ) -> Tensor:
     """Apply a packed linear layer.
 
@@ -96,6 +119,8 @@ def packed_linear(
             its b planes, most significant first, int32 [N, ceil(K / 32)] each; of one in the layout of the GPU kernels what
             :meth:`compress.kernels.layout.Tiled.tensors` gives.
         bias: [N], or None.
+        groups: uint8 [N, ceil(K / 64)], what the entries of every 64 columns are multiplied by, divided by 255; in the
+            layout of the GPU kernels as :class:`compress.kernels.layout.Tiled` has them.
         rows: N.
         columns: K.
         bits: b.
@@ -108,29 +133,38 @@ def packed_linear(
         ValueError: ``x`` is on another device than a matrix in the layout of the GPU kernels.
     """
     if head:
-        return gpu.linear(x, gpu.GpuMatrix(tensors, rows, columns, bits, head), bias)
+        return gpu.linear(x, gpu.GpuMatrix(tensors, rows, columns, bits, head, groups), bias)
     codebook, *planes = tensors
     if cpu.serves(x, *tensors) and x.dtype in SERVED:
-        y = cpu.Prepared(planes, codebook, columns)(x)
+        y = cpu.Prepared(planes, codebook, columns, groups=groups)(x)
     else:
-        y = matmul(x, dense_weight(planes, codebook, columns, x.dtype).t()).contiguous()
+        y = matmul(x, dense_weight(planes, codebook, columns, x.dtype, groups=groups).t()).contiguous()
     return y if bias is None else y + bias
 
 
 @packed_linear.register_fake
-def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, rows: int, columns: int, bits: int, head: int) -> Tensor:
+def _(
+    x: Tensor,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    groups: Tensor | None,
+    rows: int,
+    columns: int,
+    bits: int,
+    head: int,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, tensors, _, *ctx.facts = inputs
-    ctx.save_for_backward(*tensors)
+    _, tensors, _, groups, *ctx.facts = inputs
+    ctx.save_for_backward(*tensors, groups)
 
 
 def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    tensors = list(ctx.saved_tensors)
-    weight = packed_weight(tensors, *ctx.facts, gradient.dtype)
-    return matmul(gradient, weight), [None] * len(tensors), *([None] * 5)
+    *tensors, groups = ctx.saved_tensors
+    weight = packed_weight(tensors, groups, *ctx.facts, gradient.dtype)
+    return matmul(gradient, weight), [None] * len(tensors), *([None] * 6)
 
 
 packed_linear.register_autograd(_input_gradient, setup_context=_keep_for_backward)
@@ -138,13 +172,15 @@ packed_linear.register_autograd(_input_gradient, setup_context=_keep_for_backwar
 
 def tiled_linear(x: Tensor, tiled: Tiled, bits: int, bias: Tensor | None = None) -> Tensor:
     """Multiply by a matrix in the layout of the GPU kernels at a number of bits: [..., K] to [..., N]; differentiable in ``x``."""
-    y: Tensor = packed_linear(x, tiled.tensors(bits), bias, tiled.rows, tiled.columns, bits, tiled.head)
+    facts = tiled.groups, tiled.rows, tiled.columns, bits, tiled.head
+    y: Tensor = packed_linear(x, tiled.tensors(bits), bias, *facts)
     return y
 
 
 def tiled_weight(tiled: Tiled, bits: int, dtype: torch.dtype) -> Tensor:
     """Look up every weight of a matrix in the layout of the GPU kernels at a number of bits: [N, K]."""
-    weight: Tensor = packed_weight(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head, dtype)
+    facts = tiled.groups, tiled.rows, tiled.columns, bits, tiled.head, dtype
+    weight: Tensor = packed_weight(tiled.tensors(bits), *facts)
     return weight
 
 

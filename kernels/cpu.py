@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.kernels.packing import GROUP, GROUP_UNIT, scale_groups
+
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 3
-_MATRIX = struct.Struct("=21q")
-_CHUNK, _GROUP = 512, 64  # columns, as in kernels/c/bitplane.h
+_ABI = 4
+_MATRIX = struct.Struct("=23q")
+_CHUNK = 512  # columns, as in kernels/c/bitplane.h
 _TABLES = {torch.float16: 2, torch.float32: 4}
 _TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
 WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
@@ -114,7 +116,8 @@ def int8_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
         table = rows.double()
         low, high = table.amin(1, keepdim=True), table.amax(1, keepdim=True)
         step = (high - low) / 254
-        place.copy_(torch.where(step > 0, (table - low) / step, 0.0).round() + 1)
+        step = torch.where(step > 0, step, low.abs().clamp(min=1e-30))  # kernels divide by it
+        place.copy_(((table - low) / step).round() + 1)
         line.copy_(torch.cat([step, low - step], 1))
     return places, affine
 
@@ -122,9 +125,9 @@ def int8_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _order(bits: int, int8: bool, isa: int) -> Tensor:
     """Return the order in which kernels want activations, int16 of any meaning to the library alone."""
-    order = torch.empty(_CHUNK + _GROUP, dtype=torch.int16, device="cpu")
+    order = torch.empty(_CHUNK + GROUP, dtype=torch.int16, device="cpu")
     # Of a matrix without rows; the address of its codebook's steps says that it is of the int8 mode.
-    matrix = _MATRIX.pack(*[0] * 9, int(int8), *[0] * 4, 0, 0, 0, bits, isa, 0, 0)
+    matrix = _MATRIX.pack(*[0] * 9, int(int8), *[0] * 5, 0, 0, 0, bits, isa, 0, 0, 0)
     if _library().calls.compress_order(matrix, order.data_ptr()):
         raise RuntimeError("this processor cannot run the kernels asked for")
     return order
@@ -133,6 +136,14 @@ def _order(bits: int, int8: bool, isa: int) -> Tensor:
 def _held(tensor: Tensor | None) -> Tensor | None:
     """Return a vector as the library reads it."""
     return None if tensor is None else tensor.detach().float().contiguous().view(-1)
+
+
+def _groups(groups: Tensor, factors: Tensor | None, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return sizes of groups as the library reads them, and the factors of rows with what they are divided by."""
+    if groups.dtype != torch.uint8 or groups.shape != (rows, -(-columns // GROUP)):
+        raise ValueError(f"groups, {groups.dtype} {tuple(groups.shape)}, are not those of {rows} x {columns}")
+    shares = torch.full((rows,), 1 / GROUP_UNIT, dtype=torch.float64, device=groups.device)
+    return groups.contiguous(), shares if factors is None else shares * factors.detach().double().view(-1)
 
 
 class Prepared:
@@ -147,6 +158,7 @@ class Prepared:
         inputs: [K], what activations are multiplied by first.
         factors: [N] or [N, 1], what sums are multiplied by.
         bias: [N], what is added then.
+        groups: uint8 [N, ceil(K / 64)], what entries are multiplied by, divided by 255.
 
     Raises:
         ValueError: shapes or types that do not belong together.
@@ -163,6 +175,7 @@ class Prepared:
         inputs: Tensor | None = None,
         factors: Tensor | None = None,
         bias: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         found = _library()
         strides = planes[0].stride()
@@ -174,16 +187,28 @@ class Prepared:
         if not sizes_fit or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
             shapes = [tuple(plane.shape) for plane in planes]
             raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
+        if groups is not None:
+            groups, factors = _groups(groups, factors, rows, columns)
         entries, affine = int8_codebook(table) if int8 else (table, None)
         isa = found.isa if isa is None else isa
         vectors = [affine, _held(inputs), _held(factors), _held(bias), _order(bits, int8, isa)]
         self.planes, self.codebook, self.rows, self.columns = planes, table, rows, columns
         self._inputs, self._factors, self._bias = vectors[1:4]
+        self._groups = groups
         self._kept_alive = entries, vectors
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
         addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits) + [entries.data_ptr()]
-        addresses += [0 if vector is None else vector.data_ptr() for vector in vectors]
-        sizes = stride, rows, columns, bits, isa, entries.element_size(), int(table.shape[0] < rows)
+        addresses += [0 if vector is None else vector.data_ptr() for vector in (*vectors, groups)]
+        sizes = (
+            stride,
+            rows,
+            columns,
+            bits,
+            isa,
+            entries.element_size(),
+            int(table.shape[0] < rows),
+            -(-columns // GROUP),
+        )
         self.matrix = _MATRIX.pack(*addresses, *sizes)
         self._library = found
 
@@ -224,6 +249,8 @@ class Prepared:
             part = slice(start, start + step)
             table = self.codebook[part] if len(self.codebook) == self.rows else self.codebook
             weight = look_up([plane[part] for plane in self.planes], table.to(dtype), self.columns)
+            if self._groups is not None:
+                scale_groups(weight, self._groups[part].to(dtype))
             y[:, part] = rows @ weight.t()
         if self._factors is not None:
             y = y * self._factors

@@ -22,8 +22,8 @@ from torch.nn.functional import linear as dense_linear
 from torch.nn.functional import pad
 
 from compress.kernels.configs import Problem, choose_config, tuned
-from compress.kernels.layout import ROWS, Tiled
-from compress.kernels.packing import words
+from compress.kernels.layout import ROWS, Tiled, untiled_groups
+from compress.kernels.packing import GROUP_UNIT, scale_groups, words
 from compress.kernels.ptx import PAIRED, REGISTER_BITS, Entries
 from compress.kernels.variants import Config, Kind, Operation, Variant
 
@@ -106,6 +106,7 @@ class GpuMatrix:
     columns: int  # K
     bits: int  # of a code
     head: int  # of the layout
+    groups: Tensor | None = None  # as :class:`compress.kernels.layout.Tiled` has them
 
     @property
     def codes(self) -> Tensor:
@@ -134,9 +135,8 @@ class GpuMatrix:
         entries: Entries = 8 if self.rounded and not _in_bfloat16(operation, problem.kind) else 16
         if config.pairs and self.bits == PAIRED and self.table.dtype == torch.float16:
             entries = 32
-        return Variant(
-            operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias, entries
-        )
+        facts = operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias
+        return Variant(*facts, self.groups is not None, entries)
 
     @property
     def rounded(self) -> bool:
@@ -151,6 +151,8 @@ class GpuMatrix:
     def operands(self, variant: Variant) -> dict[str, Any]:
         """Return the arguments that all kernels share."""
         found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
+        if variant.operation != "look_up" or not variant.assembly:
+            found["groups"] = self.groups
         if variant.assembly:
             found["table_stride"] = self.codes.shape[1] * ROWS
         if variant.assembly and variant.entries < 32 and self.bits <= REGISTER_BITS and self.registers is not None:
@@ -256,7 +258,10 @@ def _parts(packed: GpuMatrix, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
         arguments = packed.operands(variant) | {"out": out, "first_tile": first}
         _launch(variant, config, (count, -(-packed.span // config.step)), arguments)
         rows = slice(first * ROWS, min((first + count) * ROWS, packed.rows))
-        yield rows, out[: rows.stop - rows.start, : packed.columns]
+        found = out[: rows.stop - rows.start, : packed.columns]
+        if packed.groups is not None and variant.assembly:
+            scale_groups(found, untiled_groups(packed.groups[first : first + count], len(found)) / GROUP_UNIT)
+        yield rows, found
 
 
 def _by_matrix_product(x: Tensor, packed: GpuMatrix, bias: Tensor | None) -> Tensor:
@@ -266,7 +271,8 @@ def _by_matrix_product(x: Tensor, packed: GpuMatrix, bias: Tensor | None) -> Ten
 
 def _reference(packed: GpuMatrix, dtype: torch.dtype) -> Tensor:
     """Look up every weight in plain torch: [N, K]."""
-    tiled = Tiled(packed.rows, packed.columns, packed.head, packed.codes, {packed.bits: packed.table}, {})
+    tables = {packed.bits: packed.table}
+    tiled = Tiled(packed.rows, packed.columns, packed.head, packed.codes, tables, {}, groups=packed.groups)
     return tiled.dense(packed.bits, dtype)
 
 

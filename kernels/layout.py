@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.kernels.packing import unpack_planes, words
+from compress.kernels.packing import GROUP, GROUP_UNIT, scale_groups, unpack_planes, words
 
 ROWS = 32  # of one tile
 ROUNDED = 4  # bits whose entries can be read with 8 bits
@@ -161,6 +161,16 @@ def _tiled_table(codebook: Tensor) -> Tensor:
     return _padded(codebook).view(-1, ROWS, codebook.shape[1]).transpose(1, 2).contiguous()
 
 
+def _tiled_groups(groups: Tensor) -> Tensor:
+    """Bring sizes of groups, uint8 [N, G], into the layout, [tiles, G, 32]."""
+    return pad(groups, (0, 0, 0, -len(groups) % ROWS)).view(-1, ROWS, groups.shape[1]).transpose(1, 2).contiguous()
+
+
+def untiled_groups(tiled: Tensor, rows: int) -> Tensor:
+    """Undo it: uint8 [N, G] of so many rows."""
+    return tiled.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+
+
 @dataclass
 class Tiled:
     """Hold a packed matrix [N, K] in the layout of the kernels.
@@ -176,16 +186,25 @@ class Tiled:
     tables: dict[int, Tensor]  # bits -> floating [ceil(N / 32), 2**bits, 32]
     registers: dict[int, Tensor]  # bits -> int32 [2, 2**bits / 2, 32 * ceil(N / 32)]
     rounded: Tensor | None = None  # float32 [ceil(N / 32), 16, 32], the worth of 8-bit entries; None if exact
+    groups: Tensor | None = None  # uint8 [ceil(N / 32), ceil(K / 64), 32], what entries are multiplied by, in 255ths
 
     @classmethod
     def build(
-        cls, planes: Sequence[Tensor], codebooks: Mapping[int, Tensor], columns: int, exact: bool = True
+        cls,
+        planes: Sequence[Tensor],
+        codebooks: Mapping[int, Tensor],
+        columns: int,
+        exact: bool = True,
+        groups: Tensor | None = None,
     ) -> Tiled:
         """Make the layout on the device of the planes, int32 [N, ceil(K / 32)] each, most significant first.
 
         ``codebooks`` holds floating [N, 2**bits] for all bits to be read; 4-bit ones have entries of 8 bits if not ``exact``.
+        ``groups``, uint8 [N, ceil(K / 64)], are what entries of every 64 columns are multiplied by, divided by 255.
         """
-        return cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns, exact)
+        made = cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns, exact)
+        made.groups = None if groups is None else _tiled_groups(groups)
+        return made
 
     @classmethod
     def around(cls, codes: Tensor, codebooks: Mapping[int, Tensor], columns: int, exact: bool = True) -> Tiled:
@@ -205,7 +224,9 @@ class Tiled:
 
     def with_entries(self, exact: bool) -> Tiled:
         """Return the same codes with entries exact or of 8 bits."""
-        return Tiled.around(self.codes, {bits: self.codebook(bits) for bits in self.tables}, self.columns, exact)
+        made = Tiled.around(self.codes, {bits: self.codebook(bits) for bits in self.tables}, self.columns, exact)
+        made.groups = self.groups
+        return made
 
     def read(self, bits: int) -> Tensor:
         """Return the table that products of a number of bits are made with, in the form of ``tables``."""
@@ -233,7 +254,11 @@ class Tiled:
         """Look every weight up in plain torch, [N, K], on any device: what the kernels are measured against."""
         planes = _untile_codes(self.codes[: max(bits, self.head)], self.rows, self.head)[:bits]
         codes = unpack_planes(list(planes), self.columns)
-        return self._untiled(self.read(bits)).to(dtype).gather(1, codes.long())
+        if self.groups is None:
+            return self._untiled(self.read(bits)).to(dtype).gather(1, codes.long())
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = self._untiled(self.read(bits)).to(wide).gather(1, codes.long())
+        return scale_groups(weight, untiled_groups(self.groups, self.rows).to(wide) / GROUP_UNIT).to(dtype)
 
 
 def random_tiled(
@@ -244,8 +269,12 @@ def random_tiled(
     device: str | torch.device = "cpu",
     seed: int = 0,
     exact: bool = True,
+    groups: bool = False,
 ) -> Tiled:
-    """Make random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too."""
+    """Make random codes and float16 codebooks of the size of trained ones, for benchmarks and tests; padding is random too.
+
+    On request there are random sizes of groups of columns.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     tiles, first = -(-rows // ROWS), bits if seed_bits is None else seed_bits
     shape = bits, tiles, words(columns), ROWS
@@ -254,4 +283,8 @@ def random_tiled(
         held: (0.02 * torch.randn(rows, 2**held, dtype=torch.float32, device=device, generator=generator)).half()
         for held in range(first, bits + 1)
     }
-    return Tiled.around(codes, codebooks, columns, exact)
+    made = Tiled.around(codes, codebooks, columns, exact)
+    if groups:
+        size = tiles, -(-columns // GROUP), ROWS
+        made.groups = torch.randint(1, 256, size, dtype=torch.uint8, device=device, generator=generator)
+    return made

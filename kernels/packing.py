@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 WORD = 32
+GROUP = 64  # columns of a row that share a size
+GROUP_UNIT = 255  # sizes of groups are whole numbers of this part of their row's
 
 
 def words(columns: int) -> int:
@@ -37,3 +39,11 @@ def unpack_planes(planes: list[Tensor], columns: int) -> Tensor:
         octets = plane.contiguous().view(torch.uint8)
         codes = (codes << 1) | ((octets.unsqueeze(-1) >> place) & 1)
     return codes.view(rows, -1)[:, :columns]
+
+
+def scale_groups(weight: Tensor, sizes: Tensor) -> Tensor:
+    """Multiply every 64 columns of a weight [N, K] by their size, floating [N, ceil(K / 64)]: in place, and return it."""
+    whole = weight.shape[1] // GROUP
+    weight[:, : whole * GROUP].view(len(weight), whole, GROUP).mul_(sizes[:, :whole, None])
+    weight[:, whole * GROUP :].mul_(sizes[:, whole:])
+    return weight

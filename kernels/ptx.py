@@ -287,19 +287,23 @@ def weights(
     """Look 32 weights up: 16 words of two each, in the order of the columns.
 
     Inputs as for :func:`product` without the activations; tables in registers hold entries of that kind already, and those with
-    entries of 8 bits give float16. With ``final`` one more input, a float16 twice, multiplies all of them.
+    entries of 8 bits give float16. With ``final`` one more input, a number of their kind twice, multiplies all of them.
     """
     w = _Writer(16)
     codes, tables = w.inputs(bits), w.inputs(table_words(bits, entries))
     if bits <= REGISTER_BITS:
         pairs = _register_weights(w, bits, head, entries, codes, tables)
-        if final:
-            factor = w.input()
-            pairs = [w.word("mul.rn.f16x2", pair, factor) for pair in pairs]
     else:
         singles = _shared_weights(w, bits, head, codes, tables[0])
         name = f"cvt.rn.{'f16x2' if kind == 'fp16' else 'bf16x2'}.f32"
         pairs = [w.word(name, high, low) for low, high in zip(singles[::2], singles[1::2], strict=True)]
+    if final:
+        factor = w.input()
+        if kind == "fp16":
+            pairs = [w.word("mul.rn.f16x2", pair, factor) for pair in pairs]
+        else:  # what there is before sm_90 in place of a multiplication: with -0 added
+            nothing = w.word("mov.b32", 0x80008000)
+            pairs = [w.word("fma.rn.bf16x2", pair, factor, nothing) for pair in pairs]
     return w.finish(pairs, "r", ",".join(["r"] * (w.operands - 16)))
 
 

@@ -9,7 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _weights(codes, tables, w, n, words, plane_stride, BITS: tl.constexpr, HEAD: tl.constexpr):
+def group_sizes(groups, n, w, words):
+    """Load the sizes of the groups of columns that words w of rows n are in, whole numbers as float32."""
+    return tl.load(groups + n // 32 * ((words + 1) // 2 * 32) + w // 2 * 32 + n % 32).to(tl.float32)
+
+
+@triton.jit
+def _weights(
+    codes, tables, groups, w, n, words, plane_stride, BITS: tl.constexpr, HEAD: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
     """Look up rows n and words w, both below their ends: float32 [rows, words, 32]."""
     column = tl.arange(0, 32)[None, None, :]
     block, place = column // 8, column % 8
@@ -24,13 +32,17 @@ def _weights(codes, tables, w, n, words, plane_stride, BITS: tl.constexpr, HEAD:
             word, bit = 0 * block + plane, 4 * place + block
         code |= ((tl.load(first + word.to(tl.int64) * plane_stride) >> bit) & 1) << plane
     row = (n // 32 * (32 * 2**BITS) + n % 32)[:, None, None]
-    return tl.load(tables + row + code * 32).to(tl.float32)
+    weight = tl.load(tables + row + code * 32).to(tl.float32)
+    if GROUPS:
+        weight *= (group_sizes(groups, n[:, None], w[None, :], words) / 255)[:, :, None]
+    return weight
 
 
 @triton.jit
 def gemv(
-    x, codes, tables, bias, y, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
+    x, codes, tables, groups, bias, y, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
     M: tl.constexpr, BITS: tl.constexpr, HEAD: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Multiply M rows of activations with 32 rows of weights: y[m, n] = sum of x[m, k] w[n, k]."""
     part = tl.program_id(1)
@@ -43,7 +55,7 @@ def gemv(
     end = tl.minimum((part + 1) * chunk, words)
     for start in range(part * chunk, end, STEP):
         w = start + place
-        weight = _weights(codes, tables, tl.minimum(w, words - 1), n, words, plane_stride, BITS, HEAD)
+        weight = _weights(codes, tables, groups, tl.minimum(w, words - 1), n, words, plane_stride, BITS, HEAD, GROUPS)
         k = w[:, None] * 32 + column[None, :]
         inside = (k < columns) & (w < end)[:, None]
         new = ()
@@ -63,9 +75,9 @@ def gemv(
 
 @triton.jit
 def dot(
-    x, codes, tables, bias, y, count, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
+    x, codes, tables, groups, bias, y, count, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
     BITS: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS: tl.constexpr, UPCAST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Multiply many rows of activations by matrix instructions: weights of BN rows are looked up once for BM of them."""
     part = tl.program_id(1)
@@ -77,7 +89,8 @@ def dot(
     end = tl.minimum((part + 1) * chunk, words)
     for start in range(part * chunk, end, STEP):
         w = start + place
-        weight = _weights(codes, tables, tl.minimum(w, words - 1), held, words, plane_stride, BITS, HEAD)
+        at = tl.minimum(w, words - 1)
+        weight = _weights(codes, tables, groups, at, held, words, plane_stride, BITS, HEAD, GROUPS)
         k = start * 32 + tl.arange(0, STEP * 32)
         inside = (k < columns) & (k < end * 32)
         right = tl.load(x + m[None, :] * x_stride + k[:, None], mask=inside[:, None] & (m < count)[None, :], other=0.0)
@@ -95,13 +108,14 @@ def dot(
 
 @triton.jit
 def look_up(
-    codes, tables, out, first_tile, words, plane_stride,
-    BITS: tl.constexpr, HEAD: tl.constexpr, STEP: tl.constexpr,
+    codes, tables, groups, out, first_tile, words, plane_stride,
+    BITS: tl.constexpr, HEAD: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Look up the weights of 32 rows: [rows, 32 * words] in the type of ``out``."""
     n = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
     w = tl.program_id(1) * STEP + tl.arange(0, STEP)
-    weight = _weights(codes, tables, tl.minimum(w, words - 1), first_tile * 32 + n, words, plane_stride, BITS, HEAD)
+    at, held = tl.minimum(w, words - 1), first_tile * 32 + n
+    weight = _weights(codes, tables, groups, at, held, words, plane_stride, BITS, HEAD, GROUPS)
     k = w[:, None] * 32 + tl.arange(0, 32)[None, :]
     place = n[:, None, None] * (words * 32) + k[None, :, :]
     tl.store(out + place, weight.to(out.dtype.element_ty), mask=(w < words)[None, :, None])

@@ -9,6 +9,8 @@ until the end. Where the compiler chooses another way it is slower, never wrong:
 import triton
 import triton.language as tl
 
+from compress.kernels.triton_plain import group_sizes
+
 
 @triton.jit
 def _tables(
@@ -102,10 +104,10 @@ def _sums(TEXT: tl.constexpr, IO: tl.constexpr, given, M: tl.constexpr):
 
 @triton.jit
 def gemv(
-    x, codes, tables, bias, y, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
+    x, codes, tables, groups, bias, y, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
     M: tl.constexpr, BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr,
     EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, LOAD_TEXT: tl.constexpr,
-    LOAD_IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr,
+    LOAD_IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Multiply M rows of activations with 32 rows of weights, as :func:`compress.kernels.triton_plain.gemv`.
 
@@ -132,15 +134,21 @@ def gemv(
         for m in tl.static_range(M):
             here = here + _sixteen(LOAD_TEXT, LOAD_IO, (x + m * x_stride + at[:, None] * 32,))
         sums = _sums(TEXT, IO, here, M)
+        if GROUPS:
+            sizes = group_sizes(groups, n[None, :], at[:, None], words)
         new = ()
         for m in tl.static_range(M):
             more = sums[m] if EVEN else tl.where((w < end)[:, None], sums[m], 0.0)
+            if GROUPS:
+                more *= sizes
             new = new + (totals[m] + more,)
         totals = new
     for m in tl.static_range(M):
         total = tl.sum(totals[m], 0)
         if ENTRIES == 8:
             total *= _factor(tables, table_stride, n, WORDS)
+        if GROUPS:
+            total *= 1 / 255
         if SPLIT == 1:
             if BIAS:
                 total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
@@ -151,10 +159,10 @@ def gemv(
 
 @triton.jit
 def dot(
-    x, codes, tables, bias, y, count, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
+    x, codes, tables, groups, bias, y, count, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
     BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STEP: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr,
-    RESERVE: tl.constexpr, PUT: tl.constexpr,
+    RESERVE: tl.constexpr, PUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Multiply many rows of activations by matrix instructions, as :func:`compress.kernels.triton_plain.dot`.
 
@@ -177,7 +185,12 @@ def dot(
         here = ()
         for plane in tl.static_range(BITS):
             here = here + (tl.load(first + plane * plane_stride + at * 32),)
-        found = _sixteen(TEXT, IO, here + given)
+        here = here + given
+        if GROUPS:  # 16 bits hold 256ths; what makes them 255ths is left for the sums
+            size = (group_sizes(groups, held[:, None], at, words) / 256).to(x.dtype.element_ty)
+            size = size.to(tl.int16, bitcast=True).to(tl.int32)
+            here = here + (size | size << 16,)  # not negative
+        found = _sixteen(TEXT, IO, here)
         k = (start + pair // 2) * 32 + pair % 2
         inside = ((start + pair // 2) < end)[:, None] & (m < count)[None, :]
         for j in tl.static_range(16):
@@ -188,6 +201,8 @@ def dot(
             total = tl.dot(left, right, total)
     if ENTRIES == 8:
         total *= _factor(tables, table_stride, held, WORDS)[:, None]
+    if GROUPS:
+        total *= 256 / 255
     keep = (n < rows)[:, None] & (m < count)[None, :]
     if SPLIT == 1:
         if BIAS:

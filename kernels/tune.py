@@ -23,7 +23,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def packed_of(tiled: Tiled, bits: int) -> gpu.GpuMatrix:
     """Return a layout at one number of bits as the launcher takes it."""
-    return gpu.GpuMatrix(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head)
+    return gpu.GpuMatrix(tiled.tensors(bits), tiled.rows, tiled.columns, bits, tiled.head, tiled.groups)
 
 
 def measure(problem: Problem, device: str, timer: Timer) -> dict[Config, float]:

@@ -38,6 +38,7 @@ class Variant:
     assembly: bool = True  # whether the assembly is used, or plain Triton
     even: bool = True  # whether every iteration is whole (assembly only)
     bias: bool = False  # whether one is added
+    groups: bool = False  # whether groups of columns have sizes (``look_up`` with assembly leaves them to the caller)
     entries: ptx.Entries = 16  # bits of each; at 4 bits also 8, in ``gemv`` 32 (plain Triton reads any table)
 
     def constants(self, config: Config) -> dict[str, Any]:
@@ -48,6 +49,8 @@ class Variant:
             found |= {"BM": config.bm, "BN": config.bn}
         if self.operation != "look_up":
             found |= {"SPLIT": config.split, "BIAS": self.bias and config.split == 1}
+        if self.operation != "look_up" or not self.assembly:
+            found["GROUPS"] = self.groups
         if self.operation == "gemv":
             found["M"] = self.rows
         return found | (self._assembly(config, matrix) if self.assembly else {"HEAD": self.head})
@@ -71,7 +74,7 @@ class Variant:
             text = ptx.product(self.bits, self.head, self.rows, self.form, entries)
             found |= {"LOAD_TEXT": load.text, "LOAD_IO": load.constraints}
         elif matrix:
-            text = ptx.weights(self.bits, self.head, kind, entries)
+            text = ptx.weights(self.bits, self.head, kind, entries, self.groups)
         else:
             text = ptx.stored(self.bits, self.head, kind, entries)
         return found | {"TEXT": text.text, "IO": text.constraints}

@@ -26,6 +26,7 @@ def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
         {bits: torch.cat([tiled.tables[bits] for tiled in tiles]) for bits in first.tables},
         {bits: torch.cat([tiled.registers[bits] for tiled in tiles], -1) for bits in first.registers},
         None if first.rounded is None else torch.cat([cast(Tensor, tiled.rounded) for tiled in tiles]),
+        None if first.groups is None else torch.cat([cast(Tensor, tiled.groups) for tiled in tiles]),
     )
 
 
@@ -38,8 +39,10 @@ def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
         rows = slice(start * ROWS, (start + count) * ROWS)
         registers = {bits: words[..., rows] for bits, words in joined.registers.items()}
         codes = joined.codes[:, start : start + count]
-        rounded = None if joined.rounded is None else joined.rounded[start : start + count]
-        found.append(Tiled(tiled.rows, tiled.columns, tiled.head, codes, tables, registers, rounded))
+        rounded, groups = (
+            None if whole is None else whole[start : start + count] for whole in (joined.rounded, joined.groups)
+        )
+        found.append(Tiled(tiled.rows, tiled.columns, tiled.head, codes, tables, registers, rounded, groups))
         start += count
     return found
 
@@ -57,6 +60,7 @@ def _alike(members: Sequence[BitPlaneLinear]) -> bool:
         member.in_features == first.in_features
         and member.shape.all_bits == first.shape.all_bits
         and member.shape.codebook_dtype == first.shape.codebook_dtype
+        and (member.group_sizes is None) == (first.group_sizes is None)
         and member.exact == first.exact
         and (member.bias is None) == (first.bias is None)
         and same_factors(member.factors, first.factors)

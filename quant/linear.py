@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from compress.errors import CompressError
 from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linear, tiled_linear, tiled_weight
-from compress.kernels.layout import Tiled, head_for
+from compress.kernels.layout import Tiled, head_for, untiled_groups
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 from compress.quant.shared import Shared, read_shared
@@ -160,7 +160,8 @@ class PackedModule(nn.Module):
 
     def _shared_parts(self) -> dict[str, Tensor]:
         """Return the tensors that shared codebooks are computed from, by their stored names; none if rows have their own."""
-        return {name: tensor for name, tensor in self.named_buffers() if name.startswith(_SHARED)}
+        found = {name: tensor for name, tensor in self.named_buffers() if name.startswith(_SHARED)}
+        return found if self.group_sizes is None else found | {"groups": self.group_sizes}
 
     def shared(self) -> Shared | None:
         """Return what shared codebooks are computed from; None if rows have their own."""
@@ -176,6 +177,12 @@ class PackedModule(nn.Module):
         """Return the factors of the rows, [N, 1], where :meth:`codebook` is one row for all of them; else None."""
         return None if self.is_tiled or "shapes" in self._buffers else self._buffers.get("rows")
 
+    @property
+    def group_sizes(self) -> Tensor | None:
+        """Return the sizes of every row's groups of columns, uint8 [N, ceil(K / 64)] in 255ths, if entries have them; else None."""
+        tiled = self._buffers.get("tiled_groups")
+        return self._buffers.get("groups") if tiled is None else untiled_groups(tiled, self.shape.out_features)
+
     def dense(self, dtype: torch.dtype | None = None, bits: int | None = None, places: Tensor | None = None) -> Tensor:
         """Return the weight at a number of bits, those in use if None, [N, K], float32 by default, and keep nothing.
 
@@ -188,7 +195,8 @@ class PackedModule(nn.Module):
             found = tiled_weight(self.tiled(), bits, wide)
             found = found if places is None else found[places]
         else:
-            found = dense_weight(self.planes(bits), self.codebook(bits), self.shape.in_features, wide, places)
+            columns_held = self.shape.in_features
+            found = dense_weight(self.planes(bits), self.codebook(bits), columns_held, wide, places, self.group_sizes)
         if rows is not None:
             found *= rows if places is None else rows[places]
         return found if columns is None else found.mul_(columns).to(dtype)
@@ -207,7 +215,8 @@ class PackedModule(nn.Module):
         else:
             shape, rows = self.shape, self.row_factors
             tensors = [self.codebook(bits), *self.planes(bits)]
-            y = packed_linear(self._scaled(x), tensors, None, shape.out_features, shape.in_features, bits, 0)
+            sizes = shape.out_features, shape.in_features
+            y = packed_linear(self._scaled(x), tensors, None, self.group_sizes, *sizes, bits, 0)
             y = y if rows is None else (y * rows[:, 0]).to(x.dtype)
         bias = self._parameters.get("bias")
         return y if bias is None else y + bias
@@ -229,6 +238,7 @@ class PackedModule(nn.Module):
             {bits: named[f"tiled_table_{bits}"] for bits in shape.all_bits},
             {bits: named[registers + str(bits)] for bits in shape.all_bits if registers + str(bits) in named},
             named.get("tiled_rounded"),
+            named.get("tiled_groups"),
         )
 
     def _key(self, bits: int, kind: object) -> _Key:
@@ -273,7 +283,7 @@ class PackedModule(nn.Module):
         if not cpu.serves(self.codebook(bits)):
             return None
         planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
-        scales = self.factors, self.row_factors, self._parameters.get("bias")
+        scales = self.factors, self.row_factors, self._parameters.get("bias"), self.group_sizes
         prepared = cpu.Prepared(planes, table, columns, not exact, None, *scales)
         self._prepared = key, prepared
         return prepared
@@ -352,11 +362,11 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
             bits: buffers[f"codebook_{bits}"] if shared is None else shared.decoded(bits) for bits in shape.all_bits
         }
         planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
-        self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact))
+        self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact, self.group_sizes))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
-        self.hold(self.shape, self._shared_parts())
+        self.hold(self.shape, {name: part for name, part in self._shared_parts().items() if name != "groups"})
         self.register_buffer("tiled_codes", made.codes, persistent=False)
         for bits, table in made.tables.items():
             self.register_buffer(f"tiled_table_{bits}", table, persistent=False)
@@ -364,6 +374,8 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
             self.register_buffer(f"tiled_registers_{bits}", packed, persistent=False)
         if made.rounded is not None:
             self.register_buffer("tiled_rounded", made.rounded, persistent=False)
+        if made.groups is not None:
+            self.register_buffer("tiled_groups", made.groups, persistent=False)
         self.is_tiled = True
 
     def share(self, part: Tiled, group: Group) -> None:

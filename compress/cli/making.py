@@ -103,7 +103,7 @@ def _degrees(folder: Path) -> list[int]:
 
     config, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), read_settings(folder)
     served = stored is None or unserved(stored, config.get("model_type", "")) is None
-    return legal_degrees(config) if served else []
+    return legal_degrees(config, stored.shapes().values() if stored else ()) if served else []
 
 
 def _time(step: dict[str, Any]) -> str:

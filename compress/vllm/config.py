@@ -85,7 +85,7 @@ class CompressQuantization(QuantizationConfig):
         self.embedding, self.head = structure.stored_name(structure.embedding), structure.stored_name(structure.head)
         self.shapes, self.tied = self.config.shapes(), bool(getattr(config, "tie_word_embeddings", False))
         self.names = {name: name for name in self.shapes}
-        self.degrees = legal_degrees(config.to_dict())
+        self.degrees = legal_degrees(config.to_dict(), self.shapes.values())
         start = "compress_"
         self.given = {key.removeprefix(start): value for key, value in vars(hf_config).items() if key.startswith(start)}
         held_bits(model_name, self.config, settings_of(self.given, "--hf-overrides.compress_"), self.access)

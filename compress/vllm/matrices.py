@@ -17,7 +17,7 @@ from compress.quant.embedding import BitPlaneEmbedding
 from compress.quant.format import expand, join_planes
 from compress.quant.fused import join, same_factors
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape, SparseShape
+from compress.quant.records import GROUP, PackedShape, SparseShape
 from compress.vllm.settings import Held
 
 
@@ -37,7 +37,9 @@ def cut(tensors: Mapping[str, Tensor], shape: PackedShape, part: Cut) -> tuple[P
         kind = name.partition("_")[0]
         if kind in ("weight", "plane"):
             tensor = _cut_words(tensor, shape.in_features, part.columns)
-        if kind in ("weight", "plane", "codebook", "rows", "shapes"):
+        elif kind == "groups":
+            tensor = _cut_groups(tensor, shape.in_features, part.columns)
+        if kind in ("weight", "plane", "codebook", "rows", "groups", "shapes"):
             tensor = tensor[..., part.rows.start : part.rows.stop, :]
             tensor = pad(tensor, (0, 0, 0, part.padded - len(part.rows)))
         elif kind == "columns":
@@ -53,6 +55,16 @@ def _cut_words(planes: Tensor, stored: int, columns: range) -> Tensor:
     flat = planes.reshape(-1, planes.shape[-1])
     moved = pack_planes(unpack_planes([flat], stored)[:, columns.start : columns.stop], 1)[0]
     return moved.view(*planes.shape[:-1], -1)
+
+
+def _cut_groups(groups: Tensor, stored: int, columns: range) -> Tensor:
+    """Take the sizes of groups of some columns, uint8 [N, groups of ``stored`` columns]; a group is not cut."""
+    if columns.start % GROUP or (columns.stop % GROUP and columns.stop != stored):
+        raise CompressError(
+            f"columns {columns.start} to {columns.stop} of {stored} are not whole groups of {GROUP}, which share a size; "
+            "serve it at one of the degrees that compress inspect names."
+        )
+    return groups[:, columns.start // GROUP : -(-columns.stop // GROUP)]
 
 
 def _from_least(shape: PackedShape, tensors: dict[str, Tensor], least: int) -> tuple[PackedShape, dict[str, Tensor]]:
@@ -221,7 +233,7 @@ def _at_once(parts: Sequence[BitPlaneLinear], together: Mapping[str, Tensor]) ->
     first = parts[0]
     planes = join_planes(together, first.shape.seed_bits, first.bits)
     codebook = torch.cat([part.codebook() for part in parts])
-    factors = {"inputs": first.factors, "factors": first.row_factors}
+    factors = {"inputs": first.factors, "factors": first.row_factors, "groups": first.group_sizes}
     return cpu.Prepared(planes, codebook, first.in_features, not first.exact, **factors)  # type: ignore[arg-type]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from compress.config import StoredConfig
 from compress.errors import CompressError, did_you_mean
-from compress.quant.records import EmbeddingShape, PackedShape, StackedShape, bits_range, unstacked
+from compress.quant.records import GROUP, EmbeddingShape, PackedShape, StackedShape, bits_range, unstacked
 
 _DENSE_EMBEDDING = ("gemma", "gemma2", "opt", "falcon", "bloom", "mixtral", "gpt_oss")  # they pass it no quantisation
 
@@ -107,11 +107,12 @@ def unserved(stored: StoredConfig, model_type: str) -> str | None:
     return None
 
 
-def legal_degrees(config: Mapping[str, Any]) -> list[int]:
+def legal_degrees(config: Mapping[str, Any], shapes: Iterable[PackedShape] = ()) -> list[int]:
     """Return the degrees of tensor parallelism that a model can be served at, from the content of its ``config.json``.
 
     Attention is split by heads, where keys and values are split or repeated; the MLP by channels; the vocabulary by rows, in
     multiples of 64. Any number of columns can be split: where parts do not begin with a word of 32, planes are packed again.
+    Only where one of the packed matrices, ``shapes``, has a size for every group of 64 columns, parts are whole groups.
     """
     text = {**config, **(config.get("text_config") or {})}
     heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
@@ -121,8 +122,13 @@ def legal_degrees(config: Mapping[str, Any]) -> list[int]:
     channels = next((text[name] for name in names if text.get(name)), 4 * hidden)
     sizes = [heads, -(-int(text.get("vocab_size") or 0) // 64) * 64]
     sizes += channels if isinstance(channels, list) else [int(channels)]
+    if any("groups" in shape.specification() for shape in shapes):
+        columns = [heads * int(text.get("head_dim") or hidden // heads), *sizes[2:]]
+        whole = [size // GROUP if size % GROUP == 0 else 1 for size in columns]  # one group: it is not split
+    else:
+        whole = []
     return [
         degree
         for degree in range(1, heads + 1)
-        if all(size % degree == 0 for size in sizes) and (pairs % degree == 0 or degree % pairs == 0)
+        if all(size % degree == 0 for size in sizes + whole) and (pairs % degree == 0 or degree % pairs == 0)
     ]

@@ -152,11 +152,26 @@ INLINE void prefetch(const int bits, const Block *w, int64_t place)
         PREFETCH((uintptr_t)w->planes[plane] + (uintptr_t)(place + AHEAD));
 }
 
-INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+/* The sizes of the groups in 256 columns, or of those there are, zeros behind them. */
+INLINE __m128 sizes_of(const Block *w, int64_t start)
+{
+    int64_t count = (w->bytes - start + 7) / 8;
+    int32_t bytes = 0;
+    memcpy(&bytes, w->groups + start / 8, count >= 4 ? 4 : (size_t)count);
+    return _mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)));
+}
+
+/* In both kernels the columns of a group are in two neighbouring lanes of every vector. */
+INLINE __m256 spread(__m128 sizes)
+{
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(sizes), _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
+}
+
+INLINE void exact_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots, each = 4 * units;
     float staged[1 << MAX_BITS];
-    __m256 total[MAX_BATCH * CHAINS], table[4];
+    __m256 total[MAX_BATCH * CHAINS], part[MAX_BATCH * CHAINS], table[4], *sums = grouped ? part : total;
     stage(bits, w, row, staged);
     for (int i = 0; i < 4; i++)
         table[i] = _mm256_loadu_ps(staged + (bits <= 3 ? 0 : 8 * i % (1 << bits)));
@@ -167,6 +182,8 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
         __m256i codes[8];
         prefetch(bits, w, row * w->stride + start);
         merged(bits, w->planes, row * w->stride + start, w->bytes - start, codes);
+        for (int i = 0; grouped && i < batch * CHAINS; i++)
+            part[i] = _mm256_setzero_ps();
         for (int vector = 0; vector < slots; vector++) {
             __m256 value[32];
             for (int i = 0; i < each; i++) {
@@ -176,11 +193,13 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
             for (int m = 0; m < batch; m++) {
                 const float *place = x->values + m * x->step + start * 8 + vector * each * 8;
                 for (int i = 0; i < each; i++) {
-                    __m256 *chain = &total[m * CHAINS + i % CHAINS];
+                    __m256 *chain = &sums[m * CHAINS + i % CHAINS];
                     *chain = _mm256_fmadd_ps(value[i], _mm256_load_ps(place + 8 * i), *chain);
                 }
             }
         }
+        for (int i = 0; grouped && i < batch * CHAINS; i++)
+            total[i] = _mm256_fmadd_ps(part[i], spread(sizes_of(w, start)), total[i]);
     }
     add_up(batch, total, sum);
 }
@@ -219,14 +238,17 @@ INLINE __m256i dot(__m256i value, const int8_t *code)
     return _mm256_madd_epi16(twos, _mm256_set1_epi16(1));
 }
 
-INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+INLINE void int8_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots;
     __m256 total[MAX_BATCH * CHAINS];
+    __m128 offset[MAX_BATCH]; /* sums over groups of sizes and activations */
     __m256i table[16];
     int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
     for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm256_setzero_ps();
+    for (int m = 0; m < batch; m++)
+        offset[m] = _mm_setzero_ps();
 
     for (int64_t start = 0; start < w->bytes; start += HALF_BYTES) {
         __m256i codes[8], value[8];
@@ -238,17 +260,22 @@ INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t ro
                 code = _mm256_and_si256(code, _mm256_set1_epi8((1 << slots) - 1));
             value[i] = byte_look_up(bits, table, code);
         }
+        __m128 sizes = grouped ? sizes_of(w, start) : _mm_setzero_ps();
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
+            if (grouped)
+                offset[m] = _mm_fmadd_ps(sizes, _mm_loadu_ps(x->sums + m * x->sum_step + start / 8), offset[m]);
             for (int group = 0; group < HALF / GROUP; group++) {
                 __m256i sums = _mm256_add_epi32(dot(value[2 * group], x->codes + place + GROUP * group),
                                                 dot(value[2 * group + 1], x->codes + place + GROUP * group + 32));
                 __m256 *chain = &total[m * CHAINS + group % CHAINS];
                 __m256 scale = _mm256_set1_ps(x->scales[place / GROUP + group]);
-                *chain = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, *chain);
+                *chain = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), grouped ? _mm256_mul_ps(scale, spread(sizes)) : scale, *chain);
             }
         }
     }
+    for (int m = 0; grouped && m < batch; m++)
+        total[m * CHAINS] = _mm256_fmadd_ps(_mm256_zextps128_ps256(offset[m]), _mm256_set1_ps(w->excess), total[m * CHAINS]);
     add_up(batch, total, sum);
 }
 

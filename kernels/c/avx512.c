@@ -9,11 +9,11 @@
 
 #ifdef COMPRESS_X86
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni"))), \
+#pragma clang attribute push(__attribute__((target("fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
+#pragma GCC target("fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
 #endif
 #include <immintrin.h>
 #include <string.h>
@@ -186,36 +186,74 @@ INLINE void add_up(const int batch, const __m512 *total, float *sum)
     }
 }
 
-/* Add the products of a chunk's values and up to four rows of activations to their chains, which are in registers meanwhile. */
-INLINE void chunk_of_rows(const int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+/* The sizes of the groups in a chunk, or of those there are in `bytes` of a plane, zeros behind them. */
+INLINE __m256 sizes_of(const Block *w, int64_t start)
 {
-    __m512 sum[4 * CHAINS];
-    for (int i = 0; i < rows * CHAINS; i++)
-        sum[i] = total[i];
-    for (int place = 0; place < VALUES; place += CHAINS)
-        for (int i = 0; i < CHAINS; i++)
-            for (int m = 0; m < rows; m++)
-                sum[m * CHAINS + i] =
-                    _mm512_fmadd_ps(value[place + i], _mm512_load_ps(x + m * step + 16 * (place + i)), sum[m * CHAINS + i]);
-    for (int i = 0; i < rows * CHAINS; i++)
-        total[i] = sum[i];
+    int64_t count = (w->bytes - start + 7) / 8;
+    __mmask16 present = count >= GROUPS ? 0xff : (__mmask16)((1u << count) - 1);
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, w->groups + start / 8)));
 }
 
-INLINE void some_rows(int rows, const __m512 value[VALUES], const float *x, int64_t step, __m512 *total)
+/* What the lanes of the first half of a chunk's vectors are multiplied by, and those of the second: the first 64 of every 128
+ * columns and the others. At 1 bit both halves have the columns of all groups, those of a group in two neighbouring lanes. */
+INLINE void spread(const int bits, __m256 sizes, __m512 lanes[2])
 {
-    switch (rows) {
-    case 1: chunk_of_rows(1, value, x, step, total); break;
-    case 2: chunk_of_rows(2, value, x, step, total); break;
-    case 3: chunk_of_rows(3, value, x, step, total); break;
-    default: chunk_of_rows(4, value, x, step, total);
+    const __m512i quarters = _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
+    const __m512i eighths = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    for (int half = 0; half < 2; half++)
+        lanes[half] = _mm512_permutexvar_ps(bits == 1 ? eighths : _mm512_add_epi32(quarters, _mm512_set1_epi32(half)),
+                                            _mm512_castps256_ps512(sizes));
+}
+
+/* With groups, half a chunk is added up in two chains of its own, which are multiplied by the sizes only then, and start anew. */
+#define PARTS 2
+#define HALVES(bits, grouped) ((grouped) && (bits) > 1 ? 2 : 1)
+
+INLINE void fold(__m512 part[PARTS], __m512 sizes, __m512 *total)
+{
+    for (int i = 0; i < PARTS; i++) {
+        total[i] = _mm512_fmadd_ps(part[i], sizes, total[i]);
+        part[i] = _mm512_setzero_ps();
     }
 }
 
-INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+/* Add the products of a chunk's values and up to four rows of activations to their chains, which are in registers meanwhile. */
+INLINE void chunk_of_rows(const int bits, const int grouped, const int rows, const __m512 value[VALUES], const float *x, int64_t step,
+                          const __m512 sizes[2], __m512 *total)
+{
+    const int chains = grouped ? PARTS : CHAINS, halves = HALVES(bits, grouped);
+    __m512 sum[4 * CHAINS];
+    for (int half = 0; half < halves; half++) {
+        for (int i = 0; i < rows * chains; i++)
+            sum[i] = grouped ? _mm512_setzero_ps() : total[i];
+        for (int place = half * VALUES / 2; place < (half + 1) * VALUES / halves; place += chains)
+            for (int i = 0; i < chains; i++)
+                for (int m = 0; m < rows; m++)
+                    sum[m * chains + i] =
+                        _mm512_fmadd_ps(value[place + i], _mm512_load_ps(x + m * step + 16 * (place + i)), sum[m * chains + i]);
+        for (int i = 0; !grouped && i < rows * chains; i++)
+            total[i] = sum[i];
+        for (int m = 0; grouped && m < rows; m++)
+            fold(sum + m * PARTS, sizes[half], total + m * CHAINS);
+    }
+}
+
+INLINE void some_rows(const int bits, const int grouped, int rows, const __m512 value[VALUES], const float *x, int64_t step,
+                      const __m512 sizes[2], __m512 *total)
+{
+    switch (rows) {
+    case 1: chunk_of_rows(bits, grouped, 1, value, x, step, sizes, total); break;
+    case 2: chunk_of_rows(bits, grouped, 2, value, x, step, sizes, total); break;
+    case 3: chunk_of_rows(bits, grouped, 3, value, x, step, sizes, total); break;
+    default: chunk_of_rows(bits, grouped, 4, value, x, step, sizes, total);
+    }
+}
+
+INLINE void exact_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots, each = VALUES / slots;
     const void *values = (const uint8_t *)w->table + row * (w->width << bits);
-    __m512 total[MAX_BATCH * CHAINS], small[2], held[VALUES];
+    __m512 total[MAX_BATCH * CHAINS], small[2], held[VALUES], sizes[2], part[PARTS] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     __m512i split[4][4];
     for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm512_setzero_ps();
@@ -229,6 +267,8 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
         __m512i codes[8];
         prefetch(bits, w, row * w->stride + start);
         transposed(bits, w->planes, row * w->stride + start, w->bytes - start, codes);
+        if (grouped)
+            spread(bits, sizes_of(w, start), sizes);
         for (int vector = 0; vector < slots; vector++) {
             __m512 value[VALUES];
             if (bits <= 5)
@@ -241,15 +281,18 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
                 values_by_bytes(bits, split, codes[vector], value);
             for (int i = 0; i < each; i++) {
                 int place = vector * each + i;
+                __m512 *chain = grouped ? &part[i % PARTS] : &total[i % CHAINS];
                 if (batch == 1)
-                    total[i % CHAINS] = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + start * 8 + 16 * place), total[i % CHAINS]);
+                    *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + start * 8 + 16 * place), *chain);
                 else
                     held[place] = value[i];
             }
+            if (grouped && batch == 1 && (vector + 1) % (slots / HALVES(bits, 1)) == 0)
+                fold(part, sizes[2 * vector / slots], total);
         }
         if (batch > 1)
             for (int m = 0; m < batch; m += 4)
-                some_rows(batch - m, held, x->values + m * x->step + start * 8, x->step, total + m * CHAINS);
+                some_rows(bits, grouped, batch - m, held, x->values + m * x->step + start * 8, x->step, sizes, total + m * CHAINS);
     }
     for (; start < w->bytes; start += GROUP / 8) {
         __m512i codes = unit_of(bits, w->planes, row * w->stride + start, w->bytes - start);
@@ -261,6 +304,8 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
             }
         else
             values_by_bytes(bits, split, codes, value);
+        for (int i = 0; grouped && i < 4; i++)
+            value[i] = _mm512_mul_ps(value[i], _mm512_set1_ps(w->groups[start / 8]));
         for (int m = 0; m < batch; m++)
             for (int i = 0; i < 4; i++) {
                 __m512 *chain = &total[m * CHAINS + i % CHAINS];
@@ -268,6 +313,13 @@ INLINE void exact_row(const int bits, const int batch, const Block *w, int64_t r
             }
     }
     add_up(batch, total, sum);
+}
+
+/* Add what every table entry's excess is multiplied by in the chunk from `start` on: sizes of groups by sums of activations. */
+INLINE void add_offsets(const int batch, const Block *w, int64_t start, const Activations *x, __m256 *offset)
+{
+    for (int m = 0; m < batch; m++)
+        offset[m] = _mm256_fmadd_ps(sizes_of(w, start), _mm256_loadu_ps(x->sums + m * x->sum_step + start / 8), offset[m]);
 }
 
 INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
@@ -287,13 +339,16 @@ INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
             table[part] = _mm512_loadu_si512(bytes + 64 * part);
 }
 
-INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+INLINE void int8_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots;
-    __m512 total[MAX_BATCH * CHAINS];
+    __m512 total[MAX_BATCH * CHAINS], sizes[2];
+    __m256 offset[MAX_BATCH]; /* sums over groups of sizes and activations */
     __m512i table[4];
     for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm512_setzero_ps();
+    for (int m = 0; m < batch; m++)
+        offset[m] = _mm256_setzero_ps();
     int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
 
     int64_t start = 0;
@@ -305,26 +360,41 @@ INLINE void int8_row(const int bits, const int batch, const Block *w, int64_t ro
             __m512i code = _mm512_srli_epi16(codes[group / units], (unsigned)(slots * (units - 1 - group % units)));
             value[group] = byte_look_up(bits, table, code);
         }
+        if (grouped) {
+            add_offsets(batch, w, start, x, offset);
+            spread(bits, sizes_of(w, start), sizes);
+        }
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
             const float *scale = x->scales + place / GROUP;
+            __m512 half = _mm512_setzero_ps();
             for (int group = 0; group < GROUPS; group++) {
                 __m512i activation = _mm512_load_si512(x->codes + place + group * GROUP);
                 __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value[group], activation);
-                __m512 *chain = &total[m * CHAINS + group % CHAINS];
+                __m512 *chain = grouped ? &half : &total[m * CHAINS + group % CHAINS];
                 *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale[group]), *chain);
+                if (grouped && (group + 1) % (GROUPS / 2) == 0) {
+                    chain = &total[m * CHAINS + group / (GROUPS / 2)];
+                    *chain = _mm512_fmadd_ps(half, sizes[group / (GROUPS / 2)], *chain);
+                    half = _mm512_setzero_ps();
+                }
             }
         }
     }
+    if (grouped && start < w->bytes)
+        add_offsets(batch, w, start, x, offset);
     for (; start < w->bytes; start += GROUP / 8) {
         __m512i value = byte_look_up(bits, table, unit_of(bits, w->planes, row * w->stride + start, w->bytes - start));
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
             __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value, _mm512_load_si512(x->codes + place));
             __m512 *chain = &total[m * CHAINS];
-            *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x->scales[place / GROUP]), *chain);
+            float scale = x->scales[place / GROUP] * (grouped ? w->groups[start / 8] : 1.0f);
+            *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale), *chain);
         }
     }
+    for (int m = 0; grouped && m < batch; m++)
+        total[m * CHAINS] = _mm512_fmadd_ps(_mm512_zextps256_ps512(offset[m]), _mm512_set1_ps(w->excess), total[m * CHAINS]);
     add_up(batch, total, sum);
 }
 

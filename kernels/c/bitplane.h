@@ -15,7 +15,7 @@
 
 #define CHUNK 512       /* columns */
 #define CHUNK_BYTES 64  /* of one plane */
-#define GROUP 64        /* activations that share a scale in the int8 mode */
+#define GROUP 64        /* columns of a row that may share a size; activations that share a scale in the int8 mode */
 #define GROUPS (CHUNK / GROUP)
 #define MAX_BATCH 16    /* rows of activations in one pass over the weights */
 #define MAX_BITS 8
@@ -28,6 +28,8 @@ typedef struct {
     int64_t bytes; /* of each plane; only the last stretch of a row may be no multiple of CHUNK_BYTES */
     int bits;
     int width; /* bytes of a table entry */
+    const uint8_t *groups; /* one row alone: what the values of every GROUP columns are multiplied by; or NULL */
+    float excess;          /* with groups in the int8 mode: what is added to every table entry before */
 } Block;
 
 /* The activations that belong to it; those of batch row m begin `step` further on than those of row m - 1. */
@@ -35,7 +37,9 @@ typedef struct {
     const float *values;   /* exact mode: float32, in kernel order */
     const int8_t *codes;   /* int8 mode: value = scale * code, in kernel order */
     const float *scales;   /* one per GROUP codes */
+    const float *sums;     /* int8 mode with groups: of every GROUP columns as rounded, zeros behind them to whole chunks */
     int64_t step;          /* a multiple of GROUP */
+    int64_t sum_step;      /* of the sums of a row of activations: a multiple of GROUPS */
     int batch;             /* 1 to MAX_BATCH */
 } Activations;
 
@@ -83,17 +87,23 @@ extern const Kernels avx2_kernels, avx512_kernels;
     case 7: call(7) break; \
     default: call(8)       \
     }
-#define ROWS(function, bits)                                         \
-    for (int64_t row = 0; row < w->rows; row++)                      \
-        switch (x->batch) {                                          \
-        case 1: function(bits, 1, w, row, x, sum[row]); break;       \
-        case 2: function(bits, 2, w, row, x, sum[row]); break;       \
-        case 3: function(bits, 3, w, row, x, sum[row]); break;       \
-        case 4: function(bits, 4, w, row, x, sum[row]); break;       \
-        default: function(bits, x->batch, w, row, x, sum[row]);      \
+#define ROWS(function, bits, grouped)                                    \
+    for (int64_t row = 0; row < w->rows; row++)                          \
+        switch (x->batch) {                                              \
+        case 1: function(bits, grouped, 1, w, row, x, sum[row]); break;  \
+        case 2: function(bits, grouped, 2, w, row, x, sum[row]); break;  \
+        case 3: function(bits, grouped, 3, w, row, x, sum[row]); break;  \
+        case 4: function(bits, grouped, 4, w, row, x, sum[row]); break;  \
+        default: function(bits, grouped, x->batch, w, row, x, sum[row]); \
         }
-#define EXACT(bits) ROWS(exact_row, bits)
-#define INT8(bits) ROWS(int8_row, bits)
+#define EITHER(function, bits)     \
+    if (w->groups) {               \
+        ROWS(function, bits, 1)    \
+    } else {                       \
+        ROWS(function, bits, 0)    \
+    }
+#define EXACT(bits) EITHER(exact_row, bits)
+#define INT8(bits) EITHER(int8_row, bits)
 
 /* What callers use. */
 
@@ -111,10 +121,12 @@ typedef struct {
     const float *factors;      /* [rows]: what sums are multiplied by; or NULL */
     const float *bias;         /* [rows]: what is added then; or NULL */
     const uint16_t *order;     /* what compress_order() writes, so that it is not computed again; or NULL */
+    const uint8_t *groups;     /* [rows, columns / GROUP, rounded up]: what the values of GROUP columns are multiplied by; or NULL */
     int64_t stride, rows, columns, bits;
     int64_t isa;
     int64_t width;             /* bytes of a table entry: 2 (float16) or 4 (float32); 1 in the int8 mode */
     int64_t shared;            /* whether there is one row of table (and affine) for all rows */
+    int64_t group_stride;      /* bytes from a row of groups to the next */
 } Matrix;
 
 int compress_abi(void);      /* changes with everything below */
@@ -122,12 +134,12 @@ int compress_best_isa(void); /* the best this processor can run */
 
 /* The order in which a matrix of these bits, mode and instruction set wants activations; 0, or -1 if this processor lacks the set. */
 int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP]);
-/* y[m, n] = sum over k of value[n, code(n, k)] * x[m, k], in float32; x is [batch, columns], y [batch, rows]. In the int8 mode
+/* y[m, n] = sum over k of groups[n, k / GROUP] * value[n, code(n, k)] * x[m, k], in float32; x is [batch, columns], y [batch, rows]. In the int8 mode
  * activations are rounded to 8 bits, 64 columns at a time. `team` may be NULL: then the calling thread does it all. Returns 0,
  * or -1: this processor lacks `isa`, or there is no memory. */
 int compress_product(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
-/* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are, for the rows n = places[i], or for all
- * of them if `places` is NULL. */
+/* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are (groups do not count), for the rows
+ * n = places[i], or for all of them if `places` is NULL. */
 int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads);
 
 #endif

@@ -9,7 +9,7 @@
 
 int compress_abi(void)
 {
-    return 3;
+    return 4;
 }
 
 int compress_best_isa(void)
@@ -80,7 +80,13 @@ static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t c
         w.planes[plane] = matrix->planes[plane] + row * matrix->stride + column / 8;
     w.table = (const uint8_t *)matrix->table + (matrix->shared ? 0 : row * (matrix->width << matrix->bits));
     w.bytes = smaller((columns + 7) / 8, matrix->stride - column / 8);
+    w.groups = matrix->groups ? matrix->groups + row * matrix->group_stride + column / GROUP : NULL;
     return w;
+}
+
+static const float *affine_of(const Matrix *matrix, int64_t row)
+{
+    return matrix->affine + (matrix->shared ? 0 : 2 * row);
 }
 
 /* A few rows of a product. */
@@ -88,7 +94,7 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
 {
     const Matrix *matrix = product->matrix;
     float sum[ROWS_AT_ONCE][MAX_BATCH];
-    int64_t together = matrix->shared ? 1 : rows; /* kernels take the table of one row behind that of another */
+    int64_t together = matrix->shared || matrix->groups ? 1 : rows; /* kernels take the table of one row behind that of another */
     for (int64_t i = 0; i < rows; i++)
         memset(sum[i], 0, sizeof(float) * (size_t)product->x.batch);
 
@@ -98,10 +104,15 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
         if (matrix->affine) {
             x.codes += column;
             x.scales += column / GROUP;
+            x.sums += column / GROUP;
         } else
             x.values += column;
         for (int64_t i = 0; i < rows; i += together) {
             Block w = block_of(matrix, first + i, together, column, columns);
+            if (matrix->affine && matrix->groups) {
+                const float *affine = affine_of(matrix, first + i);
+                w.excess = affine[1] / affine[0] + product->kernels->int8_excess;
+            }
             (matrix->affine ? product->kernels->int8 : product->kernels->exact)(&w, &x, sum + i);
         }
     }
@@ -110,8 +121,10 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
         for (int64_t i = 0; i < rows; i++) {
             float y = sum[i][m];
             if (matrix->affine) {
-                const float *affine = matrix->affine + (matrix->shared ? 0 : 2 * (first + i));
-                y = affine[0] * y + (affine[1] + affine[0] * product->kernels->int8_excess) * product->totals[m];
+                const float *affine = affine_of(matrix, first + i);
+                y *= affine[0];
+                if (!matrix->groups) /* else the kernels have added it */
+                    y += (affine[1] + affine[0] * product->kernels->int8_excess) * product->totals[m];
             }
             y = (matrix->factors ? matrix->factors[first + i] * y : y) + (matrix->bias ? matrix->bias[first + i] : 0);
             to[i] = product->add ? to[i] + y : y;
@@ -146,7 +159,7 @@ static void work(void *queue)
 size_t arranged_bytes(const Matrix *matrix, int batch)
 {
     size_t row = (size_t)rounded_up(matrix->columns, CHUNK), values = row * (size_t)batch;
-    size_t bytes = matrix->affine ? values + values / GROUP * sizeof(float) + MAX_BATCH * sizeof(float) : values * sizeof(float);
+    size_t bytes = matrix->affine ? values + 2 * values / GROUP * sizeof(float) + MAX_BATCH * sizeof(float) : values * sizeof(float);
     return (bytes + ALIGN - 1) / ALIGN * ALIGN + row * sizeof(float); /* and one row that is filled up with zeros */
 }
 
@@ -158,6 +171,18 @@ int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP])
     return kernels ? 0 : -1;
 }
 
+/* Add the activations of a group in the order of the kernels, as rounded, to the sums of the groups of columns they are of. Eight
+ * neighbours in that order, of any kernels, are of one such group. */
+static void add_to_columns(const int8_t *code, float scale, const uint16_t *order, float *sums)
+{
+    for (int i = 0; i < GROUP; i += 8) {
+        int32_t sum = 0;
+        for (int j = 0; j < 8; j++)
+            sum += code[i + j];
+        sums[order[i] / GROUP] += scale * (float)sum;
+    }
+}
+
 Product arrange(const Matrix *matrix, const float *x, int64_t step, int batch, void *room)
 {
     const Kernels *kernels = kernels_of(matrix->isa);
@@ -166,10 +191,14 @@ Product arrange(const Matrix *matrix, const float *x, int64_t step, int batch, v
     const uint16_t *order = matrix->order ? matrix->order : own;
     const Small *small = small_of(matrix->isa);
     float *values = room, *scales = (float *)((int8_t *)room + batch * span), *totals = scales + batch * span / GROUP;
+    float *sums = totals + MAX_BATCH;
+    int64_t sum_step = rounded_up(matrix->columns, CHUNK) / GROUP;
     float *row = (float *)((char *)room + arranged_bytes(matrix, batch)) - rounded_up(matrix->columns, CHUNK);
     if (!matrix->order)
         compress_order(matrix, own);
     memset(row, 0, sizeof(float) * (size_t)rounded_up(matrix->columns, CHUNK));
+    if (matrix->affine && matrix->groups)
+        memset(sums, 0, sizeof(float) * (size_t)(batch * sum_step));
     for (int m = 0; m < batch; m++) {
         double total = 0;
         for (int64_t k = 0; k < matrix->columns; k++)
@@ -186,11 +215,14 @@ Product arrange(const Matrix *matrix, const float *x, int64_t step, int batch, v
             }
             scales[place / GROUP] = small->rounded(from, group, (int8_t *)room + place, &sum);
             total += (double)scales[place / GROUP] * sum;
+            if (matrix->groups)
+                add_to_columns((int8_t *)room + place, scales[place / GROUP], group, sums + m * sum_step + (whole ? chunk : start) / GROUP);
         }
         if (matrix->affine)
             totals[m] = (float)total;
     }
-    Activations arranged = {.values = values, .codes = room, .scales = scales, .step = span, .batch = batch};
+    Activations arranged = {.values = values, .codes = room, .scales = scales, .sums = sums, .step = span, .batch = batch};
+    arranged.sum_step = sum_step;
     return (Product){.matrix = matrix, .kernels = kernels, .x = arranged, .totals = totals};
 }
 

@@ -38,13 +38,18 @@ static void natural(int bits, uint16_t order[CHUNK + GROUP])
         order[i] = (uint16_t)i;
 }
 
+/* Bytes of a plane in the chunk from `start` on. */
+INLINE int64_t left_of(const Block *w, int64_t start)
+{
+    return w->bytes - start < CHUNK_BYTES ? w->bytes - start : CHUNK_BYTES;
+}
+
 INLINE void chunk_codes(const Block *w, int64_t row, int64_t start, uint8_t codes[CHUNK])
 {
     const uint8_t *here[MAX_BITS];
-    int64_t left = w->bytes - start;
     for (int plane = 0; plane < w->bits; plane++)
         here[plane] = w->planes[plane] + row * w->stride + start;
-    codes_in_order(here, w->bits, left < CHUNK_BYTES ? left : CHUNK_BYTES, codes);
+    codes_in_order(here, w->bits, left_of(w, start), codes);
 }
 
 /* float16 to float32. */
@@ -80,6 +85,8 @@ static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
             chunk_codes(w, row, start, codes);
             for (int i = 0; i < CHUNK; i++)
                 weight[i] = table[codes[i]];
+            for (int i = 0; w->groups && i < (left_of(w, start) + 7) / 8 * GROUP; i++)
+                weight[i] *= w->groups[start / 8 + i / GROUP];
             for (int m = 0; m < x->batch; m++) {
                 const float *value = x->values + m * x->step + start * 8;
                 for (int i = 0; i < CHUNK; i += LANES)
@@ -103,12 +110,15 @@ static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
             for (int i = 0; i < CHUNK; i++)
                 codes[i] = table[codes[i]];
             for (int m = 0; m < x->batch; m++)
-                for (int group = 0; group < GROUPS; group++) {
+                for (int group = 0; group < (left_of(w, start) + 7) / 8; group++) {
                     int64_t place = m * x->step + start * 8 + group * GROUP;
                     int32_t dot = 0;
                     for (int i = 0; i < GROUP; i++)
                         dot += codes[group * GROUP + i] * x->codes[place + i];
-                    sum[row][m] += x->scales[place / GROUP] * (float)dot;
+                    float part = x->scales[place / GROUP] * (float)dot;
+                    if (w->groups)
+                        part = w->groups[start / 8 + group] * (part + w->excess * x->sums[m * x->sum_step + start / 8 + group]);
+                    sum[row][m] += part;
                 }
         }
     }

@@ -53,7 +53,8 @@ static void enqueue(Work *work, const Matrix *const matrices[], int count, const
 {
     for (int i = 0; i < count; i++) {
         const Matrix *one = matrices[i], *before = i ? matrices[i - 1] : NULL;
-        if (before && one->bits == before->bits && one->inputs == before->inputs && !one->affine == !before->affine) {
+        if (before && one->bits == before->bits && one->inputs == before->inputs && !one->affine == !before->affine &&
+            !one->groups == !before->groups) {
             work->products[i] = work->products[i - 1]; /* the same activations in the same order */
             work->products[i].matrix = one;
         } else

@@ -9,8 +9,10 @@ from transformers import DynamicCache
 
 import compress
 from compress import decoding
-from compress.hf import cache_name
+from compress.hf import cache_name, packed_modules
 from compress.kernels import cpu
+from compress.quant.linear import BitPlaneLinear
+from compress.quant.records import GroupedShape
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {"hidden_size": 80, "intermediate_size": 600, "head_dim": 16, "max_position_embeddings": 256}
@@ -90,6 +92,32 @@ def test_batches_and_padding(load, monkeypatch, attention):
     mask = torch.ones(3, 44, dtype=torch.long)
     mask[0, :5] = mask[2, :11] = 0
     assert_same(model, monkeypatch, batch=3, sizes=(20, 1, 1, 3, 1), mask=mask)
+
+
+def with_groups(module):
+    """Give a layer with shared codebooks one coefficient per row, and a size for every group of columns."""
+    shape, held = module.shape, dict(module.named_buffers())
+    held = {name: tensor[:1] if name.startswith(("basis", "width")) else tensor for name, tensor in held.items()}
+    held.pop("shapes", None)
+    size = shape.out_features, -(-shape.in_features // 64)
+    held["groups"] = torch.randint(100, 256, size, generator=torch.Generator().manual_seed(size[0])).byte()
+    facts = shape.out_features, shape.in_features, shape.seed_bits, shape.parent_bits, shape.codebook_dtype
+    bits = module.bits
+    module.hold(GroupedShape(*facts, rank=1, group=64), held)
+    module.bits = bits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("exact", "bound"), [(True, 1e-5), (False, 2e-2)])
+def test_groups_of_columns(load, monkeypatch, exact, bound):
+    passes = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "codebooks": "shared"}]
+    model = load(passes=passes, exact=exact)
+    for name, module in packed_modules(model).items():
+        if isinstance(module, BitPlaneLinear) and not name.endswith("q_proj"):  # not all products of one input alike
+            with_groups(module)
+    for bits in (3, 4, 6):
+        compress.set_bits(model, bits)
+        assert_same(model, monkeypatch, bound)
 
 
 @pytest.mark.slow

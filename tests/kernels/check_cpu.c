@@ -70,6 +70,11 @@ static double entry(const Matrix *w, int64_t row, int code)
     return ((const float *)w->table)[place];
 }
 
+static double size_of(const Matrix *w, int64_t row, int64_t column)
+{
+    return w->groups ? w->groups[row * w->group_stride + column / GROUP] : 1;
+}
+
 static void check(const Matrix *w, const float *x, int batch, const float *y, const char *what)
 {
     double largest = 0;
@@ -79,7 +84,7 @@ static void check(const Matrix *w, const float *x, int batch, const float *y, co
         for (int64_t row = 0; row < w->rows; row++) {
             double sum = 0, size = 0, weights = 0;
             for (int64_t k = 0; k < w->columns; k++) {
-                double value = entry(w, row, code_of(w, row, k)), term = value * x[m * w->columns + k];
+                double value = size_of(w, row, k) * entry(w, row, code_of(w, row, k)), term = value * x[m * w->columns + k];
                 sum += term, size += fabs(term), weights += fabs(value);
             }
             double bound = 1e-6 * size + (w->affine ? weights * largest / 127 * 0.501 + 1e-3 * largest : 0);
@@ -100,6 +105,10 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
     float *x = at_the_end(x_size), *y = at_the_end(y_size), *table = at_the_end(table_size), *out = at_the_end(out_size);
     uint8_t *bytes = at_the_end((size_t)entries);
     float *affine = at_the_end(sizeof(float) * 2 * (size_t)rows);
+    int64_t across = (columns + GROUP - 1) / GROUP;
+    uint8_t *groups = at_the_end((size_t)(rows * across));
+    for (int64_t i = 0; i < rows * across; i++)
+        groups[i] = (uint8_t)(1 + draw() % 255);
     uint16_t *half = at_the_end(table_size / 2);
     for (int plane = 0; plane < bits; plane++) {
         uint8_t *bits_of = at_the_end((size_t)(rows * stride));
@@ -145,9 +154,19 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
         if (out[last * columns + k] != (float)entry(&w, last, code_of(&w, last, k)))
             exit(4);
 
+    w.groups = groups, w.group_stride = across;
+    if (compress_product(&w, x, batch, y, NULL, 1))
+        exit(3);
+    check(&w, x, batch, y, "exact, groups");
+    w.table = bytes + (last << bits), w.affine = affine + 2 * last, w.width = 1;
+    if (compress_product(&w, x, batch, y, NULL, 1))
+        exit(3);
+    check(&w, x, batch, y, "int8, groups");
+
     for (int plane = 0; plane < bits; plane++)
         give_back((void *)w.planes[plane], (size_t)(rows * stride));
     give_back(x, x_size), give_back(y, y_size), give_back(table, table_size), give_back(out, out_size);
+    give_back(groups, (size_t)(rows * across));
     give_back(bytes, (size_t)entries), give_back(affine, sizeof(float) * 2 * (size_t)rows), give_back(half, table_size / 2);
     return batch * (int)rows;
 }

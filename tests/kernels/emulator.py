@@ -35,6 +35,15 @@ def bfloat16(values):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32)
 
 
+def bfloat16_pair(a, b, c):
+    """The products of two pairs and a third pair added, rounded once."""
+    halves = []
+    for shift in (0, 16):
+        x, y, z = (as_float(word >> np.uint32(shift) << np.uint32(16)).astype(np.float64) for word in (a, b, c))
+        halves.append(bfloat16(x * y + z))  # a product of two has 16 bits, so float32 holds it
+    return halves[1] << np.uint32(16) | halves[0]
+
+
 def prmt(a, b, selector):
     """Byte i of the result is the one of the eight that nibble i names; bit 3 of a nibble replicates its sign."""
     together = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
@@ -69,6 +78,7 @@ OPERATIONS = {
     "prmt.b32": prmt,
     "mul.rn.f16x2": lambda a, b: from_pair(pair(a) * pair(b)),
     "fma.rn.f16x2": lambda a, b, c: from_pair(pair(a) * pair(b) + pair(c)),  # exact in float64, rounded once
+    "fma.rn.bf16x2": lambda a, b, c: bfloat16_pair(a, b, c),
     "cvt.f32.f16": lambda a: as_bits(a.astype(np.uint16).view(np.float16)),
     "cvt.rn.f16x2.f32": lambda high, low: from_pair(np.stack([as_float(low), as_float(high)], 1)),
     "cvt.rn.bf16x2.f32": lambda high, low: bfloat16(as_float(high)) << np.uint32(16) | bfloat16(as_float(low)),

@@ -105,3 +105,13 @@ upstream = activations(3, 70)
 tiled_linear(x, tiled, 5).backward(upstream)
 assert torch.allclose(x.grad, upstream @ weight, atol=1e-5)
 print("looked-up weights, and the gradient: ok")
+
+configs.TILE_ROWS, gpu.LOOKED_UP_BYTES = 512, 256 << 20
+for bits, seed, columns in [(1, 1, 70), (2, 2, 64), (4, 3, 330), (6, 4, 100), (8, 4, 192)]:
+    tiled = random_tiled(37, columns, bits, seed, groups=True)
+    for count, dtype in itertools.product((1, 3, 9), (torch.float32, torch.float16)):
+        error = worst(tiled, bits, activations(count, columns, dtype=dtype), activations(37, dtype=dtype))
+        assert error < LIMIT[dtype], (bits, seed, count, dtype, error)
+    assert torch.allclose(tiled_weight(tiled, bits, torch.float32), tiled.dense(bits, torch.float32), rtol=1e-6)
+assert worst(tiled, 8, activations(2, 192), config=Config(4, 1, 2)) < 2e-6  # each half of a group by another program
+print("groups of columns: ok")

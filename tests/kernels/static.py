@@ -39,7 +39,19 @@ _TWO_ADDRESSES = 16  # bytes that may be spilled: ptxas puts them aside where mo
 _UNASKED = 48 << 10  # bytes of shared memory that a program gets without being allowed more
 _KINDS: tuple[Kind, ...] = ("fp16", "bf16")
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
-_ALIGNED = ("x", "codes", "tables", "bias", "y", "out", "plane_stride", "table_stride", "x_stride", "y_stride")
+_ALIGNED = (
+    "x",
+    "codes",
+    "tables",
+    "groups",
+    "bias",
+    "y",
+    "out",
+    "plane_stride",
+    "table_stride",
+    "x_stride",
+    "y_stride",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ def compiled(variant: Variant, config: Config, target: str) -> Any:
     activations = _POINTERS[variant.kind]
     wide = variant.bits > 4 or variant.entries == 32 or not variant.assembly
     types = {"x": activations, "y": "*fp32" if config.split > 1 else activations, "out": activations}
-    types |= {"bias": activations, "codes": "*i32", "tables": "*fp16" if wide else "*i32"}
+    types |= {"bias": activations, "codes": "*i32", "tables": "*fp16" if wide else "*i32", "groups": "*u8"}
     options = {"num_warps": config.warps}
     if variant.operation in ("dot", "tile"):
         options["num_stages"] = config.stages
@@ -320,7 +332,8 @@ def line(found: dict[str, Any]) -> str:
     name = (
         f"{found['target']:7}{found['operation']:8}{body:14}{found['bits']} bits, head {found['head']}, {found['kind']}"
     )
-    text = f"{name:44} {found['rows']} rows, {size:38}"
+    rows = f"{found['rows']} rows{', groups' if found['groups'] else ''}"
+    text = f"{name:44} {rows}, {size:38}"
     if "registers" in found:
         budget = f" of {found['budget']}" if found["budget"] else ""
         text += f" {found['registers']:3} registers, {found['spilled']} spilled, {found['instructions']:5.2f} instructions, "

@@ -26,7 +26,7 @@ def activations(*shape, dtype=torch.float32):
 
 def product(x, planes, codebook, columns, bias=None):
     """The operator on a matrix as it is stored."""
-    return packed_linear(x, [codebook, *planes], bias, codebook.shape[0], columns, len(planes), 0)
+    return packed_linear(x, [codebook, *planes], bias, None, codebook.shape[0], columns, len(planes), 0)
 
 
 def assert_is_product(y, x, weight):
@@ -126,7 +126,7 @@ def test_planes_and_codebook_get_no_gradient():
 def test_torch_accepts_the_operator(biased, trained):
     planes, codebook, _ = layer()
     x, bias = activations(2, 5, 33).requires_grad_(trained), activations(5) if biased else None
-    arguments = (x, [codebook, *planes], bias, 5, 33, 4, 0)
+    arguments = (x, [codebook, *planes], bias, None, 5, 33, 4, 0)
     results = torch.library.opcheck(torch.ops.compress.packed_linear.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
     assert not biased or torch.equal(packed_linear(*arguments), product(x, planes, codebook, 33) + bias)

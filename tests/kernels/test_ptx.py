@@ -107,6 +107,26 @@ def test_two_weights_at_once_from_a_table_of_pairs(seed, form):
     assert np.array_equal(total, same)
 
 
+@pytest.mark.parametrize(("bits", "seed"), CASES)
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_weights_times_the_sizes_of_their_groups(bits, seed, kind):
+    tiled, codes, dense = layer(bits, seed)
+    given, shared = tables(tiled, bits, kind)
+    sizes = np.random.default_rng(0).integers(1, 256, LANES)
+    if kind == "fp16":
+        half = (sizes / 256).astype(np.float16).view(np.uint16).astype(np.uint32)
+    else:
+        half = bfloat16((sizes / 256).astype(np.float32))
+    found = Machine(shared).run(ptx.weights(bits, tiled.head, kind, final=True), [*codes, *given, half << 16 | half])
+    if kind == "fp16":
+        exact = (dense * sizes[:, None] / 256).astype(np.float16)
+        assert np.array_equal(np.concatenate([pair(word) for word in found], 1), exact)
+    else:
+        halves = np.stack([part for word in found for part in (word & 0xFFFF, word >> 16)], 1)
+        held = as_float(bfloat16(dense.astype(np.float32).reshape(-1)) << np.uint32(16)).reshape(dense.shape)
+        assert np.array_equal(halves, bfloat16((held * sizes[:, None] / 256).reshape(-1)).reshape(dense.shape))
+
+
 def rounded_layer(seed, scale):
     """As :func:`layer`, at 4 bits with entries of 8; and all the words the kernels have of them."""
     tiled = random_tiled(LANES, 32, 4, seed)

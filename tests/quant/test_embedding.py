@@ -27,7 +27,7 @@ from compress.quant.settings import KMeansConfig
 from compress.quant.vocabulary import fit_vocabulary
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
-EMBEDDING = json.loads(re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[-1])[-1]
+EMBEDDING = json.loads(re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[2])[-1]
 TOKENS = torch.arange(3, 15)[None]
 TABLE = {"3": 5, "4": 6, "5": 7, "6": 8}
 

@@ -8,7 +8,7 @@ from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import EmbeddingShape, SparseShape
 from compress.quant.shared import Shared
 
-FORMS = ("own", "sparse", "shared", "one coefficient", "embedding")
+FORMS = ("own", "sparse", "shared", "one coefficient", "groups", "embedding")
 SEED, PARENT = 2, 6
 
 
@@ -38,6 +38,7 @@ def stored(form, rows=24, columns=100, seed=0):
         {bits: random(rank, 2**bits) for bits in range(SEED, 6)},
         random(rank, 2**5),
         {6: random(2)},
+        torch.randint(1, 256, (rows, -(-columns // 64)), generator=generator).byte() if form == "groups" else None,
     )
     table = {bits: shared.codebook(bits) for bits in range(SEED, PARENT + 1)}
     read_at = {"2": 4, "3": 5, "4": 6} if form == "embedding" else None

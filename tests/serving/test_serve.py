@@ -16,6 +16,7 @@ from compress.cli.engines import Serving, choose_engine, make_view, served_bits,
 from compress.config import StoredConfig, read_settings
 from compress.errors import CompressError
 from compress.hub import located
+from compress.quant.records import GroupedShape
 from compress.vllm.settings import Settings, legal_degrees, unserved
 
 RECORD = {"out_features": 8, "in_features": 8, "seed_bits": 2, "parent_bits": 4}
@@ -93,6 +94,15 @@ def test_what_vllm_cannot_serve(config, model_type, reason):
 )  # fmt: skip
 def test_degrees_of_tensor_parallelism(config, degrees):
     assert legal_degrees(config) == degrees
+
+
+@pytest.mark.parametrize(
+    ("heads", "inner", "degrees"), [(9, 1536, [1, 3]), (4, 1536, [1, 2, 4]), (4, 640, [1, 2]), (4, 600, [1])]
+)
+def test_groups_of_columns_are_not_split(heads, inner, degrees):
+    config = {"num_attention_heads": heads, "intermediate_size": inner, "hidden_size": 64 * heads, "vocab_size": 0}
+    grouped = GroupedShape(64, 64, 2, 4, rank=1, group=64)
+    assert legal_degrees(config, [grouped]) == degrees
 
 
 def test_the_command_for_vllm(monkeypatch, checkpoint):
