@@ -136,13 +136,11 @@ class _Search:
 
     def _above(self, shared: Shared, part: slice) -> dict[str, Tensor]:
         """Choose the bits of some rows that were not chosen together, given those that were: parent codes, uint8."""
-        tree, parent = self._tree(part, shared), max(self.targets)
-        for bits in range(self.together + 1, parent + 1):
+        tree, more = self._tree(part, shared), range(self.together + 1, max(self.targets) + 1)
+        for bits in more:
             tree.extend(_rows(shared.table(bits), tree.codes))
-        if parent > self.together:
-            for power in _ABOVE:
-                share = {bits: 4.0 ** (power * (bits - self.together)) for bits in range(self.together + 1, parent + 1)}
-                tree.descend([Objective(share, self.together)])
+        for power in _ABOVE if more else ():
+            tree.descend([Objective({bits: 4.0 ** (power * (bits - self.together)) for bits in more}, self.together)])
         return {"codes": tree.codes.to(torch.uint8)}
 
     def _tree(self, part: slice, shared: Shared) -> Tree:
@@ -160,8 +158,7 @@ class _Search:
 
     def _sizes(self, tree: Tree, shared: Shared) -> Tensor:
         """Solve every row's least-squares problem for the sizes of its groups, all numbers of bits together."""
-        assert shared.groups is not None
-        sizes = shared.rows * shared.groups.float() / 255
+        sizes = shared.by_group()
         found, columns = [], len(self.hessian.matrix)
         for start in range(0, len(sizes), _SOLVED):
             part, now = slice(start, start + _SOLVED), sizes[start : start + _SOLVED]
