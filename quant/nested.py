@@ -399,9 +399,11 @@ def _objective(tree: Tree, focus: Mapping[int, float], below: int | None, power:
     return Objective({bits: focus.get(bits, 1.0) * 4 ** (power * (bits - under[0])) for bits in under}, below)
 
 
-def joint_objectives(tree: Tree, focus: Mapping[int, float]) -> list[list[Objective]]:
-    """Return the passes of the sweeps that choose whole paths."""
-    sweeps = _POWERS if min(tree.codebooks) >= 3 else _POWERS_BELOW_3
+def joint_objectives(
+    tree: Tree, focus: Mapping[int, float], sweeps: Sequence[Sequence[float]] | None = None
+) -> list[list[Objective]]:
+    """Return the passes of the sweeps that choose whole paths, by the powers of each pass."""
+    sweeps = sweeps or (_POWERS if min(tree.codebooks) >= 3 else _POWERS_BELOW_3)
     return [[_objective(tree, focus, None, power) for power in powers] for powers in sweeps]
 
 

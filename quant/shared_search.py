@@ -22,7 +22,11 @@ from compress.quant.shared import Shared
 from compress.quant.shared_fit import by_group, column_factors, fit_shared, halved, sized, solved
 from compress.ranks import ALONE, Ranks
 
-_POWER = 0.5  # of 4 per bit: what errors at more bits count in sizes common to all
+_POWER = 1.0  # of 4 per bit: what errors at more bits count in error feedback, and in sizes common to all
+_POWERS = (
+    (1.0, 1.0),
+    (0.75, 0.75),
+)  # the same in the sweeps; with smaller ones 3 bits are better, and 4 and more are worse
 _ABOVE = 0.5, 0.0  # the same for the bits above those that are chosen first
 _SAMPLED = 1 << 16  # weights that entries are fitted on
 _FARTHEST = 2.0  # that a size may move at once
@@ -152,7 +156,7 @@ class _Search:
     def _settled(self, shared: Shared, last: bool, part: slice) -> dict[str, Tensor]:
         """Choose codes of some rows, given the codebooks; find the best sizes then, float32 [rows, ceil(K / 64)]."""
         tree = self._tree(part, shared)
-        for passes in below_objectives(tree, self.focus) if last else joint_objectives(tree, self.focus):
+        for passes in below_objectives(tree, self.focus) if last else joint_objectives(tree, self.focus, _POWERS):
             tree.descend(passes)
         return {"codes": tree.codes.to(torch.uint8), "sizes": self._sizes(tree, shared.part(part))}
 
