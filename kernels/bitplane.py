@@ -120,7 +120,7 @@ def packed_linear(
             :meth:`compress.kernels.layout.Tiled.tensors` gives.
         bias: [N], or None.
         groups: uint8 [N, ceil(K / 64)], what the entries of every 64 columns are multiplied by, divided by 255; in the
-            layout of the GPU kernels as :class:`compress.kernels.layout.Tiled` has them.
+            layout of the GPU kernels as :class:`compress.kernels.layout.Tiled` has them, with its sizes of rows.
         rows: N.
         columns: K.
         bits: b.
