@@ -11,12 +11,12 @@ import triton.language as tl
 
 @triton.jit
 def descend(
-    codes, new_codes, fixed, codebooks, share, gradient, hessian, rows, columns, entries,
-    LEVELS: tl.constexpr, PARENT: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+    codes, new_codes, fixed, sizes, codebooks, share, gradient, hessian, rows, columns, entries,
+    LEVELS: tl.constexpr, PARENT: tl.constexpr, KEPT: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Choose the codes of one row in a block of at most BLOCK columns, column after column.
 
-    Codes and ``fixed`` are [rows, columns], codebooks float32 [rows, entries], those of LEVELS numbers of bits up to PARENT one
+    Codes, ``fixed`` and, if SIZES, ``sizes``, by which entries are multiplied, are [rows, columns], codebooks float32 [rows, entries], those of LEVELS numbers of bits up to PARENT one
     after the other, ``share`` float32 [LEVELS], ``hessian`` float32 [columns, columns]. ``gradient``, float32 [LEVELS, rows, columns], is
     half that of the errors; the changes of the weights overwrite it. The highest KEPT bits of a code stay.
     """
@@ -35,18 +35,19 @@ def descend(
         first = old >> (PARENT - KEPT) << (PARENT - KEPT)
         by = tl.load(hessian + column * columns + at, mask=inside, other=0.0)
         curvature = tl.load(hessian + column * columns + column)
+        size = tl.load(sizes + row * columns + column) if SIZES else 1.0
         cost = tl.zeros([1 << (PARENT - KEPT)], tl.float32)
         for up in tl.static_range(LEVELS):
             table = codebooks + ((1 << (PARENT - up)) - (1 << (PARENT - LEVELS + 1)))
             slope = tl.sum(tl.where(at == column, slopes[up], 0.0), 0)
-            ideal = tl.load(table + (old >> up)) - slope / curvature
+            ideal = tl.load(table + (old >> up)) - slope / size / curvature
             away = tl.load(table + ((first + leaf) >> up)) - ideal
             cost = tl.load(share + LEVELS - 1 - up) * away * away + cost
         new = tl.where(held != 0, old, first + tl.argmin(cost, 0))
         told = ()
         for up in tl.static_range(LEVELS):
             table = codebooks + ((1 << (PARENT - up)) - (1 << (PARENT - LEVELS + 1)))
-            moved = tl.load(table + (new >> up)) - tl.load(table + (old >> up))
+            moved = (tl.load(table + (new >> up)) - tl.load(table + (old >> up))) * size
             later = slopes[up] + moved * by
             told = told + (tl.where(at > column, later, tl.where(at == column, moved, slopes[up])),)
         slopes = told

@@ -14,7 +14,7 @@ from compress.quant.block_sweep import CORRECTING, fit_block, fitting_bytes
 from compress.quant.format import Codes
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import CARRIED
-from compress.quant.records import PackedShape, SharedShape
+from compress.quant.records import GROUP, GroupedShape, PackedShape
 from compress.quant.settings import AnyPrecisionConfig
 from compress.statistics import hessian_bytes
 from compress.structure import block_of
@@ -74,9 +74,10 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         shapes = super().packed_shapes(context)
         own = set(context.outside)
         own |= {name for name in shapes if in_stack(name, context.structure.experts)}  # a stack has codebooks by row
-        ranks = {name: self.config.rank(shape.in_features) for name, shape in shapes.items() if name not in own}
         shared = {
-            name: SharedShape(**vars(shapes[name]), rank=rank) for name, rank in ranks.items() if rank is not None
+            name: GroupedShape(**vars(shape), rank=1, group=GROUP)
+            for name, shape in shapes.items()
+            if name not in own and self.config.shares(shape.in_features)
         }
         return {**shapes, **shared}
 

@@ -188,9 +188,8 @@ def _codes(
     ranks: Ranks,
 ) -> list[Codes]:
     """Quantise matrices of one input, so many rows of the targets each; return what was found, on the CPU."""
-    rank = config.rank(len(hessian))
-    if rank is not None:
-        every = shared_output_codebooks(targets, hessian, rank, config.focus, sizes, ranks)
+    if config.shares(len(hessian)):
+        every = shared_output_codebooks(targets, hessian, config.focus, sizes, ranks)
         return [found.to("cpu") for found in every]
     codes = nested_output_codebooks(targets, hessian, config.focus, zeros, ranks)
     codebooks = [torch.split(codebook.cpu(), list(sizes)) for codebook in codes.codebooks.values()]

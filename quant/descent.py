@@ -25,42 +25,31 @@ LANES = 64  # rows
 
 
 @compiled
-def _weigh(
-    entries: Floats32,
-    old: Codes,
-    slope: Floats32,
-    curvature: np.float32,
-    share: Floats32,
-    ideal: Floats32,
-    costs: Floats32,
-) -> None:
+def weigh(entries: Floats32, ideal: Floats32, share: Floats32, costs: Floats32) -> None:
     """Cost every node of the code tree, from the leaves up: its own error plus that of the best path below it.
 
-    ``entries``, [W, C, LANES], has those of the w-th number of bits first in its row of C; ``old``, [LANES], are codes at the
-    largest number of bits. ``slope`` is [W, LANES], ``share`` [W]; ``ideal``, [LANES], and ``costs``, [W, C, LANES], are
-    overwritten.
+    ``entries``, [W, C, LANES], has those of the w-th number of bits first in its row of C; ``ideal``, [W, LANES], is what they
+    should be, ``share`` [W]; ``costs``, [W, C, LANES], are overwritten.
     """
     last = U(share.shape[0] - 1)
     for w in range(last, -1, -1):
         above = last - U(w)
         nodes = U(entries.shape[1]) >> above
-        for lane in range(U(LANES)):
-            ideal[lane] = entries[U(w), U(old[lane]) >> above, lane] - slope[U(w), lane] / curvature
         for node in range(nodes):
             if above == U(0):
                 for lane in range(U(LANES)):
-                    away = entries[U(w), node, lane] - ideal[lane]
+                    away = entries[U(w), node, lane] - ideal[U(w), lane]
                     costs[U(w), node, lane] = share[w] * away * away
             else:
                 left, right = node + node, node + node + U(1)
                 for lane in range(U(LANES)):
-                    away = entries[U(w), node, lane] - ideal[lane]
+                    away = entries[U(w), node, lane] - ideal[U(w), lane]
                     below = min(costs[U(w) + U(1), left, lane], costs[U(w) + U(1), right, lane])
                     costs[U(w), node, lane] = share[w] * away * away + below
 
 
 @compiled
-def _best_paths(costs: Floats32, best: Floats32, new: Codes) -> None:
+def best_paths(costs: Floats32, best: Floats32, new: Codes) -> None:
     """Find the codes [LANES] of the best paths."""
     levels, entries = costs.shape[0], costs.shape[1]
     for lane in range(U(LANES)):
@@ -77,13 +66,16 @@ def _best_paths(costs: Floats32, best: Floats32, new: Codes) -> None:
 
 
 @compiled
-def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, hessian: Floats32, j: int) -> None:
+def _tell(
+    entries: Floats32, old: Codes, new: Codes, size: Floats32, slope: Floats32, hessian: Floats32, j: int
+) -> None:
     """Add column j's change to the slopes [W, B, LANES] of later columns, and put it in place of its own slope."""
     last = U(entries.shape[0] - 1)
     for w in range(U(entries.shape[0])):
         above, moved = last - w, slope[w, j]
         for lane in range(U(LANES)):
             moved[lane] = entries[w, U(new[lane]) >> above, lane] - entries[w, U(old[lane]) >> above, lane]
+            moved[lane] *= size[lane]
         for k in range(U(j + 1), U(hessian.shape[0])):
             by = hessian[j, k]
             for lane in range(U(LANES)):
@@ -94,6 +86,7 @@ def _tell(entries: Floats32, old: Codes, new: Codes, slope: Floats32, hessian: F
 def _descend_rows(
     codes: Integers,
     fixed: Flags,
+    sizes: Floats32,
     codebooks: Floats32,
     share: Floats32,
     kept: int,
@@ -109,12 +102,15 @@ def _descend_rows(
     costs, slope = np.zeros_like(entries), np.zeros((levels, columns, LANES), np.float32)
     old, new, top = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     path, free = np.zeros((columns, LANES), np.int32), np.zeros((columns, LANES), np.int32)  # free: 1 or 0
-    room = np.zeros(LANES, np.float32)
+    room, size = np.zeros(LANES, np.float32), np.ones((columns, LANES), np.float32)
+    ideal = np.zeros((levels, LANES), np.float32)
     for start in range(0, rows, LANES):
         here = slice(start, min(start + LANES, rows))
         filled = here.stop - start
         codebook[:, :, :filled] = codebooks[:, :, here]
         path[:, :filled], free[:, :filled] = codes[here].T, ~fixed[here].T
+        if sizes.shape[1]:
+            size[:, :filled] = sizes[here].T
         for w in range(levels):
             slope[w, :, :filled] = gradient[w, here].T
         for j in range(columns):
@@ -126,12 +122,16 @@ def _descend_rows(
                     for node in range(nodes):
                         for lane in range(U(LANES)):
                             entries[w, node, lane] = codebook[w, U(top[lane]) * nodes + node, lane]
-            _weigh(entries, old, slope[:, j], hessian[j, j], share, room, costs)
-            _best_paths(costs, room, new)
+            for w in range(levels):
+                for lane in range(U(LANES)):
+                    held = entries[w, U(old[lane]) >> U(levels - 1 - w), lane]
+                    ideal[w, lane] = held - slope[w, j, lane] / size[j, lane] / hessian[j, j]
+            weigh(entries, ideal, share, costs)
+            best_paths(costs, room, new)
             for lane in range(U(LANES)):
                 new[lane] = old[lane] + free[j, lane] * (new[lane] - old[lane])
                 path[j, lane] = (top[lane] << below) + new[lane]
-            _tell(entries, old, new, slope, hessian, j)
+            _tell(entries, old, new, size[j], slope, hessian, j)
         codes[here] = path[:, :filled].T
         for w in range(levels):
             gradient[w, here] = slope[w, :, :filled].T
@@ -152,14 +152,15 @@ class Descent:
         for w, bits in enumerate(sorted(codebooks)):
             self._codebooks[w, : 2**bits] = codebooks[bits].T
 
-    def __call__(self, codes: Integers, fixed: Flags, gradient: Floats32, hessian: Floats32) -> None:
+    def __call__(self, codes: Integers, fixed: Flags, sizes: Floats32, gradient: Floats32, hessian: Floats32) -> None:
         """Change parent codes [N, B] in place, but for weights that are ``fixed`` [N, B], given the Hessian [B, B].
 
-        ``gradient``, [W, N, B], is half that of the error at each number of bits; the changes of the weights overwrite it.
+        Entries are multiplied by ``sizes`` [N, B], by 1 if it is [N, 0]. ``gradient``, [W, N, B], is half that of the error at each
+        number of bits; the changes of the weights overwrite it.
         """
 
         def run(rows: slice) -> None:
-            of_rows = codes[rows], fixed[rows], self._codebooks[..., rows]
+            of_rows = codes[rows], fixed[rows], sizes[rows], self._codebooks[..., rows]
             _descend_rows(*of_rows, self._share, self._kept, gradient[:, rows], hessian)
 
         in_threads(run, len(codes), torch.get_num_threads(), self._pool)
@@ -173,16 +174,16 @@ class GpuDescent:
         self._codebooks = torch.cat([codebooks[bits] for bits in self._bits], 1)
         self._share = torch.from_numpy(share).to(self._codebooks.device)
 
-    def __call__(self, codes: Tensor, fixed: Tensor, gradient: Tensor, hessian: Tensor) -> None:
+    def __call__(self, codes: Tensor, fixed: Tensor, sizes: Tensor, gradient: Tensor, hessian: Tensor) -> None:
         """Change parent codes, int64 [N, B], in place, and the gradient, float32 [W, N, B]; all are contiguous."""
         from compress.kernels.triton_descent import descend
 
-        (rows, columns), new = codes.shape, torch.empty_like(codes)
-        sizes = rows, columns, self._codebooks.shape[1]
+        (rows, columns), entries, new = codes.shape, self._codebooks.shape[1], torch.empty_like(codes)
         constants = {"LEVELS": len(self._bits), "PARENT": self._bits[-1], "KEPT": self._kept}
+        constants["SIZES"] = int(sizes.shape[1] > 0)
         with torch.cuda.device(codes.get_device()):
             descend[(rows,)](
-                *(codes, new, fixed, self._codebooks, self._share, gradient, hessian, *sizes),
+                *(codes, new, fixed, sizes, self._codebooks, self._share, gradient, hessian, rows, columns, entries),
                 **constants,
                 BLOCK=1 << (columns - 1).bit_length(),
                 num_warps=1,

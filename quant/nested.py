@@ -50,7 +50,7 @@ _NEAR = 4e-2
 _SAMPLED, _SAFE = 64, 0.9  # rows that tell how long a step is best, and how much of that is taken
 _SPLIT_STEPS = 3
 
-Choice = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+Choice = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Tree:
 
     The rows should be ``targets``, float32 [N, K] for each number of bits. The codes [N, K] are those of the largest number
     of bits in ``codebooks``, float32 [N, 2**bits] for consecutive numbers of bits. Weights of ``zeros``, bool [N, K], keep
-    their path, whose entries are 0 at all bits. One tree at a time uses ``buffers``.
+    their path, whose entries are 0 at all bits. Entries are multiplied by ``sizes``, positive float32 [N, K], if given: then
+    codebooks are not to be fitted here. One tree at a time uses ``buffers``.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class Tree:
         codebooks: Mapping[int, Tensor],
         zeros: Tensor | None = None,
         buffers: Buffers | None = None,
+        sizes: Tensor | None = None,
     ) -> None:
-        self.targets, self.hessian, self.zeros = targets, hessian, zeros
+        self.targets, self.hessian, self.zeros, self.sizes = targets, hessian, zeros, sizes
         self._fixed = torch.zeros_like(codes, dtype=torch.bool) if zeros is None else zeros  # weights with a fixed path
         self._buffers = buffers or Buffers(codes.device)
         self.codes, self.codebooks = codes.long().contiguous(), dict(codebooks)
@@ -103,7 +105,8 @@ class Tree:
     def _missing(self, bits: int) -> Tensor:
         """Return the error of the weights at a number of bits, float32 [N, K]; the next product overwrites it."""
         wide = self._buffers("wide", *self.codes.shape)
-        return self._looked_up(self.codebooks[bits], self.codes, wide).sub_(self.targets[bits])
+        found = self._looked_up(self.codebooks[bits], self.codes, wide)
+        return (found if self.sizes is None else found.mul_(self.sizes)).sub_(self.targets[bits])
 
     def gradient(self, bits: int) -> Tensor:
         """Return half the gradient of the error at a number of bits, float32 [N, K], and keep it up to date."""
@@ -205,12 +208,13 @@ class Tree:
             part = slice(start, start + _COLUMNS)
             codes, hessian = self.codes[:, part].contiguous(), self.hessian.matrix[part, part].contiguous()
             gradient, held = follower.enter(part), fixed[:, part].contiguous()
+            sizes = gradient.new_empty(len(codes), 0) if self.sizes is None else self.sizes[:, part].contiguous()
             change = torch.zeros_like(gradient)
             for number, (one, choice) in enumerate(zip(passes, choices, strict=True)):
                 w = len(one.share)
                 now = gradient + change @ hessian if number else gradient
                 moved = now[-w:].clone()
-                choice(codes, held, moved, hessian)
+                choice(codes, held, sizes, moved, hessian)
                 change[-w:] += moved
             follower.leave(part, change)
             self.codes[:, part] = codes
@@ -245,7 +249,9 @@ class Tree:
         descent = Descent({bits: codebook.numpy() for bits, codebook in codebooks.items()}, weights, one.below or 0)
         return lambda *block: descent(*(tensor.numpy() for tensor in block))
 
-    def _columns(self, one: Objective, codes: Tensor, fixed: Tensor, gradient: Tensor, hessian: Tensor) -> None:
+    def _columns(
+        self, one: Objective, codes: Tensor, fixed: Tensor, sizes: Tensor, gradient: Tensor, hessian: Tensor
+    ) -> None:
         """Choose the codes of a block, int64 [N, B], in place but for ``fixed`` weights, column after column, all rows at once.
 
         ``gradient``, float32 [W, N, B], is half that of the errors; the changes of the weights overwrite it.
@@ -253,9 +259,11 @@ class Tree:
         for column in range(codes.shape[1]):
             old = codes[:, column, None]
             dense = torch.stack([self._looked_up(self.codebooks[bits], old) for bits in sorted(one.share)])
-            path = self._best_path(old, one, dense, gradient[..., column, None], hessian[column, column])
+            size = sizes[:, column, None] if sizes.numel() else 1.0
+            path = self._best_path(old, one, dense, gradient[..., column, None] / size, hessian[column, column])
             path = torch.where(fixed[:, column, None], old, path)
             change = torch.stack([self._looked_up(self.codebooks[bits], path) for bits in sorted(one.share)]) - dense
+            change *= size
             gradient[..., column + 1 :] += change * hessian[column, column + 1 :]
             gradient[..., column], codes[:, column] = change[..., 0], path[:, 0]
 
@@ -284,7 +292,8 @@ class Tree:
         """Add a bit whose codebook, float32 [N, 2**bits], is given: the nearer half of every cell."""
         bits = self.parent + 1
         middle = (codebook[:, 0::2] + codebook[:, 1::2]) / 2
-        above = self.targets[bits] > middle.gather(1, self.codes)
+        border = middle.gather(1, self.codes)
+        above = self.targets[bits] > (border if self.sizes is None else border.mul_(self.sizes))
         descending = (codebook[:, 0::2] > codebook[:, 1::2]).gather(1, self.codes)
         self.codes = 2 * self.codes + (above ^ descending)
         self.codebooks[bits] = codebook

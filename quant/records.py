@@ -147,6 +147,11 @@ class GroupedShape(SharedShape):
     group: int  # columns that share a size
 
     @property
+    def stored_bits(self) -> range:
+        """Return the numbers of bits whose codebooks are stored: all, as one for all rows takes next to nothing."""
+        return self.all_bits
+
+    @property
     def sound(self) -> bool:
         """Tell whether a matrix can have these numbers."""
         return super().sound and self.rank == 1 and self.group == GROUP

@@ -8,11 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.settings import Calibration, PassConfig
 
-_NARROWEST, _WIDEST = (
-    512,
-    4096,
-)  # columns: narrower matrices were not measured; wider rows lose more by sharing than it saves
-_FEWEST = 4  # bits: below, rows with codebooks of their own lose less for their bytes
+_NARROWEST = 512  # columns: narrower matrices were not measured
 EmbeddingBits = int | dict[int, int] | Literal["auto"] | None
 _EMBEDDING_BITS = (
     "Bits of the embedding and the head, which are stored once where they are tied: one number, the model's "
@@ -82,7 +78,7 @@ class SensitiveConfig(QuantiseConfig):
 class AnyPrecisionConfig(SensitiveConfig):
     """Any-precision: one set of nested codes, read at every number of bits from the seed's to the parent's.
 
-    Every output row has a codebook per number of bits; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
+    Every matrix, or every row of it, has a codebook per number of bits; the b-bit code is the top b bits of the parent's. Objective ``weight`` is the
     method of the paper with exact clustering: the seed is the optimal weighted one-dimensional k-means of each row, every
     further bit splits each cell at its best point. Objective ``output`` starts there and lowers the error of the layer's
     output on calibration text, for all numbers of bits up to 6 together. Deterministic. Works a block at a time; the Fisher
@@ -101,9 +97,8 @@ class AnyPrecisionConfig(SensitiveConfig):
     )
     codebooks: Literal["auto", "shared", "row"] = Field(
         "auto",
-        description="Objective output: whether the rows of a matrix share their codebooks, which then take few bytes at any "
-        "number of bits (not with keep_zeros), or each has its own; auto: they are shared where rows have 512 to 4095 columns and "
-        "the parent 4 bits or more. "
+        description="Objective output: whether the rows of a matrix share one codebook for each number of bits, and have a size for "
+        "every 64 columns (not with keep_zeros), or each has codebooks of its own; auto: they are shared where rows have 512 columns or more. "
         "With objective weight each has its own.",
     )
     embedding_bits: EmbeddingBits = Field(
@@ -120,13 +115,10 @@ class AnyPrecisionConfig(SensitiveConfig):
         description="Objective output: share of the correction by which a layer makes up for the errors of those before.",
     )
 
-    def rank(self, columns: int) -> int | None:
-        """Return how many coefficients a row of so many columns has where codebooks are shared, else None."""
-        pays = _NARROWEST <= columns < _WIDEST and self.parent_bits >= _FEWEST
-        shared = pays if self.codebooks == "auto" else self.codebooks == "shared"
-        if not shared or self.objective == "weight" or self.keep_zeros:
-            return None
-        return 6 if self.parent_bits > 2 else 3
+    def shares(self, columns: int) -> bool:
+        """Tell whether the rows of a matrix with so many columns share their codebooks."""
+        shared = columns >= _NARROWEST if self.codebooks == "auto" else self.codebooks == "shared"
+        return shared and self.objective == "output" and not self.keep_zeros
 
     @model_validator(mode="after")
     def _ordered(self) -> AnyPrecisionConfig:

@@ -74,8 +74,17 @@ class Shared:
         assert self.place is not None
         return (cells[..., None] + (coefficients @ self.width)[..., None] * self.place[bits]).flatten(1)
 
+    def by_group(self) -> Tensor:
+        """Return what the entries of :meth:`table` are multiplied by in every group of columns, float32 [N, ceil(K / 64)]."""
+        assert self.groups is not None
+        return self.rows.float() * (self.groups.float() / 255)
+
+    def sizes(self) -> Tensor:
+        """Return the same for every column, float32 [N, K]."""
+        return spread(self.by_group(), len(self.columns))
+
     def factors(self) -> Tensor | None:
-        """Return what entries of a row are multiplied by in each column beside ``columns``, float32 [N, K]; None without groups."""
+        """Return what entries of :meth:`codebook` are multiplied by beside ``columns``, float32 [N, K]; None without groups."""
         return None if self.groups is None else spread(self.groups.float() / 255, len(self.columns))
 
     def part(self, rows: slice) -> Shared:

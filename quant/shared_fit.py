@@ -1,22 +1,27 @@
-"""Fit shared codebooks (:mod:`compress.quant.shared`): factors of columns, coefficients of rows, bases, and places in cells."""
+"""Fit shared codebooks (:mod:`compress.quant.shared`): factors of columns, sizes of groups, entries of bases."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.records import STORED_BITS
-from compress.quant.shared import Shared
+from compress.quant.records import GROUP
+from compress.quant.shared import Shared, spread
 
 _SIZE, _INPUT = 0.5, -0.06  # powers of a column's weights and of its inputs in its factor; measured
-_ROUNDS = 6  # of alternating least squares
 _NEARLY = 1e-6  # share of the mean diagonal that keeps least squares solvable
-_FARTHEST = 4.0  # of other coefficients from a row's size: an odd row must not coarsen all others
-_POOLED = 1 << 16  # weights whose places in their cells are clustered
+_POOLED = 1 << 16  # weights that are clustered together
+_TRIED = tuple(
+    step / 20 for step in range(8, 23)
+)  # shares of the size at which the largest weight is the largest entry
+_SIZED_BITS = 4  # bits at which sizes are tried
+_ROUNDS = 2
+_SPLIT_STEPS = 3
 
 
 def column_factors(weight: Tensor, inputs: Tensor) -> Tensor:
@@ -35,71 +40,84 @@ def _floored(squares: Tensor) -> Tensor:
     return squares.clamp_min(1e-4 * torch.where(mean > 0, mean, 1.0))
 
 
-def fit_shared(codebooks: Mapping[int, Tensor], masses: Mapping[int, Tensor], columns: Tensor, rank: int) -> Shared:
-    """Find the coefficients and bases nearest to codebooks of N rows by alternating weighted least squares.
+def fit_shared(weight: Tensor, cost: Tensor, columns: Tensor, seed: int, parent: int) -> Shared:
+    """Find sizes of groups, and bases, for a weight that is rounded to the nearest entries.
 
-    ``codebooks`` holds float32 [N, 2**bits] for consecutive numbers of bits, ``masses`` alike what errors of entries cost;
-    those of more bits than are stored do not count. ``rank`` is at most the entries of the first.
+    ``weight``, float32 [N, K], is divided by ``columns``; ``cost``, float32 [K], is that of an error in each column.
     """
-    stored = [bits for bits in sorted(codebooks) if bits <= max(min(codebooks), STORED_BITS)]
-    wanted = torch.cat([codebooks[bits] for bits in stored], 1).double()
-    mass = torch.cat([masses[bits] for bits in stored], 1).double()
-    cost = mass.sum(0).sqrt().clamp_min(1e-30)
-    start = wanted * cost
-    start = start / start.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    entries = torch.linalg.eigh(start.t() @ start).eigenvectors[:, -rank:].t() / cost
-    for round_ in range(_ROUNDS):
-        inner = torch.einsum("ie,ne,je->nij", entries, mass, entries)
-        rows = solved(inner, (mass * wanted) @ entries.t())
-        if round_ < _ROUNDS - 1:
-            inner = torch.einsum("ni,ne,nj->eij", rows, mass, rows)
-            entries = solved(inner, (mass * wanted).t() @ rows).t()
-    parts = entries.float().split([2**bits for bits in stored], 1)
-    return from_coefficients(columns, rows.float(), dict(zip(stored, parts, strict=True)))
+    basis = _nested(_bell(), torch.ones(_POOLED), seed, parent, weight.device)
+    for _ in range(_ROUNDS):
+        sizes = group_sizes(weight, cost, basis[sized_at(basis)])
+        wide = spread(sizes, weight.shape[1])
+        basis = _clustered(weight / wide, wide, cost, seed, parent)
+    scale = torch.stack([entries.abs().amax() for entries in basis.values()]).amax()
+    return sized(
+        Shared(columns, sizes, None, {bits: part[None] / scale for bits, part in basis.items()}), sizes * scale
+    )
 
 
-def from_coefficients(columns: Tensor, rows: Tensor, basis: Mapping[int, Tensor]) -> Shared:
-    """Make shared codebooks of coefficients, float32 [N, rank], each row's first being its size; the others are rounded.
-
-    Coefficients and bases are scaled to fit float16 and int8 well.
-    """
-    mean = rows.mean(0)  # makes the first basis the mean row's codebook, whichever coefficients there are
-    turn = torch.linalg.qr(torch.cat([mean[:, None], torch.eye(len(mean), device=rows.device)], 1).double()).Q.float()
-    rows, basis = rows @ turn, {bits: turn.t() @ part for bits, part in basis.items()}
-    scale = torch.stack([part[0].abs().amax() for part in basis.values()]).amax().clamp_min(1e-30)
-    size = rows[:, :1]
-    floor = 1e-3 * size.abs().mean() + 1e-30
-    size = torch.where(size.abs() < floor, torch.where(size < 0, -floor, floor), size)
-    if rows.shape[1] == 1:
-        return Shared(columns, size * scale, None, {bits: part / scale for bits, part in basis.items()})
-    others = (rows[:, 1:] / size).clamp(-_FARTHEST, _FARTHEST)
-    most = others.abs().amax(0).clamp_min(1e-30)
-    shapes = (others / most * 127).round().to(torch.int8)
-    factor = torch.cat([torch.ones(1, device=rows.device), most * (128 / 127)])[:, None] / scale
-    return Shared(columns, size * scale, shapes, {bits: (part * factor).contiguous() for bits, part in basis.items()})
+def sized_at(bits: Collection[int]) -> int:
+    """Return the number of bits, of those there are, at which sizes of groups are chosen."""
+    return max(min(bits), min(max(bits), _SIZED_BITS))
 
 
-def with_places(shared: Shared, codes: Tensor, weight: Tensor, parent: int) -> Shared:
-    """Find widths of cells, and places in them for all numbers of bits up to the parent's, from what is left of a weight.
+def group_sizes(weight: Tensor, cost: Tensor, entries: Tensor) -> Tensor:
+    """Choose the size of every group, [N, ceil(K / 64)], at which rounding a weight [N, K] to the nearest entries costs least."""
+    groups, cost, border = by_group(weight), by_group(cost[None]), (entries[1:] + entries[:-1]) / 2
+    largest = groups.abs().amax(2) / entries.abs().amax()
+    largest = largest.clamp_min(1e-3 * largest.mean() + 1e-30)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for multiple in _TRIED:
+        size = largest * multiple
+        inside = groups / size[..., None]
+        error = entries[torch.bucketize(inside, border)].sub_(inside).square_().mul_(cost).sum(2) * size.square()
+        best = torch.where(error < least, size, best)
+        least = torch.minimum(error, least)
+    return best
 
-    ``codes``, uint8 [N, K], are those of the last number of bits that has a basis; ``weight`` [N, K] is divided by ``columns``.
-    """
-    if parent <= shared.last:
-        return shared
-    cells, index = 2**shared.last, codes.long()
-    left = weight - shared.codebook(shared.last).gather(1, index)
-    count = torch.zeros(len(codes), cells, device=codes.device).scatter_add_(1, index, torch.ones_like(left))
-    size = torch.zeros_like(count).scatter_add_(1, index, left.abs()) / count.clamp_min(1)
-    coefficients = shared.coefficients().float()
-    inner = torch.einsum("ni,ne,nj->eij", coefficients, count, coefficients)
-    width = solved(inner, (count * size).t() @ coefficients).t()
-    held = (coefficients @ width).clamp_min(1e-3 * size.mean()).gather(1, index)
-    every = max(1, left.numel() // _POOLED)
-    relative = (left / held).flatten()[::every].clamp(-16, 16).cpu()[None].contiguous()
-    cost = held.square().flatten()[::every].cpu()[None].contiguous()
-    found = nested_codebooks(relative.numpy(), (cost / cost.mean()).numpy(), 1, parent - shared.last).codebooks
-    place = {shared.last + more: entries[0].to(codes.device) for more, entries in found.items()}
-    return replace(shared, width=width.float().contiguous(), place=place)
+
+def by_group(values: Tensor) -> Tensor:
+    """Cut rows into groups of columns, [N, K] to [N, ceil(K / 64), 64], filled up with zeros."""
+    return pad(values, (0, -values.shape[1] % GROUP)).view(len(values), -1, GROUP)
+
+
+def sized(shared: Shared, sizes: Tensor) -> Shared:
+    """Take other sizes of groups, positive float32 [N, ceil(K / 64)], as they are stored."""
+    rows = sizes.amax(1, keepdim=True)
+    groups = (sizes / rows * 255).round().clamp(1, 255)
+    return replace(shared, rows=rows, groups=groups.to(torch.uint8))
+
+
+def _bell() -> Tensor:
+    """Return values that lie as those of a normal distribution do, float32 [_POOLED]."""
+    found: Tensor = torch.special.ndtri((torch.arange(_POOLED, dtype=torch.float64) + 0.5) / _POOLED).float()
+    return found
+
+
+def _clustered(values: Tensor, sizes: Tensor, cost: Tensor, seed: int, last: int) -> dict[int, Tensor]:
+    """Cluster all values [N, K] together, each weighed by what its error costs: bits -> float32 [2**bits]."""
+    mass = sizes.square() * cost
+    every = max(1, values.numel() // _POOLED)
+    return _nested(values.flatten()[::every], (mass / mass.mean()).flatten()[::every], seed, last, values.device)
+
+
+def _nested(values: Tensor, mass: Tensor, seed: int, last: int, device: torch.device) -> dict[int, Tensor]:
+    one, weights = (tensor.cpu()[None].contiguous().numpy() for tensor in (values, mass))
+    found = nested_codebooks(one, weights, seed, last).codebooks
+    return {bits: entries[0].to(device) for bits, entries in found.items()}
+
+
+def halved(values: Tensor, mass: Tensor, cells: Tensor, entries: Tensor) -> Tensor:
+    """Split every cell in two by two-means over all values in it, [2 * cells]; ``values``, ``mass`` and ``cells`` are [N, K]."""
+    cells, border, found = cells.long().flatten(), entries, entries.repeat_interleave(2)
+    values, mass = values.flatten(), mass.flatten()
+    for _ in range(_SPLIT_STEPS):
+        halves = 2 * cells + (values > border[cells])
+        held = torch.zeros_like(found).index_add_(0, halves, mass)
+        total = torch.zeros_like(found).index_add_(0, halves, mass * values)
+        found = torch.where(held > 0, total / held.clamp_min(1e-30), found)
+        border = found.view(-1, 2).mean(1)
+    return found
 
 
 def solved(inner: Tensor, right: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Nested codes with shared codebooks (:mod:`compress.quant.shared`) that minimise the error of a layer's output.
 
-It begins with a free codebook per row and number of bits (:mod:`compress.quant.nested`), replaces these by the nearest shared
-ones, and chooses codes again, which then make up for most of what the rows lost.
+It begins with the nearest codes, chooses whole paths anew against the error of the output (:mod:`compress.quant.nested`), solves
+for the entries and for the sizes of groups that are best then, and chooses codes once more.
 """
 
 from __future__ import annotations
@@ -13,30 +13,25 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from compress.quant.feedback import codes_by_feedback, inverse_factor
 from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Hessian
-from compress.quant.nested import (
-    TOGETHER,
-    Objective,
-    Tree,
-    below_objectives,
-    joint_objectives,
-    row_parts,
-    start_tree,
-)
+from compress.quant.nested import TOGETHER, Objective, Tree, below_objectives, joint_objectives, row_parts
+from compress.quant.records import GROUP
 from compress.quant.shared import Shared
-from compress.quant.shared_fit import column_factors, fit_shared, from_coefficients, solved, with_places
+from compress.quant.shared_fit import by_group, column_factors, fit_shared, halved, sized, solved
 from compress.ranks import ALONE, Ranks
 
-_POWER = 0.5  # of 4 per bit: what errors at more bits count in codebooks and coefficients common to all
-_ABOVE = 0.5, 0.0  # the same for the bits after the last basis, which are chosen together
-_SAMPLED, _ROUNDS = 128, 2  # rows that places are fitted on, and how often
+_POWER = 0.5  # of 4 per bit: what errors at more bits count in sizes common to all
+_ABOVE = 0.5, 0.0  # the same for the bits above those that are chosen first
+_SAMPLED = 1 << 16  # weights that entries are fitted on
+_FARTHEST = 2.0  # that a size may move at once
+_SOLVED = 128  # rows whose sizes are solved for at a time
 
 
 def shared_output_codebooks(
     targets: Mapping[int, Tensor],
     hessian: Tensor,
-    rank: int,
     focus: Mapping[int, float] | None = None,
     sizes: Sequence[int] = (),
     ranks: Ranks = ALONE,
@@ -46,7 +41,6 @@ def shared_output_codebooks(
     Args:
         targets: bits -> float32 [N, K], finite: what the rows should be, for all from the seed's to the parent's.
         hessian: float32 [K, K], mean of ``x x^T`` over the inputs, positive definite.
-        rank: coefficients of every row, at most as many as there are entries of all stored numbers of bits.
         focus: bits -> how much their error counts, 1 where not given.
         sizes: rows of each matrix; one of all rows if not given.
         ranks: the processes that share the rows; all get the result.
@@ -59,7 +53,7 @@ def shared_output_codebooks(
     for size in sizes or [len(targets[max(targets)])]:
         wanted = {bits: target[start : start + size] / columns for bits, target in targets.items()}
         search = _Search(wanted, prepared, focus or {}, ranks)
-        shared = search.shared(columns, rank)
+        shared = search.shared(columns)
         codes = search.finished(shared)
         found.append(Codes(codes, {bits: shared.codebook(bits) for bits in sorted(targets)}, shared=shared))
         start += size
@@ -67,7 +61,7 @@ def shared_output_codebooks(
 
 
 class _Search:
-    """Hold the rows while their codebooks become shared; ``codes`` are those of ``together`` bits."""
+    """Hold the rows of a matrix while its codebooks are fitted; ``codes`` are those of ``together`` bits."""
 
     def __init__(
         self, targets: Mapping[int, Tensor], hessian: Hessian, focus: Mapping[int, float], ranks: Ranks
@@ -77,6 +71,7 @@ class _Search:
         device = hessian.matrix.device
         self.buffers, self.parts = Buffers(device), row_parts(len(targets[self.together]), device, ranks)
         self.bits = range(min(targets), self.together + 1)
+        self.factor = inverse_factor(hessian.matrix)
         self.codes = torch.empty(0)  # of all rows, once there are some
 
     def _counts(self, bits: int) -> float:
@@ -87,98 +82,104 @@ class _Search:
         found = self.ranks.over(self.parts, work)
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
-    def _free(self, part: slice) -> dict[str, Tensor]:
-        """Find codes and a codebook per row and number of bits, and what errors of their entries cost."""
-        wanted = {bits: self.targets[bits][part] for bits in self.bits}
-        tree = start_tree(wanted, self.hessian, None, self.buffers)
-        for passes in joint_objectives(tree, self.focus):
-            tree.descend(passes, {bits: tree.step(bits) for bits in passes[0].share})
-        for bits in self.bits:
-            tree.fit_and_step(bits)
-        cost = self.hessian.matrix.diagonal().expand_as(tree.codes)
-        masses = {f"mass {bits}": tree.summed(cost, bits) * self._counts(bits) for bits in self.bits}
-        codebooks = {f"codebook {bits}": codebook for bits, codebook in tree.codebooks.items()}
-        return {"codes": tree.codes.to(torch.uint8), **codebooks, **masses}
-
-    def shared(self, columns: Tensor, rank: int) -> Shared:
+    def shared(self, columns: Tensor) -> Shared:
         """Find shared codebooks, and codes of ``together`` bits for them."""
-        found = self._over(self._free)
-        self.codes = found["codes"]
-        codebooks, masses = ({b: found[f"{kind} {b}"] for b in self.bits} for kind in ("codebook", "mass"))
-        shared = self._placed(fit_shared(codebooks, masses, columns, rank))
+        seed, parent = self.bits[0], max(self.targets)
+        shared = fit_shared(self.targets[parent], self.factor.diagonal() ** -2, columns, seed, parent)
+        found = self._over(partial(self._fed, shared))
+        self.codes, shared = found["codes"], sized(shared, found["sizes"])
         for last in (False, True):
             found = self._over(partial(self._settled, shared, last))
             self.codes = found["codes"]
-            shared = self._placed(from_coefficients(columns, found["rows"], shared.basis))
-        return shared
+            shared = sized(self._based(shared), found["sizes"])
+        return self._split(shared)
 
-    def _placed(self, shared: Shared) -> Shared:
-        """Find places for the bits that have no basis: by clustering, then by what some rows' outputs lose."""
-        parent, last = max(self.targets), shared.last
-        shared = with_places(shared, self.codes >> (self.together - last), self.targets[parent], parent)
-        some = slice(None, None, max(1, len(self.codes) // _SAMPLED))
-        for _ in range(_ROUNDS if parent > last else 0):
-            tree = self._below(some, shared)
-            assert shared.place is not None
-            place = {bits: self._refitted(tree, shared.part(some), bits) for bits in shared.place}
-            shared = replace(shared, place=place)
-        return shared
+    def _fed(self, shared: Shared, part: slice) -> dict[str, Tensor]:
+        """Choose codes by error feedback, uint8 [rows, K], and sizes, float32 [rows, ceil(K / 64)]."""
+        tables = {b: shared.table(b)[0] for b in self.bits}
+        targets = {b: self.targets[b][part] for b in tables}
+        codes, sizes = codes_by_feedback(targets, tables, self.factor, {b: self._counts(b) for b in tables})
+        return {"codes": codes.to(torch.uint8), "sizes": sizes}
 
-    def _refitted(self, tree: Tree, shared: Shared, bits: int) -> Tensor:
-        """Solve the least-squares problem for the places of a number of bits, common to the rows of a tree."""
-        assert shared.width is not None
-        last, more = shared.last, bits - shared.last
-        codes = tree.codes >> (tree.parent - bits)
-        cells = codes >> more
-        width = (shared.coefficients().float() @ shared.width).gather(1, cells)
-        left = tree.targets[bits] - shared.codebook(last).gather(1, cells)
-        values = [width * (codes & (2**more - 1) == place) for place in range(2**more)]
-        images = [self.hessian.times(value) for value in values]
-        inner = torch.stack([torch.stack([(image * value).sum() for value in values]) for image in images])
-        right = torch.stack([(image * left).sum() for image in images])
-        return solved(inner[None], right[None])[0]
+    def _some(self) -> slice:
+        """Return the rows that entries are fitted on."""
+        rows = max(1, _SAMPLED // len(self.hessian.matrix))
+        return slice(None, None, max(1, len(self.codes) // rows))
 
-    def _below(self, part: slice, shared: Shared) -> Tree:
-        """Choose the bits of some rows that have no basis, given those that have."""
-        last, parent = shared.last, max(self.targets)
-        tree = self._tree(part, shared, min(last, self.together))
-        held = shared.part(part)
-        for bits in range(last + 1, parent + 1):
-            tree.extend(held.codebook(bits))
-        if parent > last:
-            for power in _ABOVE:
-                share = {bits: 4.0 ** (power * (bits - last)) for bits in range(last + 1, parent + 1)}
-                tree.descend([Objective(share, last)])
-        return tree
+    def _based(self, shared: Shared) -> Shared:
+        """Solve the least-squares problem for the entries of every basis, common to some rows."""
+        some, basis = self._some(), dict(shared.basis)
+        sizes = shared.part(some).sizes()
+        for bits in self.bits:
+            codes, wanted = self.codes[some] >> (self.together - bits), self.targets[bits][some]
+            values = [sizes * (codes == code) for code in range(2**bits)]
+            inner, right = torch.empty(2**bits, 2**bits), torch.empty(2**bits)
+            for code, value in enumerate(values):
+                image = self.hessian.times(value)
+                inner[code] = torch.stack([(image * other).sum() for other in values])
+                right[code] = (image * wanted).sum()
+            there = (inner.diagonal() > 0).to(sizes.device)
+            found = solved(inner[None], right[None])[0].to(sizes.device)
+            basis[bits] = torch.where(there, found, shared.basis[bits][0])[None]
+        return replace(shared, basis=basis)
 
-    def _tree(self, part: slice, shared: Shared, together: int) -> Tree:
-        held = shared.part(part)
-        codebooks = {bits: held.codebook(bits) for bits in range(self.bits[0], together + 1)}
+    def _split(self, shared: Shared) -> Shared:
+        """Find the bases of more bits than were chosen together: every cell is split in two."""
+        some, parent = self._some(), max(self.targets)
+        tree, basis = self._tree(some, shared), dict(shared.basis)
+        assert tree.sizes is not None
+        for bits in range(self.together + 1, parent + 1):
+            values, mass = tree.targets[bits] / tree.sizes, tree.sizes.square() * self.factor.diagonal() ** -2
+            basis[bits] = halved(values, mass, tree.codes, basis[bits - 1][0])[None]
+            tree.extend(_rows(basis[bits], tree.codes))
+        return replace(shared, basis=basis)
+
+    def _above(self, shared: Shared, part: slice) -> dict[str, Tensor]:
+        """Choose the bits of some rows that were not chosen together, given those that were: parent codes, uint8."""
+        tree, more = self._tree(part, shared), range(self.together + 1, max(self.targets) + 1)
+        for bits in more:
+            tree.extend(_rows(shared.table(bits), tree.codes))
+        for power in _ABOVE if more else ():
+            tree.descend([Objective({bits: 4.0 ** (power * (bits - self.together)) for bits in more}, self.together)])
+        return {"codes": tree.codes.to(torch.uint8)}
+
+    def _tree(self, part: slice, shared: Shared) -> Tree:
+        codes = self.codes[part]
+        codebooks = {bits: _rows(shared.table(bits), codes) for bits in self.bits}
         wanted = {bits: target[part].contiguous() for bits, target in self.targets.items()}
-        codes = self.codes[part] >> (self.together - together)
-        return Tree(wanted, self.hessian, codes, codebooks, None, self.buffers)
+        return Tree(wanted, self.hessian, codes, codebooks, None, self.buffers, shared.part(part).sizes())
 
     def _settled(self, shared: Shared, last: bool, part: slice) -> dict[str, Tensor]:
-        """Choose codes of some rows, given the codebooks; find their best coefficients then, float32 [rows, rank]."""
-        tree = self._tree(part, shared, self.together)
-        for passes in below_objectives(tree, self.focus) if last else joint_objectives(tree, self.focus)[-1:]:
+        """Choose codes of some rows, given the codebooks; find the best sizes then, float32 [rows, ceil(K / 64)]."""
+        tree = self._tree(part, shared)
+        for passes in below_objectives(tree, self.focus) if last else joint_objectives(tree, self.focus):
             tree.descend(passes)
-        return {"codes": tree.codes.to(torch.uint8), "rows": self._coefficients(tree, shared)}
+        return {"codes": tree.codes.to(torch.uint8), "sizes": self._sizes(tree, shared.part(part))}
 
-    def _coefficients(self, tree: Tree, shared: Shared) -> Tensor:
-        """Solve every row's least-squares problem for its coefficients, all stored numbers of bits together."""
-        rank = len(shared.basis[self.bits[0]])
-        inner = torch.zeros(len(tree.codes), rank, rank, device=tree.codes.device)
-        right = torch.zeros(len(tree.codes), rank, device=tree.codes.device)
-        for bits, basis in shared.basis.items():
-            codes = tree.codes >> (self.together - bits)
-            values = [entries[codes] for entries in basis]
-            for i, value in enumerate(values):
-                image = self.hessian.times(value) * self._counts(bits)
-                inner[:, i] += torch.stack([(image * other).sum(1) for other in values], 1)
-                right[:, i] += (image * tree.targets[bits]).sum(1)
-        return solved(inner, right)
+    def _sizes(self, tree: Tree, shared: Shared) -> Tensor:
+        """Solve every row's least-squares problem for the sizes of its groups, all numbers of bits together."""
+        sizes = shared.by_group()
+        found, columns = [], len(self.hessian.matrix)
+        for start in range(0, len(sizes), _SOLVED):
+            part, now = slice(start, start + _SOLVED), sizes[start : start + _SOLVED]
+            inner = now.new_zeros(*now.shape, now.shape[1])
+            right = torch.zeros_like(now)
+            for bits in self.bits:
+                value, counts = shared.basis[bits][0][tree.codes[part] >> (self.together - bits)], self._counts(bits)
+                right -= counts * by_group(value * tree.gradient(bits)[part]).sum(2)
+                for place, first in enumerate(range(0, columns, GROUP)):
+                    here = slice(first, first + GROUP)
+                    image = value[:, here] @ self.hessian.matrix[here]
+                    inner[:, place] += counts * by_group(image * value).sum(2)
+            moved = now + solved(inner, right)
+            found.append(torch.where(moved > 0, moved, now).clamp(now / _FARTHEST, now * _FARTHEST))
+        return torch.cat(found)
 
     def finished(self, shared: Shared) -> Tensor:
-        """Choose the bits below the last basis anew, together; return parent codes of all rows, uint8."""
-        return self._over(lambda part: {"codes": self._below(part, shared).codes.to(torch.uint8)})["codes"]
+        """Return parent codes of all rows, uint8."""
+        return self._over(partial(self._above, shared))["codes"]
+
+
+def _rows(table: Tensor, codes: Tensor) -> Tensor:
+    """Write one codebook, [1, 2**bits], out for every row of codes."""
+    return table.expand(len(codes), -1).contiguous()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compress.kernels.packing import unpack_planes
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.shared import read_shared
+from compress.quant.shared import read_shared, spread
+from compress.quant.shared_fit import by_group
 
 _FACTOR = 0.05  # a factor of a row or a column, or a coefficient, is learned in units of this share of its size
 _COEFFICIENTS = 128 * _FACTOR
@@ -35,6 +36,25 @@ class _Product(torch.autograd.Function):
         return given @ (entries * columns).to(x.dtype), by_entry, by_column, None
 
 
+class _Grouped(torch.autograd.Function):
+    """Do what :class:`_Product` does where all rows share one codebook and groups of columns have sizes, [N, ceil(K / 64)]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, sizes: Tensor, columns: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(x, table, sizes, columns, codes)
+        return x @ (table[codes.long()] * spread(sizes, len(columns)) * columns).to(x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, table, sizes, columns, codes = ctx.saved_tensors
+        given, index, wide = gradients[0], codes.long(), spread(sizes, len(columns)) * columns
+        entries = table[index]
+        by_weight = (given.flatten(0, -2).t() @ x.flatten(0, -2)).float()
+        by_size = by_group(by_weight * entries * columns).sum(2)
+        by_entry = torch.zeros_like(table).index_add_(0, index.flatten(), by_weight.mul_(wide).flatten())
+        return given @ (entries * wide).to(x.dtype), by_entry, by_size, None, None
+
+
 class Student(nn.Module):
     """Stand in for a packed linear at several numbers of bits, one of which is in use; some of its stored tensors are trained.
 
@@ -53,7 +73,7 @@ class Student(nn.Module):
         most = packed.planes(packed.shape.parent_bits)
         codes = unpack_planes(most, packed.in_features)
         self.codes = {bits: codes >> (packed.shape.parent_bits - bits) for bits in all_bits}
-        kinds = "codebook_", "columns", "rows", "shapes", "basis_", "width_", "place_"
+        kinds = "codebook_", "columns", "rows", "groups", "shapes", "basis_", "width_", "place_"
         self.start = {name: tensor.float() for name, tensor in packed.named_buffers() if name.startswith(kinds)}
         self.unit = {name: _unit(name, self.start[name]) for name in trained}
         self.offsets = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(self.start[name])) for name in trained})
@@ -67,20 +87,24 @@ class Student(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., K] to [..., N], differentiable in ``x`` and in what is trained."""
         bits, now = self.packed.bits, self.tensors()
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        if "groups" in now:
+            sizes = now["rows"] * now["groups"] / 255
+            given = now[f"basis_{bits}"][0], sizes, now["columns"], self.codes[bits]
+            y: Tensor = _Grouped.apply(x, *given)  # type: ignore[no-untyped-call]
+            return y if self.packed.bias is None else y + self.packed.bias
         if "columns" in now:
             with torch.autocast(x.device.type, enabled=False):  # entries are not to be rounded
                 table, columns = read_shared(now).differentiable(bits), now["columns"]
         else:
             table, columns = now[f"codebook_{bits}"], self.plain
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _Product.apply(x, table, columns, self.codes[bits])  # type: ignore[no-untyped-call]
+        y = _Product.apply(x, table, columns, self.codes[bits])  # type: ignore[no-untyped-call]
         return y if self.packed.bias is None else y + self.packed.bias
 
 
 def _unit(name: str, start: Tensor) -> Tensor:
     """Return how much of a stored tensor a step of size 1 is."""
-    if name in ("rows", "columns"):
+    if name in ("rows", "columns", "groups"):
         return _FACTOR * start.abs().clamp_min(1e-30)
     if name == "shapes":
         return torch.full_like(start, _COEFFICIENTS)

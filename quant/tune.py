@@ -135,7 +135,9 @@ def _trained(shape: PackedShape, chosen: Sequence[int], common: bool) -> list[st
     tables = [f"basis_{bits}" for bits in chosen if every or bits != last or shape.parent_bits == last]
     tables += [f"place_{bits}" for bits in chosen]
     # Columns keep their factors: with others, matrices that share an input could not be multiplied together on a GPU.
-    return [name for name in stored if name in tables or (every and name.startswith(("rows", "shapes", "width_")))]
+    return [
+        name for name in stored if name in tables or (every and name.startswith(("rows", "groups", "shapes", "width_")))
+    ]
 
 
 @contextmanager
@@ -167,9 +169,9 @@ def _stored(students: Mapping[str, Student]) -> dict[str, Tensor]:
         now = student.tensors()
         for kind in student.offsets:
             value, stored = now[kind].detach().cpu(), student.packed.get_buffer(kind).dtype
-            tensors[f"{name}.{kind}"] = (
-                value.round().clamp(-127, 127).to(stored) if stored == torch.int8 else value.to(stored)
-            )
+            if not stored.is_floating_point:
+                value = value.round().clamp(1, 255) if stored == torch.uint8 else value.round().clamp(-127, 127)
+            tensors[f"{name}.{kind}"] = value.to(stored)
     return tensors
 
 

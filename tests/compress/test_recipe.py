@@ -161,8 +161,7 @@ def test_without_passes_it_has_the_best_there_are():
     del data["passes"]
     (quantise,) = load_recipe(data).passes
     assert quantise == config_class("any_precision")()
-    assert [quantise.rank(columns) for columns in (511, 512, 4095, 4096)] == [None, 6, 6, None]
-    assert quantise.model_copy(update={"parent_bits": 3}).rank(600) is None
+    assert [quantise.shares(columns) for columns in (511, 512, 8192)] == [False, True, True]
     assert [quantise.packs_embedding(columns) for columns in (511, 512, 8192)] == [False, True, True]
     named = quantise.model_copy(update={"include": ("lm_head",)})
     assert not named.packs_embedding(4096)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from compress.quant.feedback import codes_by_feedback, inverse_factor
 from compress.quant.nested import nested_output_codebooks
-from compress.quant.records import SharedShape
+from compress.quant.records import GroupedShape
 from compress.quant.settings import AnyPrecisionConfig
-from compress.quant.shared_fit import column_factors, fit_shared, from_coefficients
+from compress.quant.shared import spread
+from compress.quant.shared_fit import column_factors
 from compress.quant.shared_search import shared_output_codebooks
 
 
@@ -26,52 +28,66 @@ def error(found, weight, hessian, bits):
 
 
 def test_planes_are_nearly_all_there_is():
-    """Above 4 bits what is beside the planes is less than 3 % of them at 576 columns; by rows it is more than the planes at 8."""
-    for bits in (5, 6, 8):
-        held = SharedShape(576, 576, 2, bits, rank=6).tensor_bytes()
-        planes = sum(size for name, size in held.items() if name.startswith(("weight", "plane")))
-        assert sum(held.values()) - planes < 0.035 * planes, bits
+    """What is beside the planes, a byte for 64 weights and one codebook for all rows, is 0.19 bits a weight at 576 columns."""
+    for bits in (2, 4, 8):
+        held = GroupedShape(576, 576, 2, bits, rank=1, group=64).tensor_bytes()
+        assert sum(held.values()) * 8 < (bits + 0.19) * 576 * 576, bits
 
 
-def test_errors_stay_near_those_of_free_codebooks_where_columns_differ():
-    """At 2 and 3 bits they are smaller, as columns have factors; at every bit they fall."""
+def test_errors_are_smaller_than_those_of_codebooks_by_row_at_three_and_four_bits():
     weight, hessian = layer()
-    targets = dict.fromkeys(range(2, 9), weight)
-    [shared] = shared_output_codebooks(targets, hessian, 6)
+    targets = dict.fromkeys(range(3, 9), weight)
+    [shared] = shared_output_codebooks(targets, hessian)
     free, stored = nested_output_codebooks(targets, hessian), shared.as_stored()
-    errors = [error(stored, weight, hessian, bits) for bits in targets]
-    assert errors == sorted(errors, reverse=True)
-    for bits in (2, 3):
-        assert errors[bits - 2] < error(free, weight, hessian, bits)
-    assert errors[6] < errors[2] / 8
+    errors = {bits: error(stored, weight, hessian, bits) for bits in targets}
+    for bits in (3, 4):
+        assert errors[bits] < 0.8 * error(free, weight, hessian, bits), bits
+    assert errors[3] > errors[4] > errors[5] > errors[6] > errors[8]
     for bits in targets:
-        assert error(shared, weight, hessian, bits) == pytest.approx(errors[bits - 2], rel=0.02)
+        assert error(shared, weight, hessian, bits) == pytest.approx(errors[bits], rel=0.02)
+
+
+def plain_gptq(targets, tables, sizes, hessian, share):
+    """Error feedback written from the papers, one weight after the other, in float64, with sizes given: codes [N, K]."""
+    inverse = torch.linalg.inv(hessian.double())
+    left = {bits: target.double().clone() for bits, target in targets.items()}
+    codes, most = torch.zeros(sizes.shape, dtype=torch.long), max(tables)
+    for k in range(sizes.shape[1]):
+        for n in range(len(sizes)):
+            costs = []
+            for code in range(2**most):
+                off = {b: tables[b][code >> (most - b)].double() * sizes[n, k] - left[b][n, k] for b in tables}
+                costs.append(sum(share[b] * off[b] ** 2 for b in tables))
+            codes[n, k] = min(range(2**most), key=lambda code: float(costs[code]))
+            for b in tables:
+                error = left[b][n, k] - tables[b][codes[n, k] >> (most - b)].double() * sizes[n, k]
+                left[b][n, k + 1 :] -= error * inverse[k, k + 1 :] / inverse[k, k]
+        rest = inverse[k + 1 :, k + 1 :]  # what is left when column k is done with
+        inverse[k + 1 :, k + 1 :] = rest - torch.outer(inverse[k + 1 :, k], inverse[k, k + 1 :]) / inverse[k, k]
+    return codes
+
+
+def test_error_feedback_is_that_of_the_papers_at_several_numbers_of_bits_at_once():
+    weight, hessian = layer(rows=6, columns=70)
+    targets = {2: weight, 3: weight + 0.01}
+    tables = {bits: torch.linspace(-1, 1, 2**bits) for bits in targets}
+    share = {2: 1.0, 3: 2.0}
+    codes, sizes = codes_by_feedback(targets, tables, inverse_factor(hessian), share)
+    wanted = plain_gptq(targets, tables, spread(sizes, 70), hessian, share)
+    assert (codes == wanted).float().mean() > 0.99  # a tie in float32 may fall the other way
+    assert torch.equal(codes[:, :20], wanted[:, :20])
 
 
 def test_matrices_of_one_input_have_the_same_factors():
     weight, hessian = layer()
-    one, other = shared_output_codebooks({3: weight, 4: weight}, hessian, 2, sizes=[64, 32])
+    one, other = shared_output_codebooks({3: weight, 4: weight}, hessian, sizes=[64, 32])
     assert torch.equal(one.shared.columns, other.shared.columns)
     assert torch.equal(one.shared.columns, column_factors(weight, hessian.diagonal()))
     assert (len(one.codes), len(other.codes)) == (64, 32)
 
 
-def test_codebooks_of_low_rank_are_found_again():
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.rand(40, 2, generator=generator) + torch.tensor([1.0, -0.5])
-    basis = {bits: torch.randn(2, 2**bits, generator=generator).sort(1).values for bits in (2, 3)}
-    wanted = {bits: rows @ part for bits, part in basis.items()}
-    masses = {bits: torch.rand(table.shape, generator=generator) + 0.1 for bits, table in wanted.items()}
-    found = fit_shared(wanted, masses, torch.ones(16), 2)
-    again = from_coefficients(torch.ones(16), rows, basis)
-    for bits, table in wanted.items():
-        size = table.abs().amax(1, keepdim=True)
-        assert ((found.codebook(bits) - table) / size).abs().max() < 0.02
-        assert ((again.codebook(bits) - table) / size).abs().max() < 0.02
-
-
 def test_rows_have_their_own_codebooks_where_zeros_are_kept_or_weights_are_the_objective():
-    assert AnyPrecisionConfig(codebooks="shared").rank(576) == 6
-    assert AnyPrecisionConfig(codebooks="shared", keep_zeros=True).rank(576) is None
-    assert AnyPrecisionConfig(codebooks="shared", objective="weight").rank(576) is None
-    assert AnyPrecisionConfig(codebooks="row").rank(576) is None
+    assert AnyPrecisionConfig(codebooks="shared").shares(576)
+    assert not AnyPrecisionConfig(codebooks="shared", keep_zeros=True).shares(576)
+    assert not AnyPrecisionConfig(codebooks="shared", objective="weight").shares(576)
+    assert not AnyPrecisionConfig(codebooks="row").shares(576)
