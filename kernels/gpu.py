@@ -136,7 +136,7 @@ class GpuMatrix:
         if config.pairs and self.bits == PAIRED and self.table.dtype == torch.float16:
             entries = 32
         facts = operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias
-        return Variant(*facts, self.groups is not None, entries)
+        return Variant(*facts, entries, self.groups is not None)
 
     @property
     def rounded(self) -> bool:

@@ -34,7 +34,7 @@ BUDGETS = {("plain", 2): 2.0, ("plain", 3): 2.2, ("plain", 4): 4.0, ("seed-packe
 """Integer instructions per weight: planes alone, and crumbs or nibbles first."""
 OTHER_BUDGETS = {("plain", 8): 2.6, ("seed-packed", 8): 2.3, ("plain", 32): 2.1, ("seed-packed", 32): 1.6}
 """The same at 4 bits where a look-up gives 8 or 32 bits (:data:`compress.kernels.ptx.Entries`)."""
-GROUPS_BUDGET = 0.5  # more, with sizes of groups: a load and a conversion for every word
+GROUPS_BUDGET = {"gemv": 0.4, "dot": 1.2}  # more, with sizes of groups: a load and a conversion for every word
 WIDE_BUDGET = 4.4  # 5 to 8 bits: what an H100 has time for at 8
 _TWO_ADDRESSES = 16  # bytes that may be spilled: ptxas puts them aside where more warps then find room
 _UNASKED = 48 << 10  # bytes of shared memory that a program gets without being allowed more
@@ -224,7 +224,7 @@ class Case:
             return None
         packed = variant.head == 4 or (variant.head == 2 and variant.bits == 2)
         name = "seed-packed" if packed else "plain"
-        more = GROUPS_BUDGET * variant.groups
+        more = GROUPS_BUDGET[variant.operation] * variant.groups
         if variant.entries != 16:
             return OTHER_BUDGETS[name, variant.entries] + more
         return BUDGETS.get((name, variant.bits), WIDE_BUDGET) + more
