@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from compress.passes import Block
 from compress.precision import multiplies_bfloat16
+from compress.quant.feedback import LARGE
 from compress.quant.format import Codes
 from compress.quant.mixture import fit_experts
 from compress.quant.nested import nested_output_codebooks, row_parts
@@ -113,7 +114,7 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: in
     ``shapes`` are those of one block's linears; ``tokens`` go through the variants, of samples of ``length`` tokens.
     """
     inputs = max(columns for _, columns in shapes)
-    matrices = 2 * inputs * inputs  # for the correction, or the Hessian's split
+    matrices = (2 if inputs > LARGE else 4) * inputs * inputs  # for the correction, or factors of the Hessian
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
     # What the linears are given on those tokens, and make of them in every variant, in two bytes.
     kept = tokens * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))

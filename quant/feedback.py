@@ -17,11 +17,19 @@ from compress.quant.kmeans_seed import compiled, in_threads
 from compress.quant.records import GROUP
 from compress.quant.shared_fit import group_sizes, sized_at
 
+LARGE = 4096  # columns: above, float64 takes memory that float32 mostly does without
+
 
 def inverse_factor(hessian: Tensor) -> Tensor:
     """Return U, upper triangular float32 [K, K], with ``U^T U`` the inverse of a positive definite Hessian."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
-    found: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    if len(hessian) > LARGE:
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if len(hessian) <= LARGE or failed:
+        lower = torch.linalg.cholesky(hessian.double())
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    found: Tensor = upper
     return found
 
 

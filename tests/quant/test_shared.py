@@ -28,10 +28,10 @@ def error(found, weight, hessian, bits):
 
 
 def test_planes_are_nearly_all_there_is():
-    """What is beside the planes, a byte for 64 weights and one codebook for all rows, is 0.19 bits a weight at 576 columns."""
+    """What is beside the planes, a byte for 64 weights and one codebook for all rows, is 0.21 bits a weight at 576 columns."""
     for bits in (2, 4, 8):
         held = GroupedShape(576, 576, 2, bits, rank=1, group=64).tensor_bytes()
-        assert sum(held.values()) * 8 < (bits + 0.19) * 576 * 576, bits
+        assert sum(held.values()) * 8 < (bits + 0.21) * 576 * 576, bits
 
 
 def test_errors_are_smaller_than_those_of_codebooks_by_row_at_three_and_four_bits():
