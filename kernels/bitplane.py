@@ -49,7 +49,7 @@ def dense_weight(
         if groups is None:
             return cpu.look_up(planes, codebook.to(dtype), columns, places=places)
         to = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return cpu.scaled_look_up(planes, codebook.float() / GROUP_UNIT, groups, columns, to, places=places).to(dtype)
+        return cpu.scaled_look_up(planes, codebook, groups, columns, to, places=places).to(dtype)
     if places is not None:
         planes = [plane[places] for plane in planes]
         codebook = codebook if len(codebook) == 1 else codebook[places]

@@ -187,14 +187,15 @@ class Prepared:
         if not sizes_fit or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
             shapes = [tuple(plane.shape) for plane in planes]
             raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
+        row_factors = _held(factors)
         if groups is not None:
             groups, factors = _groups(groups, factors, rows, columns)
         entries, affine = int8_codebook(table) if int8 else (table, None)
         isa = found.isa if isa is None else isa
         vectors = [affine, _held(inputs), _held(factors), _held(bias), _order(bits, int8, isa)]
         self.planes, self.codebook, self.rows, self.columns = planes, table, rows, columns
-        self._inputs, self._factors, self._bias = vectors[1:4]
-        self._groups = groups
+        self._inputs, _, self._bias = vectors[1:4]
+        self._groups, self._row_factors = groups, row_factors
         self._kept_alive = entries, vectors
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
         addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits) + [entries.data_ptr()]
@@ -254,8 +255,8 @@ class Prepared:
             else:
                 weight = scaled_look_up(planes, table, self._groups[part], self.columns, dtype)
             y[:, part] = rows @ weight.t()
-        if self._factors is not None:
-            y = y * self._factors
+        if self._row_factors is not None:
+            y = y * self._row_factors
         if self._bias is not None:
             y = y + self._bias
         return y.to(x.dtype).view(*x.shape[:-1], self.rows)
@@ -286,7 +287,7 @@ def scaled_look_up(
     isa: int | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Look every weight up, multiplied by its group's whole number: [N, K] in ``dtype``, float32 or bfloat16, rounded once.
+    """Look every weight up, multiplied by its group's size in 255ths: [N, K] in ``dtype``, float32 or bfloat16.
 
     As :func:`look_up`, with entries brought to float32 and ``groups``, uint8 [N, ceil(K / 64)].
     """

@@ -517,7 +517,7 @@ INLINE void scaled_row(const int bits, const Block *w, int64_t columns, int widt
         uint8_t codes[CHUNK];
         codes_in_order(bits, w->planes, start / 8, w->bytes - start / 8, codes);
         for (int64_t place = start; place < columns && place < start + CHUNK; place += GROUP) {
-            float value[GROUP], size = w->groups[place / GROUP];
+            float value[GROUP], size = (float)w->groups[place / GROUP] / UNIT;
             uint8_t *to = (uint8_t *)out + width * place;
             if (bits > 5)
                 four_bytes_each(bits, split, _mm512_loadu_si512(codes + place - start), value);

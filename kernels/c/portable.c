@@ -149,7 +149,7 @@ static void scaled(const Block *w, int64_t columns, int width, void *out)
             float value[GROUP];
             for (int i = 0; i < GROUP; i++)
                 value[i] = table[codes[place - start + i]];
-            write_scaled(value, w->groups[place / GROUP], columns - place < GROUP ? columns - place : GROUP, width,
+            write_scaled(value, (float)w->groups[place / GROUP] / UNIT, columns - place < GROUP ? columns - place : GROUP, width,
                          (uint8_t *)out + width * place);
         }
     }

@@ -162,7 +162,7 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
         if (compress_look_up(&w, &last, 1, (char *)out + (rows * columns * 4 - columns * width), width, NULL, 1))
             exit(3);
     for (int64_t k = 0; k < columns; k++)
-        if (out[last * columns + k] != (float)(size_of(&w, last, k) * entry(&w, last, code_of(&w, last, k))))
+        if (out[last * columns + k] != (float)size_of(&w, last, k) / UNIT * (float)entry(&w, last, code_of(&w, last, k)))
             exit(4);
     w.table = bytes + (last << bits), w.affine = affine + 2 * last, w.width = 1;
     if (compress_product(&w, x, batch, y, NULL, 1))

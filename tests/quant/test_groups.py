@@ -21,15 +21,13 @@ def stored(rows, columns):
         return torch.randn(*size, generator=generator).half().float()
 
     groups = torch.randint(1, 256, (rows, -(-columns // 64)), generator=generator).byte()
-    basis = {bits: random(1, 2**bits) for bits in range(SEED, 6)}
+    basis = {bits: random(1, 2**bits) for bits in range(SEED, PARENT + 1)}
     shared = Shared(
         random(columns).abs() + 0.5,
         random(rows, 1).abs() + 0.5,
         None,
         basis,
-        random(1, 2**5),
-        {6: random(2)},
-        groups,
+        groups=groups,
     )
     codes = torch.randint(0, 2**PARENT, (rows, columns), dtype=torch.uint8, generator=generator)
     tables = {bits: shared.codebook(bits) for bits in range(SEED, PARENT + 1)}
@@ -37,10 +35,7 @@ def stored(rows, columns):
     held = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
     weights = {}
     for bits in range(SEED, PARENT + 1):
-        table = held[f"basis_{min(bits, 5)}"][0]
-        if bits == 6:
-            table = (table[:, None] + held["width_6"][0][:, None] * held["place_6"]).flatten()
-        entries = table[(codes >> (PARENT - bits)).long()]
+        entries = held[f"basis_{bits}"][0][(codes >> (PARENT - bits)).long()]
         sizes = torch.stack([groups[:, k // 64] for k in range(columns)], 1).double() / 255
         weights[bits] = held["columns"] * held["rows"] * sizes * entries
     return shape, dict(tensors), weights
