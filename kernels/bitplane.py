@@ -45,18 +45,18 @@ def dense_weight(
         [N, K] in ``dtype``, or [T, K].
     """
     traced = torch.compiler.is_compiling()
-    wide = torch.promote_types(dtype, torch.float32) if groups is not None else dtype  # rounded once
-    if not traced and wide.itemsize in (2, 4) and cpu.serves(codebook, *planes):
-        weight = cpu.look_up(planes, codebook.to(wide), columns, places=places)
-    else:
-        if places is not None:
-            planes = [plane[places] for plane in planes]
-            codebook = codebook if len(codebook) == 1 else codebook[places]
-        weight = reference_weight(planes, codebook, columns, wide)
-    if groups is not None:
-        sizes = (groups if places is None else groups[places]).to(wide) / GROUP_UNIT
-        weight = scale_groups(weight, sizes).to(dtype)
-    return weight
+    if not traced and dtype.itemsize in (2, 4) and cpu.serves(codebook, *planes):
+        if groups is None:
+            return cpu.look_up(planes, codebook.to(dtype), columns, places=places)
+        to = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return cpu.scaled_look_up(planes, codebook, groups, columns, to, places=places).to(dtype)
+    if places is not None:
+        planes = [plane[places] for plane in planes]
+        codebook = codebook if len(codebook) == 1 else codebook[places]
+        groups = None if groups is None else groups[places]
+    wide = dtype if groups is None else torch.promote_types(dtype, torch.float32)  # rounded once
+    weight = reference_weight(planes, codebook, columns, wide)
+    return weight if groups is None else scale_groups(weight, groups.to(wide) / GROUP_UNIT).to(dtype)
 
 
 def reference_weight(planes: list[Tensor], codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -120,7 +120,7 @@ def packed_linear(
             :meth:`compress.kernels.layout.Tiled.tensors` gives.
         bias: [N], or None.
         groups: uint8 [N, ceil(K / 64)], what the entries of every 64 columns are multiplied by, divided by 255; in the
-            layout of the GPU kernels as :class:`compress.kernels.layout.Tiled` has them.
+            layout of the GPU kernels as :class:`compress.kernels.layout.Tiled` has them, with its sizes of rows.
         rows: N.
         columns: K.
         bits: b.

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.kernels.packing import GROUP, GROUP_UNIT, scale_groups
+from compress.kernels.packing import GROUP, GROUP_UNIT
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
@@ -57,7 +57,7 @@ def library() -> Library | str:
     number, address = ctypes.c_int, ctypes.c_void_p
     calls.compress_product.argtypes = [ctypes.c_char_p, address, number, address, address, number]
     calls.compress_order.argtypes = [ctypes.c_char_p, address]
-    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, ctypes.c_int64, address, address, number]
+    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, ctypes.c_int64, address, number, address, number]
     calls.compress_step.argtypes = [ctypes.c_char_p, address, address, number]
     return Library(calls, calls.compress_best_isa(), _openmp("GOMP_parallel"), _openmp("omp_get_num_threads"))
 
@@ -187,14 +187,15 @@ class Prepared:
         if not sizes_fit or any(p.shape != (rows, words) or p.dtype != torch.int32 for p in planes):
             shapes = [tuple(plane.shape) for plane in planes]
             raise ValueError(f"planes {shapes} and codebook {tuple(table.shape)} are not {rows} x {columns} packed")
+        row_factors = _held(factors)
         if groups is not None:
             groups, factors = _groups(groups, factors, rows, columns)
         entries, affine = int8_codebook(table) if int8 else (table, None)
         isa = found.isa if isa is None else isa
         vectors = [affine, _held(inputs), _held(factors), _held(bias), _order(bits, int8, isa)]
         self.planes, self.codebook, self.rows, self.columns = planes, table, rows, columns
-        self._inputs, self._factors, self._bias = vectors[1:4]
-        self._groups = groups
+        self._inputs, _, self._bias = vectors[1:4]
+        self._groups, self._row_factors = groups, row_factors
         self._kept_alive = entries, vectors
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
         addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits) + [entries.data_ptr()]
@@ -248,12 +249,14 @@ class Prepared:
         for start in range(0, self.rows, step):
             part = slice(start, start + step)
             table = self.codebook[part] if len(self.codebook) == self.rows else self.codebook
-            weight = look_up([plane[part] for plane in self.planes], table.to(dtype), self.columns)
-            if self._groups is not None:
-                scale_groups(weight, self._groups[part].to(dtype))
+            planes = [plane[part] for plane in self.planes]
+            if self._groups is None:
+                weight = look_up(planes, table.to(dtype), self.columns)
+            else:
+                weight = scaled_look_up(planes, table, self._groups[part], self.columns, dtype)
             y[:, part] = rows @ weight.t()
-        if self._factors is not None:
-            y = y * self._factors
+        if self._row_factors is not None:
+            y = y * self._row_factors
         if self._bias is not None:
             y = y + self._bias
         return y.to(x.dtype).view(*x.shape[:-1], self.rows)
@@ -270,18 +273,38 @@ def look_up(
         ValueError: shapes or types that do not belong together, a place that is no row.
         RuntimeError: there is no library, or this processor cannot run the kernels asked for.
     """
-    found, rows = _library(), planes[0].shape[0]
     # The library copies words of this size, whatever they mean.
     words = table.detach().contiguous().view({2: torch.float16, 4: torch.float32}[table.element_size()])
-    matrix = Prepared(planes, words, columns, isa=isa)
+    return _looked_up(Prepared(planes, words, columns, isa=isa), table.dtype, places)
+
+
+def scaled_look_up(
+    planes: Sequence[Tensor],
+    table: Tensor,
+    groups: Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    isa: int | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """Look every weight up, multiplied by its group's size in 255ths: [N, K] in ``dtype``, float32 or bfloat16.
+
+    As :func:`look_up`, with entries brought to float32 and ``groups``, uint8 [N, ceil(K / 64)].
+    """
+    return _looked_up(Prepared(planes, table.float(), columns, isa=isa, groups=groups), dtype, places)
+
+
+def _looked_up(matrix: Prepared, dtype: torch.dtype, places: Tensor | None) -> Tensor:
+    found, rows = _library(), matrix.rows
     if places is not None:
         places = places.contiguous()
         if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < rows:
             raise ValueError(f"places {int(places.min())} to {int(places.max())} are not all among {rows} rows")
     count = rows if places is None else len(places)
-    out = torch.empty(count, columns, dtype=table.dtype, device=table.device)
+    out = torch.empty(count, matrix.columns, dtype=dtype, device=matrix.codebook.device)
     threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
     where = (0, 0) if places is None else (places.data_ptr(), len(places))
-    if len(out) and found.calls.compress_look_up(matrix.matrix, *where, out.data_ptr(), found.team, threads):
+    given = out.data_ptr(), out.element_size(), found.team, threads
+    if len(out) and found.calls.compress_look_up(matrix.matrix, *where, *given):
         raise RuntimeError("this processor cannot run the kernels asked for")
     return out

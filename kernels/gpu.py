@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from compress.kernels.configs import Problem, choose_config, tuned
 from compress.kernels.layout import ROWS, Tiled, untiled_groups
-from compress.kernels.packing import GROUP_UNIT, scale_groups, words
+from compress.kernels.packing import scale_groups, words
 from compress.kernels.ptx import PAIRED, REGISTER_BITS, Entries
 from compress.kernels.variants import Config, Kind, Operation, Variant
 
@@ -121,7 +121,7 @@ class GpuMatrix:
     @property
     def registers(self) -> Tensor | None:
         """Return the table as the assembly keeps it in registers, or None."""
-        return self.tensors[2] if len(self.tensors) > 2 else None
+        return self.tensors[2] if len(self.tensors) > 2 + (self.groups is not None) else None
 
     @property
     def span(self) -> int:
@@ -136,7 +136,7 @@ class GpuMatrix:
         if config.pairs and self.bits == PAIRED and self.table.dtype == torch.float16:
             entries = 32
         facts = operation, self.bits, self.head, problem.kind, problem.count, problem.assembly, even, bias
-        return Variant(*facts, self.groups is not None, entries)
+        return Variant(*facts, entries, self.groups is not None)
 
     @property
     def rounded(self) -> bool:
@@ -152,7 +152,7 @@ class GpuMatrix:
         """Return the arguments that all kernels share."""
         found = {"codes": self.codes, "tables": self.table, "words": self.span, "plane_stride": self.codes.stride(0)}
         if variant.operation != "look_up" or not variant.assembly:
-            found["groups"] = self.groups
+            found |= {"groups": self.groups, "sizes": None if self.groups is None else self.tensors[-1]}
         if variant.assembly:
             found["table_stride"] = self.codes.shape[1] * ROWS
         if variant.assembly and variant.entries < 32 and self.bits <= REGISTER_BITS and self.registers is not None:
@@ -260,7 +260,8 @@ def _parts(packed: GpuMatrix, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
         rows = slice(first * ROWS, min((first + count) * ROWS, packed.rows))
         found = out[: rows.stop - rows.start, : packed.columns]
         if packed.groups is not None and variant.assembly:
-            scale_groups(found, untiled_groups(packed.groups[first : first + count], len(found)) / GROUP_UNIT)
+            groups = untiled_groups(packed.groups[first : first + count], len(found))
+            scale_groups(found, groups * packed.tensors[-1][rows, None])
         yield rows, found
 
 
@@ -271,8 +272,8 @@ def _by_matrix_product(x: Tensor, packed: GpuMatrix, bias: Tensor | None) -> Ten
 
 def _reference(packed: GpuMatrix, dtype: torch.dtype) -> Tensor:
     """Look up every weight in plain torch: [N, K]."""
-    tables = {packed.bits: packed.table}
-    tiled = Tiled(packed.rows, packed.columns, packed.head, packed.codes, tables, {}, groups=packed.groups)
+    tables, sizes = {packed.bits: packed.table}, None if packed.groups is None else packed.tensors[-1]
+    tiled = Tiled(packed.rows, packed.columns, packed.head, packed.codes, tables, {}, None, packed.groups, sizes)
     return tiled.dense(packed.bits, dtype)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.kernels.packing import GROUP, GROUP_UNIT, scale_groups, unpack_planes, words
+from compress.kernels.packing import GROUP, scale_groups, unpack_planes, words
 
 ROWS = 32  # of one tile
 ROUNDED = 4  # bits whose entries can be read with 8 bits
@@ -186,7 +186,8 @@ class Tiled:
     tables: dict[int, Tensor]  # bits -> floating [ceil(N / 32), 2**bits, 32]
     registers: dict[int, Tensor]  # bits -> int32 [2, 2**bits / 2, 32 * ceil(N / 32)]
     rounded: Tensor | None = None  # float32 [ceil(N / 32), 16, 32], the worth of 8-bit entries; None if exact
-    groups: Tensor | None = None  # uint8 [ceil(N / 32), ceil(K / 64), 32], what entries are multiplied by, in 255ths
+    groups: Tensor | None = None  # uint8 [ceil(N / 32), ceil(K / 64), 32], what entries are multiplied by
+    sizes: Tensor | None = None  # float32 [32 * ceil(N / 32)], with groups: what those of a row are multiplied by
 
     @classmethod
     def build(
@@ -195,15 +196,18 @@ class Tiled:
         codebooks: Mapping[int, Tensor],
         columns: int,
         exact: bool = True,
-        groups: Tensor | None = None,
+        groups: tuple[Tensor, Tensor] | None = None,
     ) -> Tiled:
         """Make the layout on the device of the planes, int32 [N, ceil(K / 32)] each, most significant first.
 
         ``codebooks`` holds floating [N, 2**bits] for all bits to be read; 4-bit ones have entries of 8 bits if not ``exact``.
-        ``groups``, uint8 [N, ceil(K / 64)], are what entries of every 64 columns are multiplied by, divided by 255.
+        ``groups``, uint8 [N, ceil(K / 64)] and floating [N, 1], are what entries of every 64 columns and of every row are
+        multiplied by.
         """
         made = cls.around(_tile_codes(planes, columns, head_for(min(codebooks))), codebooks, columns, exact)
-        made.groups = None if groups is None else _tiled_groups(groups)
+        if groups is not None:
+            made.groups = _tiled_groups(groups[0])
+            made.sizes = pad(groups[1].float().view(-1), (0, -len(groups[1]) % ROWS))
         return made
 
     @classmethod
@@ -225,7 +229,7 @@ class Tiled:
     def with_entries(self, exact: bool) -> Tiled:
         """Return the same codes with entries exact or of 8 bits."""
         made = Tiled.around(self.codes, {bits: self.codebook(bits) for bits in self.tables}, self.columns, exact)
-        made.groups = self.groups
+        made.groups, made.sizes = self.groups, self.sizes
         return made
 
     def read(self, bits: int) -> Tensor:
@@ -233,9 +237,9 @@ class Tiled:
         return self.rounded if bits == ROUNDED and self.rounded is not None else self.tables[bits]
 
     def tensors(self, bits: int) -> list[Tensor]:
-        """Return what a product at a number of bits reads: codes, table, and the registers' content where there is any."""
+        """Return what a product at a number of bits reads beside groups: codes, table, the registers' content and sizes where there are any."""
         registers = [self.registers[bits]] if bits in self.registers else []
-        return [self.codes, self.read(bits), *registers]
+        return [self.codes, self.read(bits), *registers, *([] if self.sizes is None else [self.sizes])]
 
     def canonical(self) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the planes, int32 [p, N, ceil(K / 32)], and codebooks that this was made of, bit for bit."""
@@ -254,11 +258,12 @@ class Tiled:
         """Look every weight up in plain torch, [N, K], on any device: what the kernels are measured against."""
         planes = _untile_codes(self.codes[: max(bits, self.head)], self.rows, self.head)[:bits]
         codes = unpack_planes(list(planes), self.columns)
-        if self.groups is None:
+        if self.groups is None or self.sizes is None:
             return self._untiled(self.read(bits)).to(dtype).gather(1, codes.long())
         wide = torch.promote_types(dtype, torch.float32)
         weight = self._untiled(self.read(bits)).to(wide).gather(1, codes.long())
-        return scale_groups(weight, untiled_groups(self.groups, self.rows).to(wide) / GROUP_UNIT).to(dtype)
+        sizes = untiled_groups(self.groups, self.rows) * self.sizes[: self.rows, None]
+        return scale_groups(weight, sizes.to(wide)).to(dtype)
 
 
 def random_tiled(
@@ -287,4 +292,5 @@ def random_tiled(
     if groups:
         size = tiles, -(-columns // GROUP), ROWS
         made.groups = torch.randint(1, 256, size, dtype=torch.uint8, device=device, generator=generator)
+        made.sizes = torch.rand(tiles * ROWS, dtype=torch.float32, device=device, generator=generator) / 128
     return made

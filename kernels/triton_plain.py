@@ -16,7 +16,7 @@ def group_sizes(groups, n, w, words):
 
 @triton.jit
 def _weights(
-    codes, tables, groups, w, n, words, plane_stride, BITS: tl.constexpr, HEAD: tl.constexpr, GROUPS: tl.constexpr
+    codes, tables, groups, sizes, w, n, words, plane_stride, BITS: tl.constexpr, HEAD: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     """Look up rows n and words w, both below their ends: float32 [rows, words, 32]."""
     column = tl.arange(0, 32)[None, None, :]
@@ -34,13 +34,13 @@ def _weights(
     row = (n // 32 * (32 * 2**BITS) + n % 32)[:, None, None]
     weight = tl.load(tables + row + code * 32).to(tl.float32)
     if GROUPS:
-        weight *= (group_sizes(groups, n[:, None], w[None, :], words) / 255)[:, :, None]
+        weight *= (group_sizes(groups, n[:, None], w[None, :], words) * tl.load(sizes + n)[:, None])[:, :, None]
     return weight
 
 
 @triton.jit
 def gemv(
-    x, codes, tables, groups, bias, y, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
+    x, codes, tables, groups, sizes, bias, y, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
     M: tl.constexpr, BITS: tl.constexpr, HEAD: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,8 @@ def gemv(
     end = tl.minimum((part + 1) * chunk, words)
     for start in range(part * chunk, end, STEP):
         w = start + place
-        weight = _weights(codes, tables, groups, tl.minimum(w, words - 1), n, words, plane_stride, BITS, HEAD, GROUPS)
+        at = tl.minimum(w, words - 1)
+        weight = _weights(codes, tables, groups, sizes, at, n, words, plane_stride, BITS, HEAD, GROUPS)
         k = w[:, None] * 32 + column[None, :]
         inside = (k < columns) & (w < end)[:, None]
         new = ()
@@ -75,7 +76,7 @@ def gemv(
 
 @triton.jit
 def dot(
-    x, codes, tables, groups, bias, y, count, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
+    x, codes, tables, groups, sizes, bias, y, count, rows, columns, words, chunk, plane_stride, x_stride, y_stride,
     BITS: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
     BIAS: tl.constexpr, UPCAST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +91,7 @@ def dot(
     for start in range(part * chunk, end, STEP):
         w = start + place
         at = tl.minimum(w, words - 1)
-        weight = _weights(codes, tables, groups, at, held, words, plane_stride, BITS, HEAD, GROUPS)
+        weight = _weights(codes, tables, groups, sizes, at, held, words, plane_stride, BITS, HEAD, GROUPS)
         k = start * 32 + tl.arange(0, STEP * 32)
         inside = (k < columns) & (k < end * 32)
         right = tl.load(x + m[None, :] * x_stride + k[:, None], mask=inside[:, None] & (m < count)[None, :], other=0.0)
@@ -108,14 +109,14 @@ def dot(
 
 @triton.jit
 def look_up(
-    codes, tables, groups, out, first_tile, words, plane_stride,
+    codes, tables, groups, sizes, out, first_tile, words, plane_stride,
     BITS: tl.constexpr, HEAD: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Look up the weights of 32 rows: [rows, 32 * words] in the type of ``out``."""
     n = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
     w = tl.program_id(1) * STEP + tl.arange(0, STEP)
     at, held = tl.minimum(w, words - 1), first_tile * 32 + n
-    weight = _weights(codes, tables, groups, at, held, words, plane_stride, BITS, HEAD, GROUPS)
+    weight = _weights(codes, tables, groups, sizes, at, held, words, plane_stride, BITS, HEAD, GROUPS)
     k = w[:, None] * 32 + tl.arange(0, 32)[None, :]
     place = n[:, None, None] * (words * 32) + k[None, :, :]
     tl.store(out + place, weight.to(out.dtype.element_ty), mask=(w < words)[None, :, None])

@@ -104,7 +104,7 @@ def _sums(TEXT: tl.constexpr, IO: tl.constexpr, given, M: tl.constexpr):
 
 @triton.jit
 def gemv(
-    x, codes, tables, groups, bias, y, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
+    x, codes, tables, groups, sizes, bias, y, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
     M: tl.constexpr, BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr,
     EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr, LOAD_TEXT: tl.constexpr,
     LOAD_IO: tl.constexpr, RESERVE: tl.constexpr, PUT: tl.constexpr, GROUPS: tl.constexpr,
@@ -135,12 +135,12 @@ def gemv(
             here = here + _sixteen(LOAD_TEXT, LOAD_IO, (x + m * x_stride + at[:, None] * 32,))
         sums = _sums(TEXT, IO, here, M)
         if GROUPS:
-            sizes = group_sizes(groups, n[None, :], at[:, None], words)
+            group = group_sizes(groups, n[None, :], at[:, None], words)
         new = ()
         for m in tl.static_range(M):
             more = sums[m] if EVEN else tl.where((w < end)[:, None], sums[m], 0.0)
             if GROUPS:
-                more *= sizes
+                more *= group
             new = new + (totals[m] + more,)
         totals = new
     for m in tl.static_range(M):
@@ -148,7 +148,7 @@ def gemv(
         if ENTRIES == 8:
             total *= _factor(tables, table_stride, n, WORDS)
         if GROUPS:
-            total *= 1 / 255
+            total *= tl.load(sizes + n)
         if SPLIT == 1:
             if BIAS:
                 total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
@@ -159,7 +159,7 @@ def gemv(
 
 @triton.jit
 def dot(
-    x, codes, tables, groups, bias, y, count, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
+    x, codes, tables, groups, sizes, bias, y, count, rows, words, chunk, plane_stride, table_stride, x_stride, y_stride,
     BITS: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STEP: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, TEXT: tl.constexpr, IO: tl.constexpr,
     RESERVE: tl.constexpr, PUT: tl.constexpr, GROUPS: tl.constexpr,
@@ -186,7 +186,7 @@ def dot(
         for plane in tl.static_range(BITS):
             here = here + (tl.load(first + plane * plane_stride + at * 32),)
         here = here + given
-        if GROUPS:  # 16 bits hold 256ths; what makes them 255ths is left for the sums
+        if GROUPS:  # in 256ths, which 16 bits hold and which lead to no larger numbers
             size = (group_sizes(groups, held[:, None], at, words) / 256).to(x.dtype.element_ty)
             size = size.to(tl.int16, bitcast=True).to(tl.int32)
             here = here + (size | size << 16,)  # not negative
@@ -202,7 +202,7 @@ def dot(
     if ENTRIES == 8:
         total *= _factor(tables, table_stride, held, WORDS)[:, None]
     if GROUPS:
-        total *= 256 / 255
+        total *= 256 * tl.load(sizes + held)[:, None]
     keep = (n < rows)[:, None] & (m < count)[None, :]
     if SPLIT == 1:
         if BIAS:

@@ -38,8 +38,8 @@ class Variant:
     assembly: bool = True  # whether the assembly is used, or plain Triton
     even: bool = True  # whether every iteration is whole (assembly only)
     bias: bool = False  # whether one is added
-    groups: bool = False  # whether groups of columns have sizes (``look_up`` with assembly leaves them to the caller)
     entries: ptx.Entries = 16  # bits of each; at 4 bits also 8, in ``gemv`` 32 (plain Triton reads any table)
+    groups: bool = False  # whether groups of columns have sizes (``look_up`` with assembly leaves them to the caller)
 
     def constants(self, config: Config) -> dict[str, Any]:
         """Return the arguments that are known when the kernel is compiled."""

@@ -27,6 +27,7 @@ def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
         {bits: torch.cat([tiled.registers[bits] for tiled in tiles], -1) for bits in first.registers},
         None if first.rounded is None else torch.cat([cast(Tensor, tiled.rounded) for tiled in tiles]),
         None if first.groups is None else torch.cat([cast(Tensor, tiled.groups) for tiled in tiles]),
+        None if first.sizes is None else torch.cat([cast(Tensor, tiled.sizes) for tiled in tiles]),
     )
 
 
@@ -39,10 +40,11 @@ def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
         rows = slice(start * ROWS, (start + count) * ROWS)
         registers = {bits: words[..., rows] for bits, words in joined.registers.items()}
         codes = joined.codes[:, start : start + count]
+        sizes = None if joined.sizes is None else joined.sizes[rows]
         rounded, groups = (
             None if whole is None else whole[start : start + count] for whole in (joined.rounded, joined.groups)
         )
-        found.append(Tiled(tiled.rows, tiled.columns, tiled.head, codes, tables, registers, rounded, groups))
+        found.append(Tiled(tiled.rows, tiled.columns, tiled.head, codes, tables, registers, rounded, groups, sizes))
         start += count
     return found
 

@@ -14,6 +14,7 @@ from compress.errors import CompressError
 from compress.kernels import cpu, gpu
 from compress.kernels.bitplane import SERVED, dense_weight, matmul, packed_linear, tiled_linear, tiled_weight
 from compress.kernels.layout import Tiled, head_for, untiled_groups
+from compress.kernels.packing import GROUP_UNIT
 from compress.quant.format import join_planes, split_planes
 from compress.quant.records import PackedShape
 from compress.quant.shared import Shared, read_shared
@@ -239,6 +240,7 @@ class PackedModule(nn.Module):
             {bits: named[registers + str(bits)] for bits in shape.all_bits if registers + str(bits) in named},
             named.get("tiled_rounded"),
             named.get("tiled_groups"),
+            named.get("tiled_sizes"),
         )
 
     def _key(self, bits: int, kind: object) -> _Key:
@@ -290,7 +292,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._forget()  # it would stay on the old device
-        kinds = "codebook_", "tiled_table_", "tiled_rounded", *_SHARED
+        kinds = "codebook_", "tiled_table_", "tiled_rounded", "tiled_sizes", *_SHARED
         codebooks = {id(buffer) for name, buffer in self.named_buffers() if name.startswith(kinds)}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -361,8 +363,10 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
         codebooks = {
             bits: buffers[f"codebook_{bits}"] if shared is None else shared.decoded(bits) for bits in shape.all_bits
         }
-        planes = join_planes(buffers, shape.seed_bits, shape.parent_bits)
-        self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact, self.group_sizes))
+        planes, groups = join_planes(buffers, shape.seed_bits, shape.parent_bits), None
+        if shared is not None and shared.groups is not None:
+            groups, codebooks = _grouped(shared, shape)
+        self._take(Tiled.build(planes, codebooks, shape.in_features, self.exact, groups))
 
     def _take(self, made: Tiled) -> None:
         """Hold a layout in place of what there is."""
@@ -376,6 +380,7 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
             self.register_buffer("tiled_rounded", made.rounded, persistent=False)
         if made.groups is not None:
             self.register_buffer("tiled_groups", made.groups, persistent=False)
+            self.register_buffer("tiled_sizes", made.sizes, persistent=False)
         self.is_tiled = True
 
     def share(self, part: Tiled, group: Group) -> None:
@@ -416,6 +421,21 @@ class BitPlaneLinear(PackedModule, nn.Linear):  # type: ignore[override]  # a we
         self.untile()
         super()._load_from_state_dict(*args, **kwargs)
         self.tile()
+
+
+def _grouped(shared: Shared, shape: PackedShape) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor]]:
+    """Return sizes of groups and rows as the GPU's layout wants them, and the codebook that rows share, written out for each.
+
+    Entries that are stored as float16 stay so, and are of about a weight's size, as float16 products want them.
+    """
+    assert shared.groups is not None
+    size = shared.rows.abs().amax().double().clamp(min=2.0**-24).log2().floor().exp2().float()  # a power of two
+    codebooks = {}
+    for bits in shape.all_bits:
+        table = shared.table(bits) * size
+        kind = shared.rows.dtype if bits <= shared.last else torch.float32
+        codebooks[bits] = table.to(kind).expand(shape.out_features, -1).contiguous()
+    return (shared.groups, shared.rows.float() / (size * GROUP_UNIT)), codebooks
 
 
 class Group:

@@ -294,7 +294,12 @@ static void look_up(const Block *w, int64_t columns, void *out)
     portable_kernels.look_up(w, columns, out);
 }
 
-const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f, 0};
+static void scaled(const Block *w, int64_t columns, int width, void *out)
+{
+    portable_kernels.scaled(w, columns, width, out);
+}
+
+const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, scaled, 128.0f, 0};
 
 #if defined(__clang__)
 #pragma clang attribute pop

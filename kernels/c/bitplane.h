@@ -17,6 +17,7 @@
 #define CHUNK_BYTES 64  /* of one plane */
 #define GROUP 64        /* columns of a row that may share a size; activations that share a scale in the int8 mode */
 #define GROUPS (CHUNK / GROUP)
+#define UNIT 255.0f     /* looked-up values are multiplied by their group's number in these parts */
 #define MAX_BATCH 16    /* rows of activations in one pass over the weights */
 #define MAX_BITS 8
 
@@ -53,6 +54,8 @@ typedef struct {
     void (*int8)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
     /* The entries of one row (w->rows is 1), of 2 or 4 bytes, in the order of the columns. */
     void (*look_up)(const Block *w, int64_t columns, void *out);
+    /* The values of one row with groups, multiplied by groups / UNIT: float32, or bfloat16 if `width` is 2; the table is float32. */
+    void (*scaled)(const Block *w, int64_t columns, int width, void *out);
     /* What the int8 kernels take off every table entry. */
     float int8_excess;
     /* So many columns behind the last whole chunk, or fewer, are taken in units of GROUP; more are a chunk. */
@@ -74,6 +77,17 @@ extern const Kernels avx2_kernels, avx512_kernels;
 #define INLINE static inline
 #define PREFETCH(address) ((void)(address))
 #endif
+
+/* Multiply up to GROUP values by a size, and write them as float32, or as bfloat16 to the nearest. */
+INLINE void write_scaled(const float *value, float size, int64_t count, int width, void *out)
+{
+    for (int64_t i = 0; i < count && width == 4; i++)
+        ((float *)out)[i] = value[i] * size;
+    for (int64_t i = 0; i < count && width == 2; i++) {
+        union { float value; uint32_t bits; } x = {value[i] * size};
+        ((uint16_t *)out)[i] = (uint16_t)((x.bits + 0x7fff + (x.bits >> 16 & 1)) >> 16);
+    }
+}
 
 /* A function for every width, and more for one to four rows of activations. */
 #define EVERY_WIDTH(call)  \
@@ -138,8 +152,9 @@ int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP]);
  * activations are rounded to 8 bits, 64 columns at a time. `team` may be NULL: then the calling thread does it all. Returns 0,
  * or -1: this processor lacks `isa`, or there is no memory. */
 int compress_product(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
-/* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are (groups do not count), for the rows
- * n = places[i], or for all of them if `places` is NULL. */
-int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads);
+/* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are, for the rows n = places[i], or for all
+ * of them if `places` is NULL. With groups they are float32, and multiplied by groups / UNIT: to float32, or bfloat16 if
+ * `width` is 2. */
+int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, int width, Team team, int threads);
 
 #endif

@@ -250,6 +250,7 @@ typedef struct {
     const Kernels *kernels;
     const int64_t *places; /* which rows, or NULL for all */
     uint8_t *out;          /* [rows, columns] */
+    int width;             /* of an entry of it */
     int64_t rows, next;
 } LookUp;
 
@@ -261,13 +262,17 @@ static void copy(void *data)
     while ((piece = taken(&job->next)) < pieces(job->rows))
         for (int64_t row = piece * ROWS_AT_ONCE; row < smaller((piece + 1) * ROWS_AT_ONCE, job->rows); row++) {
             Block w = block_of(matrix, job->places ? job->places[row] : row, 1, 0, matrix->columns);
-            job->kernels->look_up(&w, matrix->columns, job->out + row * matrix->columns * matrix->width);
+            void *out = job->out + row * matrix->columns * job->width;
+            if (matrix->groups)
+                job->kernels->scaled(&w, matrix->columns, job->width, out);
+            else
+                job->kernels->look_up(&w, matrix->columns, out);
         }
 }
 
-int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads)
+int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, int width, Team team, int threads)
 {
-    LookUp job = {.matrix = matrix, .kernels = kernels_of(matrix->isa), .places = places, .out = out};
+    LookUp job = {.matrix = matrix, .kernels = kernels_of(matrix->isa), .places = places, .out = out, .width = width};
     job.rows = places ? count : matrix->rows;
     if (!job.kernels)
         return -1;

@@ -49,8 +49,10 @@ gpu._compiled_for = lambda variant, config: (Warm(kernel_of(variant, config)[0])
 triton_plain.reduce = Warm(triton_plain.reduce)
 
 launches = []
-for rows, columns, bits, exact in [(1, 1, 3, True), (100, 330, 4, False), (64, 4096, 4, True), (40, 100, 8, True)]:
-    packed = packed_of(random_tiled(rows, columns, bits, exact=exact), bits)
+sizes = [(1, 1, 3, True), (100, 330, 4, False), (64, 4096, 4, True), (40, 100, 8, True)]
+grouped = [(1, 1, 3, True, True), (100, 330, 4, False, True), (40, 4096, 8, True, True)]
+for rows, columns, bits, exact, *groups in sizes + grouped:
+    packed = packed_of(random_tiled(rows, columns, bits, exact=exact, groups=bool(groups)), bits)
     for count, kind in [(1, "float16"), (1, "bfloat16"), (5, "float16"), (70, "bfloat16"), (513, "float16")]:
         x = torch.zeros(count, columns, dtype=getattr(torch, kind))
         bias = torch.zeros(rows, dtype=x.dtype) if count == 5 else None

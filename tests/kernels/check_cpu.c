@@ -126,14 +126,14 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
         affine[i] = i % 2 ? normal() : 0.01f;
 
     w.table = table;
-    if (compress_product(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
+    if (compress_product(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, 4, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "exact");
     for (int64_t i = 0; i < rows * columns; i++)
         if (out[i] != table[(i / columns << bits) + code_of(&w, i / columns, i % columns)])
             exit(4);
     w.table = half, w.width = 2; /* no reference here: the guards watch, Python compares */
-    if (compress_product(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, NULL, 1))
+    if (compress_product(&w, x, batch, y, NULL, 1) || compress_look_up(&w, NULL, 0, out, 2, NULL, 1))
         exit(3);
     w.table = bytes, w.affine = affine, w.width = 1;
     if (compress_product(&w, x, batch, y, NULL, 1))
@@ -147,7 +147,7 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
     check(&w, x, batch, y, "int8, shared");
     w.table = table + (last << bits), w.affine = NULL, w.width = 4;
     if (compress_product(&w, x, batch, y, NULL, 1) ||
-        compress_look_up(&w, &last, 1, out + last * columns, NULL, 1))
+        compress_look_up(&w, &last, 1, out + last * columns, 4, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "exact, shared");
     for (int64_t k = 0; k < columns; k++)
@@ -158,6 +158,12 @@ static int one(int isa, int bits, int64_t rows, int64_t columns, int batch)
     if (compress_product(&w, x, batch, y, NULL, 1))
         exit(3);
     check(&w, x, batch, y, "exact, groups");
+    for (int width = 2; width <= 4; width += 2)
+        if (compress_look_up(&w, &last, 1, (char *)out + (rows * columns * 4 - columns * width), width, NULL, 1))
+            exit(3);
+    for (int64_t k = 0; k < columns; k++)
+        if (out[last * columns + k] != (float)size_of(&w, last, k) / UNIT * (float)entry(&w, last, code_of(&w, last, k)))
+            exit(4);
     w.table = bytes + (last << bits), w.affine = affine + 2 * last, w.width = 1;
     if (compress_product(&w, x, batch, y, NULL, 1))
         exit(3);

@@ -34,6 +34,7 @@ BUDGETS = {("plain", 2): 2.0, ("plain", 3): 2.2, ("plain", 4): 4.0, ("seed-packe
 """Integer instructions per weight: planes alone, and crumbs or nibbles first."""
 OTHER_BUDGETS = {("plain", 8): 2.6, ("seed-packed", 8): 2.3, ("plain", 32): 2.1, ("seed-packed", 32): 1.6}
 """The same at 4 bits where a look-up gives 8 or 32 bits (:data:`compress.kernels.ptx.Entries`)."""
+GROUPS_BUDGET = {"gemv": 0.4, "dot": 1.2}  # more, with sizes of groups: a load and a conversion for every word
 WIDE_BUDGET = 4.4  # 5 to 8 bits: what an H100 has time for at 8
 _TWO_ADDRESSES = 16  # bytes that may be spilled: ptxas puts them aside where more warps then find room
 _UNASKED = 48 << 10  # bytes of shared memory that a program gets without being allowed more
@@ -44,6 +45,7 @@ _ALIGNED = (
     "codes",
     "tables",
     "groups",
+    "sizes",
     "bias",
     "y",
     "out",
@@ -85,7 +87,13 @@ def compiled(variant: Variant, config: Config, target: str) -> Any:
     activations = _POINTERS[variant.kind]
     wide = variant.bits > 4 or variant.entries == 32 or not variant.assembly
     types = {"x": activations, "y": "*fp32" if config.split > 1 else activations, "out": activations}
-    types |= {"bias": activations, "codes": "*i32", "tables": "*fp16" if wide else "*i32", "groups": "*u8"}
+    types |= {
+        "bias": activations,
+        "codes": "*i32",
+        "tables": "*fp16" if wide else "*i32",
+        "groups": "*u8",
+        "sizes": "*fp32",
+    }
     options = {"num_warps": config.warps}
     if variant.operation in ("dot", "tile"):
         options["num_stages"] = config.stages
@@ -216,9 +224,10 @@ class Case:
             return None
         packed = variant.head == 4 or (variant.head == 2 and variant.bits == 2)
         name = "seed-packed" if packed else "plain"
+        more = GROUPS_BUDGET[variant.operation] * variant.groups
         if variant.entries != 16:
-            return OTHER_BUDGETS[name, variant.entries]
-        return BUDGETS.get((name, variant.bits), WIDE_BUDGET)
+            return OTHER_BUDGETS[name, variant.entries] + more
+        return BUDGETS.get((name, variant.bits), WIDE_BUDGET) + more
 
 
 def _case(variant: Variant, target: str, count: int) -> Case:
@@ -250,9 +259,16 @@ def quick() -> list[Case]:
     cases += [_case(Variant("gemv", 3, 1, "bf16"), "sm_80", 1), _case(Variant("dot", 3, 1, "bf16"), "sm_80", 16)]
     cases += [_case(Variant("gemv", 3, 1, "fp16"), "sm_100", 1)]
     cases += [Case(Variant("gemv", 3, 1, "fp16", 4, even=False), Config(8, 8), "sm_90")]
+    grouped = [("gemv", 3, 1, 1), ("gemv", 4, 4, 1), ("gemv", 8, 4, 1), ("dot", 3, 1, 16), ("dot", 8, 4, 16)]
+    cases += [
+        _case(Variant(cast(Operation, name), bits, head, kind, groups=True), "sm_90", count)
+        for (name, bits, head, count), kind in zip(grouped, ("fp16", "fp16", "bf16", "bf16", "fp16"), strict=True)
+    ]
     plain = [("gemv", 1), ("dot", 16), ("look_up", 1024)]
     return cases + [
-        _case(Variant(cast(Operation, name), 3, 1, "fp16", assembly=False), "gfx942", count) for name, count in plain
+        _case(Variant(cast(Operation, name), 3, 1, "fp16", assembly=False, groups=groups), "gfx942", count)
+        for name, count in plain
+        for groups in (False, True)
     ]
 
 
@@ -272,6 +288,9 @@ def full() -> list[Case]:
             _case(Variant("tile", bits, 1, "fp16"), target, 512),
         ]
         cases += [_case(Variant("look_up", bits, 1, kind), target, 1024) for kind in _KINDS]
+        grouped = [Variant("gemv", bits, _heads(bits)[-1], kind, groups=True) for kind in _KINDS]
+        cases += [_case(variant, target, 1) for variant in grouped]
+        cases += [_case(replace(v, operation="dot"), target, count) for v in grouped for count in (16, 64)]
     for target, head in itertools.product(("sm_80", "sm_90", "sm_100"), (1, 2, 4)):
         rounded = Variant("gemv", 4, head, "fp16", entries=8)
         pairs = replace(rounded, entries=32)

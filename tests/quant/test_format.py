@@ -43,11 +43,12 @@ def decode(tensors, record, bits):
 
 def decode_shared(tensors, record, bits):
     """The weight at a width of a matrix whose rows share their codebooks, by the sections on versions 4 and 6 alone."""
-    last, rank = max(record["seed_bits"], 5), record["rank"]
+    last, rank, grouped = max(record["seed_bits"], 5), record["rank"], "group" in record
+    last = record["parent_bits"] if grouped else last
     kind = {"float16": np.float16, "float32": np.float32}[record["codebook_dtype"]]
     table = []
     for n in range(record["out_features"]):
-        size = tensors["rows"][n][0]
+        size = 1.0 if grouped else tensors["rows"][n][0]
         c = [size] + [size * tensors["shapes"][n][i] / 128 for i in range(rank - 1)]
         cells = [
             sum(c[i] * tensors[f"basis_{min(bits, last)}"][i][q] for i in range(rank))
@@ -56,11 +57,12 @@ def decode_shared(tensors, record, bits):
         if bits > last:
             width = [sum(c[i] * tensors[f"width_{last + 1}"][i][h] for i in range(rank)) for h in range(2**last)]
             cells = [cells[h] + width[h] * place for h in range(2**last) for place in tensors[f"place_{bits}"]]
-        table.append([float(kind(np.float32(entry))) for entry in cells])
+        table.append([float(np.float32(entry) if grouped else kind(np.float32(entry))) for entry in cells])
     found = decode(tensors | {f"codebook_{bits}": table}, record, bits)
-    for weights, sizes in zip(found, tensors.get("groups", ()), strict="groups" in tensors):
+    for n, weights in enumerate(found if grouped else []):
         for k, weight in enumerate(weights):
-            weights[k] = np.float32(weight) * (np.float32(sizes[k // 64]) / np.float32(255))
+            share = np.float32(tensors["groups"][n][k // 64]) / np.float32(255)
+            weights[k] = np.float32(weight) * share * np.float32(tensors["rows"][n][0])
     return [[float(np.float32(w * column)) for w, column in zip(row, tensors["columns"], strict=True)] for row in found]
 
 
@@ -277,8 +279,8 @@ def test_the_decoder_reads_a_real_shared_checkpoint(in_common, bits):
     for name, record in config_of(in_common)["modules"].items():
         tensors = {key.rpartition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
         n, k, s, r = (record[key] for key in ("out_features", "in_features", "seed_bits", "rank"))
-        t, c = {"float16": 2, "float32": 4}[record["codebook_dtype"]], max(s, 5)
-        more = t * (r * 2**c + 2 ** (bits - c + 1) - 2) if bits > c else 0
+        t, c = {"float16": 2, "float32": 4}[record["codebook_dtype"]], record["parent_bits"]
+        more = n * -(-k // 64)
         size = n * (4 * -(-k // 32) * bits + t + r - 1) + t * (k + r * (2 ** (min(bits, c) + 1) - 2**s)) + more
         assert sum(array.nbytes for array in tensors.values()) == size
         weight = decode_shared({key: value.tolist() for key, value in tensors.items()}, record, bits)
@@ -289,7 +291,7 @@ def test_a_saved_shared_model_is_read_by_the_same_rules(in_common, tmp_path):
     model = compress.load(in_common, bits=6)
     model.save_pretrained(tmp_path / "again")
     config, arrays = config_of(tmp_path / "again"), load_file(tmp_path / "again" / "model.safetensors")
-    assert config["format_version"] == 4
+    assert config["format_version"] == 6
     name = "model.layers.2.mlp.down_proj"
     tensors = {key.rpartition(".")[2]: value.tolist() for key, value in arrays.items() if key.startswith(f"{name}.")}
     assert tensors.keys() == shape_of(config["modules"][name]).specification().keys()
@@ -302,9 +304,10 @@ def test_a_saved_shared_model_is_read_by_the_same_rules(in_common, tmp_path):
 def test_shared_field_lists_are_the_real_ones(in_common):
     config = config_of(in_common)
     assert fields("Shared record") == ["rank"]
+    assert fields("Grouped record") == ["group"]
     for record in config["modules"].values():
-        assert record.keys() == {*fields("Module record"), "rank"}
-    assert config["format_version"] == 4
+        assert record.keys() == {*fields("Module record"), "rank", "group"}
+    assert config["format_version"] == 6
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 6])

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from compress.kernels import gpu
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import Codes, pack_smaller
+from compress.quant.fused import join
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.shared import Shared
 
@@ -19,26 +21,21 @@ def stored(rows, columns):
         return torch.randn(*size, generator=generator).half().float()
 
     groups = torch.randint(1, 256, (rows, -(-columns // 64)), generator=generator).byte()
-    basis = {bits: random(1, 2**bits) for bits in range(SEED, 6)}
+    basis = {bits: random(1, 2**bits) for bits in range(SEED, PARENT + 1)}
     shared = Shared(
         random(columns).abs() + 0.5,
         random(rows, 1).abs() + 0.5,
         None,
         basis,
-        random(1, 2**5),
-        {6: random(2)},
-        groups,
+        groups=groups,
     )
     codes = torch.randint(0, 2**PARENT, (rows, columns), dtype=torch.uint8, generator=generator)
     tables = {bits: shared.codebook(bits) for bits in range(SEED, PARENT + 1)}
-    shape, tensors, _ = pack_smaller(Codes(codes, tables, shared=shared))
+    shape, tensors, _ = pack_smaller(Codes(codes, tables, shared=shared).as_stored())
     held = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
     weights = {}
     for bits in range(SEED, PARENT + 1):
-        table = held[f"basis_{min(bits, 5)}"][0]
-        if bits == 6:
-            table = (table[:, None] + held["width_6"][0][:, None] * held["place_6"]).flatten()
-        entries = table[(codes >> (PARENT - bits)).long()]
+        entries = held[f"basis_{bits}"][0][(codes >> (PARENT - bits)).long()]
         sizes = torch.stack([groups[:, k // 64] for k in range(columns)], 1).double() / 255
         weights[bits] = held["columns"] * held["rows"] * sizes * entries
     return shape, dict(tensors), weights
@@ -97,6 +94,33 @@ def test_another_tensor_of_groups_is_seen_between_calls():
     before = module(x)
     module.register_buffer("groups", torch.full_like(module.group_sizes, 255))
     assert not torch.allclose(module(x), before, rtol=0.1)
+
+
+def test_the_layout_of_the_gpu_kernels_and_back(monkeypatch):
+    """Every tensor comes back bit for bit; products of the layout, by its reference, are those of the planes."""
+    (one, weights), (other, _) = linear(64), linear(64)
+    before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    x = torch.randn(3, 576, generator=torch.Generator().manual_seed(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "serves", lambda device: True)
+        one.tile()
+        other.tile()
+    assert one.is_tiled
+    assert "groups" not in dict(one.named_buffers())  # they are there once
+    assert one.tiled().registers.keys() == {2, 3, 4}  # so that the kernels with assembly serve these bits
+    assert join({"it.q": one, "it.k": other}, [["q", "k"]]) == 1
+    for bits, weight in weights.items():
+        one.bits = other.bits = bits
+        assert torch.allclose(one.dense().double(), weight, rtol=1e-5, atol=1e-7)
+        for found in (one(x), other(x)):
+            assert torch.allclose(found.double(), x.double() @ weight.T, rtol=1e-4, atol=1e-2)
+    after = one.state_dict()
+    assert after.keys() == before.keys()
+    one.untile()
+    for state in (after, one.state_dict()):
+        assert all(
+            torch.equal(state[name], before[name]) and state[name].dtype == before[name].dtype for name in before
+        )
 
 
 def test_an_embedding_and_its_tied_head():

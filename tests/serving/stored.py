@@ -35,9 +35,9 @@ def stored(form, rows=24, columns=100, seed=0):
         random(columns).abs() + 0.5,
         random(rows, 1).abs() + 0.5,
         torch.randint(-99, 99, (rows, rank - 1), dtype=torch.int8, generator=generator) if rank > 1 else None,
-        {bits: random(rank, 2**bits) for bits in range(SEED, 6)},
-        random(rank, 2**5),
-        {6: random(2)},
+        {bits: random(rank, 2**bits) for bits in range(SEED, 7 if form == "groups" else 6)},
+        None if form == "groups" else random(rank, 2**5),
+        None if form == "groups" else {6: random(2)},
         torch.randint(1, 256, (rows, -(-columns // 64)), generator=generator).byte() if form == "groups" else None,
     )
     table = {bits: shared.codebook(bits) for bits in range(SEED, PARENT + 1)}
