@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape, SharedShape
-from compress.quant.shared import read_shared
+from compress.quant.records import GroupedShape, PackedShape, SharedShape
+from compress.quant.shared import read_shared, spread
 from compress.quant.student import Student
 from compress.quant.tune import _trained
 
@@ -116,7 +116,7 @@ def test_shared_codebooks_are_trained_at_all_bits_in_turn(tuned_recipe, tmp_path
     assert set(units["common"]["divergence"]) == {"2", "3", "4", "5", "6"}
     before, after = tensors(plain), tensors(tuned)
     changed = {name.rpartition(".")[2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert changed == {"rows", "shapes", *(f"basis_{bits}" for bits in range(2, 6)), "width_6", "place_6"}
+    assert changed == {"rows", "groups", *(f"basis_{bits}" for bits in range(2, 7))}
     ratio = [found["after"] / found["before"] for found in units["common"]["divergence"].values()]
     assert math.prod(ratio) < 1
 
@@ -149,17 +149,36 @@ def test_students_gradients_are_those_of_the_plain_product():
                 torch.testing.assert_close(one, other)
 
 
-@pytest.mark.slow
-def test_bits_without_anything_of_their_own_are_left(tuned_recipe, tmp_path):
-    """The basis of 5 bits is what 6 are computed from."""
-    shared = {"kind": "any_precision", "seed_bits": 4, "parent_bits": 6, "codebooks": "shared", "correction": 0}
-    passes = [[shared, {"kind": "tune_tables", "steps": 2, "batch": 2, "widths": bits}] for bits in ([5], [4, 5])]
-    only, both = (compress.run({**tuned_recipe, "passes": steps}, tmp_path / f"{i}") for i, steps in enumerate(passes))
-    unit = json.loads((only / "compression.json").read_text())["passes"][1]["units"]["common"]
-    assert not unit["kept"]
-    assert "computed from these" in unit["reason"]
-    unit = json.loads((both / "compression.json").read_text())["passes"][1]["units"]["common"]
-    assert set(unit["divergence"]) == {"4"}
+def test_bits_without_anything_of_their_own_are_left():
+    """In the older form the basis of 5 bits is what 6 are computed from; with sizes of groups every number has its own."""
+    older = SharedShape(12, 64, 4, 6, "float16", rank=3)
+    grouped = GroupedShape(12, 64, 4, 6, "float16", rank=1, group=64)
+    assert [_trained(older, bits, True) for bits in ([5], [4, 5])] == [[], ["basis_4"]]
+    assert [_trained(grouped, bits, True) for bits in ([5], [4, 5])] == [["basis_5"], ["basis_4", "basis_5"]]
+
+
+def test_a_students_gradients_are_those_of_the_plain_product_where_groups_have_sizes():
+    torch.manual_seed(0)
+    shape = GroupedShape(12, 100, 2, 6, "float32", rank=1, group=64)
+    layer = BitPlaneLinear(shape, bias=False)
+    for buffer in layer.buffers():
+        kind = buffer.dtype
+        buffer.copy_(torch.randn(buffer.shape) if kind.is_floating_point else torch.randint(1, 99, buffer.shape))
+    names = ["rows", "groups", "basis_2", "basis_6"]
+    for bits in (2, 6):
+        layer.bits = bits
+        student, x = Student(layer, names, [bits]), torch.randn(2, 3, 100, requires_grad=True)
+        found = student.tensors()
+        sizes = spread(found["rows"] * found["groups"] / 255, 100)
+        weight = found[f"basis_{bits}"][0][student.codes[bits].long()] * sizes * found["columns"]
+        torch.testing.assert_close(weight, layer.dense())
+        wanted, signs = [x, *student.offsets.values()], torch.randn(2, 3, 12)
+        plain = torch.autograd.grad((x @ weight.t() * signs).sum(), wanted, allow_unused=True)
+        own = torch.autograd.grad((student(x) * signs).sum(), wanted, allow_unused=True)
+        for one, other in zip(own, plain, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other)
 
 
 @pytest.mark.slow
