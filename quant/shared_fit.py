@@ -13,7 +13,7 @@ from compress.quant.kmeans import nested_codebooks
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared, spread
 
-_SIZE, _INPUT = 0.5, -0.06  # powers of a column's weights and of its inputs in its factor; measured
+_SIZE, _INPUT = 0.5, -0.15  # powers of a column's weights and of its inputs in its factor; measured
 _NEARLY = 1e-6  # share of the mean diagonal that keeps least squares solvable
 _POOLED = 1 << 16  # weights that are clustered together
 _TRIED = tuple(

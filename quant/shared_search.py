@@ -16,12 +16,13 @@ from torch import Tensor
 from compress.quant.feedback import codes_by_feedback, inverse_factor
 from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Hessian
-from compress.quant.nested import TOGETHER, Objective, Tree, below_objectives, joint_objectives, row_parts
+from compress.quant.nested import Objective, Tree, below_objectives, joint_objectives, row_parts
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared
 from compress.quant.shared_fit import by_group, column_factors, fit_shared, halved, sized, solved
 from compress.ranks import ALONE, Ranks
 
+TOGETHER = 7  # bits that are chosen together at most; with 8, those would be twice as near, for twice the time
 _POWER = 1.0  # of 4 per bit: what errors at more bits count in error feedback, and in sizes common to all
 _POWERS = (
     (1.0, 1.0),
