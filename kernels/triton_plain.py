@@ -16,8 +16,18 @@ def group_sizes(groups, n, w, words):
 
 @triton.jit
 def _weights(
-    codes, tables, groups, sizes, w, n, words, plane_stride, BITS: tl.constexpr, HEAD: tl.constexpr, GROUPS: tl.constexpr
-):  # fmt: skip
+    codes,
+    tables,
+    groups,
+    sizes,
+    w,
+    n,
+    words,
+    plane_stride,
+    BITS: tl.constexpr,
+    HEAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """Look up rows n and words w, both below their ends: float32 [rows, words, 32]."""
     column = tl.arange(0, 32)[None, None, :]
     block, place = column // 8, column % 8
