@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,13 +249,8 @@ def assert_same_files(left, right):
 
 
 @pytest.fixture(scope="session")
-def kill_and_finish():
-    """Run a recipe in processes that are killed at random moments, each once a new unit is there, until one finishes.
-
-    The processes come from a server that has imported the library and done nothing else.
-    """
-    import compress
-
+def library_server():
+    """Context whose processes come from a server that has imported the library and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -262,8 +258,16 @@ def kill_and_finish():
             "compress.quant.any_precision",
             "compress.pruning.structured.mini_llm",
             "compress.prompts.soft_prompt",
+            "pytest",  # the first thing that each of them imports
         ]
     )
+    return context
+
+
+@pytest.fixture(scope="session")
+def kill_and_finish(library_server):
+    """Run a recipe in processes that are killed at random moments, each once a new unit is there, until one finishes."""
+    import compress
 
     def finished(work, unit):
         try:
@@ -274,7 +278,7 @@ def kill_and_finish():
     def run(recipe, output, kills, unit="*/*.safetensors", pause=0.1):
         work, draw, killed = output.with_name(output.name + ".work"), random.Random(0), 0
         while not output.exists():
-            process = context.Process(target=compress.run, args=(recipe, output))
+            process = library_server.Process(target=compress.run, args=(recipe, output))
             before = finished(work, unit)
             process.start()
             if killed < kills:
@@ -318,3 +322,63 @@ def fresh_python():
         return process.stdout
 
     return run
+
+
+PROLOGUE = """
+import io, os, sys
+sys.argv, sys.stdin = ["-c", *arguments], io.StringIO(text)
+sys.path[:0] = path
+os.environ.update(environment)
+for name, descriptor in outputs.items():
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+"""
+
+
+@pytest.fixture(scope="session")
+def own_process(library_server, tmp_path_factory):
+    """Start code in a process of its own that has the library; call what this returns to wait for its end.
+
+    Much quicker than :func:`fresh_python`, whose processes begin with nothing.
+    """
+
+    def start(code, *arguments, text="", path=(), **environment):
+        folder = tmp_path_factory.mktemp("process")
+        outputs = {str(folder / "stdout"): 1, str(folder / "stderr"): 2}
+        arguments, path = list(map(str, arguments)), list(map(str, path))
+        names = {"arguments": arguments, "text": text, "path": path, "environment": environment, "outputs": outputs}
+        process = library_server.Process(target=exec, args=(PROLOGUE + code, {"__name__": "__main__", **names}))
+        process.start()
+
+        def finish():
+            process.join()
+            said = [Path(name).read_text() for name in outputs]
+            return subprocess.CompletedProcess(code, process.exitcode, *said)
+
+        return finish
+
+    return start
+
+
+@pytest.fixture
+def run_code(own_process):
+    """Run code in a process of its own that has the library; returns what it printed."""
+
+    def run(code, *arguments, **more):
+        process = own_process(code, *arguments, **more)()
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    return run
+
+
+@pytest.fixture
+def verify(own_process, monkeypatch):
+    """``compress.manifest.verify``, which asks a process that need not import everything again."""
+    from compress import manifest
+
+    def answer(command, *, input, **_):
+        _, _, code, folder = command
+        return own_process(code, folder, text=input)()
+
+    monkeypatch.setattr(manifest, "subprocess", SimpleNamespace(run=answer))
+    return manifest.verify

@@ -67,11 +67,11 @@ def test_a_width_is_what_the_format_says(tiny_llama, compressed, bits):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_every_width(compressed, fresh_python):
+def test_a_fresh_process_loads_every_width(compressed, run_code):
     loads = ["AutoModelForCausalLM.from_pretrained(sys.argv[1])"]
     loads += [f"compress.load(sys.argv[1], bits={bits})" for bits in (3, 5, 6)]
     code = "".join(PRINT_LOGITS.format(imports="compress", load=load) for load in loads)
-    found = [json.loads(line) for line in fresh_python(code, compressed).splitlines()]
+    found = [json.loads(line) for line in run_code(code, compressed).splitlines()]
     model = compress.load(compressed)
     for bits, values in zip((6, 3, 5, 6), found, strict=True):
         compress.set_bits(model, bits)
@@ -235,8 +235,8 @@ def test_device_maps(compressed, device_map):
 
 
 @pytest.mark.slow
-def test_a_module_that_is_loaded_again_is_not_registered_twice(fresh_python):
-    assert fresh_python("import importlib, compress; print(importlib.reload(compress.hf).METHOD)").strip() == "compress"
+def test_a_module_that_is_loaded_again_is_not_registered_twice(run_code):
+    assert run_code("import importlib, compress; print(importlib.reload(compress.hf).METHOD)").strip() == "compress"
 
 
 def test_untied_head_and_embedding_can_be_packed(make_model, recipe, tmp_path):

@@ -18,7 +18,6 @@ import compress
 from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.inspect import inspect
-from compress.manifest import verify
 from compress.passes import Whole
 from compress.plan import plan
 from compress.prompts.baked import bake
@@ -33,7 +32,7 @@ TOKENS = torch.arange(3, 20)[None]
 
 
 @pytest.mark.slow
-def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, fresh_python):
+def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, run_code, verify):
     """One folder; a fresh process loads it at any width with its prompt, with our help or with peft alone."""
     output = compress.run(prompt_recipe, tmp_path / "small")
     files = json.loads((output / "compression.json").read_text())["files"]
@@ -48,7 +47,7 @@ def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, fresh_pyth
         "    assert torch.equal(ours, theirs(tokens).logits)\n"
         "    print(float(ours[0, -1].float().logsumexp(0)))\n"
     )
-    found = [float(line) for line in fresh_python(code, output).splitlines()]
+    found = [float(line) for line in run_code(code, output).splitlines()]
     for bits, value in zip((3, 4), found, strict=True):
         here = compress.load(output, bits=bits, prompt=True)(TOKENS).logits[0, -1]
         assert value == pytest.approx(float(here.logsumexp(0)), abs=1e-4)

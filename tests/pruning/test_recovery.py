@@ -13,7 +13,6 @@ from compress.errors import CompressError
 from compress.evals.evaluate import evaluate_text
 from compress.evals.speed import Load, bench
 from compress.evals.store import results_of
-from compress.manifest import verify
 from compress.plan import plan
 from compress.prompts.baked import bake
 from compress.prompts.stored import embedding
@@ -118,7 +117,7 @@ def beside(longer, tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, caplog):
+def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, caplog, verify):
     text = tmp_path / "other.txt"
     text.write_text("the dog jumps over the fox. " * 30)
 
