@@ -7,10 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import filecmp
-import multiprocessing
+import multiprocessing.connection
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -336,7 +337,7 @@ for name, descriptor in outputs.items():
 
 @pytest.fixture(scope="session")
 def own_process(library_server, tmp_path_factory):
-    """Start code in a process of its own that has the library; call what this returns to wait for its end.
+    """Start code in a process of its own that has the library; returns it and what to call for what it said in the end.
 
     Much quicker than :func:`fresh_python`, whose processes begin with nothing.
     """
@@ -354,7 +355,7 @@ def own_process(library_server, tmp_path_factory):
             said = [Path(name).read_text() for name in outputs]
             return subprocess.CompletedProcess(code, process.exitcode, *said)
 
-        return finish
+        return process, finish
 
     return start
 
@@ -364,9 +365,37 @@ def run_code(own_process):
     """Run code in a process of its own that has the library; returns what it printed."""
 
     def run(code, *arguments, **more):
-        process = own_process(code, *arguments, **more)()
+        process = own_process(code, *arguments, **more)[1]()
         assert process.returncode == 0, process.stderr
         return process.stdout
+
+    return run
+
+
+@pytest.fixture
+def run_ranks(own_process):
+    """Run code in several processes that know of one another, with one thread each; where one fails, the others are told to stop.
+
+    ``torchrun`` does the same, and imports everything in each.
+    """
+
+    def run(ranks, code, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+        code = "import torch\ntorch.set_num_threads(1)\n" + code
+        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **place} for rank in range(ranks)]
+        started = [own_process(code, *arguments, **number) for number in numbers]
+        waiting = {process.sentinel: process for process, _ in started}
+        while waiting:
+            for sentinel in multiprocessing.connection.wait(list(waiting)):
+                process = waiting.pop(sentinel)
+                process.join()
+                for other in waiting.values() if process.exitcode else ():
+                    other.terminate()
+        ended = [finish() for _, finish in started]
+        said = ("".join(getattr(process, stream) for process in ended) for stream in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(code, max(abs(process.returncode) for process in ended), *said)
 
     return run
 
@@ -378,7 +407,7 @@ def verify(own_process, monkeypatch):
 
     def answer(command, *, input, **_):
         _, _, code, folder = command
-        return own_process(code, folder, text=input)()
+        return own_process(code, folder, text=input)[1]()
 
     monkeypatch.setattr(manifest, "subprocess", SimpleNamespace(run=answer))
     return manifest.verify
