@@ -8,13 +8,7 @@
 #include "bitplane.h"
 
 #ifdef COMPRESS_X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
-#endif
+ISA_BEGINS("f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
 #include <immintrin.h>
 #include <string.h>
 
@@ -437,9 +431,5 @@ static void look_up(const Block *w, int64_t columns, void *out)
 
 const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, 0.0f, TAIL};
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISA_ENDS
 #endif

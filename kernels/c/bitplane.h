@@ -59,6 +59,18 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define COMPRESS_X86 1
 extern const Kernels avx2_kernels, avx512_kernels;
+
+/* Functions between these two are compiled for an instruction set, whatever the file is compiled for. */
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define ISA_BEGINS(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define ISA_ENDS PRAGMA(clang attribute pop)
+#define WIDE "avx512f,avx512bw,avx512vl,avx512dq,fma"
+#else
+#define ISA_BEGINS(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define ISA_ENDS PRAGMA(GCC pop_options)
+#define WIDE "avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"
+#endif
 #endif
 
 #define SLOTS(bits) ((bits) <= 1 ? 1 : (bits) <= 2 ? 2 : (bits) <= 4 ? 4 : 8) /* bits that a column is given */
