@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import filecmp
+import json
 import multiprocessing.connection
 import random
 import shutil
@@ -23,6 +24,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+NESTED = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40
 COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 LLAMA_LIKE = {
@@ -184,23 +186,32 @@ def recipe(tiny_llama, text_file):
     return {
         "model": str(tiny_llama),
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
+        "passes": [dict(NESTED)],
     }
 
 
 @pytest.fixture(scope="session")
-def compressed(tiny_llama, text_file, tmp_path_factory):
-    """One finished checkpoint for tests that only read."""
+def make_packed(make_model, text_file, tmp_path_factory):
+    """Folder of a checkpoint to read only, by passes, architecture and changes to its configuration; made once."""
     import compress
 
-    return compress.run(
-        {
-            "model": str(tiny_llama),
-            "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
-        },
-        tmp_path_factory.mktemp("compressed") / "model",
-    )
+    made = {}
+
+    def make(passes=(NESTED,), kind="llama", samples=4, **changes):
+        key = json.dumps([passes, kind, samples, changes])
+        if key not in made:
+            text = {"text": str(text_file), "samples": samples, "length": 32}
+            recipe = {"model": str(make_model(kind, **changes)), "calibration": text, "passes": list(passes)}
+            made[key] = compress.run(recipe, tmp_path_factory.mktemp("packed") / "model")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compressed(make_packed):
+    """One finished checkpoint for tests that only read."""
+    return make_packed()
 
 
 @pytest.fixture(scope="session")
@@ -411,3 +422,14 @@ def verify(own_process, monkeypatch):
 
     monkeypatch.setattr(manifest, "subprocess", SimpleNamespace(run=answer))
     return manifest.verify
+
+
+@pytest.fixture
+def quick_loads(run_code, monkeypatch):
+    """``compress bench``, whose fresh processes need not import everything again; what they measure is not what it should be."""
+    from compress.evals import fresh, speed
+
+    def answer(code, request):
+        return json.loads(run_code(fresh._BEFORE + code, json.dumps(request)).splitlines()[-1])
+
+    monkeypatch.setattr(speed, "in_fresh_process", answer)

@@ -11,6 +11,7 @@ import compress
 from compress import decoding
 from compress.hf import cache_name
 from compress.kernels import cpu
+from tests.conftest import NESTED
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {"hidden_size": 80, "intermediate_size": 600, "head_dim": 16, "max_position_embeddings": 256}
@@ -19,15 +20,12 @@ pytestmark = pytest.mark.skipif(not cpu.built(), reason="the C library was not b
 
 
 @pytest.fixture
-def load(recipe, make_model, tmp_path):
+def load(make_packed):
     """Load a small packed model whose blocks are known."""
 
-    def make(kind="llama", dtype=torch.float32, changes=None, passes=None, **options):
+    def make(kind="llama", dtype=torch.float32, changes=None, passes=(NESTED,), **options):
         sizes = {**SIZES, **({"sliding_window": None} if kind == "mistral" else {}), **(changes or {})}
-        recipe["model"] = str(make_model(kind, **sizes))
-        recipe["passes"] = passes or [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}]
-        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
-        return compress.load(compress.run(recipe, folder), dtype=dtype, **options)
+        return compress.load(make_packed(passes, kind, **sizes), dtype=dtype, **options)
 
     return make
 

@@ -173,7 +173,7 @@ def test_plain_kernels_against_float64():
 @interpreter
 @pytest.mark.parametrize("codebooks", ["row", "shared"])
 def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path, codebooks):
-    model = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2)
+    model = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=1)
     calibration = {"text": str(text_file), "samples": 2, "length": 16}
     passes = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "codebooks": codebooks}]
     recipe = {"model": str(model), "calibration": calibration, "passes": passes}
