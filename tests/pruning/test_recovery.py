@@ -13,6 +13,7 @@ from compress.errors import CompressError
 from compress.evals.evaluate import evaluate_text
 from compress.evals.speed import Load, bench
 from compress.evals.store import results_of
+from compress.hf import cache_name
 from compress.plan import plan
 from compress.prompts.baked import bake
 from compress.prompts.stored import embedding
@@ -142,6 +143,7 @@ def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, 
 
 @pytest.mark.slow
 def test_bench_times_the_model_with_and_without_its_adapter(beside, quick_loads):
+    assert cache_name(compress.load(beside)) == cache_name(compress.load(beside, adapter=False))
     load = Load(prompt=4, tokens=1, rounds=1, loads=1)
     store = results_of(beside)
     for adapter in (None, False):
