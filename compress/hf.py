@@ -197,8 +197,8 @@ def cache_name(model: nn.Module) -> str:
 
     An adapter's ``forward`` takes whatever the model inside does, and does not say what.
     """
-    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(inside.forward).parameters else "past_key_values"
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return "cache" if "cache" in inspect.signature(unwrap().forward).parameters else "past_key_values"
 
 
 def rebuild(model: nn.Module) -> None:
