@@ -120,7 +120,8 @@ def _run(name: str, allowed: float, output: Path, model: str | None, dry_run: bo
     """Run one step in a process of its own; say how it ended."""
     # Only one step needs transformers, which takes seconds to import: see compress/__init__.py
     script = "import sys, compress_command; from compress.evals.bench.gpu_steps import main; main(*sys.argv[1:])"
-    command = [sys.executable, "-c", script, name, str(output), model or "-", "dry" if dry_run else "real"]
+    scale = "dry" if dry_run else "real"
+    command = [sys.executable, "-c", script, name, str(output), model or "-", scale]
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if dry_run else {})
     begun = time.monotonic()
     with (output / LOG).open("a", encoding="utf-8") as log:
