@@ -41,7 +41,7 @@ class LlamaCpp:
             raise CompressError(
                 f"--gguf {path}: {TOOL} of llama.cpp is not on PATH; install llama.cpp, or leave --gguf out."
             )
-        self.path, self.threads, self.resident = path, threads, 0
+        self.path, self.threads = path, threads
         self._command = [tool, "--no-warmup", "-m", str(path), "-t", str(threads), "-r", "1", "-o", "json"]
         self._command += ["-ngl", "0"] if device == "cpu" else []
 
@@ -50,7 +50,7 @@ class LlamaCpp:
         return int(self._run(tokens=1)[1]["model_n_params"])
 
     def times(self, prompt: int, tokens: int) -> tuple[float, float]:
-        """Return the seconds to read a prompt, and those for each of ``tokens`` later tokens; keep the peak of resident bytes."""
+        """Return the seconds to read a prompt, and those for each of ``tokens`` later tokens."""
         if self.threads > 1:
             (_, read), (_, decoded) = self._run(prompt=prompt), self._run(tokens=tokens, behind=prompt)
             return read["avg_ns"] / 1e9, decoded["avg_ns"] / 1e9 / tokens
@@ -68,7 +68,6 @@ class LlamaCpp:
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             said, wrong = (_text(file) for file in (out, err))
-        self.resident = max(self.resident, 1024 * usage.ru_maxrss)  # Linux counts it in KiB
         try:
             (found,) = json.loads(said)
         except ValueError as error:

@@ -113,14 +113,13 @@ def bench(
         "load_seconds", "resident_bytes": {"median", "low", "high"}, "decode_versus_dense", "prefill_versus_dense",
         "disk_bytes"}}}``; ``dense`` is the dense model's folder, or why there is none. Switching is changing the number of
         bits and computing a token. Resident bytes are those after a token above those before loading; on a GPU, allocated bytes.
-        With ``gguf`` also ``"llama_cpp"``: the same figures of each file by name, without switching and loading; its resident
-        bytes are the tool's peak.
+        With ``gguf`` also ``"llama_cpp"``: the same figures of each file by name, without switching, loading and memory.
 
     Raises:
         CompressError: no such model, number of bits or device, a prompt beyond the context, or what ``gguf`` asks for is not there.
     """
     folder, _ = located(folder, {})
-    peers = opened(gguf, lambda: empty_model(read_config(folder)).num_parameters(), torch.get_num_threads(), device)
+    peers = opened(gguf, lambda: _weights(folder), torch.get_num_threads(), device)
     load, progress = load or Load(), progress or (lambda what, done, total: None)
     model, all_bits = _open(folder, bits, load, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     dense, note = _dense(folder, reference, bool(all_bits))
@@ -141,9 +140,7 @@ def bench(
     result = {"model": folder, **setting, "dense": note, "widths": figures}
     if peers:
         result["llama_cpp"] = {
-            name: _figures(name, times, load)
-            | {"resident_bytes": spread([peer.resident]), "disk_bytes": peer.path.stat().st_size}
-            for name, peer in peers.items()
+            name: _figures(name, times, load) | {"disk_bytes": peer.path.stat().st_size} for name, peer in peers.items()
         }
     if store is not None:
         key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
@@ -163,6 +160,13 @@ def _open(
         asked = f"{load.prompt} + {load.tokens} tokens"
         raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
     return model, all_bits
+
+
+def _weights(folder: str) -> int:
+    """Return the number of weights of the dense model that a checkpoint was made from, tied ones once."""
+    model = empty_model(read_config(folder))
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _setting(load: Load, dtype: torch.dtype, device: str, exact: bool) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def speed(found: Mapping[str, Any]) -> Table:
         cells.append(with_spread(figures["time_to_first_token_seconds"], 1e3))
         cells.append(with_spread(figures["switch_seconds"], 1e3) if "switch_seconds" in figures else "–")
         cells.append(with_spread(figures["load_seconds"]) if "load_seconds" in figures else "–")
-        cells += [megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"])]
+        cells += [megabytes(figures.get("resident_bytes", {}).get("median")), megabytes(figures["disk_bytes"])]
         table.add("dense" if bits == "dense" else "width", label(bits), *cells)
     return table.without_empty()
 
