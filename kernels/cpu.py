@@ -21,7 +21,7 @@ from torch import Tensor
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 4
+_ABI = 5
 _MATRIX = struct.Struct("=21q")
 _CHUNK, _GROUP = 512, 64  # columns, as in kernels/c/bitplane.h
 _TABLES = {torch.float16: 2, torch.float32: 4}
@@ -57,7 +57,7 @@ def library() -> Library | str:
     calls.compress_order.argtypes = [ctypes.c_char_p, address]
     size = ctypes.c_int64
     calls.compress_look_up.argtypes = [ctypes.c_char_p, address, size, size, address, size, address, number]
-    calls.compress_step.argtypes = [ctypes.c_char_p, address, address, number]
+    calls.compress_steps.argtypes = [ctypes.c_char_p, size, address, address, number]
     return Library(calls, calls.compress_best_isa(), _openmp("GOMP_parallel"), _openmp("omp_get_num_threads"))
 
 

@@ -9,7 +9,7 @@
 
 int compress_abi(void)
 {
-    return 4;
+    return 5;
 }
 
 int compress_best_isa(void)
