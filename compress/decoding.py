@@ -67,7 +67,8 @@ class Ahead:
 
     def take(self, block: Any, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         """Return the output of all blocks, if this is the first or gets what the first returned; else None."""
-        if block is self.first and _serves(self.joined.modules, x, given):
+        # Only now: asked for hidden states, transformers puts hooks there after those of the model.
+        if block is self.first and _serves(self.joined, x, given):
             self.output = _step(self.joined, x, given)
         return self.output if block is self.first or x is self.output else None
 
@@ -83,8 +84,9 @@ def _look_ahead(
     alike = len(set(getattr(config, "layer_types", None) or [None])) == 1  # all have the same mask
     if not alike or len(blocks) != config.num_hidden_layers or not cache.get_seq_length():
         return None
-    joined = _joined(model, blocks) if all(isinstance(block, JoinedBlock) for block in blocks) else None
-    return None if joined is None else (args, {**given, _AHEAD: Ahead(joined, blocks[0])})
+    if not all(isinstance(block, JoinedBlock) for block in blocks):
+        return None
+    return args, {**given, _AHEAD: Ahead(_joined(model, blocks), blocks[0])}
 
 
 @functools.cache
@@ -111,8 +113,9 @@ class JoinedBlock:
         ahead: Ahead | None = kwargs.pop(_AHEAD, None)
         if not args and ahead is not None and (made := ahead.take(self, hidden_states, kwargs)) is not None:
             return made
-        if not args and _serves([self], hidden_states, kwargs) and (joined := _joined(self, [self])) is not None:
-            made = _step(joined, hidden_states, kwargs)
+        if not args and _few(hidden_states, kwargs):
+            joined = _joined(self, [self])
+            made = _step(joined, hidden_states, kwargs) if _serves(joined, hidden_states, kwargs) else None
             if made is not None:
                 return made
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -190,13 +193,16 @@ def _starts(room: tuple[Tensor, Tensor], layer: Any) -> bool:
     return bool(room[0].data_ptr() == layer.keys.data_ptr() and room[1].data_ptr() == layer.values.data_ptr())
 
 
-def _serves(blocks: list[Any], x: Tensor, given: dict[str, Any]) -> bool:
-    """Tell whether a call is one of those that the library may compute."""
+def _few(x: Tensor, given: dict[str, Any]) -> bool:
+    """Tell whether hidden states are of a few tokens on a CPU, and nobody needs what the modules would tell."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.ndim != 3 or x.shape[0] * x.shape[1] > cpu.FUSED_ROWS:
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or given.get("output_attentions"):
-        return False
-    return not any(block.training for block in blocks)
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or given.get("output_attentions"))
+
+
+def _serves(joined: Joined, x: Tensor, given: dict[str, Any]) -> bool:
+    """Tell whether a call is one that the library may compute, unwatched."""
+    return _few(x, given) and not joined.is_watched() and not any(block.training for block in joined.modules)
 
 
 def _step(joined: Joined, x: Tensor, given: dict[str, Any]) -> Tensor | None:
@@ -229,12 +235,12 @@ def _layer_of(cache: Any, block: Any) -> Any:
     return layer if plain and layer.keys.numel() else None
 
 
-def _joined(owner: Any, blocks: list[Any]) -> Joined | None:
-    """Return what an owner keeps of blocks, made again if anything in them is another; None if hooks watch them."""
+def _joined(owner: Any, blocks: list[Any]) -> Joined:
+    """Return what an owner keeps of blocks, made again if anything in them is another."""
     kept: Joined | None = owner.__dict__.get(JOINED)
     if kept is None or not _same(kept.modules, blocks) or not kept.is_current():
         kept = owner.__dict__[JOINED] = Joined(blocks, whole=owner is not blocks[0])
-    return None if kept.is_watched() else kept
+    return kept
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
