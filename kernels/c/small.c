@@ -28,7 +28,7 @@ ISA_BEGINS(WIDE)
 ISA_ENDS
 #endif
 
-#define SMALL(isa) {ordered_##isa, rounded_##isa, norm_##isa, turn_##isa, gated_##isa, attend_##isa}
+#define SMALL(isa) {ordered_##isa, rounded_##isa, scaled_##isa, norm_##isa, turn_##isa, gated_##isa, attend_##isa}
 
 const Small *small_of(int64_t isa)
 {
