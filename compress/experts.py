@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -189,15 +190,16 @@ class _Stack(nn.Module):
             self.register_buffer(name, torch.empty(size, dtype=getattr(torch, kind), device="meta"))
 
 
-_SORTED = ("Llama4TextExperts",)  # stacks without transformers' mark for experts
+_SORTED = ("Llama4TextExperts",)  # takes tokens sorted by expert, without transformers' mark for experts
 
 
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module keeps the experts of a mixture in the two parameters that transformers gives them."""
-    sizes = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    sizes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
+    first, last = sizes.get("gate_up_proj", sizes.get("up_proj", ())), sizes.get("down_proj", ())
     marked = hasattr(module, "is_transposed") or type(module).__name__ in _SORTED
-    gated = sizes.get("gate_up_proj", sizes.get("up_proj")) == 3
-    return marked and gated and sizes.get("down_proj") == 3
+    routed = marked or "top_k_index" in signature(module.forward).parameters
+    return routed and len(first) == len(last) == 3 and first[0] == last[0]
 
 
 def split_experts(model: nn.Module) -> None:

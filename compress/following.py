@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError, first_line
@@ -22,6 +23,34 @@ READ = "the model reads its weight, which a packed matrix does not have"
 STACK = "several matrices in one parameter, in a form that is not known"
 BIASED = "transformers fits the bias of a tied head to the rows of its weight, which a packed matrix does not have"
 NOT_CALLED = "the model does not call it on text alone"
+
+
+class _AllChosen(TorchDispatchMode):
+    """Answer what depends on the values of tensors without any as if all were chosen, and all numbers were zero.
+
+    A choice of tokens then has the shape of all, and every expert of a mixture is called.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        try:
+            return func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            given = args[0]
+            if func is aten.nonzero.default:
+                return given.new_empty((given.numel(), given.ndim), dtype=torch.long)
+            if func is aten._local_scalar_dense.default:
+                return 0.0 if given.is_floating_point() else given.dtype != torch.bool and 0
+            raise
+
+
+def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return an index as numbers: a mask has one tensor of them for each of its dimensions."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return (index,)
+    return tuple(index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.ndim))
 
 
 class _Linears:
@@ -186,7 +215,7 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
     _give_shapes(model, mode)
     linears, calls = _Linears({**inside, **outside}), _Blocks(blocks)
     try:
-        with torch.enable_grad(), mode:
+        with torch.enable_grad(), mode, _AllChosen():
             output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"), use_cache=False)
             calls.check_end(output.logits)
             if output.logits.shape[:2] != (1, _TOKENS):

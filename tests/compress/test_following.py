@@ -34,12 +34,29 @@ def test_what_a_block_returns_is_found(make_model):
     assert examine(AutoConfig.from_pretrained(make_model("openai-gpt"))).returns == (1, 1, 1)
 
 
+def test_a_choice_by_values_is_followed_as_if_all_were_chosen(make_model):
+    """XMOD takes the tokens of each language by a mask, and a list of the languages that occur."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    structure = examine(AutoConfig.for_model("xmod", **sizes, is_decoder=True, default_language="en_XX"))
+    assert structure.depth == 2
+    assert not [name for name in structure.left if ".layer." in name]
+
+
+def test_experts_are_told_by_their_form_where_transformers_does_not_mark_them(make_model):
+    config = AutoConfig.for_model("step3p7")
+    text = config.get_text_config()
+    text.num_hidden_layers, text.num_local_experts, text.sliding_window = 5, 4, 8
+    structure = examine(config)
+    assert [path for path in structure.experts if path.endswith("layers.4.mlp.experts")]
+    assert not structure.left
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         ("gemma3n_text", r"block 20 needs more than the hidden states"),
-        ("xlm", "cannot be followed without weights"),
+        ("xlm", "the model works on the hidden states between them"),
         ("zamba", "are one tensor"),
         ("vit", "is no language model"),
     ],
