@@ -14,18 +14,20 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from compress.carrying import Item, Load
 from compress.errors import CompressError, first_line
 from compress.experts import Experts
 from compress.structure import Architecture, block_of, block_prefix, linears_of
 
 _TOKENS = 24
+_NO_OTHER_SIZE = 29  # tokens, where their dimension is to be told from others
 READ = "the model reads its weight, which a packed matrix does not have"
 STACK = "several matrices in one parameter, in a form that is not known"
 BIASED = "transformers fits the bias of a tied head to the rows of its weight, which a packed matrix does not have"
 NOT_CALLED = "the model does not call it on text alone"
 
 
-class _AllChosen(TorchDispatchMode):
+class _AllChosen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answer what depends on the values of tensors without any as if all were chosen, and all numbers were zero.
 
     A choice of tokens then has the shape of all, and every expert of a mixture is called.
@@ -84,6 +86,10 @@ class _Linears:
         return Watched
 
 
+class NeedsMoreError(CompressError):
+    """Refuse a model whose blocks need what earlier ones have made besides the hidden states."""
+
+
 class _TouchedError(Exception):
     """Raised by a block that looks at what an earlier one has made besides the hidden states."""
 
@@ -111,13 +117,18 @@ class _WriteOnly(dict[Any, Any]):
 
 
 class _Blocks:
-    """Take note of every call of a block, and keep from it all that earlier ones have made but the hidden states."""
+    """Take note of every call of a block, and keep from it all that earlier ones have made but the hidden states.
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    With ``carry``, what they have made is noted instead, where it comes from the block before or lies in a mapping.
+    """
+
+    def __init__(self, blocks: list[nn.Module], carry: bool) -> None:
         self.order: list[int] = []
         self.returns: dict[int, int] = {}
+        self.loads: list[Load] = []
         self.faults: dict[str, None] = {}
         self.hidden: list[Tensor] = []
+        self._carry = carry
         self._filled_later: list[MutableMapping[Any, Any]] = []  # empty before the first block
         self._made: list[Any] = []  # all that blocks have returned, kept alive so that identities stay their own
         for index, block in enumerate(blocks):
@@ -127,17 +138,40 @@ class _Blocks:
     def _before(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args or not isinstance(args[0], Tensor):
             self.faults["they take the hidden states by keyword"] = None
-        elif self._made and args[0] is not _first(self._made[-1]):
+        elif self._made and not _same(args[0], _first(self._made[-1])):
             self.faults["the model works on the hidden states between them"] = None
-        others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
         mappings = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, MutableMapping)]
         if not self.order:
             self._filled_later = [value for value in mappings if not value]
         filled = {id(value) for value in self._filled_later if value}
+        if self._carry:
+            args, kwargs = self._noted(args, kwargs, filled)
+            filled = set()
+        others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
         sealed = tuple(_sealed(value, others, filled) for value in args[1:]), _sealed(kwargs, others, filled)
         if any(leaf.requires_grad for leaf in _leaves(sealed)):
             self.faults["the model gives them what it makes of the hidden states of several"] = None
         return (*args[:1], *sealed[0]), sealed[1]
+
+    def _noted(self, args: tuple[Any, ...], kwargs: dict[str, Any], filled: set[int]) -> Any:
+        """Take note of what a block is given that earlier ones have made; return its arguments, cut off from them."""
+        last = self._made[-1] if self._made and isinstance(self._made[-1], (tuple, list)) else ()
+        places = {id(value): place for place, value in enumerate(last) if place and isinstance(value, Tensor)}
+        items: list[Item] = []
+
+        def cut(slot: int | str, value: Any) -> Any:
+            if id(value) in places:
+                items.append(_item(slot, None, places[id(value)], value))
+                return value.detach()
+            for key, tensors in [*value.items()] if id(value) in filled else ():
+                items.extend(_item(slot, key, place, tensor) for place, tensor in enumerate(tensors))
+                value[key] = tuple(tensor.detach() for tensor in tensors)
+            return value
+
+        cut_off = [cut(slot, value) for slot, value in enumerate(args[1:])]
+        by_name = {name: cut(name, value) for name, value in kwargs.items()}
+        self.loads.append(Load(_shape(args[0]) if items else (), tuple(items)))
+        return (*args[:1], *cut_off), by_name
 
     def _after(self, index: int) -> Any:
         def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -164,6 +198,23 @@ class _Blocks:
         )
         if any(gradient is not None for gradient in found):
             self.faults["the model looks at the hidden states of others than the last"] = None
+
+
+def _same(given: Tensor, made: Tensor) -> bool:
+    """Tell whether a tensor is another, or a slice of it that is all of it."""
+    layout = given.shape, given.stride(), given.storage_offset()
+    return given is made or (given._base is made and layout == (made.shape, made.stride(), made.storage_offset()))
+
+
+def _item(slot: int | str, key: Any, place: int, tensor: Tensor) -> Item:
+    return Item(slot, key, place, _shape(tensor), tensor.dtype)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape, -1 for its one dimension of tokens."""
+    if [*tensor.shape].count(_NO_OTHER_SIZE) != 1:
+        raise _TouchedError
+    return tuple(-1 if size == _NO_OTHER_SIZE else size for size in tensor.shape)
 
 
 def _sealed(value: Any, others: set[int], filled: set[int]) -> Any:
@@ -193,12 +244,14 @@ def _leaves(value: Any) -> Iterator[Tensor]:
             yield from _leaves(inner)
 
 
-def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
+def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False) -> Architecture:
     """Return the structure with what one forward pass shows; the model, empty and with its experts split, is used up.
 
     Raises:
+        NeedsMoreError: blocks need what earlier ones have made besides the hidden states, and ``carry`` is not set.
         CompressError: the blocks cannot be run one at a time, each given what the one before returns.
     """
+    tokens = _NO_OTHER_SIZE if carry else _TOKENS
     kind = model.config.model_type
     blocks = list(model.get_submodule(structure.blocks).children())
     _refuse_shared(model, structure)
@@ -213,15 +266,15 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
             module.all_tokens = True
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _give_shapes(model, mode)
-    linears, calls = _Linears({**inside, **outside}), _Blocks(blocks)
+    linears, calls = _Linears({**inside, **outside}), _Blocks(blocks, carry)
     try:
-        with torch.enable_grad(), mode, _AllChosen():
-            output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"), use_cache=False)
+        with torch.enable_grad(), mode, _AllChosen():  # type: ignore[no-untyped-call]
+            output = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="cpu"), use_cache=False)
             calls.check_end(output.logits)
-            if output.logits.shape[:2] != (1, _TOKENS):
+            if output.logits.shape[:2] != (1, tokens):
                 calls.faults["its logits are not one row for every token of the text"] = None
     except _TouchedError:
-        raise CompressError(
+        raise NeedsMoreError(
             f"model type {kind!r}: its blocks cannot be run one at a time: block {len(calls.order)} needs more than the hidden "
             "states of those before it."
         ) from None
@@ -242,7 +295,8 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
         biased = getattr(outside[structure.head], "bias", None) is not None
         left |= dict.fromkeys(sorted(ends if ends & linears.read else ()), READ)
         left |= dict.fromkeys(sorted(ends if biased else ()), BIASED)
-    return replace(structure, left=left, returns=tuple(calls.returns[i] for i in range(len(blocks))))
+    returns, loads = tuple(calls.returns[i] for i in range(len(blocks))), tuple(calls.loads) or (Load(),) * len(blocks)
+    return replace(structure, left=left, returns=returns, carried=loads)
 
 
 def _stacks(model: nn.Module, structure: Architecture) -> list[str]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from compress.calibration import Samples, draw_samples
+from compress.carrying import Call
 from compress.fisher import squared_gradients, unit_of
 from compress.passes import Block, Context, Pass, Run
 from compress.settings import Calibration
-from compress.streaming import Call, State, StreamedModel, reshaped
+from compress.streaming import State, StreamedModel, reshaped
 from compress.structure import Linear, architecture, block_prefix
 from compress.workspace import Record, Stage
 

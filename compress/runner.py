@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import Samples
+from compress.carrying import Call
 from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.experts import in_stack
@@ -24,7 +25,7 @@ from compress.quant.format import pack, pack_smaller
 from compress.quant.records import shape_of
 from compress.ranks import ALONE
 from compress.shapes import block_shape
-from compress.streaming import Call, State, StreamedModel, reshaped
+from compress.streaming import State, StreamedModel, reshaped
 from compress.structure import block_prefix
 from compress.version import __version__
 from compress.weights import Overlay

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compress.carrying import Call, Load, pack, unpack
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
 from compress.experts import (
@@ -26,7 +27,7 @@ from compress.experts import (
     stacked_shapes,
     stacked_sizes,
 )
-from compress.following import follow
+from compress.following import NeedsMoreError, follow
 from compress.hf import packed_modules, rebuild, replace_packed
 from compress.models import empty_model, text_config, untied
 from compress.names import NamedTensors
@@ -63,14 +64,6 @@ class State:
             object.__setattr__(self, "structure", examine(self.config))
 
 
-@dataclass(frozen=True)
-class Call:
-    """Hold what the model gives to one block besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class _LastBlock(Exception):
     """Stop the model after its last note-taking block: the rest need not run."""
 
@@ -81,11 +74,14 @@ def examine(config: PretrainedConfig) -> Architecture:
     Raises:
         CompressError: it is not a model that can be compressed block by block.
     """
-    model = empty_model(config)
+    model = built(config, {}, {})
     structure = inspected(model)
-    split_experts(model)
     experts = tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
-    return follow(model, replace(structure, experts=experts))
+    structure = replace(structure, experts=experts)
+    try:
+        return follow(model, structure)
+    except NeedsMoreError:
+        return follow(built(config, {}, {}), structure, carry=True)
 
 
 def built(config: PretrainedConfig, packed: Mapping[str, PackedShape], shapes: Shapes) -> PreTrainedModel:
@@ -161,7 +157,8 @@ def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
                 renamed[moved[place] + name.removeprefix(names[place])] = name
         source, config = Renamed(source, renamed), fewer_blocks(config, kept)
         whole = {moved[index]: whole[names[index]] for index in kept if names[index] in whole}
-    structure = replace(structure, depth=len(kept), returns=tuple(structure.returns[i] for i in kept))
+    returns, carried = (tuple(structure.returns[i] for i in kept), tuple(structure.carried[i] for i in kept))
+    structure = replace(structure, depth=len(kept), returns=returns, carried=carried)
     config, records = settled(config, whole, structure)
     return replace(state, source=source, config=config, shapes=records, structure=structure)
 
@@ -315,12 +312,13 @@ class StreamedModel:
         """Let the model prepare one sample, int64 [T]: the first block's inputs [1, T, hidden], and how blocks are called."""
         first: list[Tensor] = []
         calls: list[Call] = []
+        loads = (*self.structure.carried, Load())
 
         def forward(index: int) -> Callable[..., Any]:
             def take_note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if not first:
                     first.append(hidden)
-                calls.append(Call(args, kwargs))
+                calls.append(Call(args, kwargs, *loads[index : index + 2]))
                 if index == len(self.blocks) - 1:
                     raise _LastBlock
                 return self._wrapped(index, hidden)
@@ -340,10 +338,11 @@ class StreamedModel:
         return {str(place): self.capture(tokens)[0] for place, tokens in samples.items()}
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """Run one block on one sample: [1, T, hidden] to the same, float32."""
+        """Run one block on one sample: [1, T, hidden] to the same, float32; with all that it hands on, if it does."""
+        hidden, args, kwargs = unpack(hidden, call)
         with self._products():
-            result: Tensor | Sequence[Tensor] = block(hidden, *call.args, **call.kwargs)
-        return (result if isinstance(result, Tensor) else result[0]).float()
+            output: Tensor | Sequence[Tensor] = block(hidden, *args, **kwargs)
+        return pack(output, args, kwargs, call)
 
     def _products(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._fast else nullcontext()

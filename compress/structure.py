@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compress.carrying import Load
 from compress.errors import CompressError, did_you_mean
 from compress.models import empty_model
 
@@ -62,6 +63,7 @@ class Architecture:
         experts: full paths of the modules that hold the experts of a mixture; found.
         left: linear's full name -> why it stays dense; found (:func:`compress.following.follow`).
         returns: for every block, how many values it returns in a tuple, 0 for a bare tensor; found by the same.
+        carried: for every block, what it is given that earlier ones have made; found by the same.
     """
 
     model_types: tuple[str, ...]
@@ -77,6 +79,7 @@ class Architecture:
     experts: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     returns: tuple[int, ...] = ()
+    carried: tuple[Load, ...] = ()
 
     def stored_name(self, name: str) -> str:
         """Return the name a module or tensor has in checkpoint files."""

@@ -45,7 +45,7 @@ def test_a_choice_by_values_is_followed_as_if_all_were_chosen(make_model):
 def test_experts_are_told_by_their_form_where_transformers_does_not_mark_them(make_model):
     config = AutoConfig.for_model("step3p7")
     text = config.get_text_config()
-    text.num_hidden_layers, text.num_local_experts, text.sliding_window = 5, 4, 8
+    text.num_hidden_layers, text.num_local_experts, text.sliding_window = 5, 16, 8
     structure = examine(config)
     assert [path for path in structure.experts if path.endswith("layers.4.mlp.experts")]
     assert not structure.left
