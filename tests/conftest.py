@@ -60,7 +60,27 @@ MODELS = {
     **dict.fromkeys(
         ("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3", "seed_oss", "smollm3", "ernie4_5"), HEADS
     ),
-    **{kind: {**HEADS, "sliding_window": 8} for kind in ("cohere2", "gemma4_text")},
+    "cohere2": {**HEADS, "sliding_window": 8},
+    "gemma4_text": {
+        **HEADS,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+    },
+    "gemma3n_text": {
+        **HEADS,
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+        "laurel_rank": 8,
+    },
+    "zaya": {**HEADS, **MIXTURE, "num_hidden_layers": 4, "num_experts_per_tok": 1, "router_hidden_size": 16},
     "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},

@@ -55,7 +55,7 @@ def test_experts_are_told_by_their_form_where_transformers_does_not_mark_them(ma
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("gemma3n_text", r"block 20 needs more than the hidden states"),
+        ("inkling2_text", "the model looks at the hidden states of others than the last"),
         ("xlm", "the model works on the hidden states between them"),
         ("zamba", "are one tensor"),
         ("vit", "is no language model"),
