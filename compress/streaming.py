@@ -201,7 +201,8 @@ class StreamedModel:
         self.head = self.structure.head
         for packed in packed_modules(self.model).values():
             packed.keep_dense = False  # a dense copy would outlive its block
-        self.blocks = list(self.model.get_submodule(self.structure.blocks).children())
+        self._all_blocks = list(self.model.get_submodule(self.structure.blocks).children())
+        self.blocks = self._all_blocks  # with fewer, the first, the last of them leads to the logits
         wanted = self._wanted()
         self._check_tensors(wanted)
         if device.type != "meta":
@@ -295,12 +296,12 @@ class StreamedModel:
     @contextmanager
     def _forwards(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         """Let other functions stand for the blocks' forward passes."""
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._all_blocks):
             block.forward = forward(index)
         try:
             yield
         finally:
-            for block in self.blocks:
+            for block in self._all_blocks:
                 del block.forward
 
     def _wrapped(self, index: int, hidden: Tensor) -> Any:
@@ -312,7 +313,7 @@ class StreamedModel:
         """Let the model prepare one sample, int64 [T]: the first block's inputs [1, T, hidden], and how blocks are called."""
         first: list[Tensor] = []
         calls: list[Call] = []
-        loads = (*self.structure.carried, Load())
+        loads = (*self.structure.carried[: len(self.blocks)], Load())
 
         def forward(index: int) -> Callable[..., Any]:
             def take_note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
