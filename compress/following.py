@@ -4,7 +4,7 @@ No weight is needed, so a config is enough. What is found: which linears are mul
 one has no weight to read), what blocks return, and whether a block can be run by itself, given the hidden states alone.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,11 +20,13 @@ from compress.experts import Experts
 from compress.structure import Architecture, block_of, block_prefix, linears_of
 
 _TOKENS = 24
+_LEAST = 0.5  # of the weights of blocks
 _NO_OTHER_SIZE = 29  # tokens, where their dimension is to be told from others
 READ = "the model reads its weight, which a packed matrix does not have"
 STACK = "several matrices in one parameter, in a form that is not known"
 BIASED = "transformers fits the bias of a tied head to the rows of its weight, which a packed matrix does not have"
 NOT_CALLED = "the model does not call it on text alone"
+SHARED = "several blocks have one tensor for its weight"
 
 
 class _AllChosen(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -254,7 +256,6 @@ def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False)
     tokens = _NO_OTHER_SIZE if carry else _TOKENS
     kind = model.config.model_type
     blocks = list(model.get_submodule(structure.blocks).children())
-    _refuse_shared(model, structure)
     inside = {
         name: linear.module
         for index, block in enumerate(blocks)
@@ -288,6 +289,7 @@ def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False)
     if calls.faults:
         raise CompressError(f"model type {kind!r}: its blocks cannot be run one at a time: {'; '.join(calls.faults)}.")
     left = dict.fromkeys(_stacks(model, structure), STACK)
+    left |= {name: SHARED for name in sorted(_shared(model, structure)) if name in inside}
     left |= dict.fromkeys(sorted(inside.keys() - linears.called), NOT_CALLED)
     left |= dict.fromkeys(sorted(linears.read), READ)
     ends = {structure.embedding, structure.head}
@@ -295,6 +297,7 @@ def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False)
         biased = getattr(outside[structure.head], "bias", None) is not None
         left |= dict.fromkeys(sorted(ends if ends & linears.read else ()), READ)
         left |= dict.fromkeys(sorted(ends if biased else ()), BIASED)
+    _refuse_mostly_left(model, structure, inside.keys() - left.keys(), left)
     returns, loads = tuple(calls.returns[i] for i in range(len(blocks))), tuple(calls.loads) or (Load(),) * len(blocks)
     return replace(structure, left=left, returns=returns, carried=loads)
 
@@ -319,11 +322,29 @@ def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
             module._parameters[name] = made[id(parameter)]
 
 
-def _refuse_shared(model: PreTrainedModel, structure: Architecture) -> None:
-    for one, other in model.all_tied_weights_keys.items():
-        places = block_of(one, structure), block_of(other, structure)
-        if places != (None, None):
-            raise CompressError(
-                f"model type {model.config.model_type!r}: {one} and {other} are one tensor, so its blocks cannot be compressed "
-                "one at a time."
-            )
+def _shared(model: PreTrainedModel, structure: Architecture) -> set[str]:
+    """Name the modules of blocks that have a weight in common with those of others."""
+    pairs = model.all_tied_weights_keys.items()
+    both = (pair for pair in pairs if all(block_of(name, structure) is not None for name in pair))
+    return {name.removesuffix(".weight") for pair in both for name in pair}
+
+
+def _refuse_mostly_left(
+    model: PreTrainedModel, structure: Architecture, taken: Collection[str], left: Mapping[str, str]
+) -> None:
+    """Refuse a model of which less than half could be packed, naming the largest part that could not."""
+    weights = {
+        name: parameter
+        for name, parameter in model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)
+        if sum(size > 1 for size in parameter.shape) > 1 and name not in model.all_tied_weights_keys
+    }
+    whole = sum(parameter.numel() for parameter in weights.values())
+    others = {name: one for name, one in weights.items() if name.removesuffix(".weight") not in taken}
+    share = 1 - sum(one.numel() for one in others.values()) / whole if whole else 0
+    if share < _LEAST:
+        name = max(others, key=lambda name: others[name].numel(), default=structure.blocks)
+        reason = left.get(name) or left.get(name.removesuffix(".weight"), "no linear has it for its weight")
+        raise CompressError(
+            f"model type {model.config.model_type!r}: only {100 * share:.0f} % of the weights of its blocks are in matrices that can "
+            f"be packed; the largest of the others is {name} ({reason})."
+        )

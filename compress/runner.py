@@ -285,7 +285,9 @@ class Runner:
         """Return the block's dense tensors as they will be stored, in the dtype they came in."""
         stored = self.state.source.info()
         dense = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
-        kept = dense.keys() - {f"{name}.weight" for name in block.packed}
+        kept = dense.keys() & stored.keys() - {
+            f"{name}.weight" for name in block.packed
+        }  # what an earlier block has is not
         return {n: t.to("cpu", getattr(torch, stored[n].dtype)) for n, t in dense.items() if n in kept}
 
     def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record) -> None:

@@ -229,7 +229,9 @@ class StreamedModel:
         for name, shape in wanted.items():
             info = stored.get(name)
             if info is None:
-                raise CompressError(f"tensor {name!r} of the model is missing from its safetensors files.")
+                others = sorted(self.state.beside.info()) if self.state.beside else []
+                more = f", which have {others[0]!r} and others that transformers gives to no part of it" if others else ""
+                raise CompressError(f"tensor {name!r} of the model is missing from its safetensors files{more}.")
             if info.shape != shape:
                 raise CompressError(
                     f"tensor {name!r} is {list(info.shape)} in {info.file.name}, but config.json makes it "
@@ -252,13 +254,18 @@ class StreamedModel:
         module.requires_grad_(False)
         rebuild(module)
 
+    def _stored(self, prefix: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the names in the files of a block's tensors; one that an earlier block has too is there once."""
+        tied = self.model.all_tied_weights_keys
+        return {name: tied.get(f"{prefix}.{name}", f"{prefix}.{name}") for name in names}
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Fill a block with its weights for the length of a ``with``; whoever prunes it may leave it smaller."""
         module, prefix = self.blocks[index], block_prefix(self.structure, index)
         empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
         stored = {name: packed.shape for name, packed in packed_modules(module).items()}
-        self._fill(module, {name: f"{prefix}.{name}" for name in empty})
+        self._fill(module, self._stored(prefix, empty))
         try:
             yield module
         finally:
@@ -273,7 +280,7 @@ class StreamedModel:
         """Fill all blocks and return the model, for passes that need it in memory."""
         for index, block in enumerate(self.blocks):
             prefix = block_prefix(self.structure, index)
-            self._fill(block, {name: f"{prefix}.{name}" for name in block.state_dict()})
+            self._fill(block, self._stored(prefix, block.state_dict()))
         return self.model
 
     def linears(self, index: int) -> dict[str, Linear]:

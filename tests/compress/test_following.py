@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import compress
 from compress.errors import CompressError
-from compress.following import NOT_CALLED, READ
+from compress.following import NOT_CALLED, READ, SHARED
 from compress.streaming import examine
 
 TOKENS = torch.arange(5, 29)
@@ -55,9 +55,7 @@ def test_experts_are_told_by_their_form_where_transformers_does_not_mark_them(ma
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("inkling2_text", "the model looks at the hidden states of others than the last"),
         ("xlm", "the model works on the hidden states between them"),
-        ("zamba", "are one tensor"),
         ("vit", "is no language model"),
     ],
 )
@@ -66,6 +64,36 @@ def test_models_whose_blocks_cannot_be_run_alone_are_refused_in_one_sentence(kin
         examine(AutoConfig.for_model(kind))
     assert kind in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_would_stay_mostly_dense_is_refused():
+    """XLNet keeps its attention in parameters of three dimensions; the smaller the MLP, the more that is."""
+    config = AutoConfig.for_model("xlnet", d_model=48, d_inner=16, n_layer=2, n_head=4, vocab_size=300)
+    with pytest.raises(
+        CompressError, match=r"only \d+ % of the weights of its blocks .* is transformer.layer.0.rel_attn"
+    ):
+        examine(config)
+
+
+def test_a_model_of_another_task_is_refused_by_the_name_of_its_class():
+    config = AutoConfig.for_model("gemma3", architectures=["Gemma3ForSequenceClassification"])
+    with pytest.raises(CompressError, match="Gemma3ForSequenceClassification is no language model"):
+        examine(config)
+
+
+@pytest.mark.slow
+def test_weights_that_blocks_share_are_left_and_stored_once(make_model, tmp_path):
+    """Zamba2 has one transformer block that several of its layers call."""
+    folder = make_model("zamba2")
+    structure = examine(AutoConfig.from_pretrained(folder))
+    shared = {name for name, reason in structure.left.items() if reason == SHARED}
+    assert {name.split(".")[3] for name in shared} == {"shared_transformer"}
+    recipe = {"model": str(folder), "passes": [{"kind": "rtn", "bits": 4}]}
+    out = compress.run(recipe, tmp_path / "out")
+    stored = [name for name in compress.config.Checkpoint(out).info() if "feed_forward.down_proj" in name]
+    assert len(stored) == 1
+    expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS[None]).logits
+    assert torch.isfinite(compress.load(out)(TOKENS[None]).logits - expected).all()
 
 
 @pytest.fixture(scope="module")
