@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from compress.carrying import Item, Load
 from compress.errors import CompressError, first_line
-from compress.experts import Experts
+from compress.experts import Experts, in_stack
 from compress.structure import Architecture, block_of, block_prefix, linears_of
 
 _TOKENS = 24
@@ -256,15 +256,12 @@ def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False)
     tokens = _NO_OTHER_SIZE if carry else _TOKENS
     kind = model.config.model_type
     blocks = list(model.get_submodule(structure.blocks).children())
-    inside = {
-        name: linear.module
-        for index, block in enumerate(blocks)
-        for name, linear in linears_of(block, block_prefix(structure, index)).items()
-    }
-    outside = {name: model.get_submodule(name) for name in (structure.embedding, structure.head)}
-    for module in model.modules():
+    weights, alike = _weights(model, structure), _alike(model, structure)
+    for module in list(model.modules()):
         if isinstance(module, Experts):
-            module.all_tokens = True
+            module.keep_first()
+    inside = {name: model.get_submodule(name) for name in set(alike.values())}
+    outside = {name: model.get_submodule(name) for name in (structure.embedding, structure.head)}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _give_shapes(model, mode)
     linears, calls = _Linears({**inside, **outside}), _Blocks(blocks, carry)
@@ -289,15 +286,19 @@ def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False)
     if calls.faults:
         raise CompressError(f"model type {kind!r}: its blocks cannot be run one at a time: {'; '.join(calls.faults)}.")
     left = dict.fromkeys(_stacks(model, structure), STACK)
-    left |= {name: SHARED for name in sorted(_shared(model, structure)) if name in inside}
-    left |= dict.fromkeys(sorted(inside.keys() - linears.called), NOT_CALLED)
-    left |= dict.fromkeys(sorted(linears.read), READ)
+    left |= {name: SHARED for name in sorted(_shared(model, structure)) if name in alike}
+    left |= {name: NOT_CALLED for name, first in sorted(alike.items()) if first not in linears.called}
+    left |= {
+        name: READ
+        for name, first in sorted({**alike, **{end: end for end in outside}}.items())
+        if first in linears.read
+    }
     ends = {structure.embedding, structure.head}
     if f"{structure.head}.weight" in model.all_tied_weights_keys:  # one tensor
         biased = getattr(outside[structure.head], "bias", None) is not None
         left |= dict.fromkeys(sorted(ends if ends & linears.read else ()), READ)
         left |= dict.fromkeys(sorted(ends if biased else ()), BIASED)
-    _refuse_mostly_left(model, structure, inside.keys() - left.keys(), left)
+    _refuse_mostly_left(str(kind), weights, alike.keys() - left.keys(), left)
     returns, loads = tuple(calls.returns[i] for i in range(len(blocks))), tuple(calls.loads) or (Load(),) * len(blocks)
     return replace(structure, left=left, returns=returns, carried=loads)
 
@@ -329,22 +330,32 @@ def _shared(model: PreTrainedModel, structure: Architecture) -> set[str]:
     return {name.removesuffix(".weight") for pair in both for name in pair}
 
 
-def _refuse_mostly_left(
-    model: PreTrainedModel, structure: Architecture, taken: Collection[str], left: Mapping[str, str]
-) -> None:
+def _alike(model: nn.Module, structure: Architecture) -> dict[str, str]:
+    """Name the linears of blocks, and for each the one that shows how it is called: of a mixture's experts the first."""
+    found = {}
+    for index, block in enumerate(model.get_submodule(structure.blocks).children()):
+        for name in linears_of(block, block_prefix(structure, index)):
+            path, _, matrix = name.rpartition(".")
+            stack = path.rpartition(".")[0]
+            found[name] = f"{stack}.0.{matrix}" if in_stack(name, structure.experts) else name
+    return found
+
+
+def _weights(model: PreTrainedModel, structure: Architecture) -> dict[str, int]:
+    """Count the weights of the parameters of blocks that have rows and columns, each once."""
+    found = model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)
+    tied = model.all_tied_weights_keys
+    return {n: p.numel() for n, p in found if sum(size > 1 for size in p.shape) > 1 and n not in tied}
+
+
+def _refuse_mostly_left(kind: str, weights: Mapping[str, int], taken: Collection[str], left: Mapping[str, str]) -> None:
     """Refuse a model of which less than half could be packed, naming the largest part that could not."""
-    weights = {
-        name: parameter
-        for name, parameter in model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)
-        if sum(size > 1 for size in parameter.shape) > 1 and name not in model.all_tied_weights_keys
-    }
-    whole = sum(parameter.numel() for parameter in weights.values())
-    others = {name: one for name, one in weights.items() if name.removesuffix(".weight") not in taken}
-    share = 1 - sum(one.numel() for one in others.values()) / whole if whole else 0
+    others = {name: count for name, count in weights.items() if name.removesuffix(".weight") not in taken}
+    share = 1 - sum(others.values()) / max(1, sum(weights.values()))
     if share < _LEAST:
-        name = max(others, key=lambda name: others[name].numel(), default=structure.blocks)
+        name = max(others, key=lambda name: others[name])
         reason = left.get(name) or left.get(name.removesuffix(".weight"), "no linear has it for its weight")
         raise CompressError(
-            f"model type {model.config.model_type!r}: only {100 * share:.0f} % of the weights of its blocks are in matrices that can "
-            f"be packed; the largest of the others is {name} ({reason})."
+            f"model type {kind!r}: only {100 * share:.0f} % of the weights of its blocks are in matrices that can be packed; the "
+            f"largest of the others is {name} ({reason})."
         )

@@ -230,7 +230,9 @@ class StreamedModel:
             info = stored.get(name)
             if info is None:
                 others = sorted(self.state.beside.info()) if self.state.beside else []
-                more = f", which have {others[0]!r} and others that transformers gives to no part of it" if others else ""
+                more = (
+                    f", which have {others[0]!r} and others that transformers gives to no part of it" if others else ""
+                )
                 raise CompressError(f"tensor {name!r} of the model is missing from its safetensors files{more}.")
             if info.shape != shape:
                 raise CompressError(
