@@ -71,7 +71,8 @@ _THIRDS = {
 }
 PUBLISHED = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3},
-    **{key: {"text_config": _THIRDS} for key in ("glm4v", "glm46v", "glm4v_moe", "glmga")},
+    **{key: {"text_config": _THIRDS} for key in ("glm4v", "glm46v", "glmga")},
+    "glm4v_moe": {"text_config": {**_THIRDS, "head_dim": 128}},
 }
 """What default configs lack that checkpoints on the hub have, and without which transformers does not run them."""
 
