@@ -21,11 +21,11 @@ from torch import Tensor
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 3
+_ABI = 5
 _MATRIX = struct.Struct("=21q")
 _CHUNK, _GROUP = 512, 64  # columns, as in kernels/c/bitplane.h
 _TABLES = {torch.float16: 2, torch.float32: 4}
-_TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
+_TILE_BYTES, _TILE_ROWS = 2 << 20, 256  # of looked-up weights at a time above FUSED_ROWS: at least so many of either
 WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
 
 
@@ -55,8 +55,9 @@ def library() -> Library | str:
     number, address = ctypes.c_int, ctypes.c_void_p
     calls.compress_product.argtypes = [ctypes.c_char_p, address, number, address, address, number]
     calls.compress_order.argtypes = [ctypes.c_char_p, address]
-    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, ctypes.c_int64, address, address, number]
-    calls.compress_step.argtypes = [ctypes.c_char_p, address, address, number]
+    size = ctypes.c_int64
+    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, size, size, address, size, address, number]
+    calls.compress_steps.argtypes = [ctypes.c_char_p, size, address, address, number]
     return Library(calls, calls.compress_best_isa(), _openmp("GOMP_parallel"), _openmp("omp_get_num_threads"))
 
 
@@ -181,11 +182,16 @@ class Prepared:
         self._inputs, self._factors, self._bias = vectors[1:4]
         self._kept_alive = entries, vectors
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
-        addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits) + [entries.data_ptr()]
-        addresses += [0 if vector is None else vector.data_ptr() for vector in vectors]
-        sizes = stride, rows, columns, bits, isa, entries.element_size(), int(table.shape[0] < rows)
-        self.matrix = _MATRIX.pack(*addresses, *sizes)
+        self._sizes = stride, rows, columns, bits, isa
+        self.matrix = self._matrix(entries, vectors)
         self._library = found
+
+    def _matrix(self, table: Tensor, vectors: Sequence[Tensor | None] | None = None) -> bytes:
+        """Pack the matrix with a table for the library; without vectors, with what a look-up multiplies by."""
+        held = (None, self._inputs, self._factors, None, None) if vectors is None else vectors
+        addresses = [plane.data_ptr() for plane in self.planes] + [0] * (8 - len(self.planes)) + [table.data_ptr()]
+        addresses += [0 if vector is None else vector.data_ptr() for vector in held]
+        return _MATRIX.pack(*addresses, *self._sizes, table.element_size(), int(len(table) < self.rows))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x @ W.T``: floating [..., K] to [..., N] in the same dtype, added in float32; no gradient.
@@ -214,22 +220,31 @@ class Prepared:
         return count * self.rows * self.columns
 
     def _tiled(self, x: Tensor) -> Tensor:
-        """Return the product by torch, a few rows of looked-up weights at a time."""
+        """Return the product by torch, some rows of looked-up weights at a time, in the same memory: fresh pages cost more than the look-up."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
-        rows = x.detach().reshape(-1, self.columns)
-        rows = (rows if self._inputs is None else rows.float() * self._inputs).to(dtype)
+        rows = x.detach().reshape(-1, self.columns).to(dtype)
+        step = max(_TILE_ROWS, _TILE_BYTES // (self.columns * rows.element_size()) // 64 * 64)
+        tile = torch.empty(min(step, self.rows), self.columns, dtype=dtype, device=x.device)
         y = torch.empty(rows.shape[0], self.rows, dtype=dtype, device=x.device)
-        step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
+        scaled = self._inputs is not None or self._factors is not None
+        table = self.codebook.to(torch.float32 if scaled else dtype).contiguous()
+        matrix = self._matrix(table)
         for start in range(0, self.rows, step):
-            part = slice(start, start + step)
-            table = self.codebook[part] if len(self.codebook) == self.rows else self.codebook
-            weight = look_up([plane[part] for plane in self.planes], table.to(dtype), self.columns)
-            y[:, part] = rows @ weight.t()
-        if self._factors is not None:
-            y = y * self._factors
+            weight = tile[: self.rows - start]
+            _look_up(matrix, weight, start)
+            torch.mm(rows, weight.t(), out=y[:, start : start + step])
         if self._bias is not None:
-            y = y + self._bias
+            y += self._bias
         return y.to(x.dtype).view(*x.shape[:-1], self.rows)
+
+
+def _look_up(matrix: bytes, out: Tensor, first: int = 0, places: Tensor | None = None) -> None:
+    """Look rows of weights up into ``out``: those at ``places``, or those from ``first`` on."""
+    found, where = _library(), 0 if places is None else places.data_ptr()
+    threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
+    sizes = first, len(out), out.data_ptr(), out.element_size()
+    if len(out) and found.calls.compress_look_up(matrix, where, *sizes, found.team, threads):
+        raise RuntimeError("this processor cannot run the kernels asked for")
 
 
 def look_up(
@@ -243,7 +258,7 @@ def look_up(
         ValueError: shapes or types that do not belong together, a place that is no row.
         RuntimeError: there is no library, or this processor cannot run the kernels asked for.
     """
-    found, rows = _library(), planes[0].shape[0]
+    rows = planes[0].shape[0]
     # The library copies words of this size, whatever they mean.
     words = table.detach().contiguous().view({2: torch.float16, 4: torch.float32}[table.element_size()])
     matrix = Prepared(planes, words, columns, isa=isa)
@@ -253,8 +268,5 @@ def look_up(
             raise ValueError(f"places {int(places.min())} to {int(places.max())} are not all among {rows} rows")
     count = rows if places is None else len(places)
     out = torch.empty(count, columns, dtype=table.dtype, device=table.device)
-    threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
-    where = (0, 0) if places is None else (places.data_ptr(), len(places))
-    if len(out) and found.calls.compress_look_up(matrix.matrix, *where, out.data_ptr(), found.team, threads):
-        raise RuntimeError("this processor cannot run the kernels asked for")
+    _look_up(matrix.matrix, out, places=places)
     return out

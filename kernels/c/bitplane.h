@@ -126,8 +126,10 @@ int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP]);
  * activations are rounded to 8 bits, 64 columns at a time. `team` may be NULL: then the calling thread does it all. Returns 0,
  * or -1: this processor lacks `isa`, or there is no memory. */
 int compress_product(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
-/* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are, for the rows n = places[i], or for all
- * of them if `places` is NULL. */
-int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, Team team, int threads);
+/* out[i, k] = factors[n] * table[n, code(n, k)] * inputs[k] for the rows n = places[i], or first + i if `places` is NULL. Entries of 2
+ * or 4 bytes are copied as they are if there is nothing to multiply by and `width` is theirs; else they are float32 and what is
+ * written is float32 (`width` 4) or bfloat16 (2), rounded once. */
+int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t first, int64_t count, void *out, int64_t width,
+                     Team team, int threads);
 
 #endif

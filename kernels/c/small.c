@@ -43,7 +43,7 @@ typedef int8_t Chars __attribute__((vector_size(16)));
 #endif
 #endif
 
-#define SMALL(isa) {ordered_##isa, rounded_##isa, norm_##isa, turn_##isa, gated_##isa, attend_##isa}
+#define SMALL(isa) {ordered_##isa, rounded_##isa, scaled_##isa, norm_##isa, turn_##isa, gated_##isa, attend_##isa}
 
 const Small *small_of(int64_t isa)
 {
