@@ -3,6 +3,9 @@
 A block whose class is known to be a Llama's is replaced, when a checkpoint is loaded, by one of a subclass that has the same modules
 under the same names. Its forward makes that call where it computes the same: a few tokens, without gradients, behind a plain
 :class:`DynamicCache`, modules that are packed and bear no hooks. Everything else is left to the class it comes from.
+
+Where all blocks of a model are such, a hook on the model tells them that it is the model that calls them: the first then computes
+all of them by one call, and the others hand on what it made.
 """
 
 from __future__ import annotations
@@ -18,18 +21,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from compress.kernels import cpu
-from compress.kernels.step import Block, Sizes
+from compress.kernels.step import Block, Sizes, compute
 from compress.quant.linear import BitPlaneLinear
 
-_KNOWN = {
-    f"transformers.models.{kind}.modeling_{kind}.{name}DecoderLayer"
-    for kind, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
-}
+_KINDS = ("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")
+_KNOWN = {f"transformers.models.{kind}.modeling_{kind}.{name}DecoderLayer" for kind, name in _KINDS}
 """Classes of blocks: x += attention(norm(x)), then x += down(act(gate(norm(x))) * up(norm(x)))."""
+_MODELS = {f"transformers.models.{kind}.modeling_{kind}.{name}Model" for kind, name in _KINDS}
+"""Classes of models whose blocks are ``layers``, called one after the other with what the one before returned."""
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-JOINED, _ROOMS = "joined", "rooms"  # names under which a block keeps what its calls use again
+JOINED, _ROOMS = "joined", "rooms"  # names under which a block, or a model, keeps what its calls use again
+_AHEAD = "joined_blocks"  # name under which a model hands its blocks an :class:`Ahead`
 _SPARE = 64  # tokens that a cache has room for when it grows, at least
 
 
@@ -38,14 +42,51 @@ def join_steps(model: PreTrainedModel) -> int:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if f"{type(module).__module__}.{type(module).__qualname__}" in _KNOWN
-        and any(isinstance(part, BitPlaneLinear) for part in module.modules())
+        if _name(type(module)) in _KNOWN and any(isinstance(part, BitPlaneLinear) for part in module.modules())
     ]
     for name, module in found if cpu.built() else []:
         joined = _bare(type(module))
         joined.__dict__ |= module.__dict__
         model.set_submodule(name, joined)
+    for module in model.modules():
+        if _name(type(module)) in _MODELS and all(isinstance(block, JoinedBlock) for block in cast(Any, module).layers):
+            module.register_forward_pre_hook(_look_ahead, with_kwargs=True)
     return len(found)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Ahead:
+    """Hold what one call of a model computes ahead: all its blocks by one call."""
+
+    def __init__(self, joined: Joined, first: Any) -> None:
+        self.joined, self.first = joined, first
+        self.output: Tensor | None = None
+
+    def take(self, block: Any, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+        """Return the output of all blocks, if this is the first or gets what the first returned; else None."""
+        # Only now: asked for hidden states, transformers puts hooks there after those of the model.
+        if block is self.first and _serves(self.joined, x, given):
+            self.output = _step(self.joined, x, given)
+        return self.output if block is self.first or x is self.output else None
+
+
+def _look_ahead(
+    model: Any, args: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Tell the blocks that the model calls them one after the other, where they can be computed by one call."""
+    cache = given.get("cache") or given.get("past_key_values")
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(cache) is not DynamicCache:
+        return None
+    blocks, config = list(model.layers), model.config
+    alike = len(set(getattr(config, "layer_types", None) or [None])) == 1  # all have the same mask
+    if not alike or len(blocks) != config.num_hidden_layers or not cache.get_seq_length():
+        return None
+    if not all(isinstance(block, JoinedBlock) for block in blocks):
+        return None
+    return args, {**given, _AHEAD: Ahead(_joined(model, blocks), blocks[0])}
 
 
 @functools.cache
@@ -69,8 +110,14 @@ class JoinedBlock:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output, as its own class does."""
-        if not args and (made := _step(self, hidden_states, kwargs)) is not None:
+        ahead: Ahead | None = kwargs.pop(_AHEAD, None)
+        if not args and ahead is not None and (made := ahead.take(self, hidden_states, kwargs)) is not None:
             return made
+        if not args and _few(hidden_states, kwargs):
+            joined = _joined(self, [self])
+            made = _step(joined, hidden_states, kwargs) if _serves(joined, hidden_states, kwargs) else None
+            if made is not None:
+                return made
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -80,64 +127,65 @@ class JoinedBlock:
 
 
 class Joined:
-    """Hold what a block's calls use again: its tensors as the library takes them, and room in caches behind their last token."""
+    """Hold what calls of blocks use again: their tensors as the library takes them, and room in caches behind their last token.
 
-    def __init__(self, block: Any) -> None:
-        attention, mlp = block._modules["self_attn"], block._modules["mlp"]
-        self._parents = [part._modules for part in (block, attention, mlp)]
-        self._modules = [part.__dict__ for modules in self._parents for part in modules.values()]
+    Args:
+        blocks: computed by one call, one after the other.
+        whole: whether hooks on the blocks themselves count; those of a block that is called see what it returns.
+    """
+
+    def __init__(self, blocks: list[Any], whole: bool) -> None:
+        self._parents = [
+            part._modules for block in blocks for part in (block, block._modules["self_attn"], block._modules["mlp"])
+        ]
+        parts = [part.__dict__ for modules in self._parents for part in modules.values()]
+        self._modules = parts + [block.__dict__ for block in blocks if whole]
         self._hooks = [held[kind] for held in self._modules for kind in ("_forward_hooks", "_forward_pre_hooks")]
-        self._tensors = [held[kind] for held in self._modules for kind in ("_buffers", "_parameters") if held[kind]]
-        self._packed = [held for held in self._modules if "_bits" in held]
+        self._tensors = [held[kind] for held in parts for kind in ("_buffers", "_parameters") if held[kind]]
+        self._packed = [held for held in parts if "_bits" in held]
         self.state = self.now()
-        self.block = _describe(block)
-        self.rooms: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = block.__dict__[
-            _ROOMS
-        ]  # a view's blocks have the same
+        self.modules, described = blocks, [_describe(block) for block in blocks]
+        self.blocks = None if any(one is None for one in described) else cast("list[Block]", described)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as None: addresses mean nothing elsewhere."""
+        return type(None), ()
 
     def now(self) -> list[object]:
-        """Return all that a block's one call depends on."""
-        found: list[object] = []
-        for held in self._parents:
-            found += held.values()
-        for held in self._tensors:
-            found += held.values()
+        """Return all that the call depends on."""
+        found = [part for modules in self._parents for part in modules.values()]
+        found += [tensor for held in self._tensors for tensor in held.values()]
         for held in self._packed:
             found += held["_bits"], held.get("_exact"), held["keep_dense"]
         return found
 
     def is_current(self) -> bool:
         """Tell whether every tensor, setting and module of the block is what it was."""
-        now = self.now()
-        return len(now) == len(self.state) and all(map(is_, now, self.state))
+        return _same(self.now(), self.state)
 
     def is_watched(self) -> bool:
         """Tell whether a hook wants to see a module's own call."""
         return any(self._hooks) or any("forward" in held for held in self._modules)
 
-    def room(self, layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return tensors that a cache's keys and values lie at the start of, with room for more tokens.
 
-        They are the cache's own from then on. A cache that was cropped goes on in the same tensors.
-        """
-        keys, values, wanted = layer.keys, layer.values, layer.keys.shape[2] + tokens
-        kept = self.rooms.get(layer)
-        if (
-            kept is not None
-            and kept[0].shape[0] == keys.shape[0]
-            and wanted <= kept[0].shape[2]
-            and _starts(kept, layer)
-        ):
-            return kept
-        size = *keys.shape[:2], wanted + max(_SPARE, wanted // 4), keys.shape[3]
-        held = (
-            torch.empty(size, dtype=keys.dtype, device=keys.device),
-            torch.empty(size, dtype=keys.dtype, device=keys.device),
-        )
-        for new, old in zip(held, (keys, values), strict=True):
-            new[:, :, : old.shape[2]] = old
-        self.rooms[layer] = held
-        return held
+def _room(block: Any, layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return tensors that a cache's keys and values lie at the start of, with room for more tokens.
+
+    They are the cache's own from then on. A cache that was cropped goes on in the same tensors. A view's blocks have the same rooms.
+    """
+    keys, values, wanted, rooms = layer.keys, layer.values, layer.keys.shape[2] + tokens, block.__dict__[_ROOMS]
+    kept: tuple[Tensor, Tensor] | None = rooms.get(layer)
+    if kept is not None and kept[0].shape[0] == keys.shape[0] and wanted <= kept[0].shape[2] and _starts(kept, layer):
+        return kept
+    size = *keys.shape[:2], wanted + max(_SPARE, wanted // 4), keys.shape[3]
+    held = (
+        torch.empty(size, dtype=keys.dtype, device=keys.device),
+        torch.empty(size, dtype=keys.dtype, device=keys.device),
+    )
+    for new, old in zip(held, (keys, values), strict=True):
+        new[:, :, : old.shape[2]] = old
+    rooms[layer] = held
+    return held
 
 
 def _starts(room: tuple[Tensor, Tensor], layer: Any) -> bool:
@@ -145,25 +193,35 @@ def _starts(room: tuple[Tensor, Tensor], layer: Any) -> bool:
     return bool(room[0].data_ptr() == layer.keys.data_ptr() and room[1].data_ptr() == layer.values.data_ptr())
 
 
-def _step(block: Any, x: Tensor, given: dict[str, Any]) -> Tensor | None:
-    """Return the block's output by one call; None where its own class has to compute it."""
+def _few(x: Tensor, given: dict[str, Any]) -> bool:
+    """Tell whether hidden states are of a few tokens on a CPU, and nobody needs what the modules would tell."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.ndim != 3 or x.shape[0] * x.shape[1] > cpu.FUSED_ROWS:
-        return None
-    if torch.is_grad_enabled() or block.training or torch.compiler.is_compiling() or given.get("output_attentions"):
-        return None
+        return False
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or given.get("output_attentions"))
+
+
+def _serves(joined: Joined, x: Tensor, given: dict[str, Any]) -> bool:
+    """Tell whether a call is one that the library may compute, unwatched."""
+    return _few(x, given) and not joined.is_watched() and not any(block.training for block in joined.modules)
+
+
+def _step(joined: Joined, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+    """Return the output of blocks by one call; None where their own class has to compute it."""
     cache, mask = given.get("cache") or given.get("past_key_values"), given.get("attention_mask")
-    layer = _layer_of(cache, block)
-    if layer is None or layer.keys.dtype != x.dtype or not (mask is None or type(mask) is Tensor):
+    layers = [_layer_of(cache, block) for block in joined.modules]
+    if joined.blocks is None or not (mask is None or type(mask) is Tensor):
         return None
-    joined = _joined(block)
-    if joined is None or joined.block is None:
+    if any(layer is None or layer.keys.dtype != x.dtype for layer in layers):
         return None
-    turns, past = given["position_embeddings"], layer.keys.shape[2]
-    if not joined.block.serves(x, turns[0], past, mask):
+    turns, past = given["position_embeddings"], layers[0].keys.shape[2]
+    if any(layer.keys.shape[2] != past for layer in layers):
         return None
-    keys, values = joined.room(layer, x.shape[1])
-    y = joined.block(x, turns, keys, values, past, mask)
-    layer.keys, layer.values = keys.narrow(2, 0, past + x.shape[1]), values.narrow(2, 0, past + x.shape[1])
+    if not all(block.serves(x, turns[0], past, mask) for block in joined.blocks):
+        return None
+    rooms = [_room(block, layer, x.shape[1]) for block, layer in zip(joined.modules, layers, strict=True)]
+    y = compute(joined.blocks, x, turns, rooms, past, mask)
+    for layer, (keys, values) in zip(layers, rooms, strict=True):
+        layer.keys, layer.values = keys.narrow(2, 0, past + x.shape[1]), values.narrow(2, 0, past + x.shape[1])
     return y
 
 
@@ -177,12 +235,17 @@ def _layer_of(cache: Any, block: Any) -> Any:
     return layer if plain and layer.keys.numel() else None
 
 
-def _joined(block: Any) -> Joined | None:
-    """Return what is kept of a block, made again if anything in it is another; None if hooks watch it."""
-    kept: Joined | None = block.__dict__.get(JOINED)
-    if kept is None or not kept.is_current():
-        kept = block.__dict__[JOINED] = Joined(block)
-    return None if kept.is_watched() else kept
+def _joined(owner: Any, blocks: list[Any]) -> Joined:
+    """Return what an owner keeps of blocks, made again if anything in them is another."""
+    kept: Joined | None = owner.__dict__.get(JOINED)
+    if kept is None or not _same(kept.modules, blocks) or not kept.is_current():
+        kept = owner.__dict__[JOINED] = Joined(blocks, whole=owner is not blocks[0])
+    return kept
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Tell whether lists have the very same members."""
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def _describe(block: Any) -> Block | None:

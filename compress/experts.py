@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Experts(nn.Module):
     """Compute what a mixture's experts do, one after the other, those in use.
 
     Attributes:
-        all_tokens: give every token to every expert, and forget the routing: to follow shapes alone.
+        all_tokens: give every token to the first expert, and forget the routing: to follow shapes alone.
     """
 
     def __init__(self, dense: nn.Module) -> None:
@@ -57,6 +58,12 @@ class Experts(nn.Module):
         """Return the module that has one expert's linears."""
         return self.get_submodule(str(place))
 
+    def keep_first(self) -> None:
+        """Let go of all experts but the first, which stands for all where shapes alone are followed: there may be thousands."""
+        self.all_tokens = True
+        for place in range(1, self.num_experts):
+            del self._modules[str(place)]
+
     def compute(self, place: int, x: Tensor) -> Tensor:
         """Apply one expert: [tokens, in] to [tokens, out]."""
         expert, dense = self.expert(place), self._dense[0]
@@ -81,13 +88,12 @@ class Experts(nn.Module):
         routing_weights: Tensor | None = None,
     ) -> Tensor:
         """Add up what each token's experts make of it, by its weights: [tokens, in] to [tokens, out]."""
+        if self.all_tokens:
+            return self.compute(0, hidden_states)
         index = router_indices if top_k_index is None else top_k_index
         weights = routing_weights if top_k_weights is None else top_k_weights
         if index is None or weights is None:
             return self._sorted(hidden_states)
-        if self.all_tokens:
-            outputs = [self.compute(place, hidden_states) for place in range(self.num_experts)]
-            return torch.stack(outputs).sum(0)
         result = torch.zeros_like(hidden_states)
         for place in torch.unique(index).tolist():
             if place < self.num_experts:
@@ -189,15 +195,16 @@ class _Stack(nn.Module):
             self.register_buffer(name, torch.empty(size, dtype=getattr(torch, kind), device="meta"))
 
 
-_SORTED = ("Llama4TextExperts",)  # stacks without transformers' mark for experts
+_SORTED = ("Llama4TextExperts",)  # takes tokens sorted by expert, without transformers' mark for experts
 
 
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module keeps the experts of a mixture in the two parameters that transformers gives them."""
-    sizes = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    sizes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
+    first, last = sizes.get("gate_up_proj", sizes.get("up_proj", ())), sizes.get("down_proj", ())
     marked = hasattr(module, "is_transposed") or type(module).__name__ in _SORTED
-    gated = sizes.get("gate_up_proj", sizes.get("up_proj")) == 3
-    return marked and gated and sizes.get("down_proj") == 3
+    routed = marked or "top_k_index" in signature(module.forward).parameters
+    return routed and len(first) == len(last) == 3 and first[0] == last[0]
 
 
 def split_experts(model: nn.Module) -> None:

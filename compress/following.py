@@ -4,24 +4,57 @@ No weight is needed, so a config is enough. What is found: which linears are mul
 one has no weight to read), what blocks return, and whether a block can be run by itself, given the hidden states alone.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from compress.carrying import Item, Load
 from compress.errors import CompressError, first_line
-from compress.experts import Experts
+from compress.experts import Experts, in_stack
 from compress.structure import Architecture, block_of, block_prefix, linears_of
 
 _TOKENS = 24
+_LEAST = 0.5  # of the weights of blocks
+_NO_OTHER_SIZE = 29  # tokens, where their dimension is to be told from others
 READ = "the model reads its weight, which a packed matrix does not have"
 STACK = "several matrices in one parameter, in a form that is not known"
 BIASED = "transformers fits the bias of a tied head to the rows of its weight, which a packed matrix does not have"
 NOT_CALLED = "the model does not call it on text alone"
+SHARED = "several blocks have one tensor for its weight"
+
+
+class _AllChosen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answer what depends on the values of tensors without any as if all were chosen, and all numbers were zero.
+
+    A choice of tokens then has the shape of all, and every expert of a mixture is called.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        try:
+            return func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            given = args[0]
+            if func is aten.nonzero.default:
+                return given.new_empty((given.numel(), given.ndim), dtype=torch.long)
+            if func is aten._local_scalar_dense.default:
+                return 0.0 if given.is_floating_point() else given.dtype != torch.bool and 0
+            raise
+
+
+def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return an index as numbers: a mask has one tensor of them for each of its dimensions."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return (index,)
+    return tuple(index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.ndim))
 
 
 class _Linears:
@@ -55,6 +88,10 @@ class _Linears:
         return Watched
 
 
+class NeedsMoreError(CompressError):
+    """Refuse a model whose blocks need what earlier ones have made besides the hidden states."""
+
+
 class _TouchedError(Exception):
     """Raised by a block that looks at what an earlier one has made besides the hidden states."""
 
@@ -82,13 +119,18 @@ class _WriteOnly(dict[Any, Any]):
 
 
 class _Blocks:
-    """Take note of every call of a block, and keep from it all that earlier ones have made but the hidden states."""
+    """Take note of every call of a block, and keep from it all that earlier ones have made but the hidden states.
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    With ``carry``, what they have made is noted instead, where it comes from the block before or lies in a mapping.
+    """
+
+    def __init__(self, blocks: list[nn.Module], carry: bool) -> None:
         self.order: list[int] = []
         self.returns: dict[int, int] = {}
+        self.loads: list[Load] = []
         self.faults: dict[str, None] = {}
         self.hidden: list[Tensor] = []
+        self._carry = carry
         self._filled_later: list[MutableMapping[Any, Any]] = []  # empty before the first block
         self._made: list[Any] = []  # all that blocks have returned, kept alive so that identities stay their own
         for index, block in enumerate(blocks):
@@ -98,17 +140,40 @@ class _Blocks:
     def _before(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args or not isinstance(args[0], Tensor):
             self.faults["they take the hidden states by keyword"] = None
-        elif self._made and args[0] is not _first(self._made[-1]):
+        elif self._made and not _same(args[0], _first(self._made[-1])):
             self.faults["the model works on the hidden states between them"] = None
-        others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
         mappings = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, MutableMapping)]
         if not self.order:
             self._filled_later = [value for value in mappings if not value]
         filled = {id(value) for value in self._filled_later if value}
+        if self._carry:
+            args, kwargs = self._noted(args, kwargs, filled)
+            filled = set()
+        others = {id(leaf) for made in self._made for leaf in list(_leaves(made))[1:]}
         sealed = tuple(_sealed(value, others, filled) for value in args[1:]), _sealed(kwargs, others, filled)
         if any(leaf.requires_grad for leaf in _leaves(sealed)):
             self.faults["the model gives them what it makes of the hidden states of several"] = None
         return (*args[:1], *sealed[0]), sealed[1]
+
+    def _noted(self, args: tuple[Any, ...], kwargs: dict[str, Any], filled: set[int]) -> Any:
+        """Take note of what a block is given that earlier ones have made; return its arguments, cut off from them."""
+        last = self._made[-1] if self._made and isinstance(self._made[-1], (tuple, list)) else ()
+        places = {id(value): place for place, value in enumerate(last) if place and isinstance(value, Tensor)}
+        items: list[Item] = []
+
+        def cut(slot: int | str, value: Any) -> Any:
+            if id(value) in places:
+                items.append(_item(slot, None, places[id(value)], value))
+                return value.detach()
+            for key, tensors in [*value.items()] if id(value) in filled else ():
+                items.extend(_item(slot, key, place, tensor) for place, tensor in enumerate(tensors))
+                value[key] = tuple(tensor.detach() for tensor in tensors)
+            return value
+
+        cut_off = [cut(slot, value) for slot, value in enumerate(args[1:])]
+        by_name = {name: cut(name, value) for name, value in kwargs.items()}
+        self.loads.append(Load(_shape(args[0]) if items else (), tuple(items)))
+        return (*args[:1], *cut_off), by_name
 
     def _after(self, index: int) -> Any:
         def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -135,6 +200,23 @@ class _Blocks:
         )
         if any(gradient is not None for gradient in found):
             self.faults["the model looks at the hidden states of others than the last"] = None
+
+
+def _same(given: Tensor, made: Tensor) -> bool:
+    """Tell whether a tensor is another, or a slice of it that is all of it."""
+    layout = given.shape, given.stride(), given.storage_offset()
+    return given is made or (given._base is made and layout == (made.shape, made.stride(), made.storage_offset()))
+
+
+def _item(slot: int | str, key: Any, place: int, tensor: Tensor) -> Item:
+    return Item(slot, key, place, _shape(tensor), tensor.dtype)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape, -1 for its one dimension of tokens."""
+    if [*tensor.shape].count(_NO_OTHER_SIZE) != 1:
+        raise _TouchedError
+    return tuple(-1 if size == _NO_OTHER_SIZE else size for size in tensor.shape)
 
 
 def _sealed(value: Any, others: set[int], filled: set[int]) -> Any:
@@ -164,35 +246,33 @@ def _leaves(value: Any) -> Iterator[Tensor]:
             yield from _leaves(inner)
 
 
-def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
+def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False) -> Architecture:
     """Return the structure with what one forward pass shows; the model, empty and with its experts split, is used up.
 
     Raises:
+        NeedsMoreError: blocks need what earlier ones have made besides the hidden states, and ``carry`` is not set.
         CompressError: the blocks cannot be run one at a time, each given what the one before returns.
     """
+    tokens = _NO_OTHER_SIZE if carry else _TOKENS
     kind = model.config.model_type
     blocks = list(model.get_submodule(structure.blocks).children())
-    _refuse_shared(model, structure)
-    inside = {
-        name: linear.module
-        for index, block in enumerate(blocks)
-        for name, linear in linears_of(block, block_prefix(structure, index)).items()
-    }
-    outside = {name: model.get_submodule(name) for name in (structure.embedding, structure.head)}
-    for module in model.modules():
+    weights, alike = _weights(model, structure), _alike(model, structure)
+    for module in list(model.modules()):
         if isinstance(module, Experts):
-            module.all_tokens = True
+            module.keep_first()
+    inside = {name: model.get_submodule(name) for name in set(alike.values())}
+    outside = {name: model.get_submodule(name) for name in (structure.embedding, structure.head)}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _give_shapes(model, mode)
-    linears, calls = _Linears({**inside, **outside}), _Blocks(blocks)
+    linears, calls = _Linears({**inside, **outside}), _Blocks(blocks, carry)
     try:
-        with torch.enable_grad(), mode:
-            output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"), use_cache=False)
+        with torch.enable_grad(), mode, _AllChosen():  # type: ignore[no-untyped-call]
+            output = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="cpu"), use_cache=False)
             calls.check_end(output.logits)
-            if output.logits.shape[:2] != (1, _TOKENS):
+            if output.logits.shape[:2] != (1, tokens):
                 calls.faults["its logits are not one row for every token of the text"] = None
     except _TouchedError:
-        raise CompressError(
+        raise NeedsMoreError(
             f"model type {kind!r}: its blocks cannot be run one at a time: block {len(calls.order)} needs more than the hidden "
             "states of those before it."
         ) from None
@@ -206,14 +286,21 @@ def follow(model: PreTrainedModel, structure: Architecture) -> Architecture:
     if calls.faults:
         raise CompressError(f"model type {kind!r}: its blocks cannot be run one at a time: {'; '.join(calls.faults)}.")
     left = dict.fromkeys(_stacks(model, structure), STACK)
-    left |= dict.fromkeys(sorted(inside.keys() - linears.called), NOT_CALLED)
-    left |= dict.fromkeys(sorted(linears.read), READ)
+    left |= {name: SHARED for name in sorted(_shared(model, structure)) if name in alike}
+    left |= {name: NOT_CALLED for name, first in sorted(alike.items()) if first not in linears.called}
+    left |= {
+        name: READ
+        for name, first in sorted({**alike, **{end: end for end in outside}}.items())
+        if first in linears.read
+    }
     ends = {structure.embedding, structure.head}
     if f"{structure.head}.weight" in model.all_tied_weights_keys:  # one tensor
         biased = getattr(outside[structure.head], "bias", None) is not None
         left |= dict.fromkeys(sorted(ends if ends & linears.read else ()), READ)
         left |= dict.fromkeys(sorted(ends if biased else ()), BIASED)
-    return replace(structure, left=left, returns=tuple(calls.returns[i] for i in range(len(blocks))))
+    _refuse_mostly_left(str(kind), weights, alike.keys() - left.keys(), left)
+    returns, loads = tuple(calls.returns[i] for i in range(len(blocks))), tuple(calls.loads) or (Load(),) * len(blocks)
+    return replace(structure, left=left, returns=returns, carried=loads)
 
 
 def _stacks(model: nn.Module, structure: Architecture) -> list[str]:
@@ -236,11 +323,39 @@ def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
             module._parameters[name] = made[id(parameter)]
 
 
-def _refuse_shared(model: PreTrainedModel, structure: Architecture) -> None:
-    for one, other in model.all_tied_weights_keys.items():
-        places = block_of(one, structure), block_of(other, structure)
-        if places != (None, None):
-            raise CompressError(
-                f"model type {model.config.model_type!r}: {one} and {other} are one tensor, so its blocks cannot be compressed "
-                "one at a time."
-            )
+def _shared(model: PreTrainedModel, structure: Architecture) -> set[str]:
+    """Name the modules of blocks that have a weight in common with those of others."""
+    pairs = model.all_tied_weights_keys.items()
+    both = (pair for pair in pairs if all(block_of(name, structure) is not None for name in pair))
+    return {name.removesuffix(".weight") for pair in both for name in pair}
+
+
+def _alike(model: nn.Module, structure: Architecture) -> dict[str, str]:
+    """Name the linears of blocks, and for each the one that shows how it is called: of a mixture's experts the first."""
+    found = {}
+    for index, block in enumerate(model.get_submodule(structure.blocks).children()):
+        for name in linears_of(block, block_prefix(structure, index)):
+            path, _, matrix = name.rpartition(".")
+            stack = path.rpartition(".")[0]
+            found[name] = f"{stack}.0.{matrix}" if in_stack(name, structure.experts) else name
+    return found
+
+
+def _weights(model: PreTrainedModel, structure: Architecture) -> dict[str, int]:
+    """Count the weights of the parameters of blocks that have rows and columns, each once."""
+    found = model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)
+    tied = model.all_tied_weights_keys
+    return {n: p.numel() for n, p in found if sum(size > 1 for size in p.shape) > 1 and n not in tied}
+
+
+def _refuse_mostly_left(kind: str, weights: Mapping[str, int], taken: Collection[str], left: Mapping[str, str]) -> None:
+    """Refuse a model of which less than half could be packed, naming the largest part that could not."""
+    others = {name: count for name, count in weights.items() if name.removesuffix(".weight") not in taken}
+    share = 1 - sum(others.values()) / max(1, sum(weights.values()))
+    if share < _LEAST:
+        name = max(others, key=lambda name: others[name])
+        reason = left.get(name) or left.get(name.removesuffix(".weight"), "no linear has it for its weight")
+        raise CompressError(
+            f"model type {kind!r}: only {100 * share:.0f} % of the weights of its blocks are in matrices that can be packed; the "
+            f"largest of the others is {name} ({reason})."
+        )

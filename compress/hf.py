@@ -193,8 +193,12 @@ def join_layers(model: PreTrainedModel) -> None:
 
 
 def cache_name(model: nn.Module) -> str:
-    """Return what this release of transformers calls a model's cache of keys and values, given and returned."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """Return what this release of transformers calls a model's cache of keys and values, given and returned.
+
+    An adapter's ``forward`` takes whatever the model inside does, and does not say what.
+    """
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return "cache" if "cache" in inspect.signature(unwrap().forward).parameters else "past_key_values"
 
 
 def rebuild(model: nn.Module) -> None:

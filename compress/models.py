@@ -1,6 +1,7 @@
 """Build the class that a config stands for, empty: language models, and models of images and text with one inside."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     """Return the auto class of transformers that builds a config's model, the one its ``architectures`` name where it can.
 
     Raises:
-        CompressError: transformers has no language model of this type.
+        CompressError: transformers has no language model of this type, or the config names a model of another task.
     """
     kind = type(config)
     named = set(getattr(config, "architectures", None) or ())
@@ -53,7 +54,14 @@ def auto_class(config: PretrainedConfig) -> Any:
         raise CompressError(
             f"config.json: model type {config.model_type!r} is no language model that this release of transformers can build."
         )
-    return next((auto for auto, names in found if names & named), found[0][0])
+    chosen = next((auto for auto, names in found if names & named), None)
+    other = next(filter(_OTHER_TASK.search, sorted(named)), None)
+    if chosen is None and other:
+        raise CompressError(f"config.json: {other} is no language model: its files have no head for the next token.")
+    return chosen or found[0][0]
+
+
+_OTHER_TASK = re.compile("For.*(Classification|QuestionAnswering|MultipleChoice|Regression)")
 
 
 class _LargeOnMeta(TorchFunctionMode):

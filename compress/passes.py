@@ -156,10 +156,12 @@ class Block:
         """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears, in order.
 
         ``modules`` are those to look at, by name; every linear by its full name if None. ``keep_outputs`` leaves what the
-        block makes of the samples in :attr:`outputs`. ``end_lot`` is called after every lot of samples.
+        block makes of the samples in :attr:`outputs`, so many as are done. ``end_lot`` is called after every lot of samples.
         """
         watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
         outputs: list[Tensor] = []
+        if keep_outputs:
+            self.outputs[""] = outputs
         with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
             for lot in self.each_lot():
                 for run in lot:
@@ -167,8 +169,6 @@ class Block:
                     if keep_outputs:
                         outputs.append(output)
                 end_lot()
-        if keep_outputs:
-            self.outputs[""] = outputs
 
 
 @dataclass(frozen=True)

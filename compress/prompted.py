@@ -72,7 +72,7 @@ class PromptedModel(PeftModelForCausalLM):
         begun = cache is not None and cache.get_seq_length() > 0
         if not begun and self._is_prefix:
             rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
-            kwargs[self._cache_name] = self.get_prompt(rows)
+            kwargs[cache_name(self)] = self.get_prompt(rows)
         elif not begun:
             embedded = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             given = {"inputs_embeds": self._behind_prompt(embedded, attention_mask)}
@@ -116,7 +116,7 @@ class PromptedModel(PeftModelForCausalLM):
             raise CompressError("behind a prefix generate needs input_ids; embeddings alone can follow a prompt.")
         config.use_cache = True
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        kwargs |= {self._cache_name: self.get_prompt(len(ids) * copies), "attention_mask": placed}
+        kwargs |= {cache_name(self): self.get_prompt(len(ids) * copies), "attention_mask": placed}
         if kwargs.get("streamer"):
             kwargs["streamer"] = _TextOnly(kwargs["streamer"], self._tokens)
         # A cache that is given stands for the first ids; which these are does not matter, and they are taken away again.
@@ -134,10 +134,6 @@ class PromptedModel(PeftModelForCausalLM):
     @property
     def _tokens(self) -> int:
         return int(self.active_peft_config.num_virtual_tokens)
-
-    @property
-    def _cache_name(self) -> str:
-        return cache_name(self.get_base_model())
 
     def _behind_prompt(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         return self._placed(self.get_prompt(len(embedded)).to(embedded.dtype), embedded, mask)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from compress.calibration import Samples, draw_samples
+from compress.carrying import Call
 from compress.fisher import squared_gradients, unit_of
 from compress.passes import Block, Context, Pass, Run
 from compress.settings import Calibration
-from compress.streaming import Call, State, StreamedModel, reshaped
-from compress.structure import Linear, architecture, block_prefix
+from compress.streaming import State, StreamedModel
+from compress.structure import Linear, block_prefix
 from compress.workspace import Record, Stage
 
 _FEW, _MORE = 1, 9  # samples
@@ -137,7 +138,8 @@ class _Rehearsal:
         few = Samples(self.samples[:_FEW], {})
 
         def measure(blocks: int) -> None:
-            model = StreamedModel(_cut(self.model.state, blocks), self.model.device, fast=True)
+            model = StreamedModel(self.model.state, self.model.device, fast=True)
+            model.blocks = model.blocks[:blocks]
             with TemporaryDirectory() as folder:
                 stage = Stage(Path(folder), "")
                 squared_gradients(model, few, stage, [], lambda *_: None)
@@ -146,12 +148,6 @@ class _Rehearsal:
         took = [_timed(measure, 1), _timed(measure, min(2, self.blocks))]
         count = min(self.count, self.needs.gradient_samples or self.count)
         return (took[0] + (self.blocks - 1) * (took[1] - took[0])) * count / _FEW
-
-
-def _cut(state: State, blocks: int) -> State:
-    """Return the model without all but its first blocks."""
-    prefix = architecture(state.config).blocks
-    return reshaped(state, {f"{prefix}.{index}": None for index in range(blocks, state.config.num_hidden_layers)})
 
 
 def _timed(work: Callable[[Any], object], amount: Any) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import Samples
+from compress.carrying import Call
 from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.experts import in_stack
@@ -24,7 +25,7 @@ from compress.quant.format import pack, pack_smaller
 from compress.quant.records import shape_of
 from compress.ranks import ALONE
 from compress.shapes import block_shape
-from compress.streaming import Call, State, StreamedModel, reshaped
+from compress.streaming import State, StreamedModel, reshaped
 from compress.structure import block_prefix
 from compress.version import __version__
 from compress.weights import Overlay
@@ -284,7 +285,9 @@ class Runner:
         """Return the block's dense tensors as they will be stored, in the dtype they came in."""
         stored = self.state.source.info()
         dense = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
-        kept = dense.keys() - {f"{name}.weight" for name in block.packed}
+        kept = dense.keys() & stored.keys() - {
+            f"{name}.weight" for name in block.packed
+        }  # what an earlier block has is not
         return {n: t.to("cpu", getattr(torch, stored[n].dtype)) for n, t in dense.items() if n in kept}
 
     def _finish(self, unit: str, block: Block, tensors: dict[str, Tensor], record: Record) -> None:

@@ -76,6 +76,19 @@ def checkpoint_state(folder: Path) -> State:
     return open_state(Checkpoint(folder), config, digest(str(folder)), packed, shapes)
 
 
+def _logits_of_whole(source: Source, tokens: Tensor, places: Any) -> Tensor:
+    """Compute what transformers' own model makes of a few tokens, int64 [T]: float32 [T, vocabulary]; ``places`` is its device map."""
+    with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
+        whole = auto_class(source.state.config).from_pretrained(
+            str(source.folder), dtype=torch.float32, device_map=places, offload_folder=scratch
+        )
+        logits: Tensor = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
+    remove_hook_from_submodules(whole)
+    for module in whole.modules():
+        vars(module).pop("forward", None)  # bound to the module, which so holds itself: embedding and head would stay
+    return logits
+
+
 @torch.no_grad()
 def check_source(source: Source, tokens: Tensor) -> None:
     """Refuse a model of which one block after the other computes other logits than the whole as transformers loads it.
@@ -88,18 +101,15 @@ def check_source(source: Source, tokens: Tensor) -> None:
     outside = [name.rpartition(".")[0] for name in model.model.state_dict() if block_of(name, model.structure) is None]
     places = {**dict.fromkeys(outside, "cpu"), blocks: "disk"}
     del model  # never both
-    with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
+    try:
         try:
-            whole = auto_class(source.state.config).from_pretrained(
-                str(source.folder), dtype=torch.float32, device_map=places, offload_folder=scratch
-            )
-            wanted = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
-        except Exception as error:  # whatever a model's class may raise
-            raise CompressError(f"{source.folder}: transformers cannot run it ({first_line(error)}).") from error
-    remove_hook_from_submodules(whole)
-    for module in whole.modules():
-        vars(module).pop("forward", None)  # bound to the module, which so holds itself: embedding and head would stay
-    del whole, module
+            wanted = _logits_of_whole(source, tokens, places)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            if "meta" not in str(error):
+                raise
+            wanted = _logits_of_whole(source, tokens, "cpu")  # parameters read by others than the module that has them
+    except Exception as error:  # whatever a model's class may raise
+        raise CompressError(f"{source.folder}: transformers cannot run it ({first_line(error)}).") from error
     if not streamed.isfinite().all() and not wanted.isfinite().all():
         return  # the same to both; which weight it is, passes and writer tell
     apart, largest = float((streamed - wanted).abs().max()), float(wanted.abs().max())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compress.carrying import Call, Load, pack, unpack
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
 from compress.experts import (
@@ -26,7 +27,7 @@ from compress.experts import (
     stacked_shapes,
     stacked_sizes,
 )
-from compress.following import follow
+from compress.following import NeedsMoreError, follow
 from compress.hf import packed_modules, rebuild, replace_packed
 from compress.models import empty_model, text_config, untied
 from compress.names import NamedTensors
@@ -63,14 +64,6 @@ class State:
             object.__setattr__(self, "structure", examine(self.config))
 
 
-@dataclass(frozen=True)
-class Call:
-    """Hold what the model gives to one block besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class _LastBlock(Exception):
     """Stop the model after its last note-taking block: the rest need not run."""
 
@@ -81,11 +74,14 @@ def examine(config: PretrainedConfig) -> Architecture:
     Raises:
         CompressError: it is not a model that can be compressed block by block.
     """
-    model = empty_model(config)
+    model = built(config, {}, {})
     structure = inspected(model)
-    split_experts(model)
     experts = tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
-    return follow(model, replace(structure, experts=experts))
+    structure = replace(structure, experts=experts)
+    try:
+        return follow(model, structure)
+    except NeedsMoreError:
+        return follow(built(config, {}, {}), structure, carry=True)
 
 
 def built(config: PretrainedConfig, packed: Mapping[str, PackedShape], shapes: Shapes) -> PreTrainedModel:
@@ -161,7 +157,8 @@ def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
                 renamed[moved[place] + name.removeprefix(names[place])] = name
         source, config = Renamed(source, renamed), fewer_blocks(config, kept)
         whole = {moved[index]: whole[names[index]] for index in kept if names[index] in whole}
-    structure = replace(structure, depth=len(kept), returns=tuple(structure.returns[i] for i in kept))
+    returns, carried = (tuple(structure.returns[i] for i in kept), tuple(structure.carried[i] for i in kept))
+    structure = replace(structure, depth=len(kept), returns=returns, carried=carried)
     config, records = settled(config, whole, structure)
     return replace(state, source=source, config=config, shapes=records, structure=structure)
 
@@ -204,7 +201,8 @@ class StreamedModel:
         self.head = self.structure.head
         for packed in packed_modules(self.model).values():
             packed.keep_dense = False  # a dense copy would outlive its block
-        self.blocks = list(self.model.get_submodule(self.structure.blocks).children())
+        self._all_blocks = list(self.model.get_submodule(self.structure.blocks).children())
+        self.blocks = self._all_blocks  # with fewer, the first, the last of them leads to the logits
         wanted = self._wanted()
         self._check_tensors(wanted)
         if device.type != "meta":
@@ -231,7 +229,11 @@ class StreamedModel:
         for name, shape in wanted.items():
             info = stored.get(name)
             if info is None:
-                raise CompressError(f"tensor {name!r} of the model is missing from its safetensors files.")
+                others = sorted(self.state.beside.info()) if self.state.beside else []
+                more = (
+                    f", which have {others[0]!r} and others that transformers gives to no part of it" if others else ""
+                )
+                raise CompressError(f"tensor {name!r} of the model is missing from its safetensors files{more}.")
             if info.shape != shape:
                 raise CompressError(
                     f"tensor {name!r} is {list(info.shape)} in {info.file.name}, but config.json makes it "
@@ -254,13 +256,18 @@ class StreamedModel:
         module.requires_grad_(False)
         rebuild(module)
 
+    def _stored(self, prefix: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the names in the files of a block's tensors; one that an earlier block has too is there once."""
+        tied = self.model.all_tied_weights_keys
+        return {name: tied.get(f"{prefix}.{name}", f"{prefix}.{name}") for name in names}
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Fill a block with its weights for the length of a ``with``; whoever prunes it may leave it smaller."""
         module, prefix = self.blocks[index], block_prefix(self.structure, index)
         empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
         stored = {name: packed.shape for name, packed in packed_modules(module).items()}
-        self._fill(module, {name: f"{prefix}.{name}" for name in empty})
+        self._fill(module, self._stored(prefix, empty))
         try:
             yield module
         finally:
@@ -275,7 +282,7 @@ class StreamedModel:
         """Fill all blocks and return the model, for passes that need it in memory."""
         for index, block in enumerate(self.blocks):
             prefix = block_prefix(self.structure, index)
-            self._fill(block, {name: f"{prefix}.{name}" for name in block.state_dict()})
+            self._fill(block, self._stored(prefix, block.state_dict()))
         return self.model
 
     def linears(self, index: int) -> dict[str, Linear]:
@@ -298,12 +305,12 @@ class StreamedModel:
     @contextmanager
     def _forwards(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         """Let other functions stand for the blocks' forward passes."""
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._all_blocks):
             block.forward = forward(index)
         try:
             yield
         finally:
-            for block in self.blocks:
+            for block in self._all_blocks:
                 del block.forward
 
     def _wrapped(self, index: int, hidden: Tensor) -> Any:
@@ -315,12 +322,13 @@ class StreamedModel:
         """Let the model prepare one sample, int64 [T]: the first block's inputs [1, T, hidden], and how blocks are called."""
         first: list[Tensor] = []
         calls: list[Call] = []
+        loads = (*self.structure.carried[: len(self.blocks)], Load())
 
         def forward(index: int) -> Callable[..., Any]:
             def take_note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if not first:
                     first.append(hidden)
-                calls.append(Call(args, kwargs))
+                calls.append(Call(args, kwargs, *loads[index : index + 2]))
                 if index == len(self.blocks) - 1:
                     raise _LastBlock
                 return self._wrapped(index, hidden)
@@ -340,10 +348,11 @@ class StreamedModel:
         return {str(place): self.capture(tokens)[0] for place, tokens in samples.items()}
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """Run one block on one sample: [1, T, hidden] to the same, float32."""
+        """Run one block on one sample: [1, T, hidden] to the same, float32; with all that it hands on, if it does."""
+        hidden, args, kwargs = unpack(hidden, call)
         with self._products():
-            result: Tensor | Sequence[Tensor] = block(hidden, *call.args, **call.kwargs)
-        return (result if isinstance(result, Tensor) else result[0]).float()
+            output: Tensor | Sequence[Tensor] = block(hidden, *args, **kwargs)
+        return pack(output, args, kwargs, call)
 
     def _products(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._fast else nullcontext()

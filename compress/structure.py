@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compress.carrying import Load
 from compress.errors import CompressError, did_you_mean
 from compress.models import empty_model
 
@@ -62,6 +63,7 @@ class Architecture:
         experts: full paths of the modules that hold the experts of a mixture; found.
         left: linear's full name -> why it stays dense; found (:func:`compress.following.follow`).
         returns: for every block, how many values it returns in a tuple, 0 for a bare tensor; found by the same.
+        carried: for every block, what it is given that earlier ones have made; found by the same.
     """
 
     model_types: tuple[str, ...]
@@ -77,6 +79,7 @@ class Architecture:
     experts: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     returns: tuple[int, ...] = ()
+    carried: tuple[Load, ...] = ()
 
     def stored_name(self, name: str) -> str:
         """Return the name a module or tensor has in checkpoint files."""
@@ -152,7 +155,14 @@ def inspected(model: PreTrainedModel) -> Architecture:
     embedding: nn.Module | None
     head: nn.Module | None
     try:
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        embedding = model.get_input_embeddings()
+        inside = (one for one in model.modules() if isinstance(one, PreTrainedModel))  # it, or a language model in it
+        heads = (
+            one.get_output_embeddings()  # type: ignore[no-untyped-call]
+            for one in inside
+            if embedding in set(one.modules())
+        )
+        head = next((found for found in heads if found is not None), None)
     except NotImplementedError:
         embedding = head = None
     paths = {id(module): name for name, module in model.named_modules()}
@@ -161,8 +171,8 @@ def inspected(model: PreTrainedModel) -> Architecture:
     for what, path in (("token embedding", found), ("head", paths.get(id(head), "")), ("list of blocks", blocks)):
         if not path:
             raise CompressError(f"model type {kind!r}: no {what} is found in {type(model).__name__}. {_DECLARE}")
-    inside = model.get_submodule(blocks)
-    fused, depth = known.fused or _find_fused(inside), len(list(inside.children()))
+    layers = model.get_submodule(blocks)
+    fused, depth = known.fused or _find_fused(layers), len(list(layers.children()))
     return replace(known, blocks=blocks, embedding=found, head=paths[id(head)], fused=fused, depth=depth)
 
 

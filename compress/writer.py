@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from compress.card import write_card
+from compress.carrying import Call
 from compress.config import METHOD, format_version, index_name
 from compress.errors import CompressError
 from compress.hf import bits_by_module, packed_modules
 from compress.hub import files_beside
 from compress.manifest import MANIFEST, noted
 from compress.quant.records import bits_range, first_bits
-from compress.streaming import Call, State, StreamedModel, built, open_tensors, stored_state
+from compress.streaming import State, StreamedModel, built, open_tensors, stored_state
 from compress.structure import block_of, is_linear
 from compress.version import __version__
 from compress.weights import SINGLE, Checkpoint, TensorInfo, sha256_of

@@ -23,12 +23,15 @@ from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
 from compress.evals.evaluate import load_bits
 from compress.evals.fresh import in_fresh_process
+from compress.evals.llama_cpp import LlamaCpp, opened
 from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.evals.timing import now, spread
 from compress.hf import cache_name
 from compress.hub import located
 from compress.inspect import inspect
+from compress.loading import read_config
+from compress.models import empty_model
 from compress.passes import Progress
 from compress.sidecars import Choice
 from compress.weights import Checkpoint
@@ -86,6 +89,7 @@ def bench(
     store: Results | None = None,
     progress: Progress | None = None,
     adapter: Choice = None,
+    gguf: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Measure a checkpoint at several numbers of bits, and the dense model it was made from.
 
@@ -101,6 +105,7 @@ def bench(
         store: the result is added to it.
         progress: called with (what, done, total).
         adapter: as for :func:`compress.load`; the dense model has none.
+        gguf: files of the same model, which llama.cpp's ``llama-bench`` times in the same turns, threads and lengths.
 
     Returns:
         ``{"model", "backend", "device", "dtype", "threads", "load", "dense", "widths": {"dense" | "4": {
@@ -108,11 +113,13 @@ def bench(
         "load_seconds", "resident_bytes": {"median", "low", "high"}, "decode_versus_dense", "prefill_versus_dense",
         "disk_bytes"}}}``; ``dense`` is the dense model's folder, or why there is none. Switching is changing the number of
         bits and computing a token. Resident bytes are those after a token above those before loading; on a GPU, allocated bytes.
+        With ``gguf`` also ``"llama_cpp"``: the same figures of each file by name, without switching, loading and memory.
 
     Raises:
-        CompressError: no such model, number of bits or device, or a prompt beyond the context.
+        CompressError: no such model, number of bits or device, a prompt beyond the context, or what ``gguf`` asks for is not there.
     """
     folder, _ = located(folder, {})
+    peers = opened(gguf, lambda: _weights(folder), torch.get_num_threads(), device)
     load, progress = load or Load(), progress or (lambda what, done, total: None)
     model, all_bits = _open(folder, bits, load, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     dense, note = _dense(folder, reference, bool(all_bits))
@@ -122,7 +129,7 @@ def bench(
         places = {DENSE: dense, **places}
         models = {DENSE: compress.load(dense, dtype=dtype, device_map=device, adapter=False), **models}
     setting = _setting(load, dtype, device, exact)
-    times = _times(models, all_bits, load, device, progress)
+    times = _times(models, all_bits, peers, load, device, progress)
     fresh = _fresh_loads(places, all_bits, load.loads, setting["dtype"], device, progress, adapter)
     figures = {
         name: _figures(name, times, load)
@@ -131,6 +138,10 @@ def bench(
         for name, place in places.items()
     }
     result = {"model": folder, **setting, "dense": note, "widths": figures}
+    if peers:
+        result["llama_cpp"] = {
+            name: _figures(name, times, load) | {"disk_bytes": peer.path.stat().st_size} for name, peer in peers.items()
+        }
     if store is not None:
         key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
         store.add(key, {}, result=result)
@@ -149,6 +160,13 @@ def _open(
         asked = f"{load.prompt} + {load.tokens} tokens"
         raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
     return model, all_bits
+
+
+def _weights(folder: str) -> int:
+    """Return the number of weights of the dense model that a checkpoint was made from, tied ones once."""
+    model = empty_model(read_config(folder))
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _setting(load: Load, dtype: torch.dtype, device: str, exact: bool) -> dict[str, Any]:
@@ -187,10 +205,15 @@ class _Times:
 
 
 def _times(
-    models: Mapping[str, PreTrainedModel], all_bits: Mapping[str, Any], load: Load, device: str, progress: Progress
+    models: Mapping[str, PreTrainedModel],
+    all_bits: Mapping[str, Any],
+    peers: Mapping[str, LlamaCpp],
+    load: Load,
+    device: str,
+    progress: Progress,
 ) -> _Times:
     """Time every candidate in every round."""
-    names = list(models)
+    names = [*models, *peers]
     times = _Times()
     vocabulary = int(next(iter(models.values())).config.vocab_size)
     prompt = torch.randint(vocabulary, (1, load.prompt), generator=torch.Generator().manual_seed(0)).to(device)
@@ -198,7 +221,10 @@ def _times(
         for place in range(len(names)):
             name = names[(turn + 1 + place) % len(names)]
             switch = _switch(models[name], all_bits[name], prompt[:, :1]) if name in all_bits else None
-            first, decode = _generate(models[name], prompt, load.tokens)
+            if name in peers:
+                first, decode = peers[name].times(load.prompt, load.tokens)
+            else:
+                first, decode = _generate(models[name], prompt, load.tokens)
             if turn >= 0:
                 times.first[name].append(first)
                 times.decode[name].append(decode)

@@ -192,7 +192,7 @@ def speed(found: Mapping[str, Any]) -> Table:
     """Show the medians of a benchmark, each with half the distance between its quartiles."""
     heads = ["decode, tokens/s", "× dense", "prefill, tokens/s", "× dense", "first token, ms", "switch, ms", "load, s"]
     table = Table(["", *heads, "resident", "read from disk"])
-    for bits, figures in found["widths"].items():
+    for bits, figures in {**found["widths"], **found.get("llama_cpp", {})}.items():
         cells = []
         for what in ("decode", "prefill"):
             ratio = figures.get(f"{what}_versus_dense")
@@ -200,8 +200,8 @@ def speed(found: Mapping[str, Any]) -> Table:
             cells.append(f"{ratio['median']:.2f}" if ratio and bits != "dense" else "–")
         cells.append(with_spread(figures["time_to_first_token_seconds"], 1e3))
         cells.append(with_spread(figures["switch_seconds"], 1e3) if "switch_seconds" in figures else "–")
-        cells.append(with_spread(figures["load_seconds"]))
-        cells += [megabytes(figures["resident_bytes"]["median"]), megabytes(figures["disk_bytes"])]
+        cells.append(with_spread(figures["load_seconds"]) if "load_seconds" in figures else "–")
+        cells += [megabytes(figures.get("resident_bytes", {}).get("median")), megabytes(figures["disk_bytes"])]
         table.add("dense" if bits == "dense" else "width", label(bits), *cells)
     return table.without_empty()
 

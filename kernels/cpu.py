@@ -23,11 +23,11 @@ from compress.kernels.packing import GROUP, GROUP_UNIT
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 4
+_ABI = 6
 _MATRIX = struct.Struct("=23q")
 _CHUNK = 512  # columns, as in kernels/c/bitplane.h
 _TABLES = {torch.float16: 2, torch.float32: 4}
-_TILE_BYTES = 4 << 20  # of looked-up weights at a time above FUSED_ROWS
+_TILE_BYTES, _TILE_ROWS = 2 << 20, 256  # of looked-up weights at a time above FUSED_ROWS: at least so many of either
 WORTH_A_TEAM = 1 << 19  # products; with fewer, starting threads costs more than they save
 
 
@@ -57,8 +57,9 @@ def library() -> Library | str:
     number, address = ctypes.c_int, ctypes.c_void_p
     calls.compress_product.argtypes = [ctypes.c_char_p, address, number, address, address, number]
     calls.compress_order.argtypes = [ctypes.c_char_p, address]
-    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, ctypes.c_int64, address, number, address, number]
-    calls.compress_step.argtypes = [ctypes.c_char_p, address, address, number]
+    size = ctypes.c_int64
+    calls.compress_look_up.argtypes = [ctypes.c_char_p, address, size, size, address, size, address, number]
+    calls.compress_steps.argtypes = [ctypes.c_char_p, size, address, address, number]
     return Library(calls, calls.compress_best_isa(), _openmp("GOMP_parallel"), _openmp("omp_get_num_threads"))
 
 
@@ -195,23 +196,23 @@ class Prepared:
         vectors = [affine, _held(inputs), _held(factors), _held(bias), _order(bits, int8, isa)]
         self.planes, self.codebook, self.rows, self.columns = planes, table, rows, columns
         self._inputs, _, self._bias = vectors[1:4]
-        self._groups, self._row_factors = groups, row_factors
+        self._groups, self._factors = groups, row_factors
         self._kept_alive = entries, vectors
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
-        addresses = [plane.data_ptr() for plane in planes] + [0] * (8 - bits) + [entries.data_ptr()]
-        addresses += [0 if vector is None else vector.data_ptr() for vector in (*vectors, groups)]
-        sizes = (
-            stride,
-            rows,
-            columns,
-            bits,
-            isa,
-            entries.element_size(),
-            int(table.shape[0] < rows),
-            -(-columns // GROUP),
-        )
-        self.matrix = _MATRIX.pack(*addresses, *sizes)
+        self._sizes = stride, rows, columns, bits, isa
+        self.matrix = self._matrix(entries, vectors)
         self._library = found
+
+    def _matrix(self, table: Tensor, vectors: Sequence[Tensor | None]) -> bytes:
+        """Pack the matrix with a table for the library."""
+        addresses = [plane.data_ptr() for plane in self.planes] + [0] * (8 - len(self.planes)) + [table.data_ptr()]
+        addresses += [0 if vector is None else vector.data_ptr() for vector in (*vectors, self._groups)]
+        sizes = table.element_size(), int(len(table) < self.rows), -(-self.columns // GROUP)
+        return _MATRIX.pack(*addresses, *self._sizes, *sizes)
+
+    def matrix_to_look_up(self, table: Tensor) -> bytes:
+        """Pack the matrix with a table, and what a look-up multiplies by."""
+        return self._matrix(table, (None, self._inputs, self._factors, None, None))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x @ W.T``: floating [..., K] to [..., N] in the same dtype, added in float32; no gradient.
@@ -240,26 +241,31 @@ class Prepared:
         return count * self.rows * self.columns
 
     def _tiled(self, x: Tensor) -> Tensor:
-        """Return the product by torch, a few rows of looked-up weights at a time."""
+        """Return the product by torch, some rows of looked-up weights at a time, in the same memory: fresh pages cost more than the look-up."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # torch's products of halves are slow here
-        rows = x.detach().reshape(-1, self.columns)
-        rows = (rows if self._inputs is None else rows.float() * self._inputs).to(dtype)
+        rows = x.detach().reshape(-1, self.columns).to(dtype)
+        step = max(_TILE_ROWS, _TILE_BYTES // (self.columns * rows.element_size()) // 64 * 64)
+        tile = torch.empty(min(step, self.rows), self.columns, dtype=dtype, device=x.device)
         y = torch.empty(rows.shape[0], self.rows, dtype=dtype, device=x.device)
-        step = max(1, _TILE_BYTES // (self.columns * rows.element_size()))
+        scaled = any(held is not None for held in (self._inputs, self._factors, self._groups))
+        table = self.codebook.to(torch.float32 if scaled else dtype).contiguous()
+        matrix = self.matrix_to_look_up(table)
         for start in range(0, self.rows, step):
-            part = slice(start, start + step)
-            table = self.codebook[part] if len(self.codebook) == self.rows else self.codebook
-            planes = [plane[part] for plane in self.planes]
-            if self._groups is None:
-                weight = look_up(planes, table.to(dtype), self.columns)
-            else:
-                weight = scaled_look_up(planes, table, self._groups[part], self.columns, dtype)
-            y[:, part] = rows @ weight.t()
-        if self._row_factors is not None:
-            y = y * self._row_factors
+            weight = tile[: self.rows - start]
+            _look_up(matrix, weight, start)
+            torch.mm(rows, weight.t(), out=y[:, start : start + step])
         if self._bias is not None:
-            y = y + self._bias
+            y += self._bias
         return y.to(x.dtype).view(*x.shape[:-1], self.rows)
+
+
+def _look_up(matrix: bytes, out: Tensor, first: int = 0, places: Tensor | None = None) -> None:
+    """Look rows of weights up into ``out``: those at ``places``, or those from ``first`` on."""
+    found, where = _library(), 0 if places is None else places.data_ptr()
+    threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
+    sizes = first, len(out), out.data_ptr(), out.element_size()
+    if len(out) and found.calls.compress_look_up(matrix, where, *sizes, found.team, threads):
+        raise RuntimeError("this processor cannot run the kernels asked for")
 
 
 def look_up(
@@ -295,16 +301,12 @@ def scaled_look_up(
 
 
 def _looked_up(matrix: Prepared, dtype: torch.dtype, places: Tensor | None) -> Tensor:
-    found, rows = _library(), matrix.rows
+    rows = matrix.rows
     if places is not None:
         places = places.contiguous()
         if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < rows:
             raise ValueError(f"places {int(places.min())} to {int(places.max())} are not all among {rows} rows")
     count = rows if places is None else len(places)
     out = torch.empty(count, matrix.columns, dtype=dtype, device=matrix.codebook.device)
-    threads = torch.get_num_threads() if out.numel() >= WORTH_A_TEAM else 1
-    where = (0, 0) if places is None else (places.data_ptr(), len(places))
-    given = out.data_ptr(), out.element_size(), found.team, threads
-    if len(out) and found.calls.compress_look_up(matrix.matrix, *where, *given):
-        raise RuntimeError("this processor cannot run the kernels asked for")
+    _look_up(matrix.matrix_to_look_up(matrix.codebook), out, places=places)
     return out

@@ -1,10 +1,10 @@
-"""A block of a Llama for a few tokens, by one call of the C library (``kernels/c/step.c``)."""
+"""Blocks of a Llama for a few tokens, by one call of the C library (``kernels/c/step.c``)."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +74,9 @@ class Block:
         addresses += [0 if vector is None else vector.data_ptr() for vector in vectors]
         numbers = hidden, sizes.heads, sizes.key_heads, sizes.channels, ACTIVATIONS.index(sizes.activation)
         self._layer = ctypes.create_string_buffer(_LAYER.pack(*addresses, *numbers, sizes.epsilon, sizes.scale))
-        self._place, self._library, self.sizes, self.hidden = ctypes.addressof(self._layer), found, sizes, hidden
+        self._place, self.library, self.sizes, self.hidden = ctypes.addressof(self._layer), found, sizes, hidden
         self._kept_alive = dict(matrices), vectors, buffers
-        self._products = sum(matrix.products(1) for matrix in matrices.values())
+        self.products = sum(matrix.products(1) for matrix in matrices.values())
 
     def serves(self, x: Tensor, turns: Tensor, past: int, mask: Tensor | None) -> bool:
         """Tell whether :meth:`__call__` takes these: few tokens, types it knows, a mask where the order alone does not say what is seen."""
@@ -88,33 +88,46 @@ class Block:
         known = mask.dtype in (torch.bool, torch.float32) and mask.shape[1] == 1 and mask.stride(-1) == 1
         return known and mask.shape[-2:] == (length, past + length)
 
-    def __call__(
-        self, x: Tensor, turns: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, past: int, mask: Tensor | None
-    ) -> Tensor:
-        """Return the block's output, and write its keys and values behind those there are; no gradient.
+    def packed(self, x: int, turns: tuple[int, int], keys: Tensor, values: Tensor, sizes: tuple[int, ...]) -> bytes:
+        """Return a step of this block as the library takes it; see :func:`compute`."""
+        mask, batch, length, past, several, *seen = sizes
+        strides = keys.stride(0), keys.stride(1), _CACHED[keys.dtype]
+        addresses = self._place, x, *turns, keys.data_ptr(), values.data_ptr(), mask
+        return _STEP.pack(*addresses, batch, length, past, several, *strides, *seen)
 
-        Args:
-            x: float32 or bfloat16 [B, T, hidden], of at most 16 tokens.
-            turns: cosines and sines, float32 [1 or B, T, channels].
-            keys: float32 or bfloat16 [B, key heads, room, channels], contiguous in the last two dimensions, with room for the tokens.
-            values: the same.
-            past: tokens that are there.
-            mask: bool (True is visible) or float32 (added), [1 or B, 1, T, past + T]; if None all tokens before are seen.
-        """
-        batch, length = x.shape[:2]
-        y = x.to(torch.float32, copy=True).contiguous()
-        cosine, sine = turns[0].float().contiguous(), turns[1].float().contiguous()
-        addresses = self._place, y.data_ptr(), cosine.data_ptr(), sine.data_ptr(), keys.data_ptr(), values.data_ptr()
-        several = length if cosine.shape[0] > 1 else 0
-        seen = (
-            (0, 0, 0)
-            if mask is None
-            else (mask.element_size(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
-        )
-        sizes = batch, length, past, several, keys.stride(0), keys.stride(1), _CACHED[keys.dtype]
-        step = _STEP.pack(*addresses, 0 if mask is None else mask.data_ptr(), *sizes, *seen)
-        found = self._library
-        threads = torch.get_num_threads() if self._products * batch * length >= WORTH_A_TEAM else 1
-        if found.calls.compress_step(step, found.team if found.team_size else 0, found.team_size, threads):
-            raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
-        return y.to(x.dtype)
+
+def compute(
+    blocks: Sequence[Block],
+    x: Tensor,
+    turns: tuple[Tensor, Tensor],
+    caches: Sequence[tuple[Tensor, Tensor]],
+    past: int,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return what blocks make of hidden states, one after the other, and write keys and values behind those there are; no gradient.
+
+    Args:
+        blocks: all of which serve the rest (:meth:`Block.serves`).
+        x: float32 or bfloat16 [B, T, hidden], of at most 16 tokens; between blocks it is float32.
+        turns: cosines and sines, float32 [1 or B, T, channels].
+        caches: keys and values of each block, float32 or bfloat16 [B, key heads, room, channels], contiguous in the last two
+            dimensions, with room for the tokens.
+        past: tokens that are there.
+        mask: bool (True is visible) or float32 (added), [1 or B, 1, T, past + T]; if None all tokens before are seen.
+    """
+    batch, length = x.shape[:2]
+    y = x.to(torch.float32, copy=True).contiguous()
+    cosine, sine = turns[0].float().contiguous(), turns[1].float().contiguous()
+    several = length if cosine.shape[0] > 1 else 0
+    seen = (
+        (0, 0, 0) if mask is None else (mask.element_size(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+    )
+    sizes = 0 if mask is None else mask.data_ptr(), batch, length, past, several, *seen
+    place, angles = y.data_ptr(), (cosine.data_ptr(), sine.data_ptr())
+    steps = [block.packed(place, angles, *cache, sizes) for block, cache in zip(blocks, caches, strict=True)]
+    found = blocks[0].library
+    threads = torch.get_num_threads() if blocks[0].products * batch * length >= WORTH_A_TEAM else 1
+    team = found.team if found.team_size else 0
+    if found.calls.compress_steps(b"".join(steps), len(steps), team, found.team_size, threads):
+        raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
+    return y.to(x.dtype)

@@ -50,20 +50,23 @@ class Originals:
     def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
         correcting = CORRECTING if block.variants else 0
         self.moments, self.groups = Moments(full=True, ranks=block.ranks), dict[str, list[str]]()
-        self._inputs: dict[str, list[Tensor]] = {}
+        self._inputs: dict[str, dict[int, Tensor]] = {}
+        self._count = len(block.samples)
 
         def visit(name: str, x: Tensor) -> None:
             self.moments.add(name, x)
-            if self.moments.owner[name] == name and correcting:
-                self._inputs.setdefault(name, []).append(x[:correcting].to(_product_dtype(x), copy=True))
+            kept, sample = self._inputs.setdefault(name, {}), len(block.outputs[""])
+            if self.moments.owner[name] == name and correcting and sample not in kept:
+                kept[sample] = x[:correcting].to(_product_dtype(x), copy=True)
 
         block.for_each_input(visit, modules, keep_outputs=True, end_lot=self.moments.end_lot)
         for name, owner in self.moments.owner.items():
             self.groups.setdefault(owner, []).append(name)
 
-    def take_inputs(self, owner: str) -> list[Tensor]:
-        """Return the inputs of a group on the first tokens of every sample, [T, K] each, and let them go."""
-        return self._inputs.pop(owner, [])
+    def take_inputs(self, owner: str) -> list[Tensor | None]:
+        """Return what a group is given first in every sample, [T, K] of its first tokens, and let it go; None where it is not called."""
+        found = self._inputs.pop(owner, {})
+        return [found.get(sample) for sample in range(self._count)]
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -78,7 +81,7 @@ def _damp(hessian: Tensor, share: float) -> None:
 
 @torch.no_grad()
 def correction(
-    pairs: Iterable[tuple[Tensor, Tensor | None]], weight: Tensor, lots: Sequence[int] = (), ranks: Ranks = ALONE
+    pairs: Iterable[tuple[Tensor | None, Tensor | None]], weight: Tensor, lots: Sequence[int] = (), ranks: Ranks = ALONE
 ) -> Tensor:
     """Return the change [N, K] of rows that lets them do to ``x'`` what they do to ``x``, nearest by least squares.
 
@@ -89,7 +92,7 @@ def correction(
     for count in lots or (None,):
         hessian, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
         for x, shown in islice(left, count):
-            if shown is None or shown.shape != x.shape:
+            if x is None or shown is None or shown.shape != x.shape:
                 continue
             add_products(hessian, shown.float())
             missing, dtype = x.float() - shown, _product_dtype(x)

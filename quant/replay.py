@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,12 +75,15 @@ class Replay:
                 if name in called:
                     return forward(*args, **kwargs)
                 called.add(name)
+                filled = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
                 if name not in kept:
                     result = forward(*args, **kwargs)
                     for inner in [other for other in kept if other.startswith(f"{name}.")]:
                         del kept[inner]
-                    kept[name] = result
-                return _copied(kept[name])
+                    kept[name] = result, [dict(mapping) for mapping in filled]
+                for mapping, left in zip(filled, kept[name][1], strict=True):  # keys and values for later blocks, say
+                    mapping.update(left)
+                return _copied(kept[name][0])
 
             return call
 

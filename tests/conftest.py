@@ -7,20 +7,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import filecmp
-import multiprocessing
+import json
+import multiprocessing.connection
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+NESTED = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40
 COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 LLAMA_LIKE = {
@@ -60,7 +64,42 @@ MODELS = {
     **dict.fromkeys(
         ("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3", "seed_oss", "smollm3", "ernie4_5"), HEADS
     ),
-    **{kind: {**HEADS, "sliding_window": 8} for kind in ("cohere2", "gemma4_text")},
+    "cohere2": {**HEADS, "sliding_window": 8},
+    "gemma4_text": {
+        **HEADS,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+    },
+    "gemma3n_text": {
+        **HEADS,
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+        "laurel_rank": 8,
+    },
+    "zamba2": {
+        **HEADS,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "hybrid_layer_ids": [2, 4],
+        "attention_hidden_size": 96,
+        "attention_head_dim": 24,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 24,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 8,
+        "adapter_rank": 4,
+    },
+    "zaya": {**HEADS, **MIXTURE, "num_hidden_layers": 4, "num_experts_per_tok": 1, "router_hidden_size": 16},
     "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
@@ -182,23 +221,32 @@ def recipe(tiny_llama, text_file):
     return {
         "model": str(tiny_llama),
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
+        "passes": [dict(NESTED)],
     }
 
 
 @pytest.fixture(scope="session")
-def compressed(tiny_llama, text_file, tmp_path_factory):
-    """One finished checkpoint for tests that only read."""
+def make_packed(make_model, text_file, tmp_path_factory):
+    """Folder of a checkpoint to read only, by passes, architecture and changes to its configuration; made once."""
     import compress
 
-    return compress.run(
-        {
-            "model": str(tiny_llama),
-            "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-            "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}],
-        },
-        tmp_path_factory.mktemp("compressed") / "model",
-    )
+    made = {}
+
+    def make(passes=(NESTED,), kind="llama", samples=4, **changes):
+        key = json.dumps([passes, kind, samples, changes])
+        if key not in made:
+            text = {"text": str(text_file), "samples": samples, "length": 32}
+            recipe = {"model": str(make_model(kind, **changes)), "calibration": text, "passes": list(passes)}
+            made[key] = compress.run(recipe, tmp_path_factory.mktemp("packed") / "model")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compressed(make_packed):
+    """One finished checkpoint for tests that only read."""
+    return make_packed()
 
 
 @pytest.fixture(scope="session")
@@ -248,13 +296,8 @@ def assert_same_files(left, right):
 
 
 @pytest.fixture(scope="session")
-def kill_and_finish():
-    """Run a recipe in processes that are killed at random moments, each once a new unit is there, until one finishes.
-
-    The processes come from a server that has imported the library and done nothing else.
-    """
-    import compress
-
+def library_server():
+    """Context whose processes come from a server that has imported the library and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -262,8 +305,16 @@ def kill_and_finish():
             "compress.quant.any_precision",
             "compress.pruning.structured.mini_llm",
             "compress.prompts.soft_prompt",
+            "pytest",  # the first thing that each of them imports
         ]
     )
+    return context
+
+
+@pytest.fixture(scope="session")
+def kill_and_finish(library_server):
+    """Run a recipe in processes that are killed at random moments, each once a new unit is there, until one finishes."""
+    import compress
 
     def finished(work, unit):
         try:
@@ -274,7 +325,7 @@ def kill_and_finish():
     def run(recipe, output, kills, unit="*/*.safetensors", pause=0.1):
         work, draw, killed = output.with_name(output.name + ".work"), random.Random(0), 0
         while not output.exists():
-            process = context.Process(target=compress.run, args=(recipe, output))
+            process = library_server.Process(target=compress.run, args=(recipe, output))
             before = finished(work, unit)
             process.start()
             if killed < kills:
@@ -318,3 +369,102 @@ def fresh_python():
         return process.stdout
 
     return run
+
+
+PROLOGUE = """
+import io, os, sys
+sys.argv, sys.stdin = ["-c", *arguments], io.StringIO(text)
+sys.path[:0] = path
+os.environ.update(environment)
+for name, descriptor in outputs.items():
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+"""
+
+
+@pytest.fixture(scope="session")
+def own_process(library_server, tmp_path_factory):
+    """Start code in a process of its own that has the library; returns it and what to call for what it said in the end.
+
+    Much quicker than :func:`fresh_python`, whose processes begin with nothing.
+    """
+
+    def start(code, *arguments, text="", path=(), **environment):
+        folder = tmp_path_factory.mktemp("process")
+        outputs = {str(folder / "stdout"): 1, str(folder / "stderr"): 2}
+        arguments, path = list(map(str, arguments)), list(map(str, path))
+        names = {"arguments": arguments, "text": text, "path": path, "environment": environment, "outputs": outputs}
+        process = library_server.Process(target=exec, args=(PROLOGUE + code, {"__name__": "__main__", **names}))
+        process.start()
+
+        def finish():
+            process.join()
+            said = [Path(name).read_text() for name in outputs]
+            return subprocess.CompletedProcess(code, process.exitcode, *said)
+
+        return process, finish
+
+    return start
+
+
+@pytest.fixture
+def run_code(own_process):
+    """Run code in a process of its own that has the library; returns what it printed."""
+
+    def run(code, *arguments, **more):
+        process = own_process(code, *arguments, **more)[1]()
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    return run
+
+
+@pytest.fixture
+def run_ranks(own_process):
+    """Run code in several processes that know of one another, with one thread each; where one fails, the others are told to stop.
+
+    ``torchrun`` does the same, and imports everything in each.
+    """
+
+    def run(ranks, code, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+        code = "import torch\ntorch.set_num_threads(1)\n" + code
+        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **place} for rank in range(ranks)]
+        started = [own_process(code, *arguments, **number) for number in numbers]
+        waiting = {process.sentinel: process for process, _ in started}
+        while waiting:
+            for sentinel in multiprocessing.connection.wait(list(waiting)):
+                process = waiting.pop(sentinel)
+                process.join()
+                for other in waiting.values() if process.exitcode else ():
+                    other.terminate()
+        ended = [finish() for _, finish in started]
+        said = ("".join(getattr(process, stream) for process in ended) for stream in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(code, max(abs(process.returncode) for process in ended), *said)
+
+    return run
+
+
+@pytest.fixture
+def verify(own_process, monkeypatch):
+    """``compress.manifest.verify``, which asks a process that need not import everything again."""
+    from compress import manifest
+
+    def answer(command, *, input, **_):
+        _, _, code, folder = command
+        return own_process(code, folder, text=input)[1]()
+
+    monkeypatch.setattr(manifest, "subprocess", SimpleNamespace(run=answer))
+    return manifest.verify
+
+
+@pytest.fixture
+def quick_loads(run_code, monkeypatch):
+    """``compress bench``, whose fresh processes need not import everything again; what they measure is not what it should be."""
+    from compress.evals import fresh, speed
+
+    def answer(code, request):
+        return json.loads(run_code(fresh._BEFORE + code, json.dumps(request)).splitlines()[-1])
+
+    monkeypatch.setattr(speed, "in_fresh_process", answer)

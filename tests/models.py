@@ -42,7 +42,10 @@ $ compress inspect Qwen3-30B-A3B --structure
 * What the model reads without calling it (`dt_proj` of Mamba, the indexer of sparse attention) stays dense, and so do routers, convolutions and recurrent
   parameters. The manifest's `not_quantised` lists every matrix that stays dense, with the reason.
 * Tensors that files hold beyond the model, heads that predict several tokens for example, are kept as they are and listed there too.
-* What cannot be run one block at a time is refused before any work, with the reason. Structured pruning (`mini_llm`) works on the types that
+* What blocks hand on besides the hidden states, keys and values that later blocks share (Gemma 3n, the small Gemma 4), a router's state or chosen
+  tokens, travels with these from block to block, and has a gradient like them.
+* Weights that several blocks share (Zamba) stay dense, and are stored once.
+* What cannot be run one block at a time is refused before any work, with the reason, and so is a model of which less than half could be packed. Structured pruning (`mini_llm`) works on the types that
   are declared for it. Unstructured pruning, LoRA recovery, `tune_tables` and soft prompts have been tried on the declared types and on a tiny `qwen3_moe`.
 
 `tests/compress/test_models.py` compresses, loads, checks and generates with {sample} of these types, as tiny random models. The table is
@@ -58,10 +61,26 @@ def kinds() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
+_THIRDS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [8, 12, 12],
+        "partial_rotary_factor": 0.5,
+    }
+}
+PUBLISHED = {
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3},
+    **{key: {"text_config": _THIRDS} for key in ("glm4v", "glm46v", "glmga")},
+    "glm4v_moe": {"text_config": {**_THIRDS, "head_dim": 128}},
+}
+"""What default configs lack that checkpoints on the hub have, and without which transformers does not run them."""
+
+
 def row(kind: str, folder: Path) -> str:
     """Inspect a type's default config; return a line of the table."""
     try:
-        config = transformers.CONFIG_MAPPING[kind]().to_dict()
+        config = transformers.CONFIG_MAPPING[kind](**PUBLISHED.get(kind, {})).to_dict()
         name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
         config["architectures"] = [name if isinstance(name, str) else name[0]]
         (folder / "config.json").write_text(json.dumps(config, default=str))

@@ -78,14 +78,14 @@ def test_contributing_explains_every_need():
 
 
 @pytest.mark.slow
-def test_passes_shown_in_contributing_run(recipe, tmp_path, strangers_folder, fresh_python):
+def test_passes_shown_in_contributing_run(recipe, tmp_path, strangers_folder, run_code):
     """Prune by the shown score under an allocation that measures, then train norms to make up for it."""
     recipe["passes"] = [
         {"kind": "prune_relative", "sparsity": 0.5, "allocation": "mrp"},
         {"kind": "tune_norms", "steps": 8, "batch": 2, "validate_every": 4, "learning_rate": 0.01},
     ]
     code = "import compress, json, sys; compress.run(json.loads(sys.argv[1]), sys.argv[2])"
-    fresh_python(code, json.dumps(recipe), tmp_path / "model", PYTHONPATH=str(strangers_folder))
+    run_code(code, json.dumps(recipe), tmp_path / "model", path=[strangers_folder])
     pruned, tuned = json.loads((tmp_path / "model" / "compression.json").read_text())["passes"]
     counts = [linear for unit in pruned["units"].values() for linear in unit["linears"].values()]
     zeros, weights = (sum(count[key] for count in counts) for key in ("zeros", "parameters"))
@@ -102,7 +102,7 @@ def test_passes_shown_in_contributing_run(recipe, tmp_path, strangers_folder, fr
 
 
 @pytest.mark.slow
-def test_the_shown_score_is_relative_importance(recipe, tmp_path, strangers_folder, fresh_python):
+def test_the_shown_score_is_relative_importance(recipe, tmp_path, strangers_folder, run_code):
     """A weight of ten times its row's others is small beside them once the row is as large."""
     code = (
         "import torch\n"
@@ -117,6 +117,6 @@ def test_the_shown_score_is_relative_importance(recipe, tmp_path, strangers_fold
         "step = PruneRelative(PruneRelative.Config())\n"
         "print(step.scored(block, ['x']).scores['x'].tolist())\n"
     )
-    found = json.loads(fresh_python(code, PYTHONPATH=str(strangers_folder)))
+    found = json.loads(run_code(code, path=[strangers_folder]))
     expected = [[1 / 2 + 1 / 11, 1 / 2 + 1 / 31], [10 / 40 + 10 / 11, 30 / 40 + 30 / 31]]
     assert found == [pytest.approx(row, rel=1e-5) for row in expected]

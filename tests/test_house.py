@@ -212,16 +212,6 @@ def test_every_test_asserts_something():
 
 
 @pytest.mark.slow
-def test_importing_the_library_teaches_transformers_its_format(fresh_python):
-    code = (
-        "import compress\n"
-        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
-        "print(AUTO_QUANTIZER_MAPPING['compress'].__module__)"
-    )
-    assert fresh_python(code).strip() == "compress.hf"
-
-
-@pytest.mark.slow
 def test_a_command_that_loads_a_model_teaches_transformers_too(fresh_python):
     """Where the command begins, ``import compress`` alone does not; whatever loads a model does."""
     code = (
@@ -235,12 +225,13 @@ def test_a_command_that_loads_a_model_teaches_transformers_too(fresh_python):
 
 
 @pytest.mark.slow
-def test_importing_the_library_is_light():
+def test_importing_the_library_is_light_and_teaches_transformers_its_format(fresh_python):
     """Kernels and loading work where pydantic, typer, datasets, numba and lm-eval are absent."""
     code = (
         "import sys\n"
         "for name in ('pydantic', 'typer', 'datasets', 'numba', 'lm_eval', 'peft'): sys.modules[name] = None\n"
         "import compress, compress.kernels.bitplane, compress.quant.linear\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "print(AUTO_QUANTIZER_MAPPING['compress'].__module__)"
     )
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    assert fresh_python(code).strip() == "compress.hf"

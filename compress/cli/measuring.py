@@ -148,6 +148,10 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of activations and dense weights.")] = "float32",
     device: DeviceOption = "cpu",
     adapter: AdapterFlag = None,
+    gguf: Annotated[
+        Optional[list[Path]],
+        typer.Option(help="File of the same model to time in turn by llama.cpp's llama-bench; repeatable."),
+    ] = None,
     kv_bits: KVBitsList = None,
     kv_group: KVGroupOption = None,
     kv_residual: KVResidualOption = None,
@@ -177,7 +181,7 @@ def bench(
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
         store, chosen = results_of(place, kept), parse_bits(bits)
         caches = kv_wanted(kv_bits, kv_group, kv_residual)
-        found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter)
+        found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter, gguf or ())
         if caches.bits:
             model = load_model(place, dtype=kind, device_map=device, exact=exact, adapter=adapter)
             found["kv"] = {"context": kv_context, "caches": decode_speed(model, caches, kv_context, progress=progress)}

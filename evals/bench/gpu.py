@@ -118,8 +118,10 @@ def main(
 
 def _run(name: str, allowed: float, output: Path, model: str | None, dry_run: bool) -> str:
     """Run one step in a process of its own; say how it ended."""
-    module, scale = "compress.evals.bench.gpu_steps", "dry" if dry_run else "real"
-    command = [sys.executable, "-m", module, name, str(output), model or "-", scale]
+    # Only one step needs transformers, which takes seconds to import: see compress/__init__.py
+    script = "import sys, compress_command; from compress.evals.bench.gpu_steps import main; main(*sys.argv[1:])"
+    scale = "dry" if dry_run else "real"
+    command = [sys.executable, "-c", script, name, str(output), model or "-", scale]
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if dry_run else {})
     begun = time.monotonic()
     with (output / LOG).open("a", encoding="utf-8") as log:

@@ -1,7 +1,6 @@
 """The steps of :mod:`compress.evals.bench.gpu`, each for a process of its own; a step records every figure as soon as it has it.
 
 They import what a bare machine with a GPU has: torch, Triton, transformers, numba, pytest; no pydantic.
-``python -m compress.evals.bench.gpu_steps STEP FOLDER MODEL|- real|dry`` runs one.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -386,7 +384,7 @@ STEPS = {step.__name__: step for step in (correct, tokens, gemv, decode, quantis
 
 
 def main(name: str, folder: str, model: str, scale: str) -> None:
-    """Run one step; its figures go to the file of all steps as lines of JSON."""
+    """Run one step, ``real`` or ``dry``, with a model or ``-``; its figures go to the file of all steps as lines of JSON."""
     begun = time.perf_counter()
 
     def record(**figures: Any) -> None:
@@ -398,7 +396,3 @@ def main(name: str, folder: str, model: str, scale: str) -> None:
     record(gpu=run.device.name, torch=torch.__version__, triton=version("triton"))
     STEPS[name](run)
     record(done=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

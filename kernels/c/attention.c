@@ -60,12 +60,7 @@ INLINE void codes_plain(int bits, const uint8_t *const planes[], int64_t bytes, 
 #undef NAME
 
 #ifdef COMPRESS_X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+ISA_BEGINS("avx2,fma")
 #include <immintrin.h>
 
 INLINE void codes_avx2(int bits, const uint8_t *const planes[], int64_t bytes, uint8_t code[LANES])
@@ -91,14 +86,8 @@ INLINE void codes_avx2(int bits, const uint8_t *const planes[], int64_t bytes, u
 #define NAME(function) function##_avx2
 #include "attention_body.h"
 #undef NAME
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
-#endif
+ISA_ENDS
+ISA_BEGINS(WIDE)
 
 INLINE void codes_avx512(int bits, const uint8_t *const planes[], int64_t bytes, uint8_t code[LANES])
 {
@@ -118,11 +107,7 @@ INLINE void codes_avx512(int bits, const uint8_t *const planes[], int64_t bytes,
 #define NAME(function) function##_avx512
 #include "attention_body.h"
 #undef NAME
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISA_ENDS
 #endif
 
 static void heads(void *data)

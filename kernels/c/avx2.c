@@ -7,12 +7,7 @@
 #include "bitplane.h"
 
 #ifdef COMPRESS_X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+ISA_BEGINS("avx2,fma,f16c")
 #include <immintrin.h>
 #include <string.h>
 
@@ -294,16 +289,7 @@ static void look_up(const Block *w, int64_t columns, void *out)
     portable_kernels.look_up(w, columns, out);
 }
 
-static void scaled(const Block *w, int64_t columns, int width, void *out)
-{
-    portable_kernels.scaled(w, columns, width, out);
-}
+const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f, 0};
 
-const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, scaled, 128.0f, 0};
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISA_ENDS
 #endif

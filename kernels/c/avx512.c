@@ -8,13 +8,7 @@
 #include "bitplane.h"
 
 #ifdef COMPRESS_X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
-#endif
+ISA_BEGINS("fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")
 #include <immintrin.h>
 #include <string.h>
 
@@ -380,49 +374,7 @@ static void look_up(const Block *w, int64_t columns, void *out)
 #undef LOOK_UP
 }
 
-INLINE void scaled_row(const int bits, const Block *w, int64_t columns, int width, void *out)
-{
-    __m512 small[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    __m512i split[4][4];
-    if (bits <= 5)
-        small_table(bits, w->table, 4, small);
-    else
-        split_table(bits, w->table, 4, split);
-    for (int64_t start = 0; start < columns; start += CHUNK) {
-        uint8_t codes[CHUNK];
-        codes_in_order(bits, w->planes, start / 8, w->bytes - start / 8, codes);
-        for (int64_t place = start; place < columns && place < start + CHUNK; place += GROUP) {
-            float value[GROUP], size = (float)w->groups[place / GROUP] / UNIT;
-            uint8_t *to = (uint8_t *)out + width * place;
-            if (bits > 5)
-                four_bytes_each(bits, split, _mm512_loadu_si512(codes + place - start), value);
-            for (int i = 0; bits <= 5 && i < GROUP; i += 16) {
-                __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + place - start + i)));
-                _mm512_storeu_ps(value + i, bits == 5 ? _mm512_permutex2var_ps(small[0], code, small[1])
-                                                      : _mm512_permutexvar_ps(code, small[0]));
-            }
-            if (columns - place < GROUP)
-                write_scaled(value, size, columns - place, width, to);
-            else if (width == 2)
-                write_scaled(value, size, GROUP, 2, to);
-            else
-                write_scaled(value, size, GROUP, 4, to);
-        }
-    }
-}
+const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, 0.0f, TAIL};
 
-static void scaled(const Block *w, int64_t columns, int width, void *out)
-{
-#define SCALED(bits) scaled_row(bits, w, columns, width, out);
-    EVERY_WIDTH(SCALED)
-#undef SCALED
-}
-
-const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, scaled, 0.0f, TAIL};
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISA_ENDS
 #endif

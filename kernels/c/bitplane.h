@@ -54,8 +54,6 @@ typedef struct {
     void (*int8)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
     /* The entries of one row (w->rows is 1), of 2 or 4 bytes, in the order of the columns. */
     void (*look_up)(const Block *w, int64_t columns, void *out);
-    /* The values of one row with groups, multiplied by groups / UNIT: float32, or bfloat16 if `width` is 2; the table is float32. */
-    void (*scaled)(const Block *w, int64_t columns, int width, void *out);
     /* What the int8 kernels take off every table entry. */
     float int8_excess;
     /* So many columns behind the last whole chunk, or fewer, are taken in units of GROUP; more are a chunk. */
@@ -66,6 +64,18 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define COMPRESS_X86 1
 extern const Kernels avx2_kernels, avx512_kernels;
+
+/* Functions between these two are compiled for an instruction set, whatever the file is compiled for. */
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define ISA_BEGINS(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define ISA_ENDS PRAGMA(clang attribute pop)
+#define WIDE "avx512f,avx512bw,avx512vl,avx512dq,fma"
+#else
+#define ISA_BEGINS(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define ISA_ENDS PRAGMA(GCC pop_options)
+#define WIDE "avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"
+#endif
 #endif
 
 #define SLOTS(bits) ((bits) <= 1 ? 1 : (bits) <= 2 ? 2 : (bits) <= 4 ? 4 : 8) /* bits that a column is given */
@@ -77,17 +87,6 @@ extern const Kernels avx2_kernels, avx512_kernels;
 #define INLINE static inline
 #define PREFETCH(address) ((void)(address))
 #endif
-
-/* Multiply up to GROUP values by a size, and write them as float32, or as bfloat16 to the nearest. */
-INLINE void write_scaled(const float *value, float size, int64_t count, int width, void *out)
-{
-    for (int64_t i = 0; i < count && width == 4; i++)
-        ((float *)out)[i] = value[i] * size;
-    for (int64_t i = 0; i < count && width == 2; i++) {
-        union { float value; uint32_t bits; } x = {value[i] * size};
-        ((uint16_t *)out)[i] = (uint16_t)((x.bits + 0x7fff + (x.bits >> 16 & 1)) >> 16);
-    }
-}
 
 /* A function for every width, and more for one to four rows of activations. */
 #define EVERY_WIDTH(call)  \
@@ -152,9 +151,10 @@ int compress_order(const Matrix *matrix, uint16_t order[CHUNK + GROUP]);
  * activations are rounded to 8 bits, 64 columns at a time. `team` may be NULL: then the calling thread does it all. Returns 0,
  * or -1: this processor lacks `isa`, or there is no memory. */
 int compress_product(const Matrix *matrix, const float *x, int batch, float *y, Team team, int threads);
-/* out[i, k] = table[n, code(n, k)], entries of 2 or 4 bytes copied as they are, for the rows n = places[i], or for all
- * of them if `places` is NULL. With groups they are float32, and multiplied by groups / UNIT: to float32, or bfloat16 if
- * `width` is 2. */
-int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, int width, Team team, int threads);
+/* out[i, k] = factors[n] * table[n, code(n, k)] * inputs[k], and * groups[n, k / GROUP] / UNIT, for the rows n = places[i], or first + i if `places` is NULL. Entries of 2
+ * or 4 bytes are copied as they are if there is nothing to multiply by and `width` is theirs; else they are float32 and what is
+ * written is float32 (`width` 4) or bfloat16 (2), rounded once. */
+int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t first, int64_t count, void *out, int64_t width,
+                     Team team, int threads);
 
 #endif

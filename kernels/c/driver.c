@@ -9,7 +9,7 @@
 
 int compress_abi(void)
 {
-    return 4;
+    return 6;
 }
 
 int compress_best_isa(void)
@@ -248,32 +248,54 @@ int compress_product(const Matrix *matrix, const float *x, int batch, float *y, 
 typedef struct {
     const Matrix *matrix;
     const Kernels *kernels;
-    const int64_t *places; /* which rows, or NULL for all */
+    const int64_t *places; /* which rows, or NULL for those from `first` on */
     uint8_t *out;          /* [rows, columns] */
-    int width;             /* of an entry of it */
-    int64_t rows, next;
+    int64_t first, rows, next, width;
 } LookUp;
+
+/* One row, multiplied by what the matrix has to multiply it by and rounded once. */
+static void scaled_row(const LookUp *job, int64_t row, uint8_t *out)
+{
+    const Matrix *matrix = job->matrix;
+    const float factor = matrix->factors ? matrix->factors[row] : 1.0f;
+    float values[BLOCK];
+    for (int64_t column = 0; column < matrix->columns; column += BLOCK) {
+        int64_t columns = smaller(BLOCK, matrix->columns - column);
+        const float *inputs = matrix->inputs ? matrix->inputs + column : NULL;
+        Block w = block_of(matrix, row, 1, column, columns);
+        job->kernels->look_up(&w, columns, values);
+        int64_t unit = matrix->groups ? GROUP : columns;
+        for (int64_t at = 0; at < columns; at += unit) {
+            float size = matrix->groups ? w.groups[at / GROUP] / UNIT : 1.0f;
+            small_of(matrix->isa)->scaled(values + at, factor * size, inputs ? inputs + at : NULL, smaller(unit, columns - at),
+                                          out + (column + at) * job->width, job->width);
+        }
+    }
+}
 
 static void copy(void *data)
 {
     LookUp *job = data;
     const Matrix *matrix = job->matrix;
+    int plain = job->width == matrix->width && !matrix->inputs && !matrix->factors && !matrix->groups;
     int64_t piece;
     while ((piece = taken(&job->next)) < pieces(job->rows))
-        for (int64_t row = piece * ROWS_AT_ONCE; row < smaller((piece + 1) * ROWS_AT_ONCE, job->rows); row++) {
-            Block w = block_of(matrix, job->places ? job->places[row] : row, 1, 0, matrix->columns);
-            void *out = job->out + row * matrix->columns * job->width;
-            if (matrix->groups)
-                job->kernels->scaled(&w, matrix->columns, job->width, out);
-            else
+        for (int64_t i = piece * ROWS_AT_ONCE; i < smaller((piece + 1) * ROWS_AT_ONCE, job->rows); i++) {
+            int64_t row = job->places ? job->places[i] : job->first + i;
+            uint8_t *out = job->out + i * matrix->columns * job->width;
+            Block w = block_of(matrix, row, 1, 0, matrix->columns);
+            if (plain)
                 job->kernels->look_up(&w, matrix->columns, out);
+            else
+                scaled_row(job, row, out);
         }
 }
 
-int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t count, void *out, int width, Team team, int threads)
+int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t first, int64_t count, void *out, int64_t width,
+                     Team team, int threads)
 {
     LookUp job = {.matrix = matrix, .kernels = kernels_of(matrix->isa), .places = places, .out = out, .width = width};
-    job.rows = places ? count : matrix->rows;
+    job.first = first, job.rows = count;
     if (!job.kernels)
         return -1;
     threads = (int)smaller(threads, pieces(job.rows));

@@ -139,20 +139,4 @@ static void look_up(const Block *w, int64_t columns, void *out)
     }
 }
 
-static void scaled(const Block *w, int64_t columns, int width, void *out)
-{
-    const float *table = w->table;
-    for (int64_t start = 0; start < columns; start += CHUNK) {
-        uint8_t codes[CHUNK];
-        chunk_codes(w, 0, start / 8, codes);
-        for (int64_t place = start; place < columns && place < start + CHUNK; place += GROUP) {
-            float value[GROUP];
-            for (int i = 0; i < GROUP; i++)
-                value[i] = table[codes[place - start + i]];
-            write_scaled(value, (float)w->groups[place / GROUP] / UNIT, columns - place < GROUP ? columns - place : GROUP, width,
-                         (uint8_t *)out + width * place);
-        }
-    }
-}
-
-const Kernels portable_kernels = {natural, natural, exact, int8, look_up, scaled, 0.0f, 0};
+const Kernels portable_kernels = {natural, natural, exact, int8, look_up, 0.0f, 0};

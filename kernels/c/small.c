@@ -16,34 +16,19 @@ typedef int8_t Chars __attribute__((vector_size(16)));
 #undef NAME
 
 #ifdef COMPRESS_X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+ISA_BEGINS("avx2,fma")
 #define NAME(function) function##_avx2
 #include "small_body.h"
 #undef NAME
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
-#endif
+ISA_ENDS
+ISA_BEGINS(WIDE)
 #define NAME(function) function##_avx512
 #include "small_body.h"
 #undef NAME
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISA_ENDS
 #endif
 
-#define SMALL(isa) {ordered_##isa, rounded_##isa, norm_##isa, turn_##isa, gated_##isa, attend_##isa}
+#define SMALL(isa) {ordered_##isa, rounded_##isa, scaled_##isa, norm_##isa, turn_##isa, gated_##isa, attend_##isa}
 
 const Small *small_of(int64_t isa)
 {

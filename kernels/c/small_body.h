@@ -85,6 +85,23 @@ static float NAME(rounded)(const float *x, const uint16_t *order, int8_t *code, 
     return all ? (inverse > 0 ? largest / 127.0f : 0.0f) : NAN;
 }
 
+/* A simple loop, which compilers turn into one of vectors for each width. */
+static void NAME(scaled)(const float *x, float factor, const float *inputs, int64_t count, void *y, int64_t width)
+{
+    float *whole = y;
+    uint16_t *half = y;
+    for (int64_t i = 0; i < count; i++) {
+        float value = x[i] * factor * (inputs ? inputs[i] : 1.0f);
+        uint32_t word;
+        if (width == 4) {
+            whole[i] = value;
+            continue;
+        }
+        memcpy(&word, &value, sizeof word);
+        half[i] = (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+    }
+}
+
 static void NAME(norm)(const float *x, const float *weight, float *y, int64_t count, float epsilon)
 {
     Floats sum = {0}, v;

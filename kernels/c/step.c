@@ -196,7 +196,7 @@ static size_t largest(const Layer *layer, int rows)
     return most;
 }
 
-int compress_step(const Step *step, Team team, int (*team_size)(void), int threads)
+static int one_block(const Step *step, Team team, int (*team_size)(void), int threads)
 {
     const Layer *layer = step->layer;
     int64_t rows = step->batch * step->length, tokens = step->past + step->length;
@@ -225,10 +225,18 @@ int compress_step(const Step *step, Team team, int (*team_size)(void), int threa
     free(block);
     return 0;
 }
-#else
-int compress_step(const Step *step, Team team, int (*team_size)(void), int threads)
+
+int compress_steps(const Step *steps, int64_t count, Team team, int (*team_size)(void), int threads)
 {
-    (void)step, (void)team, (void)team_size, (void)threads;
+    for (int64_t i = 0; i < count; i++)
+        if (one_block(steps + i, team, team_size, threads))
+            return -1;
+    return 0;
+}
+#else
+int compress_steps(const Step *steps, int64_t count, Team team, int (*team_size)(void), int threads)
+{
+    (void)steps, (void)count, (void)team, (void)team_size, (void)threads;
     return -1;
 }
 #endif

@@ -1,4 +1,4 @@
-/* What compress_step() takes. Every field is eight bytes: the caller packs them one after another. */
+/* What compress_steps() takes. Every field is eight bytes: the caller packs them one after another. */
 #ifndef COMPRESS_STEP_H
 #define COMPRESS_STEP_H
 
@@ -30,8 +30,8 @@ typedef struct {
     int64_t mask_batch, mask_row;        /* strides, in entries */
 } Step;
 
-/* 0, or -1: no memory, kernels that this processor cannot run, or more than MAX_BATCH tokens. `team_size` tells a thread how many
+/* Several blocks one after the other. 0, or -1: no memory, kernels that this processor cannot run, or more than MAX_BATCH tokens. `team_size` tells a thread how many
  * there are in its team. */
-int compress_step(const Step *step, Team team, int (*team_size)(void), int threads);
+int compress_steps(const Step *steps, int64_t count, Team team, int (*team_size)(void), int threads);
 
 #endif

@@ -1,9 +1,5 @@
-"""Run recipes, a JSON object of output folders, in the processes that ``torchrun`` has started.
+"""Run ``compress run RECIPE -o FOLDER`` in the processes that ``torchrun`` has started, and kill one once some units are there."""
 
-With a rank and a number, that process is killed once so many units are there.
-"""
-
-import json
 import os
 import signal
 import sys
@@ -11,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import compress
 from compress.cli import main
 
 
@@ -22,16 +17,8 @@ def die(folder: Path, units: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-recipes = json.loads(Path(sys.argv[1]).read_text())
-if len(sys.argv) > 2:
-    (output,) = recipes
-    rank, units = map(int, sys.argv[2:])
-    if int(os.environ["RANK"]) == rank:
-        threading.Thread(target=die, args=(Path(f"{output}.work"), units), daemon=True).start()
-    recipe = Path(f"{output}.{os.environ['RANK']}.yaml")
-    recipe.write_text(json.dumps(recipes[output]))
-    sys.argv = ["compress", "run", str(recipe), "-o", output]
-    main()
-else:
-    for output, recipe in recipes.items():
-        compress.run(recipe, output)
+recipe, output, rank, units = sys.argv[1:]
+if os.environ["RANK"] == rank:
+    threading.Thread(target=die, args=(Path(f"{output}.work"), int(units)), daemon=True).start()
+sys.argv = ["compress", "run", recipe, "-o", output]
+main()

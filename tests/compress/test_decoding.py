@@ -13,6 +13,7 @@ from compress.hf import cache_name, packed_modules
 from compress.kernels import cpu
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GroupedShape
+from tests.conftest import NESTED
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {"hidden_size": 80, "intermediate_size": 600, "head_dim": 16, "max_position_embeddings": 256}
@@ -21,15 +22,12 @@ pytestmark = pytest.mark.skipif(not cpu.built(), reason="the C library was not b
 
 
 @pytest.fixture
-def load(recipe, make_model, tmp_path):
+def load(make_packed):
     """Load a small packed model whose blocks are known."""
 
-    def make(kind="llama", dtype=torch.float32, changes=None, passes=None, **options):
+    def make(kind="llama", dtype=torch.float32, changes=None, passes=(NESTED,), **options):
         sizes = {**SIZES, **({"sliding_window": None} if kind == "mistral" else {}), **(changes or {})}
-        recipe["model"] = str(make_model(kind, **sizes))
-        recipe["passes"] = passes or [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}]
-        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
-        return compress.load(compress.run(recipe, folder), dtype=dtype, **options)
+        return compress.load(make_packed(passes, kind, **sizes), dtype=dtype, **options)
 
     return make
 
@@ -217,3 +215,64 @@ def test_copies_and_pickles_go_on(load, monkeypatch):
 def test_heads_that_the_library_does_not_serve(load, monkeypatch):
     _, calls = decoded(load(changes={"head_dim": 12}), monkeypatch, True)
     assert calls == 0
+
+
+@torch.no_grad()
+def calls_of(model, monkeypatch, bound=1e-5):
+    """Return how many blocks each call of the library computes for three tokens, one after the other, and check what they make."""
+    counts, own = [], decoding.compute
+
+    def counted(blocks, *rest):
+        counts.append(len(blocks))
+        return own(blocks, *rest)
+
+    made, _ = decoded(model, monkeypatch, True, sizes=(20, 1, 1, 1))
+    monkeypatch.setattr(decoding, "compute", counted)
+    again, _ = decoded(model, monkeypatch, True, sizes=(20, 1, 1, 1))
+    monkeypatch.setattr(decoding, "compute", own)
+    wanted, _ = decoded(model, monkeypatch, False, sizes=(20, 1, 1, 1))
+    assert torch.equal(made, again)
+    assert (made - wanted).norm() <= bound * wanted.norm()
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_computes_all_its_blocks_by_one_call(load, monkeypatch, kind):
+    model = load(kind)
+    count = model.config.num_hidden_layers
+    assert count > 1
+    assert calls_of(model, monkeypatch) == [count] * 3
+    assert calls_of(copy.deepcopy(model), monkeypatch) == [count] * 3
+    assert calls_of(compress.view(model, bits=4), monkeypatch) == [count] * 3
+
+
+def test_blocks_are_computed_one_by_one_where_somebody_looks_between(load, monkeypatch):
+    model = load()
+    count, blocks = model.config.num_hidden_layers, model.model.layers
+    seen = []
+    hook = blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    assert calls_of(model, monkeypatch) == [1] * 3 * count
+    first = seen[1]  # of the first single token, by one call
+    hook.remove()
+    assert calls_of(model, monkeypatch) == [count] * 3
+    with torch.no_grad():  # a block that is not called by the model computes itself
+        cache = DynamicCache(config=model.config)
+        tokens = torch.randint(300, (1, 23), generator=torch.Generator().manual_seed(0))
+        model(input_ids=tokens[:, :20], use_cache=True, **{cache_name(model): cache})
+        states = model.model(
+            input_ids=tokens[:, 20:21], output_hidden_states=True, **{cache_name(model): cache}
+        ).hidden_states
+    assert (states[1] - first).norm() <= 1e-5 * first.norm()
+
+
+def test_fewer_or_other_blocks_are_not_taken_for_the_old(load, monkeypatch):
+    model = load()
+    count, blocks = model.config.num_hidden_layers, model.model.layers
+    calls_of(model, monkeypatch)
+    model.config.num_hidden_layers = count - 1  # transformers then stops a block early
+    assert calls_of(model, monkeypatch) == [1] * 3 * (count - 1)
+    model.config.num_hidden_layers = count
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+    for place, block in enumerate(blocks):
+        block.self_attn.layer_idx = place
+    assert calls_of(model, monkeypatch) == [count] * 3

@@ -11,9 +11,6 @@ import compress
 from compress.errors import CompressError
 from compress.experts import Experts
 from compress.hf import packed_modules
-from compress.source import open_source
-from compress.streaming import StreamedModel
-from tests.conftest import stream
 
 MIXTURES = ("qwen3_moe", "gpt_oss", "nemotron_h", "llama4_text")
 TOKENS = torch.arange(5, 29)
@@ -40,15 +37,6 @@ def mixture(make_model, text_file, tmp_path_factory):
         return made[kind]
 
     return make
-
-
-@pytest.mark.parametrize("kind", MIXTURES)
-@torch.no_grad()
-def test_streamed_logits_equal_the_models_own(make_model, kind):
-    folder = make_model(kind)
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS[None]).logits[0]
-    model = StreamedModel(open_source(str(folder)).state, torch.device("cpu"))
-    torch.testing.assert_close(model.logits(TOKENS, stream(model, TOKENS)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

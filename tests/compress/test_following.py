@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import compress
 from compress.errors import CompressError
-from compress.following import NOT_CALLED, READ
+from compress.following import NOT_CALLED, READ, SHARED
 from compress.streaming import examine
 
 TOKENS = torch.arange(5, 29)
@@ -34,13 +34,28 @@ def test_what_a_block_returns_is_found(make_model):
     assert examine(AutoConfig.from_pretrained(make_model("openai-gpt"))).returns == (1, 1, 1)
 
 
+def test_a_choice_by_values_is_followed_as_if_all_were_chosen(make_model):
+    """XMOD takes the tokens of each language by a mask, and a list of the languages that occur."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    structure = examine(AutoConfig.for_model("xmod", **sizes, is_decoder=True, default_language="en_XX"))
+    assert structure.depth == 2
+    assert not [name for name in structure.left if ".layer." in name]
+
+
+def test_experts_are_told_by_their_form_where_transformers_does_not_mark_them(make_model):
+    config = AutoConfig.for_model("step3p7")
+    text = config.get_text_config()
+    text.num_hidden_layers, text.num_local_experts, text.sliding_window = 5, 16, 8
+    structure = examine(config)
+    assert [path for path in structure.experts if path.endswith("layers.4.mlp.experts")]
+    assert not structure.left
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("gemma3n_text", r"block 20 needs more than the hidden states"),
-        ("xlm", "cannot be followed without weights"),
-        ("zamba", "are one tensor"),
+        ("xlm", "the model works on the hidden states between them"),
         ("vit", "is no language model"),
     ],
 )
@@ -49,6 +64,36 @@ def test_models_whose_blocks_cannot_be_run_alone_are_refused_in_one_sentence(kin
         examine(AutoConfig.for_model(kind))
     assert kind in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_would_stay_mostly_dense_is_refused():
+    """XLNet keeps its attention in parameters of three dimensions; the smaller the MLP, the more that is."""
+    config = AutoConfig.for_model("xlnet", d_model=48, d_inner=16, n_layer=2, n_head=4, vocab_size=300)
+    with pytest.raises(
+        CompressError, match=r"only \d+ % of the weights of its blocks .* is transformer.layer.0.rel_attn"
+    ):
+        examine(config)
+
+
+def test_a_model_of_another_task_is_refused_by_the_name_of_its_class():
+    config = AutoConfig.for_model("gemma3", architectures=["Gemma3ForSequenceClassification"])
+    with pytest.raises(CompressError, match="Gemma3ForSequenceClassification is no language model"):
+        examine(config)
+
+
+@pytest.mark.slow
+def test_weights_that_blocks_share_are_left_and_stored_once(make_model, tmp_path):
+    """Zamba2 has one transformer block that several of its layers call."""
+    folder = make_model("zamba2")
+    structure = examine(AutoConfig.from_pretrained(folder))
+    shared = {name for name, reason in structure.left.items() if reason == SHARED}
+    assert {name.split(".")[3] for name in shared} == {"shared_transformer"}
+    recipe = {"model": str(folder), "passes": [{"kind": "rtn", "bits": 4}]}
+    out = compress.run(recipe, tmp_path / "out")
+    stored = [name for name in compress.config.Checkpoint(out).info() if "feed_forward.down_proj" in name]
+    assert len(stored) == 1
+    expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS[None]).logits
+    assert torch.isfinite(compress.load(out)(TOKENS[None]).logits - expected).all()
 
 
 @pytest.fixture(scope="module")

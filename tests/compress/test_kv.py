@@ -376,4 +376,4 @@ def test_a_soft_prompt_and_a_packed_cache_go_together(prompted):
     plain, packed = (compress.load(prompted, bits=4, prompt=True, kv=one) for one in (None, kv))
     assert torch.equal(plain.generate(input_ids=ids, **options), packed.generate(input_ids=ids, **options))
     found = packed(input_ids=ids, use_cache=True)
-    assert isinstance(getattr(found, cache_name(packed.get_base_model())), KVCache)
+    assert isinstance(getattr(found, cache_name(packed)), KVCache)

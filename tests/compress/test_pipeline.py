@@ -11,14 +11,13 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.calibration import draw_samples
 from compress.errors import CompressError
-from compress.manifest import verify
 from compress.plan import plan
 from compress.settings import Calibration
 from compress.source import open_source
 
 
 @pytest.mark.slow
-def test_a_strangers_pass_runs_in_a_recipe(recipe, tmp_path, strangers_folder, fresh_python):
+def test_a_strangers_pass_runs_in_a_recipe(recipe, tmp_path, strangers_folder, run_code):
     """shrink, then any-precision: the result equals the same done by hand on the whole model."""
     recipe["passes"] = [
         {"kind": "shrink", "factor": 0.25},
@@ -26,7 +25,7 @@ def test_a_strangers_pass_runs_in_a_recipe(recipe, tmp_path, strangers_folder, f
     ]
     code = "import compress, json, sys; compress.run(json.loads(sys.argv[1]), sys.argv[2])"
     target = tmp_path / "model"
-    fresh_python(code, json.dumps(recipe), target, PYTHONPATH=str(strangers_folder))
+    run_code(code, json.dumps(recipe), target, path=[strangers_folder])
     model = compress.load(target)  # needs no stranger
     expected, quiet = shrunk_by_hand(recipe)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
@@ -65,10 +64,10 @@ def shrunk_by_hand(recipe):
 
 
 @pytest.mark.slow
-def test_a_dense_result_is_an_ordinary_model(recipe, tmp_path, strangers_folder, fresh_python):
+def test_a_dense_result_is_an_ordinary_model(recipe, tmp_path, strangers_folder, run_code, fresh_python, verify):
     recipe["passes"] = [{"kind": "shrink"}]
     code = "import compress, json, sys; compress.run(json.loads(sys.argv[1]), sys.argv[2])"
-    fresh_python(code, json.dumps(recipe), tmp_path / "model", PYTHONPATH=str(strangers_folder))
+    run_code(code, json.dumps(recipe), tmp_path / "model", path=[strangers_folder])
     plain = (
         "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1]); print('ok')"
     )

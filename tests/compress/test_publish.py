@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard
 import compress
 from compress.card import add_measured, write_card
 from compress.errors import CompressError
-from compress.manifest import verify
 from compress.publish import push
 
 
@@ -136,7 +135,7 @@ def test_a_card_says_what_the_checkpoint_is(compressed):
 
 
 @pytest.mark.slow
-def test_a_card_has_licence_and_base_and_may_be_written_again(recipe, make_model, tmp_path, monkeypatch):
+def test_a_card_has_licence_and_base_and_may_be_written_again(recipe, make_model, tmp_path, monkeypatch, verify):
     """The licence is the dense model's; a table comes when there is one, and ``verify`` takes either card."""
     source = make_model("llama", intermediate_size=64)
     (source / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: them/parent\n---\nTheirs.\n")

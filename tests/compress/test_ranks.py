@@ -32,9 +32,9 @@ PASSES = {
 }
 
 
-def launch(ranks, *arguments):
-    """Run Python in several processes, as ``torchrun`` does."""
-    command = [sys.executable, *LAUNCH, f"--nproc-per-node={ranks}", *map(str, arguments)]
+def launch(ranks, code, *arguments):
+    """Run Python in several processes by ``torchrun``."""
+    command = [sys.executable, *LAUNCH, f"--nproc-per-node={ranks}", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -86,17 +86,19 @@ def test_sums_are_those_of_lots_in_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "names"), [(2, tuple(PASSES)), (3, ("rows", "pruned"))])
-def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_model, tmp_path):
+def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_model, tmp_path, run_ranks):
     """Every pass that divides its work; more samples than lots, and rows enough for several parts."""
     recipe["calibration"] |= {"samples": 11, "length": 24}
     recipes = {}
     for name in names:
         passes = PASSES[name]
         kind, changes = ("mixtral", {}) if name == "mixture" else ("llama", {"intermediate_size": 260})
+        changes |= {"num_hidden_layers": 3 if name == "blocks" else 2}
         recipes[name] = {**recipe, "model": str(make_model(kind, **changes)), "passes": passes}
-    listed = tmp_path / "recipes.json"
-    listed.write_text(json.dumps({str(tmp_path / f"{name}-ranks"): one for name, one in recipes.items()}))
-    process = launch(ranks, Path(__file__).with_name("ranked.py"), listed)
+    code = "import compress, json\nfor output, recipe in json.loads(sys.argv[1]).items(): compress.run(recipe, output)"
+    process = run_ranks(
+        ranks, code, json.dumps({str(tmp_path / f"{name}-ranks"): one for name, one in recipes.items()})
+    )
     assert process.returncode == 0, process.stderr
     with one_thread():
         for name, one in recipes.items():
@@ -105,13 +107,17 @@ def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_rank_that_dies_is_named_and_another_number_continues(dies, recipe, make_model, tmp_path):
+@pytest.mark.parametrize(("dies", "by_torchrun"), [(0, True), (1, False)])
+def test_a_rank_that_dies_is_named_and_another_number_continues(
+    dies, by_torchrun, recipe, make_model, tmp_path, run_ranks
+):
     recipe["model"] = str(make_model("llama", intermediate_size=260))
-    output, listed = tmp_path / "killed", tmp_path / "recipes.json"
-    listed.write_text(json.dumps({str(output): recipe}))
+    output, written = tmp_path / "killed", tmp_path / "recipe.yaml"
+    written.write_text(json.dumps(recipe))
     began = time.monotonic()
-    process = launch(2, Path(__file__).with_name("ranked.py"), listed, dies, 6)
+    script = Path(__file__).with_name("ranked.py")
+    start, code = (launch, script) if by_torchrun else (run_ranks, script.read_text())
+    process = start(2, code, written, output, dies, 6)
     assert process.returncode != 0
     assert time.monotonic() - began < 60
     said = f"rank {dies} of 2 has ended before the work was done; what is finished is kept: run again"
@@ -128,10 +134,11 @@ def test_a_rank_that_dies_is_named_and_another_number_continues(dies, recipe, ma
 
 
 @pytest.mark.slow
-def test_what_is_wrong_for_all_is_said_once(recipe, tmp_path):
+def test_what_is_wrong_for_all_is_said_once(recipe, tmp_path, run_ranks):
     recipe["passes"] = [{"kind": "tune_tables"}]
-    listed = tmp_path / "recipe.yaml"
-    listed.write_text(json.dumps(recipe))
-    process = launch(2, "-m", "compress", "run", listed, "-o", tmp_path / "model")
+    written = tmp_path / "recipe.yaml"
+    written.write_text(json.dumps(recipe))
+    code = "from compress.cli import main\nmain()"
+    process = run_ranks(2, code, "run", written, "-o", tmp_path / "model")
     assert process.returncode != 0
     assert process.stderr.count("works on packed matrices; put a quantising pass before it.") == 1

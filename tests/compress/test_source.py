@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import compress
 from compress.errors import CompressError
-from compress.manifest import verify
 from compress.source import check_source, checkpoint_state, open_source
 from compress.streaming import StreamedModel
 from compress.structure import ARCHITECTURES
@@ -72,7 +71,7 @@ def test_a_model_in_sixteen_bits_too(make_model, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "opt", "gpt2", "bloom"])
-def test_a_head_of_its_own_is_used_whatever_the_config_says(make_model, recipe, tmp_path, kind):
+def test_a_head_of_its_own_is_used_whatever_the_config_says(make_model, recipe, tmp_path, kind, verify):
     """config.json says tied, the file has two tensors that differ: transformers uses both, and so must everything here."""
     folder = make_model(kind, tie_word_embeddings=True)
     head, embedding = head_and_embedding(folder)
@@ -95,7 +94,7 @@ def test_a_head_of_its_own_is_used_whatever_the_config_says(make_model, recipe, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["both", "head"])
-def test_one_tensor_under_either_name_stays_tied(tiny_llama, make_model, recipe, tmp_path, keep):
+def test_one_tensor_under_either_name_stays_tied(tiny_llama, make_model, recipe, tmp_path, keep, verify):
     folder = make_model("llama", tie_word_embeddings=True)
     head, embedding = head_and_embedding(folder)
 

@@ -14,7 +14,6 @@ from compress.cli import making
 from compress.errors import CompressError
 from compress.hf import CompressConfig, CompressQuantizer, packed_modules
 from compress.inspect import inspect
-from compress.manifest import verify
 from compress.quant.format import pack, pack_smaller
 from compress.quant.records import PackedShape, SparseShape
 from compress.streaming import State, StreamedModel
@@ -215,7 +214,7 @@ def test_an_automatic_device_map_leaves_room_for_what_is_rebuilt(sparse):
 
 
 @pytest.mark.slow
-def test_head_and_embedding(make_model, tmp_path):
+def test_head_and_embedding(make_model, tmp_path, verify):
     source = prune(make_model("llama", tie_word_embeddings=False), tmp_path / "source", 0.6)
     names = ["lm_head", "model.embed_tokens"]
     stored, dense = (make(source, tmp_path / make.__name__, include=names) for make in (run, run_dense))
@@ -239,7 +238,7 @@ def test_a_streamed_model_rebuilds_one_block_at_a_time(sparse):
 
 
 @pytest.mark.slow
-def test_inspect_and_verify_know_the_form(sparse):
+def test_inspect_and_verify_know_the_form(sparse, verify):
     assert any("recorded logits at 3, 4, 5" in line for line in verify(sparse))
     found = inspect(sparse)
     manifest = json.loads((sparse / "compression.json").read_text())
@@ -291,7 +290,7 @@ def test_a_missing_tensor_is_named(copy, tensor):
             load(copy)
 
 
-def test_a_damaged_mask_is_named(copy):
+def test_a_damaged_mask_is_named(copy, verify):
     rewrite(copy, lambda tensors: f"{DOWN}.mask" in tensors and tensors[f"{DOWN}.mask"].fill_(-1) is not None)
     with pytest.raises(CompressError, match=re.escape(f"{DOWN}: its mask does not fit")):
         AutoModelForCausalLM.from_pretrained(copy)

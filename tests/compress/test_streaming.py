@@ -60,14 +60,15 @@ def plain_fisher(folder, samples, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gemma3n_text", "zaya"])  # the last two hand on more than hidden states
 def test_squared_gradients_equal_plain_backpropagation(make_model, tmp_path, kind):
     folder = make_model(kind)
     model = StreamedModel(open_source(str(folder)).state, CPU)
     samples = Samples((TOKENS, TOKENS[:9] + 3), {})
     stage = Stage(tmp_path, "key")
     squared_gradients(model, samples, stage, [], lambda *_: None)
-    found = {name: value for i in range(3) for name, value in stage.load(f"fisher-{i}").items()}
+    found = {name: value for i in range(len(model.blocks)) for name, value in stage.load(f"fisher-{i}").items()}
+    found = {name: value for name, value in found.items() if ".experts." not in name}  # stacks in the plain model
     for name, expected in plain_fisher(folder, samples.tokens, found).items():
         expected = expected.t() if kind == "gpt2" else expected  # Conv1D keeps the transpose
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-3 * expected.max().item())

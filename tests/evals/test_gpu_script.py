@@ -1,12 +1,12 @@
 """The script for the first minutes on a GPU, where there is none; nothing here says how fast anything is."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+import typer
 
 from compress.evals.bench import gpu, gpu_steps
 from compress.kernels import gpu as kernels
@@ -61,19 +61,25 @@ def test_figures_of_a_run_that_was_cut_are_in_the_tables(tmp_path):
     assert not figures["dry_run"]
 
 
-def start(*arguments):
-    command = [sys.executable, "-m", "compress.evals.bench.gpu", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """Run the script in this process, its steps in theirs: (exit code, what it printed)."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+    def run(**options):
+        with pytest.raises(typer.Exit) as ended:
+            gpu.main(**options)
+        return ended.value.exit_code, capsys.readouterr().out
+
+    return run
 
 
-@pytest.mark.slow
-def test_without_time_nothing_is_begun_and_all_is_said(tmp_path):
-    process = start("--seconds", 0, "--only", "gemv,tuning", "-o", tmp_path)
-    assert process.returncode == 1
-    assert process.stdout.count("not begun: no time left") == 4  # as it goes, and in the tables
-    process = start("--only", "gemm", "-o", tmp_path)
-    assert process.returncode == 2
-    assert "the steps are correct, tokens, gemv," in " ".join(process.stderr.replace("│", " ").split())
+def test_without_time_nothing_is_begun_and_all_is_said(start, tmp_path):
+    code, said = start(seconds=0, only="gemv,tuning", output=tmp_path)
+    assert code == 1
+    assert said.count("not begun: no time left") == 4  # as it goes, and in the tables
+    with pytest.raises(typer.BadParameter, match="the steps are correct, tokens, gemv,"):
+        start(only="gemm", output=tmp_path)
 
 
 @pytest.mark.slow
@@ -81,10 +87,9 @@ def test_without_time_nothing_is_begun_and_all_is_said(tmp_path):
     kernels.missing() is not None or version("triton").startswith("3.6"),
     reason=kernels.missing() or "the interpreter of Triton 3.6 does not work with NumPy 2.4",
 )
-def test_a_dry_run_goes_through_every_step(compressed, tmp_path):
-    process = start("--dry-run", "--model", compressed, "-o", tmp_path)
-    log = (tmp_path / gpu.LOG).read_text()
-    assert process.returncode == 0, process.stdout + log
+def test_a_dry_run_goes_through_every_step(start, compressed, tmp_path):
+    code, said = start(dry_run=True, model=str(compressed), output=tmp_path)
+    assert code == 0, said + (tmp_path / gpu.LOG).read_text()
     figures = json.loads((tmp_path / gpu.FIGURES).read_text())
     assert figures["dry_run"]
     assert set(figures["ended"]) == set(gpu_steps.STEPS)
@@ -100,5 +105,5 @@ def test_a_dry_run_goes_through_every_step(compressed, tmp_path):
     assert max(errors) < 0.01
     assert {record["bits"] for record in by_step["decode"] if "bits" in record} == {2, 3, 4, 8, 16}
     assert json.loads((tmp_path / "interpreter.json").read_text())["configs"]
-    assert "times are made up" in process.stdout
-    assert all(what in process.stdout for what in gpu.NOT_DRY)
+    assert "times are made up" in said
+    assert all(what in said for what in gpu.NOT_DRY)

@@ -7,7 +7,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.evals.store import Key, Results, dense_identity, identity, results_of
-from compress.manifest import read_manifest, verify
+from compress.manifest import read_manifest
 
 KEY = Key("text", "a.txt", "0123", "4", settings={"sha256": "ab"})
 
@@ -62,7 +62,7 @@ def test_a_folder_that_can_not_be_written_says_what_to_do(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_keeps_its_own_and_verify_does_not_mind(compressed, tmp_path, tiny_llama):
+def test_a_checkpoint_keeps_its_own_and_verify_does_not_mind(compressed, tmp_path, tiny_llama, verify):
     folder = shutil.copytree(compressed, tmp_path / "model")
     results_of(folder).add(KEY, {"loss": 1.0})
     assert (folder / "report" / "results.jsonl").is_file()

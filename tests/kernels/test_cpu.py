@@ -300,3 +300,17 @@ def test_factors_and_bias_belong_to_the_product():
     wanted = (x.double() * inputs) @ cpu.look_up(planes, codebook, 600).double().t() * factors + bias
     for count in (1, 5, 20):
         assert torch.allclose(prepared(x[:count]).double(), wanted[:count], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_many_rows_meet_weights_that_were_rounded_once(bits):
+    """Weights looked up for torch's product are the codebook's times both factors, in float32, then in the activations' type."""
+    generator = torch.Generator().manual_seed(0)
+    planes = [torch.randint(-(2**31), 2**31 - 1, (300, 19), generator=generator).int() for _ in range(bits)]
+    codebook = torch.randn(300, 2**bits, generator=generator)
+    inputs, factors = torch.randn(600, generator=generator), torch.randn(300, generator=generator)
+    prepared = cpu.Prepared(planes, codebook, 600, inputs=inputs, factors=factors)
+    weight = cpu.look_up(planes, codebook, 600) * factors[:, None] * inputs
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.eye(600, dtype=dtype)  # so that the product is the weight
+        assert torch.equal(prepared(x), weight.to(dtype).t())

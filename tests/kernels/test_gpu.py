@@ -1,11 +1,8 @@
 """The operator of the GPU kernels where there is none: its reference, its registration, and the interpreter in place of a GPU."""
 
 import json
-import os
-import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -153,27 +150,17 @@ interpreter = pytest.mark.skipif(
 )
 
 
-def interpret(script, *arguments):
-    path = Path(__file__).with_name(script)
-    process = subprocess.run(
-        [sys.executable, path, *map(str, arguments)], capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
 @pytest.mark.slow
 @interpreter
-def test_plain_kernels_against_float64():
+def test_plain_kernels_against_float64(interpret):
     assert interpret("interpreted.py").count(": ok") == 8
 
 
 @pytest.mark.slow
 @interpreter
 @pytest.mark.parametrize("codebooks", ["row", "shared"])
-def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path, codebooks):
-    model = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2)
+def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path, codebooks, interpret):
+    model = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=1)
     calibration = {"text": str(text_file), "samples": 2, "length": 16}
     passes = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "codebooks": codebooks}]
     recipe = {"model": str(model), "calibration": calibration, "passes": passes}
@@ -183,11 +170,11 @@ def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path, codeboo
 
 @pytest.mark.slow
 @interpreter
-def test_the_benchmark_and_the_tuner_run_end_to_end(tmp_path):
+def test_the_benchmark_and_the_tuner_run_end_to_end(tmp_path, interpret):
     assert interpret("measured.py", tmp_path).count(": ok") == 3
 
 
 @pytest.mark.slow
 @interpreter
-def test_the_column_loop_of_the_codebook_search_chooses_what_the_one_for_cpus_does():
+def test_the_column_loop_of_the_codebook_search_chooses_what_the_one_for_cpus_does(interpret):
     assert interpret("descended.py").count(": ok") == 3

@@ -1,10 +1,6 @@
 """Packed keys and values against KIVI as its paper writes it, and attention over them against float64."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -190,26 +186,16 @@ def test_a_loud_channel_costs_less_when_it_is_rotated():
     assert error[0] < error[1] / 2
 
 
-def in_a_process(script, **environment):
-    """Run a script of this folder by itself; return what it prints."""
-    names = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", **environment}
-    names = {name: value for name, value in names.items() if value is not None}
-    command = [sys.executable, Path(__file__).with_name(script)]
-    process = subprocess.run(command, capture_output=True, text=True, env=names, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+def test_attention_in_triton_is_attention(interpret):
+    assert interpret("interpreted_kv.py").count(": ok") == 3
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
-def test_attention_in_triton_is_attention():
-    assert in_a_process("interpreted_kv.py", TRITON_INTERPRET="1").count(": ok") == 3
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
-def test_attention_in_triton_compiles_for_gpus(tmp_path):
-    printed = in_a_process("static_kv.py", TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path))
+def test_attention_in_triton_compiles_for_gpus(tmp_path, run_script):
+    printed = run_script("static_kv.py", TRITON_CACHE_DIR=str(tmp_path))
     found = [json.loads(line) for line in printed.splitlines()]
     assert {row["target"] for row in found} == {"sm_80", "sm_90", "gfx942"}
     assert all(row["code"] and row["shared"] <= 48 << 10 for row in found)

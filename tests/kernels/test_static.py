@@ -1,10 +1,6 @@
 """What the machine code of the kernels may cost: compiled for GPUs that need not be there, in a process without the interpreter."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from static import Case, compiled_descent, compiled_sums, counted, inner_loop, judge, machine_code
@@ -28,13 +24,9 @@ def test_the_inner_loop_ends_with_a_backward_branch():
 
 @pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
-def test_every_kind_of_kernel_compiles_and_keeps_its_budget(tmp_path):
+def test_every_kind_of_kernel_compiles_and_keeps_its_budget(tmp_path, run_script):
     """Registers, spills and integer instructions per weight, for sm_80, sm_90 and sm_100; AMD's gfx942 for the plain ones."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, Path(__file__).with_name("static.py"), "--json", tmp_path / "found.json"]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    run_script("static.py", "--json", tmp_path / "found.json", TRITON_CACHE_DIR=str(tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     assert {case["target"] for case in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     for operation in ("gemv", "dot"):
@@ -63,12 +55,8 @@ def test_shared_memory_that_nobody_asks_for_is_a_fault(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
-def test_every_launch_is_bound_and_compiled_as_on_a_gpu(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).with_name("bound.py"))]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+def test_every_launch_is_bound_and_compiled_as_on_a_gpu(tmp_path, run_script):
+    assert run_script("bound.py", TRITON_CACHE_DIR=str(tmp_path)).endswith(" launches: ok\n")
 
 
 @pytest.mark.slow

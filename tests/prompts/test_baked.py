@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import compress
 from compress.errors import CompressError
 from compress.evals.perplexity import prepare
-from compress.manifest import verify
 from compress.prompts import baked as module
 from compress.prompts.baked import bake
 
@@ -35,7 +34,7 @@ def test_logits_are_those_behind_the_prompt(baked, prompted, bits):
 
 
 @pytest.mark.slow
-def test_it_is_a_checkpoint_like_any_other(baked, prompted):
+def test_it_is_a_checkpoint_like_any_other(baked, prompted, verify):
     assert len(verify(baked)) == 3
     assert not (baked / "soft_prompt").exists()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(baked), AutoTokenizer.from_pretrained(baked)
@@ -122,7 +121,7 @@ def test_what_cannot_be_baked_is_refused(prompted, compressed, baked, recipe, ma
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_packed_vocabulary_gets_the_prompt_as_rows_of_its_own(prompted, recipe, make_model, tmp_path, tied):
+def test_a_packed_vocabulary_gets_the_prompt_as_rows_of_its_own(prompted, recipe, make_model, tmp_path, tied, verify):
     recipe["model"] = str(make_model("llama", tie_word_embeddings=tied))
     recipe["passes"] = [{"kind": "rtn", "bits": 8, "embedding_bits": "auto"}]
     prompt, tokens = prompted / "soft_prompt" / "3bit", torch.arange(3, 20)[None]

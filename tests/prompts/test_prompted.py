@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import compress
 from compress.errors import CompressError
+from compress.hf import cache_name
 from compress.prompts.stored import new_prompt
 
 PAD = 299
@@ -135,7 +136,7 @@ def test_a_cache_that_is_begun_holds_the_prompt(behind):
     model, rows = behind("llama", "prompt"), [text(6), text(4)]
     given_batch = batch(rows)
     first = model(**{name: value[:, :5] for name, value in given_batch.items()}, use_cache=True)
-    cache = {model._cache_name: getattr(first, model._cache_name)}
+    cache = {cache_name(model): getattr(first, cache_name(model))}
     last = model(given_batch["input_ids"][:, 5:], given_batch["attention_mask"], **cache)
     torch.testing.assert_close(last.logits[:, -1], model(**given_batch).logits[:, -1], atol=1e-4, rtol=1e-4)
 

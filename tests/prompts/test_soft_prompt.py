@@ -1,10 +1,7 @@
 """The pass: what it trains and on what, what it leaves behind, and that a kill changes nothing."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +15,6 @@ import compress
 from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.inspect import inspect
-from compress.manifest import verify
 from compress.passes import Whole
 from compress.plan import plan
 from compress.prompts.baked import bake
@@ -33,7 +29,7 @@ TOKENS = torch.arange(3, 20)[None]
 
 
 @pytest.mark.slow
-def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, fresh_python):
+def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, run_code, verify):
     """One folder; a fresh process loads it at any width with its prompt, with our help or with peft alone."""
     output = compress.run(prompt_recipe, tmp_path / "small")
     files = json.loads((output / "compression.json").read_text())["files"]
@@ -48,7 +44,7 @@ def test_one_recipe_from_pruning_to_a_prompt(prompt_recipe, tmp_path, fresh_pyth
         "    assert torch.equal(ours, theirs(tokens).logits)\n"
         "    print(float(ours[0, -1].float().logsumexp(0)))\n"
     )
-    found = [float(line) for line in fresh_python(code, output).splitlines()]
+    found = [float(line) for line in run_code(code, output).splitlines()]
     for bits, value in zip((3, 4), found, strict=True):
         here = compress.load(output, bits=bits, prompt=True)(TOKENS).logits[0, -1]
         assert value == pytest.approx(float(here.logsumexp(0)), abs=1e-4)
@@ -258,14 +254,13 @@ def test_a_killed_run_ends_with_the_same_bytes(prompt_recipe, tmp_path, kill_and
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_checkpoint(prompt_recipe, tmp_path):
+def test_two_processes_make_one_checkpoint(prompt_recipe, tmp_path, run_ranks):
     """The main one compresses and writes; the training is shared, so sums come in another order."""
     prompt_recipe["passes"][2] |= {"distill": 16, "per_width": True}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(prompt_recipe))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, *launch, "-m", "compress.cli", "run", str(path), "-o", str(tmp_path / "two")]
-    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code = "from compress.cli import main\nmain()"
+    process = run_ranks(2, code, "run", path, "-o", tmp_path / "two")
     assert process.returncode == 0, process.stderr
     assert process.stdout.count(str(tmp_path)) == 1
     compress.run(prompt_recipe, tmp_path / "one")

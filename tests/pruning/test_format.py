@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.errors import CompressError
 from compress.inspect import inspect
-from compress.manifest import verify
 from compress.weights import Checkpoint
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
@@ -73,7 +72,7 @@ def test_tensors_have_the_documented_sizes(shaped, kind):
 
 
 @pytest.mark.slow
-def test_packed_matrices_record_the_sizes_they_have(shaped):
+def test_packed_matrices_record_the_sizes_they_have(shaped, verify):
     folder = shaped("llama", {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4})
     record = config_of(folder)["quantization_config"]
     assert record["format_version"] == 3

@@ -7,7 +7,6 @@ import torch
 
 import compress
 from compress.errors import CompressError
-from compress.manifest import verify
 from compress.plan import plan
 from compress.pruning.joint import codes_of, even_codebook, rounding
 
@@ -37,7 +36,7 @@ def test_codes_are_the_nearest_entries():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_joint_in_a_recipe(make_model, recipe, tmp_path, kind):
+def test_joint_in_a_recipe(make_model, recipe, tmp_path, kind, verify):
     recipe |= {"model": str(make_model(kind)), "passes": [{"kind": "joint", "bits": 3, "sparsity": 0.5}]}
     target = compress.run(recipe, tmp_path / "model")
     assert verify(target)

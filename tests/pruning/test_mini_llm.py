@@ -137,11 +137,11 @@ def test_recorded_sizes_stop_a_process_without_this_library(recipe, fresh_python
 
 
 @pytest.mark.slow
-def test_pruned_then_quantised_loads_in_a_fresh_process(recipe, fresh_python, tmp_path):
+def test_pruned_then_quantised_loads_in_a_fresh_process(recipe, run_code, tmp_path):
     more = {"kind": "prune", "sparsity": 0.3}, {"kind": "any_precision", "seed_bits": 3, "parent_bits": 5}
     folders = [pruned(recipe, tmp_path / mode, *more, mode=mode) for mode in ("uniform", "global")]
     code = PLAIN.replace("import sys,", "import compress, sys,").replace('assert "compress" not in sys.modules\n', "")
-    elsewhere = torch.tensor(json.loads(fresh_python(code, *folders).splitlines()[-1]))
+    elsewhere = torch.tensor(json.loads(run_code(code, *folders).splitlines()[-1]))
     for folder, found in zip(folders, elsewhere, strict=True):
         assert torch.allclose(found, logits(folder)[0, -1], atol=1e-4)
         assert not torch.equal(logits(folder, 3), logits(folder, 5))

@@ -166,7 +166,7 @@ def test_refreshed_mrp_measures_again_on_the_sparse_model(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_masks_survive_quantisation_saving_and_loading(recipe, tmp_path, fresh_python):
+def test_masks_survive_quantisation_saving_and_loading(recipe, tmp_path, run_code):
     """At every width, in a fresh process, each pruned weight is exactly zero; survivors may round to zero too."""
     first = {"kind": "prune", "score": "sparsegpt", "sparsity": 0.6}
     second = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 5, "keep_zeros": True}
@@ -183,7 +183,7 @@ def test_masks_survive_quantisation_saving_and_loading(recipe, tmp_path, fresh_p
         "        assert mask.any() and (weight[mask] == 0).all() and (bits < 5 or (weight[~mask] == 0).float().mean() < 0.2)\n"
         "    print(bits, name)"
     )
-    assert [line[0] for line in fresh_python(code, pruned, packed).splitlines()] == ["3", "4", "5"]
+    assert [line[0] for line in run_code(code, pruned, packed).splitlines()] == ["3", "4", "5"]
 
 
 def test_ignored_linears_stay_as_they_are(recipe, tiny_llama, tmp_path):

@@ -13,7 +13,7 @@ from compress.errors import CompressError
 from compress.evals.evaluate import evaluate_text
 from compress.evals.speed import Load, bench
 from compress.evals.store import results_of
-from compress.manifest import verify
+from compress.hf import cache_name
 from compress.plan import plan
 from compress.prompts.baked import bake
 from compress.prompts.stored import embedding
@@ -110,15 +110,14 @@ def test_adapters_train_on_bit_planes_and_serve_every_width(longer, tmp_path):
 
 
 @pytest.fixture
-def beside(longer, tmp_path):
+def beside(make_packed, tmp_path):
     """A checkpoint of 3 and 4 bits with an adapter beside it."""
-    quantise = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
-    longer["passes"] = [quantise, {**FAST, "merge": False}]
-    return compress.run(longer, tmp_path / "model")
+    passes = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}, {**FAST, "merge": False}]
+    return shutil.copytree(make_packed(passes, samples=16), tmp_path / "model")
 
 
 @pytest.mark.slow
-def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, caplog):
+def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, caplog, verify):
     text = tmp_path / "other.txt"
     text.write_text("the dog jumps over the fox. " * 30)
 
@@ -143,7 +142,8 @@ def test_commands_use_the_adapter_unless_told_not_to(beside, command, tmp_path, 
 
 
 @pytest.mark.slow
-def test_bench_times_the_model_with_and_without_its_adapter(beside):
+def test_bench_times_the_model_with_and_without_its_adapter(beside, quick_loads):
+    assert cache_name(compress.load(beside)) == cache_name(compress.load(beside, adapter=False))
     load = Load(prompt=4, tokens=1, rounds=1, loads=1)
     store = results_of(beside)
     for adapter in (None, False):

@@ -12,6 +12,7 @@ import compress
 from compress import runner
 from compress.fisher import squared_gradients
 from compress.hf import packed_modules
+from compress.passes import Block
 from compress.plan import plan
 from compress.quant import any_precision, block_sweep
 from compress.quant.errors import OutputScale, layer_errors
@@ -246,3 +247,24 @@ def test_a_block_is_let_go_before_the_next(tiny_llama, text_file, tmp_path, monk
         gc.enable()
     assert len(alive) > 1
     assert set(alive) == {0}
+
+
+@torch.no_grad()
+def test_of_a_linear_that_is_called_twice_the_first_inputs_of_every_sample_are_kept():
+    """Gemma 3n's routers, say; a changed run's inputs, the first as well, are compared with them sample by sample."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(self.linear(x)) if x[0, 0, 0] > 0 else x
+
+    module, samples = Twice(), [torch.ones(1, 3, 4), -torch.ones(1, 3, 4), 2 * torch.ones(1, 3, 4)]
+    runs = [lambda block, x=x: block(x) for x in samples]
+    block = Block(0, "b", module, {}, samples=runs, variants={"3": runs})
+    first, none, last = block_sweep.Originals(block, {"linear": module.linear}).take_inputs("linear")
+    assert none is None
+    assert torch.equal(first, samples[0][0])
+    assert torch.equal(last, samples[2][0])

@@ -18,7 +18,6 @@ from compress.inspect import inspect
 from compress.kernels import cpu
 from compress.kernels.bitplane import dense_weight
 from compress.kernels.packing import pack_planes
-from compress.manifest import verify
 from compress.plan import plan
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import pack_smaller
@@ -227,7 +226,7 @@ def logits(model):
 
 
 @pytest.mark.slow
-def test_tied_stays_tied(packed):
+def test_tied_stays_tied(packed, verify):
     recipe, folder = packed
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"]

@@ -108,3 +108,35 @@ def test_a_linear_that_a_sample_does_not_come_to_has_no_input(block):
     module = Alone()
     replay = Replay(module, [lambda inner: inner(torch.ones(1, 2, 4))], ["used", "idle"])
     assert list(replay.inputs("idle")) == [None]
+
+
+@torch.no_grad()
+def test_what_a_final_part_leaves_in_a_mapping_is_left_again():
+    """Shared keys and values, which later blocks take from a mapping that the attention has filled."""
+
+    class Sharing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.up = nn.Module(), nn.Linear(8, 8)
+            self.attention.k = nn.Linear(8, 8)
+            self.attention.forward = self.attend
+
+        def attend(self, x, shared):
+            shared["keys"] = (self.attention.k(x),)
+            return x
+
+        def forward(self, x, shared):
+            return self.up(self.attention(x, shared))
+
+    torch.manual_seed(0)
+    module, x = Sharing(), torch.randn(1, 3, 8)
+
+    def run(block):
+        shared = {}
+        return block(x, shared) + shared["keys"][0]
+
+    expected = run(module)
+    replay = Replay(module, [run], ["attention.k", "up"])
+    replay.finish(["attention.k"])
+    assert [torch.equal(next(replay.inputs("up")), x[0]) for _ in range(2)] == [True, True]
+    assert torch.equal(next(replay.outputs()), expected)
