@@ -116,16 +116,16 @@ class _Search:
         some, basis = self._some(), dict(shared.basis)
         sizes = shared.part(some).sizes()
         for bits in self.bits:
-            codes, wanted = self.codes[some] >> (self.together - bits), self.targets[bits][some]
-            values = [sizes * (codes == code) for code in range(2**bits)]
-            inner, right = torch.empty(2**bits, 2**bits), torch.empty(2**bits)
-            for code, value in enumerate(values):
-                image = self.hessian.times(value)
-                inner[code] = torch.stack([(image * other).sum() for other in values])
-                right[code] = (image * wanted).sum()
-            there = (inner.diagonal() > 0).to(sizes.device)
-            found = solved(inner[None], right[None])[0].to(sizes.device)
-            basis[bits] = torch.where(there, found, shared.basis[bits][0])[None]
+            codes, wanted = (self.codes[some] >> (self.together - bits)).long(), self.targets[bits][some]
+            rows = []
+            for code in range(2**bits):
+                image = self.hessian.times(sizes * (codes == code)).mul_(sizes)
+                rows.append(torch.zeros(2**bits, device=sizes.device).index_add_(0, codes.flatten(), image.flatten()))
+            inner = torch.stack(rows)
+            image = self.hessian.times(wanted).mul_(sizes).flatten()
+            right = torch.zeros(2**bits, device=sizes.device).index_add_(0, codes.flatten(), image)
+            found = solved(inner[None], right[None])[0]
+            basis[bits] = torch.where(inner.diagonal() > 0, found, shared.basis[bits][0])[None]
         return replace(shared, basis=basis)
 
     def _split(self, shared: Shared) -> Shared:

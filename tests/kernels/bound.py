@@ -65,7 +65,7 @@ for rows, columns, fewest, parent, kept in [(1000, 128, 3, 6, 0), (1, 1, 8, 8, 7
     codebooks = {bits: torch.zeros(rows, 2**bits) for bits in range(fewest, parent + 1)}
     codes, gradient = torch.zeros(rows, columns, dtype=torch.int64), torch.zeros(len(codebooks), rows, columns)
     share = torch.ones(len(codebooks)).numpy()
-    GpuDescent(codebooks, share, kept)(codes, codes == 1, gradient, torch.eye(columns))
+    GpuDescent(codebooks, share, kept)(codes, codes == 1, gradient[0] + 1, gradient, torch.eye(columns))
     assert sums_by_code(gradient[0, :, :, None], codes, 2**parent).shape == (rows, 2**parent, 1)
 assert launches[-2:] == ["descend", "sum_by_code"]
 print(f"{len(launches)} launches: ok")

@@ -29,10 +29,10 @@ for rows, columns, first, parent, kept in [*CASES, (1, 65, 3, 4, 0)]:
     fixed, gradient = random(rows, columns) > 1, random(len(codebooks), rows, columns)
     share = torch.tensor([2.0**bits for bits in codebooks]).numpy()
     wanted, found = [codes.clone(), gradient.clone()], [codes.clone(), gradient.clone()]
-    by = hessian(columns)
+    by, sizes = hessian(columns), random(rows, columns if kept % 2 else 0).abs() + 0.1  # of groups, or none
     loop = Descent({bits: codebook.numpy() for bits, codebook in codebooks.items()}, share, kept)
-    loop(wanted[0].numpy(), fixed.numpy(), wanted[1].numpy(), by.numpy())
-    GpuDescent(codebooks, share, kept)(found[0], fixed, found[1], by)
+    loop(wanted[0].numpy(), fixed.numpy(), sizes.numpy(), wanted[1].numpy(), by.numpy())
+    GpuDescent(codebooks, share, kept)(found[0], fixed, sizes, found[1], by)
     assert rows == 1 or bool((found[0] != codes).any())
     assert torch.equal(found[0][fixed], codes[fixed])
     assert torch.equal(found[0] >> (parent - kept), codes >> (parent - kept))

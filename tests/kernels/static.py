@@ -100,13 +100,13 @@ def compiled(variant: Variant, config: Config, target: str) -> Any:
     return compiled_for(target, variant.kernel(), constants, types, _ALIGNED, options)
 
 
-def compiled_descent(fewest: int, parent: int, kept: int, target: str) -> Any:
-    """Compile the column loop of the codebook search for so many bits, as one launch for 128 columns would."""
+def compiled_descent(fewest: int, parent: int, kept: int, target: str, sizes: bool = False) -> Any:
+    """Compile the column loop of the codebook search for so many bits, as one launch for 128 columns would, with sizes of groups or none."""
     from compress.kernels.triton_descent import descend
 
     types = {"codes": "*i64", "new_codes": "*i64", "fixed": "*i1"}
-    types |= dict.fromkeys(("codebooks", "share", "gradient", "hessian"), "*fp32")
-    constants = {"LEVELS": parent - fewest + 1, "PARENT": parent, "KEPT": kept, "BLOCK": 128}
+    types |= dict.fromkeys(("sizes", "codebooks", "share", "gradient", "hessian"), "*fp32")
+    constants = {"LEVELS": parent - fewest + 1, "PARENT": parent, "KEPT": kept, "SIZES": int(sizes), "BLOCK": 128}
     return compiled_for(target, descend, constants, types, (*types, "rows", "columns"), {"num_warps": 1})
 
 

@@ -358,12 +358,12 @@ def test_the_column_loop_chooses_what_the_one_for_cpus_does(fewest, parent, kept
     fixed, gradient = torch.rand(1000, 100, generator=generator) < 0.2, torch.randn(len(codebooks), 1000, 100)
     inputs = torch.randn(400, 100, generator=generator)
     hessian, share = inputs.t() @ inputs / 400, np.array([2.0**bits for bits in codebooks], np.float32)
-    wanted, slopes = codes.clone(), gradient.clone()
+    wanted, slopes, sizes = codes.clone(), gradient.clone(), torch.rand(1000, 100, generator=generator) + 0.1
     loop = Descent({bits: codebook.numpy() for bits, codebook in codebooks.items()}, share, kept)
-    loop(wanted.numpy(), fixed.numpy(), slopes.numpy(), hessian.numpy())
+    loop(wanted.numpy(), fixed.numpy(), sizes.numpy(), slopes.numpy(), hessian.numpy())
     found, moved = codes.cuda(), gradient.cuda()
     there = {bits: codebook.cuda() for bits, codebook in codebooks.items()}
-    GpuDescent(there, share, kept)(found, fixed.cuda(), moved, hessian.cuda())
+    GpuDescent(there, share, kept)(found, fixed.cuda(), sizes.cuda(), moved, hessian.cuda())
     same = (found.cpu() == wanted).all(1)
     assert float((~same).float().mean()) < 0.02  # a near-tie that falls the other way changes what follows in its row
     assert torch.allclose(moved.cpu()[:, same], slopes[:, same], rtol=1e-4, atol=1e-4)

@@ -62,16 +62,19 @@ def test_every_launch_is_bound_and_compiled_as_on_a_gpu(tmp_path, run_script):
 @pytest.mark.slow
 @pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize(("fewest", "parent", "kept", "most"), [(3, 6, 0, 400), (4, 6, 3, 280), (8, 8, 7, 140)])
+@pytest.mark.parametrize(
+    ("fewest", "parent", "kept", "sizes", "most"),
+    [(3, 6, 0, False, 400), (4, 6, 3, False, 280), (8, 8, 7, False, 140), (3, 6, 0, True, 440)],
+)
 def test_the_column_loop_stays_in_registers_and_within_its_instructions(
-    fewest, parent, kept, most, target, tmp_path, monkeypatch
+    fewest, parent, kept, sizes, most, target, tmp_path, monkeypatch
 ):
-    """Instructions for one weight, by a whole warp; without a barrier or shared memory 32 programs fit a multiprocessor."""
+    """Instructions for one weight, by a whole warp; without a barrier or shared memory 28 programs fit a multiprocessor, with sizes 25."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    found, loop = machine_code(compiled_descent(fewest, parent, kept, target))
+    found, loop = machine_code(compiled_descent(fewest, parent, kept, target, sizes))
     names = counted(loop)
-    assert found["REG"] <= 72
+    assert found["REG"] <= (80 if sizes else 72)
     assert found["STACK"] + found["LOCAL"] + found["SHARED"] == 0
     assert not names.keys() & {"BAR", "LDS", "STS", "LDL", "STL"}
     assert len(loop) <= most
