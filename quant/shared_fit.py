@@ -16,9 +16,7 @@ from compress.quant.shared import Shared, spread
 _SIZE, _INPUT = 0.5, -0.15  # powers of a column's weights and of its inputs in its factor; measured
 _NEARLY = 1e-6  # share of the mean diagonal that keeps least squares solvable
 _POOLED = 1 << 16  # weights that are clustered together
-_TRIED = tuple(
-    step / 20 for step in range(8, 23)
-)  # shares of the size at which the largest weight is the largest entry
+_TRIED = tuple(step / 20 for step in range(8, 23))  # of the size at which the largest weight is the largest entry
 _SIZED_BITS = 4  # bits at which sizes are tried
 _ROUNDS = 2
 _SPLIT_STEPS = 3
