@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def fit_shared(weight: Tensor, cost: Tensor, columns: Tensor, seed: int, parent:
 
     ``weight``, float32 [N, K], is divided by ``columns``; ``cost``, float32 [K], is that of an error in each column.
     """
-    basis = _nested(_bell(), torch.ones(_POOLED), seed, parent, weight.device)
+    basis = _nested(_bell(), torch.ones(_POOLED, dtype=torch.float32), seed, parent, weight.device)
     for _ in range(_ROUNDS):
         sizes = group_sizes(weight, cost, basis[sized_at(basis)])
         wide = spread(sizes, weight.shape[1])
@@ -94,8 +96,8 @@ def _bell() -> Tensor:
 
 def _clustered(values: Tensor, sizes: Tensor, cost: Tensor, seed: int, last: int) -> dict[int, Tensor]:
     """Cluster all values [N, K] together, each weighed by what its error costs: bits -> float32 [2**bits]."""
-    mass = sizes.square() * cost
-    every = max(1, values.numel() // _POOLED)
+    mass, fewest = sizes.square() * cost, max(1, values.numel() // _POOLED)
+    every = next(step for step in count(fewest) if math.gcd(step, values.shape[1]) == 1)  # all columns have their turn
     return _nested(values.flatten()[::every], (mass / mass.mean()).flatten()[::every], seed, last, values.device)
 
 

@@ -1,7 +1,7 @@
 """Nested codes with shared codebooks (:mod:`compress.quant.shared`) that minimise the error of a layer's output.
 
-It begins with the nearest codes, chooses whole paths anew against the error of the output (:mod:`compress.quant.nested`), solves
-for the entries and for the sizes of groups that are best then, and chooses codes once more.
+It begins with codes by error feedback (:mod:`compress.quant.feedback`), chooses whole paths anew given all others
+(:mod:`compress.quant.nested`), solves for the entries and for the sizes of groups that are best then, and does both once more.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from compress.ranks import ALONE, Ranks
 
 TOGETHER = 7  # bits that are chosen together at most; with 8, those would be twice as near, for twice the time
 _POWER = 1.0  # of 4 per bit: what errors at more bits count in error feedback, and in sizes common to all
-_POWERS = (
-    (1.0, 1.0),
-    (0.75, 0.75),
-)  # the same in the sweeps; with smaller ones 3 bits are better, and 4 and more are worse
+# The same in the sweeps; with smaller ones 3 bits are better, and 4 and more are worse.
+_POWERS = ((1.0, 1.0), (0.75, 0.75))
 _ABOVE = 0.5, 0.0  # the same for the bits above those that are chosen first
 _SAMPLED = 1 << 16  # weights that entries are fitted on
 _FARTHEST = 2.0  # that a size may move at once
@@ -55,9 +53,10 @@ def shared_output_codebooks(
     """
     columns = column_factors(targets[max(targets)], hessian.diagonal())
     prepared, found, start = Hessian(hessian * columns[:, None] * columns), [], 0
+    factor = inverse_factor(prepared.matrix)
     for size in sizes or [len(targets[max(targets)])]:
         wanted = {bits: target[start : start + size] / columns for bits, target in targets.items()}
-        search = _Search(wanted, prepared, focus or {}, ranks)
+        search = _Search(wanted, prepared, factor, focus or {}, ranks)
         shared = search.shared(columns)
         codes = search.finished(shared)
         found.append(Codes(codes, {bits: shared.codebook(bits) for bits in sorted(targets)}, shared=shared))
@@ -69,14 +68,13 @@ class _Search:
     """Hold the rows of a matrix while its codebooks are fitted; ``codes`` are those of ``together`` bits."""
 
     def __init__(
-        self, targets: Mapping[int, Tensor], hessian: Hessian, focus: Mapping[int, float], ranks: Ranks
+        self, targets: Mapping[int, Tensor], hessian: Hessian, factor: Tensor, focus: Mapping[int, float], ranks: Ranks
     ) -> None:
-        self.targets, self.hessian, self.focus, self.ranks = targets, hessian, focus, ranks
+        self.targets, self.hessian, self.factor, self.focus, self.ranks = targets, hessian, factor, focus, ranks
         self.together = max(min(targets), min(max(targets), TOGETHER))
         device = hessian.matrix.device
         self.buffers, self.parts = Buffers(device), row_parts(len(targets[self.together]), device, ranks)
         self.bits = range(min(targets), self.together + 1)
-        self.factor = inverse_factor(hessian.matrix)
         self.codes = torch.empty(0)  # of all rows, once there are some
 
     def _counts(self, bits: int) -> float:
@@ -117,13 +115,11 @@ class _Search:
         sizes = shared.part(some).sizes()
         for bits in self.bits:
             codes, wanted = (self.codes[some] >> (self.together - bits)).long(), self.targets[bits][some]
-            rows = []
-            for code in range(2**bits):
+            inner, right = sizes.new_zeros(2**bits, 2**bits), sizes.new_zeros(2**bits)
+            for code, row in enumerate(inner):
                 image = self.hessian.times(sizes * (codes == code)).mul_(sizes)
-                rows.append(torch.zeros(2**bits, device=sizes.device).index_add_(0, codes.flatten(), image.flatten()))
-            inner = torch.stack(rows)
-            image = self.hessian.times(wanted).mul_(sizes).flatten()
-            right = torch.zeros(2**bits, device=sizes.device).index_add_(0, codes.flatten(), image)
+                row.index_add_(0, codes.flatten(), image.flatten())
+            right.index_add_(0, codes.flatten(), self.hessian.times(wanted).mul_(sizes).flatten())
             found = solved(inner[None], right[None])[0]
             basis[bits] = torch.where(inner.diagonal() > 0, found, shared.basis[bits][0])[None]
         return replace(shared, basis=basis)

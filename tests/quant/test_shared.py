@@ -47,6 +47,14 @@ def test_errors_are_smaller_than_those_of_codebooks_by_row_at_four_and_five_bits
         assert error(shared, weight, hessian, bits) == pytest.approx(errors[bits], rel=0.02)
 
 
+def test_bits_above_those_that_are_chosen_together_lower_the_error():
+    weight, hessian = layer()
+    [shared] = shared_output_codebooks(dict.fromkeys(range(6, 9), weight), hessian)
+    errors = [error(shared.as_stored(), weight, hessian, bits) for bits in (6, 7, 8)]
+    assert errors[0] > 3 * errors[1]
+    assert errors[0] > 3 * errors[2]
+
+
 def plain_gptq(targets, tables, sizes, hessian, share):
     """Error feedback written from the papers, one weight after the other, in float64, with sizes given: codes [N, K]."""
     inverse = torch.linalg.inv(hessian.double())

@@ -29,11 +29,9 @@ def plugin():
     vllm_stub.remove()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """The built-in model with shared codebooks, packed embedding and tied head, one matrix dense."""
-    folder = tmp_path_factory.mktemp("served") / "checkpoint"
-    settings = {"objective": "output", "codebooks": "shared", "embedding_bits": "auto", "correction": 0}
+def made(folder, codebooks):
+    """The built-in model with packed embedding and tied head, one matrix dense."""
+    settings = {"objective": "output", "codebooks": codebooks, "embedding_bits": "auto", "correction": 0}
     quantise = {"kind": "any_precision", "seed_bits": 2, "parent_bits": 5, "ignore": ["re:.*0.self_attn.k_proj"]}
     text = {"builtin": "stdlib", "samples": 2, "length": 32}
     recipe = {
@@ -43,6 +41,18 @@ def checkpoint(tmp_path_factory):
     }
     compress.run(recipe, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """With shared codebooks, and sizes for groups of 64 of its 192 and 500 columns."""
+    return made(tmp_path_factory.mktemp("served") / "checkpoint", "shared")
+
+
+@pytest.fixture(scope="module")
+def by_row(tmp_path_factory):
+    """With codebooks of rows' own, which may be cut anywhere."""
+    return made(tmp_path_factory.mktemp("served") / "by-row", "row")
 
 
 def configured(plugin, folder, **overrides):
@@ -79,32 +89,32 @@ def weight_of(folder, name, bits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("degree", [1, 2])
-def test_a_fused_layer_multiplies_by_what_the_checkpoint_has(plugin, checkpoint, degree):
+def test_a_fused_layer_multiplies_by_what_the_checkpoint_has(plugin, by_row, degree):
     """Packed and dense parts side by side, cut by heads."""
     prefix, x = "model.layers.0.self_attn.qkv_proj", torch.randn(3, 192)
     found = []
     for rank in range(degree):
         with current(vllm_config()):
-            config = configured(plugin, checkpoint, compress_bits=3)
+            config = configured(plugin, by_row, compress_bits=3)
             layer = QKVParallelLinear(config, prefix, 192, [192, 64, 64], torch.float32, rank, degree)
-            fill(layer, checkpoint, prefix)
+            fill(layer, by_row, prefix)
         found.append(layer.quant_method.apply(layer, x).split([192 // degree, 64 // degree, 64 // degree], -1))
     assert not dict(layer.named_parameters(recurse=False))
     for place, name in enumerate(("q_proj", "k_proj", "v_proj")):
-        wanted = x @ weight_of(checkpoint, f"model.layers.0.self_attn.{name}", 3).t()
+        wanted = x @ weight_of(by_row, f"model.layers.0.self_attn.{name}", 3).t()
         torch.testing.assert_close(torch.cat([parts[place] for parts in found], -1), wanted)
 
 
 @pytest.mark.slow
-def test_a_layer_split_by_its_inputs_adds_up(plugin, checkpoint):
+def test_a_layer_split_by_its_inputs_adds_up(plugin, by_row):
     """500 inputs over 2 processes: the second begins within a word of the planes."""
     prefix, x, total = "model.layers.1.mlp.down_proj", torch.randn(3, 500), 0
     for rank in range(2):
         with current(vllm_config()):
-            layer = LinearBase(configured(plugin, checkpoint), prefix, 500, [192], torch.float32, rank, 2, "in")
-            fill(layer, checkpoint, prefix)
+            layer = LinearBase(configured(plugin, by_row), prefix, 500, [192], torch.float32, rank, 2, "in")
+            fill(layer, by_row, prefix)
         total = total + layer.quant_method.apply(layer, x[:, rank * 250 : (rank + 1) * 250])
-    torch.testing.assert_close(total, x @ weight_of(checkpoint, prefix, None).t())
+    torch.testing.assert_close(total, x @ weight_of(by_row, prefix, None).t())
 
 
 @pytest.mark.slow
@@ -178,11 +188,13 @@ def test_an_override_that_drops_the_records_does_not_hide_them(plugin, checkpoin
 
 
 @pytest.mark.slow
-def test_a_degree_that_the_model_does_not_divide_by_is_refused(plugin, checkpoint):
-    with current(vllm_config()), pytest.raises(CompressError, match="over 3 processes; legal degrees are 1, 2"):
-        LinearBase(
-            configured(plugin, checkpoint), "model.layers.0.mlp.down_proj", 500, [192], torch.float32, 0, 3, "in"
-        )
+@pytest.mark.parametrize(("which", "degree", "legal"), [("by_row", 3, "1, 2"), ("checkpoint", 2, "1")])
+def test_a_degree_that_the_model_does_not_divide_by_is_refused(plugin, request, which, degree, legal):
+    """Nor is one that would cut a group of columns: 96 of 192."""
+    config = configured(plugin, request.getfixturevalue(which))
+    said = f"over {degree} processes; legal degrees are {legal}."
+    with current(vllm_config()), pytest.raises(CompressError, match=said):
+        LinearBase(config, "model.layers.0.mlp.down_proj", 500, [192], torch.float32, 0, degree, "in")
 
 
 def test_a_plugin_that_cannot_be_imported_warns_and_does_not_stop_vllm(monkeypatch, caplog):
