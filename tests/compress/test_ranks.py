@@ -86,7 +86,7 @@ def test_sums_are_those_of_lots_in_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "names"), [(2, tuple(PASSES)), (3, ("rows", "pruned"))])
-def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_model, tmp_path, run_ranks):
+def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_model, tmp_path):
     """Every pass that divides its work; more samples than lots, and rows enough for several parts."""
     recipe["calibration"] |= {"samples": 11, "length": 24}
     recipes = {}
@@ -95,10 +95,15 @@ def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_mod
         kind, changes = ("mixtral", {}) if name == "mixture" else ("llama", {"intermediate_size": 260})
         changes |= {"num_hidden_layers": 3 if name == "blocks" else 2}
         recipes[name] = {**recipe, "model": str(make_model(kind, **changes)), "passes": passes}
-    code = "import compress, json\nfor output, recipe in json.loads(sys.argv[1]).items(): compress.run(recipe, output)"
-    process = run_ranks(
-        ranks, code, json.dumps({str(tmp_path / f"{name}-ranks"): one for name, one in recipes.items()})
+    script = tmp_path / "ranked.py"
+    script.write_text(
+        "import compress, json, sys\n"
+        "if __name__ == '__main__':\n"
+        "    for output, recipe in json.loads(sys.argv[1]).items():\n"
+        "        compress.run(recipe, output)\n"
     )
+    given = json.dumps({str(tmp_path / f"{name}-ranks"): one for name, one in recipes.items()})
+    process = launch(ranks, script, given)
     assert process.returncode == 0, process.stderr
     with one_thread():
         for name, one in recipes.items():
