@@ -96,8 +96,8 @@ def bench(
     Args:
         folder: checkpoint, or a dense model (measured alone).
         bits: numbers of bits; all there are if None.
-        reference: dense model; the recipe's if None. Without one to be had, none is measured, and the result says so.
-            A checkpoint without packed matrices is measured beside the one that is given, as ``pruned``.
+        reference: dense model; the recipe's if None. Without one none is measured, and the result says so. A checkpoint without
+            packed matrices is measured beside the one that is given, as ``pruned``.
         load: what is timed.
         dtype: of activations and dense weights.
         device: where it runs.
@@ -120,32 +120,31 @@ def bench(
     """
     folder, _ = located(folder, {})
     peers = opened(gguf, lambda: _weights(folder), torch.get_num_threads(), device)
-    load, progress = load or Load(), progress or (lambda what, done, total: None)
+    load, progress = load or Load(), progress or (lambda *done: None)
     model, all_bits = _open(folder, bits, load, dtype=dtype, device_map=device, exact=exact, adapter=adapter)
     dense, note = _dense(folder, reference, bool(all_bits))
-    places = dict.fromkeys(all_bits or [PRUNED if dense != folder else DENSE], folder)
-    models = dict.fromkeys(places, model)
-    if dense is not None and dense != folder:
-        places = {DENSE: dense, **places}
-        models = {DENSE: compress.load(dense, dtype=dtype, device_map=device, adapter=False), **models}
+    places, models = _candidates(folder, model, all_bits, dense, dtype=dtype, device_map=device)
     setting = _setting(load, dtype, device, exact)
     times = _times(models, all_bits, peers, load, device, progress)
     fresh = _fresh_loads(places, all_bits, load.loads, setting["dtype"], device, progress, adapter)
-    figures = {
-        name: _figures(name, times, load)
-        | {what: spread(values) for what, values in fresh[name].items()}
-        | {"disk_bytes": _disk_bytes(place, name if name in all_bits else None)}
-        for name, place in places.items()
-    }
-    result = {"model": folder, **setting, "dense": note, "widths": figures}
+    sizes = {name: _disk_bytes(place, name if name in all_bits else None) for name, place in places.items()}
+    figures = _all_figures(sizes, times, load)
+    widths = {name: figures[name] | {what: spread(v) for what, v in found.items()} for name, found in fresh.items()}
+    result = {"model": folder, **setting, "dense": note, "widths": widths}
     if peers:
-        result["llama_cpp"] = {
-            name: _figures(name, times, load) | {"disk_bytes": peer.path.stat().st_size} for name, peer in peers.items()
-        }
+        result["llama_cpp"] = _all_figures(
+            {name: peer.path.stat().st_size for name, peer in peers.items()}, times, load
+        )
     if store is not None:
-        key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
-        store.add(key, {}, result=result)
+        _store(store, result, setting, adapter)
     return result
+
+
+def _store(store: Results, result: dict[str, Any], setting: dict[str, Any], adapter: Choice) -> None:
+    """Add a result to those kept."""
+    folder = result["model"]
+    key = Key("bench", "bench", identity(folder), "all", *prompt_key(folder, False, setting, adapter))
+    store.add(key, {}, result=result)
 
 
 def _open(
@@ -160,6 +159,17 @@ def _open(
         asked = f"{load.prompt} + {load.tokens} tokens"
         raise CompressError(f"{asked}: the context holds {context}; lower --prompt-tokens.")
     return model, all_bits
+
+
+def _candidates(
+    folder: str, model: PreTrainedModel, all_bits: Mapping[str, Any], dense: str | None, **options: Any
+) -> tuple[dict[str, str], dict[str, PreTrainedModel]]:
+    """Return the folders and models of all candidates by name, the dense model first if there is one."""
+    places = dict.fromkeys(all_bits or [PRUNED if dense != folder else DENSE], folder)
+    models = dict.fromkeys(places, model)
+    if dense is None or dense == folder:
+        return places, models
+    return {DENSE: dense, **places}, {DENSE: compress.load(dense, adapter=False, **options), **models}
 
 
 def _weights(folder: str) -> int:
@@ -273,6 +283,11 @@ def _fresh_loads(
                 found[name][what].append(float(value))
             progress(f"loading {name}", turn * len(places) + place + 1, loads * len(places))
     return found
+
+
+def _all_figures(sizes: Mapping[str, int | None], times: _Times, load: Load) -> dict[str, dict[str, Any]]:
+    """Return the figures of every candidate, with its bytes on disk."""
+    return {name: _figures(name, times, load) | {"disk_bytes": size} for name, size in sizes.items()}
 
 
 def _figures(name: str, times: _Times, load: Load) -> dict[str, Any]:

@@ -165,13 +165,11 @@ def bench(
     _check_bench(folder, random, dtype, target)
     import torch
 
-    from compress.evals.drafts import draft_speed
-    from compress.evals.kv import decode_speed, kv_wanted
+    from compress.evals.kv import kv_wanted
     from compress.evals.random_llama import write_packed_llama
     from compress.evals.speed import Load
     from compress.evals.speed import bench as measure
     from compress.evals.store import results_of
-    from compress.loading import load as load_model
 
     quiet_transformers()
     if threads is not None:
@@ -182,15 +180,31 @@ def bench(
         store, chosen = results_of(place, kept), parse_bits(bits)
         caches = kv_wanted(kv_bits, kv_group, kv_residual)
         found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter, gguf or ())
+        given: dict[str, Any] = {"dtype": kind, "exact": exact, "adapter": adapter}
         if caches.bits:
-            model = load_model(place, dtype=kind, device_map=device, exact=exact, adapter=adapter)
-            found["kv"] = {"context": kv_context, "caches": decode_speed(model, caches, kv_context, progress=progress)}
+            found["kv"] = _bench_caches(place, caches, kv_context, {**given, "device_map": device}, progress)
         if draft_bits:
-            model = load_model(place, bits=max(chosen) if chosen else None, dtype=kind, exact=exact, adapter=adapter)
-            drafts = [int(bits) for bits in parse_bits(draft_bits) or []]
-            found["drafts"] = draft_speed(model, place, drafts, draft_text, tokens, rounds, progress)
+            given["bits"] = max(chosen) if chosen else None
+            found["drafts"] = _bench_drafts(place, draft_bits, draft_text, load, given, progress)
     if not write_json(found, target):
         _print_speed(found)
+
+
+def _bench_caches(place: str, caches: Any, context: int, given: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """Time decoding behind packed caches of keys and values."""
+    from compress.evals.kv import decode_speed
+    from compress.loading import load
+
+    return {"context": context, "caches": decode_speed(load(place, **given), caches, context, progress=progress)}
+
+
+def _bench_drafts(place: str, bits: str, text: str, turns: Any, given: dict[str, Any], progress: Any) -> Any:
+    """Time decoding with drafts by the model's own first planes."""
+    from compress.evals.drafts import draft_speed
+    from compress.loading import load
+
+    drafts = [int(one) for one in parse_bits(bits) or []]
+    return draft_speed(load(place, **given), place, drafts, text, turns.tokens, turns.rounds, progress)
 
 
 def _check_bench(folder: Optional[str], random: Optional[str], dtype: str, target: Optional[str]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.quant.feedback import codes_by_feedback, inverse_factor
+from compress.quant.feedback import _compiled, _in_torch, codes_by_feedback, inverse_factor
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.records import GroupedShape
 from compress.quant.settings import AnyPrecisionConfig
@@ -84,6 +84,19 @@ def test_error_feedback_is_that_of_the_papers_at_several_numbers_of_bits_at_once
     wanted = plain_gptq(targets, tables, spread(sizes, 70), hessian, share)
     assert (codes == wanted).float().mean() > 0.99  # a tie in float32 may fall the other way
     assert torch.equal(codes[:, :20], wanted[:, :20])
+
+
+def test_the_loop_in_torch_chooses_what_the_compiled_one_does():
+    weight, hessian = layer(rows=70, columns=64)
+    given = torch.stack([weight, weight + 0.01]), [torch.linspace(-1, 1, 2**bits) for bits in (2, 3)]
+    rest = weight.abs().amax(1), inverse_factor(hessian), torch.tensor([1.0, 2.0])
+    errors = given[0].clone(), given[0].clone()
+    one, other = (loop(left, given[1], *rest) for loop, left in zip((_in_torch, _compiled), errors, strict=True))
+    assert (one != other).any(
+        1
+    ).float().mean() < 0.05  # a tie may fall the other way, and changes what follows in its row
+    same = (one == other).all(1)
+    torch.testing.assert_close(errors[0][:, same], errors[1][:, same], rtol=1e-3, atol=1e-3)
 
 
 def test_matrices_of_one_input_have_the_same_factors():
