@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 from rich.markup import escape
 
@@ -9,6 +10,9 @@ from rich.markup import escape
 from compress.cli import making, measuring, serve, serving, tuning  # noqa: F401
 from compress.cli.common import app, err
 from compress.errors import CompressError
+
+MAIN_SPEAKS = 30.0
+"""Seconds that other processes give the main one to say what is wrong for all; its launcher then stops them."""
 
 
 def main() -> None:
@@ -24,8 +28,10 @@ def main() -> None:
         if show:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        if os.environ.get("RANK", "0") != "0" and not text.startswith("rank "):
-            sys.exit(1)  # the main process says the same
+        rank = os.environ.get("RANK", "0")
+        if rank != "0" and not text.startswith("rank "):
+            time.sleep(MAIN_SPEAKS)
+            text = f"rank {rank}: {text}"
         known = isinstance(error, CompressError)
         note = "" if known else f"unexpected {type(error).__name__} (add --traceback to see where): "
         err.print(f"[bold red]error:[/] {escape(note + text)}", soft_wrap=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import compress
+from compress import cli
 from compress.ranks import LOTS, Ranks, Sums, even_parts
 from tests.conftest import assert_same_files
 
@@ -147,3 +148,15 @@ def test_what_is_wrong_for_all_is_said_once(recipe, tmp_path, run_ranks):
     process = run_ranks(2, code, "run", written, "-o", tmp_path / "model")
     assert process.returncode != 0
     assert process.stderr.count("works on packed matrices; put a quantising pass before it.") == 1
+
+
+def test_what_is_wrong_for_one_alone_is_said_by_it(monkeypatch, capsys):
+    """The main process is given time to say it first, and is not there here."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["compress", "inspect", "nowhere"])
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert waited == [cli.MAIN_SPEAKS]
+    assert capsys.readouterr().err.startswith("error: rank 1: nowhere")
