@@ -36,7 +36,7 @@ def fit_experts(block: Block, names: Sequence[str], config: AnyPrecisionConfig) 
         if isinstance(module, Experts):
             for matrix in module.matrices:
                 members = [f"{path}.{place}.{matrix}" for place in range(module.num_experts)]
-                found |= _fit(block, [name for name in members if name in names], matrix == module.first, config)
+                found |= _fit(block, [name for name in members if name in names], matrix != "down_proj", config)
     return found
 
 
