@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
+from compress.models import text_config
 from compress.structure import Architecture, Groups, Linear, architecture, block_prefix, declaration, inspected
 
 
@@ -30,11 +31,13 @@ def declared(config: PretrainedConfig) -> Architecture:
 
 def head_dim(config: PretrainedConfig) -> int:
     """Return the dimension of a head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    text: Any = text_config(config)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def config_shape(config: PretrainedConfig) -> BlockShape:
     """Return the shape that a config gives to every block; its query heads must be a multiple of the key-value heads."""
+    key = groups_of(declared(config)).config_channels
     heads = int(config.num_attention_heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
     if heads % shared:
@@ -42,7 +45,6 @@ def config_shape(config: PretrainedConfig) -> BlockShape:
             f"config.json: {heads} query heads are not a multiple of {shared} key-value heads, so there are no equal groups of "
             "heads to remove."
         )
-    key = groups_of(declared(config)).config_channels
     channels = getattr(config, key, None) if key else None
     return BlockShape(heads, shared, int(channels or 4 * config.hidden_size))
 

@@ -13,6 +13,7 @@ from compress.distillation import cache_teacher, distillation_loss
 from compress.errors import CompressError
 from compress.hf import cache_name, packed_modules
 from compress.loading import set_bits
+from compress.models import text_config
 from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
@@ -130,7 +131,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
     @torch.no_grad()
     def _begin(self, whole: Whole, context: Context) -> Tensor:
         """Return what the prompt begins as, float32 [tokens, embedding width]; of a prefix [tokens, 2 · blocks · keys]."""
-        rows, count = int(whole.model.config.vocab_size), torch.arange(self.config.tokens)
+        rows, count = int(text_config(whole.model.config).vocab_size), torch.arange(self.config.tokens)
         if self.config.start == "vocabulary":
             ids = count % rows
         elif self.config.start == "words":

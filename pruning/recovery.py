@@ -97,8 +97,20 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
             write_adapter(folder / ADAPTER_FOLDER, tensors, records[unit]["adapter"])
 
 
+_MAMBA = (
+    "falcon_h1",
+    "falcon_mamba",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+)  # types whose kernels read the weight of ``out_proj``
+
+
 def _targets(model: nn.Module, context: Context) -> list[str]:
-    """List the names of all linears inside the blocks, packed or not."""
-    blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(int(context.config.num_hidden_layers)))
+    """List the names of all linears inside the blocks, packed or not, that peft puts adapters on."""
+    blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(context.structure.depth))
     kinds = (nn.Linear, Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)]
+    inside = {name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)}
+    if context.config.model_type in _MAMBA:
+        inside = {name for name in inside if not name.endswith(".out_proj")}
+    return [name for name, _ in model.named_modules() if name in inside]

@@ -28,8 +28,8 @@ class Removals:
 
     def __init__(self, settings: SizeSettings, context: Context) -> None:
         self.settings, self.context = settings, context
-        blocks = int(context.config.num_hidden_layers)
-        self.names = [block_prefix(context.structure, index) for index in range(blocks)]
+        structure = context.structure
+        self.names = [block_prefix(structure, index) for index in range(structure.depth)]
 
     @cached_property
     def protected(self) -> set[int]:
