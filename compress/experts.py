@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape, StackedShape, expert_name
+from compress.quant.records import GroupedShape, GroupedStack, PackedShape, StackedShape, expert_name
 from compress.weights import TensorInfo, TensorSource
 
 
@@ -373,6 +373,7 @@ def stacked_shapes(packed: Mapping[str, PackedShape], paths: Iterable[str]) -> d
             raise CompressError(
                 f"{stack}: some experts are quantised and others are not, or otherwise; ignore all experts of a layer or none."
             )
+        kind = GroupedStack if isinstance(shapes[0], GroupedShape) else StackedShape
         dtype = max((shape.codebook_dtype for shape in shapes.values()), key=["float16", "float32"].index)
-        found[stack] = StackedShape(**{**vars(shapes[0]), "codebook_dtype": dtype}, experts=count)
+        found[stack] = kind(**{**vars(shapes[0]), "codebook_dtype": dtype}, experts=count)
     return found
