@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.distillation import cache_teacher, distillation_loss
 from compress.errors import CompressError
+from compress.following import check_embeddings
 from compress.hf import cache_name, packed_modules
 from compress.loading import set_bits
 from compress.models import text_config
@@ -21,6 +22,7 @@ from compress.quant.records import PackedShape, bits_range
 from compress.ranks import processes
 from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
+from compress.streaming import built
 from compress.tokens import token_ids
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record
@@ -39,7 +41,8 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """Refuse a prompt that leaves no room for text.
 
         Raises:
-            CompressError: that, a prefix for blocks of different sizes, or a starting text without tokens.
+            CompressError: that, a prefix for blocks of different sizes, a starting text without tokens, or a model that takes
+                no embeddings.
         """
         limit, tokens = context.context_length, self.config.tokens
         if limit is not None and limit - tokens < 2:
@@ -54,6 +57,8 @@ class SoftPrompt(Pass[SoftPromptConfig]):
             )
         if self.config.start_text is not None:
             self._given_tokens(self.config.start_text, context)
+        if self.config.method == "prompt":
+            check_embeddings(built(context.config, {}, context.shapes), context.structure)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """Name the units: ``prompt``, or one for each number of bits.
