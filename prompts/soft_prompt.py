@@ -50,7 +50,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
                 f"soft_prompt: {tokens} virtual tokens leave no room for text in a context of {limit}; lower tokens."
             )
         heads = {shape.key_value_heads for shape in context.shapes.values()}
-        if self.config.method == "prefix" and heads - {config_shape(context.config).key_value_heads}:
+        if self.config.method == "prefix" and heads and heads - {config_shape(context.config).key_value_heads}:
             raise CompressError(
                 "soft_prompt: a prefix has keys for the heads that config.json names in every block, but a pass before leaves blocks "
                 "with fewer; take method prompt, or prune in mode uniform."

@@ -28,7 +28,7 @@ PRUNE = {"kind": "prune", "score": "wanda", "allocation": "uniform", "sparsity":
 TRAIN = {"steps": 1, "batch": 1, "validate_every": 1}
 TUNE, LORA = {"kind": "tune_tables", "steps": 1, "batch": 1}, {"kind": "lora_recovery", **TRAIN}
 PROMPT = {"kind": "soft_prompt", "tokens": 4, **TRAIN}
-STRUCTURED = {"kind": "mini_llm", "ratio": 0.25}
+STRUCTURED = {"kind": "mini_llm", "ratio": 0.1, "mode": "local"}
 SECONDS = 300
 
 

@@ -141,7 +141,10 @@ class Removals:
         if self.settings.mode != "uniform":
             return True
         left = heads.shape(shape, count) if heads else shape
-        return ordinary_config(self.context.config, replace(left, channels=left.channels - 1)) is not None
+        return (
+            ordinary_config(self.context.config, self.context.structure, replace(left, channels=left.channels - 1))
+            is not None
+        )
 
     def _wanted_heads(self, heads: Part | None, mlp: Part) -> float:
         """Return the number of head groups that the target's share of a block amounts to."""
