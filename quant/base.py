@@ -71,11 +71,11 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         names = list(context.outside)
         return sorted({name for pattern in self.config.include for name in matching(pattern, names)})
 
-    def embedding_table(self) -> dict[int, int]:
-        """Return the bits of embedding and head by those of the model."""
+    def embedding_table(self, columns: int) -> dict[int, int]:
+        """Return the bits of embedding and head, of so many columns, by those of the model."""
         seed, parent = self.seed_and_parent
-        own = range(seed, parent + 1)
-        return self.config.embedding_table(own) or {bits: bits for bits in own}
+        own, more = range(seed, parent + 1), 1 if self.groups_vocabulary(columns) else 2
+        return self.config.embedding_table(own, more) or {bits: bits for bits in own}
 
     @property
     def seed_and_parent(self) -> tuple[int, int]:
@@ -88,12 +88,12 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         ignored = self._ignored(context)
         chosen = {name: shape for name, shape in context.linears.items() if name not in ignored}
         packed = {name: PackedShape(*shape, *self.seed_and_parent) for name, shape in chosen.items()}
-        table = self.embedding_table()
-        read_at = {str(bits): own for bits, own in table.items()}
-        span = min(table.values()), max(table.values())
         for name in self.outside(context):
-            shape = EmbeddingShape(*context.outside[name], *span, rank=1, read_at=read_at)
-            grouped = self.groups_vocabulary(shape.in_features)
+            rows, columns = context.outside[name]
+            table = self.embedding_table(columns)
+            span, read_at = (min(table.values()), max(table.values())), {str(bits): own for bits, own in table.items()}
+            shape = EmbeddingShape(rows, columns, *span, rank=1, read_at=read_at)
+            grouped = self.groups_vocabulary(columns)
             packed[name] = GroupedEmbeddingShape(**vars(shape), group=GROUP) if grouped else shape
         return packed
 
@@ -139,13 +139,13 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
 
     def _run_outside(self, block: Block) -> Record:
         """Quantise embedding and head, and measure the errors: of outputs where the matrix multiplies hidden states."""
-        table, errors = self.embedding_table(), dict[str, dict[str, dict[str, float]]]()
+        errors: Record = {}
         for name, linear in block.linears.items():
             check_weight(name, linear.weight)
             weight = _on_cpu(linear.weight)
             hessian = block.hessians.get(name)
             looked_up = isinstance(linear.module, nn.Embedding)
-            grouped = self.groups_vocabulary(weight.shape[1])
+            table, grouped = self.embedding_table(weight.shape[1]), self.groups_vocabulary(weight.shape[1])
             found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())), block.ranks, grouped)
             block.packed[name] = replace(found, read_at={str(bits): own for bits, own in table.items()})
             sensitivity = block.squared_gradients.get(name)

@@ -12,7 +12,8 @@ _NARROWEST = 512  # columns: narrower matrices were not measured
 EmbeddingBits = int | dict[int, int] | Literal["auto"] | None
 _EMBEDDING_BITS = (
     "Bits of the embedding and the head, which are stored once where they are tied: one number, the model's "
-    "bits -> theirs, or auto: two more than the model's, at least 4 and at most 8. 0 leaves them dense"
+    "bits -> theirs, or auto: two more than the model's, one where they have sizes for groups of columns, at least 4 and at most 8. "
+    "0 leaves them dense"
 )
 
 
@@ -45,13 +46,13 @@ class QuantiseConfig(PassConfig):
             raise ValueError(f"{value} must be 0, auto, a number of bits from 2 to 8, or such numbers that do not fall")
         return value
 
-    def embedding_table(self, model_bits: range) -> dict[int, int]:
-        """Return the bits of embedding and head by those of the model; none if they stay dense.
+    def embedding_table(self, model_bits: range, more: int) -> dict[int, int]:
+        """Return the bits of embedding and head by those of the model, by default so many ``more``; none if they stay dense.
 
         Bits that a given table leaves out have those of the next lower ones in it, or of its first.
         """
         if self.embedding_bits == "auto" or (self.embedding_bits is None and not self.include):
-            return {bits: max(4, min(bits + 2, 8)) for bits in model_bits}
+            return {bits: max(4, min(bits + more, 8)) for bits in model_bits}
         if self.embedding_bits is None or isinstance(self.embedding_bits, int):
             return dict.fromkeys(model_bits, self.embedding_bits) if self.embedding_bits else {}
         given = self.embedding_bits

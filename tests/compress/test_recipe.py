@@ -165,8 +165,8 @@ def test_without_passes_it_has_the_best_there_are():
     assert [quantise.packs_embedding(columns) for columns in (511, 512, 8192)] == [False, True, True]
     named = quantise.model_copy(update={"include": ("lm_head",)})
     assert not named.packs_embedding(4096)
-    assert named.embedding_table(range(3, 5)) == {}
-    assert quantise.embedding_table(range(3, 5)) == {3: 5, 4: 6}
+    assert named.embedding_table(range(3, 5), 2) == {}
+    assert quantise.embedding_table(range(3, 5), 2) == {3: 5, 4: 6}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import pack_smaller
 from compress.quant.records import EmbeddingShape, PackedShape, bits_range, model_bytes, packed_bytes, shape_of
 from compress.quant.settings import KMeansConfig
-from compress.quant.vocabulary import fit_vocabulary
+from compress.quant.vocabulary import fit_vocabulary, with_rows
 
 DOCUMENT = (Path(compress.__file__).parent / "quant" / "FORMAT.md").read_text(encoding="utf-8")
 EMBEDDING = json.loads(re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[2])[-1]
@@ -83,6 +83,23 @@ def test_sizes_for_groups_of_columns_cost_less_at_every_number_of_bits():
 def test_matrices_without_much_to_tell(weight, grouped):
     found = fit_vocabulary(weight, None, True, [2, 4], grouped=grouped)
     torch.testing.assert_close(found.rows(4, slice(None)), weight, atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_are_added_by_their_nearest_codes(grouped):
+    """As a baked prompt adds them; a row of zeros stays one, and those that are there stay as they are."""
+    columns = 140
+    weight, hessian = matrix(columns=columns)
+    found = replace(fit_vocabulary(weight, hessian, True, range(4, 9), grouped=grouped), read_at={"8": 8})
+    shape, tensors, _ = pack_smaller(found)
+    extra = torch.cat([weight[:3] * 0.5, torch.zeros(1, columns)])
+    larger, held = with_rows(shape, tensors, extra)
+    embedding = BitPlaneEmbedding(larger)
+    embedding.load_state_dict(held)
+    torch.testing.assert_close(embedding.dense()[:-4], found.rows(8, slice(None)), rtol=1e-6, atol=1e-6)
+    error = (embedding.dense()[-4:] - extra).norm(dim=1)
+    assert (error[:3] < 0.02 * extra[:3].norm(dim=1)).all()
+    assert error[3] < 1e-3
 
 
 # The module
@@ -211,7 +228,7 @@ def test_tables_that_make_no_sense_are_refused(read_at):
 
 def test_embedding_bits_of_a_recipe():
     def table(given, bits=range(2, 9)):
-        return list(KMeansConfig(embedding_bits=given).embedding_table(bits).values())
+        return list(KMeansConfig(embedding_bits=given).embedding_table(bits, 2).values())
 
     assert table(6) == [6] * 7
     assert table({3: 4, 5: 8}) == [4, 4, 4, 8, 8, 8, 8]
@@ -225,13 +242,13 @@ def test_embedding_bits_of_a_recipe():
 # A whole model
 
 
-@pytest.fixture(scope="module")
-def packed(make_model, text_file, tmp_path_factory):
-    """A checkpoint with what comes by default."""
+@pytest.fixture(scope="module", params=["row", "shared"])
+def packed(request, make_model, text_file, tmp_path_factory):
+    """A checkpoint of either form; embeddings with sizes for groups of columns have one bit more than the model, others two."""
     recipe = {
         "model": str(make_model("llama", tie_word_embeddings=True)),
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
-        "passes": [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "embedding_bits": "auto"}],
+        "passes": [{"kind": "any_precision", "parent_bits": 6, "embedding_bits": "auto", "codebooks": request.param}],
     }
     return recipe, compress.run(recipe, tmp_path_factory.mktemp("packed") / "model")
 
@@ -246,7 +263,9 @@ def test_tied_stays_tied(packed, verify):
     recipe, folder = packed
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"]
-    assert config["quantization_config"]["format_version"] == 4
+    record = config["quantization_config"]["modules"]["model.embed_tokens"]
+    assert config["quantization_config"]["format_version"] == (7 if "group" in record else 4)
+    assert record["read_at"] == ({"3": 4, "4": 5, "5": 6, "6": 7} if "group" in record else TABLE)
     model = compress.load(folder)
     assert isinstance(model.get_output_embeddings(), BitPlaneHead)
     assert "lm_head" not in packed_modules(model)
@@ -254,7 +273,7 @@ def test_tied_stays_tied(packed, verify):
     for bits in range(3, 7):
         compress.set_bits(model, bits)
         assert compress.get_bits(model) == bits
-        assert packed_modules(model)["model.embed_tokens"].bits == TABLE[str(bits)]
+        assert packed_modules(model)["model.embed_tokens"].bits == record["read_at"][str(bits)]
         assert torch.equal(logits(model), logits(compress.load(folder, bits=bits)))
     dense = logits(AutoModelForCausalLM.from_pretrained(recipe["model"], dtype=torch.float32))
     compress.set_bits(model, 6)
@@ -270,7 +289,10 @@ def test_sizes_are_foreseen_and_told(packed):
     shape = read_settings(folder).shapes()["model.embed_tokens"]
     index = json.loads((folder / "model.safetensors.index.3bit.json").read_text())["weight_map"]
     held = [name for name in index if name.startswith("model.embed_tokens.")]
-    assert len(held) == 4 and shape.at(3) == shape.seed_bits, "planes of 5 bits, columns, rows and a basis"
+    assert shape.at(3) == shape.seed_bits
+    assert len(held) == 4 + ("model.embed_tokens.groups" in held), (
+        "planes of the fewest bits, columns, rows and a basis"
+    )
     assert {index[name] for name in held} == {index["model.norm.weight"]}
 
 
@@ -299,7 +321,7 @@ def test_calls_that_would_change_its_rows_or_its_form(packed):
 
 def test_a_budget_chooses_its_bits_too(packed):
     model = compress.load(packed[1], bits="3.5")
-    assert packed_modules(model)["model.embed_tokens"].bits in range(5, 9)
+    assert packed_modules(model)["model.embed_tokens"].bits in range(4, 9)
     sizes = json.loads((packed[1] / "compression.json").read_text())["sizes"]["tensors_at_bits"]
     shapes = read_settings(packed[1]).shapes()
     chosen = compress.get_bits(compress.load(packed[1], memory=sizes["4"]))
