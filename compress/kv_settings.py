@@ -91,7 +91,10 @@ class KVSettings:
         from compress.kernels.kv import Grid
 
         both = zip(bits, self.groups, (self.keys, self.values), strict=True)
-        keys, values = (Grid(number, group, along, self.nested, self.rotate) for number, group, along in both)
+        keys, values = (
+            Grid(number, group, along, self.nested, self.rotate, self.nested and self.rotate and along == "token")
+            for number, group, along in both
+        )
         return keys, values
 
     def check_config(self, config: Any) -> None:
