@@ -33,6 +33,7 @@ class KVSettings:
     rotate: bool = True
     keep: int | None = None
     policy: Policy = "attention"
+    scale_keys: bool = True
 
     def __post_init__(self) -> None:
         if min(self.groups) < 1 or self.residual < 0 or self.sinks < 0:
@@ -85,6 +86,11 @@ class KVSettings:
             if "channel" in (self.keys, self.values)
             else 32
         )
+
+    @property
+    def scales(self) -> bool:
+        """Tell whether channels of keys are scaled; without a rotation their groups would be the same."""
+        return self.scale_keys and self.rotate and self.keys == "channel"
 
     def grids(self, bits: Pair) -> tuple[Grid, Grid]:
         """Return the grids of keys and of values."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.kernels.cpu import WORTH_A_TEAM, Library, library, serves
-from compress.kernels.kv import Packed, States, attend, masked, rotate
+from compress.kernels.kv import Packed, States, attend, masked, rotate, turned
 from compress.kernels.kv_gpu import attend_on_gpu, serves_on_gpu
 
 MOST_ROWS = 16  # of queries that share a head; above, states are dense a chunk at a time, for torch's product
@@ -53,7 +53,7 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
     before, packed, behind = torch.split(products, sizes, -1)
     before.copy_(asked @ states.whole_keys[0].float().mT)
     behind.copy_(asked @ states.whole_keys[1].float().mT)
-    _run(keys, _padded(rotate(asked) if keys.grid.rotated else asked), packed, _PRODUCTS, isa)
+    _run(keys, _padded(turned(asked, keys)), packed, _PRODUCTS, isa)
     if mask is not None:
         products = masked(products.view(batch, heads, -1, query.shape[2], states.tokens), mask).view_as(products)
     before, packed, behind = torch.split(products.softmax(-1).nan_to_num_(0.0), sizes, -1)

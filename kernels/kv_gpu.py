@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.gpu import interpreting, missing
-from compress.kernels.kv import Packed, States, masked, rotate
+from compress.kernels.kv import Packed, States, masked, rotate, turned
 
 MOST_ROWS = 64  # of queries that share a head
 _BLOCK = 32  # tokens of one step of a program
@@ -59,16 +59,16 @@ def attend_on_gpu(query: Tensor, states: States, mask: Tensor | None, scale: flo
             masked(zeros, mask).view(batch, heads, rows, -1).clamp_min(-1e30)
         )  # a part that nobody sees stays finite
     before, own, behind = (None, None, None) if added is None else torch.split(added, sizes, -1)
-    turned = (rotate(asked) if keys.grid.rotated else asked).contiguous()
+    queries = turned(asked, keys).contiguous()
     parts = max(1, min(-(-keys.tokens // _BLOCK), _PARTS // many or 1))
     chunk = -(-keys.tokens // parts // _BLOCK) * _BLOCK
     parts = -(-keys.tokens // chunk)
     largest, total = (asked.new_empty(many, parts, rows) for _ in range(2))
     mixed = asked.new_empty(many, parts, rows, values.channels)
-    given = turned if own is None else own.contiguous()
+    given = queries if own is None else own.contiguous()
     pointers = [*_pointers(keys), *_pointers(values), given, largest, total, mixed]
     numbers = rows, keys.tokens, chunk, keys.channels, values.channels, keys.grid.group, values.grid.group
-    triton_kv.attend[(many, parts)](turned, *pointers, *numbers, **constants(keys, values, rows, own is not None))
+    triton_kv.attend[(many, parts)](queries, *pointers, *numbers, **constants(keys, values, rows, own is not None))
     found = [(largest[:, part], total[:, part], _turned_back(mixed[:, part], values)) for part in range(parts)]
     for place, more in ((0, before), (1, behind)):
         if states.whole_keys[place].shape[2]:
