@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -117,7 +118,9 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
     block: Annotated[int, typer.Option(help="Tokens of a call.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    only: Annotated[str, typer.Option(help="Part of the names to measure, beside the plain cache.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Regular expression: measure names in which it is found, and the plain cache.")
+    ] = "",
     target: JsonOption = None,
 ) -> None:
     """Measure perplexity with each cache in the loop, how far predictions are from the plain cache's, and the bytes it takes."""
@@ -125,7 +128,7 @@ def main(
     documents, _ = documents_of(text, Protocol(join="\n\n"))
     cut = Protocol(length=length, disjoint=True).cut(documents, load_tokenizer(model))
     makers = candidates(network.config, [int(one) for one in bits.split(",")])
-    makers = {name: make for name, make in makers.items() if name == "plain" or only in name}
+    makers = {name: make for name, make in makers.items() if name == "plain" or re.search(only, name)}
     found = side_by_side(network, [window.tokens for window in cut.windows[:windows]], makers, block)
     show(
         "packed caches",

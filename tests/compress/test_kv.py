@@ -220,6 +220,19 @@ def test_bytes_in_memory_are_those_of_the_planes_groups_and_whole_tokens():
     assert cache.resident_bytes() == values * (4 + 2) // 8 + groups + 2 * 3 * (3 + 16) * 32 * 4 + 3 * 32 * 4
 
 
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_token_beyond_the_whole_ones_takes_little_more_than_its_bits(bits, channels):
+    sizes, whole = [], 4 + 128
+    for groups in (2, 6):
+        cache = KVCache(bits)
+        states = torch.randn(1, 2, whole + 128 * groups, channels, dtype=torch.bfloat16)
+        scaled_dot_product_attention(states, *cache.update(states, states, 0))
+        sizes.append(cache.resident_bytes())
+    plain = 2 * 2 * channels * 2  # bytes of a token in bfloat16
+    assert (sizes[1] - sizes[0]) / (4 * 128 * plain) <= 1.1 * bits / 16
+
+
 def test_a_copy_is_a_cache_of_its_own():
     model, ids = model_of(), ids_of(tokens=40)
     cache = KVCache(4, **SMALL, config=model.config)

@@ -28,7 +28,9 @@ def check(
         )
         for place, way in enumerate(along)
     ]
-    packed = [pack(draw(2, 2, tokens, size), grid) for size, grid in zip(channels, grids, strict=True)]
+    scales = draw(2, 2, 1, channels[0]).exp() if rotated else None, None
+    drawn = [draw(2, 2, tokens, size) for size in channels]
+    packed = [pack(states, grid, scale) for states, grid, scale in zip(drawn, grids, scales, strict=True)]
     parts = [[draw(2, 2, count, size) for count in whole] for size in channels]
     held, query = States(*packed, *map(tuple, parts)), draw(2, 2 * repeats, queries, channels[0])
     mask = None
