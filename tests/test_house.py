@@ -31,7 +31,7 @@ WAITING: set[tuple[str, str]] = set()
 
 BUDGETS = {
     "compress": (9380, 11.0),
-    "compress/cli": (1510, 9.4),
+    "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
     "quant": (4960, 12.5),
