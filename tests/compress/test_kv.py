@@ -191,16 +191,19 @@ def test_assisted_decoding_gives_the_same_tokens():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("shown", [False, True])
 @pytest.mark.parametrize("bits", [(4, 2), (8, 3), (3, 2), (16, 2)])
-def test_fewer_bits_in_the_middle_are_those_bits_from_the_start(bits):
-    """The same keys and values in both: bit for bit, those packed later too; and the freed planes are gone."""
+def test_fewer_bits_in_the_middle_are_those_bits_from_the_start(bits, shown):
+    """The same keys and values in both, and queries: bit for bit, those packed later too; and the freed planes are gone."""
     most, fewest = bits
     generator = torch.Generator().manual_seed(0)
     live, wanted = KVCache(most, **SMALL), KVCache(fewest, **SMALL)
     for turn in range(6):
-        keys, values = (torch.randn(2, 2, 17, 16, generator=generator) for _ in range(2))
+        query, keys, values = (torch.randn(2, 2, 17, 16, generator=generator) for _ in range(3))
         for cache in (live, wanted):
-            cache.update(keys, values, 0)
+            states = cache.update(keys, values, 0)
+            if shown:
+                scaled_dot_product_attention(query, *states)
         if turn == 3:
             before = live.resident_bytes()
             live.set_bits(fewest)
