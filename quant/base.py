@@ -128,7 +128,8 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         share_packed(block, [name for name in weights if name not in fitted])
         block.packed |= {name: found.as_stored() for name, found in fitted.items() if name not in block.packed}
         errors = block.ranks.noted(errors)
-        return {"errors": {name: errors[name] for name in weights}}
+        few = {"few_tokens": dict(block.few_tokens)} if block.few_tokens else {}
+        return {"errors": {name: errors[name] for name in weights}, **few}
 
     def _run_outside(self, block: Block) -> Record:
         """Quantise embedding and head, and measure the errors: of outputs where the matrix multiplies hidden states."""
