@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compress.errors import CompressError
-from compress.kernels.kv import Along, Grid, Packed, States, join, nothing, pack, unpack
+from compress.kernels.kv import Along, Grid, Packed, States, join, nothing, pack, scale_for, unpack
 from compress.kernels.kv_cpu import attention
 from compress.kv_evict import Policy, importance, kept_tokens
 from compress.kv_settings import WHOLE, KVBits, KVSettings, Pair
@@ -128,6 +128,10 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.packed: tuple[Packed, Packed] | None = None
         self.first: tuple[Tensor, Tensor] | None = None  # whole tokens before the packed ones
         self.whole: tuple[Tensor, Tensor] | None = None  # and behind them
+        self.power: Tensor | None = (
+            None  # sums of squares of the queries that were seen before a group of keys was full
+        )
+        self.scale: Tensor | None = None  # of the channels of keys, from then on
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take note of the dtype and the sizes, [B, H, T, D], of what is to come, and choose groups; refuse channels that do not fit."""
@@ -146,31 +150,43 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.whole is not None
+        self._pack()  # what the last call added, if its attention did not show its queries
+        watch = self._watch(key_states.shape[2])
         self.seen += key_states.shape[2]
         keys, values = (torch.cat(pair, 2) for pair in zip(self.whole, (key_states, value_states), strict=True))
         self.whole = keys, values
-        if self._evicts(key_states.shape[2]):
+        states = None
+        if watch is not None:
             none = [nothing(states, grid) for states, grid in zip(self.whole, self._grids(), strict=True)]
-            states = States(none[0], none[1], (keys[:, :, :0], keys), (values[:, :, :0], values), self._evict)
-            return LazyStates(states, True), LazyStates(states, False)
-        found: tuple[Tensor, Tensor] = keys, values
-        if self.packed is not None and self.first is not None:
+            states = States(none[0], none[1], (keys[:, :, :0], keys), (values[:, :, :0], values), watch)
+        elif self.packed is not None and self.first is not None:
             states = States(*self.packed, (self.first[0], keys), (self.first[1], values))
-            found = LazyStates(states, True), LazyStates(states, False)
         if not self.record_past:
             self._forget()
-        self._pack()
-        return found
+        if watch is None:
+            self._pack()
+        return (keys, values) if states is None else (LazyStates(states, True), LazyStates(states, False))
 
-    def _evicts(self, new: int) -> bool:
-        """Tell whether the ``new`` tokens are a prompt to take tokens from, once attention has shown its queries."""
-        if self.settings.keep is None or self.is_sliding or self.evicted:
-            return False
-        if self.seen != new:
-            raise CompressError(
-                "kv keep: no attention of the prompt has been seen; load the model with attn_implementation='sdpa'."
-            )
-        return True
+    def _watch(self, new: int) -> Callable[[Tensor, Tensor | None, float], None] | None:
+        """Return what is to see the queries of a call that adds ``new`` tokens before they are packed, if anything is."""
+        if self.settings.keep is not None and not self.is_sliding and not self.evicted:
+            if self.seen:
+                raise CompressError(
+                    "kv keep: no attention of the prompt has been seen; load the model with attn_implementation='sdpa'."
+                )
+            return self._evict
+        first = self.settings.sinks + self.settings.residual + self.settings.tokens  # tokens of which a group is packed
+        return self._look if self.settings.scales and self.scale is None and self.seen < first else None
+
+    def _look(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Add to the power of the queries, but for those of the very first tokens, then pack."""
+        assert self.whole is not None
+        asked = torch.unflatten(query.detach().float(), 1, (self.whole[0].shape[1], -1))
+        if self.seen == query.shape[2]:
+            asked = asked[:, :, :, self.settings.sinks :]
+        power = asked.square().sum((2, 3))[:, :, None]
+        self.power = power if self.power is None else self.power + power
+        self._pack()
 
     def _evict(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
         """Drop tokens of the prompt, then pack."""
@@ -184,20 +200,26 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         places = kept_tokens(scores, self.settings.keep, self.settings.sinks, self.settings.residual)[..., None]
         self.evicted = True
         self._change_whole(lambda states: states.gather(2, places.expand(-1, -1, -1, states.shape[3])))
-        self._pack()
+        self._look(query, mask, scale)
 
     def _pack(self) -> None:
         """Pack groups of the oldest whole tokens but the very first ones, while ``residual`` stay."""
         assert self.whole is not None
         group, keep = self.settings.tokens, self.settings.residual
-        sinks = self.settings.sinks if self.first is None and not self.is_sliding else 0
+        gone = self.is_sliding and self.seen > self.held
+        sinks = self.settings.sinks if self.first is None and not gone else 0
         count = (self.whole[0].shape[2] - sinks - keep) // group * group
-        if count <= 0 or WHOLE in self.bits:
+        if count <= 0:
+            return
+        if self.settings.scales and self.scale is None:
+            self.scale, self.power = scale_for(self.whole[0][:, :, sinks : sinks + group], self.power), None
+        if WHOLE in self.bits:
             return
         if self.first is None:
             self.first = self.whole[0][:, :, :sinks].clone(), self.whole[1][:, :, :sinks].clone()
             self._change_whole(lambda states: states[:, :, sinks:])
-        new = [pack(states[:, :, :count], grid) for states, grid in zip(self.whole, self._grids(), strict=True)]
+        keys, values = self._grids()
+        new = [pack(self.whole[0][:, :, :count], keys, self.scale), pack(self.whole[1][:, :, :count], values)]
         if self.packed is not None:
             new = [join([old, more]) for old, more in zip(self.packed, new, strict=True)]
         self.packed = new[0], new[1]
@@ -211,11 +233,17 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.whole = change(self.whole[0]), change(self.whole[1])
 
     def _forget(self) -> None:
-        """Drop groups of tokens that a sliding window has left behind."""
+        """Drop the very first tokens, and then groups, that a sliding window has left behind."""
         if self.sliding_window is None:
             return
-        group = self.settings.tokens
-        count = max(0, self.held - self.sliding_window + 1) // group * group
+        sinks, unseen = self.settings.sinks, self.seen - self.sliding_window + 1
+        if unseen < sinks:
+            return
+        away = sinks + (unseen - sinks) // self.settings.tokens * self.settings.tokens
+        count = max(0, away - (self.seen - self.held))
+        if self.first is not None and count:
+            count -= self.first[0].shape[2]
+            self.first = self.first[0][:, :, :0].clone(), self.first[1][:, :, :0].clone()
         if self.packed is not None and count:
             tokens = self.packed[0].tokens
             gone = min(count, tokens)
@@ -295,6 +323,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.first = change(self.first[0]), change(self.first[1])
         if self.whole is not None:
             self._change_whole(change)
+        self.power, self.scale = (None if part is None else change(part) for part in (self.power, self.scale))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows of the batch, [B], as beam search does."""
@@ -310,7 +339,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.packed = self.first = self.whole = None
+        self.packed = self.first = self.whole = self.power = self.scale = None
         self.seen, self.is_initialized, self.evicted = 0, False, False
 
     def set_bits(self, bits: tuple[int, int]) -> None:
@@ -331,7 +360,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def tensors(self) -> list[Tensor]:
         """Return all there is in memory."""
         packed = [tensor for part in self.packed or () for tensor in part.tensors()]
-        return [*packed, *(self.first or ()), *(self.whole or ())]
+        scales = [part for part in (self.power, self.scale) if part is not None]
+        return [*packed, *(self.first or ()), *(self.whole or ()), *scales]
 
 
 class KVCache(Cache):
@@ -348,12 +378,13 @@ class KVCache(Cache):
         values: the same for values.
         config: of the model. It tells which layers slide or hold no keys; without it every layer keeps all tokens.
         nested: False for KIVI's own grid, a control, of which fewer bits cannot be read.
-        sinks: so many of the very first tokens stay as they are too, but in layers with a sliding window: much attention goes
-            there, and their keys are unlike all others.
+        sinks: so many of the very first tokens stay as they are too: much attention goes there, and their keys are unlike all others.
         rotate: channels of a head are mixed by a Hadamard matrix before they are rounded, so that no channel is much louder than the rest.
         keep: take tokens from the first call of the model, the prompt, until so many are left in every layer without a window.
         policy: which: those that its last queries attend to most stay (``attention``), or the latest (``recent``), or any
             (``random``); the first ``sinks`` and the last ``residual`` in any case.
+        scale_keys: channels of keys are scaled before they are rotated, by what the first queries and keys show
+            (:func:`compress.kernels.kv.scale_for`), so that errors fall where queries are small.
 
     Raises:
         CompressError: settings that are out of range, do not fit each other or the model, or a model without attention.
@@ -372,8 +403,9 @@ class KVCache(Cache):
         rotate: bool = True,
         keep: int | None = None,
         policy: Policy = "attention",
+        scale_keys: bool = True,
     ) -> None:
-        settings = KVSettings(group, residual, keys, values, nested, sinks, rotate, keep, policy)
+        settings = KVSettings(group, residual, keys, values, nested, sinks, rotate, keep, policy, scale_keys)
         self.settings, self._asked = settings, bits
         if config is None:
             super().__init__(layers=[])

@@ -33,6 +33,7 @@ class KVSettings:
     rotate: bool = True
     keep: int | None = None
     policy: Policy = "attention"
+    scale_keys: bool = True
 
     def __post_init__(self) -> None:
         if min(self.groups) < 1 or self.residual < 0 or self.sinks < 0:
@@ -86,12 +87,20 @@ class KVSettings:
             else 32
         )
 
+    @property
+    def scales(self) -> bool:
+        """Tell whether channels of keys are scaled; without a rotation their groups would be the same."""
+        return self.scale_keys and self.rotate and self.keys == "channel"
+
     def grids(self, bits: Pair) -> tuple[Grid, Grid]:
         """Return the grids of keys and of values."""
         from compress.kernels.kv import Grid
 
         both = zip(bits, self.groups, (self.keys, self.values), strict=True)
-        keys, values = (Grid(number, group, along, self.nested, self.rotate) for number, group, along in both)
+        keys, values = (
+            Grid(number, group, along, self.nested, self.rotate, self.nested and self.rotate and along == "token")
+            for number, group, along in both
+        )
         return keys, values
 
     def check_config(self, config: Any) -> None:

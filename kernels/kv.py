@@ -3,7 +3,8 @@
 States are [B, H, T, D]: rows of a batch, heads, tokens, channels. A *group* of them, ``group`` tokens of one channel or ``group``
 channels of one token (KIVI, arXiv 2402.02750), shares its smallest value and its span. The span is cut into ``2**bits`` equal cells and a
 value becomes the number of its cell, which stands for the middle of it. Cells at fewer bits are unions of cells at more, so the leading
-planes of a code are the code at fewer bits, bit for bit. KIVI's own grid, whose end points are the group's smallest and largest value, is here
+planes of a code are the code at fewer bits, bit for bit. Groups that lie about zero anyway, channels of a token after a rotation, are *centred*: the
+smallest value is minus half the span, which takes a byte. Keys are scaled first (:func:`scale_for`). KIVI's own grid, whose end points are the group's smallest and largest value, is here
 as a control: its codes do not nest.
 """
 
@@ -21,6 +22,9 @@ Along = Literal["channel", "token"]
 MOST_BITS = 8
 CHUNK = 512  # tokens that are dense at a time
 _LARGEST = torch.finfo(torch.float16).max
+_FAR = math.log(1e6)  # a channel's power or variance from their geometric mean
+_TRUST = 0.15
+_LARGEST_BYTE = 247  # of a centred group's span: 61,440; the next is infinity
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Grid:
         along: ``channel``: they are tokens of one channel; ``token``: channels of one token.
         nested: cells that nest; or KIVI's end points.
         rotated: states are rounded after a rotation of their channels (:func:`rotate`), which spreads what is loud over all.
+        centred: the span lies about zero, so no smallest value is stored.
     """
 
     bits: int
@@ -40,6 +45,7 @@ class Grid:
     along: Along
     nested: bool = True
     rotated: bool = False
+    centred: bool = False
 
     def grouped(self, states: Tensor) -> Tensor:
         """View [B, H, T, D] as groups: [B, H, T / group, group, D], or [B, H, T, D / group, group]."""
@@ -57,17 +63,20 @@ class Packed:
 
     Attributes:
         planes: one uint8 [B, H, T, ceil(D / 8)] per bit, most significant first; channel d is bit d % 8 of byte d // 8.
-        low: float16, a group's smallest value: [B, H, T / group, D] or [B, H, T, D / group].
-        span: the same of the largest value less the smallest.
+        low: float16, a group's smallest value: [B, H, T / group, D] or [B, H, T, D / group]; None where groups are centred.
+        span: the same of the largest value less the smallest; where groups are centred, uint8: exponent and first three bits of the
+            fraction of a float16, rounded up.
         channels: D.
         grid: how they were rounded; ``bits`` as there are planes.
+        scale: float32 [B, H, 1, D], by which channels were multiplied before anything else; None for ones.
     """
 
     planes: tuple[Tensor, ...]
-    low: Tensor
+    low: Tensor | None
     span: Tensor
     channels: int
     grid: Grid
+    scale: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -76,12 +85,13 @@ class Packed:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all there is in memory."""
-        return (*self.planes, self.low, self.span)
+        return (*self.planes, self.span, *(part for part in (self.low, self.scale) if part is not None))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
         """Return it with every tensor changed."""
         planes = tuple(map(change, self.planes))
-        return replace(self, planes=planes, low=change(self.low), span=change(self.span))
+        low, scale = (None if part is None else change(part) for part in (self.low, self.scale))
+        return replace(self, planes=planes, low=low, span=change(self.span), scale=scale)
 
     def at_bits(self, bits: int) -> Packed:
         """Return it at fewer bits: the leading planes."""
@@ -92,11 +102,12 @@ class Packed:
         scale = self.grid.group if self.grid.along == "channel" else 1
         tokens, groups = slice(start, stop), slice(start // scale, stop // scale)
         planes = tuple(plane[:, :, tokens] for plane in self.planes)
-        return replace(self, planes=planes, low=self.low[:, :, groups], span=self.span[:, :, groups])
+        low = None if self.low is None else self.low[:, :, groups]
+        return replace(self, planes=planes, low=low, span=self.span[:, :, groups])
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Return what code 0 stands for and the step from a code to the next, float32, by group."""
-        low, span, count = self.low.float(), self.span.float(), 1 << self.grid.bits
+        (low, span), count = _widened(self.low, self.span), 1 << self.grid.bits
         if not self.grid.nested:
             return low, span / (count - 1)
         step = span / count
@@ -115,14 +126,36 @@ def rotate(states: Tensor) -> Tensor:
     return (torch.unflatten(states, -1, (-1, size)) @ matrix).flatten(-2)
 
 
-def pack(states: Tensor, grid: Grid) -> Packed:
-    """Round states, floating [B, H, T, D], of which ``grid.group`` divides T or D."""
+def scale_for(keys: Tensor, power: Tensor | None) -> Tensor:
+    """Return factors for the channels of keys with which rounding after a rotation disturbs products with queries least.
+
+    The error is spread evenly over scaled channels and grows with their summed variance; divided by its factor f, that of a channel counts
+    as much as queries are large there. The product of ``sum(f**2 * variance)`` and ``sum(power / f**2)`` is least at ``f**4 = power / variance``,
+    but what is known of the variance is that of one group: with the exponent :data:`_TRUST` for 1/4 predictions on C4 came closer.
+
+    Args:
+        keys: floating [B, H, T, D], a group of tokens.
+        power: sums of the squares of queries, [B, H, 1, D]; None if none were seen: all alike.
+
+    Returns:
+        float32 [B, H, 1, D], with a geometric mean of 1.
+    """
+    variance = keys.float().var(2, correction=0, keepdim=True)
+    power = torch.ones_like(variance) if power is None else power
+    logs = [part.clamp_min(1e-30).log() for part in (power, variance)]
+    levels = [(part - part.mean(-1, keepdim=True)).clamp(-_FAR, _FAR) for part in logs]
+    scale = levels[0] / 4 - levels[1] * _TRUST
+    return (scale - scale.mean(-1, keepdim=True)).exp()
+
+
+def pack(states: Tensor, grid: Grid, scale: Tensor | None = None) -> Packed:
+    """Round states, floating [B, H, T, D], of which ``grid.group`` divides T or D, their channels times ``scale``."""
     states = states.detach().float()
+    states = states if scale is None else states * scale
     groups = grid.grouped(rotate(states) if grid.rotated else states)
-    least, largest = torch.aminmax(groups, dim=grid.axis, keepdim=True)
-    low = least.clamp(-_LARGEST, _LARGEST).half()
-    span = (largest - low.float()).clamp(0, _LARGEST).half()
-    place = torch.where(span > 0, (groups - low.float()) / span.float(), 0.0)
+    low, span = _ends(groups, grid)
+    least, spans = _widened(low, span)
+    place = torch.where(spans > 0, (groups - least) / spans, 0.0)
     if grid.nested:
         most = 1 << MOST_BITS
         codes = (place * most).floor().clamp_(0, most - 1).to(torch.uint8)
@@ -131,7 +164,26 @@ def pack(states: Tensor, grid: Grid) -> Packed:
         codes = (place * most).round().clamp_(0, most).to(torch.uint8) << (MOST_BITS - grid.bits)
     codes = codes.view(states.shape)
     planes = tuple(_plane(codes, MOST_BITS - 1 - number) for number in range(grid.bits))
-    return Packed(planes, low.squeeze(grid.axis), span.squeeze(grid.axis), states.shape[-1], grid)
+    low = None if low is None else low.squeeze(grid.axis)
+    return Packed(planes, low, span.squeeze(grid.axis), states.shape[-1], grid, scale)
+
+
+def _ends(groups: Tensor, grid: Grid) -> tuple[Tensor | None, Tensor]:
+    """Return the smallest value and the span of groups as they are stored, their dimension kept with size 1."""
+    if grid.centred:
+        halves = (2 * groups.abs().amax(grid.axis, keepdim=True)).clamp(max=_LARGEST).half()
+        return None, ((halves.view(torch.int16) + 127) >> 7).clamp(max=_LARGEST_BYTE).to(torch.uint8)
+    least, largest = torch.aminmax(groups, dim=grid.axis, keepdim=True)
+    low = least.clamp(-_LARGEST, _LARGEST).half()
+    return low, (largest - low.float()).clamp(0, _LARGEST).half()
+
+
+def _widened(low: Tensor | None, span: Tensor) -> tuple[Tensor, Tensor]:
+    """Return smallest values and spans as float32, of what :func:`_ends` stores."""
+    if low is not None:
+        return low.float(), span.float()
+    wide = (span.to(torch.int16) << 7).view(torch.float16).float()
+    return -wide / 2, wide
 
 
 def _plane(codes: Tensor, bit: int) -> Tensor:
@@ -142,15 +194,15 @@ def _plane(codes: Tensor, bit: int) -> Tensor:
 
 def codes_of(packed: Packed) -> Tensor:
     """Return the codes, uint8 [B, H, T, D]."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.low.device)
-    codes = torch.zeros((), dtype=torch.uint8, device=packed.low.device)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.span.device)
+    codes = torch.zeros((), dtype=torch.uint8, device=packed.span.device)
     for plane in packed.planes:
         codes = (codes << 1) | ((plane[..., None] >> places) & 1)
     return codes.flatten(-2)[..., : packed.channels]
 
 
 def as_rounded(packed: Packed) -> Tensor:
-    """Return what the codes stand for, float32 [B, H, T, D], of rotated states still rotated."""
+    """Return what the codes stand for, float32 [B, H, T, D], of scaled and rotated states still so."""
     first, step = (part.unsqueeze(packed.grid.axis) for part in packed.affine())
     groups = packed.grid.grouped(codes_of(packed)) * step + first
     return groups.flatten(packed.grid.axis - 1, packed.grid.axis)
@@ -159,23 +211,31 @@ def as_rounded(packed: Packed) -> Tensor:
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return what the codes stand for, [B, H, T, D]."""
     states = as_rounded(packed)
-    return (rotate(states) if packed.grid.rotated else states).to(dtype)
+    states = rotate(states) if packed.grid.rotated else states
+    return (states if packed.scale is None else states / packed.scale).to(dtype)
+
+
+def turned(queries: Tensor, keys: Packed) -> Tensor:
+    """Return queries, float32 [B, H, Q, D], whose products with what :func:`as_rounded` returns are those of queries and keys."""
+    queries = queries if keys.scale is None else queries / keys.scale
+    return rotate(queries) if keys.grid.rotated else queries
 
 
 def nothing(states: Tensor, grid: Grid) -> Packed:
     """Return no tokens of states [B, H, T, D]."""
     batch, heads, _, channels = states.shape
     count = channels if grid.along == "channel" else channels // grid.group
-    empty = states.new_empty(batch, heads, 0, count, dtype=torch.float16)
+    empty = states.new_empty(batch, heads, 0, count, dtype=torch.uint8 if grid.centred else torch.float16)
     planes = states.new_empty(batch, heads, 0, -(-channels // 8), dtype=torch.uint8)
-    return Packed((planes,) * grid.bits, empty, empty, channels, grid)
+    return Packed((planes,) * grid.bits, None if grid.centred else empty, empty, channels, grid)
 
 
 def join(parts: list[Packed]) -> Packed:
     """Put stretches of tokens behind one another."""
     planes = tuple(torch.cat(planes, 2) for planes in zip(*(part.planes for part in parts), strict=True))
-    low, span = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("low", "span"))
-    return replace(parts[0], planes=planes, low=low, span=span)
+    lows = [part.low for part in parts if part.low is not None]
+    span = torch.cat([part.span for part in parts], 2)
+    return replace(parts[0], planes=planes, low=torch.cat(lows, 2) if lows else None, span=span)
 
 
 LookUp = Callable[[Packed], Tensor]
@@ -199,6 +259,8 @@ class States:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values, [B, H, T, D]."""
         (first, last), (first_values, last_values) = self.whole_keys, self.whole_values
+        if not self.keys.tokens and not first.shape[2]:
+            return last, last_values
         if not self.keys.tokens:
             return torch.cat([first, last], 2), torch.cat([first_values, last_values], 2)
         keys = torch.cat([first, unpack(self.keys, first.dtype), last], 2)
@@ -233,17 +295,18 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, loo
     Returns:
         [B, H * n, Q, values' D] in the dtype of ``query``; zeros where a query sees nothing, as torch has it.
     """
-    heads = states.keys.low.shape[1]
-    rows = torch.unflatten(query.float(), 1, (heads, -1)) * scale
-    turned = rotate(rows) if states.keys.grid.rotated else rows
-    shape = rows.shape[:-1]  # [B, H, n, Q]
+    heads = states.keys.span.shape[1]
+    grouped = torch.unflatten(query.float(), 1, (heads, -1)) * scale
+    shape = grouped.shape[:-1]  # [B, H, n, Q]
+    rows = grouped.flatten(2, 3)
+    asked = turned(rows, states.keys)
     largest, total = rows.new_full((*shape, 1), -torch.inf), rows.new_zeros((*shape, 1))
     sums, start = {packed: rows.new_zeros((*shape, states.values.channels)) for packed in (False, True)}, 0
     for keys, values, packed in states.chunks(look_up):
         stop = start + keys.shape[2]
         if start == stop:
             continue
-        products = (turned if packed else rows).flatten(2, 3) @ keys.mT
+        products = (asked if packed else rows) @ keys.mT
         products = torch.unflatten(products, 2, shape[2:])
         if mask is not None:
             products = masked(products, mask[..., start:stop])

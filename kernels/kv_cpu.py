@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.kernels.cpu import WORTH_A_TEAM, Library, library, serves
-from compress.kernels.kv import Packed, States, attend, masked, rotate
+from compress.kernels.kv import Packed, States, attend, masked, rotate, turned
 from compress.kernels.kv_gpu import attend_on_gpu, serves_on_gpu
 
 MOST_ROWS = 16  # of queries that share a head; above, states are dense a chunk at a time, for torch's product
@@ -35,9 +35,9 @@ def attention(query: Tensor, states: States, mask: Tensor | None, scale: float) 
     if query.device.type == "cuda" and serves_on_gpu(query, states):
         return attend_on_gpu(query, states, mask, scale)
     channels = max(states.keys.channels, states.values.channels)
-    if not serves(query, states.keys.low) or channels > _CHANNELS or (torch.is_grad_enabled() and query.requires_grad):
+    if not serves(query, states.keys.span) or channels > _CHANNELS or (torch.is_grad_enabled() and query.requires_grad):
         return attend(query, states, mask, scale)
-    rows = query.shape[1] // states.keys.low.shape[1] * query.shape[2]
+    rows = query.shape[1] // states.keys.span.shape[1] * query.shape[2]
     if 0 < rows <= MOST_ROWS:
         return attend_packed(query, states, mask, scale)
     return attend(query, states, mask, scale, as_rounded_in_c)
@@ -46,14 +46,14 @@ def attention(query: Tensor, states: States, mask: Tensor | None, scale: float) 
 def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: float, isa: int | None = None) -> Tensor:
     """Attend as :func:`compress.kernels.kv.attend` does, never with dense keys or values; ``isa`` is for tests."""
     keys, values = states.keys, states.values
-    batch, heads = keys.low.shape[:2]
+    batch, heads = keys.span.shape[:2]
     asked = (query.float() * scale).reshape(batch, heads, -1, query.shape[-1])  # [B, H, rows, D]
     sizes = [states.whole_keys[0].shape[2], keys.tokens, states.whole_keys[1].shape[2]]
     products = torch.empty(*asked.shape[:3], states.tokens, dtype=torch.float32, device="cpu")
     before, packed, behind = torch.split(products, sizes, -1)
     before.copy_(asked @ states.whole_keys[0].float().mT)
     behind.copy_(asked @ states.whole_keys[1].float().mT)
-    _run(keys, _padded(rotate(asked) if keys.grid.rotated else asked), packed, _PRODUCTS, isa)
+    _run(keys, _padded(turned(asked, keys)), packed, _PRODUCTS, isa)
     if mask is not None:
         products = masked(products.view(batch, heads, -1, query.shape[2], states.tokens), mask).view_as(products)
     before, packed, behind = torch.split(products.softmax(-1).nan_to_num_(0.0), sizes, -1)
@@ -68,7 +68,7 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
 
 def as_rounded_in_c(packed: Packed) -> Tensor:
     """Do what :func:`compress.kernels.kv.as_rounded` does."""
-    shape = *packed.low.shape[:2], packed.tokens
+    shape = *packed.span.shape[:2], packed.tokens
     out = torch.empty(*shape, -(-packed.channels // _LANES) * _LANES, dtype=torch.float32, device="cpu")
     _run(packed, out, None, _STATES)
     return out[..., : packed.channels]
@@ -83,10 +83,10 @@ def _run(packed: Packed, vectors: Tensor, weights: Tensor | None, mode: int, isa
     found = library()
     assert isinstance(found, Library)
     packed = packed.map(Tensor.contiguous)
-    grid, heads = packed.grid, packed.low.shape[0] * packed.low.shape[1]
+    grid, heads = packed.grid, packed.span.shape[0] * packed.span.shape[1]
     rows = 0 if weights is None else vectors.shape[2]
     addresses = [plane.data_ptr() for plane in packed.planes] + [0] * (8 - grid.bits)
-    addresses += [packed.low.data_ptr(), packed.span.data_ptr()]
+    addresses += [0 if packed.low is None else packed.low.data_ptr(), packed.span.data_ptr()]
     sizes = heads, packed.tokens, packed.channels, grid.bits, grid.group, int(grid.along == "channel"), int(grid.nested)
     kv = _KV.pack(*addresses, *sizes, found.isa if isa is None else isa)
     threads = torch.get_num_threads() if heads * (rows + 1) * packed.tokens * packed.channels >= WORTH_A_TEAM else 1

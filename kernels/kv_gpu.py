@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.gpu import interpreting, missing
-from compress.kernels.kv import Packed, States, masked, rotate
+from compress.kernels.kv import Packed, States, masked, rotate, turned
 
 MOST_ROWS = 64  # of queries that share a head
 _BLOCK = 32  # tokens of one step of a program
@@ -17,7 +17,7 @@ _PARTS = 128  # programs that are worth starting at once
 
 def serves_on_gpu(query: Tensor, states: States) -> bool:
     """Tell whether the kernel takes this: tensors on a GPU (or Triton's interpreter), Triton, few queries, and no gradient."""
-    rows = query.shape[1] // states.keys.low.shape[1] * query.shape[2]
+    rows = query.shape[1] // states.keys.span.shape[1] * query.shape[2]
     small = 0 < rows <= MOST_ROWS and max(states.keys.channels, states.values.channels) <= 256
     there = query.device.type == "cuda" or interpreting()
     return small and there and missing() is None and not (torch.is_grad_enabled() and query.requires_grad)
@@ -35,6 +35,8 @@ def constants(keys: Packed, values: Packed, rows: int, has_mask: bool) -> dict[s
         "KEY_ALONG": keys.grid.along == "channel",
         "VALUE_ALONG": values.grid.along == "channel",
         "NESTED": keys.grid.nested,
+        "KEY_CENTRED": keys.grid.centred,
+        "VALUE_CENTRED": values.grid.centred,
         "MASKED": has_mask,
         **sizes,
         "BLOCK": _BLOCK,
@@ -46,7 +48,7 @@ def attend_on_gpu(query: Tensor, states: States, mask: Tensor | None, scale: flo
     from compress.kernels import triton_kv
 
     keys, values = (packed.map(Tensor.contiguous) for packed in (states.keys, states.values))
-    batch, heads = keys.low.shape[:2]
+    batch, heads = keys.span.shape[:2]
     asked = (query.float() * scale).reshape(batch, heads, -1, query.shape[-1])
     rows, many = asked.shape[2], batch * heads
     sizes = [states.whole_keys[0].shape[2], keys.tokens, states.whole_keys[1].shape[2]]
@@ -57,16 +59,16 @@ def attend_on_gpu(query: Tensor, states: States, mask: Tensor | None, scale: flo
             masked(zeros, mask).view(batch, heads, rows, -1).clamp_min(-1e30)
         )  # a part that nobody sees stays finite
     before, own, behind = (None, None, None) if added is None else torch.split(added, sizes, -1)
-    turned = (rotate(asked) if keys.grid.rotated else asked).contiguous()
+    queries = turned(asked, keys).contiguous()
     parts = max(1, min(-(-keys.tokens // _BLOCK), _PARTS // many or 1))
     chunk = -(-keys.tokens // parts // _BLOCK) * _BLOCK
     parts = -(-keys.tokens // chunk)
     largest, total = (asked.new_empty(many, parts, rows) for _ in range(2))
     mixed = asked.new_empty(many, parts, rows, values.channels)
-    given = turned if own is None else own.contiguous()
+    given = queries if own is None else own.contiguous()
     pointers = [*_pointers(keys), *_pointers(values), given, largest, total, mixed]
     numbers = rows, keys.tokens, chunk, keys.channels, values.channels, keys.grid.group, values.grid.group
-    triton_kv.attend[(many, parts)](turned, *pointers, *numbers, **constants(keys, values, rows, own is not None))
+    triton_kv.attend[(many, parts)](queries, *pointers, *numbers, **constants(keys, values, rows, own is not None))
     found = [(largest[:, part], total[:, part], _turned_back(mixed[:, part], values)) for part in range(parts)]
     for place, more in ((0, before), (1, behind)):
         if states.whole_keys[place].shape[2]:
@@ -79,9 +81,9 @@ def attend_on_gpu(query: Tensor, states: States, mask: Tensor | None, scale: flo
 
 
 def _pointers(packed: Packed) -> list[Tensor]:
-    """Return the planes, eight with the last repeated, and the groups."""
+    """Return the planes, eight with the last repeated, and the groups; spans twice where no smallest values are stored."""
     planes = [*packed.planes] + [packed.planes[-1]] * (8 - packed.grid.bits)
-    return [*planes, packed.low, packed.span]
+    return [*planes, packed.span if packed.low is None else packed.low, packed.span]
 
 
 def _turned_back(mixed: Tensor, values: Packed) -> Tensor:

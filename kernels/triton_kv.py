@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _states(p0, p1, p2, p3, p4, p5, p6, p7, low, span, head, tokens, t, d, channels, group,
-            BITS: tl.constexpr, ALONG_TOKENS: tl.constexpr, NESTED: tl.constexpr):  # fmt: skip
+            BITS: tl.constexpr, ALONG_TOKENS: tl.constexpr, NESTED: tl.constexpr, CENTRED: tl.constexpr):  # fmt: skip
     """Look up tokens t and channels d of a head, both below their ends: float32 [tokens, channels]."""
     place = (head * tokens + t)[:, None].to(tl.int64) * ((channels + 7) // 8) + (d // 8)[None, :]
     bit = (d % 8)[None, :]
@@ -29,7 +29,11 @@ def _states(p0, p1, p2, p3, p4, p5, p6, p7, low, span, head, tokens, t, d, chann
         own = (head * (tokens // group) + t // group)[:, None].to(tl.int64) * channels + d[None, :]
     else:
         own = (head * tokens + t)[:, None].to(tl.int64) * (channels // group) + (d // group)[None, :]
-    first, step = tl.load(low + own).to(tl.float32), tl.load(span + own).to(tl.float32)
+    if CENTRED:
+        step = (tl.load(span + own).to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)
+        first = step * -0.5
+    else:
+        first, step = tl.load(low + own).to(tl.float32), tl.load(span + own).to(tl.float32)
     if NESTED:
         step = step / (1 << BITS)
         first += step / 2
@@ -43,8 +47,8 @@ def attend(
     query, k0, k1, k2, k3, k4, k5, k6, k7, key_low, key_span, v0, v1, v2, v3, v4, v5, v6, v7, value_low, value_span,
     mask, largest, total, mixed, rows, tokens, chunk, key_channels, value_channels, key_group, value_group,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_ALONG: tl.constexpr, VALUE_ALONG: tl.constexpr,
-    NESTED: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, KEY_CENTRED: tl.constexpr, VALUE_CENTRED: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attend by ``rows`` queries of one head, float32 [heads, rows, D], to a chunk of its tokens.
 
@@ -63,7 +67,7 @@ def attend(
         t = start + tl.arange(0, BLOCK)
         inside, t = t < end, tl.minimum(t, tokens - 1)
         keys = _states(k0, k1, k2, k3, k4, k5, k6, k7, key_low, key_span, head, tokens, t, held, key_channels, key_group,
-                       KEY_BITS, KEY_ALONG, NESTED)  # fmt: skip
+                       KEY_BITS, KEY_ALONG, NESTED, KEY_CENTRED)  # fmt: skip
         products = tl.dot(asked, tl.trans(keys), input_precision="ieee")
         if MASKED:
             place = (head * rows + tl.minimum(r, rows - 1))[:, None].to(tl.int64) * tokens + t[None, :]
@@ -72,7 +76,7 @@ def attend(
         now = tl.maximum(most, tl.max(products, 1))
         weights, kept = tl.exp(products - now[:, None]), tl.exp(most - now)
         values = _states(v0, v1, v2, v3, v4, v5, v6, v7, value_low, value_span, head, tokens, t, taken, value_channels,
-                         value_group, VALUE_BITS, VALUE_ALONG, NESTED)  # fmt: skip
+                         value_group, VALUE_BITS, VALUE_ALONG, NESTED, VALUE_CENTRED)  # fmt: skip
         weight_sum = weight_sum * kept + tl.sum(weights, 1)
         sums = sums * kept[:, None] + tl.dot(weights, values, input_precision="ieee")
         most = now

@@ -13,7 +13,8 @@
 /* Every field is eight bytes: the caller packs them one after another. */
 typedef struct {
     const uint8_t *planes[MAX_BITS]; /* [heads, tokens, ceil(channels / 8)], most significant first */
-    const uint16_t *low, *span;      /* float16 [heads, tokens / group, channels] or [heads, tokens, channels / group] */
+    const uint16_t *low;             /* float16 [heads, tokens / group, channels] or [heads, tokens, channels / group]; NULL: centred */
+    const void *span;                /* the same; where groups are centred, bytes: bits 7 to 14 of a float16 */
     int64_t heads, tokens, channels, bits, group;
     int64_t along_tokens;            /* whether a group is tokens of one channel */
     int64_t nested;                  /* whether a code stands for the middle of its cell */

@@ -27,11 +27,13 @@ INLINE void NAME(affine)(const KV *kv, int64_t head, int64_t t, float *first, fl
 {
     int64_t along_tokens = kv->along_tokens, count = along_tokens ? kv->channels : kv->channels / kv->group;
     int64_t row = along_tokens ? head * (kv->tokens / kv->group) + t / kv->group : head * kv->tokens + t;
-    const uint16_t *low = kv->low + row * count, *span = kv->span + row * count;
+    const uint16_t *low = kv->low ? kv->low + row * count : 0, *wide = (const uint16_t *)kv->span + row * count;
+    const uint8_t *narrow = (const uint8_t *)kv->span + row * count;
     float cells = kv->nested ? (float)(1 << kv->bits) : (float)((1 << kv->bits) - 1), middle = kv->nested ? 0.5f : 0.0f;
     int64_t each = along_tokens ? 1 : kv->group;
     for (int64_t g = 0; g < count; g++) {
-        float s = widened(span[g]) / cells, f = widened(low[g]) + middle * s;
+        float span = widened(low ? wide[g] : (uint16_t)(narrow[g] << 7)), s = span / cells;
+        float f = (low ? widened(low[g]) : -0.5f * span) + middle * s;
         for (int64_t i = 0; i < each; i++)
             first[g * each + i] = f, step[g * each + i] = s;
     }

@@ -36,7 +36,13 @@ def made_dense(monkeypatch):
     """Count how often packed states became dense."""
     counted = []
     dense = LazyStates.dense
-    monkeypatch.setattr(LazyStates, "dense", lambda self: counted.append(1) or dense(self))
+
+    def counting(self):
+        if self.states.keys.tokens:
+            counted.append(1)
+        return dense(self)
+
+    monkeypatch.setattr(LazyStates, "dense", counting)
     return counted
 
 
@@ -78,12 +84,33 @@ def test_a_whole_cache_is_the_plain_one(kind):
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_attention_that_is_not_torchs_gets_dense_states(kind, monkeypatch):
     model, ids = model_of(kind, **KINDS[kind]), ids_of(tokens=60)
-    lazy = logits_by_blocks(model, ids, KVCache(4, **SMALL, config=model.config))
+    options = {
+        **SMALL,
+        "scale_keys": False,
+        "config": model.config,
+    }  # factors depend on queries, which other attention does not show
+    lazy = logits_by_blocks(model, ids, KVCache(4, **options))
     model.set_attn_implementation("eager")
     counted = made_dense(monkeypatch)
-    eager = logits_by_blocks(model, ids, KVCache(4, **SMALL, config=model.config))
+    eager = logits_by_blocks(model, ids, KVCache(4, **options))
     torch.testing.assert_close(eager, lazy, rtol=1e-3, atol=1e-4)
     assert counted
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [7, 60])
+def test_keys_are_scaled_once_by_what_the_first_tokens_show(implementation, size):
+    model, ids = model_of("gemma3_text", sliding_window=24), ids_of(tokens=60)
+    model.set_attn_implementation(implementation)
+    cache = KVCache(4, **SMALL, config=model.config)
+    logits_by_blocks(model, ids, cache, size)
+    logits_by_blocks(model, ids[:, :9], cache)
+    for layer in cache.layers:
+        assert layer.power is None
+        assert layer.scale.shape == (2, 2, 1, 16)
+        torch.testing.assert_close(layer.scale.log().mean(-1), torch.zeros(2, 2, 1), rtol=0, atol=1e-5)
+        assert torch.equal(layer.packed[0].scale, layer.scale)
+        assert layer.packed[1].scale is None
 
 
 def test_generate_with_beams_sampling_and_several_sequences():
@@ -138,6 +165,22 @@ def test_a_sliding_window_is_cropped_only_while_it_keeps_the_past():
     assert cache.layers[0].held < 20 + 8
 
 
+def test_a_sliding_window_drops_the_first_tokens_and_then_groups():
+    """What is held depends on how many tokens were seen alone, whether they are packed or whole."""
+    config = model_of("mistral", sliding_window=40).config
+    packed, whole = (KVCache(bits, **SMALL, sinks=3, config=config) for bits in (4, 16))
+    states = torch.randn(1, 2, 120, 16)
+    for token in range(120):
+        for cache in (packed, whole):
+            new = states[:, :, token : token + 1]
+            cache.update(new, new, 0)
+        layers = packed.layers[0], whole.layers[0]
+        lost = 3 + (token + 1 - 39 - 3) // 8 * 8 if token + 1 - 39 >= 3 else 0
+        assert [token + 1 - layer.held for layer in layers] == [lost, lost]
+    held = unpack(packed.layers[0].packed[0])
+    torch.testing.assert_close(held, states[:, :, lost : lost + held.shape[2]], rtol=0, atol=0.5)
+
+
 def test_assisted_decoding_gives_the_same_tokens():
     model, ids = model_of(), ids_of(rows=1)
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": 299}
@@ -148,16 +191,19 @@ def test_assisted_decoding_gives_the_same_tokens():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("shown", [False, True])
 @pytest.mark.parametrize("bits", [(4, 2), (8, 3), (3, 2), (16, 2)])
-def test_fewer_bits_in_the_middle_are_those_bits_from_the_start(bits):
-    """The same keys and values in both: bit for bit, those packed later too; and the freed planes are gone."""
+def test_fewer_bits_in_the_middle_are_those_bits_from_the_start(bits, shown):
+    """The same keys and values in both, and queries: bit for bit, those packed later too; and the freed planes are gone."""
     most, fewest = bits
     generator = torch.Generator().manual_seed(0)
     live, wanted = KVCache(most, **SMALL), KVCache(fewest, **SMALL)
     for turn in range(6):
-        keys, values = (torch.randn(2, 2, 17, 16, generator=generator) for _ in range(2))
+        query, keys, values = (torch.randn(2, 2, 17, 16, generator=generator) for _ in range(3))
         for cache in (live, wanted):
-            cache.update(keys, values, 0)
+            states = cache.update(keys, values, 0)
+            if shown:
+                scaled_dot_product_attention(query, *states)
         if turn == 3:
             before = live.resident_bytes()
             live.set_bits(fewest)
@@ -171,9 +217,23 @@ def test_fewer_bits_in_the_middle_are_those_bits_from_the_start(bits):
 def test_bytes_in_memory_are_those_of_the_planes_groups_and_whole_tokens():
     cache = KVCache((4, 2), **SMALL, sinks=3)
     states = torch.randn(1, 3, 3 + 16 + 64, 32)
-    cache.update(states, states, 0)
+    scaled_dot_product_attention(states, *cache.update(states, states, 0))  # which shows the queries
     values = 3 * 64 * 32
-    assert cache.resident_bytes() == values * (4 + 2) // 8 + 2 * values // 8 * 4 + 2 * 3 * (3 + 16) * 32 * 4
+    groups = values // 8 * (4 + 1)  # smallest values and spans of keys, in float16, and a byte for the span of values
+    assert cache.resident_bytes() == values * (4 + 2) // 8 + groups + 2 * 3 * (3 + 16) * 32 * 4 + 3 * 32 * 4
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_token_beyond_the_whole_ones_takes_little_more_than_its_bits(bits, channels):
+    sizes, whole = [], 4 + 128
+    for groups in (2, 6):
+        cache = KVCache(bits)
+        states = torch.randn(1, 2, whole + 128 * groups, channels, dtype=torch.bfloat16)
+        scaled_dot_product_attention(states, *cache.update(states, states, 0))
+        sizes.append(cache.resident_bytes())
+    plain = 2 * 2 * channels * 2  # bytes of a token in bfloat16
+    assert (sizes[1] - sizes[0]) / (4 * 128 * plain) <= 1.1 * bits / 16
 
 
 def test_a_copy_is_a_cache_of_its_own():

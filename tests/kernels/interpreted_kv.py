@@ -18,10 +18,19 @@ def check(
     bits, channels, tokens, whole, repeats, queries, kind=None, along=("channel", "token"), nested=True, rotated=True
 ):
     grids = [
-        Grid(bits[place], 8 if along[place] == "channel" else channels[place] // 2, along[place], nested, rotated)
-        for place in (0, 1)
+        Grid(
+            bits[place],
+            8 if way == "channel" else channels[place] // 2,
+            way,
+            nested,
+            rotated,
+            nested and way == "token",
+        )
+        for place, way in enumerate(along)
     ]
-    packed = [pack(draw(2, 2, tokens, size), grid) for size, grid in zip(channels, grids, strict=True)]
+    scales = draw(2, 2, 1, channels[0]).exp() if rotated else None, None
+    drawn = [draw(2, 2, tokens, size) for size in channels]
+    packed = [pack(states, grid, scale) for states, grid, scale in zip(drawn, grids, scales, strict=True)]
     parts = [[draw(2, 2, count, size) for count in whole] for size in channels]
     held, query = States(*packed, *map(tuple, parts)), draw(2, 2 * repeats, queries, channels[0])
     mask = None

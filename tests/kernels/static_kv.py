@@ -13,11 +13,13 @@ from compress.kernels.kv_gpu import constants
 
 
 def compiled(bits, channels, rows, has_mask, target):
-    packed = [pack(torch.zeros(1, 1, 32, channels), Grid(bits, 32, along)) for along in ("channel", "token")]
+    grids = Grid(bits, 32, "channel"), Grid(bits, 32, "token", centred=True)
+    packed = [pack(torch.zeros(1, 1, 32, channels), grid) for grid in grids]
     fixed, names = constants(*packed, rows, has_mask), list(triton_kv.attend.arg_names)
     types = dict.fromkeys(("query", "mask", "largest", "total", "mixed"), "*fp32")
     types |= {f"{side}{plane}": "*u8" for side in "kv" for plane in range(8)}
-    types |= {f"{side}_{what}": "*fp16" for side in ("key", "value") for what in ("low", "span")}
+    # Of centred groups the kernel reads bytes, and it is given the spans in the place of the smallest values.
+    types |= {f"{side}_{what}": kind for side, kind in (("key", "*fp16"), ("value", "*u8")) for what in ("low", "span")}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(triton_kv.attend, signature, constexprs=constexprs)
