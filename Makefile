@@ -31,9 +31,9 @@ docs: .venv/ready
 	.venv/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-# A sample of the types of models that transformers has, end to end.
+# Every type of models that transformers has, tiny, with all work: a quarter of an hour. CI has a sample (tests/compress/test_models.py).
 test-models: .venv/ready
-	.venv/bin/python -m pytest -q tests/compress/test_models.py tests/compress/test_experts.py tests/compress/test_following.py
+	.venv/bin/python -m tests.every
 
 # The round-trip tests on transformers 5.0, a middle version and the latest, each in an environment of its own.
 test-matrix:

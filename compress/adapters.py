@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from compress.config import StoredConfig
 from compress.errors import CompressError, first_line
 from compress.hf import packed_modules
+from compress.models import text_config
 from compress.quant.records import EmbeddingShape
 from compress.shapes import head_dim
 from compress.sidecars import PROMPT_NAME, find_prompts, read_adapter, read_prompt
@@ -66,18 +67,19 @@ def attach_prompts(model: PreTrainedModel, prompts: str | Path | Mapping[int | N
 def _check_fit(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a prompt not as wide as the model's embedding, or a prefix not as wide as all blocks' keys and values."""
     kind, _, wide = read_prompt(folder)
-    config: Any = model.config
+    config: Any = text_config(model.config)
     embedding: Any = model.get_input_embeddings()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    prefix = 2 * config.num_hidden_layers * heads * head_dim(config)
-    stored = getattr(config, "quantization_config", None)
+    stored = getattr(model.config, "quantization_config", None)
     shapes = stored.block_shapes() if isinstance(stored, StoredConfig) else {}
-    if kind == "PREFIX_TUNING" and {shape.key_value_heads for shape in shapes.values()} - {heads}:
-        raise CompressError(
-            f"{folder}: is a prefix, which has keys for equally many heads in every block, and some of this model's have fewer; "
-            "train a prompt (method: prompt) for it, or prune in mode uniform."
-        )
-    expected = embedding.embedding_dim if kind == "PROMPT_TUNING" else prefix
+    expected = embedding.embedding_dim
+    if kind == "PREFIX_TUNING":
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        expected = 2 * config.num_hidden_layers * heads * head_dim(config)
+        if {shape.key_value_heads for shape in shapes.values()} - {heads}:
+            raise CompressError(
+                f"{folder}: is a prefix, which has keys for equally many heads in every block, and some of this model's have "
+                "fewer; train a prompt (method: prompt) for it, or prune in mode uniform."
+            )
     if wide != expected:
         raise CompressError(f"{folder}: does not fit this model ({wide} numbers per virtual token, not {expected}).")
 
@@ -107,7 +109,8 @@ def virtual_tokens(model: nn.Module) -> int:
 
 def text_length(model: nn.Module, cap: int | None = None) -> int | None:
     """Count the tokens of text that fit beside a prompt, at least two; return None if neither model nor ``cap`` limits them."""
-    limits = [getattr(model.config, "max_position_embeddings", None), cap]
+    config: Any = model.config
+    limits = [getattr(text_config(config), "max_position_embeddings", None), cap]
     context = min((int(limit) for limit in limits if limit is not None), default=None)
     taken = virtual_tokens(model)
     if context is not None and context - taken < 2:

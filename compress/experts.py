@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import PackedShape, StackedShape, expert_name
+from compress.quant.records import GroupedShape, GroupedStack, PackedShape, StackedShape, expert_name
 from compress.weights import TensorInfo, TensorSource
 
 
@@ -36,8 +36,8 @@ class Experts(nn.Module):
         self.register_state_dict_post_hook(_save_stacks)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_load_stacks)  # type: ignore[no-untyped-call]
         parameters = dict(dense.named_parameters(recurse=False))
-        self.first = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
-        self.matrices = (self.first, "down_proj")
+        self.matrices = next(names for names in _MATRICES if parameters.keys() >= {*names})
+        self.first = self.matrices[0]
         self.transposed = bool(getattr(dense, "is_transposed", type(dense).__name__ in _SORTED))
         self.num_experts = len(parameters[self.first])
         self.biased = f"{self.first}_bias" in parameters
@@ -71,6 +71,8 @@ class Experts(nn.Module):
         gate = getattr(dense, "_apply_gate", None)
         if self.first == "up_proj":
             inner = dense.act_fn(inner)
+        elif self.first == "gate_proj":
+            inner = dense.act_fn(inner) * expert.get_submodule("up_proj")(x)
         elif gate is not None:
             inner = gate(inner)
         else:
@@ -86,10 +88,17 @@ class Experts(nn.Module):
         top_k_weights: Tensor | None = None,
         router_indices: Tensor | None = None,
         routing_weights: Tensor | None = None,
+        gammas: Tensor | None = None,
     ) -> Tensor:
-        """Add up what each token's experts make of it, by its weights: [tokens, in] to [tokens, out]."""
+        """Add up what each token's experts make of it, by its weights: [tokens, in] to [tokens, out].
+
+        With ``gammas``, [..., experts], every token goes to every expert.
+        """
         if self.all_tokens:
             return self.compute(0, hidden_states)
+        if gammas is not None:
+            rest = (gammas.view(*hidden_states.shape[:-1], -1)[..., i, None] for i in range(self.num_experts))
+            return sum(self.compute(i, hidden_states) * gamma for i, gamma in enumerate(rest))  # type: ignore[return-value]
         index = router_indices if top_k_index is None else top_k_index
         weights = routing_weights if top_k_weights is None else top_k_weights
         if index is None or weights is None:
@@ -195,16 +204,21 @@ class _Stack(nn.Module):
             self.register_buffer(name, torch.empty(size, dtype=getattr(torch, kind), device="meta"))
 
 
+_MATRICES = (("gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj"))
 _SORTED = ("Llama4TextExperts",)  # takes tokens sorted by expert, without transformers' mark for experts
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Tell whether a module keeps the experts of a mixture in the two parameters that transformers gives them."""
+    """Tell whether a module keeps the experts of a mixture in the parameters that transformers gives them."""
     sizes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
-    first, last = sizes.get("gate_up_proj", sizes.get("up_proj", ())), sizes.get("down_proj", ())
-    marked = hasattr(module, "is_transposed") or type(module).__name__ in _SORTED
-    routed = marked or "top_k_index" in signature(module.forward).parameters
-    return routed and len(first) == len(last) == 3 and first[0] == last[0]
+    names = next((names for names in _MATRICES if sizes.keys() >= {*names}), ())
+    stacks = [sizes[name] for name in names if len(sizes[name]) == 3]
+    if not names or len(stacks) < len(names) or len({size[0] for size in stacks}) > 1:
+        return False
+    given = signature(module.forward).parameters
+    if "gate_proj" in names:  # Inkling's shared experts
+        return "gammas" in given
+    return hasattr(module, "is_transposed") or type(module).__name__ in _SORTED or "top_k_index" in given
 
 
 def split_experts(model: nn.Module) -> None:
@@ -359,6 +373,7 @@ def stacked_shapes(packed: Mapping[str, PackedShape], paths: Iterable[str]) -> d
             raise CompressError(
                 f"{stack}: some experts are quantised and others are not, or otherwise; ignore all experts of a layer or none."
             )
+        kind = GroupedStack if isinstance(shapes[0], GroupedShape) else StackedShape
         dtype = max((shape.codebook_dtype for shape in shapes.values()), key=["float16", "float32"].index)
-        found[stack] = StackedShape(**{**vars(shapes[0]), "codebook_dtype": dtype}, experts=count)
+        found[stack] = kind(**{**vars(shapes[0]), "codebook_dtype": dtype}, experts=count)
     return found

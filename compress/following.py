@@ -303,6 +303,24 @@ def follow(model: PreTrainedModel, structure: Architecture, carry: bool = False)
     return replace(structure, left=left, returns=returns, carried=loads)
 
 
+def check_embeddings(model: PreTrainedModel, structure: Architecture) -> None:
+    """Refuse a model that cannot be given embeddings in place of tokens; it is empty, its experts are split, and it is used up."""
+    width = model.get_submodule(structure.embedding).embedding_dim
+    for module in list(model.modules()):
+        if isinstance(module, Experts):
+            module.keep_first()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _give_shapes(model, mode)
+    try:
+        with torch.no_grad(), mode, _AllChosen():  # type: ignore[no-untyped-call]
+            model(inputs_embeds=torch.zeros(1, _TOKENS, width), use_cache=False)  # type: ignore[call-overload]
+    except Exception as error:  # whatever a model's code raises
+        raise CompressError(
+            f"model type {model.config.model_type!r}: a prompt stands before the embeddings of tokens, and this model cannot be given "
+            f"embeddings ({type(error).__name__}: {first_line(error)})."
+        ) from error
+
+
 def _stacks(model: nn.Module, structure: Architecture) -> list[str]:
     """Name the parameters of blocks that are several matrices in one, in a form that is not known."""
     found = model.get_submodule(structure.blocks).named_parameters(prefix=structure.blocks)

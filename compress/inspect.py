@@ -7,7 +7,15 @@ from typing import Any
 
 from compress.config import check_tensors, read_settings
 from compress.manifest import noted, read_manifest
-from compress.quant.records import SparseShape, bits_range, model_bytes, packed_bytes
+from compress.quant.records import (
+    PackedShape,
+    SparseShape,
+    StackedShape,
+    bits_range,
+    expert_name,
+    model_bytes,
+    packed_bytes,
+)
 from compress.sidecars import inspect_sidecars
 from compress.weights import Checkpoint
 
@@ -20,7 +28,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
         "prompts": {bits: {"tokens", "numbers"}}, "adapter": {"rank", "numbers"}, "not_quantised", "pruned", "blocks",
         "manifest"}``. Bytes are those of the tensors in the files; dense models have no ``bytes_at_bits``.
-        ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
+        ``errors`` of a stack of experts are means over them. ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
         ``blocks`` are the sizes of those that are not as large as the config says (``compress.config.BlockShape``).
         ``adapter`` is there only where a low-rank adapter lies beside the model, which plain ``from_pretrained`` leaves off.
@@ -41,7 +49,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             "seed_bits": shape.seed_bits,
             "parent_bits": shape.parent_bits,
             "bytes_at_bits": {str(bits): packed_bytes(shape, bits) for bits in shape.all_bits},
-            "errors": errors.get(name, {}),
+            "errors": _errors(name, shape, errors),
             "storage": {**storage.get(name, {}), "form": "sparse" if isinstance(shape, SparseShape) else "dense"},
         }
         for name, shape in shapes.items()
@@ -67,6 +75,18 @@ def inspect(folder: Path) -> dict[str, Any]:
         "not_quantised": manifest.get("not_quantised", {}),
         "pruned": any(isinstance(note, Mapping) and "zeros" in note for _, note in noted(manifest, "linears")),
         "manifest": {key: value for key, value in manifest.items() if key not in ("files", "passes", "probe")},
+    }
+
+
+def _errors(name: str, shape: PackedShape, errors: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return what the manifest says of a matrix, by bits and kind of error; of a stack the means over its experts."""
+    if not isinstance(shape, StackedShape):
+        return errors.get(name, {})  # type: ignore[no-any-return]
+    found = [errors.get(expert_name(name, place), {}) for place in range(shape.experts)]
+    return {
+        bits: {kind: sum(one[bits][kind] for one in found) / len(found) for kind in kinds}
+        for bits, kinds in found[0].items()
+        if all(bits in one and one[bits].keys() >= kinds.keys() for one in found)
     }
 
 

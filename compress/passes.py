@@ -112,6 +112,8 @@ class Block:
         removed: whether the model is to go on without it.
         packed: full name -> codes and codebooks on the CPU, filled by a packing pass.
         skipped: name -> reason, for linears the pass leaves as they are.
+        few_tokens: matrix of a mixture's expert -> tokens of calibration that came to it, where they are fewer than its columns;
+            filled by a pass that counts them.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
         hessians: with squared gradients of embedding and head, name of the matrix that the head multiplies by -> float32
             [in_features, in_features], the mean of ``h h^T`` over the head's inputs.
@@ -134,6 +136,7 @@ class Block:
     removed: bool = False
     packed: dict[str, Codes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    few_tokens: dict[str, int] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
     hessians: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -298,8 +298,10 @@ class Runner:
         self._check_finite(tensors)
         shapes, storage = {}, {}
         for name, found in block.packed.items():
-            in_one = in_stack(name, self.context.structure.experts)  # stacks have no sparse form
-            shape, stored, note = (*pack(found.codes, found.codebooks), None) if in_one else pack_smaller(found)
+            dense = found.shared is None and in_stack(
+                name, self.context.structure.experts
+            )  # stacks have no sparse form
+            shape, stored, note = (*pack(found.codes, found.codebooks), None) if dense else pack_smaller(found)
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in stored.items()}
             shapes[name], storage[name] = vars(shape), note
         notes: Record = {"packed": shapes, "skipped": block.skipped}

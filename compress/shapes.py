@@ -4,37 +4,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.config import BlockShape, Shapes
 from compress.errors import CompressError
-from compress.structure import Architecture, Groups, Linear, architecture, block_prefix, declaration, inspected
+from compress.models import empty_model, text_config
+from compress.structure import (
+    CHANNELS,
+    Architecture,
+    Groups,
+    Linear,
+    architecture,
+    block_prefix,
+    declaration,
+    inspected,
+)
 
 
 def groups_of(structure: Architecture) -> Groups:
     """Return the declaration of a family's groups, and refuse a family that has none."""
     if structure.groups is None:
         raise CompressError(
-            f"model type {structure.model_types[0]!r} is not declared for structured pruning, so no heads, channels or blocks can be "
-            "removed from it; declare an Architecture with Groups for it (CONTRIBUTING.md), or prune single weights."
+            f"model type {structure.model_types[0]!r} is not declared for structured pruning, and its blocks are of no form that is "
+            "recognised, so no heads, channels or blocks can be removed from it; declare an Architecture with Groups for it (CONTRIBUTING.md), or prune single weights."
         )
     return structure.groups
 
 
-def declared(config: PretrainedConfig) -> Architecture:
-    """Return what is declared of a config's model type; nothing but its name where nothing is."""
-    return declaration(config) or Architecture((str(config.model_type),))
-
-
 def head_dim(config: PretrainedConfig) -> int:
     """Return the dimension of a head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    text: Any = text_config(config)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def config_shape(config: PretrainedConfig) -> BlockShape:
     """Return the shape that a config gives to every block; its query heads must be a multiple of the key-value heads."""
+    known = declaration(config)
+    key = known.groups.config_channels if known and known.groups else CHANNELS
     heads = int(config.num_attention_heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
     if heads % shared:
@@ -42,7 +51,6 @@ def config_shape(config: PretrainedConfig) -> BlockShape:
             f"config.json: {heads} query heads are not a multiple of {shared} key-value heads, so there are no equal groups of "
             "heads to remove."
         )
-    key = groups_of(declared(config)).config_channels
     channels = getattr(config, key, None) if key else None
     return BlockShape(heads, shared, int(channels or 4 * config.hidden_size))
 
@@ -128,13 +136,13 @@ def replace_shapes(model: PreTrainedModel, shapes: Shapes) -> None:
         shape_block(block, structure, shape, dimension)
 
 
-def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedConfig | None:
+def ordinary_config(config: PretrainedConfig, structure: Architecture, shape: BlockShape) -> PretrainedConfig | None:
     """Return a config with which plain transformers builds every block at a shape; None where no config can say it.
 
     A Llama whose number of heads no longer divides its hidden size, which its class refuses, becomes the same network under
     the name Mistral, where that is possible.
     """
-    groups, now = groups_of(declared(config)), config_shape(config)
+    groups, now = groups_of(structure), config_shape(config)
     fields: dict[str, Any] = {}
     if shape.channels != now.channels:
         if groups.config_channels is None:
@@ -156,7 +164,22 @@ def ordinary_config(config: PretrainedConfig, shape: BlockShape) -> PretrainedCo
             kept = {key: value for key, value in config.to_dict().items() if key not in dropped}
             fields |= {"sliding_window": None, "architectures": ["MistralForCausalLM"]}
             return AutoConfig.for_model("mistral", **{**kept, **fields})
-    return type(config).from_dict({**config.to_dict(), **fields}) if fields else config
+    if not fields:
+        return config
+    try:
+        made = type(config).from_dict({**config.to_dict(), **fields})
+    except (ValueError, StrictDataclassError):  # the class insists on other sizes
+        return None
+    known = declaration(config)
+    return made if (known and known.groups) or _builds(made, structure, shape) else None
+
+
+def _builds(config: PretrainedConfig, structure: Architecture, shape: BlockShape) -> bool:
+    """Tell whether a config's class takes all sizes from the keys that should say them: some take the hidden size."""
+    block = empty_model(fewer_blocks(config, [0])).get_submodule(f"{structure.blocks}.0")
+    sizes = linear_sizes(structure, shape, head_dim(config))
+    found = {name: Linear(name, block.get_submodule(name)).shape for name in sizes}
+    return all(size in (None, there) for name in sizes for size, there in zip(sizes[name], found[name], strict=True))
 
 
 def fewer_blocks(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
@@ -174,7 +197,7 @@ def settled(config: PretrainedConfig, shapes: Shapes, structure: Architecture) -
         return config, {}
     names = [block_prefix(structure, index) for index in range(structure.depth)]
     found = {block_shape(config, shapes, name) for name in names}
-    plain = ordinary_config(config, found.pop()) if len(found) == 1 else None
+    plain = ordinary_config(config, structure, found.pop()) if len(found) == 1 else None
     if plain is not None:
         return plain, {}
     whole = config_shape(config)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.carrying import Load
 from compress.errors import CompressError, did_you_mean
-from compress.models import empty_model
+from compress.models import empty_model, text_config
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def inspected(model: PreTrainedModel) -> Architecture:
             raise CompressError(f"model type {kind!r}: no {what} is found in {type(model).__name__}. {_DECLARE}")
     layers = model.get_submodule(blocks)
     fused, depth = known.fused or _find_fused(layers), len(list(layers.children()))
-    return replace(known, blocks=blocks, embedding=found, head=paths[id(head)], fused=fused, depth=depth)
+    known = replace(known, blocks=blocks, embedding=found, head=paths[id(head)], fused=fused, depth=depth)
+    return known if known.groups else _find_groups(known, model.config, list(layers.children()))
 
 
 _DECLARE = "To say where it is, give an Architecture through an entry point of group 'compress.architectures' (CONTRIBUTING.md)."
@@ -209,6 +210,78 @@ def _find_fused(blocks: nn.Module) -> tuple[tuple[str, ...], ...]:
                     if names >= set(members):
                         found[members] = None
     return tuple(found)
+
+
+CHANNELS = "intermediate_size"
+"""Key of configs for the channels of an MLP, where nothing else is declared."""
+_HEADS = {
+    "num_key_value_groups": "queries",
+    "num_heads": "heads",
+    "num_attention_heads": "heads",
+}  # attributes -> what they hold
+_ATTENTION = re.compile(r"(.*\.)?q_proj")
+_MLPS = (("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))
+
+
+def _find_groups(structure: Architecture, config: PretrainedConfig, blocks: list[nn.Module]) -> Architecture:
+    """Return the structure with what structured pruning may remove, where every block is an attention and an MLP of a known form.
+
+    That is: queries, keys, values and an output projection of one head size, apart, and two or three linears of an MLP; nothing else in
+    the attention but norms within a head, and no attribute that tells it of its heads but those that can be told.
+    """
+    found = {_parts_of(block) for block in blocks}
+    parts = found.pop() if len(found) == 1 else None
+    if parts is None or text_config(config) is not config:
+        return structure
+    (attention, mlp), values = parts, config.to_dict()
+    heads, channels = getattr(config, "num_attention_heads", None), getattr(config, CHANNELS, None)
+    if not isinstance(heads, int) or not isinstance(channels, int):
+        return structure
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    wanted = [heads * size, shared * size, shared * size, channels]
+    for block in blocks:
+        linears = linears_of(block, "")
+        rows = [linears[name].shape[0] for name in (*attention[:3], mlp[0])]
+        columns = [linears[name].shape[1] for name in (attention[3], mlp[-1])]
+        inside = block.get_submodule(attention[0].rpartition(".")[0])
+        own = {id(p) for name in attention for p in block.get_submodule(name).parameters()}
+        others = [p for p in inside.parameters() if id(p) not in own]
+        known = {
+            name
+            for name, value in vars(inside).items()
+            if isinstance(value, int) and value in {heads, shared, heads * size}
+        }
+        if (
+            rows != wanted
+            or columns != [wanted[0], channels]
+            or any(p.numel() != size for p in others)
+            or {*inside._parameters}
+            or known - {*_HEADS}
+        ):
+            return structure
+    told = {name: word for name, word in _HEADS.items() if hasattr(inside, name)}
+    sayable = "head_dim" in values and "num_key_value_heads" in values
+    groups = Groups("separate", told, config_heads=sayable, config_channels=CHANNELS)
+    return replace(structure, attention=attention, mlp=mlp, groups=groups)
+
+
+def _parts_of(block: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Find the linears of a block's attention and of its MLP, if there are no others."""
+    names = set(linears_of(block, ""))
+    path = next((name.removesuffix("q_proj") for name in sorted(names) if _ATTENTION.fullmatch(name)), None)
+    if path is None:
+        return None
+    outputs = [path + name for name in ("o_proj", "out_proj", "dense") if path + name in names]
+    attention = (*(f"{path}{name}_proj" for name in "qkv"), *outputs)
+    rest = names - {*attention}
+    for members in _MLPS:
+        inner = {name.rpartition(".")[0] for name in rest}
+        mlp = tuple(f"{next(iter(inner))}.{name}".lstrip(".") for name in members) if len(inner) == 1 else ()
+        if {*mlp} == rest and len(outputs) == 1 and {*attention} <= names:
+            held = {f"{name}.weight" for name in names}  # and no other matrices: experts of a mixture, say
+            return (attention, mlp) if all(p.ndim < 2 or n in held for n, p in block.named_parameters()) else None
+    return None
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:

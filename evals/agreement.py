@@ -32,6 +32,7 @@ from compress.hub import model_folder
 from compress.loading import load
 from compress.logits import Predictions
 from compress.manifest import read_manifest
+from compress.models import text_config
 
 _HELD = 1 << 28  # bytes of the dense model's logits held while all numbers of bits are compared with them
 
@@ -138,7 +139,7 @@ def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str
         dense = load(original, dtype=getattr(torch, work.dtype), device_map=str(work.model.device))
         windows, watch = work.protocol.cut(work.documents, work.tokenizer).windows, work.watch("agreement")
         longest = max(window.scored for window in windows)
-        step = max(1, _HELD // (4 * longest * int(dense.config.vocab_size)))
+        step = max(1, _HELD // (4 * longest * int(text_config(dense.config).vocab_size)))
         for start in range(0, len(windows), step):
             chunk = windows[start : start + step]
             expected = [_predictions(dense, window) for window in chunk]

@@ -31,7 +31,7 @@ from compress.hf import cache_name
 from compress.hub import place_of
 from compress.inspect import inspect
 from compress.loading import read_config
-from compress.models import empty_model
+from compress.models import empty_model, text_config
 from compress.passes import Progress
 from compress.sidecars import Choice
 from compress.weights import Checkpoint
@@ -225,7 +225,7 @@ def _times(
     """Time every candidate in every round."""
     names = [*models, *peers]
     times = _Times()
-    vocabulary = int(next(iter(models.values())).config.vocab_size)
+    vocabulary = int(text_config(next(iter(models.values())).config).vocab_size)
     prompt = torch.randint(vocabulary, (1, load.prompt), generator=torch.Generator().manual_seed(0)).to(device)
     for turn in range(-1, load.rounds):  # the first round is not counted: caches fill, code is compiled
         for place in range(len(names)):

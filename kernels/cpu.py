@@ -246,17 +246,18 @@ class Prepared:
         rows = x.detach().reshape(-1, self.columns).to(dtype)
         step = max(_TILE_ROWS, _TILE_BYTES // (self.columns * rows.element_size()) // 64 * 64)
         tile = torch.empty(min(step, self.rows), self.columns, dtype=dtype, device=x.device)
-        y = torch.empty(rows.shape[0], self.rows, dtype=dtype, device=x.device)
+        y = torch.empty(*x.shape[:-1], self.rows, dtype=dtype, device=x.device)  # no view: models add to it in place
+        flat = y.view(-1, self.rows)
         scaled = any(held is not None for held in (self._inputs, self._factors, self._groups))
         table = self.codebook.to(torch.float32 if scaled else dtype).contiguous()
         matrix = self.matrix_to_look_up(table)
         for start in range(0, self.rows, step):
             weight = tile[: self.rows - start]
             _look_up(matrix, weight, start)
-            torch.mm(rows, weight.t(), out=y[:, start : start + step])
+            torch.mm(rows, weight.t(), out=flat[:, start : start + step])
         if self._bias is not None:
             y += self._bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.rows)
+        return y.to(x.dtype)
 
 
 def _look_up(matrix: bytes, out: Tensor, first: int = 0, places: Tensor | None = None) -> None:

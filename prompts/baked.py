@@ -27,7 +27,7 @@ from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.loading import load_tokenizer
 from compress.manifest import MANIFEST, read_manifest
-from compress.models import empty_model
+from compress.models import empty_model, text_config
 from compress.quant.records import EmbeddingShape, PackedShape
 from compress.quant.vocabulary import with_rows
 from compress.sidecars import ADAPTER_FOLDER, PEFT_WEIGHTS, find_adapter, find_prompts, read_prompt
@@ -64,7 +64,7 @@ def bake(folder: Path, output: Path, bits: int | None = None, prompt: bool | Pat
             raise CompressError(
                 f"{folder}: {name} is packed with a codebook per row, so no token can be added to it; make the checkpoint again."
             )
-    vocabulary = int(state.config.vocab_size)
+    vocabulary = int(text_config(state.config).vocab_size)
     tokenizer, added = _tokenizer(folder, len(tensor), vocabulary)
     scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
     with tempfile.TemporaryDirectory() as place:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from compress.distillation import cache_teacher, distillation_loss
 from compress.errors import CompressError
+from compress.following import check_embeddings
 from compress.hf import cache_name, packed_modules
 from compress.loading import set_bits
+from compress.models import text_config
 from compress.passes import Context, Needs, Pass, Whole
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
@@ -20,6 +22,7 @@ from compress.quant.records import PackedShape, bits_range
 from compress.ranks import processes
 from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
+from compress.streaming import built
 from compress.tokens import token_ids
 from compress.training import Loss, held_out_losses, next_token_loss, train
 from compress.workspace import Record
@@ -39,7 +42,8 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """Refuse a prompt that leaves no room for text.
 
         Raises:
-            CompressError: that, a prefix for blocks of different sizes, or a starting text without tokens.
+            CompressError: that, a prefix for blocks of different sizes, a starting text without tokens, or a model that takes
+                no embeddings.
         """
         limit, tokens = context.context_length, self.config.tokens
         if limit is not None and limit - tokens < 2:
@@ -47,13 +51,15 @@ class SoftPrompt(Pass[SoftPromptConfig]):
                 f"soft_prompt: {tokens} virtual tokens leave no room for text in a context of {limit}; lower tokens."
             )
         heads = {shape.key_value_heads for shape in context.shapes.values()}
-        if self.config.method == "prefix" and heads - {config_shape(context.config).key_value_heads}:
+        if self.config.method == "prefix" and heads and heads - {config_shape(context.config).key_value_heads}:
             raise CompressError(
                 "soft_prompt: a prefix has keys for the heads that config.json names in every block, but a pass before leaves blocks "
                 "with fewer; take method prompt, or prune in mode uniform."
             )
         if self.config.start_text is not None:
             self._given_tokens(self.config.start_text, context)
+        if self.config.method == "prompt":
+            check_embeddings(built(context.config, {}, context.shapes), context.structure)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """Name the units: ``prompt``, or one for each number of bits.
@@ -131,7 +137,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
     @torch.no_grad()
     def _begin(self, whole: Whole, context: Context) -> Tensor:
         """Return what the prompt begins as, float32 [tokens, embedding width]; of a prefix [tokens, 2 · blocks · keys]."""
-        rows, count = int(whole.model.config.vocab_size), torch.arange(self.config.tokens)
+        rows, count = int(text_config(whole.model.config).vocab_size), torch.arange(self.config.tokens)
         if self.config.start == "vocabulary":
             ids = count % rows
         elif self.config.start == "words":

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError
 from compress.passes import Context, Needs, Pass, Whole
 from compress.pruning.instructions import answer_loss, read_instructions
 from compress.pruning.lora import adapter_model, adapter_state, masked_model, merge_masked, write_adapter
 from compress.pruning.settings import LoraRecoveryConfig
+from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.sidecars import ADAPTER_FOLDER
-from compress.structure import block_prefix
+from compress.structure import block_prefix, is_linear
 from compress.training import Loss, hold_out, next_token_loss, train
 from compress.workspace import Record
 
@@ -97,8 +97,23 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
             write_adapter(folder / ADAPTER_FOLDER, tensors, records[unit]["adapter"])
 
 
+_MAMBA = (
+    "falcon_h1",
+    "falcon_mamba",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+)  # types whose kernels read the weight of ``out_proj``
+
+
 def _targets(model: nn.Module, context: Context) -> list[str]:
-    """List the names of all linears inside the blocks, packed or not."""
-    blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(int(context.config.num_hidden_layers)))
-    kinds = (nn.Linear, Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(blocks)]
+    """List the names of all linears inside the blocks, packed or not, that peft puts adapters on."""
+    blocks = tuple(f"{block_prefix(context.structure, i)}." for i in range(context.structure.depth))
+    inside = {
+        name
+        for name, module in model.named_modules()
+        if name.startswith(blocks) and (is_linear(module) or isinstance(module, BitPlaneLinear))
+    } - context.structure.left.keys()
+    if context.config.model_type in _MAMBA:
+        inside = {name for name in inside if not name.endswith(".out_proj")}
+    return [name for name, _ in model.named_modules() if name in inside]

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from compress.experts import in_stack
 from compress.passes import Block, Context, Needs, Sizes
 from compress.quant.base import Array, QuantisePass
 from compress.quant.block_sweep import CORRECTING, fit_block, fitting_bytes
@@ -72,14 +71,16 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
     def packed_shapes(self, context: Context) -> dict[str, PackedShape]:
         """Return the shape of every chosen linear; those in blocks have shared codebooks, if the settings say so."""
         shapes = super().packed_shapes(context)
-        own = set(context.outside)
-        own |= {name for name in shapes if in_stack(name, context.structure.experts)}  # a stack has codebooks by row
         shared = {
             name: GroupedShape(**vars(shape), rank=1, group=GROUP)
             for name, shape in shapes.items()
-            if name not in own and self.config.shares(shape.in_features)
+            if name not in context.outside and self.config.shares(shape.in_features)
         }
         return {**shapes, **shared}
+
+    def groups_vocabulary(self, columns: int) -> bool:
+        """Tell whether rows of an embedding and a head have sizes of groups: where linears of as many columns have."""
+        return self.config.shares(columns)
 
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Find nested codes of one matrix by the weight objective."""

@@ -9,6 +9,7 @@ not corrected for the errors of the layers before: in another run other tokens c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from compress.passes import Block
 from compress.quant.format import Codes
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.settings import AnyPrecisionConfig
+from compress.quant.shared_search import shared_output_codebooks
 from compress.ranks import Sums
 from compress.statistics import check_inputs
 
@@ -29,14 +31,15 @@ _TOKENS = "tokens of "
 def fit_experts(block: Block, names: Sequence[str], config: AnyPrecisionConfig) -> dict[str, Codes]:
     """Quantise the experts among the named linears of a block by the error of their outputs.
 
-    Those that no token of the calibration text comes to have no statistics, and are left out.
+    Those that no token of the calibration text comes to have those of all; where there are none either, experts are left out.
+    ``block.few_tokens`` tells which had fewer tokens than columns.
     """
     found: dict[str, Codes] = {}
     for path, module in block.module.named_modules(prefix=block.name):
         if isinstance(module, Experts):
             for matrix in module.matrices:
                 members = [f"{path}.{place}.{matrix}" for place in range(module.num_experts)]
-                found |= _fit(block, [name for name in members if name in names], matrix == module.first, config)
+                found |= _fit(block, [name for name in members if name in names], matrix != "down_proj", config)
     return found
 
 
@@ -58,21 +61,35 @@ def _fit(block: Block, members: Sequence[str], alike: bool, config: AnyPrecision
     if not sums:
         return {}
     total: Tensor = sum(sums.values()) / max(1, sum(tokens.values()))  # type: ignore[assignment]
-    found = {}
+    columns, found = len(total), {}
     for name in members:
-        if not tokens[name]:
-            continue
-        own, columns = sums.pop(name), len(total)
-        known = total if alike else torch.eye(columns, device=own.device) * (own.diagonal().mean() / tokens[name])
-        hessian = (own + columns * known) / (tokens[name] + columns)
+        if tokens[name] < columns:
+            block.few_tokens[name] = tokens[name]
+        own = sums.pop(name, None)
+        hessian = _known(total, own, tokens[name]) if not alike else total
+        if own is not None:
+            hessian = (own + columns * hessian) / (tokens[name] + columns)
         check_inputs(name, hessian)
-        measured = hessian.clone()
-        mean = hessian.diagonal().mean()
-        hessian.diagonal().add_(_DAMPING * torch.where(mean > 0, mean, 1.0))
-        weight = block.linears[name].weight.float()
-        targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
-        zeros = weight == 0 if config.keep_zeros else None
-        codes = nested_output_codebooks(targets, hessian, config.focus, zeros, block.ranks)
-        codebooks = {bits: codebook.cpu() for bits, codebook in codes.codebooks.items()}
-        found[name] = Codes(codes.codes.cpu(), codebooks, measured.cpu())
+        found[name] = _codes(block, name, hessian, config)
     return found
+
+
+def _known(total: Tensor, own: Tensor | None, tokens: int) -> Tensor:
+    """Return what is known of an expert's own kind of inputs without their products: that all are alike."""
+    power = total.diagonal().mean() if own is None else own.diagonal().mean() / tokens
+    return torch.eye(len(total), device=total.device) * power
+
+
+def _codes(block: Block, name: str, hessian: Tensor, config: AnyPrecisionConfig) -> Codes:
+    """Quantise one matrix by the products of its inputs, a mean over tokens."""
+    damped, mean = hessian.clone(), hessian.diagonal().mean()
+    damped.diagonal().add_(_DAMPING * torch.where(mean > 0, mean, 1.0))
+    weight = block.linears[name].weight.float()
+    targets = dict.fromkeys(range(config.seed_bits, config.parent_bits + 1), weight)
+    if config.shares(len(hessian)):
+        found = shared_output_codebooks(targets, damped, config.focus, ranks=block.ranks)[0].to("cpu")
+        return replace(found, hessian=hessian.cpu())
+    zeros = weight == 0 if config.keep_zeros else None
+    codes = nested_output_codebooks(targets, damped, config.focus, zeros, block.ranks)
+    codebooks = {bits: codebook.cpu() for bits, codebook in codes.codebooks.items()}
+    return Codes(codes.codes.cpu(), codebooks, hessian.cpu())

@@ -191,6 +191,11 @@ class EmbeddingShape(SharedShape):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupedEmbeddingShape(EmbeddingShape, GroupedShape):
+    """Record an embedding or a head with one codebook for all rows, and a size for every row and group of columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StackedShape(PackedShape):
     """Record the matrices of a mixture's experts, all of one shape, that are stored with one tensor per plane for all.
 
@@ -207,7 +212,7 @@ class StackedShape(PackedShape):
     @property
     def sound(self) -> bool:
         """Tell whether a stack can have these numbers."""
-        return super().sound and self.experts > 0
+        return self.one.sound and self.experts > 0
 
     @staticmethod
     def axis(tensor: str) -> int:
@@ -216,10 +221,23 @@ class StackedShape(PackedShape):
 
     def specification(self) -> Specification:
         """Return the shape and dtype of every stored tensor, by its name under the stack."""
-        tensors = super().specification().items()
+        tensors = self.one.specification().items()
         return {
             n: ((*size[: self.axis(n)], self.experts, *size[self.axis(n) :]), dtype) for n, (size, dtype) in tensors
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedStack(StackedShape):
+    """Record a stack whose experts each have one codebook for all rows, and a size for every row and group of columns."""
+
+    rank: int
+    group: int
+
+    @property
+    def one(self) -> PackedShape:
+        """Return the record of one expert's matrix."""
+        return GroupedShape(**{name: value for name, value in vars(self).items() if name != "experts"})
 
 
 def expert_name(stack: str, place: int) -> str:
@@ -250,8 +268,16 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
     Raises:
         TypeError: missing or unknown fields.
     """
-    marks = {"survivors": SparseShape, "read_at": EmbeddingShape, "group": GroupedShape, "rank": SharedShape}
-    marks["experts"] = StackedShape
+    marks: dict[str, type[PackedShape]] = {
+        "survivors": SparseShape,
+        "read_at": EmbeddingShape,
+        "group": GroupedShape,
+        "rank": SharedShape,
+    }
+    if "read_at" in record and "group" in record:
+        return GroupedEmbeddingShape(**record)
+    if "experts" in record:
+        marks = {"group": GroupedStack, "experts": StackedShape}
     kind: type[PackedShape] = next((kind for mark, kind in marks.items() if mark in record), PackedShape)
     return kind(**record)
 

@@ -1,9 +1,10 @@
 """Write docs/models.md: every type of language model that transformers has, and what the library does with it.
 
-    python -m tests.models > docs/models.md     # a few minutes; no weights are needed, and none are fetched
+    python -m tests.models > docs/models.md     # half an hour of one core; no weights are needed, and none are fetched
     python -m tests.models mixtral gemma3       # the rows of some types
 
-Each type's default config, at its full size, is inspected as ``compress inspect --structure`` does it.
+Each type's default config, at its full size, is inspected as ``compress inspect --structure`` does it, and all work is tried on a
+tiny random model of it (:mod:`tests.every`).
 """
 
 import json
@@ -13,16 +14,15 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
+from compress.errors import CompressError
 from compress.outline import lines, outline
-from compress.structure import ARCHITECTURES
 from tests.conftest import MODELS
+from tests.every import COLUMNS, every
+from tests.zoo import class_name, kinds, tiny_config
 
 HEAD = """# Models
 
@@ -45,20 +45,23 @@ $ compress inspect Qwen3-30B-A3B --structure
 * What blocks hand on besides the hidden states, keys and values that later blocks share (Gemma 3n, the small Gemma 4), a router's state or chosen
   tokens, travels with these from block to block, and has a gradient like them.
 * Weights that several blocks share (Zamba) stay dense, and are stored once.
-* What cannot be run one block at a time is refused before any work, with the reason, and so is a model of which less than half could be packed. Structured pruning (`mini_llm`) works on the types that
-  are declared for it. Unstructured pruning, LoRA recovery, `tune_tables` and soft prompts have been tried on the declared types and on a tiny `qwen3_moe`.
+* What cannot be run one block at a time is refused before any work, with the reason, and so is a model of which less than half could be packed.
+* Structured pruning (`mini_llm`) works on the types that are declared for it, and on those whose blocks are an attention (queries, keys, values and an output projection,
+  apart) and an MLP of two or three linears and nothing else; other types are refused in a sentence. Soft prompts are for models that take embeddings in place of tokens.
+* vLLM: what the plugin refuses is *no*; *yes* says that nothing is known against it, not that vLLM has the type ([serving](serving.md) has what was tested).
 
-`tests/compress/test_models.py` compresses, loads, checks and generates with {sample} of these types, as tiny random models. The table is
-of transformers {version}, written by `python -m tests.models`: *packed* is the share of all parameters in linears that quantising passes take, of the type's
-default config; the rest is embeddings, heads, towers of images and what the last column names.
+The table is of transformers {version}, written by `python -m tests.models`. *packed* is the share of all parameters in linears that quantising passes
+take, of the type's default config; the rest is embeddings, heads, towers of images and what the last column names. The other columns say what was done with a tiny
+random model of the type: `any_precision`, loading at 3 bits with the logits of the run, `generate`, then `prune`, `soft_prompt`, `tune_tables`,
+`lora_recovery` and `mini_llm`, a step each. `make test-models` does all that again and compares it with this table; `tests/compress/test_models.py` is CI's sample of {sample} types, whose
+streamed logits are compared with those of transformers too.
 
-| type | packed | experts | structured pruning | stays dense inside the blocks, or why it is refused |
-|---|---|---|---|---|"""
+| type | packed | experts | quantise | load | generate | prune | prompt | tune_tables | LoRA | structured | vLLM | stays dense inside the blocks, or why not |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def kinds() -> list[str]:
-    """Return every type of a causal language model, or one of images and text."""
-    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+UNDECLARED = "is not declared for structured pruning"
+USUAL = ("it has packed experts, which vLLM multiplies by kernels of its own",)
 
 
 _THIRDS = {
@@ -77,23 +80,43 @@ PUBLISHED = {
 """What default configs lack that checkpoints on the hub have, and without which transformers does not run them."""
 
 
-def row(kind: str, folder: Path) -> str:
-    """Inspect a type's default config; return a line of the table."""
-    try:
-        config = transformers.CONFIG_MAPPING[kind](**PUBLISHED.get(kind, {})).to_dict()
-        name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
-        config["architectures"] = [name if isinstance(name, str) else name[0]]
-        (folder / "config.json").write_text(json.dumps(config, default=str))
-        found = outline(str(folder))
-    except Exception as error:  # transformers' own: some default configs make no model
-        return f"| {kind} | | | | not built: {clean(error)} |"
+def facts(config: dict[str, Any], folder: Path) -> tuple[str, str, str]:
+    """Inspect a config; return the share that is packed, the number of experts, and what stays dense inside the blocks.
+
+    Raises:
+        CompressError: the model cannot be compressed.
+    """
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    found = outline(str(folder))
     if found["refused"]:
-        return f"| {kind} | | | | refused: {clean(found['refused'].removeprefix(f'model type {kind!r}: '))} |"
+        raise CompressError(found["refused"])
     packed = sum(entry["count"] * math.prod(entry["shape"]) for entry in found["matrices"].values())
-    experts = max(found["experts"].values(), default="")
-    structured = "yes" if any(kind in known.model_types for known in ARCHITECTURES) else ""
     left = "; ".join(f"`{name.partition('*.')[2] or name}`: {entry['reason']}" for name, entry in found["left"].items())
-    return f"| {kind} | {100 * packed / found['parameters']:.0f} % | {experts} | {structured} | {left} |"
+    return f"{100 * packed / found['parameters']:.0f} %", str(max(found["experts"].values(), default="")), left
+
+
+def row(found: dict[str, Any], folder: Path) -> str:
+    """Return a line of the table: what was found of a type's default config, and what was tried on a tiny model of it."""
+    kind = found["type"]
+    packed = experts = left = ""
+    try:
+        default = transformers.CONFIG_MAPPING[kind](**PUBLISHED.get(kind, {})).to_dict()
+        packed, experts, left = facts({**default, "architectures": [class_name(kind)]}, folder)
+    except Exception:  # transformers' own: some default configs make no model
+        if found.get("quantise") == "yes":
+            tiny = {**tiny_config(kind).to_dict(), "architectures": [class_name(kind)]}
+            left = facts(tiny, folder)[2]
+    if found.get("quantise") != "yes":
+        reason = found.get("quantise") or f"not tried, as no tiny model can be made ({found['built']})"
+        return f"| {kind} | {packed} | {experts} |{' |' * len(COLUMNS)} {clean(reason.removeprefix(f'model type {kind!r}: '))} |"
+    cells = " | ".join("yes" if found[column] == "yes" else "no" for column in COLUMNS)
+    notes = [
+        f"{column}: {clean(found[column])}"
+        for column in COLUMNS
+        if found[column] != "yes" and found[column] not in USUAL
+    ]
+    notes = [note for note in notes if UNDECLARED not in note]
+    return f"| {kind} | {packed} | {experts} | {cells} | {'; '.join([left, *notes] if left else notes)} |"
 
 
 def clean(said: object) -> str:
@@ -120,7 +143,7 @@ def main() -> Iterator[str]:
             yield HEAD.format(
                 example="\n".join(lines(outline(place))), version=version("transformers"), sample=len(MODELS)
             )
-        yield from (row(kind, Path(place)) for kind in chosen or kinds())
+        yield from (row(found, Path(place)) for found in every(chosen or kinds()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,22 @@ import sys
 import typer
 
 from compress.errors import CompressError
-from compress.evals.bench import cpu, gpu, int8, kills, kv, load, matrix, memory, needle, peers, quantiser, run, sparse
+from compress.evals.bench import (
+    cpu,
+    gpu,
+    int8,
+    kills,
+    kv,
+    load,
+    matrix,
+    memory,
+    mixture,
+    needle,
+    peers,
+    quantiser,
+    run,
+    sparse,
+)
 
 app = typer.Typer(
     help="Measure parts of this library. What a user's own model does is measured by `compress bench`.",
@@ -15,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (cpu, gpu, int8, kills, kv, load, matrix, memory, needle, peers, quantiser, run, sparse):
+for module in (cpu, gpu, int8, kills, kv, load, matrix, memory, mixture, needle, peers, quantiser, run, sparse):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the built-in model: ``python -m compress.evals.experiments.train_builtin OUT [--steps N] [--shape deep]``.
 
-A byte-level BPE tokenizer and a Llama, or an OPT, of 2.7 M parameters, on the standard library's source files
-(see :mod:`compress.texts`). It takes about two hours on two CPU cores; an interrupted training continues.
+A byte-level BPE tokenizer and a Llama, an OPT, or a Mixtral of 8 experts, of 2.7 M parameters, on the standard library's source
+files (see :mod:`compress.texts`). It takes about two hours on two CPU cores; an interrupted training continues.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # model type and sizes
         {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512, "num_hidden_layers": 12}
         | {"num_attention_heads": 4, "dropout": 0.0, "pad_token_id": 0},
     ),
+    # each token is sent to two of eight experts, and the loss asks for their equal use
+    "mixture": (
+        "mixtral",
+        {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
+        | {"tie_word_embeddings": True, "router_aux_loss_coef": 0.01, "output_router_logits": True},
+    ),
 }
 
 
@@ -69,7 +76,7 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder for the model, and for the training's own checkpoints.")],
     steps: Annotated[int, typer.Option(help="Steps of AdamW.")] = 5000,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
-    shape: Annotated[str, typer.Option(help="builtin or deep.")] = "builtin",
+    shape: Annotated[str, typer.Option(help="builtin, deep or mixture.")] = "builtin",
 ) -> None:
     """Train, resume where a run was interrupted, and save in bfloat16."""
     if shape not in SHAPES:
@@ -108,6 +115,8 @@ def main(
     )
     resumable = any((output / "training").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resumable)
+    if "output_router_logits" in sizes:  # of no use from here on
+        model.config.output_router_logits = False
     model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)
     record = {"python": sys.version, "steps": steps, "batch": batch, "files": fingerprint(texts)}

@@ -101,7 +101,7 @@ def _scores(
             return gates_backprop(model, gated, samples, progress)
         if settings.estimator == "spsa":
             return gates_spsa(model, gated, samples, settings.draws, settings.step, seed, progress)
-        last = model.get_submodule(block_prefix(context.structure, int(model.config.num_hidden_layers) - 1))
+        last = model.get_submodule(block_prefix(context.structure, context.structure.depth - 1))
         return gates_residual(model, last, gated, samples, progress)
     names = [f"{block}.{name}" for block, part in parts.values() for name in part.members]
     members = {name: Linear(name, model.get_submodule(name)) for name in names}

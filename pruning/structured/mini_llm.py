@@ -15,7 +15,7 @@ from compress.pruning.structured.gradients import STATISTICS_TOKENS, whole_model
 from compress.pruning.structured.groups import Part, cut, last_linear, remaining
 from compress.pruning.structured.scores import BlockScores, compensated, lowest, output_error, removal_order
 from compress.pruning.structured.sizes import Removals
-from compress.shapes import config_shape
+from compress.shapes import config_shape, groups_of
 from compress.statistics import hessian_bytes
 from compress.workspace import Record
 
@@ -52,6 +52,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     def check(self, context: Context) -> None:
         """Refuse a target that cannot be met."""
+        groups_of(context.structure)
         config_shape(context.config)
         self.shapes_after(context)
 

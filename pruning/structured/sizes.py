@@ -28,8 +28,8 @@ class Removals:
 
     def __init__(self, settings: SizeSettings, context: Context) -> None:
         self.settings, self.context = settings, context
-        blocks = int(context.config.num_hidden_layers)
-        self.names = [block_prefix(context.structure, index) for index in range(blocks)]
+        structure = context.structure
+        self.names = [block_prefix(structure, index) for index in range(structure.depth)]
 
     @cached_property
     def protected(self) -> set[int]:
@@ -141,7 +141,10 @@ class Removals:
         if self.settings.mode != "uniform":
             return True
         left = heads.shape(shape, count) if heads else shape
-        return ordinary_config(self.context.config, replace(left, channels=left.channels - 1)) is not None
+        return (
+            ordinary_config(self.context.config, self.context.structure, replace(left, channels=left.channels - 1))
+            is not None
+        )
 
     def _wanted_heads(self, heads: Part | None, mlp: Part) -> float:
         """Return the number of head groups that the target's share of a block amounts to."""

@@ -97,6 +97,38 @@ def test_a_loaded_mixture_is_saved_and_loaded_again(mixture, tmp_path):
     assert torch.equal(again(TOKENS[None]).logits, model(TOKENS[None]).logits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_experts_may_have_sizes_for_groups_of_columns(make_model, text_file, tmp_path, kind):
+    step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "codebooks": "shared"}
+    out = compress.run(recipe_for(make_model(kind), text_file, step), tmp_path / "out")
+    record = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert record["format_version"] == 7
+    shape = record["modules"]["model.layers.1.mlp.experts.down_proj"]
+    assert (shape["experts"], shape["rank"], shape["group"]) == (4, 1, 64)
+    stored = compress.config.Checkpoint(out).info()
+    assert stored["model.layers.1.mlp.experts.down_proj.groups"].shape == (4, 48, 1)
+    assert compress.manifest.verify(out)
+    for bits in (3, 4):
+        model, dense = compress.load(out, bits=bits), compress.load(out, bits=bits).dequantize()
+        torch.testing.assert_close(model(TOKENS[None]).logits, dense(TOKENS[None]).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(compress.load(tmp_path / "again")(TOKENS[None]).logits, model(TOKENS[None]).logits)
+
+
+def test_experts_that_no_token_came_to_have_the_statistics_of_all(make_model, text_file, tmp_path):
+    step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
+    recipe = recipe_for(make_model("qwen3_moe", num_experts=24, num_local_experts=24), text_file, step)
+    recipe["calibration"] |= {"samples": 1, "length": 4}  # eight places for the tokens of each layer's 24 experts
+    units = json.loads((compress.run(recipe, tmp_path / "out") / "compression.json").read_text())["passes"][0]["units"]
+    for unit in ("block-0", "block-1", "block-2"):
+        few = {name: tokens for name, tokens in units[unit]["few_tokens"].items() if name.endswith("gate_up_proj")}
+        assert len(few) == 24
+        assert sum(few.values()) == 8
+        unseen = [name for name, tokens in few.items() if not tokens]
+        assert all("output" in error for name in unseen for error in units[unit]["errors"][name].values())
+
+
 def test_all_experts_of_a_layer_are_quantised_or_none(make_model, text_file, tmp_path):
     step = {"kind": "rtn", "bits": 4, "ignore": [r"re:.*layers\.0\.mlp\.experts\.1\..*"]}
     with pytest.raises(CompressError, match="ignore all experts of a layer or none"):

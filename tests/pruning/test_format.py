@@ -90,7 +90,7 @@ def test_the_record_is_documented():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 7}, "format_version 7 is none of 1 to 6"),
+        ({"format_version": 8}, "format_version 8 is none of 1 to 7"),
         ({"format_version": 1}, "pruned needs format_version 3 or more"),
         ({"pruned": {"model.layers.1": {"heads": 2}}}, "pruned is malformed"),
         ({"pruned": {"model.layers.1": {"heads": 3, "key_value_heads": 2, "channels": 9}}}, "is out of range"),
