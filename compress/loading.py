@@ -179,12 +179,19 @@ def read_config(name: str | Path, **access: Any) -> PretrainedConfig:
 
 
 def load_tokenizer(folder: str | Path, **access: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint or dense model; ``access`` finds its files."""
+    """Load the tokenizer of a checkpoint or dense model; ``access`` finds its files. One beside a GGUF file goes before its own."""
     place, access = located(folder, access)
+    if has_tokenizer(Path(place)):
+        access.pop("gguf_file", None)
     try:
         return AutoTokenizer.from_pretrained(place, **access)
     except Exception as error:  # tokenizer classes fail in many ways
         raise CompressError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder has a tokenizer of its own."""
+    return (folder / "tokenizer.json").is_file()
 
 
 def recommended_kv(folder: str | Path, **access: Any) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ class Needs:
         variant_length: how many tokens of every sample, the first, go through the variants; all if None.
         divides: under ``torchrun`` every process calls :meth:`Pass.run_block` and :meth:`Pass.measure_block` with its own
             samples, and what they return must be the same in all (:attr:`Block.ranks`); else the main process alone does.
+            Of a pass with ``whole_model``, that :meth:`Pass.run_model`, which all call in any case, shares out its work.
         outputs: :meth:`Pass.run_block` also leaves what the block makes of the samples in ``block.outputs``.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         gradient_samples: how many of the samples, the first, are enough for it; all if None.

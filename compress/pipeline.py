@@ -134,6 +134,7 @@ def _work(
     calibration = drawn.get(settings.calibration) if settings.calibration else None
 
     def write_sidecars(folder: Path) -> None:
+        source.write_beside(folder)
         for step, tensors, figures in sidecars:
             step.write_files(folder, tensors, figures)
 
@@ -168,13 +169,11 @@ def _check_once(source: Source, tokens: torch.Tensor, work: Workspace, log: Log)
     """Check, once for a workspace, that what is read of the model is the model."""
     stage = work.stage("source", source.state.key, *(version(package) for package in ("torch", "transformers")))
     if log.main and stage.record("logits") is None:
-        if source.uneven is None:
+        if (reason := source.unchecked()) is None:
             log.progress("comparing with transformers", 0, 1)
             check_source(source, tokens)
         else:
-            _log.warning(
-                "not compared with transformers, which reads another %s out of blocks of unequal size.", source.uneven
-            )
+            _log.warning("not compared with transformers, %s.", reason)
         stage.save("logits", {})
 
 

@@ -16,7 +16,7 @@ from compress.pipeline import check_order, text_of
 from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
 from compress.ranks import LOTS
 from compress.recipe import Overrides, Recipe, load_recipe
-from compress.settings import Calibration, TrainingConfig
+from compress.settings import Calibration
 from compress.source import open_source
 from compress.streaming import State
 from compress.structure import block_of
@@ -124,8 +124,8 @@ def _needs(
         memory += trained + own
         if needs.teacher:  # both models and, in a step, a dense weight per packed one
             memory = 3 * weights.whole + trained + own
-    if isinstance(step.config, TrainingConfig):
-        helping = min(step.config.batch, samples)
+    if needs.divides and needs.whole_model:
+        helping = min(int(getattr(step.config, "batch", samples)), samples)
     elif needs.divides:
         helping = min(LOTS, samples) if needs.calibration else len(context.linears) // weights.blocks
     else:

@@ -35,8 +35,8 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[Annotated[str, Tag(_NAME)] | Annotated[ModelSource, Tag(_MAPPING)], Discriminator(_form)] = Field(
-        description="Folder or hub id of a dense causal LM, or 'builtin' for the built-in one; or a mapping with name, revision, "
-        "subfolder, token, … as of from_pretrained."
+        description="Folder, GGUF file or hub id of a dense causal LM, or 'builtin' for the built-in one; or a mapping with name, "
+        "revision, subfolder, gguf_file, token, … as of from_pretrained."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     calibration: Calibration | None = Field(None, description="Needed by passes that look at text.")

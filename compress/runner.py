@@ -84,7 +84,8 @@ class Runner:
         text = self.samples.key if self.samples else None
         settings = step.config.model_dump(mode="json")
         device = context.device.type
-        self.ranks = context.ranks if self.needs.divides else ALONE
+        # A pass that has the whole model shares out what it does in run_model.
+        self.ranks = context.ranks if self.needs.divides and not self.needs.whole_model else ALONE
         stage = work.stage(self.kind, state.key, settings, text, context.seed, device, __version__)
         self.stage: Stage = replace(stage, ranks=self.ranks)
         self.outside = step.outside(context)

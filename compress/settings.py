@@ -50,7 +50,10 @@ class ModelSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    name: str = Field(description="Folder or hub id, or 'builtin'.")
+    name: str = Field(description="Folder, GGUF file or hub id, or 'builtin'.")
+    gguf_file: str | None = Field(
+        None, description="File within it that llama.cpp would read, in place of safetensors."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     subfolder: str | None = Field(None, description="Folder within it that holds the model.")
     cache_dir: str | None = Field(None, description="Where downloads are kept; the hub's own cache if absent.")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -17,7 +19,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from compress.config import read_settings
 from compress.dequantised import Dequantised, dense_files
 from compress.errors import CompressError, first_line
-from compress.hub import model_folder
+from compress.gguf_files import open_gguf, write_beside
+from compress.hub import located, model_folder
 from compress.loading import load_tokenizer, read_config
 from compress.models import auto_class, text_config
 from compress.passes import Context
@@ -31,11 +34,12 @@ from compress.workspace import digest
 
 # Of the largest logit. What transformers dequantises on loading in float32 is not rounded to the dtype of the config first.
 _TOLERANCE, _OF_QUANTISED = 1e-3, 2e-2
+_READ_WHOLE = 8  # bytes per number of a GGUF file: float32 in numpy, then in torch
 
 
 @dataclass(frozen=True)
 class Source:
-    """Hold the dense model a recipe starts from."""
+    """Hold the dense model a recipe starts from; ``folder`` is the path of a GGUF file where it is one."""
 
     folder: Path
     state: State
@@ -44,10 +48,28 @@ class Source:
     quantised: bool = False  # as stored
     uneven: str | None = None  # a matrix that transformers does not dequantise rightly (findings/fp8_last_block.sh)
 
+    def unchecked(self) -> str | None:
+        """Return why what is read is not compared with transformers' own model; None where it is."""
+        if self.uneven is not None:
+            return f"which reads another {self.uneven} out of blocks of unequal size"
+        whole = _READ_WHOLE * sum(math.prod(item.shape) for item in self.state.source.info().values())
+        if self.folder.is_file() and whole > (free := psutil.virtual_memory().available):
+            return f"which reads GGUF files whole, into {whole / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return None
+
+    def write_beside(self, target: Path) -> None:
+        """Write what a GGUF file has within and a folder beside it; of a folder all is there to be copied."""
+        if self.folder.is_file():
+            write_beside(target, self.state.config, self.tokenizer)
+
 
 def open_source(model: str | Mapping[str, Any]) -> Source:
     """Open a dense model, as a recipe names it: a folder, the built-in one, or a hub id."""
     folder = model_folder(model)
+    if folder.is_file():
+        config, tokenizer, gguf = open_gguf(folder)
+        sha256 = gguf.sha256()
+        return Source(folder, open_state(gguf, config, digest(sha256)), tokenizer, sha256)
     config = read_config(folder)
     if (folder / PEFT_CONFIG).exists():
         raise CompressError(
@@ -78,9 +100,12 @@ def checkpoint_state(folder: Path) -> State:
 
 def _logits_of_whole(source: Source, tokens: Tensor, places: Any) -> Tensor:
     """Compute what transformers' own model makes of a few tokens, int64 [T]: float32 [T, vocabulary]; ``places`` is its device map."""
+    place, given = located(source.folder, {})
+    if given and hasattr(transformers, "GgufConfig"):
+        given["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _told_nothing("accelerate.big_modeling"), tempfile.TemporaryDirectory() as scratch:
         whole = auto_class(source.state.config).from_pretrained(
-            str(source.folder), dtype=torch.float32, device_map=places, offload_folder=scratch
+            place, dtype=torch.float32, device_map=places, offload_folder=scratch, **given
         )
         logits: Tensor = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
     remove_hook_from_submodules(whole)
@@ -99,7 +124,7 @@ def check_source(source: Source, tokens: Tensor) -> None:
     model = StreamedModel(source.state, torch.device("cpu"))
     streamed, blocks = model.run_all(tokens), model.structure.blocks
     outside = [name.rpartition(".")[0] for name in model.model.state_dict() if block_of(name, model.structure) is None]
-    places = {**dict.fromkeys(outside, "cpu"), blocks: "disk"}
+    places = {**dict.fromkeys(outside, "cpu"), blocks: "disk"} if source.folder.is_dir() else "cpu"
     del model  # never both
     try:
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -207,20 +208,10 @@ class _Loop:
         value = float(reduce(summed, "sum"))
         if not math.isfinite(value):
             raise CompressError(f"training: the loss at step {step} is not finite; lower learning_rate.")
-        self._share_gradients()
+        share_gradients(list(self.parameters.values()), self.processes)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimizer.step()
         return value, count
-
-    def _share_gradients(self) -> None:
-        """Sum the gradients over processes, in one message."""
-        if self.processes.num_processes == 1:
-            return
-        values = list(self.parameters.values())
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in values])
-        parts = reduce(flat, "sum").split([p.numel() for p in values])
-        for parameter, part in zip(values, parts, strict=True):
-            parameter.grad = part.view_as(parameter).clone()
 
     def learning_rate(self, step: int) -> float:
         """Return a step's learning rate: linear up, then linear down."""
@@ -318,6 +309,16 @@ def held_out_losses(
         for module, mode in modes.items():
             module.training = mode
     return found
+
+
+def share_gradients(parameters: Sequence[nn.Parameter], team: PartialState) -> None:
+    """Sum the gradients over processes, in one message; a parameter without one counts as zero."""
+    if team.num_processes == 1:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    parts = reduce(flat, "sum").split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).clone()
 
 
 def _batches(samples: Sequence[Tensor], places: Sequence[int], size: int, device: torch.device) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ from compress.evals.kv import CachedLosses, KVWanted
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
-from compress.hub import located
+from compress.hub import place_of
 from compress.kv_serving import make_caches
 from compress.kv_settings import KVBits, kv_label
 from compress.loading import bits_for, load_tokenizer
@@ -145,7 +145,7 @@ class OpenModel:
         store: Results | None = None,
         progress: Progress | None = None,
     ) -> None:
-        folder, _ = located(folder, {})
+        folder = place_of(folder)
         self.folder, self.prompt, self.progress = folder, prompt, progress
         self.store, self.dtype = store or Results(None), str(dtype).removeprefix("torch.")
         self.model, self.all_bits = load_bits(

@@ -28,7 +28,7 @@ from compress.evals.perplexity import context_length
 from compress.evals.store import Key, Results, identity, prompt_key, versions
 from compress.evals.timing import now, spread
 from compress.hf import cache_name
-from compress.hub import located
+from compress.hub import place_of
 from compress.inspect import inspect
 from compress.loading import read_config
 from compress.models import empty_model, text_config
@@ -118,7 +118,7 @@ def bench(
     Raises:
         CompressError: no such model, number of bits or device, a prompt beyond the context, or what ``gguf`` asks for is not there.
     """
-    folder, _ = located(folder, {})
+    folder = place_of(folder)
     peers = opened(gguf, lambda: _weights(folder), torch.get_num_threads(), device)
     load, progress = load or Load(), progress or (lambda *done: None)
     model, all_bits = _open(folder, bits, load, dtype=dtype, device_map=device, exact=exact, adapter=adapter)

@@ -105,6 +105,8 @@ def identity(folder: str | Path) -> str:
         return digest(manifest["files"])
     if Path(folder).is_dir():
         return digest(Checkpoint(Path(folder)).sha256())
+    if Path(folder).is_file():  # GGUF
+        return digest({Path(folder).name: sha256_of(Path(folder))})
     return str(getattr(AutoConfig.from_pretrained(str(folder)), "_commit_hash", None) or folder)
 
 

@@ -13,7 +13,7 @@ from compress.evals.evaluate import OpenText, Protocol
 from compress.evals.kv import KVWanted
 from compress.evals.store import Results, results_of
 from compress.evals.tasks import Rows, Tasks, evaluate_tasks
-from compress.hub import located
+from compress.hub import place_of
 from compress.passes import Progress
 from compress.sidecars import Choice
 
@@ -61,7 +61,7 @@ def evaluate_all(
     Raises:
         CompressError: anything a user can put right.
     """
-    folder, _ = located(folder, {})
+    folder = place_of(folder)
     if suite.prompt and (suite.agreement or suite.robustness):
         raise CompressError("agreement and robustness are measured without a soft prompt; ask for them on their own.")
     if not isinstance(store, Results):

@@ -35,7 +35,8 @@ class SoftPrompt(Pass[SoftPromptConfig]):
 
     def needs(self) -> Needs:
         """Ask for the whole model as it will be used, and for the dense one only to learn from it."""
-        return Needs(whole_model=True, teacher=bool(self.config.distill), sidecar=True, text=self.config.text)
+        teacher = bool(self.config.distill)
+        return Needs(whole_model=True, divides=True, teacher=teacher, sidecar=True, text=self.config.text)
 
     def check(self, context: Context) -> None:
         """Refuse a prompt that leaves no room for text.

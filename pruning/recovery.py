@@ -28,7 +28,7 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
 
     def needs(self) -> Needs:
         """Ask for the whole model."""
-        return Needs(whole_model=True, sidecar=not self.config.merge, text=self.config.text)
+        return Needs(whole_model=True, divides=True, sidecar=not self.config.merge, text=self.config.text)
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
         """Name the one unit of work.

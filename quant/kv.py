@@ -15,6 +15,7 @@ from compress.kv_settings import WHOLE, KVSettings
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.quant.records import PackedShape
 from compress.quant.settings import KVCalibrateConfig
+from compress.ranks import Ranks
 from compress.workspace import Record
 
 _BLOCK = 32
@@ -43,7 +44,7 @@ class KVCalibrate(Pass[KVCalibrateConfig]):
 
     def needs(self) -> Needs:
         """Ask for the whole model as it will be used, and text."""
-        return Needs(whole_model=True, sidecar=True, text=self.config.text)
+        return Needs(whole_model=True, divides=True, sidecar=True, text=self.config.text)
 
     def check(self, context: Context) -> None:
         """Refuse groups that do not fit the model, and one that keeps no keys and values."""
@@ -75,7 +76,7 @@ class KVCalibrate(Pass[KVCalibrateConfig]):
             nonlocal done
             progress("losses with a packed cache", done, total)
             done += 1
-            return self._loss(whole, samples, bits)
+            return self._loss(whole, samples, bits, context.ranks)
 
         base = loss(WHOLE)
         alone = [
@@ -100,12 +101,14 @@ class KVCalibrate(Pass[KVCalibrateConfig]):
     def _settings(self) -> KVSettings:
         return KVSettings(self.config.group, self.config.residual)
 
-    def _loss(self, whole: Whole, samples: Sequence[Tensor], bits: Any) -> float:
-        """Return the mean loss of a predicted token behind the tokens that stay whole."""
-        total, count = 0.0, 0
-        for tokens in samples:
+    def _loss(self, whole: Whole, samples: Sequence[Tensor], bits: Any, ranks: Ranks) -> float:
+        """Return the mean loss of a predicted token behind the tokens that stay whole; each process measures its share of samples."""
+        own = {}
+        for place in range(ranks.rank, len(samples), ranks.size):
             cache = KVCache(bits, config=whole.model.config, **self._settings().options())
-            ids = tokens[None].to(whole.model.device)
+            ids = samples[place][None].to(whole.model.device)
             losses = losses_by_blocks(whole.model, ids, cache, _BLOCK)[:, self.config.residual :]
-            total, count = total + float(losses.double().sum()), count + losses.numel()
-        return total / count
+            own[str(place)] = float(losses.double().sum()), losses.numel()
+        found = ranks.noted(own)
+        sums, counts = zip(*(found[str(place)] for place in range(len(samples))), strict=True)
+        return float(sum(sums)) / int(sum(counts))

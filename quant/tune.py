@@ -27,6 +27,8 @@ from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import EmbeddingShape, PackedShape, SharedShape, bits_range
 from compress.quant.settings import TuneTablesConfig
 from compress.quant.student import Student
+from compress.ranks import Ranks, processes
+from compress.training import share_gradients
 from compress.workspace import Record
 
 COMMON = "common"
@@ -45,7 +47,7 @@ class TuneTables(Pass[TuneTablesConfig]):
 
     def needs(self) -> Needs:
         """Ask for the whole model, packed, and for the dense one."""
-        return Needs(packed=True, whole_model=True, teacher=True)
+        return Needs(packed=True, whole_model=True, divides=True, teacher=True)
 
     def _chosen(self, packed: Mapping[str, PackedShape]) -> list[int]:
         there = list(bits_range(packed.values()))
@@ -78,7 +80,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         all_bits = [bits for bits in all_bits if str(bits) in own]
         if not all_bits:
             return {}, {"kept": False, "reason": _OF_MORE_BITS}
-        lesson = self._lesson(whole)
+        lesson = self._lesson(whole, context.ranks)
         with _students(whole.model, trained, all_bits) as students:
             before = {bits: lesson.held_out_loss(bits) for bits in all_bits}
             offsets = [offset for student in students.values() for offset in student.offsets.values()]
@@ -92,9 +94,9 @@ class TuneTables(Pass[TuneTablesConfig]):
         record: Record = {kind: shown if unit == COMMON else shown[str(all_bits[0])], "kept": kept}
         return _stored(students) if kept else {}, record
 
-    def _lesson(self, whole: Whole) -> _Lesson:
+    def _lesson(self, whole: Whole, ranks: Ranks) -> _Lesson:
         if self._kept is None:  # what the dense model says is asked for once, for all units
-            self._kept = _Lesson(whole, self.config)
+            self._kept = _Lesson(whole, self.config, ranks)
         return self._kept
 
     def _train(
@@ -117,9 +119,11 @@ class TuneTables(Pass[TuneTablesConfig]):
                 order = torch.cat([order, torch.randperm(len(lesson.trained), generator=generator)])
             chosen, order = order[: config.batch].tolist(), order[config.batch :]
             bits = all_bits[step % len(all_bits)]
-            loss = lesson.loss(bits, [lesson.trained[place] for place in chosen])
+            loss = lesson.own_loss(bits, [lesson.trained[place] for place in chosen])
             optimizer.zero_grad()
             (loss / max(start[bits], 1e-6)).backward()  # type: ignore[no-untyped-call]
+            # Adam leaves alone what has no gradient, such as codebooks of other bits.
+            share_gradients([offset for offset in offsets if offset.grad is not None], processes(offsets[0].device))
             optimizer.step()
             schedule.step()
 
@@ -178,8 +182,8 @@ def _stored(students: Mapping[str, Student]) -> dict[str, Tensor]:
 class _Lesson:
     """Hold the text in pieces, those held out, and what the dense model says of those that were asked for."""
 
-    def __init__(self, whole: Whole, config: TuneTablesConfig) -> None:
-        self._whole, self._config = whole, config
+    def __init__(self, whole: Whole, config: TuneTablesConfig, ranks: Ranks) -> None:
+        self._whole, self._config, self._ranks = whole, config, ranks
         self.pieces = [part for sample in whole.samples for part in torch.split(sample, config.length) if len(part) > 1]
         self.held_out = list(range(0, len(self.pieces), _HELD_OUT))[:_MOST_HELD_OUT]
         self.trained = [place for place in range(len(self.pieces)) if place % _HELD_OUT] or self.held_out
@@ -205,14 +209,24 @@ class _Lesson:
                 lost = token_losses(model, tokens)
         return lost[scored.to(device)].mean()
 
+    def own_loss(self, bits: int, pieces: Sequence[int]) -> Tensor:
+        """Return this process's part of it: of its share of the pieces, and summed over all processes the whole."""
+        own = pieces[self._ranks.rank :: self._ranks.size]
+        part = self._predicted(own) / self._predicted(pieces)
+        return self.loss(bits, own or pieces[:1]) * part  # without a piece, a gradient of zeros for the same parameters
+
+    def _predicted(self, pieces: Sequence[int]) -> int:
+        return sum(len(self.pieces[place]) - 1 for place in pieces)
+
     @torch.no_grad()
     def held_out_loss(self, bits: int) -> float:
-        """Return the same on what is not trained on."""
+        """Return the same on what is not trained on, each process measuring its share of the batches."""
         size = self._config.batch
         parts = [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
-        tokens = [sum(len(self.pieces[place]) - 1 for place in part) for part in parts]
-        found = [self.loss(bits, part).item() * count for part, count in zip(parts, tokens, strict=True)]
-        return sum(found) / sum(tokens)
+        own = range(self._ranks.rank, len(parts), self._ranks.size)
+        found = self._ranks.noted({str(place): self.loss(bits, parts[place]).item() for place in own})
+        tokens = [self._predicted(part) for part in parts]
+        return float(sum(found[str(place)] * count for place, count in enumerate(tokens))) / sum(tokens)
 
     def _say(self, place: int) -> tuple[Tensor, Tensor]:
         """Return the dense model's likeliest tokens after every token of a piece, and how likely, [T - 1, count] each."""

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from compress.errors import CompressError
-from compress.hub import located
+from compress.hub import place_of
 
 if TYPE_CHECKING:
     from compress.evals import tables
@@ -40,7 +40,7 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 def known(name: str | None) -> str | None:
     """Return the folder of the model that ``builtin`` names; other folders and hub ids as they are given."""
-    return None if name is None else located(name, {})[0]
+    return None if name is None else place_of(name)
 
 
 Folder = Annotated[
@@ -48,7 +48,7 @@ Folder = Annotated[
     typer.Argument(
         help="Checkpoint folder; a dense model works too.",
         metavar="DIR",
-        callback=lambda path: Path(located(path, {})[0]),
+        callback=lambda path: Path(place_of(path)),
     ),
 ]
 BitsOption = Annotated[

@@ -234,8 +234,21 @@ def test_revision_and_token_are_options_of_what_names_a_recipe(command, recipe, 
     assert (asked[0]["revision"], asked[0]["token"]) == ("v2", "secret")
 
 
-def test_a_gguf_file_is_refused_with_the_reason():
-    with pytest.raises(
-        CompressError, match=r"model 'some\.gguf': GGUF files are not read, as transformers' reader loses"
-    ):
-        hub.model_folder("some.gguf")
+def test_a_gguf_file_is_named_or_chosen(tmp_path, monkeypatch):
+    (tmp_path / "some-Q8.gguf").touch()
+    (tmp_path / "some-F16.gguf").touch()
+    assert hub.model_folder(str(tmp_path / "some-Q8.gguf")) == tmp_path / "some-Q8.gguf"
+    with pytest.raises(CompressError, match=r"holds GGUF files; name one, such as some-F16\.gguf, in model\.gguf_file"):
+        hub.model_folder(str(tmp_path))
+    for name in ("none.gguf", "owner/none.gguf"):
+        with pytest.raises(CompressError, match=rf"model '{name}': there is no such folder or file"):
+            hub.model_folder(name)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **given: asked.append(given) or tmp_path)
+    model = {"name": "owner/some-GGUF", "gguf_file": "some-Q8.gguf"}
+    assert hub.model_folder(model) == tmp_path / "some-Q8.gguf"
+    wanted = asked[0]["allow_patterns"]
+    assert {"some-Q8.gguf", "tokenizer*", "LICENSE*"} < set(wanted)
+    assert "*.safetensors" not in wanted
+    with pytest.raises(CompressError, match=r"has no file 'some-Q4\.gguf', which model\.gguf_file names"):
+        hub.model_folder({**model, "gguf_file": "some-Q4.gguf"})

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
+from compress.passes import Whole
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GroupedShape, PackedShape, SharedShape
+from compress.quant.settings import TuneTablesConfig
 from compress.quant.shared import read_shared, spread
 from compress.quant.student import Student
-from compress.quant.tune import _trained
+from compress.quant.tune import _Lesson, _trained
+from compress.ranks import Ranks
 
 
 @pytest.fixture
@@ -203,3 +207,18 @@ def test_what_other_bits_read_is_trained_only_with_them(chosen, trained):
     assert set(_trained(shape, list(chosen), True)) == trained
     assert _trained(shape, list(chosen), False) == []
     assert _trained(PackedShape(12, 600, 2, 7), [chosen[0]], False) == [f"codebook_{chosen[0]}"]
+
+
+def test_processes_parts_of_a_step_sum_up_to_the_whole(tiny_llama):
+    """Of three pieces of unlike length, for two processes, and for four, of which one has none."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    samples = [torch.randint(300, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 4, 7)]
+    whole = Whole(model, lambda: model, samples, Path("nowhere"))
+    pieces, config = [0, 1, 2], TuneTablesConfig(target="text", length=16)
+    wanted = _Lesson(whole, config, Ranks()).own_loss(4, pieces)
+    assert torch.equal(wanted, _Lesson(whole, config, Ranks()).loss(4, pieces))
+    for size in (2, 4):
+        parts = [_Lesson(whole, config, Ranks(rank, size)).own_loss(4, pieces) for rank in range(size)]
+        assert all(part.requires_grad for part in parts)
+        assert sum(float(part > 0) for part in parts) == min(size, 3)
+        torch.testing.assert_close(sum(parts), wanted)
