@@ -5,7 +5,8 @@ the original model makes them (``x``) and as the model does whose earlier matric
 the quantised rows should do to ``x'`` is what the dense ones did to ``x``: that is ``W`` plus the least-squares correction
 ``W E[(x - x') x'^T] E[x' x'^T]^-1`` (GPTAQ's asymmetric target, arXiv 2504.02692). A share of it is aimed at.
 Above 5 bits the two runs are taken for the same: measured, the correction's own error is larger there than what it corrects.
-All numbers of bits share one Hessian, the mean of ``x x^T``: measured, one of ``x'`` for each is not better.
+All numbers of bits share one Hessian, the mean of ``x x^T`` of inputs that are evened (:func:`compress.statistics.evened`): measured,
+one of ``x'`` for each is not better.
 
 All samples go through the original block once, which gives all its Hessians; only the first :data:`CORRECTING` tokens of each
 go through the changed ones, since a correction needs fewer tokens than a Hessian, and different texts more than long ones.
@@ -30,7 +31,7 @@ from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared_search import shared_output_codebooks
 from compress.ranks import ALONE, Ranks, Sums, even_parts
-from compress.statistics import Moments, add_products, mirrored
+from compress.statistics import Moments, add_products, evened, mirrored
 
 CORRECTING = 256  # tokens of every sample that corrections are measured on
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
@@ -49,7 +50,7 @@ class Originals:
 
     def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
         correcting = CORRECTING if block.variants else 0
-        self.moments, self.groups = Moments(full=True, ranks=block.ranks), dict[str, list[str]]()
+        self.moments, self.groups = Moments(full=True, ranks=block.ranks, even=True), dict[str, list[str]]()
         self._inputs: dict[str, dict[int, Tensor]] = {}
         self._count = len(block.samples)
 
@@ -94,9 +95,10 @@ def correction(
         for x, shown in islice(left, count):
             if x is None or shown is None or shown.shape != x.shape:
                 continue
-            add_products(hessian, shown.float())
-            missing, dtype = x.float() - shown, _product_dtype(x)
-            drift += shown.to(dtype).t() @ missing.to(dtype)
+            x, shown = (evened(inputs.float(), like=x.float()) for inputs in (x, shown))
+            add_products(hessian, shown)
+            dtype = _product_dtype(x)
+            drift += shown.to(dtype).t() @ (x - shown).to(dtype)
         sums.add("hessian", hessian)
         sums.add("drift", drift)
         sums.end_lot()

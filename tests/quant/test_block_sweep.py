@@ -170,7 +170,8 @@ def test_the_metric_is_of_the_dense_models_inputs(tiny_llama, text_file, tmp_pat
         fitted = block_sweep.fit_block(block, *rest)
         for name, found in fitted.items():
             x = torch.cat(inputs[name]).double()
-            assert torch.allclose(found.hessian.double(), x.t() @ x / len(x), rtol=1e-3, atol=1e-6), name
+            outer = x[:, :, None] * x[:, None, :] / x.norm(dim=1)[:, None, None]
+            assert torch.allclose(found.hessian.double(), outer.mean(0), rtol=1e-3, atol=1e-6), name
             checked.append(name)
         return fitted
 
@@ -180,16 +181,18 @@ def test_the_metric_is_of_the_dense_models_inputs(tiny_llama, text_file, tmp_pat
 
 
 def test_correction_is_the_least_squares_one():
-    """Rows that do to other inputs what the dense ones do to theirs, by a plain regression with the same damping."""
+    """Rows that do to other inputs what the dense ones do to theirs, by a plain weighted regression with the same damping."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 6, generator=generator)
+    x[:, 0] *= 1000  # as the first token of a text
     other = x + 0.3 * torch.randn(3, 40, 6, generator=generator)
     weight = torch.randn(4, 6, generator=generator)
     others = [*other, None, other[0, :5]]  # of samples that were sent elsewhere nothing can be learnt
     found = block_sweep.correction(zip([*x, x[0], x[0]], others, strict=True), weight)
-    flat = other.flatten(0, 1)
+    counts = x.flatten(0, 1).norm(dim=1, keepdim=True) ** -0.5
+    flat = other.flatten(0, 1) * counts
     damping = (0.01 * flat.square().sum() / 6).sqrt() * torch.eye(6)
-    wanted = torch.cat([(x.flatten(0, 1) - flat) @ weight.t(), torch.zeros(6, 4)])
+    wanted = torch.cat([(x.flatten(0, 1) * counts - flat) @ weight.t(), torch.zeros(6, 4)])
     assert torch.allclose(found, torch.linalg.lstsq(torch.cat([flat, damping]), wanted).solution.t(), atol=1e-5)
 
 
