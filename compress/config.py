@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.quant.records import (
+    GroupedEmbeddingShape,
     GroupedShape,
     GroupedStack,
     PackedShape,
@@ -27,7 +28,7 @@ METHOD = "compress"
     SHARED_VERSION,
     EXPERTS_VERSION,
     GROUPED_VERSION,
-    GROUPED_STACK_VERSION,
+    GROUPED_ALL_VERSION,
 ) = range(1, 8)
 """Versions of the format (:func:`format_version`)."""
 
@@ -67,9 +68,9 @@ class StoredConfig:
         pruned: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if format_version not in range(DENSE_VERSION, GROUPED_STACK_VERSION + 1):
+        if format_version not in range(DENSE_VERSION, GROUPED_ALL_VERSION + 1):
             raise CompressError(
-                f"config.json: format_version {format_version} is none of {DENSE_VERSION} to {GROUPED_STACK_VERSION}, "
+                f"config.json: format_version {format_version} is none of {DENSE_VERSION} to {GROUPED_ALL_VERSION}, "
                 "which this release of compress reads; install a release that knows it."
             )
         self.format_version, self.bits = format_version, bits
@@ -132,8 +133,8 @@ def stored_config(settings: Mapping[str, Any] | None) -> StoredConfig | None:
 def format_version(shapes: Iterable[PackedShape], pruned: Shapes | None = None) -> int:
     """Return the version of the format that modules, and blocks of sizes the rest of the config does not tell, need."""
     held = list(shapes)
-    if any(isinstance(shape, GroupedStack) for shape in held):
-        return GROUPED_STACK_VERSION
+    if any(isinstance(shape, (GroupedStack, GroupedEmbeddingShape)) for shape in held):
+        return GROUPED_ALL_VERSION
     if any(isinstance(shape, GroupedShape) for shape in held):
         return GROUPED_VERSION
     if any(isinstance(shape, StackedShape) for shape in held):

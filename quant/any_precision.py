@@ -78,6 +78,10 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
         }
         return {**shapes, **shared}
 
+    def groups_vocabulary(self, columns: int) -> bool:
+        """Tell whether rows of an embedding and a head have sizes of groups: where linears of as many columns have."""
+        return self.config.shares(columns)
+
     def quantise(self, weight: Array, sensitivity: Array | None) -> Codes:
         """Find nested codes of one matrix by the weight objective."""
         zeros, threads = self.config.keep_zeros, torch.get_num_threads()

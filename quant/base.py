@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.passes import OUTSIDE, Block, Context, Needs, Pass
 from compress.quant.errors import matrix_errors
 from compress.quant.format import Codes
-from compress.quant.records import EmbeddingShape, PackedShape
+from compress.quant.records import GROUP, EmbeddingShape, GroupedEmbeddingShape, PackedShape
 from compress.quant.settings import QuantiseConfig
 from compress.quant.vocabulary import fit_vocabulary
 from compress.statistics import Moments, check_weight
@@ -92,8 +92,14 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         read_at = {str(bits): own for bits, own in table.items()}
         span = min(table.values()), max(table.values())
         for name in self.outside(context):
-            packed[name] = EmbeddingShape(*context.outside[name], *span, rank=1, read_at=read_at)
+            shape = EmbeddingShape(*context.outside[name], *span, rank=1, read_at=read_at)
+            grouped = self.groups_vocabulary(shape.in_features)
+            packed[name] = GroupedEmbeddingShape(**vars(shape), group=GROUP) if grouped else shape
         return packed
+
+    def groups_vocabulary(self, columns: int) -> bool:
+        """Tell whether rows of an embedding and a head, of so many columns, have a size for every group of them."""
+        return False
 
     def _ignored(self, context: Context) -> dict[str, str]:
         """Return ignored linears, and the pattern that names each."""
@@ -139,7 +145,8 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             weight = _on_cpu(linear.weight)
             hessian = block.hessians.get(name)
             looked_up = isinstance(linear.module, nn.Embedding)
-            found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())), block.ranks)
+            grouped = self.groups_vocabulary(weight.shape[1])
+            found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())), block.ranks, grouped)
             block.packed[name] = replace(found, read_at={str(bits): own for bits, own in table.items()})
             sensitivity = block.squared_gradients.get(name)
             errors[name] = {

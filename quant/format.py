@@ -23,6 +23,7 @@ from compress.quant.records import (
     GROUP,
     MAX_GAP_BITS,
     EmbeddingShape,
+    GroupedEmbeddingShape,
     GroupedShape,
     PackedShape,
     SharedShape,
@@ -58,8 +59,9 @@ class Codes:
     def rows(self, bits: int, part: slice) -> Tensor:
         """Return some rows of an embedding or head (one coefficient per row) at a number of bits, float32 [rows, K]."""
         assert self.shared is not None
-        codes = (self.codes[part] >> (max(self.codebooks) - bits)).long()
-        return self.shared.table(bits)[0][codes] * self.shared.rows[part].float() * self.shared.columns.float()
+        codes, some = (self.codes[part] >> (max(self.codebooks) - bits)).long(), self.shared.part(part)
+        sizes = some.rows.float() if some.groups is None else some.sizes()
+        return some.table(bits)[0][codes] * sizes * some.columns.float()
 
     def to(self, device: torch.device | str) -> Codes:
         """Move all but the Hessian to a device."""
@@ -123,7 +125,9 @@ def _pack_shared(found: Codes, shared: Shared) -> tuple[PackedShape, dict[str, T
     bits, dtype = sorted(found.codebooks), str(shared.rows.dtype).removeprefix("torch.")
     (rows, columns), rank = found.codes.shape, len(shared.basis[shared.last])
     shape = SharedShape(rows, columns, bits[0], bits[-1], dtype, rank=rank)
-    if found.read_at is not None:
+    if found.read_at is not None and shared.groups is not None:
+        shape = GroupedEmbeddingShape(**vars(shape), read_at=found.read_at, group=GROUP)
+    elif found.read_at is not None:
         shape = EmbeddingShape(**vars(shape), read_at=found.read_at)
     elif shared.groups is not None:
         shape = GroupedShape(**vars(shape), group=GROUP)

@@ -191,6 +191,11 @@ class EmbeddingShape(SharedShape):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupedEmbeddingShape(EmbeddingShape, GroupedShape):
+    """Record an embedding or a head with one codebook for all rows, and a size for every row and group of columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StackedShape(PackedShape):
     """Record the matrices of a mixture's experts, all of one shape, that are stored with one tensor per plane for all.
 
@@ -269,6 +274,8 @@ def shape_of(record: Mapping[str, Any]) -> PackedShape:
         "group": GroupedShape,
         "rank": SharedShape,
     }
+    if "read_at" in record and "group" in record:
+        return GroupedEmbeddingShape(**record)
     if "experts" in record:
         marks = {"group": GroupedStack, "experts": StackedShape}
     kind: type[PackedShape] = next((kind for mark, kind in marks.items() if mark in record), PackedShape)

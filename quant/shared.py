@@ -9,7 +9,7 @@ group of 64 columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,6 +108,23 @@ class Shared:
             named["groups"] = self.groups
         named |= {f"place_{bits}": part for bits, part in (self.place or {}).items()}
         return {"columns": self.columns, "rows": self.rows, **named}
+
+
+@dataclass(frozen=True)
+class Tables(Mapping[int, Tensor]):
+    """Compute the codebook of every row when it is asked for: of an embedding all at once would take many times the weights' bytes."""
+
+    shared: Shared
+    bits: range
+
+    def __getitem__(self, bits: int) -> Tensor:
+        return self.shared.codebook(bits)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.bits)
+
+    def __len__(self) -> int:
+        return len(self.bits)
 
 
 def read_shared(tensors: Mapping[str, Tensor]) -> Shared:

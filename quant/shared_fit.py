@@ -48,6 +48,8 @@ def fit_shared(weight: Tensor, cost: Tensor, columns: Tensor, seed: int, parent:
     basis = _nested(_bell(), torch.ones(_POOLED, dtype=torch.float32), seed, parent, weight.device)
     for _ in range(_ROUNDS):
         sizes = group_sizes(weight, cost, basis[sized_at(basis)])
+        if not weight.any():
+            break
         wide = spread(sizes, weight.shape[1])
         basis = _clustered(weight / wide, wide, cost, seed, parent)
     scale = torch.stack([entries.abs().amax() for entries in basis.values()]).amax()

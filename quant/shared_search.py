@@ -18,7 +18,7 @@ from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Hessian
 from compress.quant.nested import Objective, Tree, below_objectives, joint_objectives, row_parts
 from compress.quant.records import GROUP
-from compress.quant.shared import Shared
+from compress.quant.shared import Shared, Tables
 from compress.quant.shared_fit import by_group, column_factors, fit_shared, halved, sized, solved
 from compress.ranks import ALONE, Ranks
 
@@ -55,11 +55,12 @@ def shared_output_codebooks(
     prepared, found, start = Hessian(hessian * columns[:, None] * columns), [], 0
     factor = inverse_factor(prepared.matrix)
     for size in sizes or [len(targets[max(targets)])]:
-        wanted = {bits: target[start : start + size] / columns for bits, target in targets.items()}
+        scaled = {id(target): target[start : start + size] / columns for target in targets.values()}  # mostly one
+        wanted = {bits: scaled[id(target)] for bits, target in targets.items()}
         search = _Search(wanted, prepared, factor, focus or {}, ranks)
         shared = search.shared(columns)
         codes = search.finished(shared)
-        found.append(Codes(codes, {bits: shared.codebook(bits) for bits in sorted(targets)}, shared=shared))
+        found.append(Codes(codes, Tables(shared, range(min(targets), max(targets) + 1)), shared=shared))
         start += size
     return found
 

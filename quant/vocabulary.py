@@ -8,8 +8,8 @@ the head's inputs; measured on SmolLM2, an error of the head costs twenty times 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from compress.quant.hessian import Buffers, Hessian
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.nested import Objective, Tree, row_parts
 from compress.quant.records import STORED_BITS, EmbeddingShape
-from compress.quant.shared import Shared, read_shared
+from compress.quant.shared import Shared, Tables, read_shared
+from compress.quant.shared_fit import group_sizes, sized, sized_at
+from compress.quant.shared_search import shared_output_codebooks
 from compress.ranks import ALONE, Ranks
 
 _BINS = 1 << 14  # of the histogram that the table is fitted to
@@ -31,26 +33,14 @@ _SIZE = 0.75  # power of a column's size in its factor
 _POWERS = (0.75, 0.75)  # as in compress.quant.nested: what the errors at more bits count, sweep by sweep
 
 
-@dataclass(frozen=True)
-class _Tables(Mapping[int, Tensor]):
-    """Compute the codebook of every row when it is asked for: all at once would take many times the weights' bytes."""
-
-    shared: Shared
-    bits: range
-
-    def __getitem__(self, bits: int) -> Tensor:
-        return self.shared.codebook(bits)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.bits)
-
-    def __len__(self) -> int:
-        return len(self.bits)
-
-
 @torch.no_grad()
 def fit_vocabulary(
-    weight: Tensor, hessian: Tensor | None, looked_up: bool, all_bits: Sequence[int], ranks: Ranks = ALONE
+    weight: Tensor,
+    hessian: Tensor | None,
+    looked_up: bool,
+    all_bits: Sequence[int],
+    ranks: Ranks = ALONE,
+    grouped: bool = False,
 ) -> Codes:
     """Find nested codes of an embedding or a head, and shared codebooks of rank 1 (:mod:`compress.quant.shared`).
 
@@ -60,23 +50,32 @@ def fit_vocabulary(
         looked_up: whether its rows are looked up too, as those of an embedding are.
         all_bits: the numbers of bits that count, ascending; those between can be read too.
         ranks: the processes that share the rows.
+        grouped: give rows a size for every group of columns, and search as for linears (:mod:`compress.quant.shared_search`).
     """
+    span = range(all_bits[0], all_bits[-1] + 1)
     unit = torch.eye(weight.shape[1])
     cost = unit if hessian is None else hessian / hessian.diagonal().mean().clamp_min(1e-30)
+    damped = cost + (_LOOKED_UP if looked_up else _DAMPED) * unit
+    if grouped:
+        found = shared_output_codebooks(dict.fromkeys(span, weight), damped, ranks=ranks)[0]
+        assert found.shared is not None
+        return _rounded(found.codes, found.shared, span)
     columns = _column_factors(weight).half().float()
     rows = torch.cat([_root_mean_square(part / columns) for part in torch.split(weight, _SAMPLED)]).half().float()
     shared = _tables(weight, columns, rows, all_bits[0], all_bits[-1])
-    damped = (cost + (_LOOKED_UP if looked_up else _DAMPED) * unit) * columns[:, None] * columns
-    search, buffers = Hessian(damped), Buffers(weight.device)
+    search, buffers = Hessian(damped * columns[:, None] * columns), Buffers(weight.device)
 
     def descended(part: slice) -> dict[str, Tensor]:
         given = weight[part] / columns, None if hessian is None else search, shared.part(part)
-        return {"codes": _descended(*given, range(all_bits[0], all_bits[-1] + 1), buffers)}
+        return {"codes": _descended(*given, span, buffers)}
 
     parts = ranks.over(row_parts(len(weight), weight.device, ranks), descended)
-    codes = torch.cat([part["codes"] for part in parts])
+    return _rounded(torch.cat([part["codes"] for part in parts]), shared, span)
+
+
+def _rounded(codes: Tensor, shared: Shared, bits: range) -> Codes:
     found = shared.to(torch.float16)
-    return Codes(codes, _Tables(found, range(all_bits[0], all_bits[-1] + 1)), shared=found)
+    return Codes(codes, Tables(found, bits), shared=found)
 
 
 def _root_mean_square(rows: Tensor) -> Tensor:
@@ -147,10 +146,22 @@ def with_rows(
     """Add rows, float32 [M, K], to a stored embedding or head, by their nearest codes; its tables stay as they are."""
     shared = read_shared(tensors)
     targets = extra / shared.columns.float()
-    sizes = targets.square().mean(1, keepdim=True).sqrt().to(shared.rows.dtype)  # 0 for a row of zeros
-    added = replace(shared, rows=sizes.clamp_min(1e-7).float())
-    codes = _nearest(targets, {bits: added.codebook(bits) for bits in shape.all_bits}, shape.all_bits)
+    added = _sized(shared, targets)
+    wide = added.to(torch.float32)
+    scale = (wide.rows if wide.groups is None else wide.sizes()).clamp_min(1e-7)
+    codebooks = {bits: wide.table(bits).expand(len(extra), -1).contiguous() for bits in shape.all_bits}
+    codes = _nearest(targets / scale, codebooks, shape.all_bits)
     planes = split_planes(pack_planes(codes.to(torch.uint8), shape.parent_bits), shape)
     larger = {name: torch.cat([tensors[name], plane], -2).contiguous() for name, plane in planes.items()}
-    larger["rows"] = torch.cat([shared.rows, sizes])
+    by_row = added.tensors()
+    larger |= {name: torch.cat([tensors[name], by_row[name]]) for name in ("rows", "groups") if name in by_row}
     return replace(shape, out_features=shape.out_features + len(extra)), {**tensors, **larger}
+
+
+def _sized(shared: Shared, targets: Tensor) -> Shared:
+    """Return the same of other rows, [M, K], of the sizes that these have; 0 for a row of zeros."""
+    if shared.groups is None:
+        return replace(shared, rows=targets.square().mean(1, keepdim=True).sqrt().to(shared.rows.dtype))
+    entries = shared.basis[sized_at(shared.basis)][0].float()
+    found = sized(shared, group_sizes(targets, torch.ones(targets.shape[1]), entries))
+    return replace(found, rows=found.rows.to(shared.rows.dtype))

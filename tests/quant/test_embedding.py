@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,10 @@ def matrix(rows=300, columns=40):
     return weight, hidden.t() @ hidden / len(hidden)
 
 
-def module(bits=(4, 5, 6, 7, 8), **options):
-    weight, hessian = matrix()
-    found = fit_vocabulary(weight, hessian, True, bits)
-    shape, tensors, _ = pack_smaller(found)
+def module(bits=(4, 5, 6, 7, 8), grouped=False, columns=40, **options):
+    weight, hessian = matrix(columns=columns)
+    found = fit_vocabulary(weight, hessian, True, bits, grouped=grouped)
+    shape, tensors, _ = pack_smaller(replace(found, read_at={str(own): own for own in bits}))
     embedding = BitPlaneEmbedding(shape, **options)
     embedding.load_state_dict(tensors)
     return embedding, found
@@ -66,27 +67,42 @@ def test_errors_fall_with_bits_and_cost_less_than_those_of_the_nearest_codes():
         last = lost
 
 
+def test_sizes_for_groups_of_columns_cost_less_at_every_number_of_bits():
+    weight, hessian = matrix(columns=192)
+    plain, grouped = (fit_vocabulary(weight, hessian, True, range(4, 9), grouped=each) for each in (False, True))
+    for bits in range(4, 9):
+        lost, control = (
+            float((((error := found.rows(bits, slice(None)) - weight) @ hessian) * error).sum())
+            for found in (grouped, plain)
+        )
+        assert lost < 0.9 * control
+
+
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("weight", [torch.zeros(5, 8), torch.ones(1, 1), torch.eye(7)[:, :3]])
-def test_matrices_without_much_to_tell(weight):
-    found = fit_vocabulary(weight, None, True, [2, 4])
+def test_matrices_without_much_to_tell(weight, grouped):
+    found = fit_vocabulary(weight, None, True, [2, 4], grouped=grouped)
     torch.testing.assert_close(found.rows(4, slice(None)), weight, atol=0.2, rtol=0)
 
 
 # The module
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("bits", [4, 5, 8])
-def test_looked_up_rows_and_the_product_are_those_of_the_dense_matrix(bits):
-    embedding, found = module()
+def test_looked_up_rows_and_the_product_are_those_of_the_dense_matrix(bits, grouped):
+    columns = 140 if grouped else 40
+    embedding, found = module(grouped=grouped, columns=columns)
     embedding.bits = bits
     dense, tokens = embedding.dense(), torch.tensor([[0, 299, 7], [7, 7, 1]])
-    assert torch.equal(dense, found.rows(bits, slice(None)))
+    torch.testing.assert_close(dense, found.rows(bits, slice(None)), rtol=1e-6, atol=1e-6)
     assert torch.equal(embedding(tokens), dense[tokens])
     assert embedding.codebook().shape == (1, 2**bits), "one table serves all rows"
-    written_out = found.shared.decoded(bits).gather(1, (found.codes >> (8 - bits)).long()) * found.shared.columns
-    assert torch.equal(written_out, dense), "a codebook per row, which the GPU's layout has, rounds nothing"
+    if not grouped:
+        written_out = found.shared.decoded(bits).gather(1, (found.codes >> (8 - bits)).long()) * found.shared.columns
+        assert torch.equal(written_out, dense), "a codebook per row, which the GPU's layout has, rounds nothing"
     for count in (1, 3, 40):  # below and above what the C kernels multiply at once
-        x = torch.randn(2, count, 40, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(2, count, columns, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(embedding.product(x, bits), x @ dense.t(), rtol=1e-4, atol=1e-4)
         embedding.keep_dense = True
         torch.testing.assert_close(embedding.product(x, bits), x @ dense.t(), rtol=1e-4, atol=1e-4)

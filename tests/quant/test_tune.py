@@ -106,17 +106,17 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(recipe, tmp_path, passe
 
 @pytest.mark.slow
 def test_shared_codebooks_are_trained_at_all_bits_in_turn(tuned_recipe, tmp_path):
-    shared = {"kind": "any_precision", "seed_bits": 2, "parent_bits": 6, "codebooks": "shared"}
-    tune = {"kind": "tune_tables", "steps": 40, "batch": 4, "learning_rate": 0.02}
+    shared = {"kind": "any_precision", "seed_bits": 2, "parent_bits": 3, "codebooks": "shared"}
+    tune = {"kind": "tune_tables", "steps": 40, "batch": 4, "learning_rate": 0.01}
     plain = compress.run({**tuned_recipe, "passes": [shared]}, tmp_path / "plain")
     tuned = compress.run({**tuned_recipe, "passes": [shared, tune]}, tmp_path / "tuned")
     units = json.loads((tuned / "compression.json").read_text())["passes"][1]["units"]
     assert list(units) == ["common"]
     assert units["common"]["kept"]
-    assert set(units["common"]["divergence"]) == {"2", "3", "4", "5", "6"}
+    assert set(units["common"]["divergence"]) == {"2", "3"}
     before, after = tensors(plain), tensors(tuned)
     changed = {name.rpartition(".")[2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert changed == {"rows", "groups", *(f"basis_{bits}" for bits in range(2, 7))}
+    assert changed == {"rows", "groups", *(f"basis_{bits}" for bits in (2, 3))}
     ratio = [found["after"] / found["before"] for found in units["common"]["divergence"].values()]
     assert math.prod(ratio) < 1
 
