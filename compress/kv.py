@@ -413,7 +413,8 @@ class KVCache(Cache):
         plain = DynamicCache(config=config).layers
         kinds = [type(layer) for layer in plain]
         count = sum(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds)
-        if not count or not getattr(config.get_text_config(decoder=True), "num_attention_heads", None):
+        text: Any = config.get_text_config(decoder=True)
+        if not count or not (getattr(text, "per_layer_config", None) or getattr(text, "num_attention_heads", None)):
             raise CompressError(
                 f"kv bits: {config.model_type} has no layer that keeps keys and values, so there is nothing to pack."
             )

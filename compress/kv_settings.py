@@ -105,11 +105,13 @@ class KVSettings:
 
     def check_config(self, config: Any) -> None:
         """Refuse, before any work, heads that groups do not divide, where the configuration tells their size."""
+        from compress.models import stated  # imports torch
+
         text = config.get_text_config(decoder=True)
-        size = getattr(text, "head_dim", None)
-        if size is None and getattr(text, "num_attention_heads", None):
-            size = text.hidden_size // text.num_attention_heads
-        if isinstance(size, int) and getattr(text, "v_head_dim", None) is None:
+        size, heads = stated(text, "head_dim"), stated(text, "num_attention_heads")
+        if size is None and heads:
+            size = text.hidden_size // heads
+        if isinstance(size, int) and stated(text, "v_head_dim") is None:
             self.fitted(size, size)
 
     def by_layer(self, bits: KVBits, count: int) -> list[Pair]:

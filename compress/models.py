@@ -25,6 +25,14 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config()
 
 
+def stated(config: PretrainedConfig, key: str) -> Any:
+    """Return what a config says of a key for all blocks alike: None where it says nothing, or has a value for each block."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers' own for values that differ
+        return None
+
+
 def untied(config: PretrainedConfig) -> PretrainedConfig:
     """Return a config by which embedding and head are two tensors."""
     data = config.to_dict()

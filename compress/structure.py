@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.carrying import Load
 from compress.errors import CompressError, did_you_mean
-from compress.models import empty_model, text_config
+from compress.models import empty_model, stated, text_config
 
 
 @dataclass(frozen=True)
@@ -234,11 +234,11 @@ def _find_groups(structure: Architecture, config: PretrainedConfig, blocks: list
     if parts is None or text_config(config) is not config:
         return structure
     (attention, mlp), values = parts, config.to_dict()
-    heads, channels = getattr(config, "num_attention_heads", None), getattr(config, CHANNELS, None)
+    heads, channels = stated(config, "num_attention_heads"), stated(config, CHANNELS)
     if not isinstance(heads, int) or not isinstance(channels, int):
         return structure
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = stated(config, "num_key_value_heads") or heads
+    size = stated(config, "head_dim") or config.hidden_size // heads
     wanted = [heads * size, shared * size, shared * size, channels]
     for block in blocks:
         linears = linears_of(block, "")

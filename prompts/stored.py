@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.adapters import with_peft
-from compress.models import text_config
+from compress.models import stated, text_config
 from compress.sidecars import PEFT_CONFIG, PEFT_WEIGHTS
 from compress.workspace import Record, save_atomic, write_atomic
 
@@ -37,8 +37,8 @@ def new_prompt(model: PreTrainedModel, method: str, start: Tensor) -> PromptedMo
         config = kind(task_type="CAUSAL_LM", num_virtual_tokens=start.shape[0])
         if method == "prompt":  # peft takes the hidden size, which is another where an embedding is projected
             config.token_dim, text = start.shape[1], text_config(model.config)
-            config.num_layers = getattr(text, "num_hidden_layers", None) or 1  # it asks for both, and uses neither
-            config.num_attention_heads = getattr(text, "num_attention_heads", None) or 1
+            config.num_layers = stated(text, "num_hidden_layers") or 1  # it asks for both, and uses neither
+            config.num_attention_heads = stated(text, "num_attention_heads") or 1
         prompted = PromptedModel(model, config)
     prompted.eval()
     embedding(prompted).data.copy_(start)

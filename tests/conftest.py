@@ -61,9 +61,7 @@ ROUTED = {
     "first_k_dense_replace": 1,
 }
 MODELS = {
-    **dict.fromkeys(
-        ("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3", "seed_oss", "smollm3", "ernie4_5"), HEADS
-    ),
+    **dict.fromkeys(("apertus", "exaone4", "glm4", "granite", "olmo2", "phi3"), HEADS),
     "cohere2": {**HEADS, "sliding_window": 8},
     "gemma4_text": {
         **HEADS,
@@ -103,7 +101,6 @@ MODELS = {
     "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
-    "starcoder2": HEADS,
     "mamba2": {
         "hidden_size": 48,
         "num_hidden_layers": 3,
@@ -116,7 +113,6 @@ MODELS = {
     "deepseek_v3": {**HEADS, **ROUTED, **LATENT, "num_key_value_heads": 4},
     "granitemoe": {**HEADS, **MIXTURE},
     "mixtral": {**HEADS, **MIXTURE},
-    "olmoe": {**HEADS, **MIXTURE},
     "mamba": {"hidden_size": 48, "num_hidden_layers": 3},
     "openai-gpt": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "qwen3_moe": {**LLAMA_LIKE, **MIXTURE},

@@ -98,10 +98,11 @@ def test_a_loaded_mixture_is_saved_and_loaded_again(mixture, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_experts_may_have_sizes_for_groups_of_columns(make_model, text_file, tmp_path, kind):
+def test_experts_may_have_sizes_for_groups_of_columns(make_model, text_file, tmp_path):
     step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "codebooks": "shared"}
-    out = compress.run(recipe_for(make_model(kind), text_file, step), tmp_path / "out")
+    step["ignore"] = ["re:.*self_attn.*", "re:.*layers[.]0[.].*"]  # which take most of the time
+    model = make_model("gpt_oss", num_hidden_layers=2)
+    out = compress.run(recipe_for(model, text_file, step), tmp_path / "out")
     record = json.loads((out / "config.json").read_text())["quantization_config"]
     assert record["format_version"] == 7
     shape = record["modules"]["model.layers.1.mlp.experts.down_proj"]

@@ -14,6 +14,7 @@ from compress.kernels.kv import unpack
 from compress.kv import KVLayer, LazyStates
 from compress.kv_evict import importance, kept_tokens
 from compress.kv_settings import kv_label, parse_kv_bits
+from tests import zoo
 
 SIZES = {
     "vocab_size": 300, "bos_token_id": 0, "eos_token_id": None, "hidden_size": 64, "intermediate_size": 100,
@@ -286,6 +287,11 @@ def test_hybrid_models_pack_what_keeps_keys_and_values():
         pytest.skip("this transformers has no cache layers of linear attention")
     cache = KVCache(4, group=16, config=config)
     assert [isinstance(layer, KVLayer) for layer in cache.layers] == [False, True]
+
+
+def test_blocks_with_different_numbers_of_heads_are_packed():
+    cache = KVCache(4, group=8, config=zoo.tiny_config("dots3_note_text"))
+    assert {type(layer) for layer in cache.layers} >= {KVLayer}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from compress.errors import CompressError
-from compress.models import empty_model
+from compress.models import empty_model, stated
 from compress.structure import ARCHITECTURES, Linear, architecture, block_of, linears_of
+from tests import zoo
 
 KINDS = [kind for family in ARCHITECTURES for kind in family.model_types]
 
@@ -39,3 +40,9 @@ def test_the_block_of_a_tensor():
 def test_a_model_that_is_no_language_model_is_refused():
     with pytest.raises(CompressError, match="'vit' is no language model"):
         architecture(AutoConfig.for_model("vit"))
+
+
+def test_a_key_with_a_value_for_each_block_says_nothing_of_all():
+    config = zoo.tiny_config("dots3_note_text")
+    assert stated(config, "num_attention_heads") is None
+    assert stated(config, "num_hidden_layers") == config.num_hidden_layers

@@ -9,7 +9,7 @@ from compress.models import empty_model
 from compress.structure import ARCHITECTURES, inspected
 from tests import zoo
 
-RECOGNISED = ("arcee", "cohere2", "granite", "helium", "hunyuan_v1_dense", "jais2", "phi", "smollm3")
+RECOGNISED = ("arcee", "cohere2", "granite", "hunyuan_v1_dense", "jais2", "phi")
 OTHERS = {  # heads that belong together in pairs, norms over all heads, experts, sinks, cross attention
     "bart", "diffllama", "gpt_oss", "mamba2", "mixtral", "olmo2", "phi3",
 }  # fmt: skip
