@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import compress
+from compress.config import read_settings
 from compress.evals.bench.common import JsonOption, show, write
 from compress.evals.evaluate import Protocol, documents_of
 from compress.evals.perplexity import Text, score
+from compress.hf import packed_modules
 from compress.inspect import inspect
 from compress.loading import load_tokenizer
+from compress.quant.records import model_bytes, packed_bytes
 from compress.structure import inspected, linears_of
 
 _SCALE = 4  # bytes of a group's scale and offset, float16 each
@@ -66,8 +69,22 @@ def in_blocks(
     return model, math.ceil(size)
 
 
+def bytes_read(folder: Path, model: PreTrainedModel) -> int:
+    """Return the bytes of all tensors that a checkpoint has for a model that was read of it, each matrix at its own bits."""
+    shapes, at_bits = read_settings(folder).shapes(), inspect(folder)["bytes_at_bits"]  # type: ignore[union-attr]
+    least = min(map(int, at_bits))
+    others = at_bits[str(least)] - model_bytes(shapes.values(), least)
+    return int(others + sum(packed_bytes(shapes[name], part.bits) for name, part in packed_modules(model).items()))
+
+
 def candidates(
-    model: str, ours: list[Path], bits: list[int], gguf: list[Path], groups: list[int], dtype: torch.dtype
+    model: str,
+    ours: list[Path],
+    bits: list[int],
+    gguf: list[Path],
+    groups: list[int],
+    dtype: torch.dtype,
+    sizes: Sequence[float] = (),
 ) -> Iterator[tuple[str, Callable[[], tuple[PreTrainedModel, int]]]]:
     """Name what is measured, and how it is made: the model and its bytes."""
 
@@ -77,6 +94,10 @@ def candidates(
     def own(folder: Path, width: int) -> tuple[PreTrainedModel, int]:
         return compress.load(folder, bits=width, dtype=dtype), inspect(folder)["bytes_at_bits"][str(width)]
 
+    def mixed(folder: Path, size: float) -> tuple[PreTrainedModel, int]:
+        found = compress.load(folder, memory=round(size * 1e6), dtype=dtype)
+        return found, bytes_read(folder, found)
+
     def file(path: Path) -> tuple[PreTrainedModel, int]:
         found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         return found, path.stat().st_size
@@ -85,6 +106,8 @@ def candidates(
     for folder in ours:
         for width in [width for width in bits if str(width) in inspect(folder)["bytes_at_bits"]]:
             yield f"{folder.name}, {width} bits", lambda folder=folder, width=width: own(folder, width)  # type: ignore[misc]
+        for size in sizes:
+            yield f"{folder.name}, at most {size:g} MB", lambda folder=folder, size=size: mixed(folder, size)  # type: ignore[misc]
     for path in gguf:
         yield f"llama.cpp {path.stem}", lambda path=path: file(path)  # type: ignore[misc]
     for width in bits:
@@ -108,6 +131,9 @@ def main(
     ours: Annotated[Optional[list[Path]], typer.Option(help="A checkpoint made of it; may be repeated.")] = None,
     gguf: Annotated[Optional[list[Path]], typer.Option(help="A llama.cpp file of it; may be repeated.")] = None,
     bits: Annotated[str, typer.Option(help="Of ours, and of what is rounded here.")] = "2,3,4,5,6,8",
+    memory: Annotated[
+        str, typer.Option(help="Megabytes for which ours are read too, each matrix at bits chosen for it.")
+    ] = "",
     groups: Annotated[
         str, typer.Option(help="Columns that share a scale in round to nearest; 0: a row; empty: leave it out.")
     ] = "0,32",
@@ -122,10 +148,9 @@ def main(
     every = max(1, len(cut.windows) // windows) if windows else 1
     cut = Text(cut.windows[::every][: windows or None], cut.bytes)
     rows = []
-    given = [int(one) for one in groups.split(",") if one]
-    for name, make in candidates(
-        model, ours or [], [int(one) for one in bits.split(",")], gguf or [], given, getattr(torch, dtype)
-    ):
+    given, sizes = [int(one) for one in groups.split(",") if one], [float(one) for one in memory.split(",") if one]
+    widths, kind = [int(one) for one in bits.split(",") if one], getattr(torch, dtype)
+    for name, make in candidates(model, ours or [], widths, gguf or [], given, kind, sizes):
         network, size = make()
         rows.append(Row(name, size, score(network, cut).perplexity))
         print(f"{name}: {size / 1e6:.1f} MB, {rows[-1].perplexity:.4f}", flush=True)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from compress.evals.bench.__main__ import app
 from compress.evals.bench.peers import in_blocks, rounded
+from compress.inspect import inspect
 
 
 def test_an_even_grid_per_row_or_group():
@@ -36,11 +37,17 @@ def test_only_linears_inside_the_blocks_change(tiny_llama):
 @pytest.mark.slow
 def test_a_row_for_every_candidate(tiny_llama, compressed, text_file, tmp_path):
     options = ["--ours", str(compressed), "--bits", "4,6", "--groups", "0,32", "--length", "16", "--windows", "2"]
+    sizes = inspect(compressed)["bytes_at_bits"]
+    between = (sizes["4"] + sizes["5"]) / 2e6
+    options += ["--memory", f"{sizes['4'] / 1e6:.6f},{between:.6f}"]
     target = tmp_path / "peers.json"
     result = CliRunner().invoke(app, ["peers", str(tiny_llama), str(text_file), *options, "--json", str(target)])
     assert result.exit_code == 0, result.output
     rows = json.loads(target.read_text())["rows"]
     names = {row["name"] for row in rows}
     assert {"dense", f"{compressed.name}, 4 bits", "round to nearest per row, 6 bits"} < names
+    mixed = {row["name"]: row["bytes"] for row in rows if "at most" in row["name"]}
+    assert mixed[f"{compressed.name}, at most {sizes['4'] / 1e6:g} MB"] <= sizes["4"]
+    assert sizes["4"] < mixed[f"{compressed.name}, at most {between:g} MB"] <= between * 1e6
     assert [row["bytes"] for row in rows] == sorted(row["bytes"] for row in rows)
     assert all(row["perplexity"] > 1 for row in rows)
