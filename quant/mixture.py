@@ -21,7 +21,7 @@ from compress.quant.nested import nested_output_codebooks
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared_search import shared_output_codebooks
 from compress.ranks import Sums
-from compress.statistics import check_inputs, evened
+from compress.statistics import check_inputs
 
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
 _TOKENS = "tokens of "
@@ -48,7 +48,7 @@ def _fit(block: Block, members: Sequence[str], alike: bool, config: AnyPrecision
     inputs = Sums(block.ranks)
 
     def visit(name: str, x: Tensor) -> None:
-        x = evened(x.float())
+        x = x.float()
         if name not in inputs.lot:
             inputs.lot[name] = x.new_zeros(x.shape[1], x.shape[1])
         inputs.lot[name].addmm_(x.t(), x)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import compress
 from compress.config import read_settings
+from compress.errors import CompressError
 from compress.evals.bench.common import JsonOption, show, write
 from compress.evals.evaluate import Protocol, documents_of
 from compress.evals.perplexity import Text, score
@@ -143,6 +144,8 @@ def main(
     target: JsonOption = None,
 ) -> None:
     """Measure all candidates by one instrument, smallest first."""
+    if gguf and find_spec("gguf") is None:
+        raise CompressError("--gguf: reading GGUF files needs gguf: pip install 'compress-llm[gguf]'.")
     documents, _ = documents_of(text, Protocol(join="\n\n"))
     cut = Protocol(length=length, disjoint=True).cut(documents, load_tokenizer(model))
     every = max(1, len(cut.windows) // windows) if windows else 1
