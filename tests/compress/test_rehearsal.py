@@ -67,6 +67,6 @@ def test_the_plan_says_what_does_not_fit_and_what_would(recipe, monkeypatch):
 def test_the_plan_counts_processes_that_can_help(recipe):
     recipe["passes"] = [{"kind": "prune", "score": "magnitude"}, {"kind": "any_precision"}, {"kind": "tune_tables"}]
     recipe["passes"] += [{"kind": "soft_prompt", "batch": 3, "tokens": 4}]
-    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 4, 1, 3]
+    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 4, 4, 3]
     recipe["calibration"]["samples"] = 32
-    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 8, 1, 3]
+    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 8, 4, 3]
