@@ -138,7 +138,10 @@ def main(
     groups: Annotated[
         str, typer.Option(help="Columns that share a scale in round to nearest; 0: a row; empty: leave it out.")
     ] = "0,32",
-    length: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    disjoint: Annotated[
+        bool, typer.Option("--disjoint/--overlap", help="Windows side by side, or overlapping by half and behind BOS.")
+    ] = True,
     windows: Annotated[int, typer.Option(help="How many, spread evenly over the text; 0 for all.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     target: JsonOption = None,
@@ -147,7 +150,7 @@ def main(
     if gguf and find_spec("gguf") is None:
         raise CompressError("--gguf: reading GGUF files needs gguf: pip install 'compress-llm[gguf]'.")
     documents, _ = documents_of(text, Protocol(join="\n\n"))
-    cut = Protocol(length=length, disjoint=True).cut(documents, load_tokenizer(model))
+    cut = Protocol(length=length, disjoint=disjoint).cut(documents, load_tokenizer(model))
     every = max(1, len(cut.windows) // windows) if windows else 1
     cut = Text(cut.windows[::every][: windows or None], cut.bytes)
     rows = []

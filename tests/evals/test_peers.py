@@ -36,7 +36,19 @@ def test_only_linears_inside_the_blocks_change(tiny_llama):
 
 @pytest.mark.slow
 def test_a_row_for_every_candidate(tiny_llama, compressed, text_file, tmp_path):
-    options = ["--ours", str(compressed), "--bits", "4,6", "--groups", "0,32", "--length", "16", "--windows", "2"]
+    options = [
+        "--overlap",
+        "--ours",
+        str(compressed),
+        "--bits",
+        "4,6",
+        "--groups",
+        "0,32",
+        "--length",
+        "16",
+        "--windows",
+        "2",
+    ]
     sizes = inspect(compressed)["bytes_at_bits"]
     between = (sizes["4"] + sizes["5"]) / 2e6
     options += ["--memory", f"{sizes['4'] / 1e6:.6f},{between:.6f}"]
