@@ -26,6 +26,8 @@ from compress.precision import multiplies_bfloat16
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import EmbeddingShape, PackedShape, SharedShape, bits_range
 from compress.quant.settings import TuneTablesConfig
+from compress.quant.shared import read_shared
+from compress.quant.shared_fit import sized
 from compress.quant.student import Student
 from compress.ranks import Ranks, processes
 from compress.training import share_gradients
@@ -81,7 +83,7 @@ class TuneTables(Pass[TuneTablesConfig]):
         if not all_bits:
             return {}, {"kept": False, "reason": _OF_MORE_BITS}
         lesson = self._lesson(whole, context.ranks)
-        with _students(whole.model, trained, all_bits) as students:
+        with _students(whole.model, trained) as students:
             before = {bits: lesson.held_out_loss(bits) for bits in all_bits}
             offsets = [offset for student in students.values() for offset in student.offsets.values()]
             generator = context.generator(0 if unit == COMMON else all_bits[0])
@@ -145,9 +147,7 @@ def _trained(shape: PackedShape, chosen: Sequence[int], common: bool) -> list[st
 
 
 @contextmanager
-def _students(
-    model: PreTrainedModel, trained: Mapping[str, Sequence[str]], all_bits: Sequence[int]
-) -> Iterator[dict[str, Student]]:
+def _students(model: PreTrainedModel, trained: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Student]]:
     """Let stand-ins take the places of packed linears with something to train, for the length of a ``with``."""
     packed = packed_modules(model)
     in_use = {name: (module.bits, module.keep_dense) for name, module in packed.items()}
@@ -155,7 +155,7 @@ def _students(
     for name, module in packed.items():
         module.keep_dense = True
         if isinstance(module, BitPlaneLinear) and trained[name]:
-            found[name] = Student(module, trained[name], [module.shape.at(bits) for bits in all_bits])
+            found[name] = Student(module, trained[name])
             model.set_submodule(name, found[name])
     try:
         yield found
@@ -171,6 +171,9 @@ def _stored(students: Mapping[str, Student]) -> dict[str, Tensor]:
     tensors = {}
     for name, student in students.items():
         now = student.tensors()
+        if "groups" in student.offsets:  # the largest group of a row may be another by now
+            groups = sized(read_shared(now), now["rows"] * now["groups"] / 255)
+            now |= groups.tensors()
         for kind in student.offsets:
             value, stored = now[kind].detach().cpu(), student.packed.get_buffer(kind).dtype
             if not stored.is_floating_point:
