@@ -75,6 +75,9 @@ def _sections(title: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     )
     yield "## Load"
     yield _loading(list(map(int, at)))
+    for unit in (unit for step in manifest["passes"] for unit in step["units"].values() if "kv" in unit):
+        yield "## Cache of keys and values"
+        yield _cache(unit)
     yield _RECIPE
     recipe = {key: value for key, value in manifest["recipe"].items() if value is not None}
     recipe["passes"] = [_changed(config) for config in recipe["passes"]]
@@ -99,6 +102,21 @@ def _loading(all_bits: list[int]) -> str:
     python = "\n".join(code)
     shell = "\n".join(serve)
     return f"With `pip install compress-llm`:\n\n```python\n{python}\n```\n\nWith a server:\n\n```\n{shell}\n```"
+
+
+def _cache(unit: Mapping[str, Any]) -> str:
+    """Say which bits of the cache ``kv_calibrate`` recommends, beside what it measured, in a table and a line of code."""
+    by_layer = unit["kv"]["bits"] == unit["chosen"]
+    bits = {
+        "whole": "all whole",
+        "chosen": f"{', '.join(map(str, unit['chosen']))} bits, layer after layer",
+        "uniform": f"{unit['uniform']} bits",
+    }
+    bits["chosen" if by_layer else "uniform"] += " (recommended)"
+    rows = [f"| {bits[name]} | {unit['losses'][name]:.4f} |" for name in bits]
+    table = "\n".join(["| keys and values | loss on calibration text, nats per token |", "|---|---:|", *rows])
+    code = 'model = compress.load("ORG/NAME", kv="recommended")  # on the command line --kv-bits recommended'
+    return f"{table}\n\n```python\n{code}\n```"
 
 
 def _changed(config: Mapping[str, Any]) -> dict[str, Any]:

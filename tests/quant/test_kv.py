@@ -46,6 +46,17 @@ def test_a_checkpoint_is_loaded_with_what_the_pass_recommends(calibrated):
     assert cache.settings.groups == (4, 12)
 
 
+def test_the_card_has_the_recommendation_and_what_was_measured(calibrated):
+    record = json.loads((calibrated / "compression.json").read_text())["passes"][-1]["units"]["kv"]
+    card = (calibrated / "README.md").read_text().partition("## Cache of keys and values")[2].partition("\n## ")[0]
+    assert 'compress.load("ORG/NAME", kv="recommended")' in card
+    for loss in record["losses"].values():
+        assert f"| {loss:.4f} |" in card
+    (line,) = [line for line in card.splitlines() if "(recommended)" in line]
+    bits = record["kv"]["bits"]
+    assert line.startswith(f"| {bits} bits" if isinstance(bits, int) else f"| {', '.join(map(str, bits))} bits")
+
+
 def test_the_pass_stands_beside_another_sidecar_but_not_behind_its_like(tiny_llama, text_file, tmp_path):
     calibration = {"text": str(text_file), "samples": 3, "length": 60}
     recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": [PASS, PASS]}
