@@ -16,7 +16,7 @@ from compress.adapters import virtual_tokens
 from compress.calibration import read_documents
 from compress.defaults import usual_defaults
 from compress.errors import CompressError, did_you_mean
-from compress.evals.kv import CachedLosses, KVWanted
+from compress.evals.kv import CachedLosses, KVWanted, refuse_misfits
 from compress.evals.perplexity import Text, context_length, prepare, score
 from compress.evals.store import Key, Results, identity, prompt_key
 from compress.hf import packed_modules
@@ -191,6 +191,7 @@ class OpenText(OpenModel):
         **options: Any,
     ) -> None:
         protocol, self.kv = protocol or Protocol(), kv or KVWanted()
+        refuse_misfits(folder, self.kv)
         self.source, (self.documents, digest) = source, documents_of(source, protocol)
         places = [Path(folder)]
         for other in (options.get("prompt"), options.get("adapter")):

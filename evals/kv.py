@@ -15,8 +15,10 @@ from compress.errors import CompressError
 from compress.evals.perplexity import Window, as_tensors
 from compress.evals.timing import now, spread
 from compress.hf import cache_name
+from compress.kv import KVCache
 from compress.kv_serving import losses_by_blocks, make_caches
 from compress.kv_settings import KVBits, KVSettings, kv_label, kv_options, parse_kv_bits
+from compress.loading import read_config
 from compress.passes import Progress
 
 BLOCK = 32  # tokens that see each other whole; as many as wait, whole, until a group is full
@@ -40,6 +42,12 @@ def kv_wanted(bits: str | None, group: str | None, residual: int | None) -> KVWa
     if changes and bits is None:
         raise CompressError("--kv-group and --kv-residual are about a packed cache: give --kv-bits too.")
     return KVWanted(parse_kv_bits(bits), KVSettings(**changes))
+
+
+def refuse_misfits(folder: str, wanted: KVWanted) -> None:
+    """Refuse, before its weights are read, caches that do not fit a model."""
+    for bits in wanted.bits:
+        KVCache(bits, config=read_config(folder), **wanted.settings.options())
 
 
 class CachedLosses:

@@ -165,7 +165,7 @@ def bench(
     _check_bench(folder, random, dtype, target)
     import torch
 
-    from compress.evals.kv import kv_wanted
+    from compress.evals.kv import kv_wanted, refuse_misfits
     from compress.evals.random_llama import write_packed_llama
     from compress.evals.speed import Load
     from compress.evals.speed import bench as measure
@@ -175,17 +175,19 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     load, kind = Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
+    chosen, caches = parse_bits(bits), kv_wanted(kv_bits, kv_group, kv_residual)
+    drafts = [int(one) for one in parse_bits(draft_bits) or []]
     with progress_bar() as progress, TemporaryDirectory() as scratch:
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
-        store, chosen = results_of(place, kept), parse_bits(bits)
-        caches = kv_wanted(kv_bits, kv_group, kv_residual)
+        refuse_misfits(place, caches)
+        store = results_of(place, kept)
         found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter, gguf or ())
         given: dict[str, Any] = {"dtype": kind, "exact": exact, "adapter": adapter}
         if caches.bits:
             found["kv"] = _bench_caches(place, caches, kv_context, {**given, "device_map": device}, progress)
-        if draft_bits:
+        if drafts:
             given["bits"] = max(chosen) if chosen else None
-            found["drafts"] = _bench_drafts(place, draft_bits, draft_text, load, given, progress)
+            found["drafts"] = _bench_drafts(place, drafts, draft_text, load, given, progress)
     if not write_json(found, target):
         _print_speed(found)
 
@@ -198,12 +200,11 @@ def _bench_caches(place: str, caches: Any, context: int, given: dict[str, Any], 
     return {"context": context, "caches": decode_speed(load(place, **given), caches, context, progress=progress)}
 
 
-def _bench_drafts(place: str, bits: str, text: str, turns: Any, given: dict[str, Any], progress: Any) -> Any:
+def _bench_drafts(place: str, drafts: list[int], text: str, turns: Any, given: dict[str, Any], progress: Any) -> Any:
     """Time decoding with drafts by the model's own first planes."""
     from compress.evals.drafts import draft_speed
     from compress.loading import load
 
-    drafts = [int(one) for one in parse_bits(bits) or []]
     return draft_speed(load(place, **given), place, drafts, text, turns.tokens, turns.rounds, progress)
 
 

@@ -107,12 +107,29 @@ def test_generate_with_a_packed_cache(command, compressed):
         (("--text", "builtin", "--kv-bits", "4", "--kv-group", "x"), "--kv-group 'x'"),
         (("--text", "builtin", "--kv-group", "32"), "give --kv-bits too"),
         (("--tasks", "builtin_line", "--kv-bits", "4"), "is measured on text"),
-        (("--text", "builtin", "--kv-bits", "4", "--kv-group", "32"), "does not divide the 12 channels"),
     ],
 )
 def test_bad_options_end_in_one_sentence(command, compressed, arguments, message):
     code, _, err = command("eval", compressed, *arguments)
     assert code == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "--kv-bits", "1"), "give 2 to 8"),
+        (("bench", "--draft-bits", "few"), "few"),
+        (("bench", "--kv-bits", "4", "--kv-group", "32"), "does not divide the 12 channels"),
+        (("eval", "--text", "builtin", "--kv-bits", "4", "--kv-group", "32"), "does not divide the 12 channels"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_model_is_read(command, compressed, arguments, message, monkeypatch):
+    read = []
+    for name in ("compress.evals.speed.bench", "compress.evals.evaluate.OpenModel.__init__"):
+        monkeypatch.setattr(name, lambda *args, **kwargs: read.append(args))
+    code, out, err = command(arguments[0], compressed, *arguments[1:])
+    assert (code, out, read) == (1, "", [])
     assert message in err
 
 
