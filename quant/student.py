@@ -15,31 +15,28 @@ from compress.quant.descent import Floats32, U
 from compress.quant.kmeans_seed import compiled, in_threads
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GROUP
-from compress.quant.shared import read_shared, spread
+from compress.quant.shared import spread
 from compress.quant.shared_fit import by_group
 
 Bytes = NDArray[np.uint8]
-_FACTOR = 0.05  # a factor of a row or a column, or a coefficient, is learned in units of this share of its size
-_COEFFICIENTS = 128 * _FACTOR
+_SIZE = 0.15  # the size of a group is learned in units of this share of itself; measured
 
 
 class _Product(torch.autograd.Function):
     """Multiply by a weight looked up in codebooks; for the gradient it keeps the codes, not the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, columns: Tensor, codes: Tensor) -> Tensor:
-        ctx.save_for_backward(x, table, columns, codes)
-        return x @ (table.gather(1, codes.long()) * columns).to(x.dtype).t()
+    def forward(ctx: Any, x: Tensor, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(x, table, codes)
+        return x @ table.gather(1, codes.long()).to(x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, table, columns, codes = ctx.saved_tensors
+        x, table, codes = ctx.saved_tensors
         given, index = gradients[0], codes.long()
-        entries = table.gather(1, index)
         by_weight = (given.flatten(0, -2).t() @ x.flatten(0, -2)).float()
-        by_column = (by_weight * entries).sum(0)
-        by_entry = torch.zeros_like(table).scatter_add_(1, index, by_weight * columns)
-        return given @ (entries * columns).to(x.dtype), by_entry, by_column, None
+        by_entry = torch.zeros_like(table).scatter_add_(1, index, by_weight)
+        return given @ table.gather(1, index).to(x.dtype), by_entry, None
 
 
 class _Grouped(torch.autograd.Function):
@@ -138,7 +135,7 @@ class Student(nn.Module):
     """Stand in for a packed linear, at the bits that it has in use; some of its stored tensors are trained.
 
     What is learned, ``offsets``, is in units of the size of a step that makes sense for each tensor: of codebooks the mean distance
-    between entries, of factors a share of themselves.
+    between entries, of sizes of groups a share of themselves.
 
     Args:
         packed: the layer.
@@ -148,13 +145,11 @@ class Student(nn.Module):
     def __init__(self, packed: BitPlaneLinear, trained: Collection[str]) -> None:
         super().__init__()
         self.packed = packed
-        most = packed.planes(packed.shape.parent_bits)
-        self.codes = unpack_planes(most, packed.in_features)
-        kinds = "codebook_", "columns", "rows", "groups", "shapes", "basis_", "width_", "place_"
+        self.codes = unpack_planes(packed.planes(packed.shape.parent_bits), packed.in_features)
+        kinds = "codebook_", "columns", "rows", "groups", "basis_"
         self.start = {name: tensor.float() for name, tensor in packed.named_buffers() if name.startswith(kinds)}
         self.unit = {name: _unit(name, self.start[name]) for name in trained}
         self.offsets = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(self.start[name])) for name in trained})
-        self.plain = torch.ones(packed.in_features, device=self.codes.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that codebooks are made of, by their stored names, as they are by now, in float32."""
@@ -170,23 +165,15 @@ class Student(nn.Module):
             sizes = now["rows"] * now["groups"] / 255
             given = now[f"basis_{bits}"][0], sizes, now["columns"], self.codes
             y: Tensor = _Grouped.apply(x, *given, more)  # type: ignore[no-untyped-call]
-            return y if self.packed.bias is None else y + self.packed.bias
-        if "columns" in now:
-            with torch.autocast(x.device.type, enabled=False):  # entries are not to be rounded
-                table, columns = read_shared(now).differentiable(bits), now["columns"]
         else:
-            table, columns = now[f"codebook_{bits}"], self.plain
-        y = _Product.apply(x, table, columns, self.codes >> more)  # type: ignore[no-untyped-call]
+            y = _Product.apply(x, now[f"codebook_{bits}"], self.codes >> more)  # type: ignore[no-untyped-call]
         return y if self.packed.bias is None else y + self.packed.bias
 
 
 def _unit(name: str, start: Tensor) -> Tensor:
     """Return how much of a stored tensor a step of size 1 is."""
-    if name in ("rows", "columns", "groups"):
-        return _FACTOR * start.abs().clamp_min(1e-30)
-    if name == "shapes":
-        return torch.full_like(start, _COEFFICIENTS)
+    if name == "groups":
+        return _SIZE * start
     # Entries reach about two standard deviations to either side of their mean.
-    spread = start[0] if name.startswith("basis_") else start  # the other bases are what rows differ from the first by
-    distance = 4 * spread.std().clamp_min(1e-30) / start.shape[-1]
+    distance = 4 * start.std().clamp_min(1e-30) / start.shape[-1]
     return distance * (start != 0) if name.startswith("codebook_") else distance.expand_as(start)
