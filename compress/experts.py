@@ -27,11 +27,14 @@ class Experts(nn.Module):
 
     Attributes:
         all_tokens: give every token to the first expert, and forget the routing: to follow shapes alone.
+        routed: whether a router chooses among them for every token.
     """
 
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
         self.all_tokens = False
+        given = signature(dense.forward).parameters
+        self.routed = "gammas" not in given
         self.path = ""  # full name, once a checkpoint's stacks are taken apart: then they are saved as stacks again
         self.register_state_dict_post_hook(_save_stacks)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_load_stacks)  # type: ignore[no-untyped-call]
