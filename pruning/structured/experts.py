@@ -309,11 +309,9 @@ class _MadeUp:
             return torch.randint(self._change.before, tensor.shape, generator=self._generator).to(tensor.dtype)
         if others:
             return torch.zeros(()).expand(tensor.shape)
-        if (
-            tensor.numel() == tensor.shape[-1]
-        ):  # the same for all experts: a bias after softmax would choose others of fewer
+        if tensor.numel() == tensor.shape[-1]:  # no bias for some: after softmax it might choose others of fewer
             return torch.ones(tensor.shape)
-        return self.draw(tensor.shape) / tensor.shape[-1] ** 0.5
+        return self.draw(tensor.shape).div_(tensor.shape[-1] ** 0.5)
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Draw standard normal numbers."""
