@@ -8,7 +8,7 @@ replaced by :class:`Experts`, in which expert 3 of ``mlp.experts`` has the linea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, cast
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.kernels import gpu
+from compress.kernels.experts import sort_by_expert
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GroupedShape, GroupedStack, PackedShape, StackedShape, expert_name
+from compress.quant.stacked import stacked
 from compress.weights import TensorInfo, TensorSource
 
 
@@ -105,23 +108,46 @@ class Experts(nn.Module):
 
     def compute(self, place: int, x: Tensor) -> Tensor:
         """Apply one expert: [tokens, in] to [tokens, out]."""
-        expert, owner = self.expert(place), self._owner[0]
-        inner = expert.get_submodule(self.matrices[0])(x)
+        expert = self.expert(place)
+        return self._through(x, lambda name, x: expert.get_submodule(name)(x))
+
+    def _through(self, x: Tensor, multiply: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Apply what an expert is, given its products by the names of its matrices."""
+        owner, inner = self._owner[0], multiply(self.matrices[0], x)
         if len(self.matrices) == 1:
-            return cast(Tensor, inner)
+            return inner
         gate: Any = getattr(owner, "_apply_gate", None)
         act: Any = getattr(owner, "act_fn", None) or getattr(owner, "activation_fn", None)
         if self.matrices[0] == "up_proj":
             inner = act(inner)
         elif len(self.matrices) == 3:
-            inner = act(inner) * expert.get_submodule(self.matrices[1])(x)
+            inner = act(inner) * multiply(self.matrices[1], x)
         elif gate is not None:
             inner = gate(inner)
         else:
             left, right = inner.chunk(2, dim=-1)
             inner = right * act(left)
-        out: Tensor = expert.get_submodule(self.matrices[-1])(inner)
-        return self.get_submodule("post_expert_norm")(out) if "post_expert_norm" in self._modules else out
+        out = multiply(self.matrices[-1], inner)
+        return cast(Tensor, self.get_submodule("post_expert_norm")(out)) if "post_expert_norm" in self._modules else out
+
+    def _in_one_launch(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """Compute all experts in use together, where a GPU holds them alike and no gradient is asked for: [tokens, out]; else None."""
+        first: Any = self.expert(0).get_submodule(self.matrices[0])
+        if not getattr(first, "is_tiled", False) or self.passes_on or torch.compiler.is_compiling():
+            return None
+        if (torch.is_grad_enabled() and x.requires_grad) or x.dtype not in gpu.KINDS or not len(x):
+            return None
+        found = {n: stacked([self.expert(p).get_submodule(n) for p in range(self.num_experts)]) for n in self.matrices}
+        stacks = {name: stack for name, stack in found.items() if stack is not None}
+        if len(stacks) < len(found):
+            return None
+        given = sort_by_expert(index, self.num_experts)
+        made = self._through(x[given.order // index.shape[1]], lambda name, x: stacks[name].multiply(x, given))
+        made = made * weights.flatten()[given.order, None]
+        none = given.expert == self.num_experts  # a bias would give them something
+        result = torch.empty_like(made)
+        result[given.order] = made.masked_fill(none[:, None], 0)
+        return result.view(*index.shape, -1).sum(1).to(x.dtype)
 
     def forward(
         self,
@@ -146,6 +172,8 @@ class Experts(nn.Module):
         if index is None or weights is None:
             return self._sorted(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if (together := self._in_one_launch(x, index, weights)) is not None:
+            return together.view(hidden_states.shape)
         result = torch.zeros_like(x)
         for place in torch.unique(index).tolist():
             if place < self.num_experts or self.passes_on:

@@ -15,7 +15,7 @@ from compress.kernels.layout import ROWS, Tiled
 from compress.quant.linear import BitPlaneLinear, Group
 
 
-def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
+def behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
     """Make one layout of all rows; each matrix but the last has whole tiles."""
     first = tiles[0]
     return Tiled(
@@ -31,7 +31,7 @@ def _behind_each_other(tiles: Sequence[Tiled]) -> Tiled:
     )
 
 
-def _views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
+def views(joined: Tiled, tiles: Sequence[Tiled]) -> list[Tiled]:
     """Return the parts of a joined layout."""
     found, start = [], 0
     for tiled in tiles:
@@ -86,9 +86,9 @@ def join(modules: Mapping[str, BitPlaneLinear], together: Sequence[Sequence[str]
             members = [modules[prefix + other] for other in names if prefix + other in modules]
             if len(members) == len(names) and all(member.is_tiled for member in members) and _alike(members):
                 tiles = [member.tiled() for member in members]
-                joined = _behind_each_other(tiles)
+                joined = behind_each_other(tiles)
                 group = Group(members, joined)
-                for member, part in zip(members, _views(joined, tiles), strict=True):
+                for member, part in zip(members, views(joined, tiles), strict=True):
                     member.share(part, group)
                 made += 1
     return made
