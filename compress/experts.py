@@ -371,10 +371,10 @@ def _parts(module: Experts, prefix: str) -> Iterator[tuple[str, Part]]:
         for place in range(count):
             linear = module.expert(place).get_submodule(matrix)
             packed = isinstance(linear, BitPlaneLinear)
-            for tensor in [
-                *(name for name, _ in linear.named_parameters()),
-                *(name for name, _ in linear.named_buffers()),
-            ]:
+            inner = [name for name, _ in linear.named_buffers()]
+            if isinstance(linear, BitPlaneLinear):  # on a GPU it holds other tensors than files do
+                inner = [*linear.shape.specification()]
+            for tensor in [*(name for name, _ in linear.named_parameters()), *inner]:
                 if tensor == "bias":
                     part = Part(f"{prefix}{matrix}_bias", place, count)
                 elif packed:

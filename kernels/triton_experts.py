@@ -12,12 +12,12 @@ def dot(
     BITS: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr,
     UPCAST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows of activations that lie sorted by expert with BN rows of the expert that program 1 is given, or do nothing."""
-    expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
+    """Multiply rows of activations that lie sorted by expert with BN rows of the expert that program 0 is given, or do nothing."""
+    expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
-        n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-        m = tl.load(firsts + tl.program_id(1)) + tl.arange(0, BM)
-        count = tl.load(ends + tl.program_id(1))
+        n = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+        m = tl.load(firsts + tl.program_id(0)) + tl.arange(0, BM)
+        count = tl.load(ends + tl.program_id(0))
         held = expert * tiles * 32 + tl.minimum(n, tiles * 32 - 1)
         place = tl.arange(0, STEP)
         total = tl.zeros([BN, BM], tl.float32)
