@@ -63,17 +63,6 @@ class Shared:
         """Return the codebook of every row as weights are decoded by it: float32 where the rows' sizes are all there is of them."""
         return self.codebook(bits) if self.shapes is not None else self.table(bits) * self.rows.float()
 
-    def differentiable(self, bits: int) -> Tensor:
-        """Return the codebook of every row in float32, with the gradients of all parts, which may all be float32 here."""
-        size = self.rows
-        coefficients = size if self.shapes is None else torch.cat([size, size * self.shapes / 128], 1)
-        cells = coefficients @ self.basis[min(bits, self.last)]
-        if bits <= self.last:
-            return cells
-        assert self.width is not None
-        assert self.place is not None
-        return (cells[..., None] + (coefficients @ self.width)[..., None] * self.place[bits]).flatten(1)
-
     def by_group(self) -> Tensor:
         """Return what the entries of :meth:`table` are multiplied by in every group of columns, float32 [N, ceil(K / 64)]."""
         assert self.groups is not None

@@ -13,13 +13,14 @@ from torch.nn.functional import pad
 
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.records import GROUP
-from compress.quant.shared import Shared, spread
+from compress.quant.shared import Shared
 
 _SIZE, _INPUT = 0.5, -0.15  # powers of a column's weights and of its inputs in its factor; measured
 _NEARLY = 1e-6  # share of the mean diagonal that keeps least squares solvable
 _POOLED = 1 << 16  # weights that are clustered together
 _TRIED = tuple(step / 20 for step in range(8, 23))  # of the size at which the largest weight is the largest entry
 _SIZED_BITS = 4  # bits at which sizes are tried
+_SIZED_ROWS = 1 << 12  # rows that are tried at a time
 _ROUNDS = 2
 _SPLIT_STEPS = 3
 
@@ -50,8 +51,7 @@ def fit_shared(weight: Tensor, cost: Tensor, columns: Tensor, seed: int, parent:
         sizes = group_sizes(weight, cost, basis[sized_at(basis)])
         if not weight.any():
             break
-        wide = spread(sizes, weight.shape[1])
-        basis = _clustered(weight / wide, wide, cost, seed, parent)
+        basis = _clustered(weight, sizes, cost, seed, parent)
     scale = torch.stack([entries.abs().amax() for entries in basis.values()]).amax()
     return sized(
         Shared(columns, sizes, None, {bits: part[None] / scale for bits, part in basis.items()}), sizes * scale
@@ -65,10 +65,15 @@ def sized_at(bits: Collection[int]) -> int:
 
 def group_sizes(weight: Tensor, cost: Tensor, entries: Tensor) -> Tensor:
     """Choose the size of every group, [N, ceil(K / 64)], at which rounding a weight [N, K] to the nearest entries costs least."""
-    groups, cost, border = by_group(weight), by_group(cost[None]), (entries[1:] + entries[:-1]) / 2
-    largest = groups.abs().amax(2) / entries.abs().amax()
+    cost, reach = by_group(cost[None]), entries.abs().amax()
+    largest = torch.cat([by_group(part).abs().amax(2) for part in torch.split(weight, _SIZED_ROWS)]) / reach
     largest = largest.clamp_min(1e-3 * largest.mean() + 1e-30)
-    best, least = largest, torch.full_like(largest, torch.inf)
+    parts = zip(torch.split(weight, _SIZED_ROWS), torch.split(largest, _SIZED_ROWS), strict=True)
+    return torch.cat([_best_sizes(by_group(part), cost, entries, most) for part, most in parts])
+
+
+def _best_sizes(groups: Tensor, cost: Tensor, entries: Tensor, largest: Tensor) -> Tensor:
+    border, best, least = (entries[1:] + entries[:-1]) / 2, largest, torch.full_like(largest, torch.inf)
     for multiple in _TRIED:
         size = largest * multiple
         inside = groups / size[..., None]
@@ -96,11 +101,14 @@ def _bell() -> Tensor:
     return found
 
 
-def _clustered(values: Tensor, sizes: Tensor, cost: Tensor, seed: int, last: int) -> dict[int, Tensor]:
-    """Cluster all values [N, K] together, each weighed by what its error costs: bits -> float32 [2**bits]."""
-    mass, fewest = sizes.square() * cost, max(1, values.numel() // _POOLED)
-    every = next(step for step in count(fewest) if math.gcd(step, values.shape[1]) == 1)  # all columns have their turn
-    return _nested(values.flatten()[::every], (mass / mass.mean()).flatten()[::every], seed, last, values.device)
+def _clustered(weight: Tensor, sizes: Tensor, cost: Tensor, seed: int, last: int) -> dict[int, Tensor]:
+    """Cluster weights [N, K] of all rows together, each weighed by what its error costs: bits -> float32 [2**bits]."""
+    columns, fewest = weight.shape[1], max(1, weight.numel() // _POOLED)
+    every = next(step for step in count(fewest) if math.gcd(step, columns) == 1)  # all columns have their turn
+    places = torch.arange(0, weight.numel(), every, device=weight.device)
+    size = sizes[places // columns, places % columns // GROUP]
+    mass = size.square() * cost[places % columns]
+    return _nested(weight.flatten()[::every] / size, mass / mass.mean(), seed, last, weight.device)
 
 
 def _nested(values: Tensor, mass: Tensor, seed: int, last: int, device: torch.device) -> dict[int, Tensor]:

@@ -1,8 +1,7 @@
 """Codebooks trained on what the whole model says: distillation of the dense model's next-token distribution.
 
-Codes stay as they are, so the loss at a number of bits depends on its codebooks alone: where every row has its own, each number of bits is
-a training of its own. Where rows share them, factors and coefficients are common to all. What changes is a few numbers per hundred weights;
-the checkpoint keeps its size and format.
+Codes stay as they are, so the loss at a number of bits depends on its codebooks alone: each number of bits is a training of its own.
+What changes is a few numbers per hundred weights, or per matrix; the checkpoint keeps its size and format.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from compress.models import text_config
 from compress.passes import Context, Needs, Pass, Progress, Whole
 from compress.precision import multiplies_bfloat16
 from compress.quant.linear import BitPlaneLinear
-from compress.quant.records import EmbeddingShape, PackedShape, SharedShape, bits_range
+from compress.quant.records import EmbeddingShape, GroupedShape, PackedShape, SharedShape, bits_range
 from compress.quant.settings import TuneTablesConfig
+from compress.quant.shared import read_shared
+from compress.quant.shared_fit import sized
 from compress.quant.student import Student
 from compress.ranks import Ranks, processes
 from compress.training import share_gradients
 from compress.workspace import Record
 
-COMMON = "common"
-"""The unit in which shared codebooks are trained, at all numbers of bits in turn."""
-_OF_MORE_BITS = "codebooks of more bits are computed from these, and would change with them"
+_NOTHING = "no linear has a codebook of this number of bits"
 _LISTED = 64  # likeliest tokens of the dense model that are kept of every prediction
 _HELD_OUT, _MOST_HELD_OUT = 8, 16  # one piece of so many, and how many at most
 _FAST_FROM = 512  # hidden units: below, products in bfloat16 gain nothing
@@ -59,40 +58,31 @@ class TuneTables(Pass[TuneTablesConfig]):
         return [bits for bits in there if bits in (self.config.widths or there)]
 
     def model_units(self, packed: Mapping[str, PackedShape]) -> list[str]:
-        """Name a unit for all numbers of bits where rows share codebooks, then one for each where rows have their own.
+        """Name a unit for each number of bits.
 
         Raises:
             CompressError: a number of bits that no matrix has.
         """
-        kinds = {isinstance(s, SharedShape) for s in packed.values() if not isinstance(s, EmbeddingShape)}
-        chosen = self._chosen(packed)
-        return [COMMON] * (True in kinds) + [f"width-{bits}" for bits in chosen if False in kinds]
+        return [f"width-{bits}" for bits in self._chosen(packed)]
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, progress: Progress
     ) -> tuple[dict[str, Tensor], Record]:
-        """Train the codebooks of one number of bits, or what all have in common."""
-        packed = packed_modules(whole.model)
-        shapes = {name: module.shape for name, module in packed.items()}
-        all_bits = self._chosen(shapes) if unit == COMMON else [int(unit.removeprefix("width-"))]
-        trained = {name: _trained(shape, all_bits, unit == COMMON) for name, shape in shapes.items()}
-        own = {name.rpartition("_")[2] for names in trained.values() for name in names}
-        all_bits = [bits for bits in all_bits if str(bits) in own]
-        if not all_bits:
-            return {}, {"kept": False, "reason": _OF_MORE_BITS}
+        """Train the codebooks of one number of bits."""
+        bits, packed = int(unit.removeprefix("width-")), packed_modules(whole.model)
+        trained = {name: _trained(module.shape, bits) for name, module in packed.items()}
+        if not any(trained.values()):
+            return {}, {"kept": False, "reason": _NOTHING}
         lesson = self._lesson(whole, context.ranks)
-        with _students(whole.model, trained, all_bits) as students:
-            before = {bits: lesson.held_out_loss(bits) for bits in all_bits}
+        with _students(whole.model, trained) as students:
+            before = lesson.held_out_loss(bits)
             offsets = [offset for student in students.values() for offset in student.offsets.values()]
-            generator = context.generator(0 if unit == COMMON else all_bits[0])
-            for step in self._train(offsets, lesson, before, generator):
+            for step in self._train(offsets, lesson, bits, before, context.generator(bits)):
                 progress(unit, step, self.config.steps)
-            after = {bits: lesson.held_out_loss(bits) for bits in all_bits}
-        kept = sum(math.log(after[bits] / before[bits]) for bits in all_bits) < 0
-        shown = {str(bits): {"before": before[bits], "after": after[bits]} for bits in all_bits}
+            after = lesson.held_out_loss(bits)
         kind = "divergence" if self.config.target == "dense" else "loss"
-        record: Record = {kind: shown if unit == COMMON else shown[str(all_bits[0])], "kept": kept}
-        return _stored(students) if kept else {}, record
+        record: Record = {kind: {"before": before, "after": after}, "kept": after < before}
+        return _stored(students) if after < before else {}, record
 
     def _lesson(self, whole: Whole, ranks: Ranks) -> _Lesson:
         if self._kept is None:  # what the dense model says is asked for once, for all units
@@ -103,11 +93,12 @@ class TuneTables(Pass[TuneTablesConfig]):
         self,
         offsets: Sequence[nn.Parameter],
         lesson: _Lesson,
-        start: Mapping[int, float],
+        bits: int,
+        start: float,
         generator: torch.Generator,
     ) -> Iterator[int]:
-        """Train offsets, the numbers of bits in turn; yield the number of every step before it is taken."""
-        config, all_bits = self.config, list(start)
+        """Train offsets at a number of bits where the loss is ``start``; yield the number of every step before it is taken."""
+        config = self.config
         optimizer = torch.optim.Adam(offsets, config.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -118,36 +109,29 @@ class TuneTables(Pass[TuneTablesConfig]):
             while len(order) < config.batch:
                 order = torch.cat([order, torch.randperm(len(lesson.trained), generator=generator)])
             chosen, order = order[: config.batch].tolist(), order[config.batch :]
-            bits = all_bits[step % len(all_bits)]
             loss = lesson.own_loss(bits, [lesson.trained[place] for place in chosen])
             optimizer.zero_grad()
-            (loss / max(start[bits], 1e-6)).backward()  # type: ignore[no-untyped-call]
+            (loss / max(start, 1e-6)).backward()  # type: ignore[no-untyped-call]
             # Adam leaves alone what has no gradient, such as codebooks of other bits.
             share_gradients([offset for offset in offsets if offset.grad is not None], processes(offsets[0].device))
             optimizer.step()
             schedule.step()
 
 
-def _trained(shape: PackedShape, chosen: Sequence[int], common: bool) -> list[str]:
-    """Name the stored tensors of a matrix that are trained in a unit."""
-    if isinstance(shape, EmbeddingShape) or isinstance(shape, SharedShape) != common:
+def _trained(shape: PackedShape, bits: int) -> list[str]:
+    """Name the stored tensors of a matrix that are trained at a number of bits: those that no other number reads."""
+    if isinstance(shape, SharedShape) and (isinstance(shape, EmbeddingShape) or not isinstance(shape, GroupedShape)):
         return []
-    stored, last = shape.specification(), max(shape.stored_bits) if isinstance(shape, SharedShape) else 0
-    if not common:
-        return [name for name in stored if name == f"codebook_{chosen[0]}"]
-    every = set(shape.all_bits) <= set(chosen)
-    tables = [f"basis_{bits}" for bits in chosen if every or bits != last or shape.parent_bits == last]
-    tables += [f"place_{bits}" for bits in chosen]
-    # Columns keep their factors: with others, matrices that share an input could not be multiplied together on a GPU.
+    alone = len(shape.all_bits) == 1
     return [
-        name for name in stored if name in tables or (every and name.startswith(("rows", "groups", "shapes", "width_")))
+        name
+        for name in shape.specification()
+        if name in (f"codebook_{bits}", f"basis_{bits}") or (alone and name == "groups")
     ]
 
 
 @contextmanager
-def _students(
-    model: PreTrainedModel, trained: Mapping[str, Sequence[str]], all_bits: Sequence[int]
-) -> Iterator[dict[str, Student]]:
+def _students(model: PreTrainedModel, trained: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Student]]:
     """Let stand-ins take the places of packed linears with something to train, for the length of a ``with``."""
     packed = packed_modules(model)
     in_use = {name: (module.bits, module.keep_dense) for name, module in packed.items()}
@@ -155,7 +139,7 @@ def _students(
     for name, module in packed.items():
         module.keep_dense = True
         if isinstance(module, BitPlaneLinear) and trained[name]:
-            found[name] = Student(module, trained[name], [module.shape.at(bits) for bits in all_bits])
+            found[name] = Student(module, trained[name])
             model.set_submodule(name, found[name])
     try:
         yield found
@@ -171,6 +155,9 @@ def _stored(students: Mapping[str, Student]) -> dict[str, Tensor]:
     tensors = {}
     for name, student in students.items():
         now = student.tensors()
+        if "groups" in student.offsets:  # the largest group of a row may be another by now
+            groups = sized(read_shared(now), now["rows"] * now["groups"] / 255)
+            now |= groups.tensors()
         for kind in student.offsets:
             value, stored = now[kind].detach().cpu(), student.packed.get_buffer(kind).dtype
             if not stored.is_floating_point:
