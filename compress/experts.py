@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.kernels import gpu
 from compress.kernels.experts import sort_by_expert
+from compress.quant.fused import stacked
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GroupedShape, GroupedStack, PackedShape, StackedShape, expert_name
-from compress.quant.stacked import stacked
 from compress.weights import TensorInfo, TensorSource
 
 

@@ -67,10 +67,27 @@ def multiply(x: Tensor, given: Sorted, tiled: Tiled, rows: int, bits: int, bias:
     if not gpu.interpreting():
         constants |= {"num_warps": WARPS, "num_stages": 1}
     kernel[(len(given.experts), -(-rows // BN))](
-        x, given.experts, given.firsts, given.ends, tiled.codes, tiled.read(bits), tiled.groups, tiled.sizes, bias, y,
-        rows, tiled.columns, tiled.codes.shape[2], tiles, tiled.codes.stride(0), x.stride(0),
-        BIAS=bias is not None, UPCAST=gpu.interpreting(), GROUPS=tiled.groups is not None, **constants,
-    )  # fmt: skip
+        x,
+        given.experts,
+        given.firsts,
+        given.ends,
+        tiled.codes,
+        tiled.read(bits),
+        tiled.groups,
+        tiled.sizes,
+        bias,
+        y,
+        rows,
+        tiled.columns,
+        tiled.codes.shape[2],
+        tiles,
+        tiled.codes.stride(0),
+        x.stride(0),
+        BIAS=bias is not None,
+        UPCAST=gpu.interpreting(),
+        GROUPS=tiled.groups is not None,
+        **constants,
+    )
     return y
 
 

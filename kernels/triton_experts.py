@@ -8,10 +8,31 @@ from compress.kernels.triton_plain import _weights
 
 @triton.jit
 def dot(
-    x, experts, firsts, ends, codes, tables, groups, sizes, bias, y, rows, columns, words, tiles, plane_stride, x_stride,
-    BITS: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr,
-    UPCAST: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    experts,
+    firsts,
+    ends,
+    codes,
+    tables,
+    groups,
+    sizes,
+    bias,
+    y,
+    rows,
+    columns,
+    words,
+    tiles,
+    plane_stride,
+    x_stride,
+    BITS: tl.constexpr,
+    HEAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+    BIAS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """Multiply rows of activations that lie sorted by expert with BN rows of the expert that program 0 is given, or do nothing."""
     expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
     if expert >= 0:

@@ -9,8 +9,7 @@ from compress.experts import Experts
 from compress.kernels import gpu
 from compress.kernels.experts import multiply, sort_by_expert
 from compress.kernels.layout import ROWS, random_tiled
-from compress.quant.fused import behind_each_other
-from compress.quant.stacked import ExpertStack
+from compress.quant.fused import ExpertStack, behind_each_other
 
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3}
 

@@ -194,16 +194,24 @@ def test_a_multiple_of_experts_stays(job):
 @pytest.mark.parametrize(
     ("kind", "settings", "match"),
     [
-        ("mixtral", {"ratio": 0.9}, r"2 experts are chosen for a token, so no fewer can stay, and 1 would; lower ratio"),
+        (
+            "mixtral",
+            {"ratio": 0.9},
+            r"2 experts are chosen for a token, so no fewer can stay, and 1 would; lower ratio",
+        ),
         ("mixtral", {"ratio": 0.01}, r"ratio 0.01 of \d+ parameters is 0.08 of 8 experts of every layer"),
         ("mixtral", {"multiple": 8}, "8 experts stay if their number is to be a multiple of 8"),
         ("mixtral", {"mode": "local"}, "mode uniform"),
         ("mixtral", {"remove": "blocks"}, "no whole blocks"),
         ("mixtral", {"score": "fms"}, "unit experts goes with the scores output, frequency, magnitude, random"),
         ("mixtral", {"unit": "groups", "score": "frequency"}, "frequency with no other unit"),
-        ("deepseek_v3", {"ratio": 0.75}, r"no experts can be removed"),  # a group would have one, and groups go by their best two
+        (
+            "deepseek_v3",
+            {"ratio": 0.75},
+            r"no experts can be removed",
+        ),  # a group would have one, and groups go by their best two
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused_before_any_work(job, kind, settings, match):
     with pytest.raises(CompressError, match=match):
         plan(job(kind, **settings))
