@@ -148,23 +148,21 @@ class RoundToNearestConfig(QuantiseConfig):
 class TuneTablesConfig(PassConfig):
     """Train the codebooks of a quantised model to say what the dense model says on calibration text.
 
-    It minimises the divergence of the quantised model's next-token distribution from the dense one's. Shared codebooks are trained
-    together, the numbers of bits in turn; what all have in common, sizes and coefficients of rows, only if all are to be trained. Where each
-    row has its own, they are trained for one number of bits after another. One of eight pieces of text is not trained on: what is not better on those stays as it was. Needs both models in
-    memory, in float32.
+    It minimises the divergence of the quantised model's next-token distribution from the dense one's, for one number of bits after
+    another. Where all rows of a matrix share a codebook, sizes of groups are trained too if the matrix has no other number of bits,
+    which would read them. One of eight pieces of text is not trained on: what is not better on those stays as it was. Needs both
+    models in memory, in float32.
     """
 
     kind: Literal["tune_tables"] = Field("tune_tables", description="Name of the pass.")
     widths: tuple[int, ...] = Field(
         (), description="Numbers of bits whose codebooks are trained; all if none is given."
     )
-    steps: int = Field(
-        100, ge=1, description="Steps of Adam; where rows have codebooks of their own, per number of bits."
-    )
-    batch: int = Field(4, ge=1, description="Pieces of calibration text per step.")
-    length: int = Field(128, ge=2, description="Tokens of a piece: samples that are longer are cut.")
+    steps: int = Field(40, ge=1, description="Steps of Adam, per number of bits.")
+    batch: int = Field(8, ge=1, description="Pieces of calibration text per step.")
+    length: int = Field(256, ge=2, description="Tokens of a piece: samples that are longer are cut.")
     learning_rate: float = Field(
-        0.02,
+        0.03,
         gt=0,
         description="Largest step of Adam, as a share of the mean distance between entries; a cosine ends it.",
     )

@@ -69,4 +69,4 @@ def test_the_plan_counts_processes_that_can_help(recipe):
     recipe["passes"] += [{"kind": "soft_prompt", "batch": 3, "tokens": 4}]
     assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 4, 4, 3]
     recipe["calibration"]["samples"] = 32
-    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 8, 4, 3]
+    assert [step["processes"] for step in plan(recipe)["passes"]] == [7, 8, 8, 3]
