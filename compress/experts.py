@@ -8,18 +8,46 @@ replaced by :class:`Experts`, in which expert 3 of ``mlp.experts`` has the linea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.kernels import gpu
+from compress.kernels.experts import sort_by_expert
+from compress.quant.fused import stacked
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GroupedShape, GroupedStack, PackedShape, StackedShape, expert_name
 from compress.weights import TensorInfo, TensorSource
+
+
+@dataclass(frozen=True)
+class Form:
+    """Tell in which parameters a module keeps the matrices of its experts.
+
+    Attributes:
+        names: parameters, by name within the module, in the order of their use: one that leads out of the experts last.
+        flat: they have two dimensions, the rows of all experts one below the other; the last is the transpose.
+        given: an argument that only modules of this form are called with.
+    """
+
+    names: tuple[str, ...]
+    flat: bool = False
+    given: str = ""
+
+
+_FORMS = (
+    Form(("gate_up_proj", "down_proj")),
+    Form(("gate_proj", "up_proj", "down_proj"), given="gammas"),  # Inkling's shared experts
+    Form(("up_proj", "down_proj")),
+    Form(("mlp.w1", "mlp.v1", "mlp.w2"), flat=True, given="top_k_index"),
+    Form(("weight",), given="expert_size"),
+)
+_SORTED = ("Llama4TextExperts",)  # takes tokens sorted by expert, without transformers' mark for experts
 
 
 class Experts(nn.Module):
@@ -27,32 +55,46 @@ class Experts(nn.Module):
 
     Attributes:
         all_tokens: give every token to the first expert, and forget the routing: to follow shapes alone.
+        routed: whether a router chooses among them for every token.
+        counts: how many there are of each matrix; some routers also choose what passes tokens on as they are.
     """
 
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
+        form = form_of(dense)
+        assert form is not None
         self.all_tokens = False
+        self.routed = "gammas" not in signature(dense.forward).parameters
         self.path = ""  # full name, once a checkpoint's stacks are taken apart: then they are saved as stacks again
         self.register_state_dict_post_hook(_save_stacks)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_load_stacks)  # type: ignore[no-untyped-call]
-        parameters = dict(dense.named_parameters(recurse=False))
-        self.matrices = next(names for names in _MATRICES if parameters.keys() >= {*names})
-        self.first = self.matrices[0]
+        parameters = dict(dense.named_parameters())
+        self.form, self.matrices = form, tuple(name.rpartition(".")[2] for name in form.names)
         self.transposed = bool(getattr(dense, "is_transposed", type(dense).__name__ in _SORTED))
-        self.num_experts = len(parameters[self.first])
-        self.biased = f"{self.first}_bias" in parameters
+        self.biased = f"{form.names[0]}_bias" in parameters
+        self.passes_on = hasattr(dense, "identity_expert")
+        stacks = dict(zip(self.matrices, (parameters[name] for name in form.names), strict=True))
+        self.counts = {name: int(dense.num_experts) if form.flat else len(stack) for name, stack in stacks.items()}  # type: ignore[arg-type]
+        self.num_experts = self.counts[self.matrices[-1]]
+        self._owner: list[Any] = [
+            dense.get_submodule(form.names[0].rpartition(".")[0])
+        ]  # in a list it is no module of this one
         for name, child in dense.named_children():
-            self.add_module(name, child)
-        for place in range(self.num_experts):
+            if child is not self._owner[0]:
+                self.add_module(name, child)
+        for place in range(max(self.counts.values())):
             self.add_module(str(place), nn.Module())
-        for name in self.matrices:
-            stack, bias = parameters[name], parameters.get(f"{name}_bias")
-            rows, columns = stack.shape[:0:-1] if self.transposed else stack.shape[1:]
-            for place in range(self.num_experts):
-                linear = nn.Linear(columns, rows, bias is not None, device="meta", dtype=stack.dtype)
+        for name, stack in stacks.items():
+            size = (len(stack) // self.num_experts, stack.shape[1]) if form.flat else stack.shape[1:]
+            rows, columns = size[::-1] if self.turned(name) else size
+            for place in range(self.counts[name]):
+                linear = nn.Linear(columns, rows, self.biased, device="meta", dtype=stack.dtype)
                 self.expert(place).add_module(name, linear)
-        dense._parameters.clear()
-        self._dense: list[Any] = [dense]  # for its activation; in a list it is no module of this one
+        self._owner[0]._parameters.clear()
+
+    def turned(self, name: str) -> bool:
+        """Tell whether the experts of a matrix are kept as [in, out]."""
+        return name == self.matrices[-1] if self.form.flat else self.transposed
 
     def expert(self, place: int) -> nn.Module:
         """Return the module that has one expert's linears."""
@@ -61,25 +103,51 @@ class Experts(nn.Module):
     def keep_first(self) -> None:
         """Let go of all experts but the first, which stands for all where shapes alone are followed: there may be thousands."""
         self.all_tokens = True
-        for place in range(1, self.num_experts):
+        for place in range(1, max(self.counts.values())):
             del self._modules[str(place)]
 
     def compute(self, place: int, x: Tensor) -> Tensor:
         """Apply one expert: [tokens, in] to [tokens, out]."""
-        expert, dense = self.expert(place), self._dense[0]
-        inner = expert.get_submodule(self.first)(x)
-        gate = getattr(dense, "_apply_gate", None)
-        if self.first == "up_proj":
-            inner = dense.act_fn(inner)
-        elif self.first == "gate_proj":
-            inner = dense.act_fn(inner) * expert.get_submodule("up_proj")(x)
+        expert = self.expert(place)
+        return self._through(x, lambda name, x: expert.get_submodule(name)(x))
+
+    def _through(self, x: Tensor, multiply: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Apply what an expert is, given its products by the names of its matrices."""
+        owner, inner = self._owner[0], multiply(self.matrices[0], x)
+        if len(self.matrices) == 1:
+            return inner
+        gate: Any = getattr(owner, "_apply_gate", None)
+        act: Any = getattr(owner, "act_fn", None) or getattr(owner, "activation_fn", None)
+        if self.matrices[0] == "up_proj":
+            inner = act(inner)
+        elif len(self.matrices) == 3:
+            inner = act(inner) * multiply(self.matrices[1], x)
         elif gate is not None:
             inner = gate(inner)
         else:
             left, right = inner.chunk(2, dim=-1)
-            inner = right * dense.act_fn(left)
-        out: Tensor = expert.get_submodule("down_proj")(inner)
-        return self.get_submodule("post_expert_norm")(out) if "post_expert_norm" in self._modules else out
+            inner = right * act(left)
+        out = multiply(self.matrices[-1], inner)
+        return cast(Tensor, self.get_submodule("post_expert_norm")(out)) if "post_expert_norm" in self._modules else out
+
+    def _in_one_launch(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """Compute all experts in use together, where a GPU holds them alike and no gradient is asked for: [tokens, out]; else None."""
+        first: Any = self.expert(0).get_submodule(self.matrices[0])
+        if not getattr(first, "is_tiled", False) or self.passes_on or torch.compiler.is_compiling():
+            return None
+        if (torch.is_grad_enabled() and x.requires_grad) or x.dtype not in gpu.KINDS or not len(x):
+            return None
+        found = {n: stacked([self.expert(p).get_submodule(n) for p in range(self.num_experts)]) for n in self.matrices}
+        stacks = {name: stack for name, stack in found.items() if stack is not None}
+        if len(stacks) < len(found):
+            return None
+        given = sort_by_expert(index, self.num_experts)
+        made = self._through(x[given.order // index.shape[1]], lambda name, x: stacks[name].multiply(x, given))
+        made = made * weights.flatten()[given.order, None]
+        none = given.expert == self.num_experts  # a bias would give them something
+        result = torch.empty_like(made)
+        result[given.order] = made.masked_fill(none[:, None], 0)
+        return result.view(*index.shape, -1).sum(1).to(x.dtype)
 
     def forward(
         self,
@@ -90,7 +158,7 @@ class Experts(nn.Module):
         routing_weights: Tensor | None = None,
         gammas: Tensor | None = None,
     ) -> Tensor:
-        """Add up what each token's experts make of it, by its weights: [tokens, in] to [tokens, out].
+        """Add up what each token's experts make of it, by its weights: [..., in] to [..., out].
 
         With ``gammas``, [..., experts], every token goes to every expert.
         """
@@ -103,13 +171,16 @@ class Experts(nn.Module):
         weights = routing_weights if top_k_weights is None else top_k_weights
         if index is None or weights is None:
             return self._sorted(hidden_states)
-        result = torch.zeros_like(hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if (together := self._in_one_launch(x, index, weights)) is not None:
+            return together.view(hidden_states.shape)
+        result = torch.zeros_like(x)
         for place in torch.unique(index).tolist():
-            if place < self.num_experts:
+            if place < self.num_experts or self.passes_on:
                 rows, choice = torch.where(index == place)
-                found = self.compute(place, hidden_states[rows]) * weights[rows, choice, None]
-                result.index_add_(0, rows, found.to(result.dtype))
-        return result
+                found = self.compute(place, x[rows]) if place < self.num_experts else x[rows]
+                result.index_add_(0, rows, (found * weights[rows, choice, None]).to(result.dtype))
+        return result.view(hidden_states.shape)
 
     def _sorted(self, hidden_states: Tensor) -> Tensor:
         """Apply each expert to its own part of the tokens, as Llama 4 hands them over: all, one copy for each expert."""
@@ -118,11 +189,11 @@ class Experts(nn.Module):
 
     def hold_stack(self, name: str, shape: StackedShape, dtype: torch.dtype) -> None:
         """Take a module that a checkpoint's stack is loaded into, on the meta device, in place of the experts' linears."""
-        for place in range(self.num_experts):
+        for place in range(self.counts[name]):
             del self.expert(place)._modules[name]
         self.add_module(name, _Stack(shape))
         if self.biased:
-            bias = torch.empty(self.num_experts, shape.out_features, dtype=dtype, device="meta")
+            bias = torch.empty(self.counts[name], shape.out_features, dtype=dtype, device="meta")
             self.register_parameter(f"{name}_bias", nn.Parameter(bias, requires_grad=False))
 
     def stacked(self) -> dict[str, Tensor]:
@@ -138,7 +209,7 @@ class Experts(nn.Module):
             if not isinstance(stack, _Stack):
                 continue
             stack_bias = self._parameters.pop(f"{name}_bias", None)
-            wanted = [bits[expert_name(f"{path}.{name}", place)] for place in range(self.num_experts)]
+            wanted = [bits[expert_name(f"{path}.{name}", place)] for place in range(self.counts[name])]
             mixed = len(set(wanted)) > 1
             for place, most in enumerate(wanted):
                 shape = replace(stack.shape.one, parent_bits=most)
@@ -155,11 +226,12 @@ class Experts(nn.Module):
 
     def joined(self, stock: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Return transformers' own module, given without parameters that count, with this one's decoded weights in its stacks."""
-        for matrix in self.matrices:
-            linears: list[Any] = [self.expert(place).get_submodule(matrix) for place in range(self.num_experts)]
+        for matrix, name in zip(self.matrices, self.form.names, strict=True):
+            linears: list[Any] = [self.expert(place).get_submodule(matrix) for place in range(self.counts[matrix])]
             weights = [one.dense(dtype) if isinstance(one, BitPlaneLinear) else one.weight.data for one in linears]
-            stack = torch.stack([weight.t() if self.transposed else weight for weight in weights])
-            stock.register_parameter(matrix, nn.Parameter(stack))
+            weights = [weight.t() if self.turned(matrix) else weight for weight in weights]
+            owner = stock.get_submodule(name.rpartition(".")[0])
+            owner.register_parameter(matrix, nn.Parameter((torch.cat if self.form.flat else torch.stack)(weights)))
             if self.biased:
                 stock.register_parameter(
                     f"{matrix}_bias", nn.Parameter(torch.stack([one.bias.data for one in linears]))
@@ -176,7 +248,7 @@ def _save_stacks(module: nn.Module, tensors: dict[str, Tensor], prefix: str, _me
     for name, part in _parts(module, prefix):
         stacks.setdefault(part.stack, []).append((part, tensors.pop(name)))
     for stack, members in stacks.items():
-        if len(members) < module.num_experts:
+        if len(members) < members[0][0].count:
             raise CompressError(
                 f"{stack}: the experts are held at different bits; load the model at one number of bits to save it."
             )
@@ -191,7 +263,18 @@ def _load_stacks(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_:
         stacks = {part.stack: tensors.pop(part.stack) for _, part in found if part.stack in tensors}
         for name, part in found:
             if part.stack in stacks:
-                tensors[name] = stacks[part.stack].select(part.axis, part.place)
+                tensors[name] = part.taken(stacks[part.stack])
+
+
+class SizedExperts(Experts):
+    """Apply every expert to its own part of the tokens, of which there are as many as a list says: JetMoE's matrices."""
+
+    def forward(self, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """Apply one expert after the other, [tokens, in] to [tokens, out]."""
+        if self.all_tokens:
+            return self.compute(0, inputs)
+        parts = torch.split(inputs, [*expert_size])
+        return torch.cat([self.compute(place, part) for place, part in enumerate(parts)])
 
 
 class _Stack(nn.Module):
@@ -204,38 +287,76 @@ class _Stack(nn.Module):
             self.register_buffer(name, torch.empty(size, dtype=getattr(torch, kind), device="meta"))
 
 
-_MATRICES = (("gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj"))
-_SORTED = ("Llama4TextExperts",)  # takes tokens sorted by expert, without transformers' mark for experts
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Tell whether a module keeps the experts of a mixture in the parameters that transformers gives them."""
-    sizes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
-    names = next((names for names in _MATRICES if sizes.keys() >= {*names}), ())
-    stacks = [sizes[name] for name in names if len(sizes[name]) == 3]
-    if not names or len(stacks) < len(names) or len({size[0] for size in stacks}) > 1:
-        return False
+def form_of(module: nn.Module) -> Form | None:
+    """Find the form in which a module keeps the experts of a mixture; None where it is of no form that is known."""
+    sizes = {name: parameter.shape for name, parameter in module.named_parameters()}
     given = signature(module.forward).parameters
-    if "gate_proj" in names:  # Inkling's shared experts
-        return "gammas" in given
-    return hasattr(module, "is_transposed") or type(module).__name__ in _SORTED or "top_k_index" in given
+    for form in _FORMS:
+        if not sizes.keys() >= {*form.names}:
+            continue
+        if form.given and form.given not in given:
+            return None
+        stacks, count = [sizes[name] for name in form.names], getattr(module, "num_experts", 0)
+        if form.flat:
+            fits = all(len(size) == 2 and count and size[0] % count == 0 for size in stacks)
+        else:
+            alike = len({size[0] for size in stacks if size}) == 1 or hasattr(module, "identity_expert")
+            fits = alike and all(len(size) == 3 for size in stacks)
+        marked = hasattr(module, "is_transposed") or type(module).__name__ in _SORTED or "top_k_index" in given
+        return form if fits and (form.given or marked) else None
+    return None
+
+
+def split(module: nn.Module) -> Experts | None:
+    """Return what takes the place of a module on the meta device that has stacks; None for any other."""
+    form = form_of(module)
+    return (Experts if len(form.names) > 1 else SizedExperts)(module) if form else None
 
 
 def split_experts(model: nn.Module) -> None:
     """Put :class:`Experts` where a model on the meta device has stacks."""
     for name, module in list(model.named_modules()):
-        if is_experts(module):
-            model.set_submodule(name, Experts(module))
+        if experts := split(module):
+            model.set_submodule(name, experts)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tell where a tensor of one expert lies in a stack: which, at which place along an axis, and whether as its transpose."""
+    """Tell where a tensor of one expert lies in a stack.
+
+    Attributes:
+        stack: full name of the stack.
+        place: at which place of the stack.
+        count: how many there are in it.
+        axis: along which.
+        transposed: as its transpose.
+        flat: the axis is that of the tensor's own rows.
+    """
 
     stack: str
     place: int
+    count: int
     axis: int = 0
     transposed: bool = False
+    flat: bool = False
+
+    def shape(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the stack of tensors of a shape."""
+        size = inner[::-1] if self.transposed else inner
+        if self.flat:
+            return (size[0] * self.count, *size[1:])
+        return (*size[: self.axis], self.count, *size[self.axis :])
+
+    def inner(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the tensors of a stack of a shape."""
+        found = (size[0] // self.count, *size[1:]) if self.flat else size[: self.axis] + size[self.axis + 1 :]
+        return found[::-1] if self.transposed else found
+
+    def taken(self, stack: Tensor) -> Tensor:
+        """Return the tensor out of its stack."""
+        if self.flat:
+            return stack.chunk(self.count)[self.place]
+        return stack.select(self.axis, self.place)
 
 
 def parts_of(model: nn.Module) -> dict[str, Part]:
@@ -245,34 +366,30 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
 
 
 def _parts(module: Experts, prefix: str) -> Iterator[tuple[str, Part]]:
-    for matrix in module.matrices:
-        for place in range(module.num_experts):
+    flat, dense_names = module.form.flat, dict(zip(module.matrices, module.form.names, strict=True))
+    for matrix, count in module.counts.items():
+        for place in range(count):
             linear = module.expert(place).get_submodule(matrix)
             packed = isinstance(linear, BitPlaneLinear)
-            for tensor in [
-                *(name for name, _ in linear.named_parameters()),
-                *(name for name, _ in linear.named_buffers()),
-            ]:
+            inner = [name for name, _ in linear.named_buffers()]
+            if isinstance(linear, BitPlaneLinear):  # on a GPU it holds other tensors than files do
+                inner = [*linear.shape.specification()]
+            for tensor in [*(name for name, _ in linear.named_parameters()), *inner]:
                 if tensor == "bias":
-                    part = Part(f"{prefix}{matrix}_bias", place)
+                    part = Part(f"{prefix}{matrix}_bias", place, count)
                 elif packed:
-                    part = Part(f"{prefix}{matrix}.{tensor}", place, StackedShape.axis(tensor))
+                    part = Part(f"{prefix}{matrix}.{tensor}", place, count, StackedShape.axis(tensor))
                 else:
-                    part = Part(f"{prefix}{matrix}", place, 0, module.transposed)
+                    part = Part(f"{prefix}{dense_names[matrix]}", place, count, 0, module.turned(matrix), flat)
                 yield f"{prefix}{place}.{matrix}.{tensor}", part
 
 
 def stacked_sizes(sizes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part]) -> dict[str, tuple[int, ...]]:
     """Return the shapes that tensors have in files, given those in a model whose stacks are split."""
-    counts: dict[str, int] = {}
-    for part in parts.values():
-        counts[part.stack] = max(counts.get(part.stack, 0), part.place + 1)
     found = {}
     for name, size in sizes.items():
         if name in parts:
-            part = parts[name]
-            inner = size[::-1] if part.transposed else size
-            found[part.stack] = (*inner[: part.axis], counts[part.stack], *inner[part.axis :])
+            found[parts[name].stack] = parts[name].shape(size)
         else:
             found[name] = size
     return found
@@ -294,8 +411,7 @@ class SplitTensors:
         found = {name: info for name, info in below.items() if name not in stacks}
         for name, part in self._parts.items():
             if info := below.get(part.stack):
-                size = info.shape[: part.axis] + info.shape[part.axis + 1 :]
-                found[name] = replace(info, shape=size[::-1] if part.transposed else size)
+                found[name] = replace(info, shape=part.inner(info.shape))
         return found
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -304,7 +420,7 @@ class SplitTensors:
         tensors = self.below.read({part.stack if part else name for name, part in wanted.items()})
         result = {}
         for name, inside in wanted.items():
-            value = tensors[inside.stack].select(inside.axis, inside.place) if inside else tensors[name]
+            value = inside.taken(tensors[inside.stack]) if inside else tensors[name]
             result[name] = value.t().contiguous() if inside and inside.transposed else value
         return result
 
@@ -327,8 +443,7 @@ class StackedTensors:
             infos = [below[name] for name, _ in members if name in below]
             if infos:
                 part, widest = members[0][1], max(infos, key=lambda info: info.itemsize)
-                size = widest.shape[::-1] if part.transposed else widest.shape
-                found[stack] = replace(widest, shape=(*size[: part.axis], len(members), *size[part.axis :]))
+                found[stack] = replace(widest, shape=part.shape(widest.shape))
         return found
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -342,7 +457,8 @@ class StackedTensors:
             tensors = self.below.read([member for member, _ in members])
             values = [tensors[member].t() if part.transposed else tensors[member] for member, part in members]
             dtype = max((value.dtype for value in values), key=lambda kind: kind.itemsize)  # codebooks may differ
-            result[name] = torch.stack([value.to(dtype) for value in values], members[0][1].axis)
+            values, part = [value.to(dtype) for value in values], members[0][1]
+            result[name] = torch.cat(values) if part.flat else torch.stack(values, part.axis)
         return result
 
 

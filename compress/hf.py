@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.config import METHOD, Bits, StoredConfig, format_version
 from compress.decoding import join_steps
 from compress.errors import CompressError
-from compress.experts import Experts, is_experts
+from compress.experts import Experts, split
 from compress.quant.embedding import BitPlaneEmbedding, BitPlaneHead
 from compress.quant.format import expand
 from compress.quant.fused import join
@@ -145,16 +145,16 @@ def _replace_stack(model: PreTrainedModel, name: str, shape: StackedShape) -> No
         module = model.get_submodule(path)
     except AttributeError:
         module = nn.Module()
-    if is_experts(module):
-        module = Experts(module)
+    if experts := split(module):
+        module = experts
         model.set_submodule(path, module)
     if not isinstance(module, Experts) or matrix not in module.matrices:
         raise CompressError(f"config.json records packed experts {name!r} that this model does not have.")
     weight = module.expert(0).get_submodule(matrix).get_parameter("weight")
-    if (module.num_experts, *weight.shape) != (shape.experts, shape.out_features, shape.in_features):
+    if (module.counts[matrix], *weight.shape) != (shape.experts, shape.out_features, shape.in_features):
         raise CompressError(
             f"{name}: recorded as {shape.experts} x {shape.out_features} x {shape.in_features}, but the model's own shape is "
-            f"{module.num_experts} x {weight.shape[0]} x {weight.shape[1]}."
+            f"{module.counts[matrix]} x {weight.shape[0]} x {weight.shape[1]}."
         )
     module.hold_stack(matrix, shape, weight.dtype)
 

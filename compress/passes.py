@@ -53,6 +53,7 @@ class Needs:
         loses_zeros: gives weights that are zero other values, so that it is refused after a pattern and told of after other zeros.
         breaks_pattern: takes columns out of matrices, so that a pattern of zeros would not be one any more.
         changes_shapes: leaves linears of other sizes, or fewer blocks, behind (:meth:`Pass.shapes_after`).
+        removes_experts: leaves mixtures with fewer experts behind, in every layer as many (:meth:`Pass.experts_after`).
         model_statistics: measures the whole model, in memory, before any block is worked on (:meth:`Pass.measure_model`).
         whole_model: has the whole model in memory: the pipeline calls :meth:`Pass.run_model` instead of
             :meth:`Pass.run_block`.
@@ -76,6 +77,7 @@ class Needs:
     loses_zeros: bool = False
     breaks_pattern: bool = False
     changes_shapes: bool = False
+    removes_experts: bool = False
     model_statistics: bool = False
     whole_model: bool = False
     teacher: bool = False
@@ -293,6 +295,10 @@ class Pass(Generic[ConfigT]):
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
         """Foresee (or estimate, where weights decide) the shape of every block it changes: None for one that is removed."""
         return {}
+
+    def experts_after(self, context: Context) -> int:
+        """Return how many experts it leaves in every mixture."""
+        raise NotImplementedError(f"{type(self).__name__} has no experts_after")
 
     def memory(self, sizes: Sizes, context: Context) -> int:
         """Estimate, for the plan, the bytes that it takes itself: statistics, copies, gradients of its own.

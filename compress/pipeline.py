@@ -17,6 +17,7 @@ from compress.defaults import usual_defaults
 from compress.errors import CompressError, refuse_existing
 from compress.experts import stacked_shapes
 from compress.manifest import read_manifest
+from compress.mixtures import with_fewer
 from compress.passes import Context, Pass, Progress, pass_class
 from compress.quant.records import PackedShape
 from compress.ranks import Ranks
@@ -24,7 +25,7 @@ from compress.recipe import Overrides, Recipe, load_recipe
 from compress.runner import Log, Runner, figures_of
 from compress.settings import Calibration, config_class
 from compress.source import Source, check_source, make_context, open_source, pick_device
-from compress.streaming import State, foreseen
+from compress.streaming import State, foreseen, reshaped
 from compress.workspace import Record, Workspace
 
 _log = logging.getLogger(__name__)
@@ -240,8 +241,9 @@ def check_order(
             packed_by = here
         step.check(context)
         before = step
-        if needs.changes_shapes:
-            state = foreseen(state, step.shapes_after(context))
+        if needs.changes_shapes or needs.removes_experts:
+            after = with_fewer(state, step.experts_after(context)) if needs.removes_experts else None
+            state = foreseen(after or reshaped(state, step.shapes_after(context)))
             context = make_context(source, device, settings.seed, state)
         found.append((state, context))
     return found

@@ -53,7 +53,7 @@ def foreseen_seconds(
     What is done outside the blocks (embedding, head, writing the checkpoint) is not counted, and of rounds of statistics one.
     """
     needs = step.needs()
-    if needs.whole_model or needs.model_statistics or needs.changes_shapes:
+    if needs.whole_model or needs.model_statistics or needs.changes_shapes or needs.removes_experts:
         return None
     samples, count = Samples((), {}), 0
     if text is not None:

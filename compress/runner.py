@@ -19,6 +19,7 @@ from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.experts import in_stack
 from compress.fisher import HESSIAN, squared_gradients, unit_of
+from compress.mixtures import with_fewer
 from compress.models import untied
 from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
 from compress.quant.format import pack, pack_smaller
@@ -337,6 +338,8 @@ class Runner:
         gone = {*new, self.context.head} if self._tied_in(new) else set(new)  # files may hold a copy for the head
         source = Overlay(self.state.source, files, [f"{name}.weight" for name in sorted(gone)])
         state = replace(self.state, source=source, config=config, packed=packed, key=self.stage.key)
+        if self.needs.removes_experts:
+            return with_fewer(state, self.step.experts_after(self.context))
         if not self.needs.changes_shapes:
             return state
         shapes = {name: records[f"block-{i}"].get("shape") for i, name in enumerate(self.blocks)}

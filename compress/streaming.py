@@ -176,9 +176,8 @@ class _Foreseen:
         raise NotImplementedError("tensors of a plan cannot be read")
 
 
-def foreseen(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
-    """Return what :func:`reshaped` will give once a pass has done its work, with tensors that can only be looked at."""
-    after = reshaped(state, shapes)
+def foreseen(after: State) -> State:
+    """Return what a model will be once a pass has done its work, of its new sizes, with tensors that can only be looked at."""
     model = built(after.config, {}, after.shapes)
     sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     info = {name: replace(item, shape=sizes.get(name, item.shape)) for name, item in after.source.info().items()}
@@ -267,10 +266,14 @@ class StreamedModel:
         module, prefix = self.blocks[index], block_prefix(self.structure, index)
         empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
         stored = {name: packed.shape for name, packed in packed_modules(module).items()}
+        modules = dict(module.named_modules())
         self._fill(module, self._stored(prefix, empty))
         try:
             yield module
         finally:
+            for path, before in modules.items():  # mixtures that were left with fewer experts
+                if path and module.get_submodule(path) is not before:
+                    module.set_submodule(path, before)
             for name, packed in packed_modules(module).items():
                 packed.hold(stored[name], {inner: empty[f"{name}.{inner}"] for inner in stored[name].specification()})
             if any(empty[name].shape != tensor.shape for name, tensor in module.state_dict().items()):

@@ -145,12 +145,15 @@ class JointConfig(SparseConfig):
     bits: int = Field(4, ge=2, le=8, description="Number of bits.")
 
 
-StructuredScore = Literal["output", "fms", "taylor", "gates", "no_gradient", "noise", "magnitude", "random"]
+StructuredScore = Literal[
+    "output", "fms", "taylor", "gates", "no_gradient", "noise", "magnitude", "frequency", "random"
+]
 Estimator = Literal["spsa", "backprop", "residual"]
 Formula = Literal["F1", "F2", "F3", "vector"]
 Aggregate = Literal["sum", "max"]
-HeadGroups = Literal["groups", "queries"]
-"""Which heads go together: a key-value head with its query heads, or one query head of every key-value head."""
+Unit = Literal["groups", "queries", "experts"]
+"""What goes as one: a key-value head with its query heads, or one query head of every key-value head; or an expert of a mixture."""
+EXPERT_SCORES = ("output", "frequency", "magnitude", "random")
 ESTIMATORS: dict[str, tuple[Estimator, ...]] = {
     "fms": ("spsa", "backprop"),
     "taylor": ("backprop", "spsa"),
@@ -169,7 +172,7 @@ class SizeSettings:
     mode: Literal["uniform", "local", "global"]
     protect: Literal["none", "llm_pruner"] | tuple[int, int]
     attention: float
-    unit: HeadGroups
+    unit: Unit
     multiple: int
 
 
@@ -245,7 +248,8 @@ class MiniLlmConfig(PassConfig):
         "output",
         description="What a group is worth: the error of the block's output that least squares cannot make up for (output); "
         "|W| |X| |gradient| (fms), the same without gradient (no_gradient) or with noise for one (noise); |W gradient| (taylor); "
-        "the loss's sensitivity to a gate on the group (gates); the weights' L2 norm (magnitude); nothing (random).",
+        "the loss's sensitivity to a gate on the group (gates); the weights' L2 norm (magnitude); nothing (random). Of experts: the error "
+        "without it, others taking its place (output), how often it is chosen (frequency), magnitude or random.",
     )
     estimator: Estimator | None = Field(
         None,
@@ -269,11 +273,14 @@ class MiniLlmConfig(PassConfig):
     attention: float = Field(
         1.0, ge=0, description="Share that attention loses, as a multiple of what MLPs lose; 0 leaves all heads."
     )
-    unit: HeadGroups = Field(
+    unit: Unit = Field(
         "groups",
-        description="Heads go as key-value heads with all their queries, or as queries, equally many of every key-value head.",
+        description="Heads go as key-value heads with all their queries, or as queries, equally many of every key-value head. Or, and "
+        "nothing else, whole experts of mixtures, equally many in every layer and without refitting.",
     )
-    multiple: int = Field(1, ge=1, description="Channels that stay are a multiple of this (modes uniform and local).")
+    multiple: int = Field(
+        1, ge=1, description="Channels, or experts, that stay are a multiple of this (modes uniform and local)."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -296,6 +303,16 @@ class MiniLlmConfig(PassConfig):
             raise ValueError(f"protect {self.protect} counts blocks, so neither number can be negative")
         if self.remove == "blocks" and self.rounds > 1:
             raise ValueError("rounds is for heads and channels, not for whole blocks")
+        if (self.unit == "experts") > (self.score in EXPERT_SCORES) or (self.score == "frequency") > (
+            self.unit == "experts"
+        ):
+            raise ValueError(
+                f"unit experts goes with the scores {', '.join(EXPERT_SCORES)}, and frequency with no other unit"
+            )
+        if self.unit == "experts" and (self.mode != "uniform" or self.remove == "blocks"):
+            raise ValueError(
+                "unit experts removes equally many experts of every layer: mode uniform, and no whole blocks"
+            )
         if self.mode == "global" and self.multiple > 1:
             raise ValueError("multiple goes with the modes uniform and local")
         return self

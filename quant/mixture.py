@@ -38,8 +38,8 @@ def fit_experts(block: Block, names: Sequence[str], config: AnyPrecisionConfig) 
     for path, module in block.module.named_modules(prefix=block.name):
         if isinstance(module, Experts):
             for matrix in module.matrices:
-                members = [f"{path}.{place}.{matrix}" for place in range(module.num_experts)]
-                found |= _fit(block, [name for name in members if name in names], matrix != "down_proj", config)
+                members = [f"{path}.{place}.{matrix}" for place in range(module.counts[matrix])]
+                found |= _fit(block, [name for name in members if name in names], matrix != module.matrices[-1], config)
     return found
 
 

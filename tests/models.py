@@ -46,6 +46,7 @@ $ compress inspect Qwen3-30B-A3B --structure
   tokens, travels with these from block to block, and has a gradient like them.
 * Weights that several blocks share (Zamba) stay dense, and are stored once.
 * What cannot be run one block at a time is refused before any work, with the reason, and so is a model of which less than half could be packed.
+* Whole experts of mixtures can be removed (`mini_llm` with `unit: experts`, [structured pruning](structured-pruning.md#experts-of-a-mixture)); the column *structured* is about heads and channels.
 * Structured pruning (`mini_llm`) works on the types that are declared for it, and on those whose blocks are an attention (queries, keys, values and an output projection,
   apart) and an MLP of two or three linears and nothing else; other types are refused in a sentence. Soft prompts are for models that take embeddings in place of tokens.
 * vLLM: what the plugin refuses is *no*; *yes* says that nothing is known against it, not that vLLM has the type ([serving](serving.md) has what was tested).

@@ -167,8 +167,8 @@ PATCHES = {  # what the rule gets wrong, or has no default for; of a type, or of
 }  # fmt: skip
 
 
-def tiny_config(kind):
-    """Return a small config of a type."""
+def tiny_config(kind, **changes):
+    """Return a small config of a type, with changes to its values."""
     made = transformers.CONFIG_MAPPING[kind]
     try:
         values = made().to_dict()
@@ -179,7 +179,7 @@ def tiny_config(kind):
     found = shrunk(values)
     for part in (found, *(value for value in found.values() if isinstance(value, dict))):
         patch(part, PATCHES.get(part.get("model_type") or kind, {}))
-    patch(found, PATCHES.get(kind, {}))
+    patch(found, {**PATCHES.get(kind, {}), **changes})
     found.pop("model_type", None)
     return made(**found)
 
@@ -194,10 +194,10 @@ def patch(config, changes):
             config[first] = value
 
 
-def build(kind):
+def build(kind, **changes):
     """Return a tiny model whose weights are larger than usual, so that every block matters."""
     torch.manual_seed(0)
-    model = getattr(transformers, class_name(kind))._from_config(tiny_config(kind)).eval()
+    model = getattr(transformers, class_name(kind))._from_config(tiny_config(kind, **changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
@@ -209,9 +209,9 @@ def build(kind):
     return model
 
 
-def save(kind, folder: Path):
+def save(kind, folder: Path, **changes):
     """Write a tiny model as its family's checkpoints are, with a tokenizer."""
-    build(kind).save_pretrained(folder, save_original_format=True)
+    build(kind, **changes).save_pretrained(folder, save_original_format=True)
     save_tokenizer(folder)
     return folder
 

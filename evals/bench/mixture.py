@@ -33,7 +33,7 @@ from compress.evals.bench.common import JsonOption, show, write
 from compress.evals.bench.peers import rounded
 from compress.evals.evaluate import BUILTIN, Protocol, documents_of
 from compress.evals.perplexity import score
-from compress.experts import Experts, is_experts
+from compress.experts import split as split_module
 from compress.inspect import inspect
 from compress.loading import load_tokenizer
 from compress.manifest import noted, read_manifest
@@ -57,9 +57,8 @@ class Row(NamedTuple):
 def split(model: PreTrainedModel) -> PreTrainedModel:
     """Put linears, with their weights, where a dense model has stacks of experts."""
     for path, module in list(model.named_modules()):
-        if is_experts(module):
-            stacks = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
-            experts = Experts(module)
+        stacks = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+        if experts := split_module(module):
             for place in range(experts.num_experts):
                 for name in experts.matrices:
                     weight = stacks[name][place].t() if experts.transposed else stacks[name][place]

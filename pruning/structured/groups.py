@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from compress.config import BlockShape
 from compress.passes import Block, Context
-from compress.pruning.settings import HeadGroups
+from compress.pruning.settings import Unit
 from compress.shapes import groups_of, head_dim, linear_sizes, set_linear, tell_block, without
 from compress.structure import Architecture, Linear
 
@@ -52,7 +52,7 @@ class Part:
 
 
 def parts_of(
-    structure: Architecture, config: PretrainedConfig, shape: BlockShape, heads: HeadGroups, biased: Collection[str]
+    structure: Architecture, config: PretrainedConfig, shape: BlockShape, heads: Unit, biased: Collection[str]
 ) -> dict[Kind, Part]:
     """Return the parts of a block; attention is left out where the architecture's heads are fixed.
 
@@ -72,7 +72,7 @@ def parts_of(
 
 
 def _attention(
-    structure: Architecture, shape: BlockShape, heads: HeadGroups, dimension: int, hidden: int, biased: Collection[str]
+    structure: Architecture, shape: BlockShape, heads: Unit, dimension: int, hidden: int, biased: Collection[str]
 ) -> Part:
     *first, last = structure.attention
     layout, size = groups_of(structure).layout, shape.heads * dimension

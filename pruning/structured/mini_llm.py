@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from compress.config import BlockShape
 from compress.passes import Block, Context, Needs, Pass, Progress, Sizes
 from compress.pruning.settings import WHOLE_MODEL, MiniLlmConfig
+from compress.pruning.structured.experts import ExpertRemoval
 from compress.pruning.structured.gradients import STATISTICS_TOKENS, whole_model_scores
 from compress.pruning.structured.groups import Part, cut, last_linear, remaining
 from compress.pruning.structured.scores import BlockScores, compensated, lowest, output_error, removal_order
@@ -25,9 +26,16 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     Config = MiniLlmConfig
 
+    def __init__(self, config: MiniLlmConfig) -> None:
+        super().__init__(config)
+        self._experts = ExpertRemoval(config) if config.unit == "experts" else None
+
     def needs(self) -> Needs:
         """Ask for inputs of blocks for what is measured there, for the whole model for what is estimated there."""
         config = self.config
+        if self._experts:
+            measured = config.score in ("output", "frequency")
+            return Needs(inputs="updated" if measured else None, divides=True, removes_experts=True)
         inside = config.compensate or config.score in ("output", "no_gradient", "noise")
         return Needs(
             inputs="updated" if inside or config.remove == "blocks" else None,
@@ -40,6 +48,8 @@ class MiniLlm(Pass[MiniLlmConfig]):
     def memory(self, sizes: Sizes, context: Context) -> int:
         """Estimate what gradients of the whole model take, with all activations, and float64 Hessians of a block."""
         config, total = self.config, 0
+        if self._experts:  # what the experts of a block make of a sample, with and without one
+            return 4 * hessian_bytes(context.structure, context.linears) + sizes.block // 2
         if config.score in WHOLE_MODEL and config.gradients.estimator == "backprop":
             values = sum(rows + columns for rows, columns in context.linears.values())
             total += sizes.model + 4 * values * min(STATISTICS_TOKENS, sizes.samples * sizes.length)
@@ -52,9 +62,17 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     def check(self, context: Context) -> None:
         """Refuse a target that cannot be met."""
+        if self._experts:
+            self._experts.check(context)
+            return
         groups_of(context.structure)
         config_shape(context.config)
         self.shapes_after(context)
+
+    def experts_after(self, context: Context) -> int:
+        """Return how many experts stay in every mixture."""
+        assert self._experts
+        return self._experts.change(context).after
 
     def shapes_after(self, context: Context) -> dict[str, BlockShape | None]:
         """Foresee sizes: exact in modes uniform and local; in mode global, and of blocks, what goes is yet to be found."""
@@ -79,7 +97,7 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     def wants_statistics(self, context: Context, statistics: Sequence[Sequence[Record]]) -> bool:
         """Ask for a look at all blocks where they are to be compared."""
-        return not statistics and (self.config.mode == "global" or self.config.remove == "blocks")
+        return not self._experts and not statistics and (self.config.mode == "global" or self.config.remove == "blocks")
 
     def measure_block(self, block: Block, context: Context) -> Record:
         """Price the groups in the order in which they would go, or the whole block."""
@@ -90,6 +108,8 @@ class MiniLlm(Pass[MiniLlmConfig]):
 
     def run_block(self, block: Block, context: Context) -> Record:
         """Cut the block, attention first."""
+        if self._experts:
+            return self._experts.run_block(block, context)
         removals, measured = self._removals(context), block.statistics[0] if block.statistics else None
         if self.config.remove == "blocks":
             assert measured is not None

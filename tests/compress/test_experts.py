@@ -1,5 +1,6 @@
 """The experts of a mixture are matrices for passes, and stacks in files and in transformers."""
 
+import dataclasses
 import json
 import re
 
@@ -11,6 +12,10 @@ import compress
 from compress.errors import CompressError
 from compress.experts import Experts
 from compress.hf import packed_modules
+from compress.source import check_source, open_source
+from compress.streaming import StreamedModel
+from compress.weights import Renamed
+from tests import zoo
 
 MIXTURES = ("qwen3_moe", "gpt_oss", "nemotron_h", "llama4_text")
 TOKENS = torch.arange(5, 29)
@@ -145,3 +150,69 @@ def test_pruned_experts_stay_dense_stacks_that_transformers_reads(make_model, te
         assert len(stacks) == 6
         zeros = torch.cat([(stack == 0).flatten() for stack in stacks])
         assert zeros.float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@torch.no_grad()
+def put_back(stock, kind, name, weight):
+    """Write an expert's matrix into transformers' own parameter, whose layout is told here once more."""
+    path, place, matrix = name.rsplit(".", 2)
+    experts = stock.get_submodule(path)
+    if kind == "dbrx":  # the rows of all experts below one another; w2 is used from its other side
+        stack = getattr(experts.mlp, matrix)
+        rows = stack.view(experts.num_experts, -1, stack.shape[1])
+        rows[int(place)] = weight.t() if matrix == "w2" else weight
+    else:
+        getattr(experts, matrix)[int(place)] = weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dbrx", "jetmoe", "longcat_flash"])
+@torch.no_grad()
+def test_experts_of_other_layouts_are_packed_and_compute_the_same(kind, text_file, tmp_path):
+    """Rows of all experts in one matrix; lists of how many tokens each is given; experts that a router has beyond those with weights."""
+    folder = zoo.save(kind, tmp_path / "model")
+    source = open_source(str(folder))
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    streamed = StreamedModel(source.state, torch.device("cpu")).run_all(TOKENS)
+    torch.testing.assert_close(streamed, stock(TOKENS[None]).logits[0], rtol=1e-4, atol=1e-4)
+    step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
+    out = compress.run(recipe_for(folder, text_file, step), tmp_path / "out")
+    packed = compress.load(out, bits=3)
+    names = [
+        name for name in packed_modules(packed) if re.search(r"[.][0-9]+[.]\w+$", name) and "experts" in name + kind
+    ]
+    assert len(names) >= 8
+    for name, module in packed_modules(packed).items():
+        try:
+            stock.get_submodule(name).weight.copy_(module.dense())
+        except AttributeError:
+            put_back(stock, kind, name, module.dense())
+    wanted = stock(TOKENS[None]).logits
+    torch.testing.assert_close(packed(TOKENS[None]).logits, wanted, rtol=1e-4, atol=1e-4)
+    dense = packed.dequantize()
+    assert type(dense) is type(stock)
+    torch.testing.assert_close(dense(TOKENS[None]).logits, wanted, rtol=1e-4, atol=1e-4)
+    pruned = compress.run(recipe_for(folder, text_file, {"kind": "prune", "score": "magnitude"}), tmp_path / "pruned")
+    whole = AutoModelForCausalLM.from_pretrained(pruned).eval()  # dense stacks, as plain transformers reads them
+    matrix = next(
+        p
+        for n, p in whole.named_parameters()
+        if n.endswith(("experts.mlp.w2", "experts.down_proj", "output_linear.weight"))
+    )
+    assert 0.3 < (matrix == 0).float().mean() < 0.7
+
+
+def test_a_faulty_comparison_from_disk_is_made_again_in_memory(tmp_path):
+    """A router that reads another module's weight gets other memory from accelerate where blocks are left on the disk."""
+    source = open_source(str(zoo.save("longcat_flash", tmp_path / "model")))
+    check_source(source, TOKENS)
+    broken = dataclasses.replace(source.state, source=Renamed(source.state.source, swapped(source)))
+    with pytest.raises(CompressError, match="computes other logits"):
+        check_source(dataclasses.replace(source, state=broken), TOKENS)
+
+
+def swapped(source):
+    """Exchange two matrices of one shape."""
+    names = {name: name for name in source.state.source.info()}
+    first, second = (f"model.layers.{index}.mlps.0.up_proj.weight" for index in (0, 1))
+    return {**names, first: second, second: first}

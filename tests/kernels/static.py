@@ -120,6 +120,27 @@ def compiled_sums(entries: int, target: str) -> Any:
     return compiled_for(target, sum_by_code, constants, types, (*types, "columns", "row_stride"), options)
 
 
+def compiled_experts(bits: int, head: int, kind: Kind, target: str, groups: bool = False) -> Any:
+    """Compile the product of tokens sorted by expert, without a bias."""
+    from compress.kernels.experts import BM, BN, WARPS
+    from compress.kernels.triton_experts import dot
+
+    types = {"x": _POINTERS[kind], "y": _POINTERS[kind], "bias": _POINTERS[kind], "codes": "*i32", "tables": "*fp16"}
+    types |= {"groups": "*u8", "sizes": "*fp32"} | dict.fromkeys(("experts", "firsts", "ends"), "*i32")
+    constants = {
+        "BITS": bits,
+        "HEAD": head,
+        "BM": BM,
+        "BN": BN,
+        "STEP": 1,
+        "BIAS": False,
+        "UPCAST": False,
+        "GROUPS": groups,
+    }
+    options = {"num_warps": WARPS, "num_stages": 1}
+    return compiled_for(target, dot, constants, types, _ALIGNED, options)
+
+
 def compiled_for(
     target: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], aligned: Sequence[str], options: Any
 ) -> Any:

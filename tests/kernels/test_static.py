@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from static import Case, compiled_descent, compiled_sums, counted, inner_loop, judge, machine_code
+from static import Case, compiled_descent, compiled_experts, compiled_sums, counted, inner_loop, judge, machine_code
 
 from compress.kernels import gpu
 from compress.kernels.variants import Config, Variant
@@ -100,3 +100,21 @@ def test_the_column_loop_compiles_for_other_makers(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert compiled_descent(3, 6, 0, "gfx942").asm["hsaco"]
     assert compiled_sums(64, "gfx942").asm["hsaco"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("bits", "head", "kind", "groups"), [(3, 1, "fp16", True), (4, 4, "bf16", False), (8, 4, "bf16", True)]
+)
+def test_the_product_with_experts_compiles(bits, head, kind, groups, target, tmp_path, monkeypatch):
+    """On matrix instructions, with nothing put aside in memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = compiled_experts(bits, head, kind, target, groups)
+    if target == "gfx942":
+        assert "mfma" in made.asm["amdgcn"]
+        return
+    found, loop = machine_code(made)
+    assert found["STACK"] + found["LOCAL"] == 0 and found["REG"] <= 255
+    assert counted(loop)["HMMA"] + counted(loop)["HGMMA"] > 0
