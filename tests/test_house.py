@@ -30,20 +30,20 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (9920, 11.0),
+    "compress": (10260, 11.0),
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
-    "quant": (5070, 12.5),
-    "pruning": (2870, 11.7),
+    "quant": (5190, 12.5),
+    "pruning": (3410, 11.7),
     "prompts": (520, 9.4),
-    "kernels": (3160, 13.7),
-    "evals": (4300, 11.6),
+    "kernels": (3380, 13.7),
+    "evals": (4360, 11.6),
     "evals/bench": (2300, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (28520, 11.6),
-    "without tests": (31800, 11.6),
+    "in the wheel": (29800, 11.6),
+    "without tests": (33150, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 
