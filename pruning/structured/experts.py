@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from math import gcd, prod
+from math import lcm, prod
 from pathlib import Path
 
 import torch
@@ -57,10 +57,7 @@ class ExpertRemoval:
 
     def _sized(self, context: Context) -> Fewer:
         settings, config = self.settings, context.config
-        before, step = (
-            experts_of(config),
-            _groups(config) * settings.multiple // gcd(_groups(config), settings.multiple),
-        )
+        before, step = experts_of(config), lcm(_groups(config), settings.multiple)
         if before <= step:
             raise CompressError(
                 f"mini_llm: {before} experts stay if their number is to be a multiple of {step}, so none can go."
