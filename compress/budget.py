@@ -14,9 +14,9 @@ from compress.quant.records import PackedShape, bits_range, model_bytes, packed_
 from compress.structure import Architecture, block_of, block_prefix
 
 _STEPS = 20_000  # the budget is counted in this many parts, each matrix's bytes rounded up
-_WORTH = 0.45
-"""Share of the error at one number of bits for all, above which a mix is not taken: every matrix's codes make up for what those before it
-do at the same number of bits, so that errors of a mix add up to more; measured."""
+_TOGETHER, _WORTH = 4, 0.45
+"""Up to how many bits one number for all is taken rather than a mix, unless the mix's error is less than this share of its own. There
+every matrix's codes make up for what those before it do at the same number of bits, so the errors of a mix add up to more; measured."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Option = tuple[int, float]
@@ -104,7 +104,7 @@ def bits_for_budget(
 ) -> dict[str, int]:
     """Choose bits for every packed matrix with the least summed error; matrices that servers fuse get the same.
 
-    Where a mix is not much better than one number of bits for all, with the embedding at its own, it is that.
+    Where a mix is not much better than 4 bits for all, or fewer, with the embedding at its own, it is that.
     A mean of ``bits`` allows as many bytes to read as lie between those of the two whole numbers around it; ``memory`` is
     the bytes for all tensors once loaded, as :func:`parse_bytes` reads them.
     """
@@ -146,7 +146,7 @@ def bits_for_budget(
     def error(bits: Mapping[str, int]) -> float:
         return sum(errors[name][b] for name, b in bits.items())
 
-    same = ({name: shape.at(whole) for name, shape in shapes.items()} for whole in stored)
+    same = ({name: shape.at(whole) for name, shape in shapes.items()} for whole in stored if whole <= _TOGETHER)
     fitting = [bits for bits in same if sum(size([name], b) for name, b in bits.items()) <= budget]
     simplest = min(fitting, key=error, default=None)
     return chosen if simplest is None or error(chosen) < _WORTH * error(simplest) else simplest
