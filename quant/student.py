@@ -64,7 +64,7 @@ class _Grouped(torch.autograd.Function):
 def decoded(table: Tensor, sizes: Tensor, columns: Tensor, codes: Tensor, more: int) -> Tensor:
     """Return a weight, float32 [N, K]: an entry of ``table`` times the size of its group times its column's factor."""
     if codes.device.type != "cpu":
-        return table[(codes >> more).int()] * spread(sizes, len(columns)) * columns
+        return _decoded_in_torch(table, sizes, columns, codes, more)
     weight = torch.empty(codes.shape, dtype=torch.float32)
     found, index, groups, entries, factors = _arrays(weight, codes, sizes, table, columns)
 
@@ -80,10 +80,7 @@ def gathered(
 ) -> tuple[Tensor, Tensor]:
     """Sum the gradients of weights, float32 [N, K], for every entry of ``table`` and for every group's size."""
     if codes.device.type != "cpu":
-        index = (codes >> more).int()
-        by_size = by_group(by_weight * table[index] * columns).sum(2)
-        wide = spread(sizes, len(columns)) * columns
-        return torch.zeros_like(table).index_add_(0, index.flatten(), (by_weight * wide).flatten()), by_size
+        return _gathered_in_torch(by_weight, table, sizes, columns, codes, more)
     by_entry = torch.zeros(len(codes), len(table), dtype=torch.float32)
     by_size = torch.empty_like(sizes)
     to_entry, to_size, given, index, groups, entries, factors = _arrays(
@@ -95,6 +92,18 @@ def gathered(
 
     in_threads(run, len(codes), torch.get_num_threads())
     return by_entry.sum(0), by_size
+
+
+def _decoded_in_torch(table: Tensor, sizes: Tensor, columns: Tensor, codes: Tensor, more: int) -> Tensor:
+    return table[(codes >> more).int()] * spread(sizes, len(columns)) * columns
+
+
+def _gathered_in_torch(
+    by_weight: Tensor, table: Tensor, sizes: Tensor, columns: Tensor, codes: Tensor, more: int
+) -> tuple[Tensor, Tensor]:
+    index, wide = (codes >> more).int(), spread(sizes, len(columns)) * columns
+    by_entry = torch.zeros_like(table).index_add_(0, index.flatten(), (by_weight * wide).flatten())
+    return by_entry, by_group(by_weight * table[index] * columns).sum(2)
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:

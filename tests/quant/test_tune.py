@@ -15,7 +15,7 @@ from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GroupedShape, PackedShape, SharedShape
 from compress.quant.settings import TuneTablesConfig
 from compress.quant.shared import spread
-from compress.quant.student import Student
+from compress.quant.student import Student, _decoded_in_torch, _gathered_in_torch, decoded, gathered
 from compress.quant.tune import _Lesson, _trained
 from compress.ranks import Ranks
 
@@ -145,6 +145,15 @@ def test_a_students_gradients_are_those_of_the_plain_product_where_groups_have_s
         sizes = spread(found["rows"] * found["groups"] / 255, 100)
         for own, plain in gradients(student, found[f"basis_{bits}"][0][codes] * sizes * found["columns"]):
             torch.testing.assert_close(own, plain)
+
+
+def test_other_devices_loops_do_what_the_compiled_ones_do():
+    torch.manual_seed(0)
+    table, sizes, columns = torch.randn(8), torch.rand(12, 2), torch.rand(100)
+    parts = table, sizes, columns, torch.randint(64, (12, 100), dtype=torch.uint8), 3
+    torch.testing.assert_close(decoded(*parts), _decoded_in_torch(*parts))
+    by_weight = torch.randn(12, 100)
+    torch.testing.assert_close(gathered(by_weight, *parts), _gathered_in_torch(by_weight, *parts))
 
 
 def random_layer(shape):
