@@ -172,11 +172,9 @@ def bench(
     from compress.evals.store import results_of
 
     quiet_transformers()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
     load, kind = Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
-    chosen, caches = parse_bits(bits), kv_wanted(kv_bits, kv_group, kv_residual)
-    drafts = [int(one) for one in parse_bits(draft_bits) or []]
+    chosen, drafts, caches = parse_bits(bits), parse_bits(draft_bits), kv_wanted(kv_bits, kv_group, kv_residual)
     with progress_bar() as progress, TemporaryDirectory() as scratch:
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
         refuse_misfits(place, caches)
@@ -186,8 +184,8 @@ def bench(
         if caches.bits:
             found["kv"] = _bench_caches(place, caches, kv_context, {**given, "device_map": device}, progress)
         if drafts:
-            given["bits"] = max(chosen) if chosen else None
-            found["drafts"] = _bench_drafts(place, drafts, draft_text, load, given, progress)
+            given |= {"bits": max(chosen) if chosen else None}
+            found["drafts"] = _bench_drafts(place, [*map(int, drafts)], draft_text, load, given, progress)
     if not write_json(found, target):
         _print_speed(found)
 

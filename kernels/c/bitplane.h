@@ -142,7 +142,7 @@ typedef struct {
     int64_t group_stride;      /* bytes from a row of groups to the next */
 } Matrix;
 
-int compress_abi(void);      /* changes with everything below */
+int compress_abi(void);      /* changes with everything below, and with attention.c */
 int compress_best_isa(void); /* the best this processor can run */
 
 /* The order in which a matrix of these bits, mode and instruction set wants activations; 0, or -1 if this processor lacks the set. */

@@ -9,7 +9,7 @@
 
 int compress_abi(void)
 {
-    return 6;
+    return 7;
 }
 
 int compress_best_isa(void)
