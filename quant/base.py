@@ -19,6 +19,7 @@ from compress.quant.format import Codes
 from compress.quant.records import GROUP, EmbeddingShape, GroupedEmbeddingShape, PackedShape
 from compress.quant.settings import QuantiseConfig
 from compress.quant.vocabulary import fit_vocabulary
+from compress.ranks import ALONE, Ranks, even_parts
 from compress.statistics import Moments, check_weight
 from compress.structure import matching
 from compress.workspace import Record
@@ -149,10 +150,8 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             found = fit_vocabulary(weight, hessian, looked_up, sorted(set(table.values())), block.ranks, grouped)
             block.packed[name] = replace(found, read_at={str(bits): own for bits, own in table.items()})
             sensitivity = block.squared_gradients.get(name)
-            errors[name] = {
-                str(bits): vocabulary_errors(weight, partial(found.rows, bits), sensitivity, hessian)
-                for bits in found.codebooks
-            }
+            become = {bits: partial(found.rows, bits) for bits in found.codebooks}
+            errors[name] = vocabulary_errors(weight, become, sensitivity, hessian, block.ranks)
         return {"errors": errors}
 
     def _sensitivities(self, block: Block) -> dict[str, Tensor]:
@@ -185,25 +184,38 @@ def _on_cpu(weight: Tensor) -> Tensor:
 
 
 def vocabulary_errors(
-    weight: Tensor, rows: Callable[[slice], Tensor], sensitivity: Tensor | None, hessian: Tensor | None
-) -> dict[str, float]:
+    weight: Tensor,
+    rows: Mapping[int, Callable[[slice], Tensor]],
+    sensitivity: Tensor | None,
+    hessian: Tensor | None,
+    ranks: Ranks = ALONE,
+) -> dict[str, dict[str, float]]:
     """Measure what :func:`layer_errors` does, of a matrix too large to be there in float64, some rows at a time.
 
-    ``rows`` returns some rows of what ``weight``, float32 [N, K], has become; ``sensitivity``, float32 [N, 1], is the
+    ``rows``, by bits, return some rows of what ``weight``, float32 [N, K], has become; ``sensitivity``, float32 [N, 1], is the
     mean over every row's weights.
     """
     exact = torch.eye(weight.shape[1], dtype=torch.float64) if hessian is None else hessian.double()
     mean = exact.trace() / len(exact)
-    totals = torch.zeros(5, dtype=torch.float64)  # of squares, outputs and costs
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
+
+    def measured(part: slice) -> dict[str, Tensor]:
+        """Sum squares, outputs and costs."""
         dense = weight[part].double()
-        error = rows(part).double() - dense
-        squares, powers = error.square().sum(1), dense.square().sum(1)
-        lost, reach = ((error @ exact) * error).sum(1), ((dense @ exact) * dense).sum(1)
         cost = torch.ones(len(dense)) if sensitivity is None else sensitivity[part, 0].double()
         scale = cost if hessian is None or sensitivity is None else cost / mean
-        totals += torch.stack([each.sum() for each in (squares, powers, lost, reach, lost * scale)])
-    error, power, lost, reach, weighted = totals.tolist()
-    result = {"relative": error / (power or 1.0), "weighted": weighted}
-    return result if hessian is None else result | {"output": lost / (reach or 1.0)}
+        found = {"reach": torch.stack([dense.square().sum(), ((dense @ exact) * dense).sum()])}
+        for bits, become in rows.items():
+            error = become(part).double() - dense
+            lost = ((error @ exact) * error).sum(1)
+            found[str(bits)] = torch.stack([error.square().sum(), lost.sum(), (lost * scale).sum()])
+        return found
+
+    parts = ranks.over(even_parts(len(weight), _ROWS_AT_ONCE), measured)
+    totals = {name: torch.stack([part[name] for part in parts]).sum(0).tolist() for name in parts[0]}
+    power, reach = totals.pop("reach")
+    errors = {}
+    for bits, (error, lost, weighted) in totals.items():
+        errors[bits] = {"relative": error / (power or 1.0), "weighted": weighted}
+        if hessian is not None:
+            errors[bits]["output"] = lost / (reach or 1.0)
+    return errors

@@ -7,11 +7,14 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compress.quant.descent import Floats32, U
 from compress.quant.kmeans import nested_codebooks
+from compress.quant.kmeans_seed import compiled, in_threads
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared
 
@@ -69,10 +72,12 @@ def group_sizes(weight: Tensor, cost: Tensor, entries: Tensor) -> Tensor:
     largest = torch.cat([by_group(part).abs().amax(2) for part in torch.split(weight, _SIZED_ROWS)]) / reach
     largest = largest.clamp_min(1e-3 * largest.mean() + 1e-30)
     parts = zip(torch.split(weight, _SIZED_ROWS), torch.split(largest, _SIZED_ROWS), strict=True)
-    return torch.cat([_best_sizes(by_group(part), cost, entries, most) for part, most in parts])
+    choose = _compiled if weight.device.type == "cpu" else _in_torch
+    return torch.cat([choose(by_group(part), cost, entries, most) for part, most in parts])
 
 
-def _best_sizes(groups: Tensor, cost: Tensor, entries: Tensor, largest: Tensor) -> Tensor:
+def _in_torch(groups: Tensor, cost: Tensor, entries: Tensor, largest: Tensor) -> Tensor:
+    """Choose the sizes of groups, [N, G, 64]; with a size of ``largest``, [N, G], the largest weight is the largest entry."""
     border, best, least = (entries[1:] + entries[:-1]) / 2, largest, torch.full_like(largest, torch.inf)
     for multiple in _TRIED:
         size = largest * multiple
@@ -81,6 +86,56 @@ def _best_sizes(groups: Tensor, cost: Tensor, entries: Tensor, largest: Tensor) 
         best = torch.where(error < least, size, best)
         least = torch.minimum(error, least)
     return best
+
+
+def _compiled(groups: Tensor, cost: Tensor, entries: Tensor, largest: Tensor) -> Tensor:
+    """Do what :func:`_in_torch` does, group by group."""
+    best, border = torch.empty_like(largest), (entries[1:] + entries[:-1]) / 2
+    found, values, most = best.numpy(), groups.contiguous().numpy(), largest.contiguous().numpy()
+    given = cost[0].numpy(), entries.contiguous().numpy(), border.numpy(), np.array(_TRIED, np.float32)
+
+    def run(rows: slice) -> None:
+        _try_sizes(found[rows], values[rows], most[rows], *given)
+
+    in_threads(run, len(groups), torch.get_num_threads())
+    return best
+
+
+@compiled
+def _try_sizes(
+    best: Floats32,
+    groups: Floats32,
+    largest: Floats32,
+    cost: Floats32,
+    entries: Floats32,
+    border: Floats32,
+    multiples: Floats32,
+) -> None:
+    inside, nearest = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
+    for n in range(U(groups.shape[0])):
+        for group in range(U(groups.shape[1])):
+            least = np.float32(np.inf)
+            best[n, group] = largest[n, group]
+            for multiple in multiples:
+                size = largest[n, group] * multiple
+                for k in range(U(GROUP)):
+                    inside[k] = groups[n, group, k] / size
+                    nearest[k] = entries[0]
+                for place in range(U(len(border))):
+                    above, entry = border[place], entries[place + U(1)]
+                    for k in range(U(GROUP)):
+                        nearest[k] = entry if inside[k] > above else nearest[k]
+                for k in range(U(GROUP)):
+                    error = nearest[k] - inside[k]
+                    inside[k] = error * error * cost[group, k]
+                half = U(GROUP // 2)
+                while half:
+                    for k in range(half):
+                        inside[k] += inside[k + half]
+                    half >>= U(1)
+                total = inside[0] * (size * size)
+                if total < least:
+                    least, best[n, group] = total, size
 
 
 def by_group(values: Tensor) -> Tensor:

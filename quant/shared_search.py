@@ -105,15 +105,25 @@ class _Search:
         codes, sizes = codes_by_feedback(targets, tables, self.factor, {b: self._counts(b) for b in tables})
         return {"codes": codes.to(torch.uint8), "sizes": sizes}
 
-    def _some(self) -> slice:
-        """Return the rows that entries are fitted on."""
+    def _step(self) -> int:
+        """Return every how many rows entries are fitted on."""
         rows = max(1, _SAMPLED // len(self.hessian.matrix))
-        return slice(None, None, max(1, len(self.codes) // rows))
+        return max(1, len(self.codes) // rows)
 
     def _based(self, shared: Shared) -> Shared:
         """Solve the least-squares problem for the entries of every basis, common to some rows."""
-        some, basis = self._some(), dict(shared.basis)
-        sizes = shared.part(some).sizes()
+        sums, basis = self._over(partial(self._normal, shared)), dict(shared.basis)
+        for bits in self.bits:
+            inner, right = sums[f"inner {bits}"].sum(0), sums[f"right {bits}"].sum(0)
+            found = solved(inner[None], right[None])[0]
+            basis[bits] = torch.where(inner.diagonal() > 0, found, shared.basis[bits][0])[None]
+        return replace(shared, basis=basis)
+
+    def _normal(self, shared: Shared, part: slice) -> dict[str, Tensor]:
+        """Sum the normal equations of that problem, [1, 2**bits, 2**bits] and [1, 2**bits], over those of a part's rows."""
+        step = self._step()
+        some = slice(-(-part.start // step) * step, part.stop, step)
+        sizes, sums = shared.part(some).sizes(), dict[str, Tensor]()
         for bits in self.bits:
             codes, wanted = (self.codes[some] >> (self.together - bits)).long(), self.targets[bits][some]
             inner, right = sizes.new_zeros(2**bits, 2**bits), sizes.new_zeros(2**bits)
@@ -121,13 +131,12 @@ class _Search:
                 image = self.hessian.times(sizes * (codes == code)).mul_(sizes)
                 row.index_add_(0, codes.flatten(), image.flatten())
             right.index_add_(0, codes.flatten(), self.hessian.times(wanted).mul_(sizes).flatten())
-            found = solved(inner[None], right[None])[0]
-            basis[bits] = torch.where(inner.diagonal() > 0, found, shared.basis[bits][0])[None]
-        return replace(shared, basis=basis)
+            sums |= {f"inner {bits}": inner[None], f"right {bits}": right[None]}
+        return sums
 
     def _split(self, shared: Shared) -> Shared:
         """Find the bases of more bits than were chosen together: every cell is split in two."""
-        some, parent = self._some(), max(self.targets)
+        some, parent = slice(None, None, self._step()), max(self.targets)
         tree, basis = self._tree(some, shared), dict(shared.basis)
         assert tree.sizes is not None
         for bits in range(self.together + 1, parent + 1):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from compress.quant import shared_fit
 from compress.quant.feedback import _compiled, _in_torch, codes_by_feedback, inverse_factor
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.records import GroupedShape
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared import spread
-from compress.quant.shared_fit import column_factors
+from compress.quant.shared_fit import column_factors, group_sizes
 from compress.quant.shared_search import shared_output_codebooks
 
 
@@ -97,6 +98,19 @@ def test_the_loop_in_torch_chooses_what_the_compiled_one_does():
     ).float().mean() < 0.05  # a tie may fall the other way, and changes what follows in its row
     same = (one == other).all(1)
     torch.testing.assert_close(errors[0][:, same], errors[1][:, same], rtol=1e-3, atol=1e-3)
+
+
+def test_sizes_of_groups_are_the_best_of_those_tried_and_the_same_in_torch():
+    weight, entries = torch.randn(70, 130, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 16)
+    cost = torch.linspace(0.5, 2, 130)
+    sizes = group_sizes(weight, cost, entries)
+    groups, costs = shared_fit.by_group(weight), shared_fit.by_group(cost[None])
+    torch.testing.assert_close(sizes, shared_fit._in_torch(groups, costs, entries, groups.abs().amax(2)))
+    for group in range(3):  # the third has two columns
+        part = slice(64 * group, 64 * group + 64)
+        tried = weight[3, part].abs().amax() * torch.arange(8, 23) / 20
+        nearest = (weight[3, part, None, None] / tried[:, None] - entries).abs().amin(2) * tried
+        assert sizes[3, group] == pytest.approx(float(tried[(cost[part, None] * nearest**2).sum(0).argmin()]))
 
 
 def test_matrices_of_one_input_have_the_same_factors():
