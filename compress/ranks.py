@@ -261,7 +261,7 @@ class Sums:
         return notes
 
 
-def even_parts(rows: int, most: int, fewest: int = 4, least: int = 64) -> list[slice]:
+def even_parts(rows: int, most: int, fewest: int = 4, least: int = 48) -> list[slice]:
     """Divide rows evenly into parts of at most ``most``: a multiple of ``fewest`` of them where each then has ``least`` rows."""
     count = max(-(-rows // most), 1)
     if rows >= fewest * least:

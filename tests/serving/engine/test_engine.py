@@ -127,7 +127,7 @@ if __name__ == "__main__":
     ("name", "options", "environment"),
     [
         ("row", {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
-        ("shared", {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+        ("llama", {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
         ("shared", {"model_impl": "transformers"}, {}),
     ],
     ids=["two processes", "two processes, shared codebooks", "model of transformers"],

@@ -195,10 +195,10 @@ def test_bits_by_load_and_a_server_that_is_started_again(folder):
 
             def bits_of(number, client=client):
                 raw = client.completions.with_raw_response
-                return raw.create(model="chatty", prompt=f"{number}", max_tokens=32).headers["x-compress-bits"]
+                return raw.create(model="chatty", prompt=f"{number}", max_tokens=100).headers["x-compress-bits"]
 
             assert bits_of(0) == "6"
-            with ThreadPoolExecutor(12) as pool:
+            with ThreadPoolExecutor(24) as pool:
                 met = set(",".join(pool.map(bits_of, range(24))).split(","))
             assert met == {"6", "4", "2"}
             assert told_in_the_end(port) == {"bits": 6, "held": [2, 6], "by_load": True}
