@@ -169,6 +169,10 @@ class TuneTablesConfig(PassConfig):
     target: Literal["dense", "text"] = Field(
         "dense", description="What is to be said: what the dense model says, or (a control) the text itself."
     )
+    text: Calibration | None = Field(
+        None,
+        description="Text to train on, as of calibration; the recipe's calibration if absent. More of it than the codes were found with pays.",
+    )
 
 
 class KVCalibrateConfig(PassConfig):

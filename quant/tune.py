@@ -46,7 +46,7 @@ class TuneTables(Pass[TuneTablesConfig]):
 
     def needs(self) -> Needs:
         """Ask for the whole model, packed, and for the dense one."""
-        return Needs(packed=True, whole_model=True, divides=True, teacher=True)
+        return Needs(packed=True, whole_model=True, divides=True, teacher=True, text=self.config.text)
 
     def _chosen(self, packed: Mapping[str, PackedShape]) -> list[int]:
         there = list(bits_range(packed.values()))

@@ -186,6 +186,19 @@ def test_the_control_is_trained_on_the_text_itself(tuned_recipe, tmp_path):
     assert units["width-3"]["loss"]["before"] > units["width-3"]["loss"]["after"]
 
 
+@pytest.mark.slow
+def test_a_text_of_its_own(tuned_recipe, tmp_path):
+    """Codes need none here, so the recipe has no other."""
+    text = tuned_recipe.pop("calibration") | {"samples": 16}
+    tuned_recipe["passes"][0] |= {"sensitivity": "none"}
+    tuned_recipe["passes"][1] |= {"widths": [3], "text": text}
+    tuned = compress.run(tuned_recipe, tmp_path / "tuned")
+    manifest = json.loads((tuned / "compression.json").read_text())
+    assert manifest["passes"][1]["units"]["width-3"]["kept"]
+    assert manifest["passes"][1]["text"]["samples"] == 16
+    assert manifest["calibration"] is None
+
+
 def test_what_is_trained_is_read_at_no_other_number_of_bits():
     assert _trained(PackedShape(12, 600, 2, 7), 4) == ["codebook_4"]
     assert _trained(GroupedShape(12, 600, 2, 7, rank=1, group=64), 4) == ["basis_4"]
