@@ -30,22 +30,18 @@ _PROMPT = 48  # tokens
 @torch.inference_mode()
 def draft_speed(
     model: PreTrainedModel,
-    folder: str,
+    starts: Sequence[Tensor],
     bits: Sequence[int],
-    text: str = "builtin",
     tokens: int = 64,
-    prompts: int = 5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Decode with drafts at several numbers of bits, with prompt look-up and without any.
 
     Args:
         model: at the bits that check.
-        folder: of its tokenizer.
+        starts: the prompts (:func:`beginnings`), int64 [1, T] each.
         bits: of drafts, which round activations to 8 bits on a CPU.
-        text: file whose documents' beginnings are continued, or ``builtin``.
         tokens: written to each prompt.
-        prompts: how many.
         progress: called with (what, done, total).
 
     Returns:
@@ -54,9 +50,8 @@ def draft_speed(
         token, in plain ones) and ``break_even``, the accepted share at which a draft of one token pays.
 
     Raises:
-        CompressError: no prompts in the text, or bits that were not loaded.
+        CompressError: bits that were not loaded.
     """
-    starts = _prompts(folder, text, prompts)
     drafts = {str(one): view(model, one, exact=False) for one in bits}
     single, several = _step_time(model, 1), _step_time(model, _CHECKED)
     check = max(0.0, several / single - 1) / (_CHECKED - 1)
@@ -88,8 +83,14 @@ def _silent(what: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
-def _prompts(folder: str, text: str, count: int) -> list[Tensor]:
-    """Return the beginnings of a text's documents, int64 [1, T] each; of one document, its pieces."""
+def beginnings(folder: str, text: str, count: int) -> list[Tensor]:
+    """Return so many prompts for a folder's model, int64 [1, T] each: beginnings of a text's documents, or pieces of a single one.
+
+    ``text`` is a file's name or ``builtin``.
+
+    Raises:
+        CompressError: there is no such text, or no document is long enough.
+    """
     tokenizer, (documents, _) = load_tokenizer(folder), documents_of(text, Protocol())
     found: list[Tensor] = []
     for document in documents:

@@ -165,6 +165,7 @@ def bench(
     _check_bench(folder, random, dtype, target)
     import torch
 
+    from compress.evals.drafts import beginnings
     from compress.evals.kv import kv_wanted, refuse_misfits
     from compress.evals.random_llama import write_packed_llama
     from compress.evals.speed import Load
@@ -178,6 +179,7 @@ def bench(
     with progress_bar() as progress, TemporaryDirectory() as scratch:
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
         refuse_misfits(place, caches)
+        starts = beginnings(place, draft_text, rounds) if drafts else []
         store = results_of(place, kept)
         found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter, gguf or ())
         given: dict[str, Any] = {"dtype": kind, "exact": exact, "adapter": adapter}
@@ -185,7 +187,7 @@ def bench(
             found["kv"] = _bench_caches(place, caches, kv_context, {**given, "device_map": device}, progress)
         if drafts:
             given |= {"bits": max(chosen) if chosen else None}
-            found["drafts"] = _bench_drafts(place, [*map(int, drafts)], draft_text, load, given, progress)
+            found["drafts"] = _bench_drafts(place, [*map(int, drafts)], starts, tokens, given, progress)
     if not write_json(found, target):
         _print_speed(found)
 
@@ -198,12 +200,12 @@ def _bench_caches(place: str, caches: Any, context: int, given: dict[str, Any], 
     return {"context": context, "caches": decode_speed(load(place, **given), caches, context, progress=progress)}
 
 
-def _bench_drafts(place: str, drafts: list[int], text: str, turns: Any, given: dict[str, Any], progress: Any) -> Any:
+def _bench_drafts(place: str, drafts: list[int], starts: Any, tokens: int, given: dict[str, Any], progress: Any) -> Any:
     """Time decoding with drafts by the model's own first planes."""
     from compress.evals.drafts import draft_speed
     from compress.loading import load
 
-    return draft_speed(load(place, **given), place, drafts, text, turns.tokens, turns.rounds, progress)
+    return draft_speed(load(place, **given), starts, drafts, tokens, progress)
 
 
 def _check_bench(folder: Optional[str], random: Optional[str], dtype: str, target: Optional[str]) -> None:

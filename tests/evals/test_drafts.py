@@ -14,7 +14,7 @@ def model(compressed):
 
 def test_every_draft_beside_none_and_look_up(model, compressed, text_file, monkeypatch):
     monkeypatch.setattr(drafts, "_PROMPT", 8)
-    found = drafts.draft_speed(model, str(compressed), [3, 4], str(text_file), tokens=6, prompts=2)
+    found = drafts.draft_speed(model, drafts.beginnings(str(compressed), str(text_file), 2), [3, 4], tokens=6)
     assert list(found) == ["plain", "prompt look-up", "3", "4"]
     assert all(figures["same_text"] for figures in found.values())
     assert found["plain"]["versus_plain"]["median"] == 1
@@ -26,7 +26,7 @@ def test_every_draft_beside_none_and_look_up(model, compressed, text_file, monke
     assert [row[0] for row in table.rows] == ["plain", "prompt look-up", "3 bits", "4 bits"]
 
 
-def test_a_text_too_short_to_continue(model, compressed, tmp_path):
+def test_a_text_too_short_to_continue(compressed, tmp_path):
     (tmp_path / "short.txt").write_text("the quick brown")
     with pytest.raises(CompressError, match="no document of 48 tokens"):
-        drafts.draft_speed(model, str(compressed), [3], str(tmp_path / "short.txt"))
+        drafts.beginnings(str(compressed), str(tmp_path / "short.txt"), 2)

@@ -120,6 +120,7 @@ def test_bad_options_end_in_one_sentence(command, compressed, arguments, message
     [
         (("bench", "--kv-bits", "1"), "give 2 to 8"),
         (("bench", "--draft-bits", "few"), "few"),
+        (("bench", "--draft-bits", "3", "--draft-text", "nowhere.txt"), "nowhere.txt"),
         (("bench", "--kv-bits", "4", "--kv-group", "32"), "does not divide the 12 channels"),
         (("eval", "--text", "builtin", "--kv-bits", "4", "--kv-group", "32"), "does not divide the 12 channels"),
     ],
