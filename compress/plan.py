@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from compress.streaming import State
 from compress.structure import block_of
 
 _FLOAT = 4
-# Measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds; and how many tensors as large as the logits
-# are there, of a sample that is differentiated and of a batch that is trained on.
-_LATE_CODE, _OF_LOGITS, _OF_BATCH = 200 << 20, 5, 3
+# Measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds, where it looks at text and where not; and
+# how many tensors as large as the logits are there, of a sample that is differentiated and of a batch that is trained on.
+_LATE_CODE, _LATE_CODE_ALONE, _OF_LOGITS, _OF_BATCH = 200 << 20, 100 << 20, 5, 3
 
 
 @usual_defaults()
@@ -78,7 +78,7 @@ def plan(
         "checkpoint_bytes": max(at.values(), default=rest),
         "bytes_at_bits": at,
         "passes": [{"kind": step.config.kind, **needs} for step, needs in zip(steps, foreseen, strict=True)],
-        "peak_memory_bytes": max(_writing(last), *(needs["memory_bytes"] or 0 for needs in foreseen)),
+        "peak_memory_bytes": max(_writing(last, steps), *(needs["memory_bytes"] or 0 for needs in foreseen)),
         "workspace_bytes": sum(needs["workspace_bytes"] or 0 for needs in foreseen),
     }
     place = Path(settings.output or ".").absolute()
@@ -131,7 +131,7 @@ def _needs(
     else:
         helping = 1
     return {
-        "memory_bytes": _LATE_CODE + memory,
+        "memory_bytes": _late_code([step]) + memory,
         "workspace_bytes": units + carried,
         "processes": max(helping, 1),
     }
@@ -150,10 +150,14 @@ class _Weights:
         self.whole = self.outside + self.inside
 
 
-def _writing(state: State) -> int:
+def _late_code(steps: Iterable[Pass[Any]]) -> int:
+    return _LATE_CODE if any(step.needs().calibration for step in steps) else _LATE_CODE_ALONE
+
+
+def _writing(state: State, steps: Iterable[Pass[Any]]) -> int:
     """Estimate the memory that the checkpoint takes to write: a shard, then the model block by block at a few tokens."""
     weights = _Weights(state)
-    return _LATE_CODE + max(3 * weights.outside // 2, weights.outside + 2 * weights.block)
+    return _late_code(steps) + max(3 * weights.outside // 2, weights.outside + 2 * weights.block)
 
 
 def _warnings(

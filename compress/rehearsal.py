@@ -13,15 +13,15 @@ from torch import Tensor
 
 from compress.calibration import Samples, draw_samples
 from compress.carrying import Call
-from compress.fisher import squared_gradients, unit_of
-from compress.passes import Block, Context, Pass, Run
+from compress.fisher import HESSIAN, squared_gradients, unit_of
+from compress.passes import OUTSIDE, Block, Context, Pass, Run
 from compress.settings import Calibration
 from compress.streaming import State, StreamedModel
 from compress.structure import Linear, block_prefix
 from compress.workspace import Record, Stage
 
 _FEW, _MORE = 1, 9  # samples
-_WEIGHTS = 1_000_000  # of the block, in whole rows, that are worked on
+_WEIGHTS, _OUTSIDE_WEIGHTS = 1_000_000, 2_000_000  # of a block and outside of them, in whole rows, that are worked on
 
 
 class _Thin(Linear):
@@ -50,7 +50,7 @@ def foreseen_seconds(
 ) -> float | None:
     """Return the processor time of one pass, all threads together; None for one that has the whole model in memory.
 
-    What is done outside the blocks (embedding, head, writing the checkpoint) is not counted, and of rounds of statistics one.
+    Reading and writing of checkpoints is not counted, and of rounds of statistics one.
     """
     needs = step.needs()
     if needs.whole_model or needs.model_statistics or needs.changes_shapes or needs.removes_experts:
@@ -72,28 +72,33 @@ class _Rehearsal:
         self._records: list[list[Record]] = []
         inside = sum(rows * columns for rows, columns in context.linears.values()) / self.blocks
         self._share = min(0.5, _WEIGHTS / inside)
-        self._gradients: dict[str, Tensor] = {}
+        self._outside = step.outside(context)
+        self._gradients: dict[int, dict[str, Tensor]] = {}
 
     def seconds(self) -> float:
         """Return the processor time of the pass, all threads together."""
         once = self._squared_gradients() if self.needs.squared_gradients else 0.0
         per_block = self._forward() * self.count if self.needs.inputs and not self.needs.outputs else 0.0
         if self.step.wants_statistics(self.context, []):
-            measured = self._foresee(self._measure)
+            measured = self._foresee(self._measure, self._share)
             self._records = [[self._record] * self.blocks]
             per_block += measured + self._forward() * self.count
-        per_block += self._foresee(self._work)
+        per_block += self._foresee(self._work, self._share)
+        if self._outside:
+            outside = [linear for name, linear in self.model.outside().items() if name in self._outside]
+            share = min(0.5, _OUTSIDE_WEIGHTS / sum(linear.weight.numel() for linear in outside))
+            once += self._foresee(self._work_outside, share, samples=False)
         return once + self.blocks * per_block
 
-    def _foresee(self, work: Callable[[Amount], object]) -> float:
-        """Extrapolate from a few samples and rows to all, each by its own slope."""
+    def _foresee(self, work: Callable[[Amount], object], share: float, samples: bool = True) -> float:
+        """Extrapolate from a few samples and a share of the rows to all, each by its own slope."""
         few, more = min(_FEW, self.count), min(_MORE, self.count)
-        base = Amount(few, self._share / 2)
+        base = Amount(few, share / 2)
         work(base)  # what is compiled or loaded now is there already in a run
         start = _timed(work, base)
-        rows = (_timed(work, Amount(few, self._share)) - start) / (self._share / 2)
-        found = start + rows * (1 - self._share / 2)
-        if self.needs.inputs and more > few:
+        rows = (_timed(work, Amount(few, share)) - start) / (share / 2)
+        found = start + rows * (1 - share / 2)
+        if samples and self.needs.inputs and more > few:
             found += (_timed(work, Amount(more, base.share)) - start) / (more - few) * (self.count - few)
         return found
 
@@ -102,7 +107,7 @@ class _Rehearsal:
         """Open the first block as the pipeline would, thinned."""
         with self.model.block(0) as module:
             linears = {name: _Thin(linear, amount.share) for name, linear in self.model.linears(0).items()}
-            gradients = {name: full[: linears[name].shape[0]] for name, full in self._gradients.items()}
+            gradients = {name: full[: linears[name].shape[0]] for name, full in self._gradients.get(0, {}).items()}
             runs = self._runs()[: amount.samples] if self.needs.inputs else []
             varied = self._runs(self.needs.variant_length)[: amount.samples] if self.needs.variants else []
             variants = dict.fromkeys(self.needs.variants, varied)
@@ -122,12 +127,25 @@ class _Rehearsal:
             self.step.run_block(block, self.context)
 
     @torch.no_grad()
+    def _work_outside(self, amount: Amount) -> None:
+        linears = self.model.outside().items()
+        thin: dict[str, Linear] = {
+            name: _Thin(linear, amount.share) for name, linear in linears if name in self._outside
+        }
+        found = dict(self._gradients.get(OUTSIDE, {}))
+        hessians = {name.removeprefix(HESSIAN): found.pop(name) for name in [*found] if HESSIAN in name}
+        block = Block(OUTSIDE, "", self.model.model, thin, found, statistics=self._records, hessians=hessians)
+        self.step.run_block(block, self.context)
+
+    @torch.no_grad()
     def _measure(self, amount: Amount) -> None:
         with self._open(amount) as block:
             self._record = self.step.measure_block(block, self.context)
 
     @torch.no_grad()
     def _forward(self) -> float:
+        if not self.samples:
+            return 0.0
         with self.model.block(0) as module:
             runs = self._runs()
             runs[0](module)
@@ -142,8 +160,9 @@ class _Rehearsal:
             model.blocks = model.blocks[:blocks]
             with TemporaryDirectory() as folder:
                 stage = Stage(Path(folder), "")
-                squared_gradients(model, few, stage, [], lambda *_: None)
-                self._gradients = stage.load(unit_of(0))
+                squared_gradients(model, few, stage, self._outside, lambda *_: None)
+                indices = (0, OUTSIDE) if self._outside else (0,)
+                self._gradients = {index: stage.load(unit_of(index)) for index in indices}
 
         took = [_timed(measure, 1), _timed(measure, min(2, self.blocks))]
         count = min(self.count, self.needs.gradient_samples or self.count)

@@ -23,6 +23,25 @@ def test_time_is_foreseen_where_it_can_be(recipe):
     assert "processor_seconds" not in plan(recipe)["passes"][0]
 
 
+def test_a_pass_that_looks_at_no_text_is_foreseen_too(recipe):
+    del recipe["calibration"]
+    recipe["passes"] = [{"kind": "prune", "score": "magnitude"}, {"kind": "rtn", "bits": 4}]
+    assert min(step["processor_seconds"] for step in plan(recipe, seconds=True)["passes"]) > 0
+
+
+def test_embedding_and_head_are_foreseen_like_blocks(recipe, monkeypatch):
+    """Seconds that are known: one for each call, and a hundred for all rows of an embedding."""
+    monkeypatch.setattr(rehearsal, "_timed", lambda work, amount: work(amount) or 1.0)
+    monkeypatch.setattr(rehearsal._Rehearsal, "_work_outside", lambda self, amount: 1 + 100 * amount.share)
+    quantise = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
+    recipe["passes"] = [quantise, quantise | {"embedding_bits": "auto"}]
+    recipe["passes"][0]["embedding_bits"] = None
+    without, packed = (
+        plan(recipe | {"passes": [one]}, seconds=True)["passes"][0]["processor_seconds"] for one in recipe["passes"]
+    )
+    assert packed == pytest.approx(without + 101)
+
+
 @pytest.mark.parametrize(("transposed", "shape"), [(False, (3, 4)), (True, (2, 5))])
 def test_thin_linears_are_the_first_rows_of_whole_ones(transposed, shape):
     """Of [out_features, in_features] whichever way the module stores them; writing to them changes the module."""
@@ -38,9 +57,9 @@ def test_thin_linears_are_the_first_rows_of_whole_ones(transposed, shape):
 def test_each_slope_is_measured_by_itself(monkeypatch):
     """Seconds that are known: 2 for the block, 30 for all its rows, and 5 for each sample after the first."""
     watch = rehearsal._Rehearsal.__new__(rehearsal._Rehearsal)
-    watch.count, watch._share, watch.needs = 64, 0.1, SimpleNamespace(inputs="original")
+    watch.count, watch.needs = 64, SimpleNamespace(inputs="original")
     monkeypatch.setattr(rehearsal, "_timed", lambda work, amount: work(amount))
-    found = watch._foresee(lambda amount: 2 + 30 * amount.share + 5 * (amount.samples - 1))
+    found = watch._foresee(lambda amount: 2 + 30 * amount.share + 5 * (amount.samples - 1), 0.1)
     assert found == pytest.approx(2 + 30 + 5 * 63)
 
 
