@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -26,6 +27,7 @@ _SIZED_BITS = 4  # bits at which sizes are tried
 _SIZED_ROWS = 1 << 12  # rows that are tried at a time
 _ROUNDS = 2
 _SPLIT_STEPS = 3
+Work = Callable[[slice], dict[str, Tensor]]
 
 
 def column_factors(weight: Tensor, inputs: Tensor) -> Tensor:
@@ -44,14 +46,17 @@ def _floored(squares: Tensor) -> Tensor:
     return squares.clamp_min(1e-4 * torch.where(mean > 0, mean, 1.0))
 
 
-def fit_shared(weight: Tensor, cost: Tensor, columns: Tensor, seed: int, parent: int) -> Shared:
+def fit_shared(
+    weight: Tensor, cost: Tensor, columns: Tensor, seed: int, parent: int, over: Callable[[Work], dict[str, Tensor]]
+) -> Shared:
     """Find sizes of groups, and bases, for a weight that is rounded to the nearest entries.
 
-    ``weight``, float32 [N, K], is divided by ``columns``; ``cost``, float32 [K], is that of an error in each column.
+    ``weight``, float32 [N, K], is divided by ``columns``; ``cost``, float32 [K], is that of an error in each column; ``over`` does
+    some work on all parts of the rows.
     """
     basis = _nested(_bell(), torch.ones(_POOLED, dtype=torch.float32), seed, parent, weight.device)
     for _ in range(_ROUNDS):
-        sizes = group_sizes(weight, cost, basis[sized_at(basis)])
+        sizes = over(partial(_sizes_of, weight, cost, basis[sized_at(basis)]))["sizes"]
         if not weight.any():
             break
         basis = _clustered(weight, sizes, cost, seed, parent)
@@ -64,6 +69,10 @@ def fit_shared(weight: Tensor, cost: Tensor, columns: Tensor, seed: int, parent:
 def sized_at(bits: Collection[int]) -> int:
     """Return the number of bits, of those there are, at which sizes of groups are chosen."""
     return max(min(bits), min(max(bits), _SIZED_BITS))
+
+
+def _sizes_of(weight: Tensor, cost: Tensor, entries: Tensor, part: slice) -> dict[str, Tensor]:
+    return {"sizes": group_sizes(weight[part], cost, entries)}
 
 
 def group_sizes(weight: Tensor, cost: Tensor, entries: Tensor) -> Tensor:

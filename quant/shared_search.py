@@ -6,7 +6,7 @@ It begins with codes by error feedback (:mod:`compress.quant.feedback`), chooses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from compress.quant.hessian import Buffers, Hessian
 from compress.quant.nested import Objective, Tree, below_objectives, joint_objectives, row_parts
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared, Tables
-from compress.quant.shared_fit import by_group, column_factors, fit_shared, halved, sized, solved
+from compress.quant.shared_fit import Work, by_group, column_factors, fit_shared, halved, sized, solved
 from compress.ranks import ALONE, Ranks
 
 TOGETHER = 7  # bits that are chosen together at most; with 8, those would be twice as near, for twice the time
@@ -81,7 +81,7 @@ class _Search:
     def _counts(self, bits: int) -> float:
         return self.focus.get(bits, 1.0) * 4 ** (_POWER * (bits - self.bits[0]))
 
-    def _over(self, work: Callable[[slice], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _over(self, work: Work) -> dict[str, Tensor]:
         """Do some work on all parts, each in one process; return its results, one below the other."""
         found = self.ranks.over(self.parts, work)
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
@@ -89,7 +89,8 @@ class _Search:
     def shared(self, columns: Tensor) -> Shared:
         """Find shared codebooks, and codes of ``together`` bits for them."""
         seed, parent = self.bits[0], max(self.targets)
-        shared = fit_shared(self.targets[parent], self.factor.diagonal() ** -2, columns, seed, parent)
+        cost = self.factor.diagonal() ** -2
+        shared = fit_shared(self.targets[parent], cost, columns, seed, parent, self._over)
         found = self._over(partial(self._fed, shared))
         self.codes, shared = found["codes"], sized(shared, found["sizes"])
         for last in (False, True):
