@@ -29,6 +29,11 @@ def unit_of(block: int) -> str:
     return f"fisher-{block}"
 
 
+def take_hessians(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the Hessians out of what is known of the matrices :data:`OUTSIDE` of the blocks, by the matrices' names."""
+    return {name.removeprefix(HESSIAN): found.pop(name) for name in [*found] if HESSIAN in name}
+
+
 def squared_gradients(
     model: StreamedModel, samples: Samples, stage: Stage, outside: list[str], progress: Progress
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.calibration import Samples, draw_samples
 from compress.carrying import Call
-from compress.fisher import HESSIAN, squared_gradients, unit_of
+from compress.fisher import squared_gradients, take_hessians, unit_of
 from compress.passes import OUTSIDE, Block, Context, Pass, Run
 from compress.settings import Calibration
 from compress.streaming import State, StreamedModel
@@ -133,7 +133,7 @@ class _Rehearsal:
             name: _Thin(linear, amount.share) for name, linear in linears if name in self._outside
         }
         found = dict(self._gradients.get(OUTSIDE, {}))
-        hessians = {name.removeprefix(HESSIAN): found.pop(name) for name in [*found] if HESSIAN in name}
+        hessians = take_hessians(found)
         block = Block(OUTSIDE, "", self.model.model, thin, found, statistics=self._records, hessians=hessians)
         self.step.run_block(block, self.context)
 

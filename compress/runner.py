@@ -18,7 +18,7 @@ from compress.carrying import Call
 from compress.config import BlockShape
 from compress.errors import CompressError
 from compress.experts import in_stack
-from compress.fisher import HESSIAN, squared_gradients, unit_of
+from compress.fisher import squared_gradients, take_hessians, unit_of
 from compress.mixtures import with_fewer
 from compress.models import untied
 from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
@@ -142,7 +142,7 @@ class Runner:
             with self.log.unit(self.kind, "outside") as line:
                 linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
                 found = self._fisher(OUTSIDE)
-                hessians = {name.removeprefix(HESSIAN): found.pop(name) for name in [*found] if HESSIAN in name}
+                hessians = take_hessians(found)
                 block = Block(
                     OUTSIDE, "", self.model.model, linears, found, statistics=self.statistics, hessians=hessians
                 )

@@ -165,29 +165,27 @@ def bench(
     _check_bench(folder, random, dtype, target)
     import torch
 
+    from compress.evals import speed
     from compress.evals.drafts import beginnings
     from compress.evals.kv import kv_wanted, refuse_misfits
     from compress.evals.random_llama import write_packed_llama
-    from compress.evals.speed import Load
-    from compress.evals.speed import bench as measure
     from compress.evals.store import results_of
 
     quiet_transformers()
     torch.set_num_threads(threads or torch.get_num_threads())
-    load, kind = Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
+    load, kind = speed.Load(prompt, tokens, rounds, loads), getattr(torch, dtype)
     chosen, drafts, caches = parse_bits(bits), parse_bits(draft_bits), kv_wanted(kv_bits, kv_group, kv_residual)
     with progress_bar() as progress, TemporaryDirectory() as scratch:
         place = folder or str(write_packed_llama(Path(scratch), str(random), progress))
         refuse_misfits(place, caches)
         starts = beginnings(place, draft_text, rounds) if drafts else []
         store = results_of(place, kept)
-        found = measure(place, chosen, reference, load, kind, device, exact, store, progress, adapter, gguf or ())
+        found = speed.bench(place, chosen, reference, load, kind, device, exact, store, progress, adapter, gguf or ())
         given: dict[str, Any] = {"dtype": kind, "exact": exact, "adapter": adapter}
         if caches.bits:
             found["kv"] = _bench_caches(place, caches, kv_context, {**given, "device_map": device}, progress)
         if drafts:
-            given |= {"bits": max(chosen) if chosen else None}
-            found["drafts"] = _bench_drafts(place, [*map(int, drafts)], starts, tokens, given, progress)
+            found["drafts"] = _bench_drafts(place, chosen, drafts, starts, tokens, given, progress)
     if not write_json(found, target):
         _print_speed(found)
 
@@ -200,12 +198,15 @@ def _bench_caches(place: str, caches: Any, context: int, given: dict[str, Any], 
     return {"context": context, "caches": decode_speed(load(place, **given), caches, context, progress=progress)}
 
 
-def _bench_drafts(place: str, drafts: list[int], starts: Any, tokens: int, given: dict[str, Any], progress: Any) -> Any:
-    """Time decoding with drafts by the model's own first planes."""
+def _bench_drafts(
+    place: str, bits: Any, drafts: Any, starts: Any, tokens: int, given: dict[str, Any], progress: Any
+) -> Any:
+    """Time decoding at the most of some bits, all if None, with drafts by the model's own first planes."""
     from compress.evals.drafts import draft_speed
     from compress.loading import load
 
-    return draft_speed(load(place, **given), starts, drafts, tokens, progress)
+    model = load(place, **given, bits=max(bits) if bits else None)
+    return draft_speed(model, starts, [*map(int, drafts)], tokens, progress)
 
 
 def _check_bench(folder: Optional[str], random: Optional[str], dtype: str, target: Optional[str]) -> None:
