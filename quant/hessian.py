@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from threading import local
 
 import torch
 from torch import Tensor
@@ -52,17 +53,21 @@ class Hessian:
 
 
 class Buffers:
-    """Keep memory from one use to the next: on a CPU a new allocation takes longer than most work done in it."""
+    """Keep memory from one use to the next: on a CPU a new allocation takes longer than most work done in it.
+
+    Each thread has its own.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._found = device, dict[str, Tensor]()
+        self._device, self._own = device, local()
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a tensor of any values; the next call with this name has the same memory."""
+        found: dict[str, Tensor] = self._own.__dict__
         size = math.prod(shape)
-        if name not in self._found or len(self._found[name]) < size:
-            self._found[name] = torch.empty(size, dtype=dtype, device=self._device)
-        return self._found[name][:size].view(shape)
+        if name not in found or len(found[name]) < size:
+            found[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return found[name][:size].view(shape)
 
 
 class Follower:
