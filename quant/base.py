@@ -25,7 +25,7 @@ from compress.structure import matching
 from compress.workspace import Record
 
 Array = NDArray[np.float32]
-_ROWS_AT_ONCE = 1 << 13
+_ROWS_AT_ONCE = 1 << 10
 ConfigT = TypeVar("ConfigT", bound=QuantiseConfig)
 
 

@@ -123,12 +123,13 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: in
     targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
     # What the linears are given on those tokens, and make of them in every variant, in two bytes.
     kept = tokens * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
-    # A sample, and rows, at a time; rows of all linears that may share an input.
+    # A sample, and rows, at a time, these in every thread; rows of all linears that may share an input.
     searched = 0
     for columns in {columns for _, columns in shapes}:
         together = sum(rows for rows, other in shapes if other == columns)
-        largest = max(part.stop - part.start for part in row_parts(together, torch.device("cpu")))
-        searched = max(searched, largest * columns)
+        parts = row_parts(together, torch.device("cpu"))
+        at_once = min(len(parts), torch.get_num_threads())
+        searched = max(searched, at_once * max(part.stop - part.start for part in parts) * columns)
     return 4 * (matrices + targets + 4 * length * inputs) + 2 * kept + _SEARCH * searched
 
 

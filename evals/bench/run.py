@@ -47,12 +47,15 @@ STAGES = {
     "pruning/prune.py:prune": "scores, pruning",
     "pruning/scores.py:measure": "scores, pruning",
     "pruning/structured/mini_llm.py:run_block": "scores, pruning",
+    "quant/base.py:vocabulary_errors": "errors",
     "quant/errors.py:layer_errors": "errors",
     "quant/block_sweep.py:correction": "moments",
     "quant/replay.py:inputs": "inputs of linears",
     "quant/replay.py:outputs": "outputs carried",
     "quant/kmeans.py:nested_codebooks": "codebook search",
     "quant/nested.py:nested_output_codebooks": "codebook search",
+    "quant/shared_search.py:shared_output_codebooks": "codebook search",
+    "quant/vocabulary.py:fit_vocabulary": "codebook search",
     "quant/tune.py:run_model": "training",
 }
 RUN = r"""

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from safetensors.torch import load_file
 
 import compress
 from compress import cli
+from compress.errors import CompressError
+from compress.quant.nested import nested_output_codebooks
+from compress.quant.shared_search import shared_output_codebooks
 from compress.ranks import LOTS, Ranks, Sums, even_parts
 from tests.conftest import assert_same_files
 
@@ -58,10 +62,9 @@ def assert_trained_alike(left, right):
 
 
 @contextmanager
-def one_thread():
-    """Compute as each of several processes does."""
+def threads_of_torch(count):
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -92,6 +95,46 @@ def test_parts_of_rows_do_not_depend_on_processes():
     assert [part.stop - part.start for part in even_parts(4608, 1024)] == [576] * 8
     assert even_parts(100, 1024) == [slice(0, 100)]
     assert even_parts(0, 1024) == [slice(0, 0)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_parts_and_divide_none(threads):
+    seen = set()
+
+    def work(part):
+        seen.add(get_ident())
+        return {"of": torch.tensor([part, torch.get_num_threads(), torch.is_grad_enabled()])}
+
+    with threads_of_torch(threads), torch.no_grad():
+        found = [part["of"].tolist() for part in Ranks().over(range(8), work)]
+        assert torch.get_num_threads() == threads
+    assert found == [[part, 1, False] for part in range(8)]
+    assert (get_ident() in seen) == (threads == 1)
+
+
+def test_what_fails_in_a_thread_fails_as_it_would_without():
+    def work(part):
+        raise CompressError(f"part {part} has no weights.")
+
+    with threads_of_torch(2):
+        with pytest.raises(CompressError, match="part 0 has no weights"):
+            Ranks().over(range(4), work)
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("search", [nested_output_codebooks, lambda *given: shared_output_codebooks(*given)[0]])
+def test_any_number_of_threads_finds_the_same_codes(search):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(200, 64, generator=generator), torch.randn(256, 64, generator=generator)
+    hessian = inputs.t() @ inputs / 256 + 0.1 * torch.eye(64)
+    found = []
+    for threads in (1, 2, 4):
+        with threads_of_torch(threads):
+            found.append(search(dict.fromkeys((3, 4, 5), weight), hessian))
+    for other in found[1:]:
+        assert torch.equal(found[0].codes, other.codes)
+        for bits in (3, 4, 5):
+            assert torch.equal(found[0].codebooks[bits], other.codebooks[bits])
 
 
 def test_sums_are_those_of_lots_in_order():
@@ -125,7 +168,7 @@ def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_mod
     given = json.dumps({str(tmp_path / f"{name}-ranks"): one for name, one in recipes.items()})
     process = launch(ranks, script, given)
     assert process.returncode == 0, process.stderr
-    with one_thread():
+    with threads_of_torch(1):  # as each of several processes has
         for name, one in recipes.items():
             compress.run(one, tmp_path / name)
             check = assert_trained_alike if name in TRAINED else assert_same_files
@@ -152,7 +195,7 @@ def test_a_rank_that_dies_is_named_and_another_number_continues(
     there = {path.name for path in work.glob("*/*.safetensors")}
     assert len(there) >= 6
     assert not output.exists()
-    with one_thread():
+    with threads_of_torch(1):  # as each of several processes has
         compress.run(recipe, output)
         compress.run(recipe, tmp_path / "whole")
     assert_same_files(output, tmp_path / "whole")
