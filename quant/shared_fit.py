@@ -10,12 +10,14 @@ from itertools import count
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.quant.descent import Floats32, U
+from compress.quant.hessian import Hessian
 from compress.quant.kmeans import nested_codebooks
-from compress.quant.kmeans_seed import compiled, in_threads
+from compress.quant.kmeans_seed import Floats, compiled, in_threads
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared
 
@@ -27,6 +29,7 @@ _SIZED_BITS = 4  # bits at which sizes are tried
 _SIZED_ROWS = 1 << 12  # rows that are tried at a time
 _ROUNDS = 2
 _SPLIT_STEPS = 3
+Codes8 = NDArray[np.uint8]
 Work = Callable[[slice], dict[str, Tensor]]
 
 
@@ -147,9 +150,43 @@ def _try_sizes(
                     least, best[n, group] = total, size
 
 
+def sums_by_codes(codes: Tensor, sizes: Tensor, hessian: Hessian, count: int) -> Tensor:
+    """Sum a Hessian [K, K], times the sizes of both columns, over all pairs of columns with each two codes.
+
+    Takes uint8 codes and float32 sizes [N, K]; returns [count, count], of all rows together: what a least-squares problem for
+    ``count`` entries that rows share needs.
+    """
+    if codes.device.type != "cpu":
+        return _sums_in_torch(codes, sizes, hessian, count)
+    half = np.zeros((count, count))
+    _add_pairs(codes.contiguous().numpy(), sizes.contiguous().numpy(), hessian.matrix.contiguous().numpy(), half)
+    return torch.from_numpy(half + half.T).to(sizes.dtype)
+
+
+def _sums_in_torch(codes: Tensor, sizes: Tensor, hessian: Hessian, count: int) -> Tensor:
+    """Do what :func:`sums_by_codes` does, on any device."""
+    of, sums = codes.long().flatten(), sizes.new_zeros(count, count)
+    for code, row in enumerate(sums):
+        row.index_add_(0, of, hessian.times(sizes * (codes == code)).mul_(sizes).flatten())
+    return sums
+
+
+@compiled
+def _add_pairs(codes: Codes8, sizes: Floats32, hessian: Floats32, half: Floats) -> None:
+    """Add pairs of columns that are in order, and half of what a column has with itself."""
+    columns = U(codes.shape[1])
+    for j in range(columns):
+        for n in range(U(codes.shape[0])):
+            row, size = half[codes[n, j]], sizes[n, j]
+            row[codes[n, j]] += 0.5 * (size * size * hessian[j, j])
+            for k in range(j + U(1), columns):
+                row[codes[n, k]] += size * sizes[n, k] * hessian[j, k]
+
+
 def by_group(values: Tensor) -> Tensor:
     """Cut rows into groups of columns, [N, K] to [N, ceil(K / 64), 64], filled up with zeros."""
-    return pad(values, (0, -values.shape[1] % GROUP)).view(len(values), -1, GROUP)
+    missing = -values.shape[1] % GROUP
+    return (pad(values, (0, missing)) if missing else values).reshape(len(values), -1, GROUP)
 
 
 def sized(shared: Shared, sizes: Tensor) -> Shared:

@@ -19,7 +19,16 @@ from compress.quant.hessian import Buffers, Hessian
 from compress.quant.nested import Objective, Tree, below_objectives, joint_objectives, row_parts
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared, Tables
-from compress.quant.shared_fit import Work, by_group, column_factors, fit_shared, halved, sized, solved
+from compress.quant.shared_fit import (
+    Work,
+    by_group,
+    column_factors,
+    fit_shared,
+    halved,
+    sized,
+    solved,
+    sums_by_codes,
+)
 from compress.ranks import ALONE, Ranks
 
 TOGETHER = 7  # bits that are chosen together at most; with 8, those would be twice as near, for twice the time
@@ -29,7 +38,7 @@ _POWERS = ((1.0, 1.0), (0.75, 0.75))
 _ABOVE = 0.5, 0.0  # the same for the bits above those that are chosen first
 _SAMPLED = 1 << 16  # weights that entries are fitted on
 _FARTHEST = 2.0  # that a size may move at once
-_SOLVED = 128  # rows whose sizes are solved for at a time
+_SOLVED = 512  # rows whose sizes are solved for at a time
 
 
 def shared_output_codebooks(
@@ -124,15 +133,13 @@ class _Search:
         """Sum the normal equations of that problem, [1, 2**bits, 2**bits] and [1, 2**bits], over those of a part's rows."""
         step = self._step()
         some = slice(-(-part.start // step) * step, part.stop, step)
-        sizes, sums = shared.part(some).sizes(), dict[str, Tensor]()
+        codes, sizes = self.codes[some], shared.part(some).sizes()
+        inner, sums = sums_by_codes(codes, sizes, self.hessian, 2**self.together), dict[str, Tensor]()
         for bits in self.bits:
-            codes, wanted = (self.codes[some] >> (self.together - bits)).long(), self.targets[bits][some]
-            inner, right = sizes.new_zeros(2**bits, 2**bits), sizes.new_zeros(2**bits)
-            for code, row in enumerate(inner):
-                image = self.hessian.times(sizes * (codes == code)).mul_(sizes)
-                row.index_add_(0, codes.flatten(), image.flatten())
-            right.index_add_(0, codes.flatten(), self.hessian.times(wanted).mul_(sizes).flatten())
-            sums |= {f"inner {bits}": inner[None], f"right {bits}": right[None]}
+            count, above = 2**bits, (codes >> (self.together - bits)).long().flatten()
+            image = self.hessian.times(self.targets[bits][some]).mul_(sizes).flatten()
+            sums[f"inner {bits}"] = inner.view(count, -1, count, len(inner) // count).sum((1, 3))[None]
+            sums[f"right {bits}"] = sizes.new_zeros(1, count).index_add_(1, above, image[None])
         return sums
 
     def _split(self, shared: Shared) -> Shared:
@@ -171,21 +178,23 @@ class _Search:
     def _sizes(self, tree: Tree, shared: Shared) -> Tensor:
         """Solve every row's least-squares problem for the sizes of its groups, all numbers of bits together."""
         sizes = shared.by_group()
-        found, columns = [], len(self.hessian.matrix)
+        best, columns = [], len(self.hessian.matrix)
         for start in range(0, len(sizes), _SOLVED):
             part, now = slice(start, start + _SOLVED), sizes[start : start + _SOLVED]
             inner = now.new_zeros(*now.shape, now.shape[1])
             right = torch.zeros_like(now)
             for bits in self.bits:
-                value, counts = shared.basis[bits][0][tree.codes[part] >> (self.together - bits)], self._counts(bits)
+                entries, counts = shared.basis[bits][0], self._counts(bits)
+                found = (tree.codes[part] >> (self.together - bits)).flatten()
+                value = entries.index_select(0, found).view(-1, columns)
                 right -= counts * by_group(value * tree.gradient(bits)[part]).sum(2)
                 for place, first in enumerate(range(0, columns, GROUP)):
-                    here = slice(first, first + GROUP)
-                    image = value[:, here] @ self.hessian.matrix[here]
-                    inner[:, place] += counts * by_group(image * value).sum(2)
-            moved = now + solved(inner, right)
-            found.append(torch.where(moved > 0, moved, now).clamp(now / _FARTHEST, now * _FARTHEST))
-        return torch.cat(found)
+                    here, after = slice(first, first + GROUP), slice(first, None)
+                    image = value[:, here] @ self.hessian.matrix[here, after]
+                    inner[:, place, place:] += counts * by_group(image.mul_(value[:, after])).sum(2)
+            moved = now + solved(inner + inner.triu(1).mT, right)
+            best.append(torch.where(moved > 0, moved, now).clamp(now / _FARTHEST, now * _FARTHEST))
+        return torch.cat(best)
 
     def finished(self, shared: Shared) -> Tensor:
         """Return parent codes of all rows, uint8."""

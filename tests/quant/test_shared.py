@@ -1,16 +1,20 @@
 """Shared codebooks: what they cost, that the search finds good ones, and what may not be done with them."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from compress.quant import shared_fit
 from compress.quant.feedback import _compiled, _in_torch, codes_by_feedback, inverse_factor
+from compress.quant.hessian import Hessian
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.records import GroupedShape
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared import spread
-from compress.quant.shared_fit import column_factors, group_sizes
-from compress.quant.shared_search import shared_output_codebooks
+from compress.quant.shared_fit import _sums_in_torch, column_factors, fit_shared, group_sizes, sums_by_codes
+from compress.quant.shared_search import _Search, shared_output_codebooks
+from compress.ranks import ALONE
 
 
 def layer(rows=96, columns=192, seed=0):
@@ -111,6 +115,44 @@ def test_sizes_of_groups_are_the_best_of_those_tried_and_the_same_in_torch():
         tried = weight[3, part].abs().amax() * torch.arange(8, 23) / 20
         nearest = (weight[3, part, None, None] / tried[:, None] - entries).abs().amin(2) * tried
         assert sizes[3, group] == pytest.approx(float(tried[(cost[part, None] * nearest**2).sum(0).argmin()]))
+
+
+def test_sums_by_codes_are_those_of_every_pair_of_columns():
+    _, hessian = layer(columns=40)
+    codes = torch.randint(0, 8, (3, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sizes = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) + 0.5
+    wanted = torch.zeros(8, 8, dtype=torch.float64)
+    for n in range(3):
+        for j in range(40):
+            for k in range(40):
+                wanted[codes[n, j], codes[n, k]] += sizes[n, j].double() * hessian[j, k] * sizes[n, k]
+    found = sums_by_codes(codes, sizes, Hessian(hessian), 8)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_sums_in_torch(codes, sizes, Hessian(hessian), 8), found, rtol=1e-4, atol=1e-4)
+
+
+def test_entries_and_sizes_solve_their_least_squares_problems():
+    """Gradients of the squared errors vanish: by entries those of all rows, by sizes those of every row at all bits."""
+    weight, hessian = layer(rows=8, columns=128)
+    targets = dict.fromkeys((3, 4), weight)
+    search = _Search(targets, Hessian(hessian), inverse_factor(hessian), {}, ALONE)
+    shared = fit_shared(weight, search.factor.diagonal() ** -2, torch.ones(128), 3, 4, search._over)
+    search.codes = search._over(partial(search._fed, shared))["codes"]
+    based = search._based(shared)
+    sizes = search._sizes(search._tree(slice(0, 8), based), based).double().requires_grad_()
+    basis = {bits: entries[0].double().requires_grad_() for bits, entries in based.basis.items()}
+
+    def lost(bits, by):
+        value = basis[bits][(search.codes >> (4 - bits)).long()] * by.repeat_interleave(64, 1)
+        return ((value - weight) @ hessian.double() * (value - weight)).sum()
+
+    for bits in (3, 4):
+        [by_entry] = torch.autograd.grad(lost(bits, based.by_group().double()), basis[bits])
+        assert by_entry.abs().max() < 1e-3 * lost(bits, based.by_group().double())
+    [by_size] = torch.autograd.grad(sum(search._counts(bits) * lost(bits, sizes) for bits in (3, 4)), sizes)
+    moved = (sizes / based.by_group() - 1).abs() < 0.99
+    assert moved.all()
+    assert (by_size * sizes).abs().max() < 1e-3 * sum(search._counts(bits) * lost(bits, sizes) for bits in (3, 4))
 
 
 def test_matrices_of_one_input_have_the_same_factors():
