@@ -125,7 +125,7 @@ def test_sums_by_codes_are_those_of_every_pair_of_columns():
     for n in range(3):
         for j in range(40):
             for k in range(40):
-                wanted[codes[n, j], codes[n, k]] += sizes[n, j].double() * hessian[j, k] * sizes[n, k]
+                wanted[int(codes[n, j]), int(codes[n, k])] += sizes[n, j].double() * hessian[j, k] * sizes[n, k]
     found = sums_by_codes(codes, sizes, Hessian(hessian), 8)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(_sums_in_torch(codes, sizes, Hessian(hessian), 8), found, rtol=1e-4, atol=1e-4)
