@@ -1,7 +1,8 @@
 """Nested codes with shared codebooks (:mod:`compress.quant.shared`) that minimise the error of a layer's output.
 
 It begins with codes by error feedback (:mod:`compress.quant.feedback`), chooses whole paths anew given all others
-(:mod:`compress.quant.nested`), solves for the entries and for the sizes of groups that are best then, and does both once more.
+(:mod:`compress.quant.nested`), solves for the sizes of groups and for the entries that are best then, and does both once more.
+More bits than are chosen together split every cell; their entries and codes are found in turn.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from compress.quant.feedback import codes_by_feedback, inverse_factor
 from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Hessian
-from compress.quant.nested import Objective, Tree, below_objectives, joint_objectives, row_parts
+from compress.quant.nested import TOGETHER, Objective, Tree, below_objectives, joint_objectives, row_parts
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared, Tables
 from compress.quant.shared_fit import (
@@ -31,12 +32,13 @@ from compress.quant.shared_fit import (
 )
 from compress.ranks import ALONE, Ranks
 
-TOGETHER = 7  # bits that are chosen together at most; with 8, those would be twice as near, for twice the time
+_MORE = 2  # than the fewest bits are chosen together at least
 _POWER = 1.0  # of 4 per bit: what errors at more bits count in error feedback, and in sizes common to all
 # The same in the sweeps; with smaller ones 3 bits are better, and 4 and more are worse.
 _POWERS = ((1.0, 1.0), (0.75, 0.75))
 _ABOVE = 0.5, 0.0  # the same for the bits above those that are chosen first
-_SAMPLED = 1 << 16  # weights that entries are fitted on
+_SAMPLED = 1 << 18  # weights that entries are fitted on
+_REFITTED = 2  # times that entries above are solved for, and codes chosen for them
 _FARTHEST = 2.0  # that a size may move at once
 _SOLVED = 512  # rows whose sizes are solved for at a time
 
@@ -66,9 +68,7 @@ def shared_output_codebooks(
     for size in sizes or [len(targets[max(targets)])]:
         scaled = {id(target): target[start : start + size] / columns for target in targets.values()}  # mostly one
         wanted = {bits: scaled[id(target)] for bits, target in targets.items()}
-        search = _Search(wanted, prepared, factor, focus or {}, ranks)
-        shared = search.shared(columns)
-        codes = search.finished(shared)
+        codes, shared = _Search(wanted, prepared, factor, focus or {}, ranks).found(columns)
         found.append(Codes(codes, Tables(shared, range(min(targets), max(targets) + 1)), shared=shared))
         start += size
     return found
@@ -81,7 +81,7 @@ class _Search:
         self, targets: Mapping[int, Tensor], hessian: Hessian, factor: Tensor, focus: Mapping[int, float], ranks: Ranks
     ) -> None:
         self.targets, self.hessian, self.factor, self.focus, self.ranks = targets, hessian, factor, focus, ranks
-        self.together = max(min(targets), min(max(targets), TOGETHER))
+        self.together = min(max(targets), max(TOGETHER, min(targets) + _MORE))
         device = hessian.matrix.device
         self.buffers, self.parts = Buffers(device), row_parts(len(targets[self.together]), device, ranks)
         self.bits = range(min(targets), self.together + 1)
@@ -95,8 +95,8 @@ class _Search:
         found = self.ranks.over(self.parts, work)
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
-    def shared(self, columns: Tensor) -> Shared:
-        """Find shared codebooks, and codes of ``together`` bits for them."""
+    def found(self, columns: Tensor) -> tuple[Tensor, Shared]:
+        """Find parent codes of all rows, uint8, and the shared codebooks."""
         seed, parent = self.bits[0], max(self.targets)
         cost = self.factor.diagonal() ** -2
         shared = fit_shared(self.targets[parent], cost, columns, seed, parent, self._over)
@@ -105,8 +105,16 @@ class _Search:
         for last in (False, True):
             found = self._over(partial(self._settled, shared, last))
             self.codes = found["codes"]
-            shared = sized(self._based(shared), found["sizes"])
-        return self._split(shared)
+            shared = self._based(sized(shared, found["sizes"]), self.codes, self.bits)
+        above = range(self.together + 1, parent + 1)
+        if not above:
+            return self.codes, shared
+        shared = self._split(shared)
+        codes = self._over(partial(self._above, shared))["codes"]
+        for _ in range(_REFITTED):
+            shared = self._based(shared, codes, above)
+            codes = self._over(partial(self._above, shared))["codes"]
+        return codes, shared
 
     def _fed(self, shared: Shared, part: slice) -> dict[str, Tensor]:
         """Choose codes by error feedback, uint8 [rows, K], and sizes, float32 [rows, ceil(K / 64)]."""
@@ -120,26 +128,26 @@ class _Search:
         rows = max(1, _SAMPLED // len(self.hessian.matrix))
         return max(1, len(self.codes) // rows)
 
-    def _based(self, shared: Shared) -> Shared:
-        """Solve the least-squares problem for the entries of every basis, common to some rows."""
-        sums, basis = self._over(partial(self._normal, shared)), dict(shared.basis)
-        for bits in self.bits:
+    def _based(self, shared: Shared, codes: Tensor, all_bits: range) -> Shared:
+        """Solve the least-squares problem for the entries of some bases, common to some rows; codes are of the largest one's bits."""
+        sums, basis = self._over(partial(self._normal, shared, codes, all_bits)), dict(shared.basis)
+        for bits in all_bits:
             inner, right = sums[f"inner {bits}"].sum(0), sums[f"right {bits}"].sum(0)
             found = solved(inner[None], right[None])[0]
             basis[bits] = torch.where(inner.diagonal() > 0, found, shared.basis[bits][0])[None]
         return replace(shared, basis=basis)
 
-    def _normal(self, shared: Shared, part: slice) -> dict[str, Tensor]:
+    def _normal(self, shared: Shared, codes: Tensor, all_bits: range, part: slice) -> dict[str, Tensor]:
         """Sum the normal equations of that problem, [1, 2**bits, 2**bits] and [1, 2**bits], over those of a part's rows."""
         step = self._step()
         some = slice(-(-part.start // step) * step, part.stop, step)
-        codes, sizes = self.codes[some], shared.part(some).sizes()
-        inner, sums = sums_by_codes(codes, sizes, self.hessian, 2**self.together), dict[str, Tensor]()
-        for bits in self.bits:
-            count, above = 2**bits, (codes >> (self.together - bits)).long().flatten()
+        of, sizes = codes[some], shared.part(some).sizes()
+        inner, sums = sums_by_codes(of, sizes, self.hessian, 2 ** max(all_bits)), dict[str, Tensor]()
+        for bits in all_bits:
+            count, at_bits = 2**bits, (of >> (max(all_bits) - bits)).long().flatten()
             image = self.hessian.times(self.targets[bits][some]).mul_(sizes).flatten()
             sums[f"inner {bits}"] = inner.view(count, -1, count, len(inner) // count).sum((1, 3))[None]
-            sums[f"right {bits}"] = sizes.new_zeros(1, count).index_add_(1, above, image[None])
+            sums[f"right {bits}"] = sizes.new_zeros(1, count).index_add_(1, at_bits, image[None])
         return sums
 
     def _split(self, shared: Shared) -> Shared:
@@ -158,7 +166,7 @@ class _Search:
         tree, more = self._tree(part, shared), range(self.together + 1, max(self.targets) + 1)
         for bits in more:
             tree.extend(_rows(shared.table(bits), tree.codes))
-        for power in _ABOVE if more else ():
+        for power in _ABOVE:
             tree.descend([Objective({bits: 4.0 ** (power * (bits - self.together)) for bits in more}, self.together)])
         return {"codes": tree.codes.to(torch.uint8)}
 
@@ -195,10 +203,6 @@ class _Search:
             moved = now + solved(inner + inner.triu(1).mT, right)
             best.append(torch.where(moved > 0, moved, now).clamp(now / _FARTHEST, now * _FARTHEST))
         return torch.cat(best)
-
-    def finished(self, shared: Shared) -> Tensor:
-        """Return parent codes of all rows, uint8."""
-        return self._over(partial(self._above, shared))["codes"]
 
 
 def _rows(table: Tensor, codes: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import torch
 
 from compress.quant import shared_fit
 from compress.quant.feedback import _compiled, _in_torch, codes_by_feedback, inverse_factor
+from compress.quant.format import Codes
 from compress.quant.hessian import Hessian
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.records import GroupedShape
 from compress.quant.settings import AnyPrecisionConfig
-from compress.quant.shared import spread
+from compress.quant.shared import Tables, spread
 from compress.quant.shared_fit import _sums_in_torch, column_factors, fit_shared, group_sizes, sums_by_codes
 from compress.quant.shared_search import _Search, shared_output_codebooks
 from compress.ranks import ALONE
@@ -58,6 +59,19 @@ def test_bits_above_those_that_are_chosen_together_lower_the_error():
     errors = [error(shared.as_stored(), weight, hessian, bits) for bits in (6, 7, 8)]
     assert errors[0] > 3 * errors[1]
     assert errors[0] > 3 * errors[2]
+
+
+def test_entries_above_are_fitted_to_the_codes_that_are_chosen_for_them():
+    weight, hessian = layer()
+    targets, columns = dict.fromkeys(range(3, 9), weight), torch.ones(192)
+    search = _Search(targets, Hessian(hessian), inverse_factor(hessian), {}, ALONE)
+    codes, shared = search.found(columns)
+    split = search._split(shared)  # what it begins with: cells halved around their means
+    begun = Codes(search._over(partial(search._above, split))["codes"], Tables(split, range(3, 9)), shared=split)
+    found = Codes(codes, Tables(shared, range(3, 9)), shared=shared)
+    assert torch.equal(codes >> 2, search.codes)
+    for bits in (7, 8):
+        assert error(found, weight, hessian, bits) < 0.9 * error(begun, weight, hessian, bits), bits
 
 
 def plain_gptq(targets, tables, sizes, hessian, share):
@@ -138,7 +152,7 @@ def test_entries_and_sizes_solve_their_least_squares_problems():
     search = _Search(targets, Hessian(hessian), inverse_factor(hessian), {}, ALONE)
     shared = fit_shared(weight, search.factor.diagonal() ** -2, torch.ones(128), 3, 4, search._over)
     search.codes = search._over(partial(search._fed, shared))["codes"]
-    based = search._based(shared)
+    based = search._based(shared, search.codes, range(3, 5))
     sizes = search._sizes(search._tree(slice(0, 8), based), based).double().requires_grad_()
     basis = {bits: entries[0].double().requires_grad_() for bits, entries in based.basis.items()}
 
