@@ -176,11 +176,7 @@ class Ranks:
         places = range(self.rank, len(parts), self.size)
         threads = torch.get_num_threads() if torch.device(self.device).type == "cpu" else 1
         done = _in_threads(work, [parts[place] for place in places], threads)
-        own = {
-            f"{place} {name}": tensor
-            for place, given in zip(places, done, strict=True)
-            for name, tensor in given.items()
-        }
+        own = {f"{place} {name}": value for place, of in zip(places, done, strict=True) for name, value in of.items()}
         found: list[dict[str, Tensor]] = [{} for _ in parts]
         for label, tensor in self.joined(own).items():
             place, _, name = label.partition(" ")
@@ -236,18 +232,18 @@ ALONE = Ranks()
 
 
 def _in_threads(work: Callable[[T], R], parts: Sequence[T], threads: int) -> list[R]:
-    """Do some work on parts, each in a thread that torch does not divide further, so that no result depends on their number."""
-    if min(threads, len(parts)) < 2:
+    """Do some work on parts, at once where torch has several threads, which are shared out."""
+    workers, learns = min(threads, len(parts)), torch.is_grad_enabled()
+    if workers < 2:
         return [work(part) for part in parts]
-    learns = torch.is_grad_enabled()
 
     def done(part: T) -> R:
-        torch.set_num_threads(1)  # of this thread, and of those that begin later
+        torch.set_num_threads(threads // workers)  # of this thread, and of those that begin later
         with torch.set_grad_enabled(learns):
             return work(part)
 
     try:
-        with ThreadPoolExecutor(min(threads, len(parts))) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(done, parts))
     finally:
         torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ BUDGETS = {
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
-    "quant": (5270, 12.5),
+    "quant": (5320, 12.5),
     "pruning": (3410, 11.8),
     "prompts": (520, 9.4),
     "kernels": (3380, 13.7),

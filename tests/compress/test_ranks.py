@@ -97,8 +97,8 @@ def test_parts_of_rows_do_not_depend_on_processes():
     assert even_parts(0, 1024) == [slice(0, 0)]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_share_parts_and_divide_none(threads):
+@pytest.mark.parametrize(("threads", "each"), [(1, 1), (3, 1), (16, 2)])
+def test_parts_are_worked_on_at_once_and_share_the_threads(threads, each):
     seen = set()
 
     def work(part):
@@ -108,7 +108,7 @@ def test_threads_share_parts_and_divide_none(threads):
     with threads_of_torch(threads), torch.no_grad():
         found = [part["of"].tolist() for part in Ranks().over(range(8), work)]
         assert torch.get_num_threads() == threads
-    assert found == [[part, 1, False] for part in range(8)]
+    assert found == [[part, each, False] for part in range(8)]
     assert (get_ident() in seen) == (threads == 1)
 
 
