@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.quant.feedback import codes_by_feedback, inverse_factor
 from compress.quant.format import Codes
 from compress.quant.hessian import Buffers, Hessian
-from compress.quant.nested import TOGETHER, Objective, Tree, below_objectives, joint_objectives, row_parts
+from compress.quant.nested import Objective, Tree, below_objectives, joint_objectives, row_parts
 from compress.quant.records import GROUP
 from compress.quant.shared import Shared, Tables
 from compress.quant.shared_fit import (
@@ -32,7 +32,7 @@ from compress.quant.shared_fit import (
 )
 from compress.ranks import ALONE, Ranks
 
-_MORE = 2  # than the fewest bits are chosen together at least
+TOGETHER = 7  # bits that are chosen together at most; what one more or fewer is worth: docs/quantisation.md
 _POWER = 1.0  # of 4 per bit: what errors at more bits count in error feedback, and in sizes common to all
 # The same in the sweeps; with smaller ones 3 bits are better, and 4 and more are worse.
 _POWERS = ((1.0, 1.0), (0.75, 0.75))
@@ -81,7 +81,7 @@ class _Search:
         self, targets: Mapping[int, Tensor], hessian: Hessian, factor: Tensor, focus: Mapping[int, float], ranks: Ranks
     ) -> None:
         self.targets, self.hessian, self.factor, self.focus, self.ranks = targets, hessian, factor, focus, ranks
-        self.together = min(max(targets), max(TOGETHER, min(targets) + _MORE))
+        self.together = max(min(targets), min(max(targets), TOGETHER))
         device = hessian.matrix.device
         self.buffers, self.parts = Buffers(device), row_parts(len(targets[self.together]), device, ranks)
         self.bits = range(min(targets), self.together + 1)
