@@ -105,7 +105,7 @@ class _Search:
         for last in (False, True):
             found = self._over(partial(self._settled, shared, last))
             self.codes = found["codes"]
-            shared = self._based(sized(shared, found["sizes"]), self.codes, self.bits)
+            shared = sized(self._based(shared, self.codes, self.bits), found["sizes"])
         above = range(self.together + 1, parent + 1)
         if not above:
             return self.codes, shared
