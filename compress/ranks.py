@@ -174,8 +174,8 @@ class Ranks:
         Returns what every part gave, in their order.
         """
         places = range(self.rank, len(parts), self.size)
-        threads = torch.get_num_threads() if torch.device(self.device).type == "cpu" else 1
-        done = _in_threads(work, [parts[place] for place in places], threads)
+        count = len(parts) if torch.device(self.device).type == "cpu" else 1
+        done = _in_threads(work, [parts[place] for place in places], count)
         own = {f"{place} {name}": value for place, of in zip(places, done, strict=True) for name, value in of.items()}
         found: list[dict[str, Tensor]] = [{} for _ in parts]
         for label, tensor in self.joined(own).items():
@@ -231,19 +231,19 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _in_threads(work: Callable[[T], R], parts: Sequence[T], threads: int) -> list[R]:
-    """Do some work on parts, at once where torch has several threads, which are shared out."""
-    workers, learns = min(threads, len(parts)), torch.is_grad_enabled()
-    if workers < 2:
+def _in_threads(work: Callable[[T], R], parts: Sequence[T], count: int) -> list[R]:
+    """Do some work on parts at once, each with its share of torch's threads, which are for ``count`` parts of all processes."""
+    threads, learns = torch.get_num_threads(), torch.is_grad_enabled()
+    if min(threads, count) < 2:
         return [work(part) for part in parts]
 
     def done(part: T) -> R:
-        torch.set_num_threads(threads // workers)  # of this thread, and of those that begin later
+        torch.set_num_threads(max(1, threads // count))  # of this thread, and of those that begin later
         with torch.set_grad_enabled(learns):
             return work(part)
 
     try:
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(done, parts))
     finally:
         torch.set_num_threads(threads)

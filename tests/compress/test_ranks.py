@@ -18,7 +18,7 @@ from compress import cli
 from compress.errors import CompressError
 from compress.quant.nested import nested_output_codebooks
 from compress.quant.shared_search import shared_output_codebooks
-from compress.ranks import LOTS, Ranks, Sums, even_parts
+from compress.ranks import LOTS, Ranks, Sums, _in_threads, even_parts
 from tests.conftest import assert_same_files
 
 LAUNCH = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
@@ -110,6 +110,14 @@ def test_parts_are_worked_on_at_once_and_share_the_threads(threads, each):
         assert torch.get_num_threads() == threads
     assert found == [[part, each, False] for part in range(8)]
     assert (get_ident() in seen) == (threads == 1)
+
+
+@pytest.mark.parametrize("own", [1, 2, 4])
+def test_the_threads_of_a_part_do_not_depend_on_how_many_parts_a_process_has(own):
+    """So any number of processes computes the same."""
+    with threads_of_torch(8):
+        assert _in_threads(lambda part: torch.get_num_threads(), range(own), 4) == [2] * own
+        assert torch.get_num_threads() == 8
 
 
 def test_what_fails_in_a_thread_fails_as_it_would_without():
