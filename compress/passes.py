@@ -154,7 +154,7 @@ class Block:
     @torch.no_grad()
     def for_each_input(
         self,
-        visit: Callable[[str, Tensor], None],
+        visit: Callable[[str, Tensor], object],
         modules: Mapping[str, nn.Module] | None = None,
         keep_outputs: bool = False,
         end_lot: Callable[[], object] = lambda: None,

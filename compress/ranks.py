@@ -1,8 +1,8 @@
 """Let several processes, started by ``torchrun`` or ``accelerate launch``, work on one block at a time.
 
 Whatever a process computes depends on what is computed and not on how many processes there are: samples are summed up in
-:data:`LOTS` lots, the sums of lots are added in their order, and the rows of a matrix are searched in parts that the matrix alone
-decides. So any number of processes gives the same bytes, as long as each has the same number of threads and the same hardware.
+:data:`LOTS` lots, the sums of each half of the lots are added in their order, and the rows of a matrix are searched in parts that
+the matrix alone decides. So any number of processes gives the same bytes, as long as each has the same number of threads and the same hardware.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _ENDED = "lock-ended"  # there once a process has said that another is no more
 _TRIES = 50  # tenths of a second
 LOTS = 8
 """Lots that samples are divided into; more processes than lots gain nothing where samples are shared out."""
+HALF = LOTS // 2
 
 
 def processes(device: torch.device) -> PartialState:
@@ -151,11 +152,15 @@ class Ranks:
         return []
 
     def lots(self, count: int) -> list[range]:
-        """Return the samples of every lot of this process, places among ``count``; as many lots for all, some without a sample."""
-        lots = min(LOTS, count)
-        edges = [count * lot // lots for lot in range(lots + 1)] if count else [0]
-        own = range(self.rank, -(-lots // self.size) * self.size, self.size)
-        return [range(edges[lot], edges[lot + 1]) if lot < lots else range(0) for lot in own]
+        """Return the samples of every lot of this process, places among ``count``; as many lots for all, some without a sample.
+
+        Each of two processes has one half of the lots, which it need not tell the other before the end.
+        """
+        own = range(self.rank, -(-LOTS // self.size) * self.size, self.size)
+        if self.size == 2:
+            own = range(self.rank * HALF, self.rank * HALF + HALF)
+        edges = [count * lot // LOTS for lot in range(LOTS + 1)]
+        return [range(edges[lot], edges[lot + 1]) if lot < LOTS else range(0) for lot in own]
 
     def share(self, costs: Mapping[str, float]) -> list[str]:
         """Return the names of this process's work, the largest pieces dealt out first, each to who has the least so far."""
@@ -250,37 +255,64 @@ def _in_threads(work: Callable[[T], R], parts: Sequence[T], count: int) -> list[
 
 
 class Sums:
-    """Sum tensors by name over samples in lots.
+    """Sum tensors by name over samples in lots: each half of the lots in their order, and then the two halves.
 
     Attributes:
         lot: the sums of the lot at hand, to be added to in place.
-        total: those of all finished lots of all processes.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self.lot: dict[str, Tensor] = {}
-        self.total: dict[str, Tensor] = {}
+        self._halves: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+        self._notes: tuple[list[Any], list[Any]] = [], []
+        self._total: dict[str, Tensor] | None = None
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a tensor, which may be kept and written to."""
-        if name in self.lot:
-            self.lot[name] += value
-        else:
-            self.lot[name] = value
+        _add(self.lot, {name: value})
 
-    def end_lot(self, note: Any = None) -> list[Any]:
-        """Add the lots that the processes have at hand to the total; return their notes."""
-        notes = []
-        for lot, theirs in self._ranks.each(self.lot, note):
-            notes.append(theirs)
-            for name, value in lot.items():
-                if name in self.total:
-                    self.total[name] += value
-                else:
-                    self.total[name] = value
+    def end_lot(self, note: Any = None) -> None:
+        """Add the lots that the processes have at hand to those before; all call it as often, and note what JSON can say."""
+        assert self._total is None, "the sums have been asked for"
+        if self._ranks.size == 2:
+            self._take(self._ranks.rank, self.lot, note)
+        else:
+            for lot, theirs in self._ranks.each(self.lot, note):
+                self._take(min(1, sum(map(len, self._notes)) // HALF), lot, theirs)
         self.lot = {}
-        return notes
+
+    def _take(self, half: int, lot: Mapping[str, Tensor], note: Any) -> None:
+        _add(self._halves[half], lot)
+        self._notes[half].append(note)
+
+    @property
+    def total(self) -> dict[str, Tensor]:
+        """Return the sums of all lots, once they have ended; all processes ask for them the first time."""
+        if self._total is None:
+            self._total = {}
+            halves = list(zip(self._halves, self._notes, strict=True))
+            if self._ranks.size == 2:
+                halves = list(self._ranks.each(*halves[self._ranks.rank]))
+            for half, _ in halves:
+                _add(self._total, half)
+            self._halves, self._notes = ({}, {}), (halves[0][1], halves[1][1])
+        return self._total
+
+    @property
+    def notes(self) -> list[Any]:
+        """Return the notes of all lots in their order; to be asked for as :attr:`total` is."""
+        _ = self.total
+        return [note for notes in self._notes for note in notes]
+
+
+def _add(total: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add tensors to those of their names, in place, or put them where there are none."""
+    for name, value in values.items():
+        if name in total:
+            total[name] += value
+        else:
+            total[name] = value
 
 
 def even_parts(rows: int, most: int, fewest: int = 4, least: int = 48) -> list[slice]:

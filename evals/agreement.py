@@ -68,6 +68,7 @@ class Comparison:
     """Sum over scored tokens what tells a model from the dense one."""
 
     kl: float = 0.0
+    loss: float = 0.0
     agreeing: int = 0
     flipped: int = 0
     confidence: list[Tensor] = field(default_factory=list)
@@ -77,10 +78,18 @@ class Comparison:
         """Add tokens to the sums: log-probabilities of both models, [T, vocabulary], and the next tokens, [T]."""
         likeliest, choice = dense.argmax(-1), other.argmax(-1)
         self.kl += float((dense.exp() * (dense - other)).sum(dtype=torch.float64))
+        self.loss -= float(other.gather(-1, target[:, None]).sum(dtype=torch.float64))
         self.agreeing += int((likeliest == choice).sum())
         self.flipped += int(((likeliest == target) != (choice == target)).sum())
         self.confidence.append(other.max(-1).values.exp().cpu())
         self.right.append((choice == target).cpu())
+
+    def add_window(self, dense: Predictions, other: Predictions, window: Window) -> None:
+        """Add the scored tokens of a window, of which both models have made their :func:`predictions`."""
+        target = torch.tensor(window.tokens[-window.scored :])
+        for part in dense.parts():
+            logs = [one.logits(part)[0].log_softmax(-1) for one in (dense, other)]
+            self.add(logs[0], logs[1], target[part].to(logs[0].device))
 
     def metrics(self) -> dict[str, float]:
         """Return the means over all tokens."""
@@ -142,16 +151,13 @@ def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str
         step = max(1, _HELD // (4 * longest * int(text_config(dense.config).vocab_size)))
         for start in range(0, len(windows), step):
             chunk = windows[start : start + step]
-            expected = [_predictions(dense, window) for window in chunk]
+            expected = [predictions(dense, window) for window in chunk]
             for label, comparison in sums.items():
                 if label != "dense":
                     compress.set_bits(work.model, work.all_bits[label])
                 for window, truth in zip(chunk, expected, strict=True):
-                    got = truth if label == "dense" else _predictions(work.model, window)
-                    wanted = torch.tensor(window.tokens[-window.scored :], device=dense.device)
-                    for part in truth.parts():
-                        logs = [one.logits(part)[0].log_softmax(-1) for one in (truth, got)]
-                        comparison.add(logs[0], logs[1], wanted[part])
+                    got = truth if label == "dense" else predictions(work.model, window)
+                    comparison.add_window(truth, got, window)
             if watch is not None:
                 watch(start + len(chunk), len(windows))
         for label, comparison in sums.items():
@@ -160,7 +166,7 @@ def evaluate_agreement(work: OpenText, reference: str | None = None) -> dict[str
     return {label: row["metrics"] for label, row in rows.items() if row is not None}
 
 
-def _predictions(model: PreTrainedModel, window: Window) -> Predictions:
+def predictions(model: PreTrainedModel, window: Window) -> Predictions:
     """Return what a model predicts for the scored tokens of a window."""
     last = len(window.tokens) - 1
     return Predictions(model, torch.tensor([window.tokens], device=model.device), range(last - window.scored, last))

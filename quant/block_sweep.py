@@ -31,7 +31,7 @@ from compress.quant.replay import Replay
 from compress.quant.settings import AnyPrecisionConfig
 from compress.quant.shared_search import shared_output_codebooks
 from compress.ranks import ALONE, Ranks, Sums, even_parts
-from compress.statistics import Moments, add_products, evened, mirrored
+from compress.statistics import Moments, add_products, evened, no_products, unfolded
 
 CORRECTING = 256  # tokens of every sample that corrections are measured on
 _DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
@@ -55,9 +55,9 @@ class Originals:
         self._count = len(block.samples)
 
         def visit(name: str, x: Tensor) -> None:
-            self.moments.add(name, x)
+            owner = self.moments.add(name, x)
             kept, sample = self._inputs.setdefault(name, {}), len(block.outputs[""])
-            if self.moments.owner[name] == name and correcting and sample not in kept:
+            if owner == name and correcting and sample not in kept:
                 kept[sample] = x[:correcting].to(_product_dtype(x), copy=True)
 
         block.for_each_input(visit, modules, keep_outputs=True, end_lot=self.moments.end_lot)
@@ -91,7 +91,7 @@ def correction(
     """
     sums, left = Sums(ranks), iter(pairs)
     for count in lots or (None,):
-        hessian, drift = (weight.new_zeros(weight.shape[1], weight.shape[1]) for _ in range(2))
+        hessian, drift = no_products(weight), weight.new_zeros(weight.shape[1], weight.shape[1])
         for x, shown in islice(left, count):
             if x is None or shown is None or shown.shape != x.shape:
                 continue
@@ -102,7 +102,7 @@ def correction(
         sums.add("hessian", hessian)
         sums.add("drift", drift)
         sums.end_lot()
-    hessian = mirrored(sums.total["hessian"])
+    hessian = unfolded(sums.total.pop("hessian"))
     drift = sums.total.pop("drift")
     _damp(hessian, _CORRECTION_DAMPING)
     factor = torch.linalg.cholesky(hessian)

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import compress
 from compress.config import read_settings
 from compress.errors import CompressError
+from compress.evals.agreement import Comparison, predictions
 from compress.evals.bench.common import JsonOption, show, write
 from compress.evals.evaluate import Protocol, documents_of
-from compress.evals.perplexity import Text, score
+from compress.evals.perplexity import Window
 from compress.hf import packed_modules
 from compress.inspect import inspect
 from compress.loading import load_tokenizer
+from compress.logits import Predictions
 from compress.quant.records import model_bytes, packed_bytes
 from compress.structure import inspected, linears_of
 
@@ -30,11 +32,12 @@ _SCALE = 4  # bytes of a group's scale and offset, float16 each
 
 
 class Row(NamedTuple):
-    """Hold what was measured of one candidate; ``bytes`` are those of all tensors, or of the file."""
+    """Hold what was measured of one candidate; ``bytes`` are those of all tensors, or of the file, ``kl`` is in nats per token."""
 
     name: str
     bytes: int
     perplexity: float
+    kl: float
 
 
 def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, float]:
@@ -126,6 +129,21 @@ def candidates(
 
 
 @torch.no_grad()
+def measured(
+    made: Iterator[tuple[str, Callable[[], tuple[PreTrainedModel, int]]]], windows: Sequence[Window]
+) -> Iterator[Row]:
+    """Measure candidates on some windows, perplexity and divergence from the first of them, which is the dense model."""
+    truths: list[Predictions] = []
+    for name, make in made:
+        network, size = make()
+        found = Comparison()
+        truths = truths or [predictions(network, window) for window in windows]
+        for window, truth in zip(windows, truths, strict=True):
+            found.add_window(truth, predictions(network, window), window)
+        tokens = sum(window.scored for window in windows)
+        yield Row(name, size, math.exp(min(700.0, found.loss / tokens)), found.kl / tokens)
+
+
 def main(
     model: Annotated[str, typer.Argument(help="The dense model.")],
     text: Annotated[str, typer.Argument(help="Text file, or JSON lines of documents.")],
@@ -152,19 +170,18 @@ def main(
     documents, _ = documents_of(text, Protocol(join="\n\n"))
     cut = Protocol(length=length, disjoint=disjoint).cut(documents, load_tokenizer(model))
     every = max(1, len(cut.windows) // windows) if windows else 1
-    cut = Text(cut.windows[::every][: windows or None], cut.bytes)
-    rows = []
+    chosen, rows = cut.windows[::every][: windows or None], list[Row]()
     given, sizes = [int(one) for one in groups.split(",") if one], [float(one) for one in memory.split(",") if one]
     widths, kind = [int(one) for one in bits.split(",") if one], getattr(torch, dtype)
-    for name, make in candidates(model, ours or [], widths, gguf or [], given, kind, sizes):
-        network, size = make()
-        rows.append(Row(name, size, score(network, cut).perplexity))
-        print(f"{name}: {size / 1e6:.1f} MB, {rows[-1].perplexity:.4f}", flush=True)
+    for row in measured(candidates(model, ours or [], widths, gguf or [], given, kind, sizes), chosen):
+        rows.append(row)
+        print(f"{row.name}: {row.bytes / 1e6:.1f} MB, {row.perplexity:.4f}, divergence {row.kl:.5f}", flush=True)
     dense = rows[0].perplexity
     rows.sort(key=lambda row: row.bytes)
     shown = [
-        [row.name, f"{row.bytes / 1e6:.1f}", f"{row.perplexity:.3f}", f"{row.perplexity / dense - 1:+.2%}"]
-        for row in rows
+        [r.name, f"{r.bytes / 1e6:.1f}", f"{r.perplexity:.3f}", f"{r.perplexity / dense - 1:+.2%}", f"{r.kl:.4f}"]
+        for r in rows
     ]
-    show("bytes of everything and perplexity", ["", "MB", "perplexity", "above dense"], shown)
-    write({"model": model, "text": text, "windows": len(cut.windows), "rows": [row._asdict() for row in rows]}, target)
+    titles = ["", "MB", "perplexity", "above dense", "divergence, nats"]
+    show("bytes of everything, perplexity, and divergence from the dense model", titles, shown)
+    write({"model": model, "text": text, "windows": len(chosen), "rows": [row._asdict() for row in rows]}, target)

@@ -77,6 +77,7 @@ def test_lots_are_shared_out_and_none_is_left():
             lots = [Ranks(rank, size).lots(count) for rank in range(size)]
             assert sorted(sample for own in lots for lot in own for sample in lot) == list(range(count))
             assert len({len(own) for own in lots}) == 1
+        assert [lot for rank in range(2) for lot in Ranks(rank, 2).lots(count)] == Ranks().lots(count)
     whole = Ranks().lots(21)
     assert len(whole) == LOTS
     assert [own for turn in zip(*(Ranks(rank, 3).lots(21) for rank in range(3)), strict=True) for own in turn][
@@ -145,13 +146,17 @@ def test_any_number_of_threads_finds_the_same_codes(search):
             assert torch.equal(found[0].codebooks[bits], other.codebooks[bits])
 
 
-def test_sums_are_those_of_lots_in_order():
-    sums, parts = Sums(Ranks()), [torch.tensor([value]) for value in (1e8, 1.0, -1e8, 3.0)]
-    for lot in (parts[:2], parts[2:]):
-        for part in lot:
-            sums.add("x", part.clone())
-        sums.end_lot()
-    assert sums.total["x"] == (parts[0] + parts[1]) + (parts[2] + parts[3])
+def test_sums_are_those_of_the_lots_of_each_half_in_order():
+    """Of numbers whose sum depends on the order, two to a lot."""
+    sums = Sums(Ranks())
+    parts = [torch.tensor([value]) for value in (1e8, 1.0, -1e8, 3.0, 5.0, 1e8, 7.0, 0.5, -1e8, 9.0)]
+    for first in range(0, len(parts), 2):
+        sums.add("x", parts[first].clone())
+        sums.add("x", parts[first + 1].clone())
+        sums.end_lot(first)
+    lots = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
+    assert sums.total["x"] == (((lots[0] + lots[1]) + lots[2]) + lots[3]) + lots[4]
+    assert sums.notes == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.slow

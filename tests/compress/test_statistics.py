@@ -9,7 +9,12 @@ from compress.statistics import Moments, SharedInputs, check_weight, watch
 
 def test_watching_ends_with_the_with():
     linear, seen = torch.nn.Linear(3, 2), []
-    with watch({"a": linear}, lambda name, x: seen.append((name, x.shape))):
+
+    def visit(name, x):
+        seen.append((name, x.shape))
+        return "this takes no part"
+
+    with watch({"a": linear}, visit):
         linear(torch.ones(4, 3))
     linear(torch.ones(5, 3))
     assert seen == [("a", (4, 3))]
@@ -49,15 +54,17 @@ def test_moments_are_means_over_all_tokens_of_every_distinct_input(full):
         torch.testing.assert_close(moments.mean(name).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("columns", [1, 64, 65, 300])
+@pytest.mark.parametrize("columns", [1, 64, 255, 256, 257, 300])
 def test_half_the_products_make_a_whole_matrix(columns):
-    """Also where the columns are no whole number of stripes; and a matrix that is taken is let go."""
+    """Also where there are few columns, or not a multiple of four; and a matrix that is taken is let go."""
     generator, moments = torch.Generator().manual_seed(0), Moments(full=True)
     parts = [torch.randn(tokens, columns, generator=generator) for tokens in (7, 20)]
     for part in parts:
         moments.add("q", part)
     x = torch.cat(parts).double()
-    torch.testing.assert_close(moments.take("q").double(), x.t() @ x / 27, rtol=1e-5, atol=1e-5)
+    found = moments.take("q")
+    torch.testing.assert_close(found.double(), x.t() @ x / 27, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.t())
     assert not moments.sums
 
 

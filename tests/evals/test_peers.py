@@ -63,3 +63,6 @@ def test_a_row_for_every_candidate(tiny_llama, compressed, text_file, tmp_path):
     assert sizes["4"] < mixed[f"{compressed.name}, at most {between:g} MB"] <= between * 1e6
     assert [row["bytes"] for row in rows] == sorted(row["bytes"] for row in rows)
     assert all(row["perplexity"] > 1 for row in rows)
+    divergence = {row["name"]: row["kl"] for row in rows}
+    assert divergence["dense"] == 0
+    assert divergence[f"{compressed.name}, 4 bits"] > divergence[f"{compressed.name}, 6 bits"] > 0
