@@ -22,7 +22,7 @@ from compress.errors import CompressError, first_line
 from compress.gguf_files import open_gguf, write_beside
 from compress.hub import located, model_folder
 from compress.loading import load_tokenizer, read_config
-from compress.models import auto_class, text_config
+from compress.models import auto_class, stated, text_config
 from compress.passes import Context
 from compress.quant.records import unstacked
 from compress.ranks import Ranks, processes
@@ -107,11 +107,16 @@ def _logits_of_whole(source: Source, tokens: Tensor, places: Any) -> Tensor:
         whole = auto_class(source.state.config).from_pretrained(
             place, dtype=torch.float32, device_map=places, offload_folder=scratch, **given
         )
-        logits: Tensor = whole(input_ids=tokens[None], use_cache=False).logits[0].float()
+        logits: Tensor = whole(input_ids=tokens[None], use_cache=_shares_keys(source)).logits[0].float()
     remove_hook_from_submodules(whole)
     for module in whole.modules():
         vars(module).pop("forward", None)  # bound to the module, which so holds itself: embedding and head would stay
     return logits
+
+
+def _shares_keys(source: Source) -> bool:
+    """Tell whether layers have others' keys and values; before transformers 5.6 that is so with a cache alone."""
+    return bool(stated(text_config(source.state.config), "num_kv_shared_layers"))
 
 
 @torch.no_grad()
@@ -144,10 +149,12 @@ def check_source(source: Source, tokens: Tensor) -> None:
         # accelerate reads parameters that other modules use than those that have them from wherever the memory pointed to
         apart, largest = _apart(streamed, _logits_of_whole(source, tokens, "cpu"))
     if not apart <= most * largest:
+        advice = "load it with transformers and save_pretrained it once."
+        if _shares_keys(source):
+            advice = "before transformers 5.6 its layers share keys and values only where there is a cache: install a newer one."
         raise CompressError(
             f"{source.folder}: read block by block it computes other logits (by up to {apart:.3g}, the largest being "
-            f"{largest:.3g}) than transformers' from_pretrained of it, so another model would be compressed; load it with "
-            "transformers and save_pretrained it once."
+            f"{largest:.3g}) than transformers' from_pretrained of it, so another model would be compressed; {advice}"
         )
 
 

@@ -171,6 +171,8 @@ def save_tokenizer(folder):
 
 def save_model(folder, kind="llama", dtype=torch.float32, **changes):
     """A tiny random model with larger weights than usual, so that every block matters."""
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     config = transformers.AutoConfig.for_model(
         kind, **{**COMMON, **({"bart": DECODER} | MODELS | CONFIGS)[kind], **changes}
     )
