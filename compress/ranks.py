@@ -290,6 +290,7 @@ class Sums:
     def total(self) -> dict[str, Tensor]:
         """Return the sums of all lots, once they have ended; all processes ask for them the first time."""
         if self._total is None:
+            assert not self.lot, "a lot has not ended"
             self._total = {}
             halves = list(zip(self._halves, self._notes, strict=True))
             if self._ranks.size == 2:

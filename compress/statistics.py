@@ -175,13 +175,13 @@ def _stripes(total: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def add_products(total: Tensor, x: Tensor) -> None:
-    """Add ``x^T x`` of inputs, float32 [T, K], to what :func:`no_products` began."""
+    """Add ``x^T x`` of inputs [T, K] to what :func:`no_products` began."""
     for rows, stripe in _stripes(total):
         stripe.addmm_(x[:, rows].t(), x[:, rows.start :])
 
 
 def unfolded(total: Tensor) -> Tensor:
-    """Return the whole symmetric matrix, float32 [K, K], of products that were added up."""
+    """Return the whole symmetric matrix [K, K] of products that were added up."""
     rows, width = total.shape
     whole = total.new_empty([rows if rows == width else 4 * rows] * 2)
     for own, stripe in _stripes(total):

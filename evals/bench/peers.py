@@ -141,7 +141,8 @@ def measured(
         for window, truth in zip(windows, truths, strict=True):
             found.add_window(truth, predictions(network, window), window)
         tokens = sum(window.scored for window in windows)
-        yield Row(name, size, math.exp(min(700.0, found.loss / tokens)), found.kl / tokens)
+        loss = found.loss / tokens
+        yield Row(name, size, math.exp(loss) if loss < 700 else math.inf, found.kl / tokens)
 
 
 def main(

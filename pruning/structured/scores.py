@@ -22,7 +22,7 @@ from compress.pruning.scores import wanda
 from compress.pruning.settings import WHOLE_MODEL, Aggregate, Formula, ScoreSettings
 from compress.pruning.structured.groups import Kind, Part, last_linear
 from compress.ranks import ALONE, Ranks, Sums
-from compress.statistics import Moments, check_inputs
+from compress.statistics import Moments, add_products, check_inputs, no_products, unfolded
 from compress.structure import Linear
 
 DAMPING = 0.01
@@ -181,10 +181,10 @@ class OutputMoments:
 
     def add(self, x: Tensor) -> None:
         """Add inputs [tokens, K]; products are made in their own precision, sums in float64."""
-        lot = self._sums.lot or {"hessian": torch.zeros_like(self.hessian), "mean": torch.zeros_like(self.mean)}
-        lot["hessian"] += x.t() @ x
-        lot["mean"] += x.sum(0)
-        self._sums.lot = lot
+        products = no_products(x)
+        add_products(products, x)
+        for name, value in (("hessian", products), ("mean", x.sum(0))):
+            self._sums.add(name, value if name in self._sums.lot else value.double())
         self._sums.add("tokens", torch.tensor(len(x)))
 
     def end_lot(self) -> None:
@@ -196,7 +196,8 @@ class OutputMoments:
         if self._sums.lot:
             self.end_lot()
         total = self._sums.total
-        self.hessian, self.mean = total["hessian"] / total["tokens"], total["mean"] / total["tokens"]
+        self.hessian = unfolded(total.pop("hessian")) / total["tokens"]
+        self.mean = total["mean"] / total["tokens"]
         if self.centred:
             self.hessian -= torch.outer(self.mean, self.mean)
         return self
