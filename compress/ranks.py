@@ -35,7 +35,7 @@ _ENDED = "lock-ended"  # there once a process has said that another is no more
 _TRIES = 50  # tenths of a second
 LOTS = 8
 """Lots that samples are divided into; more processes than lots gain nothing where samples are shared out."""
-HALF = LOTS // 2
+_HALF = LOTS // 2
 
 
 def processes(device: torch.device) -> PartialState:
@@ -158,7 +158,7 @@ class Ranks:
         """
         own = range(self.rank, -(-LOTS // self.size) * self.size, self.size)
         if self.size == 2:
-            own = range(self.rank * HALF, self.rank * HALF + HALF)
+            own = range(self.rank * _HALF, self.rank * _HALF + _HALF)
         edges = [count * lot // LOTS for lot in range(LOTS + 1)]
         return [range(edges[lot], edges[lot + 1]) if lot < LOTS else range(0) for lot in own]
 
@@ -279,7 +279,7 @@ class Sums:
             self._take(self._ranks.rank, self.lot, note)
         else:
             for lot, theirs in self._ranks.each(self.lot, note):
-                self._take(min(1, sum(map(len, self._notes)) // HALF), lot, theirs)
+                self._take(min(1, sum(map(len, self._notes)) // _HALF), lot, theirs)
         self.lot = {}
 
     def _take(self, half: int, lot: Mapping[str, Tensor], note: Any) -> None:

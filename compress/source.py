@@ -107,16 +107,18 @@ def _logits_of_whole(source: Source, tokens: Tensor, places: Any) -> Tensor:
         whole = auto_class(source.state.config).from_pretrained(
             place, dtype=torch.float32, device_map=places, offload_folder=scratch, **given
         )
-        logits: Tensor = whole(input_ids=tokens[None], use_cache=_shares_keys(source)).logits[0].float()
+        logits: Tensor = whole(input_ids=tokens[None], use_cache=_needs_cache(source)).logits[0].float()
     remove_hook_from_submodules(whole)
     for module in whole.modules():
         vars(module).pop("forward", None)  # bound to the module, which so holds itself: embedding and head would stay
     return logits
 
 
-def _shares_keys(source: Source) -> bool:
-    """Tell whether layers have others' keys and values; before transformers 5.6 that is so with a cache alone."""
-    return bool(stated(text_config(source.state.config), "num_kv_shared_layers"))
+def _needs_cache(source: Source) -> bool:
+    """Tell whether layers have others' keys and values, which before transformers 5.6 they have where there is a cache alone."""
+    shares = stated(text_config(source.state.config), "num_kv_shared_layers")
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return bool(shares) and release < (5, 6)
 
 
 @torch.no_grad()
@@ -150,7 +152,7 @@ def check_source(source: Source, tokens: Tensor) -> None:
         apart, largest = _apart(streamed, _logits_of_whole(source, tokens, "cpu"))
     if not apart <= most * largest:
         advice = "load it with transformers and save_pretrained it once."
-        if _shares_keys(source):
+        if _needs_cache(source):
             advice = "before transformers 5.6 its layers share keys and values only where there is a cache: install a newer one."
         raise CompressError(
             f"{source.folder}: read block by block it computes other logits (by up to {apart:.3g}, the largest being "

@@ -122,10 +122,12 @@ class Moments:
         """Take the inputs of a linear that no sample has come to, weight [N, K], for alike and unrelated."""
         columns = weight.shape[1]
         self.owner[name], self.tokens[name] = name, 1
-        like = torch.eye(columns, device=weight.device)
-        self.sums[name] = no_products(like) if self._full else like.diagonal().clone()
-        if self._full:
-            add_products(self.sums[name], like)
+        if not self._full:
+            self.sums[name] = torch.ones(columns, device=weight.device)
+            return
+        alike = torch.eye(columns, device=weight.device)
+        self.sums[name] = no_products(alike)
+        add_products(self.sums[name], alike)
 
     def mean(self, name: str) -> Tensor:
         """Return the mean over tokens for the input of one linear, float32 [K] or [K, K], and refuse one that is not finite."""

@@ -43,7 +43,7 @@ BUDGETS = {
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
     "in the wheel": (29880, 11.6),
-    "without tests": (33220, 11.6),
+    "without tests": (33230, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

@@ -235,8 +235,8 @@ def build(folder, *options, of_kernels=()):
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
     with ThreadPoolExecutor() as pool:
-        more = {source: of_kernels if source.stem in ("avx2", "avx512") else () for source in sources}
-        steps = list(pool.map(lambda s, result: compiler("-c", s, "-o", result, *more[s]), sources, objects))
+        more = [of_kernels if source.stem in ("avx2", "avx512") else () for source in sources]
+        steps = list(pool.map(lambda s, o, own: compiler("-c", s, "-o", o, *own), sources, objects, more))
     steps.append(compiler(*objects, "-lm", "-o", folder / "check"))
     return folder / "check", next((step for step in steps if step.returncode), steps[-1])
 
@@ -254,7 +254,7 @@ def test_no_buffer_is_left_by_reading_or_writing(tmp_path):
 @pytest.mark.slow
 @needs_compiler
 def test_sanitizers_find_nothing(tmp_path):
-    """Of undefined behaviour not in the files with vectors, which then take five times as long to compile."""
+    """Of undefined behaviour not in the files with vectors, which would take three times as long to compile."""
     options = "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
     program, compiled = build(tmp_path, *options, of_kernels=["-fno-sanitize=undefined"])
     if compiled.returncode:
