@@ -15,8 +15,8 @@ from compress.structure import Architecture, block_of, block_prefix
 
 _STEPS = 20_000  # the budget is counted in this many parts, each matrix's bytes rounded up
 _TOGETHER, _WORTH = 4, 0.45
-"""Up to how many bits one number for all is taken rather than a mix, unless the mix's error is less than this share of its own. There
-every matrix's codes make up for what those before it do at the same number of bits, so the errors of a mix add up to more; measured."""
+"""Up to how many bits one number for all is taken rather than a mix chosen by weighted errors, unless its error is less than this share
+of that number's: of different matrices they compare badly, measured (:mod:`compress.divergence`, by which the default chooses)."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Option = tuple[int, float]
@@ -72,15 +72,19 @@ def choose_bits(options: Sequence[Mapping[int, Option]], budget: int) -> list[in
     return min([chosen[::-1], *fitting], key=lambda picks: total(picks, 1))
 
 
-def _measured_errors(folder: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[int, float]]:
-    """Read the weighted error of each matrix, by bits, from the manifest, and refuse one that lacks a matrix."""
+def _measured_errors(
+    folder: Path, manifest: Mapping[str, Any], names: Sequence[str]
+) -> tuple[bool, dict[str, dict[int, float]]]:
+    """Read what each matrix loses, by bits, from the manifest, and refuse one that lacks a matrix; whether all are divergences, first."""
     found = dict(noted(manifest, "errors"))
     if missing := [name for name in names if name not in found]:
         raise CompressError(
             f"{folder}: compression.json has no measured errors of {missing[0]}, by which bits are chosen; "
             "give a whole number of bits, or patterns."
         )
-    return {name: {int(bits): error["weighted"] for bits, error in found[name].items()} for name in names}
+    told = all("divergence" in error for name in names for error in found[name].values())
+    kind = "divergence" if told else "weighted"
+    return told, {name: {int(bits): error[kind] for bits, error in found[name].items()} for name in names}
 
 
 def groups(names: Sequence[str], structure: Architecture) -> list[list[str]]:
@@ -104,12 +108,12 @@ def bits_for_budget(
 ) -> dict[str, int]:
     """Choose bits for every packed matrix with the least summed error; matrices that servers fuse get the same.
 
-    Where a mix is not much better than 4 bits for all, or fewer, with the embedding at its own, it is that.
+    Where divergences were not measured and a mix is not much better than 4 bits for all, or fewer, with the embedding at its own, it is that.
     A mean of ``bits`` allows as many bytes to read as lie between those of the two whole numbers around it; ``memory`` is
     the bytes for all tensors once loaded, as :func:`parse_bytes` reads them.
     """
     manifest = read_manifest(folder) or {}
-    errors = _measured_errors(folder, manifest, list(shapes))
+    told, errors = _measured_errors(folder, manifest, list(shapes))
     stored = bits_range(shapes.values())
     low, high = stored[0], stored[-1]
 
@@ -149,7 +153,7 @@ def bits_for_budget(
     same = ({name: shape.at(whole) for name, shape in shapes.items()} for whole in stored if whole <= _TOGETHER)
     fitting = [bits for bits in same if sum(size([name], b) for name, b in bits.items()) <= budget]
     simplest = min(fitting, key=error, default=None)
-    return chosen if simplest is None or error(chosen) < _WORTH * error(simplest) else simplest
+    return chosen if simplest is None or error(chosen) < (1 if told else _WORTH) * error(simplest) else simplest
 
 
 def as_number(bits: Any) -> float | None:

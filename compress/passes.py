@@ -26,6 +26,10 @@ Progress = Callable[[str, int, int], None]
 """Called as work proceeds, with (what, steps done, steps in all)."""
 Run = Callable[[nn.Module], Tensor]
 """Calls a block on one calibration sample as the model does: [1, T, hidden]."""
+Rows = Callable[[slice], Tensor]
+"""Returns some rows of a matrix, float32 [rows, K]."""
+Draw = Callable[[], Mapping[str, Rows]]
+"""Draws labels for one sample; returns the gradient by each matrix that has one, by name, for use at once."""
 OUTSIDE = -1
 """Index of the block that stands for the modules outside the blocks: the embedding and the head."""
 
@@ -45,7 +49,8 @@ class Needs:
             Of a pass with ``whole_model``, that :meth:`Pass.run_model`, which all call in any case, shares out its work.
         outputs: :meth:`Pass.run_block` also leaves what the block makes of the samples in ``block.outputs``.
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
-        gradient_samples: how many of the samples, the first, are enough for it; all if None.
+        draws: what an error of each linear costs, by gradients of labels drawn from the model (:attr:`Block.draws`).
+        gradient_samples: how many of the samples, the first, are enough for either; all if None.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         pattern: leaves zeros in an n:m pattern behind. Zeros stay: a later pass that changes dense weights changes no zero.
@@ -69,6 +74,7 @@ class Needs:
     divides: bool = False
     outputs: bool = False
     squared_gradients: bool = False
+    draws: bool = False
     gradient_samples: int | None = None
     packs: bool = False
     packed: bool = False
@@ -87,7 +93,8 @@ class Needs:
     @property
     def calibration(self) -> bool:
         """Tell whether it looks at text."""
-        return self.inputs is not None or self.squared_gradients or self.whole_model or self.model_statistics
+        asked = (self.squared_gradients, self.draws, self.whole_model, self.model_statistics)
+        return self.inputs is not None or any(asked)
 
 
 @dataclass
@@ -117,7 +124,9 @@ class Block:
         few_tokens: matrix of a mixture's expert -> tokens of calibration that came to it, where they are fewer than its columns;
             filled by a pass that counts them.
         show: set by a pass with variants: puts the weights of one of them into ``module``.
-        hessians: with squared gradients of embedding and head, name of the matrix that the head multiplies by -> float32
+        draws: for :func:`compress.divergence.divergences`, those of this process's samples in lots, if asked for. The block's
+            weights are to be the dense ones then.
+        hessians: with squared gradients or draws of embedding and head, name of the matrix that the head multiplies by -> float32
             [in_features, in_features], the mean of ``h h^T`` over the head's inputs.
         outputs: variant (``""`` for the inputs of :attr:`samples`) -> what the next block is given, [1, T, hidden] each; filled
             by a pass that has announced it, and computed by the pipeline otherwise.
@@ -140,6 +149,7 @@ class Block:
     skipped: dict[str, str] = field(default_factory=dict)
     few_tokens: dict[str, int] = field(default_factory=dict)
     show: Callable[[str], None] | None = None
+    draws: Sequence[Sequence[Draw]] = ()
     hessians: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     ranks: Ranks = ALONE
@@ -341,7 +351,8 @@ class Pass(Generic[ConfigT]):
             own, under names other than those of :data:`compress.runner.NOTES`. Two names have a meaning for all:
 
             * ``errors``: matrix -> bits -> ``{"relative", "weighted"}`` and perhaps ``"output"``
-              (:func:`compress.quant.errors.layer_errors`). ``inspect`` shows them, and a mix of bits is chosen by them.
+              (:func:`compress.quant.errors.layer_errors`) and ``"divergence"`` (:mod:`compress.divergence`). ``inspect`` shows
+              them, and a mix of bits is chosen by the divergences, or by the weighted errors where there are none.
             * ``linears``: linear -> ``{"zeros": weights that are 0, "parameters": all}`` and whatever else there is to
               say of it. A linear with ``zeros`` above 0 is what makes a model pruned.
         """

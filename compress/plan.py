@@ -109,10 +109,15 @@ def _needs(
     held, units, carried = weights.outside + 2 * weights.block, weights.inside, 2 * shown
     memory = held + shown + (shown if needs.outputs else 0) + own
     logits = length * int(getattr(language, "vocab_size", 0)) * _FLOAT  # of one sample
+    some = round(hidden * min(1.0, (needs.gradient_samples or samples) / max(samples, 1)))
     if needs.squared_gradients:  # before that: their sums for a block, those of hidden states, a sample's logits
-        some = round(hidden * min(1.0, (needs.gradient_samples or samples) / max(samples, 1)))
         memory = max(memory, held + 2 * weights.block + 2 * some + _OF_LOGITS * logits)
         units, carried = 2 * weights.inside, max(carried, some * (weights.blocks + 3))
+    if (
+        needs.draws
+    ):  # those of every block's outputs are kept; what errors cost is measured when what they were found with is gone
+        memory = max(memory, held + 2 * some + _OF_LOGITS * logits)
+        carried += some * (weights.blocks + 3)
     if needs.packs:
         units += all_packed - weights.inside
     if needs.model_statistics:  # the model and one forward pass

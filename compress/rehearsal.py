@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibration import Samples, draw_samples
 from compress.carrying import Call
-from compress.fisher import squared_gradients, take_hessians, unit_of
+from compress.divergence import block_draw, outside_draw
+from compress.fisher import HESSIAN, drawn_gradients, squared_gradients, take_hessians, unit_of
 from compress.passes import OUTSIDE, Block, Context, Pass, Run
 from compress.settings import Calibration
 from compress.streaming import State, StreamedModel
@@ -77,7 +78,9 @@ class _Rehearsal:
 
     def seconds(self) -> float:
         """Return the processor time of the pass, all threads together."""
-        once = self._squared_gradients() if self.needs.squared_gradients else 0.0
+        once = self._measured_gradients() if self.needs.squared_gradients or self.needs.draws else 0.0
+        if self.needs.draws:
+            once += self._draws()
         per_block = self._forward() * self.count if self.needs.inputs and not self.needs.outputs else 0.0
         if self.step.wants_statistics(self.context, []):
             measured = self._foresee(self._measure, self._share)
@@ -107,7 +110,8 @@ class _Rehearsal:
         """Open the first block as the pipeline would, thinned."""
         with self.model.block(0) as module:
             linears = {name: _Thin(linear, amount.share) for name, linear in self.model.linears(0).items()}
-            gradients = {name: full[: linears[name].shape[0]] for name, full in self._gradients.get(0, {}).items()}
+            squared = self._gradients.get(0, {}) if self.needs.squared_gradients else {}
+            gradients = {name: full[: linears[name].shape[0]] for name, full in squared.items()}
             runs = self._runs()[: amount.samples] if self.needs.inputs else []
             varied = self._runs(self.needs.variant_length)[: amount.samples] if self.needs.variants else []
             variants = dict.fromkeys(self.needs.variants, varied)
@@ -132,7 +136,7 @@ class _Rehearsal:
         thin: dict[str, Linear] = {
             name: _Thin(linear, amount.share) for name, linear in linears if name in self._outside
         }
-        found = dict(self._gradients.get(OUTSIDE, {}))
+        found = {name: t for name, t in self._gradients.get(OUTSIDE, {}).items() if name in thin or HESSIAN in name}
         hessians = take_hessians(found)
         block = Block(OUTSIDE, "", self.model.model, thin, found, statistics=self._records, hessians=hessians)
         self.step.run_block(block, self.context)
@@ -151,22 +155,41 @@ class _Rehearsal:
             runs[0](module)
             return _timed(lambda _: [run(module) for run in runs], None) / len(runs)
 
-    def _squared_gradients(self) -> float:
+    def _measured_gradients(self) -> float:
         """Measure them with one block and with two; of the first are those that the pass is shown."""
         few = Samples(self.samples[:_FEW], {})
+        gradients = drawn_gradients if self.needs.draws else squared_gradients
 
         def measure(blocks: int) -> None:
             model = StreamedModel(self.model.state, self.model.device, fast=True)
             model.blocks = model.blocks[:blocks]
             with TemporaryDirectory() as folder:
                 stage = Stage(Path(folder), "")
-                squared_gradients(model, few, stage, self._outside, lambda *_: None)
+                gradients(model, few, stage, self._outside, lambda *_: None)
                 indices = (0, OUTSIDE) if self._outside else (0,)
                 self._gradients = {index: stage.load(unit_of(index)) for index in indices}
 
         took = [_timed(measure, 1), _timed(measure, min(2, self.blocks))]
-        count = min(self.count, self.needs.gradient_samples or self.count)
-        return (took[0] + (self.blocks - 1) * (took[1] - took[0])) * count / _FEW
+        return (took[0] + (self.blocks - 1) * (took[1] - took[0])) * self._drawn() / _FEW
+
+    def _drawn(self) -> int:
+        return min(self.count, self.needs.gradient_samples or self.count)
+
+    def _draws(self) -> float:
+        """Measure one draw for a block, and for embedding and head."""
+        rows = {name: linear.shape[0] for name, linear in self.model.outside().items()}
+
+        def outside(tokens: Tensor) -> None:
+            draw = outside_draw(self.model, self._outside, 0, tokens, self._gradients[OUTSIDE], len(tokens))
+            for name, use in draw().items():
+                use(slice(0, rows[name]))
+
+        def inside(module: nn.Module) -> None:
+            block_draw(module, self.model.linears(0), self._runs()[0], self._gradients[0]["0"])()
+
+        with self.model.block(0) as module:
+            took = self.blocks * _timed(inside, module)
+        return (took + (_timed(outside, self.samples[0]) if self._outside else 0.0)) * self._drawn()
 
 
 def _timed(work: Callable[[Any], object], amount: Any) -> float:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from compress.calibration import Samples
 from compress.carrying import Call
 from compress.config import BlockShape
+from compress.divergence import block_draw, outside_draw
 from compress.errors import CompressError
 from compress.experts import in_stack
-from compress.fisher import squared_gradients, take_hessians, unit_of
+from compress.fisher import drawn_gradients, predicted_tokens, squared_gradients, take_hessians, unit_of
 from compress.mixtures import with_fewer
 from compress.models import untied
-from compress.passes import OUTSIDE, Block, Context, Pass, Progress, Run, Whole
+from compress.passes import OUTSIDE, Block, Context, Draw, Pass, Progress, Run, Whole
 from compress.quant.format import pack, pack_smaller
 from compress.quant.records import shape_of
 from compress.ranks import ALONE
@@ -92,8 +93,9 @@ class Runner:
         self.outside = step.outside(context)
         count = self.needs.gradient_samples
         self.gradient_samples = self.samples and self.samples.first(count)
-        fisher = work.stage("fisher", state.key, text, count, self.outside, device, __version__)
-        self.fisher = replace(fisher, ranks=self.ranks)
+        label = "draws" if self.needs.draws else "fisher"
+        gradients = work.stage(label, state.key, text, count, self.outside, device, __version__)
+        self.gradients = replace(gradients, ranks=self.ranks)
         self.lots = self.ranks.lots(len(samples.tokens)) if samples and self.needs.inputs else []
         self.own = [n for lot in self.lots for n in lot]  # the samples of this process
         self.statistics: list[list[Record]] = []
@@ -125,10 +127,11 @@ class Runner:
         return {unit: self.stage.load(unit) for unit in units} if self.needs.sidecar else {}
 
     def _run_blocks(self) -> None:
-        if self.needs.squared_gradients:
+        if self.needs.squared_gradients or self.needs.draws:
             assert self.gradient_samples is not None
-            with self.log.unit(self.kind, "squared gradients"):
-                squared_gradients(self.model, self.gradient_samples, self.fisher, self.outside, self._progress)
+            measure = drawn_gradients if self.needs.draws else squared_gradients
+            with self.log.unit(self.kind, "gradients" if self.needs.draws else "squared gradients"):
+                measure(self.model, self.gradient_samples, self.gradients, self.outside, self._progress)
         if self.needs.model_statistics and self.stage.record("model-survey") is None:
             assert self.samples is not None
             with self.log.unit(self.kind, "model survey"):
@@ -141,12 +144,8 @@ class Runner:
         if self.outside and self.stage.record("outside") is None:
             with self.log.unit(self.kind, "outside") as line:
                 linears = {name: linear for name, linear in self.model.outside().items() if name in self.outside}
-                found = self._fisher(OUTSIDE)
-                hessians = take_hessians(found)
-                block = Block(
-                    OUTSIDE, "", self.model.model, linears, found, statistics=self.statistics, hessians=hessians
-                )
-                block.ranks = self.ranks
+                block = Block(OUTSIDE, "", self.model.model, linears, statistics=self.statistics, ranks=self.ranks)
+                self._take_gradients(block, {})
                 line |= self.step.run_block(block, self.context)
                 self._finish("outside", block, {}, line)
 
@@ -203,12 +202,13 @@ class Runner:
 
     def _open(self, i: int, module: nn.Module, inputs: str) -> Block:
         name, state = self.blocks[i], self.state
-        samples, variants = self._samples(i, inputs)
+        samples, variants, drawn = self._samples(i, inputs)
         whole = self.stage.load("model-survey") if self.needs.model_statistics else {}
         shape = block_shape(state.config, state.shapes, name) if self.context.structure.groups else None
         linears = self.model.linears(i)
-        block = Block(i, name, module, linears, self._fisher(i), samples, variants, self.statistics, whole, shape)
+        block = Block(i, name, module, linears, {}, samples, variants, self.statistics, whole, shape)
         block.ranks, block.lots = self.ranks, [len(lot) for lot in self.lots]
+        self._take_gradients(block, drawn)
         return block
 
     def _measure_block(self, i: int, unit: str, inputs: str) -> None:
@@ -241,24 +241,45 @@ class Runner:
             self._carry(i, inputs, outputs)
             self._finish(unit, block, tensors, line)
 
-    def _fisher(self, i: int) -> dict[str, Tensor]:
-        return self.fisher.load(unit_of(i)) if self.needs.squared_gradients else {}
+    def _drawn(self) -> list[int]:
+        """Return the samples of this process among those that gradients are measured with."""
+        assert self.gradient_samples is not None
+        return [n for lot in self.ranks.lots(len(self.gradient_samples.tokens)) for n in lot]
 
-    def _samples(self, i: int, inputs: str) -> tuple[list[Run], dict[str, list[Run]]]:
-        """Return the block's calls on the calibration samples, and those of every variant.
+    def _take_gradients(self, block: Block, runs: Mapping[int, Run]) -> None:
+        """Give a block what was measured of its gradients; ``runs`` are its calls on the samples that labels are drawn for."""
+        if self.needs.squared_gradients:
+            found = self.gradients.load(unit_of(block.index))
+            block.hessians, block.squared_gradients = take_hessians(found), found
+        if not self.needs.draws:
+            return
+        assert self.gradient_samples is not None
+        samples = self.gradient_samples
+        found = self.gradients.load(unit_of(block.index), None if block.index == OUTSIDE else self._drawn())
+        block.hessians, predicted = take_hessians(found), predicted_tokens(samples)
+
+        def draw(n: int) -> Draw:
+            if block.index == OUTSIDE:
+                return outside_draw(self.model, self.outside, n, samples.tokens[n], found, predicted)
+            return block_draw(block.module, block.linears, runs[n], found[str(n)])
+
+        block.draws = [[draw(n) for n in lot] for lot in self.ranks.lots(len(samples.tokens))]
+
+    def _samples(self, i: int, inputs: str) -> tuple[list[Run], dict[str, list[Run]], dict[int, Run]]:
+        """Return the block's calls on the calibration samples, those of every variant, and those of samples that labels are drawn for.
 
         ``inputs`` is the name under which a walk over the blocks keeps its carried activations; the first are made here.
         """
         if self.needs.inputs is None:
-            return [], {}
+            return [], {}, {}
         assert self.samples is not None
-        tokens = self.samples.tokens
+        tokens, drawn = self.samples.tokens, self._drawn() if self.needs.draws else []
         if i == 0 and self.stage.record(f"{inputs}-0") is None:
             self.stage.save_joined(f"{inputs}-0", self.model.first_inputs({n: tokens[n] for n in self.own}))
-        hidden = self.stage.load(f"{inputs}-{i}", self.own)
+        hidden = self.stage.load(f"{inputs}-{i}", {*self.own, *drawn})
         model, captures = self.model, dict[tuple[int, int], Call]()
 
-        def call(n: int, key: str, length: int | None) -> Run:
+        def call(n: int, key: str, length: int | None = None) -> Run:
             def run(module: nn.Module) -> Tensor:
                 state = hidden[key][:, :length].to(model.device)
                 place = n, state.shape[1]
@@ -268,11 +289,12 @@ class Runner:
 
             return run
 
-        def calls(prefix: str, length: int | None = None) -> list[Run]:
-            return [call(n, f"{prefix}{n}", length) for n in self.own]
+        def varied(name: str) -> list[Run]:
+            return [call(n, f"{name}-{n}" if i else f"{n}", self.needs.variant_length) for n in self.own]
 
-        length = self.needs.variant_length
-        return calls(""), {name: calls(f"{name}-" if i else "", length) for name in self.needs.variants}
+        originals = {n: call(n, f"{n}") for n in {*self.own, *drawn}}
+        variants = {name: varied(name) for name in self.needs.variants}
+        return [originals[n] for n in self.own], variants, {n: originals[n] for n in drawn}
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module, calls: Sequence[Run], prefix: str = "") -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compress.divergence import add_divergences, divergences
 from compress.passes import OUTSIDE, Block, Context, Needs, Pass
 from compress.quant.errors import matrix_errors
 from compress.quant.format import Codes
@@ -135,6 +136,8 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         share_packed(block, [name for name in weights if name not in fitted])
         block.packed |= {name: found.as_stored() for name, found in fitted.items() if name not in block.packed}
         errors = block.ranks.noted(errors)
+        if block.draws:
+            self._add_divergences(block, weights, errors)
         few = {"few_tokens": dict(block.few_tokens)} if block.few_tokens else {}
         return {"errors": {name: errors[name] for name in weights}, **few}
 
@@ -152,7 +155,27 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
             sensitivity = block.squared_gradients.get(name)
             become = {bits: partial(found.rows, bits) for bits in found.codebooks}
             errors[name] = vocabulary_errors(weight, become, sensitivity, hessian, block.ranks)
+            if block.draws:
+                bits, device = table[self._measured_at()], linear.weight.device
+                lost = partial(_lost_rows, found, bits, weight, device)
+                measured = divergences(block.draws, {name: (len(weight), lost)}, block.ranks)
+                add_divergences({name: errors[name]}, str(bits), measured)
         return {"errors": errors}
+
+    def _measured_at(self) -> int:
+        """Return the number of bits at which the divergence that an error makes is measured: the second, if there are several."""
+        seed, parent = self.seed_and_parent
+        return min(seed + 1, parent)
+
+    def _add_divergences(self, block: Block, weights: Mapping[str, Tensor], errors: Record) -> None:
+        """Measure what the errors of a block's matrices cost; ``weights`` are the dense ones."""
+        bits = self._measured_at()
+        lost = {}
+        for name, weight in weights.items():
+            block.linears[name].weight.copy_(weight)  # a variant's may be there
+            error = block.packed[name].dense(bits).to(weight.device) - weight
+            lost[name] = len(error), error.__getitem__
+        add_divergences(errors, str(bits), divergences(block.draws, lost, block.ranks))
 
     def _sensitivities(self, block: Block) -> dict[str, Tensor]:
         if self.sensitivity == "fisher":
@@ -176,6 +199,11 @@ def share_packed(block: Block, names: Sequence[str]) -> None:
     tensors, bits = block.ranks.joined(tensors), block.ranks.noted({n: list(f.codebooks) for n, f in own.items()})
     packed = {n: Codes(tensors[f"codes {n}"], {b: tensors[f"{b} {n}"] for b in bits[n]}) for n in names if n in bits}
     block.packed = packed | block.packed
+
+
+def _lost_rows(found: Codes, bits: int, weight: Tensor, device: torch.device, part: slice) -> Tensor:
+    """Return the error of some rows of an embedding or a head, float32 [rows, K]."""
+    return (found.rows(bits, part) - weight[part]).to(device)
 
 
 def _on_cpu(weight: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from compress.ranks import ALONE, Ranks, Sums, even_parts
 from compress.statistics import Moments, add_products, evened, no_products, unfolded
 
 CORRECTING = 256  # tokens of every sample that corrections are measured on
-_DAMPING = 1e-3  # share of the Hessian's mean diagonal that is added to it
+_DAMPING = 2e-2  # share of the Hessian's mean diagonal that is added to it
 _CORRECTION_DAMPING = 1e-2
 _SEARCH = 90  # bytes per weight of the rows that are searched at a time
 _FAST_FROM = 512  # columns: below, products in bfloat16 gain nothing

@@ -30,11 +30,11 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (10370, 11.1),
+    "compress": (10610, 11.1),
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
-    "quant": (5320, 12.5),
+    "quant": (5340, 12.5),
     "pruning": (3410, 11.8),
     "prompts": (520, 9.4),
     "kernels": (3380, 13.7),
@@ -42,8 +42,8 @@ BUDGETS = {
     "evals/bench": (2315, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (29880, 11.6),
-    "without tests": (33230, 11.6),
+    "in the wheel": (30150, 11.6),
+    "without tests": (33500, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

@@ -30,7 +30,7 @@ def test_a_pass_that_looks_at_no_text_is_foreseen_too(recipe):
 
 
 def test_embedding_and_head_are_foreseen_like_blocks(recipe, monkeypatch):
-    """Seconds that are known: one for each call, and a hundred for all rows of an embedding."""
+    """Seconds that are known: one for each call, of which each sample has one of its own, and a hundred for all rows of an embedding."""
     monkeypatch.setattr(rehearsal, "_timed", lambda work, amount: work(amount) or 1.0)
     monkeypatch.setattr(rehearsal._Rehearsal, "_work_outside", lambda self, amount: 1 + 100 * amount.share)
     quantise = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
@@ -39,7 +39,7 @@ def test_embedding_and_head_are_foreseen_like_blocks(recipe, monkeypatch):
     without, packed = (
         plan(recipe | {"passes": [one]}, seconds=True)["passes"][0]["processor_seconds"] for one in recipe["passes"]
     )
-    assert packed == pytest.approx(without + 101)
+    assert packed == pytest.approx(without + 101 + recipe["calibration"]["samples"])
 
 
 @pytest.mark.parametrize(("transposed", "shape"), [(False, (3, 4)), (True, (2, 5))])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress import runner
-from compress.fisher import squared_gradients
+from compress.fisher import drawn_gradients
 from compress.hf import packed_modules
 from compress.passes import Block
 from compress.plan import plan
@@ -215,10 +215,10 @@ def test_few_tokens_go_through_the_variants_and_few_samples_backwards(tiny_llama
 
     def gradients(model, samples, *rest):
         backward.append(len(samples.tokens))
-        return squared_gradients(model, samples, *rest)
+        return drawn_gradients(model, samples, *rest)
 
     monkeypatch.setattr(any_precision, "fit_block", watched)
-    monkeypatch.setattr(runner, "squared_gradients", gradients)
+    monkeypatch.setattr(runner, "drawn_gradients", gradients)
     compress.run(settings(tiny_llama, text_file), tmp_path / "out")
     assert lengths == [8] * (3 * 3 * 6)
     assert backward == [2]
