@@ -36,9 +36,9 @@ class Samples:
         """Return a digest of the tokens."""
         return digest([sample.tolist() for sample in self.tokens])
 
-    def first(self, count: int | None) -> Samples:
-        """Return the first few of them; all for None."""
-        return Samples(self.tokens[:count], self.source)
+    def first(self, count: int | None, length: int | None = None) -> Samples:
+        """Return the first few of them, and of each the first tokens; all for None."""
+        return Samples(tuple(tokens[:length] for tokens in self.tokens[:count]), self.source)
 
 
 def read_documents(path: Path, separator: str | None = None, column: str = "text") -> list[str]:

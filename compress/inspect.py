@@ -15,6 +15,7 @@ from compress.quant.records import (
     expert_name,
     model_bytes,
     packed_bytes,
+    unstacked,
 )
 from compress.sidecars import inspect_sidecars
 from compress.weights import Checkpoint
@@ -24,10 +25,11 @@ def inspect(folder: Path) -> dict[str, Any]:
     """Look at a model folder.
 
     Returns:
-        ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "parameters", "modules": {name:
+        ``{"folder", "format_version", "files", "bytes", "bytes_at_bits", "divergence_at_bits", "parameters", "modules": {name:
         {"shape", "seed_bits", "parent_bits", "bytes_at_bits", "errors", "storage"}}, "dense": {tensor: bytes},
         "prompts": {bits: {"tokens", "numbers"}}, "adapter": {"rank", "numbers"}, "not_quantised", "pruned", "blocks",
         "manifest"}``. Bytes are those of the tensors in the files; dense models have no ``bytes_at_bits``.
+        ``divergence_at_bits`` has, where it was measured, the sum of all matrices' (:mod:`compress.divergence`), in nats per token.
         ``errors`` of a stack of experts are means over them. ``storage`` has ``"form"``, ``"sparse"`` or ``"dense"``, and where the manifest knows of pruned weights their
         number ``"zeros"`` and ``"bytes"``, what each form takes.
         ``blocks`` are the sizes of those that are not as large as the config says (``compress.config.BlockShape``).
@@ -68,6 +70,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         },
         "bytes": sum(item.nbytes for item in info.values()),
         "bytes_at_bits": at,
+        "divergence_at_bits": _divergences(shapes, errors),
         "modules": modules,
         "blocks": settings.pruned if settings else {},
         "dense": dense,
@@ -76,6 +79,16 @@ def inspect(folder: Path) -> dict[str, Any]:
         "pruned": any(isinstance(note, Mapping) and "zeros" in note for _, note in noted(manifest, "linears")),
         "manifest": {key: value for key, value in manifest.items() if key not in ("files", "passes", "probe")},
     }
+
+
+def _divergences(shapes: Mapping[str, PackedShape], errors: Mapping[str, Any]) -> dict[str, float]:
+    """Add up the divergence that each matrix's error makes, by the model's bits; nothing where it was not measured."""
+    every, found = unstacked(shapes), {}
+    for bits in bits_range(shapes.values()):
+        told = [errors.get(name, {}).get(str(shape.at(bits)), {}).get("divergence") for name, shape in every.items()]
+        if None not in told:
+            found[str(bits)] = sum(told)
+    return found
 
 
 def _errors(name: str, shape: PackedShape, errors: Mapping[str, Any]) -> dict[str, dict[str, float]]:

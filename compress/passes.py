@@ -51,6 +51,7 @@ class Needs:
         squared_gradients: the diagonal Fisher information of every linear, summed over calibration samples.
         draws: what an error of each linear costs, by gradients of labels drawn from the model (:attr:`Block.draws`).
         gradient_samples: how many of the samples, the first, are enough for either; all if None.
+        gradient_length: how many tokens of each, the first, are enough for draws; all if None.
         packs: leaves packed matrices behind, which no later pass can take for dense ones.
         packed: works on packed matrices, so a packing pass must come before.
         pattern: leaves zeros in an n:m pattern behind. Zeros stay: a later pass that changes dense weights changes no zero.
@@ -76,6 +77,7 @@ class Needs:
     squared_gradients: bool = False
     draws: bool = False
     gradient_samples: int | None = None
+    gradient_length: int | None = None
     packs: bool = False
     packed: bool = False
     pattern: bool = False

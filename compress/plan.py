@@ -109,7 +109,8 @@ def _needs(
     held, units, carried = weights.outside + 2 * weights.block, weights.inside, 2 * shown
     memory = held + shown + (shown if needs.outputs else 0) + own
     logits = length * int(getattr(language, "vocab_size", 0)) * _FLOAT  # of one sample
-    some = round(hidden * min(1.0, (needs.gradient_samples or samples) / max(samples, 1)))
+    shorter = min(1.0, (needs.gradient_length or length) / max(length, 1))
+    some = round(hidden * shorter * min(1.0, (needs.gradient_samples or samples) / max(samples, 1)))
     if needs.squared_gradients:  # before that: their sums for a block, those of hidden states, a sample's logits
         memory = max(memory, held + 2 * weights.block + 2 * some + _OF_LOGITS * logits)
         units, carried = 2 * weights.inside, max(carried, some * (weights.blocks + 3))

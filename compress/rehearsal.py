@@ -157,7 +157,7 @@ class _Rehearsal:
 
     def _measured_gradients(self) -> float:
         """Measure them with one block and with two; of the first are those that the pass is shown."""
-        few = Samples(self.samples[:_FEW], {})
+        few = Samples(self.samples, {}).first(_FEW, self.needs.gradient_length)
         gradients = drawn_gradients if self.needs.draws else squared_gradients
 
         def measure(blocks: int) -> None:
@@ -179,17 +179,19 @@ class _Rehearsal:
         """Measure one draw for a block, and for embedding and head."""
         rows = {name: linear.shape[0] for name, linear in self.model.outside().items()}
 
+        length = self.needs.gradient_length
+
         def outside(tokens: Tensor) -> None:
             draw = outside_draw(self.model, self._outside, 0, tokens, self._gradients[OUTSIDE], len(tokens))
             for name, use in draw().items():
                 use(slice(0, rows[name]))
 
         def inside(module: nn.Module) -> None:
-            block_draw(module, self.model.linears(0), self._runs()[0], self._gradients[0]["0"])()
+            block_draw(module, self.model.linears(0), self._runs(length)[0], self._gradients[0]["0"])()
 
         with self.model.block(0) as module:
             took = self.blocks * _timed(inside, module)
-        return (took + (_timed(outside, self.samples[0]) if self._outside else 0.0)) * self._drawn()
+        return (took + (_timed(outside, self.samples[0][:length]) if self._outside else 0.0)) * self._drawn()
 
 
 def _timed(work: Callable[[Any], object], amount: Any) -> float:

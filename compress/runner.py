@@ -91,10 +91,10 @@ class Runner:
         stage = work.stage(self.kind, state.key, settings, text, context.seed, device, __version__)
         self.stage: Stage = replace(stage, ranks=self.ranks)
         self.outside = step.outside(context)
-        count = self.needs.gradient_samples
-        self.gradient_samples = self.samples and self.samples.first(count)
+        count, length = self.needs.gradient_samples, self.needs.gradient_length
+        self.gradient_samples = self.samples and self.samples.first(count, length)
         label = "draws" if self.needs.draws else "fisher"
-        gradients = work.stage(label, state.key, text, count, self.outside, device, __version__)
+        gradients = work.stage(label, state.key, text, count, length, self.outside, device, __version__)
         self.gradients = replace(gradients, ranks=self.ranks)
         self.lots = self.ranks.lots(len(samples.tokens)) if samples and self.needs.inputs else []
         self.own = [n for lot in self.lots for n in lot]  # the samples of this process
@@ -130,7 +130,7 @@ class Runner:
         if self.needs.squared_gradients or self.needs.draws:
             assert self.gradient_samples is not None
             measure = drawn_gradients if self.needs.draws else squared_gradients
-            with self.log.unit(self.kind, "gradients" if self.needs.draws else "squared gradients"):
+            with self.log.unit(self.kind, "gradients"):
                 measure(self.model, self.gradient_samples, self.gradients, self.outside, self._progress)
         if self.needs.model_statistics and self.stage.record("model-survey") is None:
             assert self.samples is not None
@@ -292,9 +292,9 @@ class Runner:
         def varied(name: str) -> list[Run]:
             return [call(n, f"{name}-{n}" if i else f"{n}", self.needs.variant_length) for n in self.own]
 
-        originals = {n: call(n, f"{n}") for n in {*self.own, *drawn}}
         variants = {name: varied(name) for name in self.needs.variants}
-        return [originals[n] for n in self.own], variants, {n: originals[n] for n in drawn}
+        drawn_for = {n: call(n, f"{n}", self.needs.gradient_length) for n in drawn}
+        return [call(n, f"{n}") for n in self.own], variants, drawn_for
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module, calls: Sequence[Run], prefix: str = "") -> dict[str, Tensor]:

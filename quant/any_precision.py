@@ -18,9 +18,8 @@ from compress.quant.settings import AnyPrecisionConfig
 from compress.statistics import hessian_bytes
 from compress.structure import block_of
 
-_GRADIENTS = (
-    16  # samples that the divergence which an error makes is measured with: with 56, mixes of bits are little better
-)
+# Samples, of CORRECTING tokens, that the divergence which an error makes is measured with: a draw of labels for each.
+_GRADIENTS = 32
 
 
 class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
@@ -51,6 +50,7 @@ class AnyPrecision(QuantisePass[AnyPrecisionConfig]):
             variant_length=CORRECTING,
             outputs=True,
             gradient_samples=_GRADIENTS if draws else None,
+            gradient_length=CORRECTING if draws else None,
         )
 
     def memory(self, sizes: Sizes, context: Context) -> int:

@@ -30,7 +30,7 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (10610, 11.1),
+    "compress": (10630, 11.2),
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
@@ -39,11 +39,11 @@ BUDGETS = {
     "prompts": (520, 9.4),
     "kernels": (3380, 13.7),
     "evals": (4360, 11.6),
-    "evals/bench": (2315, 11.4),
+    "evals/bench": (2330, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30150, 11.6),
-    "without tests": (33500, 11.6),
+    "in the wheel": (30180, 11.6),
+    "without tests": (33530, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

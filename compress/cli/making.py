@@ -162,6 +162,9 @@ def _show_checkpoint(found: dict[str, Any], modules: bool) -> None:
     out.print(
         f"{found['bytes'] / 1e6:.3f} MB of tensors in {len(found['files'])} files{_at_bits(found['bytes_at_bits'])}"
     )
+    if found["divergence_at_bits"]:
+        foreseen = ", ".join(f"{value:.2g} at {bits} bits" for bits, value in found["divergence_at_bits"].items())
+        out.print(f"divergence from the dense model, estimated on calibration text, nats per token: {foreseen}")
     if modules and found["modules"]:
         out.print(_module_table(found))
     if found["modules"]:

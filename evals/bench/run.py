@@ -32,7 +32,9 @@ _RECIPE: dict[str, Any] = {
 }
 # Function of the library -> the stage that its time belongs to, but for what another stage takes within it.
 STAGES = {
-    "compress/fisher.py:squared_gradients": "squared gradients",
+    "compress/divergence.py:divergences": "errors",
+    "compress/fisher.py:drawn_gradients": "gradients",
+    "compress/fisher.py:squared_gradients": "gradients",
     "compress/runner.py:_outputs": "outputs carried",
     "compress/passes.py:for_each_input": "inputs of linears",
     "compress/statistics.py:add": "moments",

@@ -54,7 +54,8 @@ def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file, said, comm
     assert made.returncode == 0, made.stderr
     assert "read at 3 bits" in made.stdout
     found = json.loads(said("inspect", output, "--json"))
-    assert list(found["bytes_at_bits"]) == ["3", "4", "5"]
+    assert list(found["bytes_at_bits"]) == list(found["divergence_at_bits"]) == ["3", "4", "5"]
+    assert "estimated on calibration text, nats per token: " in said("inspect", output)
     assert "0.mlp.down_proj" in said("inspect", output)
     assert said("verify", output).count("ok ") == 3
     other = tmp_path / "other.txt"

@@ -42,19 +42,24 @@ def test_changed_settings_do_not_find_old_units(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["any_precision-*/block-1", "fisher-*/fisher-1", "fisher-*/fisher--1"])
-@pytest.mark.parametrize("sensitivity", ["fisher", "activation"])
-def test_a_damaged_unit_is_made_again(make_model, recipe, tmp_path, sensitivity, unit):
+@pytest.mark.parametrize("unit", ["any_precision-*/block-1", "GRADIENTS/fisher-1", "GRADIENTS/fisher--1"])
+@pytest.mark.parametrize(
+    ("objective", "sensitivity"), [("output", "fisher"), ("weight", "fisher"), ("output", "activation")]
+)
+def test_a_damaged_unit_is_made_again(make_model, recipe, tmp_path, objective, sensitivity, unit):
     """Also where the hidden states that led to it have been cleared away."""
     work = tmp_path / "work"
     recipe["model"] = str(make_model("llama", tie_word_embeddings=False))
     include = ["lm_head", "model.embed_tokens"] if sensitivity == "fisher" else []
-    recipe["passes"][0] |= {"sensitivity": sensitivity, "include": include}
+    recipe["passes"][0] |= {"objective": objective, "sensitivity": sensitivity, "include": include}
     compress.run(recipe, tmp_path / "one", workspace=work)
     for later in work.glob("any_precision-*/block-1.safetensors"):
         later.unlink()  # or the pass would not look at the sensitivities again
-    for damaged in work.glob(f"{unit}.safetensors"):
-        damaged.write_bytes(damaged.read_bytes()[:50])
+    unit = unit.replace("GRADIENTS", "draws-*" if objective == "output" else "fisher-*")
+    damaged = [*work.glob(f"{unit}.safetensors")]
+    assert bool(damaged) == ("block" not in unit and sensitivity == "fisher")
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:50])
     compress.run(recipe, tmp_path / "two", workspace=work)
     assert_same_files(tmp_path / "one", tmp_path / "two")
 
