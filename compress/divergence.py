@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CompressError
 from compress.fisher import calls_of, drawn_loss, lookup_gradient
 from compress.passes import Draw, Rows
 from compress.ranks import Ranks, Sums, even_parts
@@ -89,18 +90,26 @@ def divergences(
     """Estimate the divergence that each matrix's error makes alone, in nats per token.
 
     ``draws`` are those of this process, in lots; ``errors`` are name -> how many rows the error has, and these.
+
+    Raises:
+        CompressError: a gradient that is not finite.
     """
     sums = Sums(ranks)
     for lot in draws:
         for draw in lot:
             gradients = draw()
-            for name in gradients.keys() & errors.keys():
-                rows, error = errors[name]
+            for name, (rows, error) in errors.items():
+                if name not in gradients:
+                    continue
                 parts = even_parts(rows, _ROWS_AT_ONCE)
                 products = [(gradients[name](part) * error(part)).sum(dtype=torch.float64) for part in parts]
                 sums.add(name, torch.stack(products).sum().square().cpu())
         sums.end_lot()
-    return {name: float(sums.total.get(name, 0.0)) / 2 for name in errors}
+    found = {name: float(sums.total.get(name, 0.0)) / 2 for name in errors}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise CompressError(f"{name}: its gradient on calibration text is not finite; check the model's weights.")
+    return found
 
 
 def add_divergences(
@@ -119,4 +128,3 @@ def add_divergences(
     for name, by_bits in errors.items():
         for error in by_bits.values():
             error["divergence"] = costs.get(name, least) * error["weighted"]
-    assert all(math.isfinite(cost) for cost in costs.values()), "gradients were found to be finite"

@@ -116,7 +116,7 @@ def _needs(
         units, carried = 2 * weights.inside, max(carried, some * (weights.blocks + 3))
     if (
         needs.draws
-    ):  # those of every block's outputs are kept; what errors cost is measured when what they were found with is gone
+    ):  # gradients of all blocks' outputs are kept; those by matrices come when what these were found with is gone
         memory = max(memory, held + 2 * some + _OF_LOGITS * logits)
         carried += some * (weights.blocks + 3)
     if needs.packs:

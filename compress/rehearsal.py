@@ -178,7 +178,6 @@ class _Rehearsal:
     def _draws(self) -> float:
         """Measure one draw for a block, and for embedding and head."""
         rows = {name: linear.shape[0] for name, linear in self.model.outside().items()}
-
         length = self.needs.gradient_length
 
         def outside(tokens: Tensor) -> None:

@@ -29,19 +29,19 @@ def streamed(make_model, tmp_path):
         folder = make_model(kind, **config)
         model, stage = StreamedModel(open_source(str(folder)).state, torch.device("cpu")), Stage(tmp_path / kind, "key")
         drawn_gradients(model, samples, stage, list(outside), lambda *_: None)
-        predicted, draws = predicted_tokens(samples), []
-        for n, tokens in enumerate(samples.tokens):
-            hidden, calls = model.capture(tokens)
-            found = {}
-            for i, call in enumerate(calls):
-                with model.block(i) as module:
-                    wanted = stage.load(unit_of(i))[str(n)]
-                    run = partial(model.run, hidden=hidden.detach(), call=call)
-                    found |= block_draw(module, model.linears(i), run, wanted)()
-                    hidden = run(module)
-            if outside:
-                found |= outside_draw(model, outside, n, tokens, stage.load(unit_of(-1)), predicted)()
-            draws.append(found)
+        captured = [model.capture(tokens) for tokens in samples.tokens]
+        hidden, calls = [first.detach() for first, _ in captured], [calls for _, calls in captured]
+        draws = [{} for _ in samples.tokens]
+        for i in range(len(model.blocks)):
+            wanted = stage.load(unit_of(i))
+            with model.block(i) as module:
+                for n, found in enumerate(draws):
+                    run = partial(model.run, hidden=hidden[n], call=calls[n][i])
+                    found |= block_draw(module, model.linears(i), run, wanted[str(n)])()
+                    hidden[n] = run(module).detach()
+        left = stage.load(unit_of(-1)) if outside else {}
+        for n, found in enumerate(draws if outside else []):
+            found |= outside_draw(model, outside, n, samples.tokens[n], left, predicted_tokens(samples))()
         return folder, draws
 
     return measure
@@ -90,6 +90,12 @@ def test_the_estimate_is_the_divergence_of_a_small_error(streamed):
             pairs = zip(changed, dense, strict=True)
             true = sum(float(kl_div(now, was, log_target=True, reduction="sum")) for now, was in pairs)
             assert found == pytest.approx(true / predicted_tokens(samples), rel=0.3)
+
+
+def test_a_gradient_that_is_no_number_is_named():
+    rows = torch.full((2, 3), torch.inf).__getitem__
+    with pytest.raises(compress.CompressError, match="up_proj: its gradient on calibration text is not finite"):
+        divergences([[lambda: {"up_proj": rows}]], {"up_proj": (2, torch.ones(2, 3).__getitem__)}, ALONE)
 
 
 def test_other_numbers_of_bits_follow_the_errors_of_outputs():
