@@ -62,8 +62,9 @@ def drawn_loss(logits: Tensor, place: int, predicted: int) -> Tensor:
 
     That many tokens of all samples are predicted. The labels depend on the logits and on the sample's place alone.
     """
-    chances = torch.softmax(logits.detach().float().cpu(), dim=-1)
-    labels = torch.multinomial(chances, 1, generator=derived_generator(0, place))[:, 0]
+    chances = torch.softmax(logits.detach().float().cpu(), dim=-1).cumsum(-1, dtype=torch.float64)
+    drawn = torch.rand(len(chances), 1, generator=derived_generator(0, place), dtype=torch.float64) * chances[:, -1:]
+    labels = torch.searchsorted(chances, drawn, right=True)[:, 0].clamp_max(chances.shape[1] - 1)
     loss: Tensor = cross_entropy(logits, labels.to(logits.device), reduction="sum") / predicted**0.5
     return loss
 
@@ -136,12 +137,15 @@ def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[st
             tokens, state = samples.tokens[i], hidden[str(i)].to(model.device).requires_grad_()
             with calls_of(model.model.get_submodule(model.head)) as calls:
                 logits = model.logits(tokens, state)[:-1]
-            loss = cross_entropy(logits, tokens[1:].to(model.device))
+            drawn_from = drawn and bool(torch.isfinite(logits.amax()))
+            loss = (
+                drawn_loss(logits, i, predicted) if drawn_from else cross_entropy(logits, tokens[1:].to(model.device))
+            )
             if not torch.isfinite(loss):
                 raise CompressError(
                     f"calibration sample {i}: the model's loss is {loss.item()}; its weights are damaged."
                 )
-            loss, squared = drawn_loss(logits, i, predicted) if drawn else loss, head is not None and not drawn
+            squared = head is not None and not drawn
             found = torch.autograd.grad(loss, [state, calls[0][1]] if squared else [state])
             gradients[str(i)] = found[0].cpu()
             if head is not None:

@@ -125,3 +125,12 @@ def test_a_mix_of_bits_is_chosen_by_divergences(recipe, tmp_path):
     bits = bits_for(out, "2.5")
     assert bits[costly] == 4
     assert 2 in bits.values()
+
+
+def test_labels_are_drawn_as_often_as_the_model_says():
+    """Never one that it rules out; the loss of a sample is that of its own draw, the same every time."""
+    chances = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    logits = chances.log().repeat(4000, 1)
+    losses = [float(drawn_loss(logits, place, predicted=1)) / 4000 for place in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses == pytest.approx([float(torch.special.entr(chances).sum())] * 3, rel=0.03)
