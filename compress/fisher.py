@@ -137,6 +137,7 @@ def _loss(model: StreamedModel, samples: Samples, stage: Stage, outside: list[st
             tokens, state = samples.tokens[i], hidden[str(i)].to(model.device).requires_grad_()
             with calls_of(model.model.get_submodule(model.head)) as calls:
                 logits = model.logits(tokens, state)[:-1]
+            # From logits that are no numbers nothing can be drawn; the plain loss of them is none either, and refused below.
             drawn_from = drawn and bool(torch.isfinite(logits.amax()))
             loss = (
                 drawn_loss(logits, i, predicted) if drawn_from else cross_entropy(logits, tokens[1:].to(model.device))
