@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -72,15 +73,24 @@ def auto_class(config: PretrainedConfig) -> Any:
 _OTHER_TASK = re.compile("For.*(Classification|QuestionAnswering|MultipleChoice|Regression)")
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Let no memory be asked for that a parameter of a mixture of experts would take before it moves to the meta device."""
+class _OnMeta(TorchFunctionMode):
+    """Let no memory be asked for that a mixture of experts would take before it moves to the meta device, and draw no values there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
+        filled = args[0] if args else given.get("tensor")
+        if getattr(func, "__name__", "") in _RANDOM and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
         sizes = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
         if func in (torch.empty, torch.zeros, torch.ones) and "device" not in given and _is_large(sizes):
             given["device"] = "meta"
         return func(*args, **given)
+
+
+_RANDOM = frozenset(
+    {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"}
+)
+"""What fills a tensor with random values, in place; torch takes milliseconds for each on the meta device."""
 
 
 def _is_large(sizes: Sequence[Any]) -> bool:
@@ -95,7 +105,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     auto = auto_class(config)
     try:
-        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
+        with _OnMeta(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     except ImportError as error:
         raise CompressError(f"model type {config.model_type!r} cannot be built here: {first_line(error)}.") from error

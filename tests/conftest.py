@@ -427,6 +427,7 @@ def run_ranks(own_process):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+        place["OMP_NUM_THREADS"] = "1"  # accelerate asks for as many
         code = "import torch\ntorch.set_num_threads(1)\n" + code
         numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **place} for rank in range(ranks)]
         started = [own_process(code, *arguments, **number) for number in numbers]
@@ -466,3 +467,45 @@ def quick_loads(run_code, monkeypatch):
         return json.loads(run_code(fresh._BEFORE + code, json.dumps(request)).splitlines()[-1])
 
     monkeypatch.setattr(speed, "in_fresh_process", answer)
+
+
+SCRIPTS = Path(__file__).parent / "kernels"
+SERVER = """
+import json, os, runpy, sys, traceback
+import compress.evals.kernels_bench, compress.kernels.kv_gpu, compress.loading, compress.quant.nested
+for line in sys.stdin:
+    script, arguments, said = json.loads(line)
+    child = os.fork()
+    if not child:
+        for descriptor in (1, 2):
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        sys.argv, code = [script, *arguments], 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+"""Runs scripts, each in a process of its own that begins with the library imported."""
+
+
+@pytest.fixture(scope="session")
+def interpret(tmp_path_factory):
+    """Run a script of ``kernels`` in Triton's interpreter, which Triton decides on when it is imported; returns what it printed."""
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, **pipe
+    ) as server:
+
+        def run(script, *arguments):
+            said = tmp_path_factory.mktemp("interpreter") / "said"
+            print(
+                json.dumps([str(SCRIPTS / script), list(map(str, arguments)), str(said)]), file=server.stdin, flush=True
+            )
+            assert server.stdout.readline() == "0\n", said.read_text()
+            return said.read_text()
+
+        yield run

@@ -161,7 +161,7 @@ def test_sums_are_those_of_the_lots_of_each_half_in_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "names"), [(2, (*PASSES, *TRAINED)), (3, ("rows", "pruned"))])
-def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_model, tmp_path):
+def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_model, tmp_path, run_ranks):
     """Every pass that divides its work; more samples than lots, and rows enough for several parts."""
     recipe["calibration"]["samples"] = 11
     recipes = {}
@@ -171,15 +171,13 @@ def test_several_processes_write_the_bytes_of_one(ranks, names, recipe, make_mod
         changes |= {"num_hidden_layers": 3 if name == "blocks" else 2}
         text = {**recipe["calibration"], "length": 40 if name == "cache" else 24}
         recipes[name] = {**recipe, "model": str(make_model(kind, **changes)), "calibration": text, "passes": passes}
-    script = tmp_path / "ranked.py"
-    script.write_text(
+    code = (
         "import compress, json, sys\n"
-        "if __name__ == '__main__':\n"
-        "    for output, recipe in json.loads(sys.argv[1]).items():\n"
-        "        compress.run(recipe, output)\n"
+        "for output, recipe in json.loads(sys.argv[1]).items():\n"
+        "    compress.run(recipe, output)\n"
     )
     given = json.dumps({str(tmp_path / f"{name}-ranks"): one for name, one in recipes.items()})
-    process = launch(ranks, script, given)
+    process = run_ranks(ranks, code, given)
     assert process.returncode == 0, process.stderr
     with threads_of_torch(1):  # as each of several processes has
         for name, one in recipes.items():

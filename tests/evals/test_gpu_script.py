@@ -87,7 +87,17 @@ def test_without_time_nothing_is_begun_and_all_is_said(start, tmp_path):
     kernels.missing() is not None or version("triton").startswith("3.6"),
     reason=kernels.missing() or "the interpreter of Triton 3.6 does not work with NumPy 2.4",
 )
-def test_a_dry_run_goes_through_every_step(start, compressed, tmp_path):
+def test_a_dry_run_goes_through_every_step(start, compressed, tmp_path, interpret, monkeypatch):
+    """One in a process that begins with nothing, as on a GPU; the others need not import everything again."""
+    from_nothing = gpu._run
+
+    def run(name, allowed, output, model, dry_run):
+        if name == "tuning":
+            return from_nothing(name, allowed, output, model, dry_run)
+        interpret("gpu_step.py", name, output, model, "dry")
+        return "done"
+
+    monkeypatch.setattr(gpu, "_run", run)
     code, said = start(dry_run=True, model=str(compressed), output=tmp_path)
     assert code == 0, said + (tmp_path / gpu.LOG).read_text()
     figures = json.loads((tmp_path / gpu.FIGURES).read_text())

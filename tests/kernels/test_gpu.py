@@ -170,14 +170,14 @@ def test_a_loaded_checkpoint_end_to_end(make_model, text_file, tmp_path, codeboo
 
 @pytest.mark.slow
 @interpreter
-@pytest.mark.parametrize(("kind", "codebooks"), [("gpt_oss", "row"), ("qwen3_moe", "shared")])
-def test_experts_in_one_launch(make_model, text_file, tmp_path, kind, codebooks, interpret):
+def test_experts_in_one_launch(make_model, text_file, tmp_path, interpret):
     """Of a model with biases, and of one whose columns have factors and sizes for groups."""
-    calibration = {"text": str(text_file), "samples": 2, "length": 16}
-    passes = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "codebooks": codebooks}]
-    recipe = {"model": str(make_model(kind, num_hidden_layers=1)), "calibration": calibration, "passes": passes}
-    folder = compress.run(recipe, tmp_path / "model")
-    assert interpret("interpreted_experts.py", folder).count(": ok") == 3
+    calibration, folders = {"text": str(text_file), "samples": 2, "length": 16}, []
+    for kind, codebooks in (("gpt_oss", "row"), ("qwen3_moe", "shared")):
+        passes = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "codebooks": codebooks}]
+        recipe = {"model": str(make_model(kind, num_hidden_layers=1)), "calibration": calibration, "passes": passes}
+        folders.append(compress.run(recipe, tmp_path / kind))
+    assert interpret("interpreted_experts.py", *folders).count(": ok") == 3
 
 
 @pytest.mark.slow

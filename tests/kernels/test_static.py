@@ -29,10 +29,7 @@ def test_every_kind_of_kernel_compiles_and_keeps_its_budget(tmp_path, run_script
     run_script("static.py", "--json", tmp_path / "found.json", TRITON_CACHE_DIR=str(tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     assert {case["target"] for case in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for operation in ("gemv", "dot"):
-        assert {case["bits"] for case in found if (case["operation"], case["target"]) == (operation, "sm_90")} == {
-            *range(2, 9)
-        }
+    assert {case["bits"] for case in found if case["operation"] == "gemv"} == {*range(2, 9)}
     assert {case["operation"] for case in found} == {"gemv", "dot", "tile", "look_up"}
     slim = {
         (case["bits"], case["head"], case["entries"]): case["integer"]
