@@ -38,6 +38,7 @@ STATES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
 every_state = pytest.mark.parametrize("state", STATES)
+strong_states = pytest.mark.parametrize("state", ["inference_mode", "bfloat16", "device", "autocast"])
 PASSES = [
     {"kind": "mini_llm", "ratio": 0.2, "mode": "global"},
     {"kind": "lora_recovery", "steps": 2, "batch": 2, "validate_every": 2},
@@ -69,7 +70,7 @@ def usual_state():
 
 
 @pytest.mark.slow
-@every_state
+@strong_states
 def test_a_recipe_writes_the_same_bytes(usual, tmp_path, state):
     recipe, expected = usual
     with STATES[state]():
@@ -116,7 +117,7 @@ def test_a_packed_embedding_computes_as_ever(usual_embedding, dtype):
 
 
 @pytest.mark.slow
-@every_state
+@strong_states
 def test_measuring_baking_and_training_do_not_depend_on_it(usual, tmp_path, state):
     _, folder = usual
     text = tmp_path / "text.txt"

@@ -103,7 +103,7 @@ def test_a_loaded_mixture_is_saved_and_loaded_again(mixture, tmp_path):
 
 
 @pytest.mark.slow
-def test_experts_may_have_sizes_for_groups_of_columns(make_model, text_file, tmp_path):
+def test_experts_may_have_sizes_for_groups_of_columns(make_model, text_file, verify, tmp_path):
     step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4, "codebooks": "shared"}
     step["ignore"] = ["re:.*self_attn.*", "re:.*layers[.]0[.].*"]  # which take most of the time
     model = make_model("gpt_oss", num_hidden_layers=2)
@@ -114,7 +114,7 @@ def test_experts_may_have_sizes_for_groups_of_columns(make_model, text_file, tmp
     assert (shape["experts"], shape["rank"], shape["group"]) == (4, 1, 64)
     stored = compress.config.Checkpoint(out).info()
     assert stored["model.layers.1.mlp.experts.down_proj.groups"].shape == (4, 48, 1)
-    assert compress.manifest.verify(out)
+    assert verify(out)
     for bits in (3, 4):
         model, dense = compress.load(out, bits=bits), compress.load(out, bits=bits).dequantize()
         torch.testing.assert_close(model(TOKENS[None]).logits, dense(TOKENS[None]).logits, rtol=1e-4, atol=1e-4)

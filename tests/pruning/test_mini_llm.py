@@ -39,12 +39,10 @@ def logits(folder, bits=None):
 
 UNIFORM = [
     ("llama", {}, {"num_attention_heads": 2, "num_key_value_heads": 1}),
-    ("qwen2", {"unit": "queries"}, {"num_attention_heads": 2, "num_key_value_heads": 2}),
     ("qwen3", {"unit": "queries"}, {"num_attention_heads": 2, "num_key_value_heads": 2}),
     ("gemma3_text", {}, {"num_attention_heads": 2, "num_key_value_heads": 1}),
     # Configs that cannot say fewer heads: channels alone.
     ("opt", {"ratio": 0.1}, {"num_attention_heads": 4}),
-    ("gpt2", {"ratio": 0.1}, {"n_head": 4}),
     ("gpt_neox", {"ratio": 0.1}, {"num_attention_heads": 4}),
 ]
 

@@ -257,11 +257,13 @@ def weights_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recovery", [{}, {"full": True}, {"dropout": 0.1}, {"merge": False}], ids=str)
-@pytest.mark.parametrize(("kind", "prune"), [("llama", {"sparsity": 0.5}), ("gpt2", {"pattern": "2:4"})])
-def test_what_pruning_has_set_to_zero_stays_zero(longer, make_model, tmp_path, kind, prune, recovery):
+@pytest.mark.parametrize(
+    ("kind", "recovery"),
+    [("llama", {}), ("llama", {"dropout": 0.1}), ("llama", {"merge": False}), ("gpt2", {}), ("gpt2", {"full": True})],
+)
+def test_what_pruning_has_set_to_zero_stays_zero(longer, make_model, tmp_path, kind, recovery):
     longer["model"], work = str(make_model(kind)), tmp_path / "work"
-    prune = {"kind": "prune", **prune}
+    prune = {"kind": "prune", **({"sparsity": 0.5} if kind == "llama" else {"pattern": "2:4"})}
     before = compress.run({**longer, "passes": [prune]}, tmp_path / "pruned", workspace=work)
     after = compress.run({**longer, "passes": [prune, FAST | recovery]}, tmp_path / "recovered", workspace=work)
     pruned, recovered = weights_of(before), weights_of(after)
