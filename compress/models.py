@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,22 +78,13 @@ class _OnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         filled = args[0] if args else given.get("tensor")
-        if getattr(func, "__name__", "") in _RANDOM and isinstance(filled, Tensor) and filled.is_meta:
-            return filled
+        if getattr(func, "__name__", "") in ("normal_", "uniform_") and isinstance(filled, Tensor) and filled.is_meta:
+            return filled  # torch takes milliseconds for each
         sizes = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
-        if func in (torch.empty, torch.zeros, torch.ones) and "device" not in given and _is_large(sizes):
+        known = func in (torch.empty, torch.zeros, torch.ones) and all(isinstance(size, int) for size in sizes)
+        if known and "device" not in given and math.prod(sizes) > 1 << 28:
             given["device"] = "meta"
         return func(*args, **given)
-
-
-_RANDOM = frozenset(
-    {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"}
-)
-"""What fills a tensor with random values, in place; torch takes milliseconds for each on the meta device."""
-
-
-def _is_large(sizes: Sequence[Any]) -> bool:
-    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) > 1 << 28
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

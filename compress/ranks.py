@@ -40,7 +40,10 @@ _HALF = LOTS // 2
 
 def processes(device: torch.device) -> PartialState:
     """Tell who is at work; usually one process. Of the device only the type matters."""
-    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
+    threads = torch.get_num_threads()  # accelerate 1.15 may set more (findings/threads_by_accelerate.sh)
+    found = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    return found
 
 
 class _Stopped(BaseException):

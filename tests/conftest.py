@@ -25,6 +25,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.interpreter import interpret  # noqa: F401
+
 NESTED = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40
 COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
@@ -467,45 +469,3 @@ def quick_loads(run_code, monkeypatch):
         return json.loads(run_code(fresh._BEFORE + code, json.dumps(request)).splitlines()[-1])
 
     monkeypatch.setattr(speed, "in_fresh_process", answer)
-
-
-SCRIPTS = Path(__file__).parent / "kernels"
-SERVER = """
-import json, os, runpy, sys, traceback
-import compress.evals.kernels_bench, compress.kernels.kv_gpu, compress.loading, compress.quant.nested
-for line in sys.stdin:
-    script, arguments, said = json.loads(line)
-    child = os.fork()
-    if not child:
-        for descriptor in (1, 2):
-            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-        sys.argv, code = [script, *arguments], 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-"""Runs scripts, each in a process of its own that begins with the library imported."""
-
-
-@pytest.fixture(scope="session")
-def interpret(tmp_path_factory):
-    """Run a script of ``kernels`` in Triton's interpreter, which Triton decides on when it is imported; returns what it printed."""
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, **pipe
-    ) as server:
-
-        def run(script, *arguments):
-            said = tmp_path_factory.mktemp("interpreter") / "said"
-            print(
-                json.dumps([str(SCRIPTS / script), list(map(str, arguments)), str(said)]), file=server.stdin, flush=True
-            )
-            assert server.stdout.readline() == "0\n", said.read_text()
-            return said.read_text()
-
-        yield run

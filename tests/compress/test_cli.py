@@ -48,7 +48,7 @@ def recipe_file(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file, said, command):
+def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file, said, command, verify):
     output = tmp_path / "model"
     made = compress_command("run", recipe_file, "-o", output, "--set", "passes.0.parent_bits=5")
     assert made.returncode == 0, made.stderr
@@ -57,7 +57,7 @@ def test_run_and_look_at_the_result(recipe_file, tmp_path, text_file, said, comm
     assert list(found["bytes_at_bits"]) == list(found["divergence_at_bits"]) == ["3", "4", "5"]
     assert "estimated on calibration text, nats per token: " in said("inspect", output)
     assert "0.mlp.down_proj" in said("inspect", output)
-    assert said("verify", output).count("ok ") == 3
+    assert said("verify", output).count("ok ") == len(verify(output)) == 3
     other = tmp_path / "other.txt"
     other.write_text("the dog jumps over the fox.\nthe fox sleeps.\n" * 3)
     said("eval", output, "--text", other, "--bits", "3,5", "--separator", "\n", "--json", tmp_path / "eval.json")

@@ -214,6 +214,20 @@ def test_a_rank_that_dies_is_named_and_another_number_continues(
 
 
 @pytest.mark.slow
+def test_a_smaller_number_of_threads_than_the_cores_is_kept(run_ranks):
+    """Sums depend on it, and accelerate sets another where the launcher has not said how many threads there are."""
+    code = (
+        "import os\n"
+        "os.environ['OMP_NUM_THREADS'] = '0'\n"
+        "from compress.ranks import Ranks\n"
+        "assert Ranks.at_work(torch.device('cpu')).size == 2\n"
+        "print(torch.get_num_threads())"
+    )
+    process = run_ranks(2, code)
+    assert process.stdout.split() == ["1", "1"], process.stderr
+
+
+@pytest.mark.slow
 def test_what_is_wrong_for_all_is_said_once(recipe, tmp_path, run_ranks):
     recipe["passes"] = [{"kind": "tune_tables"}]
     written = tmp_path / "recipe.yaml"
