@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -78,7 +77,7 @@ class _OnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         filled = args[0] if args else given.get("tensor")
-        if getattr(func, "__name__", "") in ("normal_", "uniform_") and isinstance(filled, Tensor) and filled.is_meta:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_") and getattr(filled, "is_meta", False):
             return filled  # torch takes milliseconds for each
         sizes = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
         known = func in (torch.empty, torch.zeros, torch.ones) and all(isinstance(size, int) for size in sizes)
@@ -99,5 +98,4 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     except ImportError as error:
         raise CompressError(f"model type {config.model_type!r} cannot be built here: {first_line(error)}.") from error
-    model.train(False)
-    return model
+    return model.train(False)
