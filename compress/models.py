@@ -92,10 +92,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         CompressError: the class cannot be built, for want of a package say.
     """
-    auto = auto_class(config)
     try:
         with _OnMeta(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     except ImportError as error:
         raise CompressError(f"model type {config.model_type!r} cannot be built here: {first_line(error)}.") from error
-    return model.train(False)
+    model.train(False)
+    return model
