@@ -2,7 +2,8 @@
 # accelerate 1.15.0, PartialState on CPUs: making it sets torch's number of threads, over the one that the program has chosen.
 # Expected: an object that tells which process this is leaves torch's settings, or at least a number that was set with torch.set_num_threads.
 # Seen: where a launcher has set RANK and WORLD_SIZE but not OMP_NUM_THREADS, the first PartialState (or Accelerator, or Trainer) calls
-#   torch.set_num_threads with the physical cores over the local processes, and says nothing. torchrun sets OMP_NUM_THREADS for two processes and more; mpirun and Slurm do not.
+#   torch.set_num_threads with the physical cores over the local processes; it warns that OMP_NUM_THREADS is unset, not that a chosen number is
+#   lost. torchrun sets OMP_NUM_THREADS for two processes and more; mpirun and Slurm do not.
 # Matters: sums of floats depend on the number of threads, so a program that pins it to get the same bytes gets others, and only where it is launched so.
 # Output:
 #   plain: the number stays
@@ -26,7 +27,7 @@ unset OMP_NUM_THREADS
 launched=(RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29517)
 seen=$(
   echo "plain: $("$dir/env/bin/python" "$dir/threads.py")"
-  echo "launched: $(env "${launched[@]}" "$dir/env/bin/python" "$dir/threads.py")"
+  echo "launched: $(env "${launched[@]}" "$dir/env/bin/python" -W ignore "$dir/threads.py")"
   echo "launched, OMP_NUM_THREADS set: $(env "${launched[@]}" OMP_NUM_THREADS=1 "$dir/env/bin/python" "$dir/threads.py")"
 )
 echo "$seen"
