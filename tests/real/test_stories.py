@@ -42,24 +42,23 @@ def test_the_dense_model_measures_as_published(real, measure):
 
 def test_the_weight_objective_is_at_least_as_good_as_the_papers_own_quantiser(recipe, measure, tmp_path):
     passes = [{"kind": "any_precision", "objective": "weight"}]
-    found = measure(compress.run({**recipe, "passes": passes}, tmp_path / "model"), [3, 4, 5, 8])
+    found = measure(compress.run({**recipe, "passes": passes}, tmp_path / "model"), [3, 4, 8])
     assert all(loss <= 1.005 * ANCHORS[bits] for bits, loss in found.items()), found
     assert found["8"] == pytest.approx(DENSE, rel=1e-3)
-    assert found["3"] > found["4"] > found["5"] > found["8"]
+    assert found["3"] > found["4"] > found["8"]
 
 
 def test_output_errors_close_half_the_gap_at_three_bits_and_tuned_tables_more(recipe, measure, tmp_path):
-    """The paper's quantiser loses 1.70 of perplexity at 3 bits; and 0.22 at 4, 0.046 at 5 bits, with more samples."""
+    """The paper's quantiser loses 1.70 of perplexity at 3 bits; and 0.22 at 4, with more samples."""
     recipe["calibration"]["samples"] = 64
     passes = [{"kind": "any_precision"}, {"kind": "tune_tables", "widths": [3], "steps": 15, "batch": 8, "length": 256}]
     work = tmp_path / "work"
     made = compress.run({**recipe, "passes": passes[:1]}, tmp_path / "plain", workspace=work)
     again = compress.run({**recipe, "passes": passes}, tmp_path / "tuned", workspace=work)
-    plain, tuned = measure(made, [3, 4, 5]), measure(again, [3])
+    plain, tuned = measure(made, [3, 4]), measure(again, [3])
     assert plain["3"] - DENSE < 0.5 * (ANCHORS["3"] - DENSE)
     assert tuned["3"] < 0.97 * plain["3"]
     assert plain["4"] < ANCHORS["4"]
-    assert plain["5"] < ANCHORS["5"]
     for bits in range(4, 9):  # what is not tuned stays to the byte
         (one,), (two,) = (folder.glob(f"*-{bits}bit-*.safetensors") for folder in (made, again))
         assert one.read_bytes() == two.read_bytes()
