@@ -122,6 +122,7 @@ def room(module: str) -> str:
     return part if part in MAY_IMPORT else "core"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_a_folder_imports_what_it_may(folder):
     """At the top and within functions alike."""
@@ -138,6 +139,7 @@ def test_a_folder_imports_what_it_may(folder):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other_in_a_circle():
     """Not even for type checkers: what two modules share belongs below both."""
     known = modules()
@@ -196,6 +198,7 @@ def asserts(node: ast.AST, helpers: set[str]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_every_test_asserts_something():
     """Among helpers count those that assert themselves, wherever in tests/ they are defined, and fixtures that are used by name."""
     trees = {path: ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}

@@ -209,12 +209,14 @@ def test_the_builtin_text_gives_full_samples():
     assert set(samples.source["sha256"]) == set(CALIBRATION)
 
 
+@pytest.mark.slow
 def test_training_calibration_and_heldout_modules_are_disjoint():
     trained = {path.stem.removeprefix("test_") for path in training_files()}
     assert set(CALIBRATION).isdisjoint(HELDOUT)
     assert trained.isdisjoint({*CALIBRATION, *HELDOUT})
 
 
+@pytest.mark.slow
 def test_a_dataset_folder_gives_its_documents(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"body": f"document {number} about the dog and the fox"} for number in range(6)]

@@ -70,6 +70,7 @@ def test_other_classes_hold_the_same_blocks(rounded, tmp_path, kind):
         assert torch.equal(states(loader.from_pretrained(tmp_path / "inner")), expected)
 
 
+@pytest.mark.slow
 def test_a_packed_head_is_left_out_where_there_is_none(rounded):
     folder = rounded(**ENDS)
     model = AutoModel.from_pretrained(folder)
@@ -77,6 +78,7 @@ def test_a_packed_head_is_left_out_where_there_is_none(rounded):
     assert len(packed_modules(model)) == len(packed_modules(compress.load(folder))) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [("llama", ENDS), ("gpt2", {}), ("gemma3_text", {})])
 def test_a_dequantised_model_is_an_ordinary_one(rounded, tmp_path, kind, options):
     model = compress.load(rounded(kind, **options))
@@ -100,6 +102,7 @@ def test_dequantising_takes_the_bits_in_use(compressed):
     assert torch.equal(logits(model.dequantize()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
 def test_a_dequantised_model_has_the_dtype_that_it_had_or_was_asked_for(rounded, tmp_path, kind):
     """The config's is the one of loading, and a word after a save."""
@@ -112,6 +115,7 @@ def test_a_dequantised_model_has_the_dtype_that_it_had_or_was_asked_for(rounded,
     torch.testing.assert_close(logits(half).float(), expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
 def test_a_packed_embedding_goes_with_the_model_to_another_dtype(rounded, kind):
     model = compress.load(rounded(kind, embedding_bits=6))
@@ -128,6 +132,7 @@ def test_packed_modules_on_the_disk_are_refused(compressed, tmp_path):
         AutoModelForCausalLM.from_pretrained(compressed, device_map={"": "disk"}, offload_folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_tokens_are_added_beside_packed_blocks_and_refused_beside_a_packed_embedding(rounded, compressed):
     model = compress.load(compressed)
     before = logits(model)
@@ -240,6 +245,7 @@ def test_an_adapter_computes_what_it_did_before_it_was_saved(compressed, tmp_pat
         assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * len(packed_modules(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -304,6 +310,7 @@ def test_a_tensor_of_another_adapter_is_refused(compressed, tmp_path):
         attach_adapter(compress.load(compressed), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [lora_config, peft.LoraConfig])
 @pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter"])
 def test_merging_into_packed_weights_is_refused_and_works_once_they_are_dense(compressed, call, config):

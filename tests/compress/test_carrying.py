@@ -37,6 +37,7 @@ def test_hidden_states_alone_stay_as_they_are():
     assert pack((hidden, None), args, kwargs, Call((), {})) is hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "given"),
     [

@@ -240,6 +240,7 @@ def test_a_module_that_is_loaded_again_is_not_registered_twice(run_code):
     assert run_code("import importlib, compress; print(importlib.reload(compress.hf).METHOD)").strip() == "compress"
 
 
+@pytest.mark.slow
 def test_untied_head_and_embedding_can_be_packed(make_model, recipe, tmp_path):
     recipe["model"] = str(make_model("llama", tie_word_embeddings=False))
     recipe["passes"][0] |= {"include": ["lm_head", "model.embed_tokens"]}
@@ -248,6 +249,7 @@ def test_untied_head_and_embedding_can_be_packed(make_model, recipe, tmp_path):
     assert model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 24)
 
 
+@pytest.mark.slow
 def test_a_packed_embedding_keeps_its_scale(make_model, recipe, tmp_path):
     """Gemma multiplies its embeddings by the square root of the hidden size."""
     source = make_model("gemma3_text", tie_word_embeddings=False)

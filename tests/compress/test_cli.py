@@ -91,6 +91,7 @@ def test_plan_reads_no_weights(recipe_file, tiny_llama, tmp_path, said):
     assert "MB of memory" in said("plan", recipe_file)
 
 
+@pytest.mark.slow
 def test_plan_foresees_the_time_if_asked(recipe_file, said):
     assert "minutes of processor time" in " ".join(said("plan", recipe_file, "--time").split())
 
@@ -143,6 +144,7 @@ def test_every_verb_has_help(command, verb):
     assert f"compress {verb}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,6 +228,7 @@ def test_progress_in_a_log_is_a_line_per_unit_with_the_time_left():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_tells_a_log_how_far_it_is(recipe_file, tmp_path, command):
     code, _, log = command("run", recipe_file, "-o", tmp_path / "model")
     assert code == 0

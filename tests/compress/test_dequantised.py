@@ -82,6 +82,7 @@ def test_every_tensor_is_the_one_that_transformers_makes(kind, request):
     check_source(source, TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float8", "float4"])
 def test_it_is_compressed_like_a_dense_model(kind, request, tmp_path):
     folder = compress.run(

@@ -71,6 +71,7 @@ def test_gradients_for_drawn_labels_equal_plain_backpropagation(streamed, kind, 
             torch.testing.assert_close(rows(slice(3, 5)), wanted[3:5], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_the_divergence_of_a_small_error(streamed):
     """Of one matrix of the first block, and of the tied embedding; 240 draws know it to about a tenth."""
     generator = torch.Generator().manual_seed(0)
@@ -110,6 +111,7 @@ def test_other_numbers_of_bits_follow_the_errors_of_outputs():
     assert found == {"a": [2.0, 0.5], "b": [4.0, 1.0], "no token": [0.75, 0.25]}
 
 
+@pytest.mark.slow
 def test_a_mix_of_bits_is_chosen_by_divergences(recipe, tmp_path):
     """Every matrix of a run has them; the one whose errors cost most has more bits than the others."""
     settings = {"kind": "any_precision", "seed_bits": 2, "parent_bits": 4, "codebooks": "row", "embedding_bits": 4}

@@ -36,6 +36,7 @@ def test_a_view_shares_every_tensor(model):
     assert torch.equal(logits(model), at_three)
 
 
+@pytest.mark.slow
 def test_a_view_of_a_packed_vocabulary(recipe, make_model, tmp_path):
     recipe["model"] = str(make_model("llama", tie_word_embeddings=True))
     recipe["passes"] = [{"kind": "any_precision", "seed_bits": 3, "parent_bits": 6, "embedding_bits": "auto"}]
@@ -55,6 +56,7 @@ def test_views_that_cannot_be(model, tiny_llama):
         compress.view(AutoModelForCausalLM.from_pretrained(tiny_llama), bits=3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 4, None])
 def test_greedy_text_is_the_same(model, tokens):
@@ -68,6 +70,7 @@ def test_greedy_text_is_the_same(model, tokens):
     assert drafts.drafted > 0 or tokens is None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_transformers_own_loop_takes_a_view(model):
     options = {"max_new_tokens": 20, "do_sample": False}

@@ -122,6 +122,7 @@ def test_experts_may_have_sizes_for_groups_of_columns(make_model, text_file, ver
     assert torch.equal(compress.load(tmp_path / "again")(TOKENS[None]).logits, model(TOKENS[None]).logits)
 
 
+@pytest.mark.slow
 def test_experts_that_no_token_came_to_have_the_statistics_of_all(make_model, text_file, tmp_path):
     step = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
     recipe = recipe_for(make_model("qwen3_moe", num_experts=24, num_local_experts=24), text_file, step)
@@ -142,6 +143,7 @@ def test_all_experts_of_a_layer_are_quantised_or_none(make_model, text_file, tmp
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.slow
 def test_pruned_experts_stay_dense_stacks_that_transformers_reads(make_model, text_file, tmp_path):
     steps = [{"kind": "prune", "score": score, "sparsity": 0.5} for score in ("wanda", "sparsegpt")]
     for step in steps:
@@ -202,6 +204,7 @@ def test_experts_of_other_layouts_are_packed_and_compute_the_same(kind, text_fil
     assert 0.3 < (matrix == 0).float().mean() < 0.7
 
 
+@pytest.mark.slow
 def test_a_faulty_comparison_from_disk_is_made_again_in_memory(tmp_path):
     """A router that reads another module's weight gets other memory from accelerate where blocks are left on the disk."""
     source = open_source(str(zoo.save("longcat_flash", tmp_path / "model")))

@@ -16,6 +16,7 @@ from compress.streaming import examine
 TOKENS = torch.arange(5, 29)
 
 
+@pytest.mark.slow
 def test_linears_whose_weight_the_model_reads_are_left(make_model):
     structure = examine(AutoConfig.from_pretrained(make_model("mamba")))
     assert structure.left["backbone.layers.0.mixer.dt_proj"] == READ
@@ -42,6 +43,7 @@ def test_a_choice_by_values_is_followed_as_if_all_were_chosen(make_model):
     assert not [name for name in structure.left if ".layer." in name]
 
 
+@pytest.mark.slow
 def test_experts_are_told_by_their_form_where_transformers_does_not_mark_them(make_model):
     config = AutoConfig.for_model("step3p7")
     text = config.get_text_config()
@@ -117,6 +119,7 @@ def image_text(make_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_language_model_inside_a_model_of_images_is_packed_and_the_rest_kept(image_text, text_file, tmp_path):
     recipe = {
         "model": str(image_text),

@@ -130,6 +130,7 @@ def test_a_run_writes_an_ordinary_checkpoint(llama, tmp_path):
     assert split[0]("the dog").input_ids == split[1]("the dog").input_ids
 
 
+@pytest.mark.slow
 def test_a_file_is_measured_as_the_dense_model_of_its_checkpoint(llama, text_file, tmp_path, command):
     folder = compress.run({"model": str(llama), "passes": [{"kind": "rtn", "bits": 8}]}, tmp_path / "small")
     code, said, complaint = command(

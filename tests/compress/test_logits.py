@@ -116,6 +116,7 @@ def test_losses_by_blocks_of_a_cache_in_parts(in_parts):
     assert torch.allclose(losses_by_blocks(model, tokens, cache, 9), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_tensor_is_larger_than_stated():
     """A vocabulary as large as Gemma 3's: all logits of this batch would be 630 MB."""
     model = build(vocab_size=1 << 18, hidden_size=8, head_dim=8, num_hidden_layers=1, intermediate_size=8)

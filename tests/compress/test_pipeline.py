@@ -81,6 +81,7 @@ def test_a_pass_after_a_packing_one_is_refused(recipe, tmp_path):
         compress.run(recipe, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_calibration_is_asked_for(recipe, tmp_path):
     del recipe["calibration"]
     with pytest.raises(CompressError, match=r"passes\.0 \(any_precision\) looks at text"):
@@ -123,6 +124,7 @@ def test_a_model_without_a_language_model_is_refused_before_any_work(recipe, tin
     assert not (tmp_path / "model.work").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(recipe, tiny_llama, tmp_path, value):
     folder = shutil.copytree(tiny_llama, tmp_path / "broken")
@@ -148,6 +150,7 @@ def test_a_model_that_computes_no_number_is_not_written(tiny_llama, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_ignored_linears_are_listed_with_the_reason(recipe, tmp_path):
     recipe["passes"][0]["ignore"] = [r"re:.*\.v_proj", "model.layers.1.mlp.up_proj"]
     target = compress.run(recipe, tmp_path / "model")
@@ -177,6 +180,7 @@ def test_zeros_of_a_pruned_model_stay_zero(recipe, tiny_llama, tmp_path):
         assert (weight[tensors["model.layers.0.mlp.up_proj.weight"] == 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_sensitivities_matter(recipe, tmp_path):
     """Weighted by the Fisher information, the weighted error is smaller than without it, at every width."""
     errors = {}

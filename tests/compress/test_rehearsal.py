@@ -11,6 +11,7 @@ from compress.plan import plan
 from compress.structure import Linear
 
 
+@pytest.mark.slow
 def test_time_is_foreseen_where_it_can_be(recipe):
     recipe["passes"] = [
         {"kind": "prune", "score": "wanda", "allocation": "mrp"},
@@ -29,6 +30,7 @@ def test_a_pass_that_looks_at_no_text_is_foreseen_too(recipe):
     assert min(step["processor_seconds"] for step in plan(recipe, seconds=True)["passes"]) > 0
 
 
+@pytest.mark.slow
 def test_embedding_and_head_are_foreseen_like_blocks(recipe, monkeypatch):
     """Seconds that are known: one for each call, of which each sample has one of its own, and a hundred for all rows of an embedding."""
     monkeypatch.setattr(rehearsal, "_timed", lambda work, amount: work(amount) or 1.0)
@@ -63,6 +65,7 @@ def test_each_slope_is_measured_by_itself(monkeypatch):
     assert found == pytest.approx(2 + 30 + 5 * 63)
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_does_not_fit_and_what_would(recipe, monkeypatch):
     recipe["calibration"] |= {"samples": 64, "length": 64}
     needed = plan(recipe)["peak_memory_bytes"]
@@ -83,6 +86,7 @@ def test_the_plan_says_what_does_not_fit_and_what_would(recipe, monkeypatch):
     assert "disk:" in plan(recipe)["warnings"][0]
 
 
+@pytest.mark.slow
 def test_the_plan_counts_processes_that_can_help(recipe):
     recipe["passes"] = [{"kind": "prune", "score": "magnitude"}, {"kind": "any_precision"}, {"kind": "tune_tables"}]
     recipe["passes"] += [{"kind": "soft_prompt", "batch": 3, "tokens": 4}]

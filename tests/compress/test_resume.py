@@ -68,6 +68,7 @@ def test_a_damaged_unit_is_made_again(make_model, recipe, tmp_path, objective, s
     assert_same_files(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_the_log_has_one_line_per_unit(recipe, tmp_path):
     start = time.perf_counter()
     target = compress.run(recipe, tmp_path / "model")

@@ -60,6 +60,7 @@ def test_every_architecture_is_read_as_transformers_reads_it(make_model, kind, t
     check_source(open_source(str(folder)), TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3_text", "llama"])
 def test_a_model_in_sixteen_bits_too(make_model, tmp_path, kind):
     """Gemma's embeddings are multiplied by a number that transformers rounds to the model's own type."""
@@ -112,6 +113,7 @@ def test_one_tensor_under_either_name_stays_tied(tiny_llama, make_model, recipe,
     assert verify(output)
 
 
+@pytest.mark.slow
 def test_weights_in_one_file_come_before_an_index(tiny_llama, make_model, tmp_path):
     """A folder saved twice may have both; transformers looks for the single file first."""
     source = shutil.copytree(tiny_llama, tmp_path / "source")
@@ -122,6 +124,7 @@ def test_weights_in_one_file_come_before_an_index(tiny_llama, make_model, tmp_pa
     check_source(open_source(str(source)), TOKENS)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_before_any_work(tiny_llama, make_model, recipe, tmp_path, monkeypatch):
     source = open_source(str(tiny_llama))
     noisy = rewritten(tiny_llama, tmp_path / "noisy", lambda tensors: tensors["model.norm.weight"].mul_(1.01))
@@ -149,6 +152,7 @@ def test_the_check_says_nothing_and_leaves_loggers_as_they_were(tiny_llama, capl
     assert "meta device" not in caplog.text
 
 
+@pytest.mark.slow
 def test_nothing_stays_of_the_model_that_was_compared(tiny_llama):
     """Its modules and the hooks on them hold each other, so that it would, embedding and head with it, unless the hooks are taken off."""
 

@@ -264,6 +264,7 @@ def test_the_command_says_what_was_saved(sparse, capsys):
     assert f"stored sparse: 20 matrices, {stored:.3f} MB instead of {instead:.3f} MB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_where_it_does_not_pay_the_dense_form_is_stored_and_that_is_said(make_model, tmp_path, capsys):
     """Columns fill whole words here; with 48 of them, the dense form's padding alone would cost more than a mask."""
     source = prune(make_model("llama", hidden_size=64, intermediate_size=96, head_dim=16), tmp_path / "source", 0.05)
@@ -327,6 +328,7 @@ def test_a_version_1_with_sparse_records_is_refused(copy):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_sparse_files(pruned, sparse, tmp_path):
     """Units in the workspace are stored in the chosen form already."""
     settings = {"ignore": ["model.layers.0.self_attn.v_proj"]}

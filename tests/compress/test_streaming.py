@@ -81,6 +81,7 @@ def test_squared_gradients_equal_plain_backpropagation(make_model, tmp_path, kin
     assert not list(tmp_path.glob("hidden-*")), "hidden states are cleared away"
 
 
+@pytest.mark.slow
 def test_layers_that_share_keys_where_there_is_a_cache_alone_are_refused(recipe, make_model, tmp_path):
     """Blocks run without a cache, as in training: before transformers 5.6 that is another model."""
     recipe |= {"model": str(make_model("gemma3n_text")), "passes": [{"kind": "rtn", "bits": 4}]}

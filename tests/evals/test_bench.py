@@ -41,6 +41,7 @@ def test_candidates_take_turns_and_the_first_round_is_not_counted():
     assert calls == ["a", "b"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -40,6 +40,7 @@ def test_items_of_a_small_module_by_hand():
     assert {item["choices"][item["gold"]] for item in names} == {"argument"}
 
 
+@pytest.mark.slow
 def test_held_out_modules_are_not_trained_on():
     assert not {path.stem for path in training_files()} & set(HELDOUT)
     assert not set(CALIBRATION) & set(HELDOUT)

@@ -84,6 +84,7 @@ def test_results_can_be_kept_elsewhere(command, checkpoint, held_out, tmp_path):
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_bench_report_and_compare(command, checkpoint, compressed, held_out, tmp_path, monkeypatch):
     def loads(places, *_):
         return {name: {"load_seconds": [0.5], "resident_bytes": [1e6]} for name in places}

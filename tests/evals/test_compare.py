@@ -57,6 +57,7 @@ def test_protocols_are_not_mixed(two):
     assert again.text["settings"]["protocol"]["length"] == 32
 
 
+@pytest.mark.slow
 def test_checkpoints_of_different_models_are_compared_by_bits_per_byte(two, make_model, tmp_path):
     """One model's loss above its own dense one says nothing about another's."""
     first, _, text = two

@@ -68,6 +68,7 @@ def test_every_cell_is_measured_once_and_as_the_recipe_says(data, tmp_path, monk
     assert GridRun(grid, tmp_path / "out").lines() == lines
 
 
+@pytest.mark.slow
 def test_a_setting_is_chosen_on_text_that_nobody_has_seen(data, tmp_path, monkeypatch):
     """Trials run at one point for all cells, and the text to measure on takes no part."""
     grid, trials = parse_grid(data), []
@@ -165,6 +166,7 @@ def test_every_recipe_of_our_grids_is_valid(path):
     assert set(Row.model_fields) >= {"passes", "axes", "seeds", "choose", "bits", "prompt"}
 
 
+@pytest.mark.slow
 def test_the_command(data, tmp_path, monkeypatch, capsys):
     del data["rows"]["packed"], data["rows"]["random"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**data, "model": "nowhere"}))

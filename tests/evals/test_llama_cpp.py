@@ -70,6 +70,7 @@ def test_on_more_threads_the_tool_has_the_clock(tool, gguf):
     assert [(one["-p"], one["-n"], one["-d"]) for one in asked(tool)] == [("20", "0", "0"), ("0", "6", "20")]
 
 
+@pytest.mark.slow
 def test_bench_takes_it_into_its_turns(command, compressed, tool, gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(
         speed,

@@ -60,6 +60,7 @@ def test_there_are_recipes_for_every_paper():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "billions"),
     [("meta-llama/Llama-2-7b-hf", 6.738), ("mistralai/Mistral-7B-v0.1", 7.242), ("facebook/opt-6.7b", 6.658)],

@@ -85,6 +85,7 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_needs_nothing_from_outside(measured):
     text = html(report_page(collect(measured, results_of(measured))))
     parser = Balanced()
@@ -133,6 +134,7 @@ def test_the_tables_have_the_figures_that_were_measured(measured):
     assert markdown(found).count("\n") == len(found.rows) + 1
 
 
+@pytest.mark.slow
 def test_html_markdown_and_picture_are_written_and_nothing_is_measured_again(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(gather, "measure_missing", None)
     written, notes = report(measured, None, tmp_path / "out")
@@ -202,6 +204,7 @@ def test_a_matrix_whose_shape_is_wrong_is_named(tmp_path):
         read_matrices(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_soft_prompt_is_measured_with_and_without_and_on_the_dense_model(compressed, soft_prompt, tmp_path):
     """All on the same windows, which leave room for the prompt; virtual tokens are never scored."""
     folder = shutil.copytree(compressed, tmp_path / "model")
@@ -231,6 +234,7 @@ def test_a_soft_prompt_is_measured_with_and_without_and_on_the_dense_model(compr
     ]
 
 
+@pytest.mark.slow
 def test_smaller_shapes_are_shown_block_by_block(tiny_llama, text_file, tmp_path):
     import compress
 
@@ -248,6 +252,7 @@ def test_smaller_shapes_are_shown_block_by_block(tiny_llama, text_file, tmp_path
     assert "<h2>Sizes per block</h2>" in html(report_page(facts))
 
 
+@pytest.mark.slow
 def test_its_quality_is_in_the_model_card_too(measured, tmp_path):
     """Where the report is the checkpoint's own."""
     folder = shutil.copytree(measured, tmp_path / "model")

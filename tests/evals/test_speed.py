@@ -108,6 +108,7 @@ def test_changing_the_width_is_timed_where_there_are_widths(compressed, no_proce
     assert 0 < found["3"]["switch_seconds"]["low"] <= found["3"]["switch_seconds"]["high"] < time.perf_counter() - start
 
 
+@pytest.mark.slow
 def test_a_pruned_model_stands_beside_the_dense_one_that_is_given(tiny_llama, tmp_path, no_processes):
     passes = [{"kind": "mini_llm", "ratio": 0.3, "score": "magnitude", "compensate": False}]
     pruned = compress.run({"model": str(tiny_llama), "passes": passes}, tmp_path / "pruned")
@@ -117,6 +118,7 @@ def test_a_pruned_model_stands_beside_the_dense_one_that_is_given(tiny_llama, tm
     assert found["pruned"]["decode_versus_dense"].keys() == {"median", "low", "high"}
 
 
+@pytest.mark.slow
 def test_a_random_model_needs_no_checkpoint(command, no_processes, tmp_path):
     sizes = ("--prompt-tokens", "8", "--tokens", "2", "--rounds", "1", "--bits", "2,8")
     code, _, error = command("bench", "--random", "llama-tiny", *sizes, "--json", tmp_path / "found.json")

@@ -121,6 +121,7 @@ def test_planes_and_codebook_get_no_gradient():
     assert all(plane.grad is None for plane in planes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_torch_accepts_the_operator(biased, trained):

@@ -31,6 +31,7 @@ def test_without_a_gpu_plain_torch_computes_the_operator(dtype):
     assert torch.allclose(y.double(), exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_torch_accepts_the_operator(trained):
     tiled = random_tiled(5, 33, 3)

@@ -129,6 +129,7 @@ def test_512_rows_of_activations():
     assert_is_product(y, x, weight * factors[:, None].double(), 2.0**-20)
 
 
+@pytest.mark.slow
 def test_torch_accepts_the_operators_with_groups():
     planes, codebook, groups, _ = matrix(4, 5, 100)
     tensors, facts = [codebook, *planes], (5, 100, 4, 0)

@@ -73,6 +73,7 @@ def test_products_of_several_rows(bits, seed, kind, rows):
         assert error.max() < (1e-3 if form == "half" else 3e-7)
 
 
+@pytest.mark.slow
 def test_float16_chains_keep_a_long_product_within_a_thousandth():
     """4096 columns in chains of eight: the error of a whole output, against the norm of all of them."""
     generator = np.random.default_rng(0)

@@ -101,6 +101,7 @@ def test_dense_models_of_other_kinds(make_model, recipe, tmp_path, kind):
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_baked_is_refused(prompted, compressed, baked, recipe, make_model, tmp_path):
     with pytest.raises(CompressError, match="a prompt for each of 3, 4 bits; say with --bits"):
         bake(prompted, tmp_path / "no")
@@ -136,6 +137,7 @@ def test_a_packed_vocabulary_gets_the_prompt_as_rows_of_its_own(prompted, recipe
     assert verify(tmp_path / "baked")
 
 
+@pytest.mark.slow
 def test_a_dense_model_behind_the_prompt_of_another_can_be_looked_at(prompted, tiny_llama, tmp_path, command):
     bake(tiny_llama, tmp_path / "baked", prompt=prompted / "soft_prompt" / "3bit")
     code, text, _ = command("inspect", tmp_path / "baked")

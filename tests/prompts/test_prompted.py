@@ -80,6 +80,7 @@ def test_a_padded_row_is_continued_as_it_is_alone(behind, kind, method):
         assert torch.equal(alone, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), seed=st.integers(0, 5))
 @settings(max_examples=15, deadline=None)

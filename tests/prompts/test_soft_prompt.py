@@ -149,6 +149,7 @@ def test_it_trains_in_bfloat16(whole, context):
     assert record["best"]["held_out"]["3"] < record["history"][0]["held_out"]["3"]
 
 
+@pytest.mark.slow
 def test_it_can_learn_from_the_dense_model(whole, context):
     """The held-out loss is then a divergence from it, without a prompt and with one."""
     from compress.distillation import likeliest, listed_divergence
@@ -199,6 +200,7 @@ def test_mistakes_are_refused_before_any_work(recipe, tmp_path, passes, complain
     assert not (tmp_path / "model.work").exists() or not any((tmp_path / "model.work").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_the_text_of_a_prompt_is_no_text_to_measure_on(recipe, tmp_path, text_file):
     """Its own, beside the recipe's; both are in the manifest by their digests."""
     from compress.evals.evaluate import evaluate_text
@@ -213,6 +215,7 @@ def test_the_text_of_a_prompt_is_no_text_to_measure_on(recipe, tmp_path, text_fi
         evaluate_text(str(output), str(own))
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_packed_model_once(prompt_recipe):
     needed = plan(prompt_recipe)["passes"][2]["memory_bytes"]
     prompt_recipe["passes"][2]["distill"] = 8
@@ -269,6 +272,7 @@ def test_two_processes_make_one_checkpoint(prompt_recipe, tmp_path, run_ranks):
     assert not (tmp_path / "two.work").exists()
 
 
+@pytest.mark.slow
 def test_prompts_train_on_a_dense_model(recipe, tmp_path):
     recipe["passes"] = [{"kind": "soft_prompt", "tokens": 4, "steps": 2, "batch": 2}]
     output = compress.run(recipe, tmp_path / "model")
@@ -277,6 +281,7 @@ def test_prompts_train_on_a_dense_model(recipe, tmp_path):
     assert embedding(model).shape == (4, 48)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_as_wide_as_the_embedding(recipe, make_model, tmp_path):
     """Of an OPT that projects its embedding, narrower than its blocks."""
     recipe["model"] = str(make_model("opt", word_embed_proj_dim=32))
@@ -293,6 +298,7 @@ def test_a_prompt_is_as_wide_as_the_embedding(recipe, make_model, tmp_path):
     torch.testing.assert_close(compress.load(tmp_path / "baked")(ids).logits[..., :300], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prefix_of_blocks_with_different_heads_is_refused_in_the_plan(recipe):
     prune = {"kind": "mini_llm", "ratio": 0.4, "mode": "global", "score": "magnitude", "compensate": False}
     recipe["passes"] = [prune, {"kind": "soft_prompt", "tokens": 4, "method": "prefix"}]

@@ -57,6 +57,7 @@ def test_the_base_model_is_as_good_as_before(prompted):
         assert torch.equal(prompted_model(TOKENS).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_packed_embedding_takes_a_prompt(make_model, recipe, tmp_path):
     """peft itself finds no embedding there."""
     recipe["model"] = str(make_model("llama", tie_word_embeddings=False))

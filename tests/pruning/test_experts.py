@@ -186,11 +186,13 @@ def test_plain_transformers_loads_what_is_left_and_a_quantiser_takes_it(job, fre
     assert compress.run(both, tmp_path / "both").exists()
 
 
+@pytest.mark.slow
 def test_a_multiple_of_experts_stays(job):
     recipe = job("mixtral", multiple=4, ratio=0.4)
     assert plan(recipe)["parameters_after"] < plan(job("mixtral", ratio=0.4))["parameters_after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "match"),
     [
@@ -217,6 +219,7 @@ def test_what_cannot_be_is_refused_before_any_work(job, kind, settings, match):
         plan(job(kind, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes", "match"),
     [

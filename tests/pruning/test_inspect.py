@@ -30,6 +30,7 @@ def pruned(recipe, tmp_path):
     return compress.run({**recipe, "passes": [settings]}, tmp_path / "pruned", workspace=tmp_path / "work")
 
 
+@pytest.mark.slow
 def test_zeros_per_block_and_linear(pruned, said):
     found = json.loads(said("inspect", pruned, "--json"))["sparsity"]
     model = AutoModelForCausalLM.from_pretrained(pruned)
@@ -44,6 +45,7 @@ def test_zeros_per_block_and_linear(pruned, said):
     assert f"{100 * found['blocks']['model.layers.2']['sparsity']:.1f}" in text
 
 
+@pytest.mark.slow
 def test_packed_and_dense_models_too(recipe, pruned, tiny_llama, tmp_path, said):
     passes = [
         {"kind": "prune", "sparsity": 0.6, "ignore": [r"re:.*layers\.0\..*v_proj"]},
@@ -84,6 +86,7 @@ def test_other_architectures(make_model, recipe, tmp_path, kind):
     assert len(found["blocks"]) == 3
 
 
+@pytest.mark.slow
 def test_a_plot(pruned, tmp_path, said, monkeypatch):
     said("inspect", pruned, "--plot", tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()

@@ -55,6 +55,7 @@ def test_joint_in_a_recipe(make_model, recipe, tmp_path, kind, verify):
     assert plan(recipe)["bytes_at_bits"].keys() == {"3"}
 
 
+@pytest.mark.slow
 def test_the_sweep_beats_rounding_what_is_left(recipe, tmp_path):
     """On the calibration text, one sweep loses less than the same masks followed by rounding to nearest."""
     from compress.calibration import draw_samples

@@ -120,6 +120,7 @@ def test_blocks_with_different_heads_serve_every_cache(recipe, make_model, tmp_p
         model.dequantize()
 
 
+@pytest.mark.slow
 def test_a_prefix_of_the_whole_model_is_refused_where_blocks_have_fewer_heads(recipe, tmp_path):
     prefix = {"kind": "soft_prompt", "method": "prefix", "tokens": 2, "steps": 1, "batch": 2}
     whole = compress.run({**recipe, "passes": [prefix]}, tmp_path / "whole")
@@ -146,6 +147,7 @@ def test_pruned_then_quantised_loads_in_a_fresh_process(recipe, run_code, tmp_pa
         compress.load(folder, bits=4).generate(TOKENS, max_new_tokens=4, pad_token_id=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt2"])
 def test_whole_blocks_can_go(recipe, make_model, tmp_path, kind):
     recipe["model"] = str(make_model(kind))
@@ -256,6 +258,7 @@ def test_odd_groups_and_undeclared_ones_are_refused(make_model):
         groups_of(replace(architecture(config), groups=None))
 
 
+@pytest.mark.slow
 def test_a_second_round_of_pruning_starts_from_the_first(recipe, tiny_llama, tmp_path):
     more = {"kind": "mini_llm", "ratio": 0.2, "mode": "global"}
     folder = pruned(recipe, tmp_path / "model", more, ratio=0.2)

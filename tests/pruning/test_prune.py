@@ -90,6 +90,7 @@ def by_hand(recipe, choose):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_wanda_goes_block_by_block_on_pruned_inputs(make_model, recipe, tmp_path, kind):
     """GPT-2 keeps its matrices transposed: its rows are outputs all the same."""
@@ -101,6 +102,7 @@ def test_wanda_goes_block_by_block_on_pruned_inputs(make_model, recipe, tmp_path
         assert torch.equal(found.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "kept", "of"), [("2:4", 2, 4), ("4:8", 4, 8)])
 def test_patterns_in_a_recipe(recipe, tmp_path, pattern, kept, of):
     settings = {"score": "wanda", "pattern": pattern}  # which implies the sparsity and the allocation
@@ -114,6 +116,7 @@ def run_first(streamed, hidden, calls, block):
     return streamed.run(block, hidden, calls[0])
 
 
+@pytest.mark.slow
 def test_shared_inputs_are_measured_once(make_model):
     """Query, key and value; gate and up: four distinct inputs in a block of seven linears, three in one of OPT."""
     from compress.passes import Block
@@ -138,6 +141,7 @@ def test_shared_inputs_are_measured_once(make_model):
             assert torch.allclose(diagonal.mean(name), x.square().mean(0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_report_has_ratios_and_every_iteration(recipe, tmp_path):
     target = compress.run(pruning(recipe, allocation="mrp", sparsity=0.5, spread=0.1, outlier=3), tmp_path / "model")
     units = units_of(target).values()
@@ -150,6 +154,7 @@ def test_the_report_has_ratios_and_every_iteration(recipe, tmp_path):
             assert unit["iterations"][-1]["after"] == pytest.approx(unit["sparsity"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_refreshed_mrp_measures_again_on_the_sparse_model(recipe, tmp_path):
     """30 iterations in three rounds of up to 12; the first round's choices are those of the tabulated form."""
     shared = {"allocation": "mrp", "sparsity": 0.5, "spread": 0.1, "outlier": 3}
@@ -186,6 +191,7 @@ def test_masks_survive_quantisation_saving_and_loading(recipe, tmp_path, run_cod
     assert [line[0] for line in run_code(code, pruned, packed).splitlines()] == ["3", "4", "5"]
 
 
+@pytest.mark.slow
 def test_ignored_linears_stay_as_they_are(recipe, tiny_llama, tmp_path):
     settings = {"ignore": [r"re:.*\.layers\.1\..*", "model.layers.0.self_attn.q_proj"], "sparsity": 0.5}
     target = compress.run(pruning(recipe, **settings), tmp_path / "model")
@@ -199,6 +205,7 @@ def test_ignored_linears_stay_as_they_are(recipe, tiny_llama, tmp_path):
     assert zeros == round(0.5 * parameters)
 
 
+@pytest.mark.slow
 def test_zero_rows_dead_inputs_and_half_precision(recipe, make_model, tmp_path):
     folder = shutil.copytree(make_model("llama"), tmp_path / "odd")
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -214,6 +221,7 @@ def test_zero_rows_dead_inputs_and_half_precision(recipe, make_model, tmp_path):
             assert (found.state_dict()["model.layers.0.mlp.down_proj.weight"][:, 7] == 0).all()
 
 
+@pytest.mark.slow
 def test_random_allocations_follow_the_seed(recipe, tmp_path):
     shares = []
     for index, seed in enumerate((0, 0, 1)):
@@ -223,6 +231,7 @@ def test_random_allocations_follow_the_seed(recipe, tmp_path):
     assert shares[0] == shares[1] != shares[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -247,6 +256,7 @@ def test_settings_that_cannot_work_are_refused_before_any_work(recipe, tmp_path,
     assert not (tmp_path / "model.log.jsonl").exists() or not (tmp_path / "model.log.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES)
 def test_weights_that_are_not_finite_are_named(recipe, tiny_llama, tmp_path, score):
     folder = shutil.copytree(tiny_llama, tmp_path / "broken")
@@ -258,6 +268,7 @@ def test_weights_that_are_not_finite_are_named(recipe, tiny_llama, tmp_path, sco
         compress.run(pruning(recipe, score=score, allocation="uniform"), tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_calibration_is_asked_for_only_where_something_looks_at_it(recipe, tmp_path):
     del recipe["calibration"]
     with pytest.raises(CompressError, match=r"passes\.0 \(prune\) looks at text"):

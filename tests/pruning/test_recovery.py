@@ -152,6 +152,7 @@ def test_bench_times_the_model_with_and_without_its_adapter(beside, quick_loads)
     assert [row["prompt"] for row in store.rows("bench")] == [None, "without adapter"]
 
 
+@pytest.mark.slow
 def test_a_prompt_stands_before_the_adapted_model(beside, prompted, tmp_path):
     model, adapted = compress.load(beside, prompt=prompted), compress.load(beside, bits=3)
     assert model.active_adapter == "4bit"
@@ -296,6 +297,7 @@ def test_a_masked_adapter_is_merged_as_it_was_trained(make_model, kind):
     assert weight[1::2].all()
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_the_zeros_of_the_first(longer, tmp_path):
     first = compress.run({**longer, "passes": [{"kind": "prune", "pattern": "2:4"}]}, tmp_path / "first")
     second = compress.run({**longer, "model": str(first), "passes": [FAST]}, tmp_path / "second")
@@ -308,6 +310,7 @@ def test_a_second_run_keeps_the_zeros_of_the_first(longer, tmp_path):
     plan(longer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [{"kind": "any_precision"}, {"kind": "kmeans"}, {"kind": "rtn"}], ids=str)
 def test_a_quantiser_that_would_lose_zeros_is_refused_after_a_pattern_and_told_of_after_others(longer, step, caplog):
     keeping = [] if step["kind"] == "rtn" else [{**step, "keep_zeros": True}]

@@ -68,6 +68,7 @@ def _tokens(folder, text_file):
     return json.dumps(AutoTokenizer.from_pretrained(folder)(text_file.read_text()[:400])["input_ids"][:60])
 
 
+@pytest.mark.slow
 def test_recorded_errors_are_those_of_the_stored_matrices(tiny_llama, text_file, tmp_path):
     target = compress.run(settings(tiny_llama, text_file), tmp_path / "out")
     manifest = json.loads((target / "compression.json").read_text())
@@ -152,6 +153,7 @@ def test_bad_settings_are_named(tiny_llama, text_file, tmp_path, options, compla
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_metric_is_of_the_dense_models_inputs(tiny_llama, text_file, tmp_path, monkeypatch):
     """One for all widths, and as measured: what is added to it for the sweep is taken away again."""
     checked = []
@@ -196,6 +198,7 @@ def test_correction_is_the_least_squares_one():
     assert torch.allclose(found, torch.linalg.lstsq(torch.cat([flat, damping]), wanted).solution.t(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_few_tokens_go_through_the_variants_and_few_samples_backwards(tiny_llama, text_file, tmp_path, monkeypatch):
     """And the next block is given what whole runs of the changed block make of them."""
     monkeypatch.setattr(any_precision, "CORRECTING", 8)
@@ -224,6 +227,7 @@ def test_few_tokens_go_through_the_variants_and_few_samples_backwards(tiny_llama
     assert backward == [2]
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_rows_in_work_with_and_without_correction(tiny_llama, text_file):
     """Without a correction no width has inputs of its own, so the plan is smaller, but not that of the weight objective."""
     corrected, plain, by_weight = (
@@ -233,6 +237,7 @@ def test_the_plan_counts_the_rows_in_work_with_and_without_correction(tiny_llama
     assert by_weight < plain < corrected
 
 
+@pytest.mark.slow
 def test_a_block_is_let_go_before_the_next(tiny_llama, text_file, tmp_path, monkeypatch):
     """Without the garbage collector, which comes when it likes: what keeps a block must not be kept by it."""
     seen, alive = [], []

@@ -67,6 +67,7 @@ def test_a_linear_layer_at_every_number_of_bits(rows, columns, keep):
             assert_is_product(module(x.bfloat16()), x.bfloat16(), weight, 2.0**-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_and_torch_compile():
     module, weights = linear()
     module.bits = 4

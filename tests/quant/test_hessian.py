@@ -41,6 +41,7 @@ def test_follower_is_a_product_with_what_has_changed(dtype, near, monkeypatch):
     assert torch.allclose(torch.stack(gradients), (start + swept) @ matrix, atol=3 * near * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [300, 1024])
 def test_bfloat16_reaches_the_errors_of_float32(size, monkeypatch):
     """Inputs whose spectrum falls slowly, so that much of the metric is left to bfloat16."""
