@@ -28,12 +28,8 @@ PASS = {
     "sensitivity": "none",
     "keep_zeros": True,
 }
-KINDS = (
-    "llama",
-    "opt",
-    "gpt2",
-    "bloom",
-)  # a head of its own or tied, biases, weights the other way round, fused matrices
+KINDS = ("llama", "opt", "gpt2", "bloom")
+"""Without biases and with them, with weights the other way round, and with fused matrices."""
 TOKENS = torch.arange(5, 25)[None]
 PRINT_LOGITS = """
 import sys, json, torch, {imports}
