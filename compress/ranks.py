@@ -52,7 +52,7 @@ class _Stopped(BaseException):
 
 @contextmanager
 def _stopped_by_exception() -> Iterator[None]:
-    """Raise :class:`_Stopped` at SIGTERM, for the length of a ``with``."""
+    """Raise :class:`_Stopped` at SIGTERM, for the length of a ``with``; after an exception it is ignored, so that what is wrong gets said."""
     if current_thread() is not main_thread():
         yield
         return
@@ -63,6 +63,9 @@ def _stopped_by_exception() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except BaseException:
+        before = signal.SIG_IGN
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -123,13 +126,14 @@ class Ranks:
             yield
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"lock-rank-{self.rank}").open("w") as own, _stopped_by_exception():
+        with (folder / f"lock-rank-{self.rank}").open("w") as own:
             try:
-                fcntl.flock(own, fcntl.LOCK_EX)
-                if self.main:
-                    (folder / _ENDED).unlink(missing_ok=True)
-                self.wait()
-                yield
+                with _stopped_by_exception():
+                    fcntl.flock(own, fcntl.LOCK_EX)
+                    if self.main:
+                        (folder / _ENDED).unlink(missing_ok=True)
+                    self.wait()
+                    yield
             except CompressError as error:
                 raise error if self.main else CompressError(f"rank {self.rank}: {error}") from error
             except (RuntimeError, _Stopped) as error:

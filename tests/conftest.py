@@ -25,7 +25,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.interpreter import interpret  # noqa: F401
+from tests.servers import interpret, plain_python  # noqa: F401
 
 NESTED = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 6}
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40

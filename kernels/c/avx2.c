@@ -274,15 +274,8 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
     add_up(batch, total, sum);
 }
 
-static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
-{
-    EVERY_WIDTH(EXACT)
-}
-
-static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
-{
-    EVERY_WIDTH(INT8)
-}
+PRODUCT(exact, exact_row)
+PRODUCT(int8, int8_row)
 
 static void look_up(const Block *w, int64_t columns, void *out)
 {

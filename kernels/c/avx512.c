@@ -267,15 +267,8 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
     add_up(batch, total, sum);
 }
 
-static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
-{
-    EVERY_WIDTH(EXACT)
-}
-
-static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
-{
-    EVERY_WIDTH(INT8)
-}
+PRODUCT(exact, exact_row)
+PRODUCT(int8, int8_row)
 
 /* The codes of a chunk in the order of the columns. */
 INLINE void codes_in_order(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes, uint8_t codes[CHUNK])
@@ -369,9 +362,16 @@ INLINE void look_up_row(const int bits, const Block *w, int64_t columns, void *o
 
 static void look_up(const Block *w, int64_t columns, void *out)
 {
-#define LOOK_UP(bits) look_up_row(bits, w, columns, out);
-    EVERY_WIDTH(LOOK_UP)
-#undef LOOK_UP
+    switch (w->bits) {
+    case 1: look_up_row(1, w, columns, out); break;
+    case 2: look_up_row(2, w, columns, out); break;
+    case 3: look_up_row(3, w, columns, out); break;
+    case 4: look_up_row(4, w, columns, out); break;
+    case 5: look_up_row(5, w, columns, out); break;
+    case 6: look_up_row(6, w, columns, out); break;
+    case 7: look_up_row(7, w, columns, out); break;
+    default: look_up_row(8, w, columns, out);
+    }
 }
 
 const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, 0.0f, TAIL};

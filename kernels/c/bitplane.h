@@ -82,41 +82,43 @@ extern const Kernels avx2_kernels, avx512_kernels;
 
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #define PREFETCH(address) __builtin_prefetch((const void *)(address))
 #else
 #define INLINE static inline
+#define NOINLINE
 #define PREFETCH(address) ((void)(address))
 #endif
 
-/* A function for every width, and more for one to four rows of activations. */
-#define EVERY_WIDTH(call)  \
-    switch (w->bits) {     \
-    case 1: call(1) break; \
-    case 2: call(2) break; \
-    case 3: call(3) break; \
-    case 4: call(4) break; \
-    case 5: call(5) break; \
-    case 6: call(6) break; \
-    case 7: call(7) break; \
-    default: call(8)       \
+/* A product of its own for every width, with sizes of groups or without, and for one to four rows of activations or as many as there
+ * are: functions apart, as compilers take more than twice as long over one that has them all. */
+typedef void Multiply(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
+#define ROWS(function, bits, grouped, name, batch)                                                                            \
+    static NOINLINE void function##_##bits##_##grouped##_##name(const Block *w, const Activations *x, float sum[][MAX_BATCH]) \
+    {                                                                                                                         \
+        for (int64_t row = 0; row < w->rows; row++)                                                                           \
+            function(bits, grouped, batch, w, row, x, sum[row]);                                                              \
     }
-#define ROWS(function, bits, grouped)                                    \
-    for (int64_t row = 0; row < w->rows; row++)                          \
-        switch (x->batch) {                                              \
-        case 1: function(bits, grouped, 1, w, row, x, sum[row]); break;  \
-        case 2: function(bits, grouped, 2, w, row, x, sum[row]); break;  \
-        case 3: function(bits, grouped, 3, w, row, x, sum[row]); break;  \
-        case 4: function(bits, grouped, 4, w, row, x, sum[row]); break;  \
-        default: function(bits, grouped, x->batch, w, row, x, sum[row]); \
-        }
-#define EITHER(function, bits)     \
-    if (w->groups) {               \
-        ROWS(function, bits, 1)    \
-    } else {                       \
-        ROWS(function, bits, 0)    \
+#define BATCHES(function, bits, grouped)                                          \
+    ROWS(function, bits, grouped, 1, 1) ROWS(function, bits, grouped, 2, 2)       \
+    ROWS(function, bits, grouped, 3, 3) ROWS(function, bits, grouped, 4, 4)       \
+    ROWS(function, bits, grouped, any, x->batch)
+#define WIDTH(function, bits) BATCHES(function, bits, 0) BATCHES(function, bits, 1)
+#define NAMES(function, bits, grouped)                                                \
+    {function##_##bits##_##grouped##_1, function##_##bits##_##grouped##_2,            \
+     function##_##bits##_##grouped##_3, function##_##bits##_##grouped##_4,            \
+     function##_##bits##_##grouped##_any}
+#define BOTH(function, bits) {NAMES(function, bits, 0), NAMES(function, bits, 1)}
+#define PRODUCT(name, function)                                                                       \
+    WIDTH(function, 1) WIDTH(function, 2) WIDTH(function, 3) WIDTH(function, 4)                       \
+    WIDTH(function, 5) WIDTH(function, 6) WIDTH(function, 7) WIDTH(function, 8)                       \
+    static void name(const Block *w, const Activations *x, float sum[][MAX_BATCH])                    \
+    {                                                                                                 \
+        static Multiply *const all[MAX_BITS][2][5] = {                                                 \
+            BOTH(function, 1), BOTH(function, 2), BOTH(function, 3), BOTH(function, 4),               \
+            BOTH(function, 5), BOTH(function, 6), BOTH(function, 7), BOTH(function, 8)};              \
+        all[w->bits - 1][w->groups != 0][x->batch > 4 ? 4 : x->batch - 1](w, x, sum);                 \
     }
-#define EXACT(bits) EITHER(exact_row, bits)
-#define INT8(bits) EITHER(int8_row, bits)
 
 /* What callers use. */
 

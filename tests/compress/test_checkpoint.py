@@ -78,13 +78,13 @@ def test_a_fresh_process_loads_every_width(compressed, run_code):
 
 
 @pytest.mark.slow
-def test_without_the_import_loading_stops(make_model, recipe, tmp_path, fresh_python):
+def test_without_the_import_loading_stops(make_model, recipe, tmp_path, plain_python):
     code = "import sys\nfrom transformers import AutoModelForCausalLM\n"
     for kind in ("llama", "gpt2"):
         compress.run({**recipe, "model": str(make_model(kind))}, tmp_path / kind)
         code += f"try: AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/{kind}')\n"
         code += "except Exception as error: print('mismatch' in str(error))\n"
-    assert fresh_python(code, tmp_path).split() == ["True", "True"]
+    assert plain_python(code, tmp_path).split() == ["True", "True"]
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_several_shards_per_step(recipe, compressed, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_loaded_model_can_be_saved_again(compressed, tmp_path, fresh_python):
+def test_a_loaded_model_can_be_saved_again(compressed, tmp_path, plain_python):
     code = "import sys\nfrom transformers import AutoModelForCausalLM\n"
     for bits in (None, 4):
         folder, model = tmp_path / str(bits), compress.load(compressed, bits=bits)
@@ -189,7 +189,7 @@ def test_a_loaded_model_can_be_saved_again(compressed, tmp_path, fresh_python):
         assert torch.equal(logits(again), logits(model))
         code += f"try: AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/{bits}')\n"
         code += "except Exception as error: print('mismatch' in str(error))\n"
-    assert fresh_python(code, tmp_path).split() == ["True", "True"]
+    assert plain_python(code, tmp_path).split() == ["True", "True"]
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -64,14 +64,14 @@ def shrunk_by_hand(recipe):
 
 
 @pytest.mark.slow
-def test_a_dense_result_is_an_ordinary_model(recipe, tmp_path, strangers_folder, run_code, fresh_python, verify):
+def test_a_dense_result_is_an_ordinary_model(recipe, tmp_path, strangers_folder, run_code, plain_python, verify):
     recipe["passes"] = [{"kind": "shrink"}]
     code = "import compress, json, sys; compress.run(json.loads(sys.argv[1]), sys.argv[2])"
     run_code(code, json.dumps(recipe), tmp_path / "model", path=[strangers_folder])
     plain = (
         "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1]); print('ok')"
     )
-    assert "ok" in fresh_python(plain, tmp_path / "model")
+    assert "ok" in plain_python(plain, tmp_path / "model")
     assert verify(tmp_path / "model")
 
 

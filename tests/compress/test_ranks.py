@@ -214,6 +214,25 @@ def test_a_rank_that_dies_is_named_and_another_number_continues(
 
 
 @pytest.mark.slow
+def test_a_launcher_that_stops_the_others_at_once_does_not_silence_them(tmp_path, run_ranks):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from compress.errors import CompressError\n"
+        "from compress.ranks import Ranks\n"
+        "ranks = Ranks.at_work(torch.device('cpu'))\n"
+        "try:\n"
+        "    with ranks.together(Path(sys.argv[1])):\n"
+        "        if ranks.rank: os._exit(1)\n"
+        "        ranks.wait()\n"
+        "except CompressError as error:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(error)"
+    )
+    assert run_ranks(2, code, tmp_path).stdout.startswith("rank 1 of 2 has ended before the work was done")
+
+
+@pytest.mark.slow
 def test_a_smaller_number_of_threads_than_the_cores_is_kept(run_ranks):
     """Sums depend on it, and accelerate sets another where the launcher has not said how many threads there are."""
     code = (

@@ -150,10 +150,10 @@ def test_bytes_on_disk(make_model, tmp_path, sparsity, saved):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_it_by_plain_from_pretrained(sparse, fresh_python, run_code):
+def test_a_fresh_process_loads_it_by_plain_from_pretrained(sparse, plain_python, run_code):
     found = json.loads(run_code(PRINT_LOGITS.format(imports="compress"), sparse))
     torch.testing.assert_close(torch.tensor(found), logits(compress.load(sparse))[0, -1], rtol=1e-5, atol=1e-5)
-    assert "mismatch" in fresh_python(PRINT_LOGITS.format(imports="transformers"), sparse, fails=True)
+    assert "mismatch" in plain_python(PRINT_LOGITS.format(imports="transformers"), sparse, fails=True)
 
 
 def test_in_memory_it_is_a_packed_model_like_any_other(sparse, pruned):

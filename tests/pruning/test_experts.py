@@ -167,13 +167,13 @@ def test_experts_that_are_never_chosen_go_first_and_leave_the_logits_as_they_wer
 
 
 @pytest.mark.slow
-def test_plain_transformers_loads_what_is_left_and_a_quantiser_takes_it(job, fresh_python, verify, tmp_path):
+def test_plain_transformers_loads_what_is_left_and_a_quantiser_takes_it(job, plain_python, verify, tmp_path):
     quantise = {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4}
     recipe = job("qwen2_moe")
     plain = compress.run(recipe, tmp_path / "plain")
     with torch.no_grad():
         here = compress.load(plain, dtype=torch.float32)(zoo.TOKENS[None]).logits[0, -1]
-    elsewhere = torch.tensor(json.loads(fresh_python(PLAIN, plain).splitlines()[-1]))
+    elsewhere = torch.tensor(json.loads(plain_python(PLAIN, plain).splitlines()[-1]))
     torch.testing.assert_close(elsewhere, here, rtol=1e-4, atol=1e-4)
     both = {**recipe, "passes": [*recipe["passes"], {"kind": "prune", "sparsity": 0.2}, quantise]}
     foreseen = plan({**recipe, "passes": [*recipe["passes"], quantise]})

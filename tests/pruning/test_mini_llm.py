@@ -48,7 +48,7 @@ UNIFORM = [
 
 
 @pytest.mark.slow
-def test_uniform_models_load_without_this_library(recipe, make_model, fresh_python, tmp_path):
+def test_uniform_models_load_without_this_library(recipe, make_model, plain_python, tmp_path):
     folders = []
     for kind, settings, expected in UNIFORM:
         recipe["model"] = str(make_model(kind))
@@ -63,7 +63,7 @@ def test_uniform_models_load_without_this_library(recipe, make_model, fresh_pyth
     folders.append(pruned(recipe, tmp_path / "six", ratio=0.12))
     config = AutoConfig.from_pretrained(folders[-1])
     assert (config.model_type, config.num_attention_heads, config.head_dim) == ("mistral", 5, 8)
-    elsewhere = torch.tensor(json.loads(fresh_python(PLAIN, *folders).splitlines()[-1]))
+    elsewhere = torch.tensor(json.loads(plain_python(PLAIN, *folders).splitlines()[-1]))
     for folder, found in zip(folders, elsewhere, strict=True):
         assert torch.allclose(found, logits(folder)[0, -1], atol=1e-4), folder
 
@@ -130,9 +130,9 @@ def test_a_prefix_of_the_whole_model_is_refused_where_blocks_have_fewer_heads(re
 
 
 @pytest.mark.slow
-def test_recorded_sizes_stop_a_process_without_this_library(recipe, fresh_python, tmp_path):
+def test_recorded_sizes_stop_a_process_without_this_library(recipe, plain_python, tmp_path):
     folder = pruned(recipe, tmp_path / "model", mode="local", protect=[1, 0])
-    assert "mismatch" in fresh_python(PLAIN, folder, fails=True)
+    assert "mismatch" in plain_python(PLAIN, folder, fails=True)
 
 
 @pytest.mark.slow
