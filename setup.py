@@ -3,6 +3,8 @@
 A compiler that is absent or fails does not stop the installation; ``compress.backend()`` then says what serves.
 """
 
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,6 +24,17 @@ class Library(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """No module initialisation."""
         return list(ext.export_symbols)
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile all files at once: one of them takes half of the time."""
+        one_by_one = self.compiler.compile
+
+        def at_once(sources: list[str], **options: object) -> list[str]:
+            with ThreadPool() as pool:
+                return [*chain.from_iterable(pool.map(lambda source: one_by_one([source], **options), sources))]
+
+        self.compiler.compile = at_once
+        super().build_extension(ext)
 
 
 class PlatformWheel(bdist_wheel):
