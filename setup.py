@@ -27,14 +27,12 @@ class Library(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile all files at once: one of them takes half of the time."""
-        one_by_one = self.compiler.compile
-
-        def at_once(sources: list[str], **options: object) -> list[str]:
-            with ThreadPool() as pool:
-                return [*chain.from_iterable(pool.map(lambda source: one_by_one([source], **options), sources))]
-
-        self.compiler.compile = at_once
-        super().build_extension(ext)
+        compiled = self.compiler.compile
+        with ThreadPool() as pool:
+            self.compiler.compile = lambda sources, **options: [
+                *chain.from_iterable(pool.map(lambda source: compiled([source], **options), sources))
+            ]
+            super().build_extension(ext)
 
 
 class PlatformWheel(bdist_wheel):

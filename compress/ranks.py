@@ -64,10 +64,9 @@ def _stopped_by_exception() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        before = signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before)
 
 
 def _held(path: Path) -> bool:
