@@ -3,13 +3,14 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+export PYTHONDONTWRITEBYTECODE =  # where it is set, as in many containers, every process would compile what it imports
 
 .PHONY: demo test test-fast check docs test-matrix test-latest test-models test-serve bench proof gpu clean
 
 .venv/ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard kernels/c/*)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip  # of 2025 it resolves in half the time of one of 2023
-	.venv/bin/python -m pip install --quiet --no-compile --constraint constraints-cpu.txt --editable '.[dev]'  # of 18,000 files a third is ever imported
+	PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --no-compile --constraint constraints-cpu.txt --editable '.[dev]'  # of 18,000 files a third is ever imported
 	touch $@
 
 demo: .venv/ready
