@@ -66,9 +66,9 @@ def plain_python(tmp_path_factory):
     """Run code in a process that has transformers and not this library; what it printed or, with ``fails=True``, complained of."""
     with server(tmp_path_factory, "torch, transformers.modeling_utils, transformers.models.auto.modeling_auto") as run:
 
-        def code(code, *arguments, fails=False):
+        def execute(code, *arguments, fails=False):
             failed, stdout, stderr = run(code, *arguments)
             assert failed == fails, stdout + stderr
             return stderr if fails else stdout
 
-        yield code
+        yield execute

@@ -114,7 +114,7 @@ typedef void Multiply(const Block *w, const Activations *x, float sum[][MAX_BATC
     WIDTH(function, 5) WIDTH(function, 6) WIDTH(function, 7) WIDTH(function, 8)                       \
     static void name(const Block *w, const Activations *x, float sum[][MAX_BATCH])                    \
     {                                                                                                 \
-        static Multiply *const all[MAX_BITS][2][5] = {                                                 \
+        static Multiply *const all[MAX_BITS][2][5] = {                                                \
             BOTH(function, 1), BOTH(function, 2), BOTH(function, 3), BOTH(function, 4),               \
             BOTH(function, 5), BOTH(function, 6), BOTH(function, 7), BOTH(function, 8)};              \
         all[w->bits - 1][w->groups != 0][x->batch > 4 ? 4 : x->batch - 1](w, x, sum);                 \
