@@ -1,6 +1,8 @@
 """Define what a pass is: a frozen config, a class that works on one block at a time, an entry point (``CONTRIBUTING.md``)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -18,7 +20,7 @@ from compress.ranks import ALONE, Ranks
 from compress.settings import PASSES, Calibration, load_entry
 from compress.settings import PassConfig as PassConfig
 from compress.settings import kinds as kinds
-from compress.statistics import watch
+from compress.statistics import Enough, watch
 from compress.structure import Architecture, Linear
 from compress.workspace import Record
 
@@ -174,18 +176,30 @@ class Block:
         """Run the samples through the block; call ``visit(name, x)`` with the inputs [tokens, K] of its linears, in order.
 
         ``modules`` are those to look at, by name; every linear by its full name if None. ``keep_outputs`` leaves what the
-        block makes of the samples in :attr:`outputs`, so many as are done. ``end_lot`` is called after every lot of samples.
+        block makes of the samples in :attr:`outputs`, so many as are done; without, a run ends once all have been seen, if a run
+        before has called each of them just once. ``end_lot`` is called after every lot of samples.
         """
         watched = {name: linear.module for name, linear in self.linears.items()} if modules is None else modules
         outputs: list[Tensor] = []
         if keep_outputs:
             self.outputs[""] = outputs
-        with watch(watched, lambda name, x: visit(name, x.flatten(0, -2))):
+        calls, once = Counter[str](), False
+
+        def seen(name: str, x: Tensor) -> None:
+            visit(name, x.flatten(0, -2))
+            calls[name] += 1
+            if once and len(calls) == len(watched):
+                raise Enough
+
+        with watch(watched, seen):
             for lot in self.each_lot():
                 for run in lot:
-                    output = run(self.module)
-                    if keep_outputs:
-                        outputs.append(output)
+                    calls.clear()
+                    with suppress(Enough):
+                        output = run(self.module)
+                        if keep_outputs:
+                            outputs.append(output)
+                    once = not keep_outputs and all(calls[name] == 1 for name in watched)
                 end_lot()
 
 

@@ -10,21 +10,23 @@ from typing import Any
 import torch
 
 from compress.defaults import usual_defaults
+from compress.logits import LOGITS_BYTES
 from compress.models import text_config
 from compress.passes import Context, Pass, Sizes, pass_class
 from compress.pipeline import check_order, text_of
 from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
 from compress.ranks import LOTS
 from compress.recipe import Overrides, Recipe, load_recipe
-from compress.settings import Calibration
+from compress.settings import Calibration, TrainingConfig
 from compress.source import open_source
 from compress.streaming import State
 from compress.structure import block_of
 
 _FLOAT = 4
 # Measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds, where it looks at text and where not; and
-# how many tensors as large as the logits are there, of a sample that is differentiated and of a batch that is trained on.
-_LATE_CODE, _LATE_CODE_ALONE, _OF_LOGITS, _OF_BATCH = 200 << 20, 100 << 20, 5, 3
+# how many tensors as large as the logits are there, of a sample that is differentiated and of a batch that is trained on; and the share
+# of the linears' inputs and outputs that a batch's gradient needs kept (some share an input, some values are kept by nobody).
+_LATE_CODE, _LATE_CODE_ALONE, _OF_LOGITS, _OF_BATCH, _KEPT = 200 << 20, 100 << 20, 5, 3, 0.8
 
 
 @usual_defaults()
@@ -124,8 +126,12 @@ def _needs(
     if needs.model_statistics:  # the model and one forward pass
         memory = max(memory, 2 * weights.whole + own)
     elif needs.whole_model:  # as it is, in float32 or packed, and what is made of the samples that are there at once
-        sizes = (int(getattr(step.config, name, samples)) for name in ("batch", "micro_batch"))
-        trained = min(*sizes, samples) * logits * _OF_BATCH
+        batch = min(samples, *(int(getattr(step.config, name, samples)) for name in ("batch", "micro_batch")))
+        trained = min(batch * logits, LOGITS_BYTES) * _OF_BATCH
+        if isinstance(step.config, TrainingConfig):
+            values = sum(rows + columns for rows, columns in context.linears.values())
+            length += int(getattr(step.config, "tokens", 0))  # a prompt's, before each sample
+            trained += round(_KEPT * values * batch * length * _FLOAT)
         memory = weights.whole - sum(weights.held.get(f"{name}.weight", 0) for name in packed) + all_packed
         memory += trained + own
         if needs.teacher:  # both models and, in a step, a dense weight per packed one

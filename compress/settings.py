@@ -86,7 +86,7 @@ class TrainingConfig(PassConfig):
     text: Calibration | None = Field(None, description="Text to train on; the recipe's calibration if absent.")
     steps: int = Field(500, ge=1, description="Steps of AdamW.")
     batch: int = Field(16, ge=1, description="Samples per step, over all processes.")
-    micro_batch: int = Field(16, ge=1, description="Samples in memory at once in a process; gradients are accumulated.")
+    micro_batch: int = Field(4, ge=1, description="Samples in memory at once in a process; gradients are accumulated.")
     learning_rate: float = Field(1e-3, gt=0, description="At its largest, after the warm-up; it falls linearly to 0.")
     warmup: int = Field(20, ge=0, description="Steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")

@@ -14,6 +14,10 @@ _FOLDED_FROM = 256  # columns: below, half of a symmetric sum gains nothing
 _STRIPES = 0, 4, 7, 9  # where each quarter of its rows begins in a folded sum, in quarters of the columns
 
 
+class Enough(Exception):
+    """Raised once the inputs asked for are there: the rest of a block need not run."""
+
+
 @contextmanager
 def watch(modules: Mapping[str, nn.Module], visit: Callable[[str, Tensor], object]) -> Iterator[None]:
     """Call ``visit(name, x)`` with the first argument of every call of some modules, for the length of a ``with``."""

@@ -9,11 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.passes import Run
-from compress.statistics import watch
-
-
-class _Enough(Exception):
-    """Raised once the input asked for is there: the rest of the block need not run."""
+from compress.statistics import Enough, watch
 
 
 class Replay:
@@ -40,12 +36,12 @@ class Replay:
 
             def visit(_name: str, x: Tensor, seen: list[Tensor] = seen) -> None:
                 seen.append(x.flatten(0, -2))
-                raise _Enough
+                raise Enough
 
             with self._stand_ins(sample), watch(watched, visit):
                 try:
                     run(self._module)
-                except _Enough:
+                except Enough:
                     pass
             yield seen[0] if seen else None
 

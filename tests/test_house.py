@@ -30,7 +30,7 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (10640, 11.2),
+    "compress": (10680, 11.2),
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
@@ -42,8 +42,8 @@ BUDGETS = {
     "evals/bench": (2330, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30190, 11.6),
-    "without tests": (33540, 11.6),
+    "in the wheel": (30230, 11.6),
+    "without tests": (33590, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

@@ -209,20 +209,6 @@ class OutputMoments:
         return self.hessian + torch.diag(torch.full_like(diagonal, float(added)))
 
 
-def costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """Return the least output error of removing each group alone, float64 [G]: mean squares, summed over outputs.
-
-    The weight is float64 [N, K], the inverse of the damped Hessian [K, K]; ``columns``, int64 [G, c], are each group's.
-    """
-    if columns.shape[1] == 1:
-        one = columns[:, 0]
-        return weight[:, one].square().sum(0) / inverse.diagonal()[one]
-    inner = inverse[columns[:, :, None], columns[:, None, :]]  # [G, c, c]
-    parts = weight[:, columns].permute(1, 2, 0)  # [G, c, N]
-    found: Tensor = (parts * torch.linalg.solve(inner, parts)).sum((1, 2))
-    return found
-
-
 def removal_order(
     weight: Tensor, moments: OutputMoments, columns: Tensor, classes: Tensor, count: int
 ) -> tuple[list[int], list[float]]:
@@ -231,8 +217,8 @@ def removal_order(
     ``columns``, int64 [G, c], holds each group's columns of a weight [N, K]; every class of ``classes``, int64 [G], loses equally
     many groups.
     """
-    weight, inverse = weight.double().clone(), torch.linalg.inv(moments.damped())
     columns, classes = columns.to(weight.device), classes.to(weight.device)
+    rest = _Rest(weight, moments, columns, count)
     quota = torch.full((int(classes.max()) + 1,), count // (int(classes.max()) + 1), device=weight.device)
     gone = torch.zeros(len(columns), dtype=torch.bool, device=weight.device)
     order: list[int] = []
@@ -240,7 +226,7 @@ def removal_order(
     total = 0.0
     at_once = 1 if len(quota) > 1 else -(-count // STEPS)
     while len(order) < count:
-        cost = costs(weight, inverse, columns).masked_fill(gone | (quota[classes] == 0), float("inf"))
+        cost = rest.costs().masked_fill(gone | (quota[classes] == 0), float("inf"))
         chosen = cost.argsort(stable=True)[: min(at_once, count - len(order))]
         for group in chosen.tolist():
             total += float(cost[group])
@@ -248,19 +234,43 @@ def removal_order(
             errors.append(total)
         gone[chosen] = True
         quota -= torch.bincount(classes[chosen], minlength=len(quota))
-        _take_out(weight, inverse, columns[chosen].flatten())
+        rest.take_out(chosen)
     return order, errors
 
 
-def _take_out(weight: Tensor, inverse: Tensor, lost: Tensor) -> None:
-    """Remove columns from W and from the inverse of H, in place: what is left of both is that of the other columns."""
-    factor = torch.linalg.solve(inverse[lost[:, None], lost], inverse[lost])  # [c, K]
-    weight -= weight[:, lost] @ factor
-    inverse -= inverse[:, lost] @ factor
-    weight[:, lost] = 0.0
-    inverse[lost] = 0.0
-    inverse[:, lost] = 0.0
-    inverse[lost, lost] = 1.0  # only to be divided by
+class _Rest:
+    """Hold what is left of W and of the inverse of H while groups are taken out.
+
+    Of the inverse [K, K] only the groups' own parts are kept up to date, and the rows of those that go are found when they do:
+    what was subtracted is ``taken^T factors``, whose ranks are the columns that have gone.
+    """
+
+    def __init__(self, weight: Tensor, moments: OutputMoments, columns: Tensor, count: int) -> None:
+        self.columns, self.inverse = columns, torch.linalg.inv(moments.damped())
+        self.weight = weight.double().t()[columns].contiguous()  # [G, c, N]
+        self.inner = self.inverse[columns[:, :, None], columns[:, None, :]]  # [G, c, c]
+        self.gone, shape = 0, (count * columns.shape[1], weight.shape[1])
+        self.taken, self.factors = self.inverse.new_empty(shape), self.inverse.new_empty(shape)
+
+    def costs(self) -> Tensor:
+        """Return the least output error of removing each group alone, float64 [G]: mean squares, summed over outputs."""
+        if self.inner.shape[1] == 1:
+            return torch.linalg.vector_norm(self.weight, dim=(1, 2)).square() / self.inner[:, 0, 0]
+        found: Tensor = (self.weight * torch.linalg.solve(self.inner, self.weight)).sum((1, 2))
+        return found
+
+    def take_out(self, groups: Tensor) -> None:
+        """Remove groups: what is left of both matrices is that of the other columns."""
+        lost, before = self.columns[groups].flatten(), slice(self.gone)
+        taken = self.inverse[lost] - self.taken[before, lost].t() @ self.factors[before]  # [groups * c, K]
+        factor = torch.linalg.solve(taken[:, lost], taken)
+        now = slice(self.gone, self.gone + len(lost))
+        self.taken[now], self.factors[now], self.gone = taken, factor, now.stop
+        flat, lines = self.weight.view(-1, self.weight.shape[2]), factor[:, self.columns.flatten()]
+        flat.addmm_(lines.t(), self.weight[groups].flatten(0, 1), alpha=-1)
+        self.inner -= torch.einsum("mgi,mgj->gij", taken[:, self.columns], factor[:, self.columns])
+        self.weight[groups] = 0.0
+        self.inner[groups] = torch.eye(self.inner.shape[1], dtype=self.inner.dtype, device=self.inner.device)
 
 
 def compensated(
@@ -277,7 +287,10 @@ def compensated(
     # The damping pulls towards the columns as they were, not towards zero.
     target = whole @ moments.hessian[:, kept] - whole[:, kept] @ moments.hessian[kept[:, None], kept]
     matrix, there = matrix[kept[:, None], kept], whole[:, kept] != 0
-    change = torch.linalg.solve(matrix, target.t()).t() if there.all() else _masked_solve(matrix, target, there)
+    full = there.all(1)
+    change = torch.zeros_like(target)
+    change[full] = torch.linalg.solve(matrix, target[full].t()).t()
+    change[~full] = _masked_solve(matrix, target[~full], there[~full])
     result = whole[:, kept] + change
     if bias is not None and moments.centred:
         shift = whole @ moments.mean - result @ moments.mean[kept]

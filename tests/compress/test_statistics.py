@@ -1,9 +1,13 @@
 """Watching inputs, telling shared ones, and their second moments, against sums over all of them written out."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch import nn
 
 from compress.errors import CompressError
+from compress.passes import Block
 from compress.statistics import Moments, SharedInputs, check_weight, watch
 
 
@@ -82,3 +86,24 @@ def test_what_is_not_finite_is_named():
         moments.mean("layer.q")
     with pytest.raises(CompressError, match=r"layer\.q: row 1 of its weight holds NaN or infinity"):
         check_weight("layer.q", torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
+
+
+@pytest.mark.parametrize(("twice", "runs_of_the_last"), [(False, 1), (True, 4)])
+def test_a_block_runs_no_further_than_the_last_input_asked_for(twice, runs_of_the_last):
+    """Unless a module is called several times in a run: then its last call may be anywhere."""
+    module = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("first", "last")})
+    calls, inputs = Counter(), []
+    for name, inner in module.items():
+        inner.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name]))
+
+    def run(block):
+        x = torch.full((1, 2, 3), float(calls["first"]))
+        return block["last"](block["first"](block["first"](x) if twice else x))
+
+    block = Block(0, "", module, {}, samples=[run] * 4, lots=[3, 1])
+    block.for_each_input(lambda name, x: inputs.append((name, x.shape)), {"q": module["first"]})
+    assert calls == {"first": 8 if twice else 4, "last": runs_of_the_last}
+    assert inputs == [("q", (2, 3))] * calls["first"]
+    block.for_each_input(lambda *_: None, {"q": module["first"]}, keep_outputs=True)
+    assert calls["last"] == runs_of_the_last + 4
+    assert len(block.outputs[""]) == 4
