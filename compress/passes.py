@@ -292,6 +292,23 @@ class Sizes:
     model: int
 
 
+@dataclass(frozen=True)
+class Work:
+    """Say how much text a pass with ``whole_model`` runs, for the plan's time.
+
+    Attributes:
+        trained: samples run forward and backward.
+        scored: samples run forward alone.
+        length: tokens of each.
+        weights: gradients of the weights inside the blocks are taken too, not only those of what goes through them.
+    """
+
+    trained: int
+    scored: int
+    length: int
+    weights: bool = False
+
+
 ConfigT = TypeVar("ConfigT", bound=PassConfig)
 
 
@@ -333,6 +350,10 @@ class Pass(Generic[ConfigT]):
         ``squared_gradients`` takes.
         """
         return 0
+
+    def work(self, samples: int, length: int, packed: Mapping[str, PackedShape]) -> Work | None:
+        """Count what a pass with ``whole_model`` runs, given so many samples of so many tokens; None if that is not known."""
+        return None
 
     def measure_model(
         self, model: PreTrainedModel, samples: Sequence[Tensor], context: Context, progress: Progress

@@ -17,7 +17,7 @@ from compress.pipeline import check_order, text_of
 from compress.quant.records import PackedShape, bits_range, model_bytes, packed_bytes
 from compress.ranks import LOTS
 from compress.recipe import Overrides, Recipe, load_recipe
-from compress.settings import Calibration, TrainingConfig
+from compress.settings import Calibration
 from compress.source import open_source
 from compress.streaming import State
 from compress.structure import block_of
@@ -55,16 +55,19 @@ def plan(
         packed |= step.packed_shapes(context)
     pairs = list(zip(steps, found, strict=False))
     foreseen = [
-        _needs(step, *before, text_of(step, settings), packed) | (_time(step, *before, settings) if seconds else {})
+        _needs(step, *before, text_of(step, settings), packed)
+        | (_time(step, *before, settings, packed) if seconds else {})
         for step, before in pairs
     ]
 
-    def again(text: Calibration) -> int:
-        """Return the memory with another calibration text."""
-        other = settings.model_copy(update={"calibration": text})
-        return max(
-            int(_needs(step, *before, text_of(step, other), packed)["memory_bytes"] or 0) for step, before in pairs
-        )
+    def again(text: Calibration | None, micro_batch: int | None = None) -> int:
+        """Return the memory with another calibration text, or with other micro-batches in every training that has them."""
+        other, most = settings.model_copy(update={"calibration": text}), 0
+        for step, before in pairs:
+            if micro_batch and hasattr(step.config, "micro_batch"):
+                step = type(step)(step.config.model_copy(update={"micro_batch": micro_batch}))
+            most = max(most, int(_needs(step, *before, text_of(step, other), packed)["memory_bytes"] or 0))
+        return most
 
     last, context = found[-1]
     tied = context.tied and context.structure.embedding in packed
@@ -88,10 +91,12 @@ def plan(
     return result | {"warnings": _warnings(settings, result, there, again)}
 
 
-def _time(step: Pass[Any], state: State, context: Context, settings: Recipe) -> dict[str, float | None]:
+def _time(
+    step: Pass[Any], state: State, context: Context, settings: Recipe, packed: Mapping[str, PackedShape]
+) -> dict[str, float | None]:
     from compress.rehearsal import foreseen_seconds
 
-    found = foreseen_seconds(step, state, context, text_of(step, settings), context.device)
+    found = foreseen_seconds(step, state, context, text_of(step, settings), context.device, packed)
     return {"processor_seconds": found}
 
 
@@ -128,10 +133,10 @@ def _needs(
     elif needs.whole_model:  # as it is, in float32 or packed, and what is made of the samples that are there at once
         batch = min(samples, *(int(getattr(step.config, name, samples)) for name in ("batch", "micro_batch")))
         trained = min(batch * logits, LOGITS_BYTES) * _OF_BATCH
-        if isinstance(step.config, TrainingConfig):
+        if hasattr(step.config, "steps"):  # a training, perhaps of pieces of samples or with a prompt before them
             values = sum(rows + columns for rows, columns in context.linears.values())
-            length += int(getattr(step.config, "tokens", 0))  # a prompt's, before each sample
-            trained += round(_KEPT * values * batch * length * _FLOAT)
+            tokens = min(length, int(getattr(step.config, "length", length))) + int(getattr(step.config, "tokens", 0))
+            trained += round(_KEPT * values * batch * tokens * _FLOAT)
         memory = weights.whole - sum(weights.held.get(f"{name}.weight", 0) for name in packed) + all_packed
         memory += trained + own
         if needs.teacher:  # both models and, in a step, a dense weight per packed one
@@ -172,10 +177,8 @@ def _writing(state: State, steps: Iterable[Pass[Any]]) -> int:
     return _late_code(steps) + max(3 * weights.outside // 2, weights.outside + 2 * weights.block)
 
 
-def _warnings(
-    settings: Recipe, found: Mapping[str, Any], place: Path, again: Callable[[Calibration], int]
-) -> list[str]:
-    """Say what does not fit into this machine, and with which settings it would; ``again`` gives the memory with another text."""
+def _warnings(settings: Recipe, found: Mapping[str, Any], place: Path, again: Callable[..., int]) -> list[str]:
+    """Say what does not fit into this machine, and with which settings it would; ``again`` gives the memory with others."""
     import psutil
 
     free, said = int(psutil.virtual_memory().available), []
@@ -193,8 +196,10 @@ def _warnings(
     return said
 
 
-def _smaller(text: Calibration | None, free: int, again: Callable[[Calibration], int]) -> str:
-    """Look for a shorter text that fits: half the tokens of a sample, then half the samples, and so on."""
+def _smaller(text: Calibration | None, free: int, again: Callable[..., int]) -> str:
+    """Look for what fits: one sample at a time in trainings, or a shorter text, half the tokens of a sample, half the samples, and so on."""
+    if (needed := again(text, 1)) <= free:
+        return f"; micro_batch 1 would take {_gigabytes(needed)}."
     while text is not None and (text.samples > 8 or text.length > 128):
         shorter = text.length > 128 and text.length >= text.samples
         changes = {"length": text.length // 2} if shorter else {"samples": text.samples // 2}

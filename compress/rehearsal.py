@@ -1,21 +1,24 @@
 """Foresee the processor time of a run by doing a little of it: a few samples and a few rows of the first block."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from compress.calibration import Samples, draw_samples
 from compress.carrying import Call
 from compress.divergence import block_draw, outside_draw
 from compress.fisher import HESSIAN, drawn_gradients, squared_gradients, take_hessians, unit_of
-from compress.passes import OUTSIDE, Block, Context, Pass, Run
+from compress.passes import OUTSIDE, Block, Context, Pass, Run, Work
+from compress.quant.records import PackedShape
 from compress.settings import Calibration
 from compress.streaming import State, StreamedModel
 from compress.structure import Linear, block_prefix
@@ -47,21 +50,29 @@ class Amount:
 
 
 def foreseen_seconds(
-    step: Pass[Any], state: State, context: Context, text: Calibration | None, device: torch.device
+    step: Pass[Any],
+    state: State,
+    context: Context,
+    text: Calibration | None,
+    device: torch.device,
+    packed: Mapping[str, PackedShape],
 ) -> float | None:
-    """Return the processor time of one pass, all threads together; None for one that has the whole model in memory.
+    """Return the processor time of one pass, all threads together; None where it cannot be foreseen.
 
     Reading and writing of checkpoints is not counted, and of rounds of statistics one.
     """
     needs = step.needs()
-    if needs.whole_model or needs.model_statistics or needs.changes_shapes or needs.removes_experts:
+    work = step.work(text.samples, text.length, packed) if needs.whole_model and text is not None else None
+    if (needs.whole_model and work is None) or needs.model_statistics or needs.changes_shapes or needs.removes_experts:
         return None
     samples, count = Samples((), {}), 0
     if text is not None:
         assert context.tokenizer is not None
         count, few = text.samples, text.model_copy(update={"samples": min(text.samples, _MORE)})
         samples = draw_samples(few, context.tokenizer, context.context_length)
-    return _Rehearsal(step, StreamedModel(state, device, fast=True), context, samples, count).seconds()
+    fast = work is None or getattr(step.config, "precision", "bfloat16") == "bfloat16"
+    rehearsal = _Rehearsal(step, StreamedModel(state, device, fast=fast), context, samples, count)
+    return rehearsal.seconds() if work is None else rehearsal.training(work)
 
 
 class _Rehearsal:
@@ -92,6 +103,33 @@ class _Rehearsal:
             share = min(0.5, _OUTSIDE_WEIGHTS / sum(linear.weight.numel() for linear in outside))
             once += self._foresee(self._work_outside, share, samples=False)
         return once + self.blocks * per_block
+
+    def training(self, work: Work) -> float:
+        """Return the processor time of a training, by one sample in the first block and at the head, forward and backward."""
+        tokens = self.samples[0][: work.length]
+        hidden, calls = self.model.capture(tokens)
+
+        def through(module: nn.Module, backward: bool) -> None:
+            with torch.set_grad_enabled(backward):
+                output = self.model.run(module, hidden.detach().requires_grad_(backward), calls[0])
+                if backward:
+                    output.sum().backward()  # type: ignore[no-untyped-call]
+
+        def scored(backward: bool) -> None:
+            with torch.set_grad_enabled(backward):
+                logits = self.model.logits(tokens, hidden.detach().requires_grad_(backward))[:-1]
+                loss = cross_entropy(logits, tokens[1:].to(logits.device))
+                if backward:
+                    loss.backward()  # type: ignore[no-untyped-call]
+
+        with self.model.block(0) as module:
+            module.requires_grad_(work.weights)
+            through(module, True)
+            block = [_timed(partial(through, module), backward) for backward in (False, True)]
+        scored(True)
+        head = [_timed(scored, backward) for backward in (False, True)]
+        of_sample = [self.blocks * block[way] + head[way] for way in (False, True)]
+        return (work.scored * of_sample[0] + work.trained * of_sample[1]) * work.length / len(tokens)
 
     def _foresee(self, work: Callable[[Amount], object], share: float, samples: bool = True) -> float:
         """Extrapolate from a few samples and a share of the rows to all, each by its own slope."""

@@ -165,23 +165,25 @@ def reshaped(state: State, shapes: Mapping[str, BlockShape | None]) -> State:
 
 @dataclass(frozen=True)
 class _Foreseen:
-    """Hold the shapes and types of tensors that are not there yet."""
+    """Hold the shapes and types of tensors that are not there yet; the beginnings of those that are stand for them."""
 
     tensors: Mapping[str, TensorInfo]
+    source: TensorSource
 
     def info(self) -> Mapping[str, TensorInfo]:
         return self.tensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        raise NotImplementedError("tensors of a plan cannot be read")
+        found = self.source.read(names)
+        return {n: tensor[tuple(map(slice, self.tensors[n].shape))].contiguous() for n, tensor in found.items()}
 
 
 def foreseen(after: State) -> State:
-    """Return what a model will be once a pass has done its work, of its new sizes, with tensors that can only be looked at."""
+    """Return what a model will be once a pass has done its work, of its new sizes, for a plan: its weights are not the real ones."""
     model = built(after.config, {}, after.shapes)
     sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     info = {name: replace(item, shape=sizes.get(name, item.shape)) for name, item in after.source.info().items()}
-    return replace(after, source=_Foreseen(info))
+    return replace(after, source=_Foreseen(info, after.source))
 
 
 class StreamedModel:

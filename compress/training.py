@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.logits import token_losses
-from compress.passes import Progress, derived_generator
+from compress.passes import Progress, Work, derived_generator
 from compress.ranks import processes
 from compress.settings import TrainingConfig as TrainingConfig  # a part of this contract
 from compress.weights import read_tensors
@@ -87,6 +87,12 @@ class Trained:
     def record(self) -> dict[str, Any]:
         """Return plain data for the manifest, without times: equal work, equal bytes."""
         return dict(vars(self))
+
+
+def training_work(config: TrainingConfig, samples: int, length: int, states: int = 1, weights: bool = False) -> Work:
+    """Count what :func:`train` runs, for the plan's time; of ``states`` all are validated."""
+    validations, held = 1 + -(-config.steps // config.validate_every), len(hold_out(samples, config.held_out)[1])
+    return Work(config.steps * config.batch, validations * states * held, length, weights)
 
 
 def hold_out(count: int, share: int) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from compress.following import check_embeddings
 from compress.hf import cache_name, packed_modules
 from compress.loading import set_bits
 from compress.models import text_config
-from compress.passes import Context, Needs, Pass, Whole
+from compress.passes import Context, Needs, Pass, Whole, Work
 from compress.prompts.settings import SoftPromptConfig
 from compress.prompts.stored import adapter_fields, embedding, new_prompt, write_prompt
 from compress.quant.records import PackedShape, bits_range
@@ -24,7 +25,7 @@ from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
 from compress.streaming import built
 from compress.tokens import token_ids
-from compress.training import Loss, held_out_losses, next_token_loss, train
+from compress.training import Loss, held_out_losses, next_token_loss, train, training_work
 from compress.workspace import Record
 
 
@@ -77,6 +78,14 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         if not there:
             raise CompressError("soft_prompt: per_width needs a quantised model; put a quantising pass before it.")
         return [f"{bits}bit" for bits in chosen]
+
+    def work(self, samples: int, length: int, packed: Mapping[str, PackedShape]) -> Work:
+        """Count its trainings, the validation without a prompt and what the dense model is asked."""
+        states = max(1, len(self._bits(packed.values())[0]))
+        found = training_work(self.config, samples, length + self.config.tokens, states)
+        held, taught = -(-samples // self.config.held_out), samples if self.config.distill else 0
+        trainings = states if self.config.per_width else 1
+        return replace(found, trained=trainings * found.trained, scored=found.scored + states * held + taught)
 
     def _bits(self, packed: Iterable[PackedShape]) -> tuple[list[int], list[int]]:
         """List the numbers of bits to train at, and all that the model has."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.passes import Context, Needs, Pass, Whole
+from compress.passes import Context, Needs, Pass, Sizes, Whole, Work
 from compress.pruning.instructions import answer_loss, read_instructions
 from compress.pruning.lora import adapter_model, adapter_state, masked_model, merge_masked, write_adapter
 from compress.pruning.settings import LoraRecoveryConfig
@@ -17,7 +17,7 @@ from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import PackedShape
 from compress.sidecars import ADAPTER_FOLDER
 from compress.structure import block_prefix, is_linear
-from compress.training import Loss, hold_out, next_token_loss, train
+from compress.training import Loss, hold_out, next_token_loss, train, training_work
 from compress.workspace import Record
 
 
@@ -42,6 +42,14 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
                 f"lora_recovery: {what}, but a pass before has quantised them; put it before that pass, or set merge: false."
             )
         return [ADAPTER_FOLDER if not self.config.merge else "model"]
+
+    def memory(self, sizes: Sizes, context: Context) -> int:
+        """Estimate gradients, Adam's moments and the best weights so far, or the weights that adapters and zeros make, all at once."""
+        return 4 * sizes.model if self.config.full else 4 * sum(rows * cols for rows, cols in context.linears.values())
+
+    def work(self, samples: int, length: int, packed: Mapping[str, PackedShape]) -> Work:
+        """Count its training; adapters' own products are small."""
+        return training_work(self._resolved(samples), samples, length, weights=self.config.full)
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, progress: Callable[[str, int, int], None]

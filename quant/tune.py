@@ -20,7 +20,7 @@ from compress.errors import CompressError
 from compress.hf import packed_modules
 from compress.logits import token_losses
 from compress.models import text_config
-from compress.passes import Context, Needs, Pass, Progress, Whole
+from compress.passes import Context, Needs, Pass, Progress, Whole, Work
 from compress.precision import multiplies_bfloat16
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import EmbeddingShape, GroupedShape, PackedShape, SharedShape, bits_range
@@ -64,6 +64,13 @@ class TuneTables(Pass[TuneTablesConfig]):
             CompressError: a number of bits that no matrix has.
         """
         return [f"width-{bits}" for bits in self._chosen(packed)]
+
+    def work(self, samples: int, length: int, packed: Mapping[str, PackedShape]) -> Work:
+        """Count pieces: those trained on and held out, twice for each number of bits, and of all what the dense model is asked."""
+        config, units, pieces = self.config, len(self._chosen(packed)), samples * -(-length // self.config.length)
+        held, asked = min(-(-pieces // _HELD_OUT), _MOST_HELD_OUT), config.steps * config.batch
+        taught = min(pieces, units * asked + held) if config.target == "dense" else 0
+        return Work(units * asked, 2 * units * held + taught, min(length, config.length), weights=True)
 
     def run_model(
         self, unit: str, whole: Whole, context: Context, progress: Progress

@@ -30,20 +30,20 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (10680, 11.2),
+    "compress": (10760, 11.2),
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
-    "quant": (5340, 12.5),
+    "quant": (5350, 12.5),
     "pruning": (3410, 11.8),
-    "prompts": (520, 9.4),
+    "prompts": (520, 9.6),
     "kernels": (3380, 13.7),
     "evals": (4360, 11.6),
     "evals/bench": (2330, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30230, 11.6),
-    "without tests": (33590, 11.6),
+    "in the wheel": (30330, 11.6),
+    "without tests": (33690, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

@@ -254,9 +254,11 @@ class _Rest:
 
     def costs(self) -> Tensor:
         """Return the least output error of removing each group alone, float64 [G]: mean squares, summed over outputs."""
+        found: Tensor
         if self.inner.shape[1] == 1:
-            return torch.linalg.vector_norm(self.weight, dim=(1, 2)).square() / self.inner[:, 0, 0]
-        found: Tensor = (self.weight * torch.linalg.solve(self.inner, self.weight)).sum((1, 2))
+            found = torch.linalg.vector_norm(self.weight, dim=(1, 2)).square() / self.inner[:, 0, 0]
+        else:
+            found = (self.weight * torch.linalg.solve(self.inner, self.weight)).sum((1, 2))
         return found
 
     def take_out(self, groups: Tensor) -> None:

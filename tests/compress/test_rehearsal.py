@@ -1,26 +1,33 @@
 """The plan's time: what is rehearsed, and what it concludes from that."""
 
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from compress import rehearsal
+import compress
+from compress import rehearsal, training
 from compress.plan import plan
+from compress.quant import tune
 from compress.structure import Linear
 
 
 @pytest.mark.slow
 def test_time_is_foreseen_where_it_can_be(recipe):
     recipe["passes"] = [
+        {"kind": "mini_llm", "ratio": 0.1},
+        {"kind": "lora_recovery", "steps": 1},
         {"kind": "prune", "score": "wanda", "allocation": "mrp"},
         {"kind": "any_precision", "seed_bits": 3, "parent_bits": 4},
         {"kind": "tune_tables", "steps": 1},
+        {"kind": "soft_prompt", "steps": 1, "tokens": 4},
     ]
     found = plan(recipe, seconds=True)["passes"]
-    assert [step["kind"] for step in found if step["processor_seconds"] is None] == ["tune_tables"]
-    assert min(step["processor_seconds"] for step in found[:2]) > 0
+    assert [step["kind"] for step in found if step["processor_seconds"] is None] == ["mini_llm"]
+    assert min(step["processor_seconds"] for step in found[1:]) > 0
     assert "processor_seconds" not in plan(recipe)["passes"][0]
 
 
@@ -84,6 +91,66 @@ def test_the_plan_says_what_does_not_fit_and_what_would(recipe, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10))
     assert "disk:" in plan(recipe)["warnings"][0]
+
+
+@pytest.mark.slow
+def test_the_plan_counts_what_a_training_keeps_for_its_gradient(make_model, monkeypatch):
+    """Beside what autograd saves of a sample of 100 tokens behind a prompt of 28, in all blocks; logits are the same few in both."""
+    folder = make_model("llama", vocab_size=300, hidden_size=256, intermediate_size=704, num_hidden_layers=6)
+    step = {"kind": "soft_prompt", "tokens": 28, "micro_batch": 8}
+    recipe = {
+        "model": str(folder),
+        "calibration": {"builtin": "stdlib", "samples": 16, "length": 100},
+        "passes": [step],
+    }
+    eight = plan(recipe)["peak_memory_bytes"]
+    step["micro_batch"] = 1
+    one = plan(recipe)["peak_memory_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs_embeds=torch.randn(1, 128, 256, requires_grad=True), use_cache=False)
+    held = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    values = sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in held)
+    assert (eight - one) / 7 == pytest.approx(values, rel=0.3)
+    step["micro_batch"] = 8
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=one))
+    assert plan(recipe)["warnings"][0].endswith(f"; micro_batch 1 would take {one / 1e9:.2f} GB.")
+
+
+@pytest.mark.slow
+def test_what_a_training_runs_is_counted_as_it_is_run(recipe, tmp_path, monkeypatch):
+    """Samples that models are run on, with a gradient and without, in two trainings at several numbers of bits."""
+    run, real = Counter(), {}
+
+    def counting(name):
+        def counted(model, tokens, *arguments, **options):
+            way = "trained" if torch.is_grad_enabled() and name != "likeliest" else "scored"
+            run[name, way] += len(tokens)
+            return real[name](model, tokens, *arguments, **options)
+
+        return counted
+
+    for module, name in ((tune, "listed_divergence"), (tune, "likeliest"), (training, "token_losses")):
+        real[name] = getattr(module, name)
+        monkeypatch.setattr(module, name, counting(name))
+    tables = {"kind": "tune_tables", "steps": 2, "batch": 3, "length": 16}
+    prompt = {"kind": "soft_prompt", "steps": 5, "validate_every": 2, "batch": 3, "tokens": 4, "per_width": True}
+    recipe["passes"] += [tables, prompt]
+    compress.run(recipe, tmp_path / "model")
+    counted = []
+    monkeypatch.setattr(rehearsal._Rehearsal, "training", lambda self, work: counted.append(work) or 0.0)
+    plan(recipe, seconds=True)
+    first, second = counted
+    assert first.trained == run["listed_divergence", "trained"]
+    assert first.scored == run["listed_divergence", "scored"] + run["likeliest", "scored"]
+    assert (second.trained, second.scored) == (run["token_losses", "trained"], run["token_losses", "scored"])
+    assert (first.length, second.length) == (16, recipe["calibration"]["length"] + 4)
 
 
 @pytest.mark.slow
