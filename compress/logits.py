@@ -84,21 +84,24 @@ class Predictions:
         return logits.float()
 
 
-def token_losses(model: nn.Module, tokens: Tensor, after: Tensor | None = None, **options: Any) -> Tensor:
+def token_losses(
+    model: nn.Module, tokens: Tensor, after: Tensor | None = None, wanted: range | None = None, **options: Any
+) -> Tensor:
     """Compute the negative log-likelihood of every text's tokens but its first: float32 [B, T - 1], in nats.
 
-    Arguments as of :class:`Predictions`; ``after``, int64 [B, N], are the tokens after ``tokens[:, :N]`` if they go on elsewhere.
+    Arguments as of :class:`Predictions`; ``after``, int64 [B, N], are the tokens after those at ``wanted``, which are the first N if it
+    is None: losses are [B, N] then.
     """
-    wanted = None if after is None else range(after.shape[1])
     targets = tokens[:, 1:] if after is None else after
+    chosen = range(after.shape[1]) if after is not None and wanted is None else wanted
 
     def losses(logits: Tensor, part: slice) -> Tensor:
-        wanted = targets[
-            :, part
-        ]  # a row for each position: with the vocabulary second, of three dimensions, it takes ten times as long
-        return cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        # A row for each position: with the vocabulary second, of three dimensions, it takes ten times as long.
+        next_tokens = targets[:, part]
+        found = cross_entropy(logits.flatten(0, 1), next_tokens.flatten(), reduction="none")
+        return found.view(next_tokens.shape)
 
-    return Predictions(model, tokens, wanted, **options).each(losses)
+    return Predictions(model, tokens, chosen, **options).each(losses)
 
 
 def run_inside(model: nn.Module, tokens: Tensor) -> None:

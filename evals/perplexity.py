@@ -152,7 +152,7 @@ def score(
     """
     losses = losses or window_losses
     # Padding is on the right, without a mask: causal attention keeps it from changing what is scored.
-    ordered = sorted(text.windows, key=lambda window: len(window.tokens), reverse=True)
+    ordered = sorted(text.windows, key=lambda window: (len(window.tokens), -window.scored), reverse=True)
     total, tokens, done = 0.0, 0, 0
     while done < len(ordered):
         count = max(1, batch_tokens // len(ordered[done].tokens))
@@ -185,7 +185,10 @@ def as_tensors(batch: Sequence[Window], device: torch.device) -> tuple[Tensor, T
 def window_losses(model: PreTrainedModel, batch: Sequence[Window]) -> Tensor:
     """Return the negative log-likelihoods of the scored tokens, zero elsewhere: [windows, T - 1]."""
     ids, wanted = as_tensors(batch, model.device)
-    return token_losses(model, ids).masked_fill(~wanted, 0.0)
+    first = min(len(window.tokens) - 1 - window.scored for window in batch)
+    losses = torch.zeros(wanted.shape, device=ids.device)  # logits are made from the first position that is scored
+    losses[:, first:] = token_losses(model, ids, ids[:, first + 1 :], range(first, wanted.shape[1]))
+    return losses.masked_fill(~wanted, 0.0)
 
 
 def context_length(model: PreTrainedModel, cap: int = 2048) -> int:

@@ -182,6 +182,20 @@ def test_the_batch_size_does_not_matter(model, batch_tokens):
     assert result.loss == pytest.approx(plain_loss(model, WINDOWS) / 19, rel=1e-5)
 
 
+def test_logits_are_made_where_something_is_scored(model):
+    """Two documents of 64 tokens in windows of 16 that advance by 4, eight windows at a time: 2 of 26 windows are scored whole."""
+    rows = []
+    handle = model.lm_head.register_forward_hook(
+        lambda _module, inputs, _output: rows.append(inputs[0][..., 0].numel())
+    )
+    text = prepare(["abcdefghi" * 7, "xyz" * 21], WITH_BOS, 16, 4)
+    result = score(model, text, batch_tokens=8 * 16)
+    handle.remove()
+    assert [len(text.windows), result.tokens] == [26, 2 * 63]
+    assert sum(rows) == 24 * 4 + 2 * 15
+    assert result.loss == pytest.approx(plain_loss(model, text.windows) / result.tokens, rel=1e-5)
+
+
 def test_a_model_that_knows_nothing_needs_ln_v_nats_per_token(model):
     uniform = copy.deepcopy(model)
     torch.nn.init.zeros_(uniform.lm_head.weight)
