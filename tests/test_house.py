@@ -42,8 +42,8 @@ BUDGETS = {
     "evals/bench": (2330, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30330, 11.6),
-    "without tests": (33690, 11.6),
+    "in the wheel": (30340, 11.6),
+    "without tests": (33700, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 
