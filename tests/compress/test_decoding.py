@@ -236,6 +236,7 @@ def calls_of(model, monkeypatch, bound=1e-5):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_computes_all_its_blocks_by_one_call(load, monkeypatch, kind):
     model = load(kind)

@@ -66,6 +66,7 @@ def test_a_loaded_mixture_computes_with_the_decoded_weights(mixture, kind):
         torch.testing.assert_close(packed(TOKENS[None]).logits, stock(TOKENS[None]).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_experts_are_stored_as_stacks(mixture):
     _, out = mixture("qwen3_moe")
     record = json.loads((out / "config.json").read_text())["quantization_config"]
@@ -92,6 +93,7 @@ def test_experts_may_have_bits_of_their_own(mixture):
     assert {3, 4} == {value for matrix, value in mean.items() if ".experts." in matrix}
 
 
+@pytest.mark.slow
 def test_a_loaded_mixture_is_saved_and_loaded_again(mixture, tmp_path):
     _, out = mixture("gpt_oss")  # with biases
     model = compress.load(out)

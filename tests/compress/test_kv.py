@@ -114,6 +114,7 @@ def test_keys_are_scaled_once_by_what_the_first_tokens_show(implementation, size
         assert layer.packed[1].scale is None
 
 
+@pytest.mark.slow
 def test_generate_with_beams_sampling_and_several_sequences():
     model, ids = model_of(), ids_of()
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -139,6 +140,7 @@ def test_rows_follow_beams_and_selections():
         assert layer.whole[1].shape[0] == 2
 
 
+@pytest.mark.slow
 def test_cropped_tokens_are_forgotten():
     model, ids = model_of(), ids_of(tokens=60)
     for away in (0, 3, 25, 41, 57, 60):

@@ -80,6 +80,7 @@ def test_every_width_equals_a_plain_loop_and_the_model_is_loaded_once(compressed
         assert (row["n"], row["truncated"]) == (8, 0)
 
 
+@pytest.mark.slow
 def test_log_likelihoods_with_a_soft_prompt_equal_a_plain_loop(compressed, soft_prompt):
     """Virtual tokens shift the logits and take their part of the context."""
     from lm_eval.api.instance import Instance
