@@ -62,7 +62,7 @@ def plan(
 
     def again(text: Calibration | None, micro_batch: int | None = None) -> int:
         """Return the memory with another calibration text, or with other micro-batches in every training that has them."""
-        other, most = settings.model_copy(update={"calibration": text}), 0
+        other, most = settings.model_copy(update={"calibration": text}), _writing(found[-1][0], steps)
         for step, before in pairs:
             if micro_batch and hasattr(step.config, "micro_batch"):
                 step = type(step)(step.config.model_copy(update={"micro_batch": micro_batch}))

@@ -242,7 +242,7 @@ class _Rest:
     """Hold what is left of W and of the inverse of H while groups are taken out.
 
     Of the inverse [K, K] only the groups' own parts are kept up to date, and the rows of those that go are found when they do:
-    what was subtracted is ``taken^T factors``, whose ranks are the columns that have gone.
+    what was subtracted is ``taken^T factors``, each with a row for every column that has gone.
     """
 
     def __init__(self, weight: Tensor, moments: OutputMoments, columns: Tensor, count: int) -> None:
@@ -291,8 +291,10 @@ def compensated(
     matrix, there = matrix[kept[:, None], kept], whole[:, kept] != 0
     full = there.all(1)
     change = torch.zeros_like(target)
-    change[full] = torch.linalg.solve(matrix, target[full].t()).t()
-    change[~full] = _masked_solve(matrix, target[~full], there[~full])
+    if full.any():
+        change[full] = torch.linalg.solve(matrix, target[full].t()).t()
+    if not full.all():
+        change[~full] = _masked_solve(matrix, target[~full], there[~full])
     result = whole[:, kept] + change
     if bias is not None and moments.centred:
         shift = whole @ moments.mean - result @ moments.mean[kept]

@@ -94,6 +94,14 @@ def test_the_plan_says_what_does_not_fit_and_what_would(recipe, monkeypatch):
 
 
 @pytest.mark.slow
+def test_no_setting_is_named_where_writing_takes_the_most(recipe, make_model, monkeypatch):
+    recipe |= {"model": str(make_model("llama", vocab_size=3000)), "passes": [{"kind": "rtn", "bits": 4}]}
+    needed = plan(recipe)["peak_memory_bytes"]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=needed - 1))
+    assert plan(recipe)["warnings"][0].endswith("it takes a machine with more memory.")
+
+
+@pytest.mark.slow
 def test_the_plan_counts_what_a_training_keeps_for_its_gradient(make_model, monkeypatch):
     """Beside what autograd saves of a sample of 100 tokens behind a prompt of 28, in all blocks; logits are the same few in both."""
     folder = make_model("llama", vocab_size=300, hidden_size=256, intermediate_size=704, num_hidden_layers=6)
