@@ -25,7 +25,7 @@ from compress.shapes import config_shape
 from compress.sidecars import PROMPTS_FOLDER
 from compress.streaming import built
 from compress.tokens import token_ids
-from compress.training import Loss, held_out_losses, next_token_loss, train, training_work
+from compress.training import Loss, held_out_losses, hold_out, next_token_loss, train, training_work
 from compress.workspace import Record
 
 
@@ -83,7 +83,7 @@ class SoftPrompt(Pass[SoftPromptConfig]):
         """Count its trainings, the validation without a prompt and what the dense model is asked."""
         states = max(1, len(self._bits(packed.values())[0]))
         found = training_work(self.config, samples, length + self.config.tokens, states)
-        held, taught = -(-samples // self.config.held_out), samples if self.config.distill else 0
+        held, taught = len(hold_out(samples, self.config.held_out)[1]), samples if self.config.distill else 0
         trainings = states if self.config.per_width else 1
         return replace(found, trained=trainings * found.trained, scored=found.scored + states * held + taught)
 
