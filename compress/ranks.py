@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ _TRIES = 50  # tenths of a second
 LOTS = 8
 """Lots that samples are divided into; more processes than lots gain nothing where samples are shared out."""
 _HALF = LOTS // 2
+_SMALL = 1 << 20  # bytes of a tensor that goes in one message with others
 
 
 def processes(device: torch.device) -> PartialState:
@@ -214,27 +216,35 @@ class Ranks:
     def _tell(self, source: int, tensors: Mapping[str, Tensor], note: Any) -> None:
         if self.size == 1:
             return
-        there = {
-            name: [str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type] for name, t in tensors.items()
+        flat = {
+            name: tensor.contiguous().to(self.device).view(-1).view(torch.uint8) for name, tensor in tensors.items()
         }
+        there = {name: [str(t.dtype)[6:], list(t.shape), t.device.type] for name, t in tensors.items()}  # less "torch."
         header = torch.tensor(list(json.dumps([there, note]).encode()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(torch.tensor([len(header)], device=self.device), source)
-        dist.broadcast(header, source)
-        for tensor in tensors.values():
-            if tensor.numel():
-                dist.broadcast(tensor.contiguous().to(self.device).view(-1).view(torch.uint8), source)
+        small = torch.cat([header, *[values for values in flat.values() if len(values) <= _SMALL]])
+        dist.broadcast(torch.tensor([len(header), len(small)], device=self.device), source)
+        dist.broadcast(small, source)
+        for values in flat.values():
+            if len(values) > _SMALL:
+                dist.broadcast(values, source)
 
     def _hear(self, source: int) -> tuple[dict[str, Tensor], Any]:
-        size = torch.zeros(1, dtype=torch.long, device=self.device)
-        dist.broadcast(size, source)
-        header = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(header, source)
-        there, note = json.loads(bytes(header.tolist()))
+        sizes = torch.zeros(2, dtype=torch.long, device=self.device)
+        dist.broadcast(sizes, source)
+        at, size = sizes.tolist()
+        small = torch.empty(size, dtype=torch.uint8, device=self.device)
+        dist.broadcast(small, source)
+        there, note = json.loads(bytes(small[:at].tolist()))
         tensors = {}
-        for name, (dtype, shape, kind) in there.items():
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            if tensor.numel():
-                dist.broadcast(tensor.view(-1).view(torch.uint8), source)
+        for name, (label, shape, kind) in there.items():
+            dtype = getattr(torch, label)
+            size = math.prod(shape) * dtype.itemsize
+            if size <= _SMALL:
+                values, at = small[at : at + size].clone(), at + size  # a copy is aligned
+            else:
+                values = torch.empty(size, dtype=torch.uint8, device=self.device)
+                dist.broadcast(values, source)
+            tensor = values.view(dtype).view(shape)
             tensors[name] = tensor.to(kind) if kind != torch.device(self.device).type else tensor
         return tensors, note
 

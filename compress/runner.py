@@ -27,6 +27,7 @@ from compress.quant.format import pack, pack_smaller
 from compress.quant.records import shape_of
 from compress.ranks import ALONE
 from compress.shapes import block_shape
+from compress.statistics import all_finite
 from compress.streaming import State, StreamedModel, reshaped
 from compress.structure import block_prefix
 from compress.version import __version__
@@ -219,27 +220,33 @@ class Runner:
             self.stage.save(unit, {}, line)
 
     def _block(self, i: int, unit: str, inputs: str) -> None:
-        with self.log.unit(self.kind, self.blocks[i]) as line, self.model.block(i) as module:
-            block = self._open(i, module, inputs)
-            unchanged = self.needs.inputs == "original"
-            outputs = self._outputs(module, block.samples) if unchanged and not self.needs.outputs else {}
-            line |= self.step.run_block(block, self.context)
-            tensors = self._collect(block)
-            if block.removed:
-                outputs, tensors = self.stage.load(f"{inputs}-{i}", self.own) if self.needs.inputs else {}, {}
-            elif not unchanged:  # load exactly what will be stored
-                inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
-                module.load_state_dict(inner, strict=False)
-                outputs = self._outputs(module, block.samples)
-            for name, found in block.outputs.items():
-                own = zip(self.own, found, strict=True)
-                outputs |= {f"{name}-{n}" if name else f"{n}": output.cpu() for n, output in own}
-            for name, calls in ({} if block.removed or self.needs.outputs else block.variants).items():
-                assert block.show is not None
-                block.show(name)
-                outputs |= self._outputs(module, calls, f"{name}-")
-            self._carry(i, inputs, outputs)
-            self._finish(unit, block, tensors, line)
+        with self.log.unit(self.kind, self.blocks[i]) as line:
+            with self.model.block(i) as module:
+                block, tensors = self._worked_on(i, module, inputs, line)
+            self._finish(unit, block, tensors, line)  # the dense weights are let go: packing takes memory too
+
+    def _worked_on(self, i: int, module: nn.Module, inputs: str, line: Record) -> tuple[Block, dict[str, Tensor]]:
+        """Let the pass work on a block, note what it measured, and carry the outputs on: the block, and its dense tensors as stored."""
+        block = self._open(i, module, inputs)
+        unchanged = self.needs.inputs == "original"
+        outputs = self._outputs(module, block.samples) if unchanged and not self.needs.outputs else {}
+        line |= self.step.run_block(block, self.context)
+        tensors = self._collect(block)
+        if block.removed:
+            outputs, tensors = self.stage.load(f"{inputs}-{i}", self.own) if self.needs.inputs else {}, {}
+        elif not unchanged:  # load exactly what will be stored
+            inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
+            module.load_state_dict(inner, strict=False)
+            outputs = self._outputs(module, block.samples)
+        for name, found in block.outputs.items():
+            own = zip(self.own, found, strict=True)
+            outputs |= {f"{name}-{n}" if name else f"{n}": output.cpu() for n, output in own}
+        for name, calls in ({} if block.removed or self.needs.outputs else block.variants).items():
+            assert block.show is not None
+            block.show(name)
+            outputs |= self._outputs(module, calls, f"{name}-")
+        self._carry(i, inputs, outputs)
+        return block, tensors
 
     def _drawn(self) -> list[int]:
         """Return the samples of this process among those that gradients are measured with."""
@@ -341,7 +348,7 @@ class Runner:
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise CompressError(f"{name}: {self.kind} left values that are not finite.")
 
     def _tied_in(self, packed: Collection[str]) -> bool:

@@ -197,17 +197,21 @@ def unfolded(total: Tensor) -> Tensor:
     return whole
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity; nothing of its size is made for it."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 def check_inputs(name: str, statistic: Tensor) -> None:
     """Refuse a statistic of a linear's inputs that is not finite."""
-    if not torch.isfinite(statistic).all():
+    if not all_finite(statistic):
         raise CompressError(f"{name}: its inputs on the calibration text are not finite; check the model's weights.")
 
 
 def check_weight(name: str, weight: Tensor) -> None:
     """Refuse a weight [N, K] that is not finite, naming its first bad row."""
-    finite = torch.isfinite(weight)
-    if not finite.all():
-        row = int((~finite).any(dim=1).nonzero()[0])
+    if not all_finite(weight):
+        row = int((~torch.isfinite(weight)).any(dim=1).nonzero()[0])
         raise CompressError(f"{name}: row {row} of its weight holds NaN or infinity; the model is damaged.")
 
 

@@ -88,12 +88,14 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         )
 
     def memory(self, sizes: Sizes, context: Context) -> int:
-        """Estimate what a block's scores and masks take, and Hessians: of every distinct input one, its inverse and factor."""
+        """Estimate what a block's scores and masks take, and Hessians: one of every distinct input, and what factoring the largest takes."""
+        sorts_all = self._group == "matrix" or self.config.pattern
         largest = max(rows * columns for rows, columns in context.linears.values())
-        scored = sizes.block + sizes.block // 4 + (0 if self._group == "row" else _SORTING * largest)
+        scored = sizes.block + sizes.block // 4 + (_SORTING * largest if sorts_all else 0)
         if self.score != "sparsegpt" and self.config.allocation != "hessian":
             return scored
-        return scored + 3 * hessian_bytes(context.structure, context.linears)
+        factoring = 2 * 4 * max(columns for _, columns in context.linears.values()) ** 2
+        return hessian_bytes(context.structure, context.linears) + max(scored, factoring)
 
     @property
     def _group(self) -> Group:

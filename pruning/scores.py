@@ -16,7 +16,7 @@ from compress.errors import CompressError
 from compress.passes import Block
 from compress.pruning.settings import Group, Score
 from compress.ranks import Ranks
-from compress.statistics import Moments, check_inputs, check_weight
+from compress.statistics import Moments, all_finite, check_inputs, check_weight
 
 COLUMNS = 128
 """Columns in a block: SparseGPT's lazy batch and its comparison group."""
@@ -61,23 +61,24 @@ class Factor:
 
 
 def factorise(hessian: Tensor, damping: float, name: str) -> Factor:
-    """Factor the inverse of ``H + damping * mean(diag H) * I``, float32 [K, K], not kept; more damping where that fails.
+    """Factor the inverse of ``H + damping * mean(diag H) * I``, float32 [K, K], written to; more damping where that fails.
 
     Raises:
         CompressError: values that are not finite.
     """
     check_inputs(name, hessian)
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    base = hessian + torch.diag(torch.where(dead, mean, 0.0))
+    diagonal += torch.where(dead, mean, 0.0)
     while damping <= _MOST_DAMPING:
-        damped = base + torch.diag(torch.full_like(diagonal, damping * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        hessian.diagonal().copy_(diagonal + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return Factor(upper, dead, damping)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+            if not failed and all_finite(factor):
+                return Factor(factor, dead, damping)
         damping *= 10
     raise CompressError(f"{name}: the Hessian of its inputs does not factorise however much it is damped.")
 

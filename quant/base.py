@@ -139,7 +139,7 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         if block.draws:
             self._add_divergences(block, weights, errors)
         few = {"few_tokens": dict(block.few_tokens)} if block.few_tokens else {}
-        return {"errors": {name: errors[name] for name in weights}, **few}
+        return {"errors": {name: errors[name] for name in block.linears if name in errors}, **few}
 
     def _run_outside(self, block: Block) -> Record:
         """Quantise embedding and head, and measure the errors: of outputs where the matrix multiplies hidden states."""
@@ -167,13 +167,14 @@ class QuantisePass(Pass[ConfigT], Generic[ConfigT]):
         seed, parent = self.seed_and_parent
         return min(seed + 1, parent)
 
-    def _add_divergences(self, block: Block, weights: Mapping[str, Tensor], errors: Record) -> None:
-        """Measure what the errors of a block's matrices cost; ``weights`` are the dense ones."""
+    def _add_divergences(self, block: Block, weights: dict[str, Tensor], errors: Record) -> None:
+        """Measure what the errors of a block's matrices cost; ``weights`` are the dense ones, taken out as they are used up."""
         bits = self._measured_at()
         lost = {}
-        for name, weight in weights.items():
+        for name in list(weights):
+            weight = weights.pop(name)
             block.linears[name].weight.copy_(weight)  # a variant's may be there
-            error = block.packed[name].dense(bits).to(weight.device) - weight
+            error = block.packed[name].dense(bits).to(weight.device).sub_(weight)
             lost[name] = len(error), error.__getitem__
         add_divergences(errors, str(bits), divergences(block.draws, lost, block.ranks))
 

@@ -10,7 +10,7 @@ from compress.quant.format import Codes
 from compress.quant.kmeans import nested_codebooks
 from compress.quant.settings import KMeansConfig, RoundToNearestConfig
 
-_ROWS = 1 << 10
+_AT_ONCE = 1 << 20  # weights that are there in float64
 
 
 class KMeans(QuantisePass[KMeansConfig]):
@@ -35,9 +35,8 @@ class RoundToNearest(QuantisePass[RoundToNearestConfig]):
         low = weight.min(axis=1, keepdims=True).astype(np.float64)
         step = (weight.max(axis=1, keepdims=True) - low) / (2**bits - 1)
         safe, codes = np.where(step > 0, step, 1.0), np.empty(weight.shape, np.uint8)
-        for rows in (
-            slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS)
-        ):  # float64 is twice as large
+        count = max(1, _AT_ONCE // weight.shape[1])
+        for rows in (slice(start, start + count) for start in range(0, len(weight), count)):
             codes[rows] = np.clip(np.rint((weight[rows] - low[rows]) / safe[rows]), 0, 2**bits - 1)
         codebook = (low + step * np.arange(2**bits)).astype(np.float32)
         return Codes(torch.from_numpy(codes), {bits: torch.from_numpy(codebook)})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from compress.quant.format import Codes
 
 Errors = dict[str, float]
-_AT_ONCE = 1 << 22  # weights that are there in float64
+_AT_ONCE = 1 << 22  # weights that are worked on at a time
 
 
 def matrix_errors(weight: Tensor, found: Codes, sensitivity: Tensor | None, device: torch.device) -> dict[str, Errors]:
@@ -17,7 +20,7 @@ def matrix_errors(weight: Tensor, found: Codes, sensitivity: Tensor | None, devi
     weight, there = weight.to(place), found.to(place)
     sensitivity, hessian = (None if tensor is None else tensor.to(place) for tensor in (sensitivity, found.hessian))
     scale = None if hessian is None else OutputScale(weight, sensitivity, hessian)
-    return {str(bits): layer_errors(weight, there.dense(bits), sensitivity, scale) for bits in there.codebooks}
+    return {str(bits): layer_errors(weight, partial(there.dense, bits), sensitivity, scale) for bits in there.codebooks}
 
 
 class OutputScale:
@@ -34,25 +37,33 @@ class OutputScale:
 
     def rows(self, error: Tensor) -> Tensor:
         """Return ``e H e^T`` of every row, float64 [N]; products are in float32, as sums of squares lose nothing there."""
-        return ((error @ self._hessian) * error).sum(1, dtype=torch.float64)
+        step = max(1, _AT_ONCE // len(self._hessian))
+        parts = torch.split(error, step)
+        return torch.cat([((part @ self._hessian) * part).sum(1, dtype=torch.float64) for part in parts])
 
 
-def layer_errors(weight: Tensor, quantised: Tensor, sensitivity: Tensor | None, scale: OutputScale | None) -> Errors:
-    """Measure the errors of a quantised matrix, float32 [N, K] like the weight, with ``e`` the difference of two rows.
+def layer_errors(
+    weight: Tensor, quantised: Callable[[slice], Tensor], sensitivity: Tensor | None, scale: OutputScale | None
+) -> Errors:
+    """Measure the errors of a quantised matrix, of which some rows are given when asked for, with ``e`` the difference of two rows.
 
     ``relative`` is the sum of ``e e^T`` over that of ``w w^T``; ``weighted`` the sum of ``s e^2``, with the sensitivity
     ``s``, float32 [N, K] (None for 1). With a Hessian there is ``output``, the sum of ``e H e^T`` over that of ``w H w^T``,
     and ``weighted`` is the sum of ``e H e^T`` times each row's mean cost of an error in its output, ``sum(s) / trace(H)``.
     """
     lost = power = weighted = 0.0
+    outputs = []
     step = max(1, _AT_ONCE // max(weight.shape[1], 1))
     for part in (slice(start, start + step) for start in range(0, len(weight), step)):
-        squares = (quantised[part] - weight[part]).double().square()
+        error = quantised(part) - weight[part]
+        squares = error.double().square()
         lost, power = lost + float(squares.sum()), power + float(weight[part].double().square().sum())
         if scale is None:
             weighted += float((squares if sensitivity is None else squares * sensitivity[part]).sum())
+        else:
+            outputs.append(scale.rows(error))
     result = {"relative": lost / (power or 1.0)}
     if scale is None:
         return result | {"weighted": weighted}
-    rows = scale.rows(quantised - weight)
+    rows = torch.cat(outputs)
     return result | {"output": float(rows.sum()) / scale.power, "weighted": float((rows * scale.cost).sum())}

@@ -44,17 +44,17 @@ class Codes:
     shared: Shared | None = None  # what the codebooks are computed from, and factors of columns to multiply by
     read_at: Mapping[str, int] | None = None  # of an embedding or head: the model's bits -> its own
 
-    def dense(self, bits: int) -> Tensor:
-        """Return the weights that a number of bits stands for, float32 [N, K]."""
-        codebook, lower = self.codebooks[bits].float(), max(self.codebooks) - bits
-        found = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
-        step = max(1, _AT_ONCE // max(self.codes.shape[1], 1))
+    def dense(self, bits: int, part: slice = slice(None)) -> Tensor:
+        """Return the weights that a number of bits stands for, or some rows of them, float32 [N, K]."""
+        codes, codebook = self.codes[part], self.codebooks[bits][part].float()
+        found = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        step, lower = max(1, _AT_ONCE // max(codes.shape[1], 1)), max(self.codebooks) - bits
         for rows in (slice(start, start + step) for start in range(0, len(found), step)):
-            torch.gather(codebook[rows], 1, (self.codes[rows] >> lower).long(), out=found[rows])
+            torch.gather(codebook[rows], 1, (codes[rows] >> lower).long(), out=found[rows])
         if self.shared is None:
             return found
-        factors = self.shared.factors()
-        return (found if factors is None else found.mul_(factors)) * self.shared.columns.float()
+        factors = self.shared.part(part).factors()
+        return (found if factors is None else found.mul_(factors)).mul_(self.shared.columns.float())
 
     def rows(self, bits: int, part: slice) -> Tensor:
         """Return some rows of an embedding or head (one coefficient per row) at a number of bits, float32 [rows, K]."""
@@ -151,11 +151,16 @@ def pack_smaller(found: Codes) -> tuple[PackedShape, Mapping[str, Tensor], dict[
     survivors = int(occupied.sum())
     if survivors == occupied.numel():
         return shape, tensors, None
-    smaller, sparse = _sparse_form(shape, tensors, found.codes, occupied, zero)
-    sizes = {"sparse": sum(t.nbytes for t in sparse.values()), "dense": sum(t.nbytes for t in tensors.values())}
+    gaps = _gaps(occupied, survivors)
+    low = _gap_bits(gaps)
+    mask_bits = survivors + _total(gaps[part] >> low for part in _parts(survivors))
+    smaller = SparseShape(**vars(shape), survivors=survivors, gap_bits=low, mask_bits=mask_bits)
+    sizes = {form: sum(of.tensor_bytes().values()) for form, of in (("sparse", smaller), ("dense", shape))}
     form = "sparse" if sizes["sparse"] < sizes["dense"] else "dense"
     note = {"form": form, "zeros": occupied.numel() - survivors, "bytes": sizes}
-    return (smaller, sparse, note) if form == "sparse" else (shape, tensors, note)
+    if form == "dense":
+        return shape, tensors, note
+    return smaller, _sparse_tensors(smaller, tensors, found.codes, occupied, zero, gaps), note
 
 
 def _zero_codes(shape: PackedShape, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -177,9 +182,9 @@ def _occupied(codes: Tensor, zero: Tensor) -> Tensor:
     return occupied.view(-1)
 
 
-def _sparse_form(
-    shape: PackedShape, tensors: Mapping[str, Tensor], codes: Tensor, occupied: Tensor, zero: Tensor
-) -> tuple[SparseShape, dict[str, Tensor]]:
+def _sparse_tensors(
+    shape: SparseShape, tensors: Mapping[str, Tensor], codes: Tensor, occupied: Tensor, zero: Tensor, gaps: Tensor
+) -> dict[str, Tensor]:
     """Build the survivors' planes, the mask, and codebooks whose entry 0 is that of the pruned weights.
 
     Codes of a row are renumbered by exclusive or with its zero code: the b-bit code stays the top b bits of the parent's, and
@@ -188,18 +193,14 @@ def _sparse_form(
     first = zero.byte().argmax(dim=1).to(torch.uint8)  # 0 for rows without a zero code, which stay as they are
     codes = (codes ^ first[:, None]).view(-1)
     kept = torch.cat([codes[part][occupied[part]] for part in _parts(codes.numel())])
-    gaps = _gaps(occupied, kept.numel())
-    low = _gap_bits(gaps)
-    unary = _unary(gaps, low)
-    found = SparseShape(**vars(shape), survivors=kept.numel(), gap_bits=low, mask_bits=unary.numel())
     sparse = split_planes(_pack_row(kept, shape.parent_bits), shape)
     for bits in shape.all_bits:
         moved = torch.arange(2**bits, device=first.device) ^ (first >> (shape.parent_bits - bits)).long()[:, None]
         sparse[f"codebook_{bits}"] = tensors[f"codebook_{bits}"].gather(1, moved)
-    sparse["mask"] = _pack_row(unary, 1).view(-1)
-    if low:
+    sparse["mask"] = _pack_row(_unary(gaps, shape), 1).view(-1)
+    if low := shape.gap_bits:
         sparse["mask_low"] = _pack_row((gaps & (2**low - 1)).byte(), low).view(low, -1)
-    return found, sparse
+    return sparse
 
 
 def _pack_row(values: Tensor, bits: int) -> Tensor:
@@ -247,14 +248,12 @@ def _total(parts: Iterable[Tensor]) -> int:
     return sum(int(part.sum()) for part in parts)
 
 
-def _unary(gaps: Tensor, low: int) -> Tensor:
-    """Write for every survivor ``gap >> low`` zeros and a one: uint8 [mask_bits]."""
-    parts = list(_parts(gaps.numel()))
-    length = gaps.numel() + _total(gaps[part] >> low for part in parts)
-    unary = torch.zeros(length, dtype=torch.uint8, device=gaps.device)
+def _unary(gaps: Tensor, shape: SparseShape) -> Tensor:
+    """Write for every survivor ``gap >> gap_bits`` zeros and a one: uint8 [mask_bits]."""
+    unary = torch.zeros(shape.mask_bits, dtype=torch.uint8, device=gaps.device)
     end = -1
-    for part in parts:
-        ones = torch.cumsum((gaps[part] >> low) + 1, 0) + end
+    for part in _parts(gaps.numel()):
+        ones = torch.cumsum((gaps[part] >> shape.gap_bits) + 1, 0) + end
         unary[ones] = 1
         end = int(ones[-1])
     return unary

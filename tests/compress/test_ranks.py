@@ -12,6 +12,7 @@ from threading import get_ident
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed as dist
 
 import compress
 from compress import cli
@@ -157,6 +158,24 @@ def test_sums_are_those_of_the_lots_of_each_half_in_order():
     lots = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
     assert sums.total["x"] == (((lots[0] + lots[1]) + lots[2]) + lots[3]) + lots[4]
     assert sums.notes == [0, 2, 4, 6, 8]
+
+
+def test_tensors_of_any_kind_arrive_as_they_were(monkeypatch):
+    tensors = {
+        "odd": torch.tensor([True, False, True]),
+        "none": torch.empty(0, 3, dtype=torch.float64),
+        "number": torch.tensor(0.5, dtype=torch.float64),  # behind three bytes
+        "large": torch.randn(300, 1000).t(),
+        "half": torch.randn(5).bfloat16(),
+    }
+    sent = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: sent.append(tensor.clone()))
+    next(Ranks(0, 2).each(tensors, {"loss": 0.1}))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.copy_(sent.pop(0)))
+    heard, note = next(Ranks(1, 2).each({}))
+    assert note == {"loss": 0.1}
+    assert list(heard) == list(tensors)
+    assert all(torch.equal(heard[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.slow

@@ -92,10 +92,10 @@ def test_layer_errors_by_hand():
     metric = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     sensitivity = torch.tensor([[3.0, 9.0], [0.5, 1.5]])
     # Rows' e H e: 0.25 * 2 and 1 * 4. Rows' w H w: 2 + 4 + 16 and 4. Rows' s: 12 and 2; trace 6.
-    assert layer_errors(weight, quantised, sensitivity, OutputScale(weight, sensitivity, metric)) == pytest.approx(
-        {"relative": 1.25 / 6, "output": 4.5 / 26, "weighted": 0.5 * 12 / 6 + 4 * 2 / 6}
-    )
-    assert layer_errors(weight, quantised, sensitivity, None) == pytest.approx(
+    assert layer_errors(
+        weight, quantised.__getitem__, sensitivity, OutputScale(weight, sensitivity, metric)
+    ) == pytest.approx({"relative": 1.25 / 6, "output": 4.5 / 26, "weighted": 0.5 * 12 / 6 + 4 * 2 / 6})
+    assert layer_errors(weight, quantised.__getitem__, sensitivity, None) == pytest.approx(
         {"relative": 1.25 / 6, "weighted": 0.25 * 3 + 1.5}
     )
 

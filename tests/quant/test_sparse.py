@@ -182,6 +182,16 @@ def test_the_form_with_fewer_bytes_is_chosen_and_both_are_noted(sparsity, form):
     assert note["bytes"][form] == sum(t.nbytes for t in stored.values()) == min(note["bytes"].values())
 
 
+def test_what_the_sparse_form_would_take_is_known_without_building_it():
+    codes = coded(pruned(64, 512, 0.05), 3, 6)
+    shape, tensors = pack(codes.codes, codes.codebooks)
+    survives = ~always_zero(shape, tensors).view(-1)
+    survivors, last = int(survives.sum()), int(survives.nonzero()[-1])
+    words = 6 * -(-survivors // 32) + -(-(last + 1) // 32)  # planes, and the mask: no low bits at 5 %
+    codebooks = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("codebook"))
+    assert pack_smaller(codes)[2]["bytes"]["sparse"] == 4 * words + codebooks
+
+
 @pytest.mark.parametrize(("sparsity", "gap_bits"), [(0.5, 0), (0.7, 1), (0.8, 2), (0.9, 3), (0.99, 6)])
 def test_the_mask_is_close_to_its_entropy(sparsity, gap_bits):
     shape, stored, _ = pack_smaller(coded(pruned(256, 512, sparsity)))
