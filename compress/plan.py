@@ -112,8 +112,9 @@ def _needs(
     varied = len(needs.variants) * min(1.0, (needs.variant_length or length) / max(length, 1))
     shown = round((1 + varied) * hidden)  # what goes into a block, the variants included
     own = step.memory(Sizes(samples, length, weights.block, weights.whole), context)
-    # A block in float32, and in 16 bits what is read or written of it; what goes into it, and what comes out.
-    held, units, carried = weights.outside + 3 * weights.block // 2, weights.inside, 2 * shown
+    # A block in float32, and in 16 bits what is read or written of it, or a variant; what goes into it, and what comes out.
+    held = weights.outside + (2 * weights.block if needs.variants else 3 * weights.block // 2)
+    units, carried = weights.inside, 2 * shown
     memory = held + shown + (shown if needs.outputs else 0) + own
     logits = length * int(getattr(language, "vocab_size", 0)) * _FLOAT  # of one sample
     shorter = min(1.0, (needs.gradient_length or length) / max(length, 1))

@@ -114,23 +114,26 @@ def correction(
 
 
 def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: int, length: int) -> int:
-    """Estimate the bytes that fitting takes, the linear (N, K) with most inputs, but for the Hessians of the block.
+    """Estimate the bytes that fitting takes, but for the Hessians of the block, where those linears (N, K) are fitted that take most.
 
     ``shapes`` are those of one block's linears; ``tokens`` go through the variants, of samples of ``length`` tokens.
     """
-    inputs = max(columns for _, columns in shapes)
-    matrices = (2 if inputs > LARGE else 4) * inputs * inputs  # for the correction, or factors of the Hessian
-    targets = (variants + 2) * max(rows * columns for rows, columns in shapes)
+
+    def fitted(columns: int) -> int:
+        """Count what linears of so many columns take; they may share an input."""
+        rows = [rows for rows, other in shapes if other == columns]
+        matrices = (3 if columns > LARGE else 4) * columns  # for the correction, or factors of the Hessian
+        targets = (variants + 1) * (
+            sum(rows) + max(rows)
+        )  # of all, and of one that are divided by the columns' factors
+        parts = row_parts(sum(rows), torch.device("cpu"))
+        searched = min(len(parts), torch.get_num_threads()) * max(part.stop - part.start for part in parts)
+        return (4 * (matrices + targets + 4 * length) + _SEARCH * searched) * columns
+
     # What the linears are given on those tokens, and make of them in every variant, in two bytes.
-    kept = tokens * (sum({columns for _, columns in shapes}) + variants * sum(rows for rows, _ in shapes))
-    # A sample, and rows, at a time, these in every thread; rows of all linears that may share an input.
-    searched = 0
-    for columns in {columns for _, columns in shapes}:
-        together = sum(rows for rows, other in shapes if other == columns)
-        parts = row_parts(together, torch.device("cpu"))
-        at_once = min(len(parts), torch.get_num_threads())
-        searched = max(searched, at_once * max(part.stop - part.start for part in parts) * columns)
-    return 4 * (matrices + targets + 4 * length * inputs) + 2 * kept + _SEARCH * searched
+    widths = {columns for _, columns in shapes}
+    kept = tokens * (sum(widths) + variants * sum(rows for rows, _ in shapes))
+    return 2 * kept + max(map(fitted, widths))
 
 
 @torch.no_grad()
