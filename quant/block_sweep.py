@@ -123,11 +123,9 @@ def fitting_bytes(shapes: Collection[tuple[int, int]], variants: int, tokens: in
         """Count what linears of so many columns take; they may share an input."""
         rows = [rows for rows, other in shapes if other == columns]
         matrices = (3 if columns > LARGE else 4) * columns  # for the correction, or factors of the Hessian
-        targets = (variants + 1) * (
-            sum(rows) + max(rows)
-        )  # of all, and of one that are divided by the columns' factors
+        targets = (variants + 1) * (sum(rows) + max(rows))  # of one matrix also divided by the columns' factors
         parts = row_parts(sum(rows), torch.device("cpu"))
-        searched = min(len(parts), torch.get_num_threads()) * max(part.stop - part.start for part in parts)
+        searched: int = min(len(parts), torch.get_num_threads()) * max(part.stop - part.start for part in parts)
         return (4 * (matrices + targets + 4 * length) + _SEARCH * searched) * columns
 
     # What the linears are given on those tokens, and make of them in every variant, in two bytes.
