@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from compress.streaming import State
 from compress.structure import block_of
 
 _FLOAT = 4
-# Measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds, where it looks at text and where not; and
-# how many tensors as large as the logits are there, of a sample that is differentiated and of a batch that is trained on; and the share
-# of the linears' inputs and outputs that a batch's gradient needs kept (some share an input, some values are kept by nobody).
-_LATE_CODE, _LATE_CODE_ALONE, _OF_LOGITS, _OF_BATCH, _KEPT = 200 << 20, 100 << 20, 5, 3, 0.8
+# Measured: compiled kernels, modelling code and allocator slack, loaded as a run proceeds; how many tensors as large as the logits are
+# there, of a sample that is differentiated and of a batch that is trained on; and the share of the linears' inputs and outputs that a
+# batch's gradient needs kept (some share an input, some values are kept by nobody).
+_LATE_CODE, _OF_LOGITS, _OF_BATCH, _KEPT = 100 << 20, 5, 3, 0.8
 
 
 @usual_defaults()
@@ -62,7 +62,7 @@ def plan(
 
     def again(text: Calibration | None, micro_batch: int | None = None) -> int:
         """Return the memory with another calibration text, or with other micro-batches in every training that has them."""
-        other, most = settings.model_copy(update={"calibration": text}), _writing(found[-1][0], steps)
+        other, most = settings.model_copy(update={"calibration": text}), _writing(found[-1][0])
         for step, before in pairs:
             if micro_batch and hasattr(step.config, "micro_batch"):
                 step = type(step)(step.config.model_copy(update={"micro_batch": micro_batch}))
@@ -83,7 +83,7 @@ def plan(
         "checkpoint_bytes": max(at.values(), default=rest),
         "bytes_at_bits": at,
         "passes": [{"kind": step.config.kind, **needs} for step, needs in zip(steps, foreseen, strict=True)],
-        "peak_memory_bytes": max(_writing(last, steps), *(needs["memory_bytes"] or 0 for needs in foreseen)),
+        "peak_memory_bytes": max(_writing(last), *(needs["memory_bytes"] or 0 for needs in foreseen)),
         "workspace_bytes": sum(needs["workspace_bytes"] or 0 for needs in foreseen),
     }
     place = Path(settings.output or ".").absolute()
@@ -149,7 +149,7 @@ def _needs(
     else:
         helping = 1
     return {
-        "memory_bytes": _late_code([step]) + memory,
+        "memory_bytes": _LATE_CODE + memory,
         "workspace_bytes": units + carried,
         "processes": max(helping, 1),
     }
@@ -168,14 +168,10 @@ class _Weights:
         self.whole = self.outside + self.inside
 
 
-def _late_code(steps: Iterable[Pass[Any]]) -> int:
-    return _LATE_CODE if any(step.needs().calibration for step in steps) else _LATE_CODE_ALONE
-
-
-def _writing(state: State, steps: Iterable[Pass[Any]]) -> int:
+def _writing(state: State) -> int:
     """Estimate the memory that the checkpoint takes to write: a shard, then the model block by block at a few tokens."""
     weights = _Weights(state)
-    return _late_code(steps) + max(3 * weights.outside // 2, weights.outside + 3 * weights.block // 2)
+    return _LATE_CODE + max(3 * weights.outside // 2, weights.outside + 3 * weights.block // 2)
 
 
 def _warnings(settings: Recipe, found: Mapping[str, Any], place: Path, again: Callable[..., int]) -> list[str]:
