@@ -43,7 +43,10 @@ _SMALL = 1 << 20  # bytes of a tensor that goes in one message with others
 def processes(device: torch.device) -> PartialState:
     """Tell who is at work; usually one process. Of the device only the type matters."""
     threads = torch.get_num_threads()  # accelerate 1.15 may set more (findings/threads_by_accelerate.sh)
+    first = not dist.is_initialized()
     found = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))  # a pass may take that long
+    if first:
+        found.wait_for_everyone()  # one that ends at once, as after an error, takes along what others still connect by
     torch.set_num_threads(min(threads, torch.get_num_threads()))
     return found
 
