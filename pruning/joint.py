@@ -67,15 +67,18 @@ def even_codebook(weight: Tensor, bits: int) -> Tensor:
 
 def codes_of(weight: Tensor, codebook: Tensor) -> Tensor:
     """Find the code of the nearest entry, uint8 [N, K]; of two equally near the lower."""
-    middles = (codebook[:, 1:] + codebook[:, :-1]) / 2
-    return torch.searchsorted(middles.contiguous(), weight.contiguous()).to(torch.uint8)
+    return torch.searchsorted(_middles(codebook), weight.contiguous()).to(torch.uint8)
+
+
+def _middles(codebook: Tensor) -> Tensor:
+    return ((codebook[:, 1:] + codebook[:, :-1]) / 2).contiguous()
 
 
 def rounding(codebook: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that rounds a column [N], each row to its own codebook."""
+    middles = _middles(codebook)
 
     def nearest(column: Tensor) -> Tensor:
-        codes = codes_of(column[:, None], codebook)
-        return codebook.gather(1, codes.long())[:, 0]
+        return codebook.gather(1, torch.searchsorted(middles, column[:, None].contiguous()))[:, 0]
 
     return nearest

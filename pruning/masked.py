@@ -16,7 +16,7 @@ from compress.pruning import allocation as rules
 from compress.pruning.allocation import Budget, exponent, whole_numbers
 from compress.pruning.mrp import Search, Step, curve, grid, non_outlier_ratio, outlier_share, search
 from compress.pruning.scores import DEFAULT_GROUP, Measured, measure, pattern_zeros
-from compress.pruning.settings import Group, Score, SparseConfig
+from compress.pruning.settings import Allocation, Group, Score, SparseConfig
 from compress.pruning.sparsegpt import Rule
 from compress.quant.base import share_packed
 from compress.statistics import hessian_bytes
@@ -101,6 +101,10 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
     def _group(self) -> Group:
         return self.config.group or DEFAULT_GROUP[self.score]
 
+    @property
+    def _allocation(self) -> Allocation:
+        return self.config.allocation if self.config.sparsity else "uniform"  # nothing to divide
+
     def rule(self, zeros: int) -> Rule:
         """Return how the weights of one linear are chosen."""
         return Rule(zeros, self._group, self.config.kept_of)
@@ -143,9 +147,9 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
 
     def wants_statistics(self, context: Context, statistics: Sequence[Sequence[Record]]) -> bool:
         """Ask for one round where the allocation measures; for MRP for more, until its search has met the target."""
-        if self.config.allocation in ("uniform", "random", "atp"):
+        if self._allocation in ("uniform", "random", "atp"):
             return False
-        if self.config.allocation != "mrp" or not statistics:
+        if self._allocation != "mrp" or not statistics:
             return not statistics
         return not self.plan(context, statistics).finished
 
@@ -189,7 +193,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
             return Plan({n: pattern_zeros(*context.linears[n], *config.kept_of) for unit in units for n in unit})
         size = {name: rows * columns for name, (rows, columns) in context.linears.items()}
         budget = self._budget([sum(size[name] for name in unit) for unit in units])
-        if config.allocation == "mrp":
+        if self._allocation == "mrp":
             curves = [[record["nor"] for record in records if record] for records in statistics]
             refresh = 0 if self.score == "magnitude" else config.refresh
             found = search(budget, self._points(), curves, config.step, refresh)
@@ -211,7 +215,7 @@ class SparsePass(Pass[ConfigT], Generic[ConfigT]):
         def by_name(key: str) -> dict[str, float]:
             return {name: value for record in records for name, value in record[key].items()}
 
-        match self.config.allocation:
+        match self._allocation:
             case "random":
                 return rules.random(budget, spread, context.generator(len(budget.sizes)))
             case "atp":

@@ -158,9 +158,7 @@ def select(scores: Tensor, zeros: int, group: Group) -> Tensor:
     if group == "columns":
         counted = zip(column_blocks(columns), column_shares(zeros, columns), strict=True)
         return torch.cat([select(scores[:, a:b], count, "matrix") for (a, b), count in counted], dim=1)
-    pruned = torch.zeros(rows * columns, dtype=torch.bool, device=scores.device)
-    pruned[scores.flatten().argsort(stable=True)[:zeros]] = True
-    return pruned.view(rows, columns)
+    return _smallest(scores.reshape(1, -1), torch.tensor([zeros], device=scores.device)).view(rows, columns)
 
 
 def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
@@ -169,9 +167,21 @@ def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 def _smallest(scores: Tensor, counts: Tensor) -> Tensor:
-    """Choose the smallest of every row, so many each: bool [N, K]."""
-    first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argsort(dim=1, stable=True), first)
+    """Choose the smallest of every row, so many each: bool [N, K]. Several times as fast as by sorting."""
+    most = scores.new_full((len(scores), 1), -torch.inf)
+    for count in set(counts.tolist()) - {0}:
+        rows = counts == count
+        some = scores if rows.all() else scores[rows]
+        most[rows] = some.kthvalue(count, dim=1, keepdim=True).values
+    pruned = scores <= most
+    extra = pruned.sum(1) - counts
+    if extra.any():  # of equal scores the last stay
+        last = (scores == most) & (extra > 0)[:, None]
+        row, column = last.nonzero(as_tuple=True)
+        equal = torch.bincount(row, minlength=len(scores))
+        place = torch.arange(len(row), device=row.device) - (equal.cumsum(0) - equal)[row]
+        pruned[row, column] = place < (equal - extra)[row]
+    return pruned
 
 
 def select_pattern(scores: Tensor, kept: int, of: int) -> Tensor:

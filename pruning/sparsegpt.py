@@ -17,6 +17,8 @@ from torch import Tensor
 from compress.pruning.scores import COLUMNS, Factor, column_blocks, column_shares, removal, select, select_pattern
 from compress.pruning.settings import Group
 
+_STRIP = 16  # columns that are updated one by one; those after them in the block at once
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -55,8 +57,10 @@ def sweep(
     """
     result = weight.clone()
     columns, upper, diagonal = weight.shape[1], factor.upper, factor.diagonal
+    strip = _STRIP
     if rule.pattern:
         size -= size % rule.pattern[1]
+        strip = max(strip - strip % rule.pattern[1], rule.pattern[1])
     zero = weight == 0
 
     def scores(part: Tensor, first: int, end: int) -> Tensor:
@@ -70,19 +74,23 @@ def sweep(
         part = result[:, start:end].t().contiguous()  # one row per column: updates are contiguous
         if by_block:
             pruned[:, start:end] = select(scores(part.t(), start, end), counts[index], "matrix")
+        gone = (pruned[:, start:end] | zero[:, start:end]).t().contiguous()
         errors = torch.empty_like(part)
-        for j in range(end - start):
-            if rule.pattern and j % rule.pattern[1] == 0:
-                last = min(j + rule.pattern[1], end - start)
-                group = scores(part[j:last].t(), start + j, start + last)
-                pruned[:, start + j : start + last] = select_pattern(group, *rule.pattern)
-            pruned[:, start + j] |= zero[:, start + j]
-            kept = part[j] if round_to is None else round_to(part[j])
-            kept = kept.masked_fill(pruned[:, start + j], 0.0)
-            errors[j] = (part[j] - kept) / upper[start + j, start + j]
-            part[j:] -= torch.outer(upper[start + j, start + j : end], errors[j])
-            part[j] = kept
+        inside = upper[start:end, start:end]
+        for first, last in column_blocks(end - start, strip):
+            for j in range(first, last):
+                if rule.pattern and (j - first) % rule.pattern[1] == 0:
+                    ahead = min(j + rule.pattern[1], last)
+                    group = scores(part[j:ahead].t(), start + j, start + ahead)
+                    gone[j:ahead] |= select_pattern(group, *rule.pattern).t()
+                kept = part[j] if round_to is None else round_to(part[j])
+                kept = kept.masked_fill(gone[j], 0.0)
+                errors[j] = (part[j] - kept) / inside[j, j]
+                part[j + 1 : last].addr_(inside[j, j + 1 : last], errors[j], alpha=-1)
+                part[j] = kept
+            part[last:].addmm_(inside[first:last, last:].t(), errors[first:last], alpha=-1)
+        pruned[:, start:end] = gone.t()
         result[:, start:end] = part.t()
-        result[:, end:] -= errors.t() @ upper[start:end, end:]
+        result[:, end:].addmm_(errors.t(), upper[start:end, end:], alpha=-1)
         loss += 0.5 * float(errors[~factor.dead[start:end]].square().sum(dtype=torch.float64))
     return Swept(result, pruned, loss)

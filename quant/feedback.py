@@ -57,7 +57,8 @@ def codes_by_feedback(
         block, inside = left[..., part].contiguous(), factor[part, part].contiguous()
         sizes.append(group_sizes(block[sized - bits[0]], inside.diagonal() ** -2, tables[sized]))
         codes[:, part] = choose(block, [tables[b] for b in bits], sizes[-1][:, 0], inside, weights)
-        left[..., after] -= block @ factor[part, after]
+        for each, errors in zip(left[..., after], block, strict=True):
+            each.addmm_(errors, factor[part, after], alpha=-1)  # in place: what is left is much larger than the group
     return codes, torch.cat(sizes, 1)
 
 

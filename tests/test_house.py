@@ -34,16 +34,16 @@ BUDGETS = {
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
-    "quant": (5360, 12.5),
-    "pruning": (3410, 11.8),
+    "quant": (5400, 12.5),
+    "pruning": (3435, 11.8),
     "prompts": (520, 9.6),
     "kernels": (3380, 13.7),
     "evals": (4360, 11.6),
     "evals/bench": (2330, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30370, 11.6),
-    "without tests": (33730, 11.6),
+    "in the wheel": (30440, 11.6),
+    "without tests": (33800, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

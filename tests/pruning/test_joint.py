@@ -8,7 +8,7 @@ import torch
 import compress
 from compress.errors import CompressError
 from compress.plan import plan
-from compress.pruning.joint import codes_of, even_codebook, rounding
+from compress.pruning.joint import Joint, codes_of, even_codebook, rounding
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -53,6 +53,14 @@ def test_joint_in_a_recipe(make_model, recipe, tmp_path, kind, verify):
     zeros = sum(entry["zeros"] for unit in units for entry in unit["linears"].values())
     assert 0.5 * total <= zeros < 0.75 * total  # survivors may round to zero
     assert plan(recipe)["bytes_at_bits"].keys() == {"3"}
+
+
+@pytest.mark.parametrize("allocation", ["mrp", "alpha", "hessian"])
+def test_nothing_is_measured_for_dividing_no_zeros(allocation, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Joint, "measure_block", None)
+    recipe["passes"] = [{"kind": "joint", "bits": 4, "sparsity": 0, "allocation": allocation}]
+    model = compress.load(compress.run(recipe, tmp_path / "model"))
+    assert compress.get_bits(model) == 4
 
 
 @pytest.mark.slow

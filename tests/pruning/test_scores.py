@@ -56,6 +56,18 @@ def test_equal_scores_go_by_position():
     assert select(torch.ones(2, 4), 3, "row").tolist() == [[True] + [False] * 3, [True, True, False, False]]
 
 
+@pytest.mark.parametrize("zeros", [0, 1, 300, 777, 1200])
+@pytest.mark.parametrize("group", ["row", "matrix"])
+def test_of_few_values_those_go_that_a_stable_sort_puts_first(group, zeros):
+    scores = torch.randint(0, 4, (30, 40), generator=torch.Generator().manual_seed(0)).float()
+    mask = select(scores, zeros, group)
+    rows = [(scores.flatten(), mask.flatten())] if group == "matrix" else list(zip(scores, mask, strict=True))
+    for values, gone in rows:
+        first = values.argsort(stable=True)[: int(gone.sum())]
+        assert gone.nonzero().flatten().tolist() == sorted(first.tolist())
+    assert int(mask.sum()) == zeros
+
+
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (4, 8), (1, 3)])
 def test_patterns_keep_n_of_every_m(kept, of):
     """11 columns: the last group is shorter, and fits the pattern once padded with zeros."""

@@ -5,11 +5,16 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import compress
 from compress import CompressError, KVCache
+from compress.calibration import draw_samples
 from compress.hf import cache_name
-from compress.quant.kv import choose
+from compress.kv_serving import losses_by_blocks
+from compress.quant.kv import KVCalibrate, choose
+from compress.settings import Calibration
+from tests.conftest import assert_same_files
 
 PASS = {"kind": "kv_calibrate", "bits": 3, "choices": [2, 4], "group": [4, 12], "residual": 8}
 
@@ -79,3 +84,44 @@ def test_settings_that_do_not_fit_are_refused(changes, message, tiny_llama, text
     recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": [{**PASS, **changes}]}
     with pytest.raises(CompressError, match=message):
         compress.run(recipe, output=tmp_path / "model")
+
+
+def test_losses_are_those_of_each_sample_alone(tiny_llama, text_file, tmp_path):
+    """Samples of three lengths are read together, padded."""
+    documents = tmp_path / "documents.jsonl"
+    texts = [text_file.read_text()[start : start + size] for start, size in ((0, 400), (90, 190), (300, 165))]
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    calibration = {"text": str(documents), "samples": 3, "length": 60, "min_characters": 1}
+    recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": [PASS]}
+    folder = compress.run(recipe, output=tmp_path / "model")
+    record = json.loads((folder / "compression.json").read_text())["passes"][-1]["units"]["kv"]
+    model, tokenizer = compress.load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    samples = draw_samples(Calibration.model_validate(calibration), tokenizer, None).tokens
+    assert len({len(tokens) for tokens in samples if len(tokens) > 40}) == 3
+    for kind, bits in (("whole", 16), ("uniform", 2)):
+        found = []
+        for tokens in samples:
+            cache = KVCache(bits, group=(4, 12), residual=8, config=model.config)
+            with torch.no_grad():
+                found.append(losses_by_blocks(model, tokens[None], cache, 32)[:, 8:].flatten())
+        assert record["losses"][kind] == pytest.approx(float(torch.cat(found).mean()), abs=1e-5)
+
+
+def test_an_interrupted_pass_measures_nothing_again(calibrated, tiny_llama, text_file, tmp_path, monkeypatch):
+    calibration = {"text": str(text_file), "samples": 3, "length": 60}
+    recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": [{"kind": "rtn", "bits": 4}, PASS]}
+    measure, seen = KVCalibrate._loss, []
+
+    def stopped_at_the_fourth(self, whole, batches, bits, ranks):
+        seen.append(str(bits))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return measure(self, whole, batches, bits, ranks)
+
+    monkeypatch.setattr(KVCalibrate, "_loss", stopped_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(recipe, output=tmp_path / "model")
+    compress.run(recipe, output=tmp_path / "model")
+    assert seen.count(seen[3]) == 2
+    assert len(set(seen)) == len(seen) - 1
+    assert_same_files(tmp_path / "model", calibrated)
