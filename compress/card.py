@@ -113,8 +113,13 @@ def _cache(unit: Mapping[str, Any]) -> str:
         "uniform": f"{unit['uniform']} bits",
     }
     bits["chosen" if by_layer else "uniform"] += " (recommended)"
-    rows = [f"| {bits[name]} | {unit['losses'][name]:.4f} |" for name in bits]
-    table = "\n".join(["| keys and values | loss on calibration text, nats per token |", "|---|---:|", *rows])
+    apart = unit.get("divergences") or {}  # manifests of earlier versions have none
+    rows = [
+        f"| {bits[name]} | {unit['losses'][name]:.4f} | {format(apart[name], '.5f') if apart else '–'} |"
+        for name in bits
+    ]
+    head = "| keys and values | loss on calibration text, nats per token | divergence from a whole cache |"
+    table = "\n".join([head, "|---|---:|---:|", *rows])
     code = 'model = compress.load("ORG/NAME", kv="recommended")  # on the command line --kv-bits recommended'
     return f"{table}\n\n```python\n{code}\n```"
 

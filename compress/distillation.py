@@ -62,16 +62,17 @@ def listed_divergence(model: nn.Module, tokens: Tensor, logs: Tensor, listed: Te
 
     ``logs`` and ``listed`` are what :func:`likeliest` found. All tokens outside the list are taken as one event.
     """
+    return Predictions(model, tokens).each(lambda logits, part: apart(logits, logs[:, part], listed[:, part]))
 
-    def apart(logits: Tensor, part: slice) -> Tensor:
-        wanted, found = logs[:, part], logits.log_softmax(-1).gather(-1, listed[:, part].long())
-        lost = (wanted.exp() * (wanted - found)).sum(-1)
-        if wanted.shape[-1] < logits.shape[-1]:
-            rest, left = _rest(wanted), _rest(found)
-            lost = lost + rest.exp() * (rest - left)
+
+def apart(logits: Tensor, logs: Tensor, listed: Tensor) -> Tensor:
+    """Return the divergence of a student's logits, [..., vocabulary], from a teacher's likeliest tokens, [..., count]: [...], in nats."""
+    found = logits.log_softmax(-1).gather(-1, listed.long())
+    lost = (logs.exp() * (logs - found)).sum(-1)
+    if logs.shape[-1] == logits.shape[-1]:
         return lost
-
-    return Predictions(model, tokens).each(apart)
+    rest, left = _rest(logs), _rest(found)
+    return lost + rest.exp() * (rest - left)
 
 
 def distillation_loss(file: Path) -> Loss:

@@ -14,7 +14,7 @@ from compress.errors import CompressError
 from compress.hf import cache_name
 from compress.kv import KVCache
 from compress.kv_settings import KVBits, KVSettings, parse_kv_bits
-from compress.logits import token_losses
+from compress.logits import Predictions, losses_of
 
 _PLAIN = KVSettings()
 _NAMES = ("past_key_values", "cache")
@@ -30,17 +30,30 @@ def make_caches(model: PreTrainedModel, bits: KVBits, settings: KVSettings = _PL
     return make
 
 
-def losses_by_blocks(model: Any, ids: Tensor, cache: Any, block: int) -> Tensor:
-    """Return the negative log-likelihoods of all tokens but the first, [B, T - 1], of tokens [B, T] read a block at a time.
+def score_by_blocks(
+    model: Any, ids: Tensor, cache: Any, block: int, score: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """Join what ``score`` makes of the logits after all tokens but the last, [B, T - 1, ...], of tokens [B, T] read a block at a time.
 
-    Tokens of a block see each other whole; what came before they see as the cache holds it.
+    Tokens of a block see each other whole; what came before they see as the cache holds it. ``score`` is given the logits,
+    float32 [B, some, vocabulary], and which tokens they follow.
     """
-    name, losses = cache_name(model), []
-    for start in range(0, ids.shape[1] - 1, block):
+    name, found, end = cache_name(model), [], ids.shape[1] - 1
+    for start in range(0, end, block):
         part = ids[:, start : start + block]
-        after = ids[:, start + 1 : start + 1 + part.shape[1]]
-        losses.append(token_losses(model, part, after, use_cache=True, **{name: cache}))
-    return torch.cat(losses, 1)
+        made = Predictions(model, part, range(min(block, end - start)), use_cache=True, **{name: cache})
+
+        def placed(logits: Tensor, own: slice, start: int = start) -> Tensor:
+            return score(logits, slice(start + own.start, start + own.stop))
+
+        found.append(made.each(placed))
+    return torch.cat(found, 1)
+
+
+def losses_by_blocks(model: Any, ids: Tensor, cache: Any, block: int) -> Tensor:
+    """Return the negative log-likelihoods of all tokens but the first, [B, T - 1], of tokens [B, T] read a block at a time."""
+    after = ids[:, 1:]
+    return score_by_blocks(model, ids, cache, block, lambda logits, part: losses_of(logits, after[:, part]))
 
 
 def use_kv_cache(model: PreTrainedModel, make: Callable[[], KVCache]) -> None:

@@ -95,13 +95,13 @@ def token_losses(
     targets = tokens[:, 1:] if after is None else after
     chosen = range(after.shape[1]) if after is not None and wanted is None else wanted
 
-    def losses(logits: Tensor, part: slice) -> Tensor:
-        # A row for each position: with the vocabulary second, of three dimensions, it takes ten times as long.
-        next_tokens = targets[:, part]
-        found = cross_entropy(logits.flatten(0, 1), next_tokens.flatten(), reduction="none")
-        return found.view(next_tokens.shape)
+    return Predictions(model, tokens, chosen, **options).each(lambda logits, part: losses_of(logits, targets[:, part]))
 
-    return Predictions(model, tokens, chosen, **options).each(losses)
+
+def losses_of(logits: Tensor, after: Tensor) -> Tensor:
+    """Return the negative log-likelihoods of tokens, int64 [B, T], under logits, [B, T, vocabulary]: float32 [B, T], in nats."""
+    # A row for each position: with the vocabulary second, of three dimensions, it takes ten times as long.
+    return cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none").view(after.shape)
 
 
 def run_inside(model: nn.Module, tokens: Tensor) -> None:

@@ -176,10 +176,11 @@ class TuneTablesConfig(PassConfig):
 
 
 class KVCalibrateConfig(PassConfig):
-    """Choose bits of the cache of keys and values for every layer, by loss on calibration text; the model stays as it is.
+    """Choose bits of the cache of keys and values for every layer, by what they change on calibration text; the model stays as it is.
 
-    Measures what each layer alone costs at each number of bits, and takes the numbers whose summed cost is least at the mean that is
-    asked for. ``compress.load(folder, kv="recommended")`` then packs keys and values so.
+    Measures how far each layer alone, at each number of bits, takes the predictions from those with a whole cache (divergence), and
+    takes the numbers of bits whose sum of these is least at the mean that is asked for. ``compress.load(folder, kv="recommended")``
+    then packs keys and values so.
     """
 
     kind: Literal["kv_calibrate"] = Field("kv_calibrate", description="Name of the pass.")
@@ -192,6 +193,11 @@ class KVCalibrateConfig(PassConfig):
         description="Values that share a scale; (of keys, of values) if they differ. Absent: 128 tokens of a key's channel, up to 64 channels of a value.",
     )
     residual: int = Field(128, ge=0, description="So many of the last tokens stay whole.")
+    layer_samples: int = Field(
+        8,
+        ge=1,
+        description="Samples that each layer is measured on; the choice, and as many bits for all, are on all samples.",
+    )
     text: Calibration | None = Field(
         None,
         description="Text to measure on, as of calibration; the recipe's calibration if absent. A few long samples are enough.",

@@ -30,11 +30,11 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (10770, 11.2),
+    "compress": (10790, 11.2),
     "compress/cli": (1520, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
-    "quant": (5400, 12.5),
+    "quant": (5450, 12.5),
     "pruning": (3435, 11.8),
     "prompts": (520, 9.6),
     "kernels": (3380, 13.7),
@@ -42,8 +42,8 @@ BUDGETS = {
     "evals/bench": (2330, 11.4),
     "evals/experiments": (395, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30440, 11.6),
-    "without tests": (33800, 11.6),
+    "in the wheel": (30510, 11.6),
+    "without tests": (33870, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

@@ -11,8 +11,7 @@ import compress
 from compress import CompressError, KVCache
 from compress.calibration import draw_samples
 from compress.hf import cache_name
-from compress.kv_serving import losses_by_blocks
-from compress.quant.kv import KVCalibrate, choose
+from compress.quant.kv import _Beside, choose
 from compress.settings import Calibration
 from tests.conftest import assert_same_files
 
@@ -40,7 +39,7 @@ def test_a_checkpoint_is_loaded_with_what_the_pass_recommends(calibrated):
     manifest = json.loads((calibrated / "compression.json").read_text())
     record = manifest["passes"][-1]["units"]["kv"]
     kv = record["kv"]
-    assert record["losses"].keys() == {"whole", "chosen", "uniform"}
+    assert record["losses"].keys() == record["divergences"].keys() == {"whole", "chosen", "uniform"}
     assert len(record["alone"]) == 3
     assert sum(record["chosen"]) <= 9
     model = compress.load(calibrated, kv="recommended")
@@ -98,27 +97,38 @@ def test_losses_are_those_of_each_sample_alone(tiny_llama, text_file, tmp_path):
     model, tokenizer = compress.load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     samples = draw_samples(Calibration.model_validate(calibration), tokenizer, None).tokens
     assert len({len(tokens) for tokens in samples if len(tokens) > 40}) == 3
-    for kind, bits in (("whole", 16), ("uniform", 2)):
-        found = []
+    whole, packed, after = [], [], []
+    for said, bits in ((whole, 16), (packed, 2)):
         for tokens in samples:
             cache = KVCache(bits, group=(4, 12), residual=8, config=model.config)
             with torch.no_grad():
-                found.append(losses_by_blocks(model, tokens[None], cache, 32)[:, 8:].flatten())
-        assert record["losses"][kind] == pytest.approx(float(torch.cat(found).mean()), abs=1e-5)
+                parts = [model(part[None], **{cache_name(model): cache}).logits[0] for part in tokens.split(32)]
+            said.append(torch.cat(parts).double().log_softmax(-1)[8:-1])
+    after = torch.cat([tokens[9:] for tokens in samples])[:, None]
+    whole, packed = torch.cat(whole), torch.cat(packed)
+    assert record["losses"]["whole"] == pytest.approx(-float(whole.gather(1, after).mean()), abs=1e-5)
+    assert record["losses"]["uniform"] == pytest.approx(-float(packed.gather(1, after).mean()), abs=1e-5)
+    listed = whole.topk(64).indices  # what is not listed counts as one event
+    p, q = (
+        torch.cat([part.exp(), 1 - part.exp().sum(1, True)], 1)
+        for part in (whole.gather(1, listed), packed.gather(1, listed))
+    )
+    assert record["divergences"]["whole"] == pytest.approx(0, abs=1e-6)
+    assert record["divergences"]["uniform"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-3)
 
 
 def test_an_interrupted_pass_measures_nothing_again(calibrated, tiny_llama, text_file, tmp_path, monkeypatch):
     calibration = {"text": str(text_file), "samples": 3, "length": 60}
     recipe = {"model": str(tiny_llama), "calibration": calibration, "passes": [{"kind": "rtn", "bits": 4}, PASS]}
-    measure, seen = KVCalibrate._loss, []
+    measure, seen = _Beside.measure, []
 
-    def stopped_at_the_fourth(self, whole, batches, bits, ranks):
+    def stopped_at_the_fourth(self, bits):
         seen.append(str(bits))
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return measure(self, whole, batches, bits, ranks)
+        return measure(self, bits)
 
-    monkeypatch.setattr(KVCalibrate, "_loss", stopped_at_the_fourth)
+    monkeypatch.setattr(_Beside, "measure", stopped_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         compress.run(recipe, output=tmp_path / "model")
     compress.run(recipe, output=tmp_path / "model")
