@@ -167,7 +167,8 @@ def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 def _smallest(scores: Tensor, counts: Tensor) -> Tensor:
-    """Choose the smallest of every row, so many each: bool [N, K]. Several times as fast as by sorting."""
+    """Choose the smallest of every row, so many each or all: bool [N, K]. Several times as fast as by sorting."""
+    counts = counts.clamp(max=scores.shape[1])  # a plan asks some rows of a matrix for the zeros of all
     most = scores.new_full((len(scores), 1), -torch.inf)
     for count in set(counts.tolist()) - {0}:
         rows = counts == count

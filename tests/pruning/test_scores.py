@@ -56,6 +56,12 @@ def test_equal_scores_go_by_position():
     assert select(torch.ones(2, 4), 3, "row").tolist() == [[True] + [False] * 3, [True, True, False, False]]
 
 
+@pytest.mark.parametrize("group", ["row", "matrix", "columns"])
+def test_all_go_where_more_are_asked_for(group):
+    """As by a plan, which tries a pass on some rows of a matrix."""
+    assert select(torch.rand(2, 200), 900, group).all()
+
+
 @pytest.mark.parametrize("zeros", [0, 1, 300, 777, 1200])
 @pytest.mark.parametrize("group", ["row", "matrix"])
 def test_of_few_values_those_go_that_a_stable_sort_puts_first(group, zeros):
