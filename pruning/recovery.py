@@ -44,8 +44,14 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         return [ADAPTER_FOLDER if not self.config.merge else "model"]
 
     def memory(self, sizes: Sizes, context: Context) -> int:
-        """Estimate gradients, Adam's moments and the best weights so far, or the weights that adapters and zeros make, all at once."""
-        return 4 * sizes.model if self.config.full else 4 * sum(rows * cols for rows, cols in context.linears.values())
+        """Estimate what training weights takes beside the model, or what adapters and zeros make of them, all at once.
+
+        Of the linears' inputs, which both need, half are kept anyway.
+        """
+        linears = context.linears.values()
+        inputs = min(sizes.samples, self.config.micro_batch) * sizes.length * sum(columns for _, columns in linears)
+        made = 4 * sizes.model if self.config.full else 5 * sum(rows * columns for rows, columns in linears)
+        return 2 * inputs + made
 
     def work(self, samples: int, length: int, packed: Mapping[str, PackedShape]) -> Work:
         """Count its training; adapters' own products are small."""

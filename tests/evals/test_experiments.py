@@ -1,4 +1,4 @@
-"""Experiments of the clone, on tiny models: LoRA beside prompts, and what scores know."""
+"""Experiments of the clone, on tiny models: LoRA beside prompts, what scores know, and rotations."""
 
 import itertools
 import math
@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+import compress
+from compress.errors import CompressError
 from compress.evals.evaluate import Protocol, evaluate_text
-from compress.evals.experiments import estimators, prompts
+from compress.evals.experiments import estimators, prompts, rotated
 from compress.evals.grids import script
 from compress.pruning.settings import MiniLlmConfig
 from compress.source import make_context, open_source
@@ -96,3 +98,22 @@ def test_forward_passes_are_counted():
         "backward": MiniLlmConfig(score="fms", estimator="backprop"),
     }
     assert {number: estimators.forwards(config, 5) for number, config in counted.items()} == {n: n for n in counted}
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("qwen2", {"tie_word_embeddings": True})])
+def test_a_rotated_model_says_the_same_with_other_weights(kind, changes, make_model, tmp_path, monkeypatch):
+    folder = make_model(kind, **changes)
+    run(monkeypatch, rotated.main, folder, tmp_path / "out")
+    before, after = compress.load(folder), compress.load(tmp_path / "out")
+    tokens = torch.arange(40)[None]
+    torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-4)
+    changed = dict(before.named_parameters())
+    for name, weight in after.model.named_parameters():
+        if "proj.weight" in name and "norm" not in name:
+            assert not torch.allclose(weight, changed[f"model.{name}"], atol=1e-3), name
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_what_is_not_built_as_a_llama_is_not_rotated(kind, make_model, tmp_path):
+    with pytest.raises(CompressError, match=f"type '{kind}' is not rotated, only one built as a Llama"):
+        rotated.rotated(str(make_model(kind)))

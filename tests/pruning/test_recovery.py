@@ -22,7 +22,7 @@ from compress.pruning.lora import masked_model, merge_masked
 from compress.pruning.settings import LoraRecoveryConfig
 from compress.settings import Calibration
 from compress.structure import Linear
-from compress.training import Batch
+from compress.training import Batch, next_token_loss
 
 TOKENS = torch.tensor([[5, 17, 40, 3, 99, 250, 12, 8]])
 PRUNE = {"kind": "mini_llm", "ratio": 0.3}
@@ -323,3 +323,32 @@ def test_a_quantiser_that_would_lose_zeros_is_refused_after_a_pattern_and_told_o
     plan({**longer, "passes": [half, step]})
     told = f"passes.1 ({step['kind']}): weights that passes.0 (prune) has set to zero get other values; keep_zeros: true keeps them."
     assert caplog.messages == [told]
+
+
+def kept_bytes(model, loss, samples):
+    """Bytes that the gradient of a batch keeps, each storage counted once; parameters are there anyway."""
+    kept, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(model, Batch(samples, torch.ones(len(samples), samples.shape[1] - 1, dtype=torch.bool), range(4)))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_the_plan_counts_what_a_gradient_keeps(longer, tiny_llama):
+    """More samples at a time keep more, whatever else there is: weights with their updates, masks, the optimiser."""
+    longer["calibration"] |= {"length": 48}
+    model = compress.load(tiny_llama)
+    linears = [name for name, module in model.model.layers.named_modules() if isinstance(module, torch.nn.Linear)]
+    masked = masked_model(model, [f"model.layers.{name}" for name in linears], 2, 4.0, 0.0, seed=0)
+    planned, kept = [], []
+    for batch in (1, 4):
+        longer["passes"] = [{"kind": "prune", "sparsity": 0.5}, {**FAST, "micro_batch": batch}]
+        planned.append(plan(longer)["passes"][1]["memory_bytes"])
+        kept.append(kept_bytes(masked, next_token_loss, torch.randint(300, (batch, 48))))
+    assert kept[1] - kept[0] <= planned[1] - planned[0] <= 1.3 * (kept[1] - kept[0])
