@@ -35,15 +35,15 @@ BUDGETS = {
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
     "quant": (5450, 12.5),
-    "pruning": (3435, 11.8),
+    "pruning": (3440, 11.8),
     "prompts": (520, 9.6),
     "kernels": (3380, 13.7),
     "evals": (4360, 11.6),
     "evals/bench": (2330, 11.4),
-    "evals/experiments": (395, 12.3),
+    "evals/experiments": (490, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30510, 11.6),
-    "without tests": (33870, 11.6),
+    "in the wheel": (30530, 11.6),
+    "without tests": (33990, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -347,3 +348,29 @@ def test_a_full_disk(recipe_file, tmp_path):
         assert not (small / "model").exists()
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+HOLES = """
+import sys
+import numpy as np
+import compress_command
+
+def own():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) >> 10
+
+if sys.argv[1] == "command":
+    compress_command.give_back_large_arrays()
+np.ones(31 << 17)  # from the first that is freed glibc learns to keep others that large
+before = own()
+large, small = zip(*((np.ones(2 << 20), np.ones(1 << 16)) for _ in range(10)))
+del large
+print(own() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_the_command_gives_back_the_memory_of_large_arrays(fresh_python):
+    """Of ten arrays of 16 MB, with small ones between them that stay."""
+    assert int(fresh_python(HOLES, "command")) < 16
+    assert int(fresh_python(HOLES, "by itself")) > 100
+    assert int(fresh_python(HOLES, "command", MALLOC_MMAP_THRESHOLD_=str(1 << 30))) > 100
