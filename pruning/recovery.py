@@ -49,9 +49,11 @@ class LoraRecovery(Pass[LoraRecoveryConfig]):
         Of the linears' inputs, which both need, half are kept anyway.
         """
         linears = context.linears.values()
-        inputs = min(sizes.samples, self.config.micro_batch) * sizes.length * sum(columns for _, columns in linears)
-        made = 4 * sizes.model if self.config.full else 5 * sum(rows * columns for rows, columns in linears)
-        return 2 * inputs + made
+        tokens = min(sizes.samples, self.config.micro_batch) * sizes.length
+        kept = 2 * tokens * sum(columns for _, columns in linears)
+        if self.config.full:
+            return kept + 4 * sizes.model
+        return kept + 5 * sum(rows * columns for rows, columns in linears)
 
     def work(self, samples: int, length: int, packed: Mapping[str, PackedShape]) -> Work:
         """Count its training; adapters' own products are small."""
