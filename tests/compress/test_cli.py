@@ -353,13 +353,13 @@ def test_a_full_disk(recipe_file, tmp_path):
 HOLES = """
 import sys
 import numpy as np
-import compress_command
+from compress.cli.making import give_back_large_arrays
 
 def own():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) >> 10
 
 if sys.argv[1] == "command":
-    compress_command.give_back_large_arrays()
+    give_back_large_arrays()
 np.ones(31 << 17)  # from the first that is freed glibc learns to keep others that large
 before = own()
 large, small = zip(*((np.ones(2 << 20), np.ones(1 << 16)) for _ in range(10)))
@@ -369,7 +369,7 @@ print(own() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_the_command_gives_back_the_memory_of_large_arrays(fresh_python):
+def test_a_run_gives_back_the_memory_of_large_arrays(fresh_python):
     """Of ten arrays of 16 MB, with small ones between them that stay."""
     assert int(fresh_python(HOLES, "command")) < 16
     assert int(fresh_python(HOLES, "by itself")) > 100
