@@ -27,7 +27,8 @@ _SAME = 1e-4  # of the largest logit: norms are computed in float32
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Return a random orthogonal matrix, float64 [size, size], all of them equally likely."""
     found, triangle = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return found * triangle.diagonal().sign()
+    turn: Tensor = found * triangle.diagonal().sign()
+    return turn
 
 
 def _fold(norm: Any, linears: list[nn.Linear], turn: Tensor) -> None:
@@ -80,7 +81,8 @@ def rotated(model: str, seed: int = 0) -> PreTrainedModel:
         raise CompressError(
             f"{model}: a model of type {found.config.model_type!r} is not rotated, only one built as a Llama is."
         )
-    return found.float()
+    found.float()  # type: ignore[no-untyped-call]
+    return found
 
 
 def main(
