@@ -23,7 +23,7 @@ from compress.kernels.packing import GROUP, GROUP_UNIT
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
-_ABI = 7
+_ABI = 8
 _MATRIX = struct.Struct("=23q")
 _CHUNK = 512  # columns, as in kernels/c/bitplane.h
 _TABLES = {torch.float16: 2, torch.float32: 4}

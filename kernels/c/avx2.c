@@ -90,7 +90,7 @@ static void exact_order(int bits, uint16_t order[CHUNK + GROUP])
 INLINE void stage(const int bits, const Block *w, int64_t row, float *values)
 {
     const int count = 1 << bits;
-    const uint8_t *from = (const uint8_t *)w->table + row * (w->width << bits);
+    const uint8_t *from = (const uint8_t *)w->table + row * w->table_step;
     if (w->width == 4)
         memcpy(values, from, sizeof(float) * (size_t)count);
     else
@@ -148,11 +148,11 @@ INLINE void prefetch(const int bits, const Block *w, int64_t place)
 }
 
 /* The sizes of the groups in 256 columns, or of those there are, zeros behind them. */
-INLINE __m128 sizes_of(const Block *w, int64_t start)
+INLINE __m128 sizes_of(const Block *w, int64_t row, int64_t start)
 {
     int64_t count = (w->bytes - start + 7) / 8;
     int32_t bytes = 0;
-    memcpy(&bytes, w->groups + start / 8, count >= 4 ? 4 : (size_t)count);
+    memcpy(&bytes, w->groups + row * w->group_step + start / 8, count >= 4 ? 4 : (size_t)count);
     return _mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)));
 }
 
@@ -194,7 +194,7 @@ INLINE void exact_row(const int bits, const int grouped, const int batch, const 
             }
         }
         for (int i = 0; grouped && i < batch * CHAINS; i++)
-            total[i] = _mm256_fmadd_ps(part[i], spread(sizes_of(w, start)), total[i]);
+            total[i] = _mm256_fmadd_ps(part[i], spread(sizes_of(w, row, start)), total[i]);
     }
     add_up(batch, total, sum);
 }
@@ -239,7 +239,7 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
     __m256 total[MAX_BATCH * CHAINS];
     __m128 offset[MAX_BATCH]; /* sums over groups of sizes and activations */
     __m256i table[16];
-    int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
+    int8_table(bits, (const uint8_t *)w->table + row * w->table_step, table);
     for (int i = 0; i < batch * CHAINS; i++)
         total[i] = _mm256_setzero_ps();
     for (int m = 0; m < batch; m++)
@@ -255,7 +255,7 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
                 code = _mm256_and_si256(code, _mm256_set1_epi8((1 << slots) - 1));
             value[i] = byte_look_up(bits, table, code);
         }
-        __m128 sizes = grouped ? sizes_of(w, start) : _mm_setzero_ps();
+        __m128 sizes = grouped ? sizes_of(w, row, start) : _mm_setzero_ps();
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
             if (grouped)

@@ -56,11 +56,11 @@ INLINE void add_up(const int batch, const __m512 *total, float *sum)
 }
 
 /* The sizes of the groups in a chunk, or of those there are in `bytes` of a plane, zeros behind them. */
-INLINE __m256 sizes_of(const Block *w, int64_t start)
+INLINE __m256 sizes_of(const Block *w, int64_t row, int64_t start)
 {
     int64_t count = (w->bytes - start + 7) / 8;
     __mmask16 present = count >= GROUPS ? 0xff : (__mmask16)((1u << count) - 1);
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, w->groups + start / 8)));
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, w->groups + row * w->group_step + start / 8)));
 }
 
 /* What the lanes of the first half of a chunk's vectors are multiplied by, and those of the second: the first 64 of every 128
@@ -121,7 +121,7 @@ INLINE void some_rows(const int bits, const int grouped, int rows, const __m512 
 INLINE void exact_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
 {
     const int slots = SLOTS(bits), units = 8 / slots, each = VALUES / slots;
-    const void *values = (const uint8_t *)w->table + row * (w->width << bits);
+    const void *values = (const uint8_t *)w->table + row * w->table_step;
     __m512 total[MAX_BATCH * CHAINS], small[2], held[VALUES], sizes[2], part[PARTS] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     __m512i split[4][4];
     for (int i = 0; i < batch * CHAINS; i++)
@@ -137,7 +137,7 @@ INLINE void exact_row(const int bits, const int grouped, const int batch, const 
         prefetch(bits, w, row * w->stride + start);
         transposed(bits, w->planes, row * w->stride + start, w->bytes - start, codes);
         if (grouped)
-            spread(bits, sizes_of(w, start), sizes);
+            spread(bits, sizes_of(w, row, start), sizes);
         for (int vector = 0; vector < slots; vector++) {
             __m512 value[VALUES];
             if (bits <= 5)
@@ -174,7 +174,7 @@ INLINE void exact_row(const int bits, const int grouped, const int batch, const 
         else
             values_by_bytes(bits, split, codes, value);
         for (int i = 0; grouped && i < 4; i++)
-            value[i] = _mm512_mul_ps(value[i], _mm512_set1_ps(w->groups[start / 8]));
+            value[i] = _mm512_mul_ps(value[i], _mm512_set1_ps(w->groups[row * w->group_step + start / 8]));
         for (int m = 0; m < batch; m++)
             for (int i = 0; i < 4; i++) {
                 __m512 *chain = &total[m * CHAINS + i % CHAINS];
@@ -185,10 +185,10 @@ INLINE void exact_row(const int bits, const int grouped, const int batch, const 
 }
 
 /* Add what every table entry's excess is multiplied by in the chunk from `start` on: sizes of groups by sums of activations. */
-INLINE void add_offsets(const int batch, const Block *w, int64_t start, const Activations *x, __m256 *offset)
+INLINE void add_offsets(const int batch, const Block *w, int64_t row, int64_t start, const Activations *x, __m256 *offset)
 {
     for (int m = 0; m < batch; m++)
-        offset[m] = _mm256_fmadd_ps(sizes_of(w, start), _mm256_loadu_ps(x->sums + m * x->sum_step + start / 8), offset[m]);
+        offset[m] = _mm256_fmadd_ps(sizes_of(w, row, start), _mm256_loadu_ps(x->sums + m * x->sum_step + start / 8), offset[m]);
 }
 
 INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
@@ -218,7 +218,7 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
         total[i] = _mm512_setzero_ps();
     for (int m = 0; m < batch; m++)
         offset[m] = _mm256_setzero_ps();
-    int8_table(bits, (const uint8_t *)w->table + (row << bits), table);
+    int8_table(bits, (const uint8_t *)w->table + row * w->table_step, table);
 
     int64_t start = 0;
     for (; w->bytes - start > TAIL / 8; start += CHUNK_BYTES) {
@@ -230,8 +230,8 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
             value[group] = byte_look_up(bits, table, code);
         }
         if (grouped) {
-            add_offsets(batch, w, start, x, offset);
-            spread(bits, sizes_of(w, start), sizes);
+            add_offsets(batch, w, row, start, x, offset);
+            spread(bits, sizes_of(w, row, start), sizes);
         }
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
@@ -251,14 +251,14 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
         }
     }
     if (grouped && start < w->bytes)
-        add_offsets(batch, w, start, x, offset);
+        add_offsets(batch, w, row, start, x, offset);
     for (; start < w->bytes; start += GROUP / 8) {
         __m512i value = byte_look_up(bits, table, unit_of(bits, w->planes, row * w->stride + start, w->bytes - start));
         for (int m = 0; m < batch; m++) {
             int64_t place = m * x->step + start * 8;
             __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), value, _mm512_load_si512(x->codes + place));
             __m512 *chain = &total[m * CHAINS];
-            float scale = x->scales[place / GROUP] * (grouped ? w->groups[start / 8] : 1.0f);
+            float scale = x->scales[place / GROUP] * (grouped ? w->groups[row * w->group_step + start / 8] : 1.0f);
             *chain = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale), *chain);
         }
     }

@@ -26,10 +26,12 @@ typedef struct {
     const uint8_t *planes[MAX_BITS];
     const void *table; /* of the first row: float16 or float32, or bytes in the int8 mode */
     int64_t rows, stride;
+    int64_t table_step; /* bytes from a row's table to the next one's; 0: all rows have one */
     int64_t bytes; /* of each plane; only the last stretch of a row may be no multiple of CHUNK_BYTES */
     int bits;
     int width; /* bytes of a table entry */
-    const uint8_t *groups; /* one row alone: what the values of every GROUP columns are multiplied by; or NULL */
+    const uint8_t *groups; /* of the first row: what the values of every GROUP columns are multiplied by; or NULL */
+    int64_t group_step;    /* from a row's groups to the next one's */
     float excess;          /* with groups in the int8 mode: what is added to every table entry before */
 } Block;
 

@@ -9,7 +9,7 @@
 
 int compress_abi(void)
 {
-    return 7;
+    return 8;
 }
 
 int compress_best_isa(void)
@@ -78,9 +78,11 @@ static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t c
     Block w = {.rows = rows, .stride = matrix->stride, .bits = (int)matrix->bits, .width = (int)matrix->width};
     for (int plane = 0; plane < w.bits; plane++)
         w.planes[plane] = matrix->planes[plane] + row * matrix->stride + column / 8;
-    w.table = (const uint8_t *)matrix->table + (matrix->shared ? 0 : row * (matrix->width << matrix->bits));
+    w.table_step = matrix->shared ? 0 : matrix->width << matrix->bits;
+    w.table = (const uint8_t *)matrix->table + row * w.table_step;
     w.bytes = smaller((columns + 7) / 8, matrix->stride - column / 8);
-    w.groups = matrix->groups ? matrix->groups + row * matrix->group_stride + column / GROUP : NULL;
+    w.group_step = matrix->group_stride;
+    w.groups = matrix->groups ? matrix->groups + row * w.group_step + column / GROUP : NULL;
     return w;
 }
 
@@ -94,7 +96,7 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
 {
     const Matrix *matrix = product->matrix;
     float sum[ROWS_AT_ONCE][MAX_BATCH];
-    int64_t together = matrix->shared || matrix->groups ? 1 : rows; /* kernels take the table of one row behind that of another */
+    int64_t together = matrix->affine && matrix->groups && !matrix->shared ? 1 : rows; /* whose excess is the same */
     for (int64_t i = 0; i < rows; i++)
         memset(sum[i], 0, sizeof(float) * (size_t)product->x.batch);
 

@@ -67,11 +67,12 @@ static float widened(uint16_t half)
 static void table_of(const Block *w, int64_t row, float table[1 << MAX_BITS])
 {
     int64_t entries = (int64_t)1 << w->bits;
+    const void *from = (const uint8_t *)w->table + row * w->table_step;
     if (w->width == 4)
-        memcpy(table, (const float *)w->table + row * entries, sizeof(float) * (size_t)entries);
+        memcpy(table, from, sizeof(float) * (size_t)entries);
     else
         for (int64_t i = 0; i < entries; i++)
-            table[i] = widened(((const uint16_t *)w->table)[row * entries + i]);
+            table[i] = widened(((const uint16_t *)from)[i]);
 }
 
 static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
@@ -86,7 +87,7 @@ static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
             for (int i = 0; i < CHUNK; i++)
                 weight[i] = table[codes[i]];
             for (int i = 0; w->groups && i < (left_of(w, start) + 7) / 8 * GROUP; i++)
-                weight[i] *= w->groups[start / 8 + i / GROUP];
+                weight[i] *= w->groups[row * w->group_step + start / 8 + i / GROUP];
             for (int m = 0; m < x->batch; m++) {
                 const float *value = x->values + m * x->step + start * 8;
                 for (int i = 0; i < CHUNK; i += LANES)
@@ -103,7 +104,7 @@ static void exact(const Block *w, const Activations *x, float sum[][MAX_BATCH])
 static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
 {
     for (int64_t row = 0; row < w->rows; row++) {
-        const uint8_t *table = (const uint8_t *)w->table + (row << w->bits);
+        const uint8_t *table = (const uint8_t *)w->table + row * w->table_step;
         for (int64_t start = 0; start < w->bytes; start += CHUNK_BYTES) {
             uint8_t codes[CHUNK];
             chunk_codes(w, row, start, codes);
@@ -117,7 +118,8 @@ static void int8(const Block *w, const Activations *x, float sum[][MAX_BATCH])
                         dot += codes[group * GROUP + i] * x->codes[place + i];
                     float part = x->scales[place / GROUP] * (float)dot;
                     if (w->groups)
-                        part = w->groups[start / 8 + group] * (part + w->excess * x->sums[m * x->sum_step + start / 8 + group]);
+                        part = w->groups[row * w->group_step + start / 8 + group] *
+                               (part + w->excess * x->sums[m * x->sum_step + start / 8 + group]);
                     sum[row][m] += part;
                 }
         }
