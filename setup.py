@@ -49,7 +49,7 @@ setup(
             "compress.kernels._bitplane",
             sources=sorted(str(path) for path in _SOURCES.glob("*.c")),
             depends=sorted(str(path) for path in _SOURCES.glob("*.h")),
-            extra_compile_args=["-O3", "-std=c11", "-g0"],
+            extra_compile_args=["-O3", "-std=c11", "-ffp-contract=fast", "-g0"],
             optional=True,
         )
     ],

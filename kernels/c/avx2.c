@@ -123,6 +123,8 @@ INLINE __m256 values_of(const int bits, const float *staged, const __m256 *table
     return value[0];
 }
 
+typedef __m256 Lanes;
+
 INLINE float add_lanes(__m256 x)
 {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -133,12 +135,22 @@ INLINE float add_lanes(__m256 x)
 /* Every row of activations is added up in four chains, however many rows there are: the sums are the same to the last bit. */
 #define CHAINS 4
 
-INLINE void add_up(const int batch, const __m256 *total, float *sum)
+INLINE void add_up(const int batch, const __m256 *total, float *sum, Lanes *lanes)
 {
     for (int m = 0; m < batch; m++) {
         const __m256 *chain = total + m * CHAINS;
-        sum[m] += add_lanes(_mm256_add_ps(_mm256_add_ps(chain[0], chain[1]), _mm256_add_ps(chain[2], chain[3])));
+        __m256 all = _mm256_add_ps(_mm256_add_ps(chain[0], chain[1]), _mm256_add_ps(chain[2], chain[3]));
+        if (batch == 1)
+            *lanes = all;
+        else
+            sum[m] += add_lanes(all);
     }
+}
+
+INLINE void add_up_rows(const Lanes lanes[ROWS_AT_ONCE], int64_t rows, float sum[][MAX_BATCH])
+{
+    for (int64_t row = 0; row < rows; row++)
+        sum[row][0] += add_lanes(lanes[row]);
 }
 
 INLINE void prefetch(const int bits, const Block *w, int64_t place)
@@ -162,7 +174,7 @@ INLINE __m256 spread(__m128 sizes)
     return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(sizes), _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
 }
 
-INLINE void exact_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+INLINE void exact_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum, Lanes *lanes)
 {
     const int slots = SLOTS(bits), units = 8 / slots, each = 4 * units;
     float staged[1 << MAX_BITS];
@@ -196,7 +208,7 @@ INLINE void exact_row(const int bits, const int grouped, const int batch, const 
         for (int i = 0; grouped && i < batch * CHAINS; i++)
             total[i] = _mm256_fmadd_ps(part[i], spread(sizes_of(w, row, start)), total[i]);
     }
-    add_up(batch, total, sum);
+    add_up(batch, total, sum, lanes);
 }
 
 /* The table as signed bytes, sixteen entries to a register: 128 is taken off every entry, and int8_excess says so. */
@@ -233,7 +245,7 @@ INLINE __m256i dot(__m256i value, const int8_t *code)
     return _mm256_madd_epi16(twos, _mm256_set1_epi16(1));
 }
 
-INLINE void int8_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+INLINE void int8_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum, Lanes *lanes)
 {
     const int slots = SLOTS(bits), units = 8 / slots;
     __m256 total[MAX_BATCH * CHAINS];
@@ -271,7 +283,7 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
     }
     for (int m = 0; grouped && m < batch; m++)
         total[m * CHAINS] = _mm256_fmadd_ps(_mm256_zextps128_ps256(offset[m]), _mm256_set1_ps(w->excess), total[m * CHAINS]);
-    add_up(batch, total, sum);
+    add_up(batch, total, sum, lanes);
 }
 
 PRODUCT(exact, exact_row)

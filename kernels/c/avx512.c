@@ -18,6 +18,8 @@ ISA_BEGINS("fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gf
 
 #include "avx512.h"
 
+typedef __m512 Lanes;
+
 static void int8_order(int bits, uint16_t order[CHUNK + GROUP])
 {
     int slots = SLOTS(bits), units = 8 / slots;
@@ -47,12 +49,38 @@ INLINE void prefetch(const int bits, const Block *w, int64_t place)
 /* Every row of activations is added up in four chains, however many rows there are: the sums are the same to the last bit. */
 #define CHAINS 4
 
-INLINE void add_up(const int batch, const __m512 *total, float *sum)
+INLINE void add_up(const int batch, const __m512 *total, float *sum, Lanes *lanes)
 {
     for (int m = 0; m < batch; m++) {
         const __m512 *chain = total + m * CHAINS;
-        sum[m] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(chain[0], chain[1]), _mm512_add_ps(chain[2], chain[3])));
+        __m512 all = _mm512_add_ps(_mm512_add_ps(chain[0], chain[1]), _mm512_add_ps(chain[2], chain[3]));
+        if (batch == 1)
+            *lanes = all;
+        else
+            sum[m] += _mm512_reduce_add_ps(all);
     }
+}
+
+/* Add lanes i and i + 8, then i and i + 4, 2 and 1, as _mm512_reduce_add_ps() does, of all rows at once. */
+INLINE void add_up_rows(Lanes lanes[ROWS_AT_ONCE], int64_t rows, float sum[][MAX_BATCH])
+{
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    float found[ROWS_AT_ONCE];
+    for (int64_t row = rows; row < ROWS_AT_ONCE; row++)
+        lanes[row] = _mm512_setzero_ps();
+    for (int i = 0; i < 8; i++)
+        lanes[i] = _mm512_add_ps(_mm512_shuffle_f32x4(lanes[2 * i], lanes[2 * i + 1], 0x44),
+                                 _mm512_shuffle_f32x4(lanes[2 * i], lanes[2 * i + 1], 0xee));
+    for (int i = 0; i < 4; i++)
+        lanes[i] = _mm512_add_ps(_mm512_shuffle_f32x4(lanes[2 * i], lanes[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(lanes[2 * i], lanes[2 * i + 1], 0xdd));
+    for (int i = 0; i < 2; i++)
+        lanes[i] = _mm512_add_ps(_mm512_shuffle_ps(lanes[2 * i], lanes[2 * i + 1], 0x44),
+                                 _mm512_shuffle_ps(lanes[2 * i], lanes[2 * i + 1], 0xee));
+    *lanes = _mm512_add_ps(_mm512_shuffle_ps(lanes[0], lanes[1], 0x88), _mm512_shuffle_ps(lanes[0], lanes[1], 0xdd));
+    _mm512_storeu_ps(found, _mm512_permutexvar_ps(order, *lanes));
+    for (int64_t row = 0; row < rows; row++)
+        sum[row][0] += found[row];
 }
 
 /* The sizes of the groups in a chunk, or of those there are in `bytes` of a plane, zeros behind them. */
@@ -118,7 +146,7 @@ INLINE void some_rows(const int bits, const int grouped, int rows, const __m512 
     }
 }
 
-INLINE void exact_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+INLINE void exact_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum, Lanes *lanes)
 {
     const int slots = SLOTS(bits), units = 8 / slots, each = VALUES / slots;
     const void *values = (const uint8_t *)w->table + row * w->table_step;
@@ -181,7 +209,7 @@ INLINE void exact_row(const int bits, const int grouped, const int batch, const 
                 *chain = _mm512_fmadd_ps(value[i], _mm512_load_ps(x->values + m * x->step + start * 8 + 16 * i), *chain);
             }
     }
-    add_up(batch, total, sum);
+    add_up(batch, total, sum, lanes);
 }
 
 /* Add what every table entry's excess is multiplied by in the chunk from `start` on: sizes of groups by sums of activations. */
@@ -208,7 +236,7 @@ INLINE void int8_table(const int bits, const uint8_t *bytes, __m512i table[4])
             table[part] = _mm512_loadu_si512(bytes + 64 * part);
 }
 
-INLINE void int8_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum)
+INLINE void int8_row(const int bits, const int grouped, const int batch, const Block *w, int64_t row, const Activations *x, float *sum, Lanes *lanes)
 {
     const int slots = SLOTS(bits), units = 8 / slots;
     __m512 total[MAX_BATCH * CHAINS], sizes[2];
@@ -264,7 +292,7 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
     }
     for (int m = 0; grouped && m < batch; m++)
         total[m * CHAINS] = _mm512_fmadd_ps(_mm512_zextps256_ps512(offset[m]), _mm512_set1_ps(w->excess), total[m * CHAINS]);
-    add_up(batch, total, sum);
+    add_up(batch, total, sum, lanes);
 }
 
 PRODUCT(exact, exact_row)

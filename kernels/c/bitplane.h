@@ -20,6 +20,7 @@
 #define UNIT 255.0f     /* looked-up values are multiplied by their group's number in these parts */
 #define MAX_BATCH 16    /* rows of activations in one pass over the weights */
 #define MAX_BITS 8
+#define ROWS_AT_ONCE 16 /* rows of weights that pass by one block of activations */
 
 /* A few rows of the weights, from the start of a chunk on. */
 typedef struct {
@@ -92,14 +93,19 @@ extern const Kernels avx2_kernels, avx512_kernels;
 #define PREFETCH(address) ((void)(address))
 #endif
 
-/* A product of its own for every width, with sizes of groups or without, and for one to four rows of activations or as many as there
+/* Of one row of activations, a row of weights leaves the lanes of its sum, which add_up_rows() adds up for all rows at once.
+ *
+ * A product of its own for every width, with sizes of groups or without, and for one to four rows of activations or as many as there
  * are: functions apart, as compilers take more than twice as long over one that has them all. */
 typedef void Multiply(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
 #define ROWS(function, bits, grouped, name, batch)                                                                            \
     static NOINLINE void function##_##bits##_##grouped##_##name(const Block *w, const Activations *x, float sum[][MAX_BATCH]) \
     {                                                                                                                         \
+        Lanes lanes[ROWS_AT_ONCE], *each = lanes;                                                                             \
         for (int64_t row = 0; row < w->rows; row++)                                                                           \
-            function(bits, grouped, batch, w, row, x, sum[row]);                                                              \
+            function(bits, grouped, batch, w, row, x, sum[row], each++);                                                      \
+        if (batch == 1)                                                                                                       \
+            add_up_rows(lanes, w->rows, sum);                                                                                 \
     }
 #define BATCHES(function, bits, grouped)                                          \
     ROWS(function, bits, grouped, 1, 1) ROWS(function, bits, grouped, 2, 2)       \

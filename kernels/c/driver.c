@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ROWS_AT_ONCE 16      /* rows of weights that pass by one block of activations */
 #define BLOCK 4096           /* columns of activations at a time: the same for any number of rows, so that sums are the same */
 
 int compress_abi(void)
@@ -97,9 +96,7 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
     const Matrix *matrix = product->matrix;
     float sum[ROWS_AT_ONCE][MAX_BATCH];
     int64_t together = matrix->affine && matrix->groups && !matrix->shared ? 1 : rows; /* whose excess is the same */
-    for (int64_t i = 0; i < rows; i++)
-        memset(sum[i], 0, sizeof(float) * (size_t)product->x.batch);
-
+    memset(sum, 0, sizeof sum);
     for (int64_t column = 0; column < matrix->columns; column += BLOCK) {
         int64_t columns = smaller(BLOCK, matrix->columns - column);
         Activations x = product->x;
@@ -118,18 +115,20 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
             (matrix->affine ? product->kernels->int8 : product->kernels->exact)(&w, &x, sum + i);
         }
     }
+    const float *factors = matrix->factors, *bias = matrix->bias;
+    const float excess = product->kernels->int8_excess;
+    const int add = product->add;
     for (int m = 0; m < product->x.batch; m++) {
         float *to = product->y + m * product->step + first;
+        for (int64_t i = 0; matrix->affine && i < rows; i++) {
+            const float *affine = affine_of(matrix, first + i);
+            sum[i][m] *= affine[0];
+            if (!matrix->groups) /* else the kernels have added it */
+                sum[i][m] += (affine[1] + affine[0] * excess) * product->totals[m];
+        }
         for (int64_t i = 0; i < rows; i++) {
-            float y = sum[i][m];
-            if (matrix->affine) {
-                const float *affine = affine_of(matrix, first + i);
-                y *= affine[0];
-                if (!matrix->groups) /* else the kernels have added it */
-                    y += (affine[1] + affine[0] * product->kernels->int8_excess) * product->totals[m];
-            }
-            y = (matrix->factors ? matrix->factors[first + i] * y : y) + (matrix->bias ? matrix->bias[first + i] : 0);
-            to[i] = product->add ? to[i] + y : y;
+            float y = (factors ? factors[first + i] * sum[i][m] : sum[i][m]) + (bias ? bias[first + i] : 0);
+            to[i] = add ? to[i] + y : y;
         }
     }
 }

@@ -9,6 +9,8 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef int8_t Chars __attribute__((vector_size(16)));
 
+#define QUERIES 4 /* that share a key head, worked at together */
+#define VECTORS 4 /* of sixteen channels, added up together */
 #define CHOSEN(mask, yes, no) ((Floats)(((Ints)(yes) & (mask)) | ((Ints)(no) & ~(mask))))
 
 #define NAME(function) function##_plain

@@ -158,32 +158,33 @@ INLINE void NAME(cached)(const void *cache, int64_t place, int64_t width, Floats
     }
 }
 
-/* Products of one query with all tokens: sixteen tokens' sums are added up together. */
-INLINE void NAME(scores)(const Step *step, const int64_t width, int64_t start, const float *query, float *scores)
+/* Products of a few queries with all tokens, which are read once: sixteen tokens' sums are added up together. Of each query the products
+ * begin `room` behind those of the one before. */
+INLINE void NAME(scores)(const Step *step, const int64_t width, const int queries, int64_t start, const float *query, float *scores, int64_t room)
 {
     int64_t channels = step->layer->channels, tokens = step->past + step->length;
     for (int64_t first = 0; first < tokens; first += 16) {
-        float lanes[16][16];
-        Floats all = {0}, q, k, lane;
+        float lanes[QUERIES][16][16], fours[16][4];
         int64_t here = tokens - first < 16 ? tokens - first : 16;
         for (int64_t i = 0; i < here; i++) {
-            Floats sum = {0};
+            Floats sum[QUERIES] = {{0}}, q, k;
             for (int64_t d = 0; d < channels; d += 16) {
-                memcpy(&q, query + d, sizeof q);
                 NAME(cached)(step->keys, start + (first + i) * channels + d, width, &k);
-                sum += q * k;
+                for (int n = 0; n < queries; n++) {
+                    memcpy(&q, query + n * channels + d, sizeof q);
+                    sum[n] += q * k;
+                }
             }
-            memcpy(lanes[i], &sum, sizeof sum);
+            for (int n = 0; n < queries; n++)
+                memcpy(lanes[n][i], sum + n, sizeof *sum);
         }
-        for (int i = 0; i < 16; i++) {
-            float column[16];
-            for (int j = 0; j < 16; j++)
-                column[j] = lanes[j][i];
-            memcpy(&lane, column, sizeof lane);
-            all += lane;
+        for (int n = 0; n < queries; n++) {
+            for (int i = 0; i < 16; i++)
+                for (int j = 0; j < 4; j++)
+                    fours[i][j] = (lanes[n][i][j] + lanes[n][i][j + 8]) + (lanes[n][i][j + 4] + lanes[n][i][j + 12]);
+            for (int i = 0; i < 16; i++)
+                scores[n * room + first + i] = ((fours[i][0] + fours[i][2]) + (fours[i][1] + fours[i][3])) * (float)step->layer->scale;
         }
-        all *= (float)step->layer->scale;
-        memcpy(scores + first, &all, sizeof all);
     }
 }
 
@@ -218,17 +219,36 @@ INLINE void NAME(softmax)(const Step *step, int64_t batch, int64_t token, float 
         scores[t] *= inverse;
 }
 
-INLINE void NAME(sums)(const Step *step, const int64_t width, int64_t start, const float *weights, int64_t seen, float *out)
+/* What the weights of a few queries make of `vectors` times sixteen channels of the values from `start` on, which are read once. */
+INLINE void NAME(sums)(const Step *step, const int64_t width, const int queries, const int vectors, int64_t start, const float *weights,
+                       int64_t room, int64_t seen, float *out)
 {
     int64_t channels = step->layer->channels;
-    for (int64_t d = 0; d < channels; d += 16) {
-        Floats sum = {0}, v;
-        for (int64_t t = 0; t < seen; t++) {
-            NAME(cached)(step->values, start + t * channels + d, width, &v);
-            sum += weights[t] * v;
-        }
-        memcpy(out + d, &sum, sizeof sum);
+    Floats sum[QUERIES][VECTORS] = {{{0}}}, v[VECTORS];
+    for (int64_t t = 0; t < seen; t++) {
+        for (int i = 0; i < vectors; i++)
+            NAME(cached)(step->values, start + t * channels + 16 * i, width, v + i);
+        for (int n = 0; n < queries; n++)
+            for (int i = 0; i < vectors; i++)
+                sum[n][i] += weights[n * room + t] * v[i];
     }
+    for (int n = 0; n < queries; n++)
+        for (int i = 0; i < vectors; i++)
+            memcpy(out + n * channels + 16 * i, &sum[n][i], sizeof v[i]);
+}
+
+/* A few query heads of one key head, of one token that sees `seen`. */
+INLINE void NAME(heads)(const Step *step, const int64_t width, const int queries, int64_t batch, int64_t token, int64_t start,
+                        const float *query, float *scores, int64_t seen, float *out)
+{
+    int64_t channels = step->layer->channels, room = (step->past + step->length + 15) / 16 * 16, d = 0;
+    NAME(scores)(step, width, queries, start, query, scores, room);
+    for (int n = 0; n < queries; n++)
+        NAME(softmax)(step, batch, token, scores + n * room, seen);
+    for (; d + 16 * VECTORS <= channels; d += 16 * VECTORS)
+        NAME(sums)(step, width, queries, VECTORS, start + d, scores, room, seen, out + d);
+    for (; d < channels; d += 16)
+        NAME(sums)(step, width, queries, 1, start + d, scores, room, seen, out + d);
 }
 
 /* All query heads of one key head, of all tokens of one sequence. */
@@ -238,17 +258,17 @@ static void NAME(attend)(const Step *step, int64_t batch, int64_t head, const fl
     int64_t each = layer->heads / layer->key_heads, start = batch * step->batch_stride + head * step->head_stride;
     for (int64_t token = 0; token < step->length; token++) {
         int64_t seen = step->past + (step->mask ? step->length : token + 1), row = batch * step->length + token;
-        for (int64_t i = head * each; i < (head + 1) * each; i++) {
-            int64_t place = (row * layer->heads + i) * layer->channels;
-            if (step->width == 4) {
-                NAME(scores)(step, 4, start, query + place, scores);
-                NAME(softmax)(step, batch, token, scores, seen);
-                NAME(sums)(step, 4, start, scores, seen, out + place);
-            } else {
-                NAME(scores)(step, 2, start, query + place, scores);
-                NAME(softmax)(step, batch, token, scores, seen);
-                NAME(sums)(step, 2, start, scores, seen, out + place);
+        for (int64_t i = 0; i < each; i += QUERIES) {
+            int64_t place = (row * layer->heads + head * each + i) * layer->channels;
+            int wide = step->width == 4, queries = each - i < QUERIES ? (int)(each - i) : QUERIES;
+#define HEADS(width, queries) NAME(heads)(step, width, queries, batch, token, start, query + place, scores, seen, out + place)
+            switch (queries) {
+            case 1: wide ? HEADS(4, 1) : HEADS(2, 1); break;
+            case 2: wide ? HEADS(4, 2) : HEADS(2, 2); break;
+            case 3: wide ? HEADS(4, 3) : HEADS(2, 3); break;
+            default: wide ? HEADS(4, QUERIES) : HEADS(2, QUERIES);
             }
+#undef HEADS
         }
     }
 }

@@ -127,7 +127,7 @@ static void attend(Work *work)
     const Layer *layer = work->layer;
     const Step *step = work->step;
     int64_t unit, units = work->rows / step->length * layer->key_heads;
-    int64_t each = (step->past + step->length + 15) / 16 * 16;
+    int64_t each = (step->past + step->length + 15) / 16 * 16 * (layer->heads / layer->key_heads);
     while ((unit = taken(&work->heads)) < units)
         work->small->attend(step, unit / layer->key_heads, unit % layer->key_heads, work->query,
                             work->scores + unit * each, work->mixed);
@@ -201,7 +201,7 @@ static int one_block(const Step *step, Team team, int (*team_size)(void), int th
     const Layer *layer = step->layer;
     int64_t rows = step->batch * step->length, tokens = step->past + step->length;
     int64_t queries = layer->heads * layer->channels, keys = layer->key_heads * layer->channels;
-    int64_t sizes[] = {layer->hidden, queries, keys, keys, queries, layer->gate->rows, layer->gate->rows, layer->key_heads * (tokens + 15) / 16 * 16};
+    int64_t sizes[] = {layer->hidden, queries, keys, keys, queries, layer->gate->rows, layer->gate->rows, layer->heads * (tokens + 15) / 16 * 16};
     Work work = {.layer = layer, .step = step, .small = small_of(layer->query->isa), .rows = rows};
     float **parts[] = {&work.normed, &work.query, &work.key, &work.value, &work.mixed, &work.gate, &work.up, &work.scores};
     if (rows < 1 || rows > MAX_BATCH || !kernels_of(layer->query->isa))

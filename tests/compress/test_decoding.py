@@ -119,6 +119,22 @@ def test_groups_of_columns(load, monkeypatch, exact, bound):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "channels"), [(2, 2, 96), (4, 2, 32), (6, 2, 64), (10, 1, 16), (5, 1, 80)]
+)
+def test_heads_that_share_keys_are_worked_at_together(load, monkeypatch, heads, key_heads, channels):
+    """Up to four heads, whatever is left of them, and 64 channels, whatever is left of those."""
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "head_dim": channels,
+        "hidden_size": 16 * heads,
+    }
+    assert_same(load(changes=sizes), monkeypatch)
+    assert_same(load(dtype=torch.bfloat16, changes=sizes), monkeypatch, 2e-2)
+
+
+@pytest.mark.slow
 def test_threads(load, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
