@@ -96,7 +96,9 @@ static void multiply(const Product *product, int64_t first, int64_t rows)
     const Matrix *matrix = product->matrix;
     float sum[ROWS_AT_ONCE][MAX_BATCH];
     int64_t together = matrix->affine && matrix->groups && !matrix->shared ? 1 : rows; /* whose excess is the same */
-    memset(sum, 0, sizeof sum);
+    for (int64_t i = 0; i < rows; i++)
+        for (int m = 0; m < product->x.batch; m++)
+            sum[i][m] = 0;
     for (int64_t column = 0; column < matrix->columns; column += BLOCK) {
         int64_t columns = smaller(BLOCK, matrix->columns - column);
         Activations x = product->x;
