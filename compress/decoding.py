@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from compress.kernels import cpu
-from compress.kernels.step import Block, Sizes, compute
+from compress.kernels.step import Block, Sizes, Steps
 from compress.quant.linear import BitPlaneLinear
 
 _KINDS = ("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")
@@ -146,6 +146,7 @@ class Joined:
         self.state = self.now()
         self.modules, described = blocks, [_describe(block) for block in blocks]
         self.blocks = None if any(one is None for one in described) else cast("list[Block]", described)
+        self.left = WeakKeyDictionary[Any, Left]()  # by cache
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as None: addresses mean nothing elsewhere."""
@@ -208,26 +209,64 @@ def _serves(joined: Joined, x: Tensor, given: dict[str, Any]) -> bool:
 def _step(joined: Joined, x: Tensor, given: dict[str, Any]) -> Tensor | None:
     """Return the output of blocks by one call; None where their own class has to compute it."""
     cache, mask = given.get("cache") or given.get("past_key_values"), given.get("attention_mask")
-    layers = [_layer_of(cache, block) for block in joined.modules]
-    if joined.blocks is None or not (mask is None or type(mask) is Tensor):
+    if joined.blocks is None or not (mask is None or type(mask) is Tensor) or type(cache) is not DynamicCache:
         return None
-    if any(layer is None or layer.keys.dtype != x.dtype for layer in layers):
+    left = joined.left.get(cache)
+    if left is None or not left.serves(cache, x):
+        layers = [_layer_of(cache, block) for block in joined.modules]
+        if any(layer is None or layer.keys.dtype != x.dtype for layer in layers):
+            return None
+        if len({layer.keys.shape[2] for layer in layers}) > 1:
+            return None
+        left = joined.left[cache] = Left(joined, layers, x.shape[1])
+    turns = given["position_embeddings"]
+    if not all(block.serves(x, turns[0], left.tokens, mask) for block in joined.blocks):
         return None
-    turns, past = given["position_embeddings"], layers[0].keys.shape[2]
-    if any(layer.keys.shape[2] != past for layer in layers):
-        return None
-    if not all(block.serves(x, turns[0], past, mask) for block in joined.blocks):
-        return None
-    rooms = [_room(block, layer, x.shape[1]) for block, layer in zip(joined.modules, layers, strict=True)]
-    y = compute(joined.blocks, x, turns, rooms, past, mask)
-    for layer, (keys, values) in zip(layers, rooms, strict=True):
-        layer.keys, layer.values = keys.narrow(2, 0, past + x.shape[1]), values.narrow(2, 0, past + x.shape[1])
+    y = left.steps(x, turns, left.tokens, mask)
+    left.grow(x.shape[1])
     return y
 
 
+class Left:
+    """Hold a cache as blocks left it: what is as they left it need not be looked at again.
+
+    Args:
+        joined: the blocks, all of which are known to the library.
+        layers: of the cache, one for each.
+        new: tokens that there has to be room for.
+    """
+
+    def __init__(self, joined: Joined, layers: list[Any], new: int) -> None:
+        self._rooms = [_room(block, layer, new) for block, layer in zip(joined.modules, layers, strict=True)]
+        self.steps = Steps(cast("list[Block]", joined.blocks), self._rooms)
+        self._places = [block._modules["self_attn"].layer_idx for block in joined.modules]
+        self._layers, self.tokens = layers, layers[0].keys.shape[2]
+        self._most = min(keys.shape[2] for keys, _ in self._rooms)
+        self._states = [(layer.keys, layer.values) for layer in layers]
+
+    def serves(self, cache: Any, x: Tensor) -> bool:
+        """Tell whether the cache is as it was left, with room for hidden states, [B, T, hidden]."""
+        if self.tokens + x.shape[1] > self._most or self._rooms[0][0].dtype != x.dtype or cache.offloading:
+            return False
+        held, layers = zip(self._places, self._layers, self._states, strict=True), cache.layers
+        return all(
+            layers[place] is layer and layer.keys is keys and layer.values is values
+            for place, layer, (keys, values) in held
+        )
+
+    def grow(self, new: int) -> None:
+        """Give the cache the tokens that have been written behind its own."""
+        self.tokens += new
+        self._states = [
+            (keys.narrow(2, 0, self.tokens), values.narrow(2, 0, self.tokens)) for keys, values in self._rooms
+        ]
+        for layer, (keys, values) in zip(self._layers, self._states, strict=True):
+            layer.keys, layer.values = keys, values
+
+
 def _layer_of(cache: Any, block: Any) -> Any:
-    """Return the plain cache layer of a block that already has tokens; None without one."""
-    if type(cache) is not DynamicCache or cache.offloading:
+    """Return the plain layer of a cache, where the block already has tokens; None without one."""
+    if cache.offloading:
         return None
     place = block._modules["self_attn"].layer_idx
     layer: Any = cache.layers[place] if place < len(cache.layers) else None

@@ -59,7 +59,7 @@ def library() -> Library | str:
     calls.compress_order.argtypes = [ctypes.c_char_p, address]
     size = ctypes.c_int64
     calls.compress_look_up.argtypes = [ctypes.c_char_p, address, size, size, address, size, address, number]
-    calls.compress_steps.argtypes = [ctypes.c_char_p, size, address, address, number]
+    calls.compress_steps.argtypes = [address, size, address, address, number]
     return Library(calls, calls.compress_best_isa(), _openmp("GOMP_parallel"), _openmp("omp_get_num_threads"))
 
 

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,46 +89,47 @@ class Block:
         known = mask.dtype in (torch.bool, torch.float32) and mask.shape[1] == 1 and mask.stride(-1) == 1
         return known and mask.shape[-2:] == (length, past + length)
 
-    def packed(self, x: int, turns: tuple[int, int], keys: Tensor, values: Tensor, sizes: tuple[int, ...]) -> bytes:
-        """Return a step of this block as the library takes it; see :func:`compute`."""
-        mask, batch, length, past, several, *seen = sizes
+    def packed(self, keys: Tensor, values: Tensor) -> bytes:
+        """Return steps of this block behind a cache's keys and values, as the library takes them; zeros where each step differs."""
         strides = keys.stride(0), keys.stride(1), _CACHED[keys.dtype]
-        addresses = self._place, x, *turns, keys.data_ptr(), values.data_ptr(), mask
-        return _STEP.pack(*addresses, batch, length, past, several, *strides, *seen)
+        return _STEP.pack(self._place, 0, 0, 0, keys.data_ptr(), values.data_ptr(), *[0] * 5, *strides, 0, 0, 0)
 
 
-def compute(
-    blocks: Sequence[Block],
-    x: Tensor,
-    turns: tuple[Tensor, Tensor],
-    caches: Sequence[tuple[Tensor, Tensor]],
-    past: int,
-    mask: Tensor | None,
-) -> Tensor:
-    """Return what blocks make of hidden states, one after the other, and write keys and values behind those there are; no gradient.
+class Steps:
+    """Compute blocks one after the other, and write keys and values behind those there are, which stay where they are; no gradient.
 
     Args:
-        blocks: all of which serve the rest (:meth:`Block.serves`).
-        x: float32 or bfloat16 [B, T, hidden], of at most 16 tokens; between blocks it is float32.
-        turns: cosines and sines, float32 [1 or B, T, channels].
+        blocks: all of which serve what is given to :meth:`__call__` (:meth:`Block.serves`).
         caches: keys and values of each block, float32 or bfloat16 [B, key heads, room, channels], contiguous in the last two
             dimensions, with room for the tokens.
-        past: tokens that are there.
-        mask: bool (True is visible) or float32 (added), [1 or B, 1, T, past + T]; if None all tokens before are seen.
     """
-    batch, length = x.shape[:2]
-    y = x.to(torch.float32, copy=True).contiguous()
-    cosine, sine = turns[0].float().contiguous(), turns[1].float().contiguous()
-    several = length if cosine.shape[0] > 1 else 0
-    seen = (
-        (0, 0, 0) if mask is None else (mask.element_size(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
-    )
-    sizes = 0 if mask is None else mask.data_ptr(), batch, length, past, several, *seen
-    place, angles = y.data_ptr(), (cosine.data_ptr(), sine.data_ptr())
-    steps = [block.packed(place, angles, *cache, sizes) for block, cache in zip(blocks, caches, strict=True)]
-    found = blocks[0].library
-    threads = torch.get_num_threads() if blocks[0].products * batch * length >= WORTH_A_TEAM else 1
-    team = found.team if found.team_size else 0
-    if found.calls.compress_steps(b"".join(steps), len(steps), team, found.team_size, threads):
-        raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
-    return y.to(x.dtype)
+
+    def __init__(self, blocks: Sequence[Block], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.blocks, self._kept_alive = blocks, caches
+        packed = b"".join(block.packed(*cache) for block, cache in zip(blocks, caches, strict=True))
+        self._steps = np.frombuffer(packed, dtype=np.int64).reshape(len(blocks), -1).copy()
+        self._place = self._steps.ctypes.data
+
+    def __call__(self, x: Tensor, turns: tuple[Tensor, Tensor], past: int, mask: Tensor | None) -> Tensor:
+        """Return what the blocks make of hidden states.
+
+        Args:
+            x: float32 or bfloat16 [B, T, hidden], of at most 16 tokens; between blocks it is float32.
+            turns: cosines and sines, float32 [1 or B, T, channels].
+            past: tokens that are there.
+            mask: bool (True is visible) or float32 (added), [1 or B, 1, T, past + T]; if None all tokens before are seen.
+        """
+        batch, length = x.shape[:2]
+        y = x.to(torch.float32, copy=True).contiguous()
+        cosine, sine = turns[0].float().contiguous(), turns[1].float().contiguous()
+        several = length if cosine.shape[0] > 1 else 0
+        self._steps[:, 1:4] = y.data_ptr(), cosine.data_ptr(), sine.data_ptr()
+        self._steps[:, 6:11] = 0 if mask is None else mask.data_ptr(), batch, length, past, several
+        if mask is not None:
+            self._steps[:, 14:] = mask.element_size(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2)
+        blocks, found = self.blocks, self.blocks[0].library
+        threads = torch.get_num_threads() if blocks[0].products * batch * length >= WORTH_A_TEAM else 1
+        team = found.team if found.team_size else 0
+        if found.calls.compress_steps(self._place, len(blocks), team, found.team_size, threads):
+            raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
+        return y.to(x.dtype)

@@ -11,6 +11,7 @@ import compress
 from compress import decoding
 from compress.hf import cache_name, packed_modules
 from compress.kernels import cpu
+from compress.kernels.step import Steps
 from compress.quant.linear import BitPlaneLinear
 from compress.quant.records import GroupedShape
 from tests.conftest import NESTED
@@ -236,16 +237,16 @@ def test_heads_that_the_library_does_not_serve(load, monkeypatch):
 @torch.no_grad()
 def calls_of(model, monkeypatch, bound=1e-5):
     """Return how many blocks each call of the library computes for three tokens, one after the other, and check what they make."""
-    counts, own = [], decoding.compute
+    counts, own = [], Steps.__call__
 
-    def counted(blocks, *rest):
-        counts.append(len(blocks))
-        return own(blocks, *rest)
+    def counted(steps, *rest):
+        counts.append(len(steps.blocks))
+        return own(steps, *rest)
 
     made, _ = decoded(model, monkeypatch, True, sizes=(20, 1, 1, 1))
-    monkeypatch.setattr(decoding, "compute", counted)
+    monkeypatch.setattr(Steps, "__call__", counted)
     again, _ = decoded(model, monkeypatch, True, sizes=(20, 1, 1, 1))
-    monkeypatch.setattr(decoding, "compute", own)
+    monkeypatch.setattr(Steps, "__call__", own)
     wanted, _ = decoded(model, monkeypatch, False, sizes=(20, 1, 1, 1))
     assert torch.equal(made, again)
     assert (made - wanted).norm() <= bound * wanted.norm()
