@@ -29,6 +29,8 @@ _KNOWN = {f"transformers.models.{kind}.modeling_{kind}.{name}DecoderLayer" for k
 """Classes of blocks: x += attention(norm(x)), then x += down(act(gate(norm(x))) * up(norm(x)))."""
 _MODELS = {f"transformers.models.{kind}.modeling_{kind}.{name}Model" for kind, name in _KINDS}
 """Classes of models whose blocks are ``layers``, called one after the other with what the one before returned."""
+_CAUSAL = {f"transformers.models.{kind}.modeling_{kind}.{name}ForCausalLM" for kind, name in _KINDS}
+"""Classes whose logits are ``lm_head`` of what such a ``model`` returns: its ``norm`` of its last block's output."""
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -80,13 +82,64 @@ def _look_ahead(
     cache = given.get("cache") or given.get("past_key_values")
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(cache) is not DynamicCache:
         return None
-    blocks, config = list(model.layers), model.config
-    alike = len(set(getattr(config, "layer_types", None) or [None])) == 1  # all have the same mask
-    if not alike or len(blocks) != config.num_hidden_layers or not cache.get_seq_length():
+    if not cache.get_seq_length() or not _is_plain(model):
         return None
-    if not all(isinstance(block, JoinedBlock) for block in blocks):
-        return None
+    blocks = list(model.layers)
     return args, {**given, _AHEAD: Ahead(_joined(model, blocks), blocks[0])}
+
+
+class Short:
+    """Compute a token's logits by the parts of a Llama alone, past the code of transformers that calls them.
+
+    Tensors and hooks are looked at when it is made, numbers of bits with every token. So it is for one text: tensors that are put in
+    the place of others in the middle are not seen.
+
+    Args:
+        model: that :meth:`fits`.
+        cache: of the text.
+    """
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        decoder = model.model
+        self._model, self._cache = model, cache
+        self._embed, self._turns, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        self._look()
+
+    def _look(self) -> None:
+        decoder = self._model.model
+        self._joined = _joined(decoder, list(decoder.layers))
+        self._bits = self._joined.bits()
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Tell whether a model is one whose parts are known, all of it on the CPU and nobody looking at them."""
+        if _name(type(model)) not in _CAUSAL or _name(type(model.model)) not in _MODELS or not _is_plain(model.model):
+            return False
+        decoder = model.model
+        parts = model, decoder, decoder.embed_tokens, decoder.rotary_emb, decoder.norm, model.lm_head
+        hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+        called = any("forward" in part.__dict__ or part.training for part in parts)
+        return all(hook is _look_ahead for hook in hooks) and not called and model.device.type == "cpu"
+
+    def __call__(self, tokens: Tensor) -> Tensor | None:
+        """Return the logits behind the latest token, int64 [B, 1] to [B, 1, V], or None where transformers has to compute them."""
+        if tokens.shape[1] != 1 or not (past := self._cache.get_seq_length()):
+            return None
+        if self._joined.bits() != self._bits:
+            self._look()
+        x = self._embed(tokens)
+        given = {"past_key_values": self._cache, "position_embeddings": self._turns(x, torch.tensor([[past]]))}
+        y = _step(self._joined, x, given) if _serves(self._joined, x, given) else None
+        return None if y is None else self._model.lm_head(self._norm(y))
+
+
+def _is_plain(model: Any) -> bool:
+    """Tell whether all blocks of a model are joined ones, and see the same mask."""
+    config = model.config
+    alike = (
+        len(set(getattr(config, "layer_types", None) or [None])) == 1 and len(model.layers) == config.num_hidden_layers
+    )
+    return alike and all(isinstance(block, JoinedBlock) for block in model.layers)
 
 
 @functools.cache
@@ -159,6 +212,10 @@ class Joined:
         for held in self._packed:
             found += held["_bits"], held.get("_exact"), held["keep_dense"]
         return found
+
+    def bits(self) -> list[Any]:
+        """Return the numbers of bits of all packed modules."""
+        return [held["_bits"] for held in self._packed]
 
     def is_current(self) -> bool:
         """Tell whether every tensor, setting and module of the block is what it was."""

@@ -7,7 +7,7 @@ settings, processors of logits, stop strings, streaming, is transformers' own.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from compress.config import Bits
-from compress.decoding import JOINED
+from compress.decoding import JOINED, Short
 from compress.errors import CompressError
 from compress.hf import cache_name
 from compress.loading import set_bits
@@ -71,30 +71,17 @@ def _twin(module: Any, made: dict[int, nn.Module]) -> Any:
 
 
 @dataclass
-class Drafting:
-    """Decode with drafts; an instance is given to ``generate`` as ``custom_generate`` and counts what it does.
+class Decoding:
+    """Decode one sequence token by token, in less time than transformers' own loop; given to ``generate`` as ``custom_generate``.
 
-    How many tokens a round drafts follows from the share that was accepted so far and from the two costs below, so that a draft which
-    does not pay is seldom made. It never follows from the clock: a seed gives the same text on any machine.
+    Where the model is a Llama on a CPU, packed and unwatched, tokens are computed past transformers' modules
+    (:class:`compress.decoding.Short`); the text is the same.
 
     Args:
-        draft: reads the same tokens, :func:`compress.view` of the model.
-        cost: of a drafted token, in tokens decoded by the model itself.
-        check: of one more token in the pass that checks, likewise.
-        tokens: draft always so many; None chooses.
         streamer: told of the prompt and of every token; give it here, as ``generate`` hands none on to a loop of another's.
     """
 
-    draft: PreTrainedModel
-    cost: float = 0.35
-    check: float = 0.15
-    tokens: int | None = None
-    streamer: Any = None
-    share: float = 0.7  # of drafted tokens that were accepted, of late
-    drafted: int = 0
-    accepted: int = 0
-    rounds: int = 0
-    _waited: int = 0
+    streamer: Any = field(default=None, kw_only=True)
 
     @torch.no_grad()
     def __call__(
@@ -113,24 +100,19 @@ class Drafting:
         """
         mask = given.get("attention_mask")
         if len(input_ids) != 1 or not (mask is None or bool((mask == 1).all())):
-            raise CompressError(
-                "drafts are for one sequence without padding: give one prompt, without a draft for more."
-            )
+            raise CompressError(f"{type(self).__name__} is for one sequence without padding: give one prompt.")
         name, sampled = cache_name(model), bool(generation_config.do_sample)
         cache = given.get(name)
-        cache = DynamicCache(config=model.config) if cache is None else cache
-        main, draft = _Reader(model, name, cache), _Reader(self.draft, name, cache)
+        reader = _Reader(model, name, DynamicCache(config=model.config) if cache is None else cache)
         ids, done = input_ids, False
         self._tell(ids)
         while not done:
-            proposed, beliefs = self._propose(draft, ids, logits_processor, sampled)
-            logits = main.read(torch.cat([ids, proposed], 1), proposed.shape[1] + 1)
-            for token in self._check(ids, proposed, beliefs, logits, logits_processor, sampled):
+            for token in self._next(reader, ids, logits_processor, sampled):
                 ids = torch.cat([ids, token], 1)
                 self._tell(token)
                 if done := bool(stopping_criteria(ids, None).all()):
                     break
-            main.forget_after(ids.shape[1] - 1)
+            reader.forget_after(ids.shape[1] - 1)
         if self.streamer is not None:
             self.streamer.end()
         return (
@@ -139,9 +121,46 @@ class Drafting:
             else ids
         )
 
+    def _next(self, reader: _Reader, ids: Tensor, processor: Any, sampled: bool) -> list[Tensor]:
+        """Return the tokens that come next, [1, 1] each."""
+        return [_chosen(processor(ids, reader.read(ids, 1)[:, -1].float()), sampled)]
+
     def _tell(self, tokens: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(tokens[0].cpu())
+
+
+@dataclass
+class Drafting(Decoding):
+    """Decode with drafts; an instance is given to ``generate`` as ``custom_generate`` and counts what it does.
+
+    How many tokens a round drafts follows from the share that was accepted so far and from the two costs below, so that a draft which
+    does not pay is seldom made. It never follows from the clock: a seed gives the same text on any machine.
+
+    Args:
+        draft: reads the same tokens, :func:`compress.view` of the model.
+        cost: of a drafted token, in tokens decoded by the model itself.
+        check: of one more token in the pass that checks, likewise.
+        tokens: draft always so many; None chooses.
+        streamer: as of :class:`Decoding`.
+    """
+
+    draft: PreTrainedModel
+    cost: float = 0.35
+    check: float = 0.15
+    tokens: int | None = None
+    share: float = 0.7  # of drafted tokens that were accepted, of late
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    _waited: int = 0
+
+    def _next(self, reader: _Reader, ids: Tensor, processor: Any, sampled: bool) -> list[Tensor]:
+        """Return the drafted tokens that are accepted, and one of the model's own."""
+        reader.draft = reader.draft or _Reader(self.draft, reader.name, reader.cache)
+        proposed, beliefs = self._propose(reader.draft, ids, processor, sampled)
+        logits = reader.read(torch.cat([ids, proposed], 1), proposed.shape[1] + 1)
+        return self._check(ids, proposed, beliefs, logits, processor, sampled)
 
     def count(self) -> int:
         """Return how many tokens the next round drafts: what gives most tokens per cost at the share accepted so far."""
@@ -180,7 +199,7 @@ class Drafting:
         for place in range(proposed.shape[1] + 1):
             scores = processor(torch.cat([ids, *tokens], 1), logits[:, place].float())
             if place == proposed.shape[1]:
-                tokens.append(_drawn(scores.softmax(-1), sampled) if sampled else scores.argmax(-1, keepdim=True))
+                tokens.append(_chosen(scores, sampled))
                 break
             token, belief = proposed[:, place : place + 1], beliefs[place]
             if sampled:
@@ -203,6 +222,11 @@ def _drawn(probabilities: Tensor, sampled: bool) -> Tensor:
     return torch.multinomial(probabilities, 1) if sampled else probabilities.argmax(-1, keepdim=True)
 
 
+def _chosen(scores: Tensor, sampled: bool) -> Tensor:
+    """Draw a token by processed logits, [1, V] to [1, 1], or take the likeliest, as transformers does."""
+    return _drawn(scores.softmax(-1), sampled) if sampled else scores.argmax(-1, keepdim=True)
+
+
 @dataclass
 class _Reader:
     """Read a growing sequence with a model, what is new of it, behind a cache that the draft and the model share."""
@@ -210,10 +234,16 @@ class _Reader:
     model: Any
     name: str
     cache: Any
+    draft: _Reader | None = None
+
+    def __post_init__(self) -> None:
+        self.short = Short(self.model, self.cache) if Short.fits(self.model) else None
 
     def read(self, ids: Tensor, last: int) -> Tensor:
         """Return the logits of the last tokens, [1, last, V]."""
         new = ids[:, self.cache.get_seq_length() :]
+        if self.short is not None and (found := self.short(new)) is not None:
+            return found
         output = self.model(input_ids=new, use_cache=True, logits_to_keep=last, **{self.name: self.cache})
         logits: Tensor = output.logits[:, -last:]
         return logits

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
+from compress.decoding import Short
 from compress.defaults import usual_defaults
 from compress.errors import CompressError
 from compress.evals.agreement import dense_model_of
@@ -254,14 +255,17 @@ def _switch(model: PreTrainedModel, bits: Any, token: Tensor) -> float:
 
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[float, float]:
-    """Return the seconds until the first token is known, and those for each of ``tokens`` later ones (greedy)."""
+    """Return the seconds until the first token is known, and those for each of ``tokens`` later ones (greedy), as ``generate`` takes them."""
     name, begun = cache_name(model), now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
-    middle = now(prompt.device)
+    middle, cache = now(prompt.device), output[name]
+    short = Short(model, cache) if Short.fits(model) else None
     for _ in range(tokens):
-        output = model(input_ids=token, use_cache=True, **{name: output[name]})
-        token = output.logits[:, -1:].argmax(-1)
+        logits = None if short is None else short(token)
+        if logits is None:
+            logits = model(input_ids=token, use_cache=True, **{name: cache}).logits
+        token = logits[:, -1:].argmax(-1)
     return middle - begun, (now(prompt.device) - middle) / tokens
 
 

@@ -30,8 +30,8 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (10790, 11.2),
-    "compress/cli": (1535, 9.4),
+    "compress": (10920, 11.2),
+    "compress/cli": (1540, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
     "quant": (5450, 12.5),
@@ -42,8 +42,8 @@ BUDGETS = {
     "evals/bench": (2330, 11.4),
     "evals/experiments": (490, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30550, 11.6),
-    "without tests": (34000, 11.6),
+    "in the wheel": (30690, 11.6),
+    "without tests": (34140, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 

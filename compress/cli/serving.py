@@ -59,7 +59,8 @@ def generate(
     from transformers import TextStreamer
 
     from compress.adapters import text_length, virtual_tokens
-    from compress.drafting import Drafting, view
+    from compress.decoding import Short
+    from compress.drafting import Decoding, Drafting, view
     from compress.loading import load, load_tokenizer, read_config
     from compress.tokens import set_generation
 
@@ -82,6 +83,8 @@ def generate(
     tokens = torch.tensor([ids])
     mask = torch.ones_like(tokens)
     stream: dict[str, Any] = {"streamer": streamer}
+    if Short.fits(model):
+        stream = {"custom_generate": Decoding(streamer=streamer)}
     if draft_bits is not None:
         stream = {"custom_generate": Drafting(view(model, draft_bits, exact=False), streamer=streamer)}
     model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **stream, **sampling)

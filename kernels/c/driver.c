@@ -74,7 +74,8 @@ static int64_t padded(const Kernels *kernels, int64_t columns)
 
 static Block block_of(const Matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns)
 {
-    Block w = {.rows = rows, .stride = matrix->stride, .bits = (int)matrix->bits, .width = (int)matrix->width};
+    Block w; /* clearing what is set anyway would take as long as a row */
+    w.rows = rows, w.stride = matrix->stride, w.bits = (int)matrix->bits, w.width = (int)matrix->width, w.excess = 0;
     for (int plane = 0; plane < w.bits; plane++)
         w.planes[plane] = matrix->planes[plane] + row * matrix->stride + column / 8;
     w.table_step = matrix->shared ? 0 : matrix->width << matrix->bits;

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import compress
 from compress import decoding
+from compress.drafting import Decoding
 from compress.hf import cache_name, packed_modules
 from compress.kernels import cpu
 from compress.kernels.step import Steps
@@ -294,3 +295,78 @@ def test_fewer_or_other_blocks_are_not_taken_for_the_old(load, monkeypatch):
     for place, block in enumerate(blocks):
         block.self_attn.layer_idx = place
     assert calls_of(model, monkeypatch) == [count] * 3
+
+
+@pytest.fixture
+def shortened(monkeypatch):
+    """Tell of every token whether it was computed past transformers' modules."""
+    told, own = [], decoding.Short.__call__
+
+    def noted(short, tokens):
+        found = own(short, tokens)
+        told.append(found is not None)
+        return found
+
+    monkeypatch.setattr(decoding.Short, "__call__", noted)
+    return told
+
+
+def written(model, seed=0, **options):
+    torch.manual_seed(seed)
+    prompt = torch.arange(5, 25)[None]
+    return model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, min_new_tokens=12, **options
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loop_of_our_own_writes_what_transformers_does(load, shortened, kind, dtype):
+    model = load(kind, dtype)
+    for options in (
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"do_sample": True, "temperature": 0.9, "top_k": 40},
+    ):
+        shortened.clear()
+        made = written(model, custom_generate=Decoding(), **options)
+        assert shortened == [False] + [True] * 11  # the prompt, then tokens
+        assert torch.equal(made, written(model, **options))
+
+
+class Switch:
+    """A streamer that changes the number of bits in the middle of a text."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, 0
+
+    def put(self, tokens):
+        self.seen += 1
+        if self.seen == 6:
+            compress.set_bits(self.model, 3)
+
+    def end(self):
+        compress.set_bits(self.model, 6)
+
+
+@pytest.mark.slow
+def test_bits_that_change_in_the_middle_of_a_text(load, shortened):
+    model = load()
+    made = written(model, do_sample=False, custom_generate=Decoding(streamer=Switch(model)))
+    assert sum(shortened) == 11
+    assert torch.equal(made, written(model, do_sample=False, streamer=Switch(model)))
+    assert not torch.equal(made, written(model, do_sample=False))
+
+
+@pytest.mark.slow
+def test_transformers_computes_where_somebody_looks_or_the_cache_is_another(load, shortened):
+    model = load()
+    packed = {cache_name(model): compress.KVCache(4, residual=8, group=8, config=model.config)}
+    wanted = written(model, do_sample=False, **copy.deepcopy(packed))
+    assert torch.equal(written(model, do_sample=False, custom_generate=Decoding(), **packed), wanted)
+    wanted, seen = written(model, do_sample=False), []
+    hook = model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.equal(written(model, do_sample=False, custom_generate=Decoding()), wanted)
+    hook.remove()
+    assert len(seen) == 12
+    assert not any(shortened)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import compress
-from compress.drafting import Drafting
+from compress.drafting import Decoding, Drafting
 from compress.errors import CompressError
 from compress.hf import cache_name
 
@@ -118,9 +118,15 @@ def test_sampled_tokens_have_the_models_distribution(model):
     )  # of 13 - 1 degrees of freedom at most: 32.9 at 0.1 %, and a little for cells that were left out
 
 
-def test_a_batch_has_no_drafts(model):
-    with pytest.raises(CompressError, match="one sequence"):
-        model.generate(PROMPT.repeat(2, 1), max_new_tokens=5, custom_generate=Drafting(compress.view(model, bits=3)))
+@pytest.mark.parametrize("kind", [Decoding, Drafting])
+def test_loops_are_for_one_sequence(model, kind):
+    loop = Decoding() if kind is Decoding else Drafting(compress.view(model, bits=3))
+    with pytest.raises(CompressError, match=f"{kind.__name__} is for one sequence"):
+        model.generate(PROMPT.repeat(2, 1), max_new_tokens=5, custom_generate=loop)
+    mask = torch.ones_like(PROMPT)
+    mask[0, 0] = 0
+    with pytest.raises(CompressError, match="without padding"):
+        model.generate(PROMPT, attention_mask=mask, max_new_tokens=5, custom_generate=loop)
 
 
 def test_choosing_how_many_to_draft(model):
