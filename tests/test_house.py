@@ -42,7 +42,7 @@ BUDGETS = {
     "evals/bench": (2330, 11.4),
     "evals/experiments": (490, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30690, 11.6),
+    "in the wheel": (30700, 11.7),
     "without tests": (34140, 11.6),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.

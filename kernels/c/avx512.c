@@ -61,12 +61,12 @@ INLINE void add_up(const int batch, const __m512 *total, float *sum, Lanes *lane
     }
 }
 
-/* Add lanes i and i + 8, then i and i + 4, 2 and 1, as _mm512_reduce_add_ps() does, of all rows at once. */
-INLINE void add_up_rows(Lanes lanes[ROWS_AT_ONCE], int64_t rows, float sum[][MAX_BATCH])
+/* Add lanes i and i + 8, then i and i + 4, 2 and 1, as _mm512_reduce_add_ps() does, of sixteen rows at once. */
+INLINE void add_up_sixteen(Lanes lanes[16], int64_t rows, float sum[][MAX_BATCH])
 {
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    float found[ROWS_AT_ONCE];
-    for (int64_t row = rows; row < ROWS_AT_ONCE; row++)
+    float found[16];
+    for (int64_t row = rows; row < 16; row++)
         lanes[row] = _mm512_setzero_ps();
     for (int i = 0; i < 8; i++)
         lanes[i] = _mm512_add_ps(_mm512_shuffle_f32x4(lanes[2 * i], lanes[2 * i + 1], 0x44),
@@ -81,6 +81,12 @@ INLINE void add_up_rows(Lanes lanes[ROWS_AT_ONCE], int64_t rows, float sum[][MAX
     _mm512_storeu_ps(found, _mm512_permutexvar_ps(order, *lanes));
     for (int64_t row = 0; row < rows; row++)
         sum[row][0] += found[row];
+}
+
+INLINE void add_up_rows(Lanes lanes[ROWS_AT_ONCE], int64_t rows, float sum[][MAX_BATCH])
+{
+    for (int64_t row = 0; row < rows; row += 16)
+        add_up_sixteen(lanes + row, rows - row < 16 ? rows - row : 16, sum + row);
 }
 
 /* The sizes of the groups in a chunk, or of those there are in `bytes` of a plane, zeros behind them. */

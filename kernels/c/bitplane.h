@@ -20,7 +20,7 @@
 #define UNIT 255.0f     /* looked-up values are multiplied by their group's number in these parts */
 #define MAX_BATCH 16    /* rows of activations in one pass over the weights */
 #define MAX_BITS 8
-#define ROWS_AT_ONCE 16 /* rows of weights that pass by one block of activations */
+#define ROWS_AT_ONCE 32 /* rows of weights that pass by one block of activations */
 
 /* A few rows of the weights, from the start of a chunk on. */
 typedef struct {
