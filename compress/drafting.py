@@ -96,11 +96,15 @@ class Decoding:
         """Decode one sequence, int64 [1, T]; called by ``generate``.
 
         Raises:
-            CompressError: several sequences, or padding.
+            CompressError: several sequences, padding, or embeddings in the place of tokens.
         """
-        mask = given.get("attention_mask")
+        mask, kind = given.get("attention_mask"), type(self).__name__
         if len(input_ids) != 1 or not (mask is None or bool((mask == 1).all())):
-            raise CompressError(f"{type(self).__name__} is for one sequence without padding: give one prompt.")
+            raise CompressError(f"{kind} is for one sequence without padding: give one prompt.")
+        if given.get("inputs_embeds") is not None:
+            raise CompressError(
+                f"{kind} reads tokens: give input_ids in place of inputs_embeds, or generate without it."
+            )
         name, sampled = cache_name(model), bool(generation_config.do_sample)
         cache = given.get(name)
         reader = _Reader(model, name, DynamicCache(config=model.config) if cache is None else cache)

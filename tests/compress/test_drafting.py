@@ -127,6 +127,9 @@ def test_loops_are_for_one_sequence(model, kind):
     mask[0, 0] = 0
     with pytest.raises(CompressError, match="without padding"):
         model.generate(PROMPT, attention_mask=mask, max_new_tokens=5, custom_generate=loop)
+    embedded = model.get_input_embeddings()(PROMPT)
+    with pytest.raises(CompressError, match="in place of inputs_embeds"):
+        model.generate(inputs_embeds=embedded, max_new_tokens=5, custom_generate=loop)
 
 
 def test_choosing_how_many_to_draft(model):
