@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.drafting import Drafting, view
+from compress.drafting import Decoding, Drafting, view
 from compress.errors import CompressError
 from compress.evals.evaluate import Protocol, documents_of
 from compress.evals.timing import now, spread
@@ -57,7 +57,10 @@ def draft_speed(
     check = max(0.0, several / single - 1) / (_CHECKED - 1)
     costs = {name: _step_time(draft, 1) / single for name, draft in drafts.items()}
     loops = {name: Drafting(draft, costs[name], check) for name, draft in drafts.items()}
-    options: dict[str, dict[str, Any]] = {PLAIN: {}, LOOK_UP: {"prompt_lookup_num_tokens": _CHECKED - 1}}
+    options: dict[str, dict[str, Any]] = {
+        PLAIN: {"custom_generate": Decoding()},
+        LOOK_UP: {"prompt_lookup_num_tokens": _CHECKED - 1},
+    }
     options |= {name: {"custom_generate": loop} for name, loop in loops.items()}
     names = list(options)
     seconds: dict[str, list[float]] = {name: [] for name in names}
