@@ -307,7 +307,7 @@ class Left:
             return False
         held, layers = zip(self._places, self._layers, self._states, strict=True), cache.layers
         return all(
-            layers[place] is layer and layer.keys is keys and layer.values is values
+            place < len(layers) and layers[place] is layer and layer.keys is keys and layer.values is values
             for place, layer, (keys, values) in held
         )
 

@@ -161,7 +161,8 @@ class Drafting(Decoding):
 
     def _next(self, reader: _Reader, ids: Tensor, processor: Any, sampled: bool) -> list[Tensor]:
         """Return the drafted tokens that are accepted, and one of the model's own."""
-        reader.draft = reader.draft or _Reader(self.draft, reader.name, reader.cache)
+        if reader.draft is None or reader.draft.cache is not reader.cache:
+            reader.draft = _Reader(self.draft, reader.name, reader.cache)
         proposed, beliefs = self._propose(reader.draft, ids, processor, sampled)
         logits = reader.read(torch.cat([ids, proposed], 1), proposed.shape[1] + 1)
         return self._check(ids, proposed, beliefs, logits, processor, sampled)
@@ -249,6 +250,7 @@ class _Reader:
         if self.short is not None and (found := self.short(new)) is not None:
             return found
         output = self.model(input_ids=new, use_cache=True, logits_to_keep=last, **{self.name: self.cache})
+        self.cache = output[self.name]  # a model with a packed cache by default hands another back
         logits: Tensor = output.logits[:, -last:]
         return logits
 

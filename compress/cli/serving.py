@@ -59,8 +59,6 @@ def generate(
     from transformers import TextStreamer
 
     from compress.adapters import text_length, virtual_tokens
-    from compress.decoding import Short
-    from compress.drafting import Decoding, Drafting, view
     from compress.loading import load, load_tokenizer, read_config
     from compress.tokens import set_generation
 
@@ -81,13 +79,18 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     tokens = torch.tensor([ids])
-    mask = torch.ones_like(tokens)
-    stream: dict[str, Any] = {"streamer": streamer}
-    if Short.fits(model):
-        stream = {"custom_generate": Decoding(streamer=streamer)}
+    mask, loop = torch.ones_like(tokens), _loop(model, draft_bits, streamer)
+    model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **loop, **sampling)
+
+
+def _loop(model: Any, draft_bits: int | None, streamer: Any) -> dict[str, Any]:
+    """Return what ``generate`` is given so that it decodes by drafts, by the loop of our own, or by transformers'."""
+    from compress.decoding import Short
+    from compress.drafting import Decoding, Drafting, view
+
     if draft_bits is not None:
-        stream = {"custom_generate": Drafting(view(model, draft_bits, exact=False), streamer=streamer)}
-    model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **stream, **sampling)
+        return {"custom_generate": Drafting(view(model, draft_bits, exact=False), streamer=streamer)}
+    return {"custom_generate": Decoding(streamer=streamer)} if Short.fits(model) else {"streamer": streamer}
 
 
 def _ids(tokenizer: Any, text: str, chat: bool) -> list[int]:

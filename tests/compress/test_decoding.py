@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import compress
 from compress import decoding
-from compress.drafting import Decoding
+from compress.drafting import Decoding, Drafting
 from compress.hf import cache_name, packed_modules
 from compress.kernels import cpu
 from compress.kernels.step import Steps
@@ -370,3 +370,18 @@ def test_transformers_computes_where_somebody_looks_or_the_cache_is_another(load
     hook.remove()
     assert len(seen) == 12
     assert not any(shortened)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafted", [False, True])
+def test_loops_go_on_with_the_packed_cache_that_a_model_makes(load, drafted):
+    model = load(kv={"bits": 8, "residual": 4, "group": 8})
+    loop = Drafting(compress.view(model, bits=3), tokens=2) if drafted else Decoding()
+    wanted, read = written(model, do_sample=False), []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(written(model, do_sample=False, custom_generate=loop), wanted)
+    hook.remove()
+    assert read[0] == 20
+    assert max(read[1:]) <= 3  # what is new, not all of it again
