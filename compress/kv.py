@@ -20,8 +20,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from compress.errors import CompressError
 from compress.kernels.kv import Along, Grid, Packed, States, join, nothing, pack, scale_for, unpack
 from compress.kernels.kv_cpu import attention
+from compress.kernels.kv_mean import Mean, mean_for
 from compress.kv_evict import Policy, importance, kept_tokens
 from compress.kv_settings import WHOLE, KVBits, KVSettings, Pair
+from compress.models import rotary_frequencies
 
 _ATTENTION_OPTIONS = {"attn_mask", "scale", "enable_gqa", "dropout_p", "is_causal"}
 _ALL = slice(None)
@@ -119,10 +121,16 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = True
     supports_early_init = True
 
-    def __init__(self, settings: KVSettings, bits: tuple[int, int], sliding_window: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: KVSettings,
+        bits: tuple[int, int],
+        sliding_window: int | None = None,
+        frequencies: Tensor | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.settings, self.sliding_window, self.is_sliding = settings, sliding_window, sliding_window is not None
-        self.bits = bits
+        self.bits, self.frequencies = bits, frequencies
         self.record_past = self.evicted = False
         self.seen = 0  # tokens, those included that a sliding window has lost
         self.packed: tuple[Packed, Packed] | None = None
@@ -132,6 +140,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             None  # sums of squares of the queries that were seen before a group of keys was full
         )
         self.scale: Tensor | None = None  # of the channels of keys, from then on
+        self.mean: Mean | None = None  # of keys, the same
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take note of the dtype and the sizes, [B, H, T, D], of what is to come, and choose groups; refuse channels that do not fit."""
@@ -211,19 +220,30 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         count = (self.whole[0].shape[2] - sinks - keep) // group * group
         if count <= 0:
             return
-        if self.settings.scales and self.scale is None:
-            self.scale, self.power = scale_for(self.whole[0][:, :, sinks : sinks + group], self.power), None
+        place = self.seen - self.whole[0].shape[2] + sinks
+        if self.scale is None and self.mean is None:
+            self._learn(self.whole[0][:, :, sinks : sinks + group], place)
         if WHOLE in self.bits:
             return
         if self.first is None:
             self.first = self.whole[0][:, :, :sinks].clone(), self.whole[1][:, :, :sinks].clone()
             self._change_whole(lambda states: states[:, :, sinks:])
         keys, values = self._grids()
-        new = [pack(self.whole[0][:, :, :count], keys, self.scale), pack(self.whole[1][:, :, :count], values)]
+        mean = None if self.mean is None else self.mean.behind(place - self.mean.place)
+        new = [pack(self.whole[0][:, :, :count], keys, self.scale, mean), pack(self.whole[1][:, :, :count], values)]
         if self.packed is not None:
             new = [join([old, more]) for old, more in zip(self.packed, new, strict=True)]
         self.packed = new[0], new[1]
         self._change_whole(lambda states: states[:, :, count:].clone())
+
+    def _learn(self, keys: Tensor, place: int) -> None:
+        """Choose the mean and the scale of keys by the first group of them, [B, H, T, D], and the queries that were seen."""
+        if self.settings.centres and self.frequencies is not None:
+            self.mean = mean_for(keys, self.frequencies.to(keys.device), place, self.power)
+            keys = keys - self.mean.at(keys.shape[2])
+        if self.settings.scales:
+            self.scale = scale_for(keys, self.power)
+        self.power = None
 
     def _grids(self) -> tuple[Grid, Grid]:
         return self.settings.grids(self.bits)
@@ -324,6 +344,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.whole is not None:
             self._change_whole(change)
         self.power, self.scale = (None if part is None else change(part) for part in (self.power, self.scale))
+        self.mean = None if self.mean is None else self.mean.map(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows of the batch, [B], as beam search does."""
@@ -339,7 +360,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.packed = self.first = self.whole = self.power = self.scale = None
+        self.packed = self.first = self.whole = self.power = self.scale = self.mean = None
         self.seen, self.is_initialized, self.evicted = 0, False, False
 
     def set_bits(self, bits: tuple[int, int]) -> None:
@@ -360,7 +381,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def tensors(self) -> list[Tensor]:
         """Return all there is in memory."""
         packed = [tensor for part in self.packed or () for tensor in part.tensors()]
-        scales = [part for part in (self.power, self.scale) if part is not None]
+        mean = None if self.mean is None else self.mean.key
+        scales = [part for part in (self.power, self.scale, mean) if part is not None]
         return [*packed, *(self.first or ()), *(self.whole or ()), *scales]
 
 
@@ -385,6 +407,8 @@ class KVCache(Cache):
             (``random``); the first ``sinks`` and the last ``residual`` in any case.
         scale_keys: channels of keys are scaled before they are rotated, by what the first queries and keys show
             (:func:`compress.kernels.kv.scale_for`), so that errors fall where queries are small.
+        centre_keys: keys are packed less their mean, turned as rotary embeddings turn keys (:mod:`compress.kernels.kv_mean`); not where
+            ``keep`` takes tokens away, nor without a config.
 
     Raises:
         CompressError: settings that are out of range, do not fit each other or the model, or a model without attention.
@@ -404,8 +428,11 @@ class KVCache(Cache):
         keep: int | None = None,
         policy: Policy = "attention",
         scale_keys: bool = True,
+        centre_keys: bool = True,
     ) -> None:
-        settings = KVSettings(group, residual, keys, values, nested, sinks, rotate, keep, policy, scale_keys)
+        settings = KVSettings(
+            group, residual, keys, values, nested, sinks, rotate, keep, policy, scale_keys, centre_keys
+        )
         self.settings, self._asked = settings, bits
         if config is None:
             super().__init__(layers=[])
@@ -421,10 +448,10 @@ class KVCache(Cache):
         by_layer = settings.by_layer(bits, len(plain))
         settings.check_config(config)
         layers = [
-            KVLayer(settings, own, getattr(layer, "sliding_window", None))
+            KVLayer(settings, own, getattr(layer, "sliding_window", None), rotary_frequencies(config, place))
             if kind in (DynamicLayer, DynamicSlidingWindowLayer)
             else layer
-            for layer, kind, own in zip(plain, kinds, by_layer, strict=True)
+            for place, (layer, kind, own) in enumerate(zip(plain, kinds, by_layer, strict=True))
         ]
         super().__init__(layers=layers)
 

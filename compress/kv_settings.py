@@ -34,6 +34,7 @@ class KVSettings:
     keep: int | None = None
     policy: Policy = "attention"
     scale_keys: bool = True
+    centre_keys: bool = True
 
     def __post_init__(self) -> None:
         if min(self.groups) < 1 or self.residual < 0 or self.sinks < 0:
@@ -91,6 +92,11 @@ class KVSettings:
     def scales(self) -> bool:
         """Tell whether channels of keys are scaled; without a rotation their groups would be the same."""
         return self.scale_keys and self.rotate and self.keys == "channel"
+
+    @property
+    def centres(self) -> bool:
+        """Tell whether keys are packed less their mean; where tokens are taken away the places of the others are not known."""
+        return self.centre_keys and self.rotate and self.keep is None
 
     def grids(self, bits: Pair) -> tuple[Grid, Grid]:
         """Return the grids of keys and of values."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -15,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compress.errors import CompressError, first_line
 
@@ -30,6 +32,26 @@ def stated(config: PretrainedConfig, key: str) -> Any:
         return getattr(config, key, None)
     except RuntimeError:  # transformers' own for values that differ
         return None
+
+
+def rotary_frequencies(config: PretrainedConfig, layer: int) -> Tensor | None:
+    """Return by how much rotary embeddings turn each pair of channels of a layer from a token to the next, float64; None where a config has none.
+
+    Where they change with the length of a text (``dynamic``, ``longrope``) they are those of short ones.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    said = stated(text, "rope_parameters") or {}
+    kinds = stated(text, "layer_types")
+    kind = kinds[layer] if kinds and kinds[layer] in said else None
+    own = said if kind is None else said[kind]
+    theta, size, heads = own.get("rope_theta"), stated(text, "head_dim"), stated(text, "num_attention_heads")
+    if theta is None or not (size or heads):
+        return None
+    if own.get("rope_type", "default") in ROPE_INIT_FUNCTIONS:
+        found: Tensor = ROPE_INIT_FUNCTIONS[own["rope_type"]](text, "cpu", layer_type=kind)[0]
+        return found.double()
+    turned = int((size or text.hidden_size // heads) * own.get("partial_rotary_factor", 1.0))
+    return theta ** -(torch.arange(0, turned, 2, dtype=torch.float64, device="cpu") / turned)
 
 
 def untied(config: PretrainedConfig) -> PretrainedConfig:

@@ -3,9 +3,11 @@
 States are [B, H, T, D]: rows of a batch, heads, tokens, channels. A *group* of them, ``group`` tokens of one channel or ``group``
 channels of one token (KIVI, arXiv 2402.02750), shares its smallest value and its span. The span is cut into ``2**bits`` equal cells and a
 value becomes the number of its cell, which stands for the middle of it. Cells at fewer bits are unions of cells at more, so the leading
-planes of a code are the code at fewer bits, bit for bit. Groups that lie about zero anyway, channels of a token after a rotation, are *centred*: the
-smallest value is minus half the span, which takes a byte. Keys are scaled first (:func:`scale_for`). KIVI's own grid, whose end points are the group's smallest and largest value, is here
-as a control: its codes do not nest.
+planes of a code are the code at fewer bits, bit for bit. The span is a fifteenth wider than the values, so that at 4 bits the largest and
+the smallest are middles of cells: else a token that is extreme in many channels, as separators are, would always shrink. Groups that lie
+about zero anyway, channels of a token after a rotation, are *centred*: the smallest value is minus half the span, which takes a byte.
+Keys are packed less their mean (:mod:`compress.kernels.kv_mean`) and scaled (:func:`scale_for`). KIVI's own grid, whose end points are
+the group's smallest and largest value, is here as a control: its codes do not nest.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.kernels.kv_mean import Mean
+
 Along = Literal["channel", "token"]
 MOST_BITS = 8
 CHUNK = 512  # tokens that are dense at a time
 _LARGEST = torch.finfo(torch.float16).max
+_WIDER = 1 / 15  # by how much the span of a nested group is wider than its values
 _FAR = math.log(1e6)  # a channel's power or variance from their geometric mean
 _TRUST = 0.15
 _LARGEST_BYTE = 247  # of a centred group's span: 61,440; the next is infinity
@@ -68,7 +73,8 @@ class Packed:
             fraction of a float16, rounded up.
         channels: D.
         grid: how they were rounded; ``bits`` as there are planes.
-        scale: float32 [B, H, 1, D], by which channels were multiplied before anything else; None for ones.
+        scale: float32 [B, H, 1, D], by which channels were multiplied before they were rotated; None for ones.
+        mean: what was subtracted before that; None for nothing.
     """
 
     planes: tuple[Tensor, ...]
@@ -77,6 +83,7 @@ class Packed:
     channels: int
     grid: Grid
     scale: Tensor | None = None
+    mean: Mean | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,13 +92,15 @@ class Packed:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all there is in memory."""
-        return (*self.planes, self.span, *(part for part in (self.low, self.scale) if part is not None))
+        mean = None if self.mean is None else self.mean.key
+        return (*self.planes, self.span, *(part for part in (self.low, self.scale, mean) if part is not None))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
         """Return it with every tensor changed."""
         planes = tuple(map(change, self.planes))
         low, scale = (None if part is None else change(part) for part in (self.low, self.scale))
-        return replace(self, planes=planes, low=low, span=change(self.span), scale=scale)
+        mean = None if self.mean is None else self.mean.map(change)
+        return replace(self, planes=planes, low=low, span=change(self.span), scale=scale, mean=mean)
 
     def at_bits(self, bits: int) -> Packed:
         """Return it at fewer bits: the leading planes."""
@@ -103,7 +112,8 @@ class Packed:
         tokens, groups = slice(start, stop), slice(start // scale, stop // scale)
         planes = tuple(plane[:, :, tokens] for plane in self.planes)
         low = None if self.low is None else self.low[:, :, groups]
-        return replace(self, planes=planes, low=low, span=self.span[:, :, groups])
+        mean = None if self.mean is None else self.mean.behind(start)
+        return replace(self, planes=planes, low=low, span=self.span[:, :, groups], mean=mean)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Return what code 0 stands for and the step from a code to the next, float32, by group."""
@@ -148,9 +158,10 @@ def scale_for(keys: Tensor, power: Tensor | None) -> Tensor:
     return (scale - scale.mean(-1, keepdim=True)).exp()
 
 
-def pack(states: Tensor, grid: Grid, scale: Tensor | None = None) -> Packed:
-    """Round states, floating [B, H, T, D], of which ``grid.group`` divides T or D, their channels times ``scale``."""
+def pack(states: Tensor, grid: Grid, scale: Tensor | None = None, mean: Mean | None = None) -> Packed:
+    """Round states, floating [B, H, T, D], of which ``grid.group`` divides T or D, less ``mean``, their channels times ``scale``."""
     states = states.detach().float()
+    states = states if mean is None else states - mean.at(states.shape[2])
     states = states if scale is None else states * scale
     groups = grid.grouped(rotate(states) if grid.rotated else states)
     low, span = _ends(groups, grid)
@@ -165,7 +176,7 @@ def pack(states: Tensor, grid: Grid, scale: Tensor | None = None) -> Packed:
     codes = codes.view(states.shape)
     planes = tuple(_plane(codes, MOST_BITS - 1 - number) for number in range(grid.bits))
     low = None if low is None else low.squeeze(grid.axis)
-    return Packed(planes, low, span.squeeze(grid.axis), states.shape[-1], grid, scale)
+    return Packed(planes, low, span.squeeze(grid.axis), states.shape[-1], grid, scale, mean)
 
 
 def _ends(groups: Tensor, grid: Grid) -> tuple[Tensor | None, Tensor]:
@@ -174,8 +185,9 @@ def _ends(groups: Tensor, grid: Grid) -> tuple[Tensor | None, Tensor]:
         halves = (2 * groups.abs().amax(grid.axis, keepdim=True)).clamp(max=_LARGEST).half()
         return None, ((halves.view(torch.int16) + 127) >> 7).clamp(max=_LARGEST_BYTE).to(torch.uint8)
     least, largest = torch.aminmax(groups, dim=grid.axis, keepdim=True)
-    low = least.clamp(-_LARGEST, _LARGEST).half()
-    return low, (largest - low.float()).clamp(0, _LARGEST).half()
+    more = (largest - least) * (_WIDER / 2) if grid.nested else 0.0
+    low = (least - more).clamp(-_LARGEST, _LARGEST).half()
+    return low, (largest + more - low.float()).clamp(0, _LARGEST).half()
 
 
 def _widened(low: Tensor | None, span: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +214,7 @@ def codes_of(packed: Packed) -> Tensor:
 
 
 def as_rounded(packed: Packed) -> Tensor:
-    """Return what the codes stand for, float32 [B, H, T, D], of scaled and rotated states still so."""
+    """Return what the codes stand for, float32 [B, H, T, D], of scaled and rotated states still so, without the mean."""
     first, step = (part.unsqueeze(packed.grid.axis) for part in packed.affine())
     groups = packed.grid.grouped(codes_of(packed)) * step + first
     return groups.flatten(packed.grid.axis - 1, packed.grid.axis)
@@ -212,11 +224,12 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return what the codes stand for, [B, H, T, D]."""
     states = as_rounded(packed)
     states = rotate(states) if packed.grid.rotated else states
-    return (states if packed.scale is None else states / packed.scale).to(dtype)
+    states = states if packed.scale is None else states / packed.scale
+    return (states if packed.mean is None else states + packed.mean.at(packed.tokens)).to(dtype)
 
 
 def turned(queries: Tensor, keys: Packed) -> Tensor:
-    """Return queries, float32 [B, H, Q, D], whose products with what :func:`as_rounded` returns are those of queries and keys."""
+    """Return queries, float32 [B, H, Q, D], whose products with what :func:`as_rounded` returns are those of queries and keys less their mean."""
     queries = queries if keys.scale is None else queries / keys.scale
     return rotate(queries) if keys.grid.rotated else queries
 
@@ -266,10 +279,10 @@ class States:
         keys = torch.cat([first, unpack(self.keys, first.dtype), last], 2)
         return keys, torch.cat([first_values, unpack(self.values, first_values.dtype), last_values], 2)
 
-    def chunks(self, look_up: LookUp) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """Return keys and values, dense and float32, of a stretch of tokens after the other, and whether they are packed ones."""
+    def chunks(self, look_up: LookUp) -> Iterator[tuple[Tensor, Tensor, Packed | None]]:
+        """Return keys and values, dense and float32, of a stretch of tokens after the other, and its keys where they are packed."""
         first, last = (
-            (keys.float(), values.float(), False)
+            (keys.float(), values.float(), None)
             for keys, values in zip(self.whole_keys, self.whole_values, strict=True)
         )
         yield first
@@ -278,7 +291,8 @@ class States:
         size = max(CHUNK // whole, 1) * whole
         for start in range(0, self.keys.tokens, size):
             stop = min(start + size, self.keys.tokens)
-            yield look_up(self.keys.part(start, stop)), look_up(self.values.part(start, stop)), True
+            keys = self.keys.part(start, stop)
+            yield look_up(keys), look_up(self.values.part(start, stop)), keys
         yield last
 
 
@@ -307,6 +321,8 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, loo
         if start == stop:
             continue
         products = (asked if packed else rows) @ keys.mT
+        if packed and packed.mean is not None:
+            products += packed.mean.products(rows, packed.tokens)
         products = torch.unflatten(products, 2, shape[2:])
         if mask is not None:
             products = masked(products, mask[..., start:stop])
@@ -317,7 +333,7 @@ def attend(query: Tensor, states: States, mask: Tensor | None, scale: float, loo
         weights, kept = (products - base).exp(), (before - base).exp()
         total = total * kept + weights.sum(-1, keepdim=True)
         sums = {which: part * kept for which, part in sums.items()}
-        sums[packed] += torch.unflatten(weights.flatten(2, 3) @ values, 2, shape[2:])
+        sums[packed is not None] += torch.unflatten(weights.flatten(2, 3) @ values, 2, shape[2:])
     mixed = sums[False] + (rotate(sums[True]) if states.values.grid.rotated else sums[True])
     return (mixed / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(query.dtype)
 

@@ -54,6 +54,8 @@ def attend_packed(query: Tensor, states: States, mask: Tensor | None, scale: flo
     before.copy_(asked @ states.whole_keys[0].float().mT)
     behind.copy_(asked @ states.whole_keys[1].float().mT)
     _run(keys, _padded(turned(asked, keys)), packed, _PRODUCTS, isa)
+    if keys.mean is not None:
+        packed += keys.mean.products(asked, keys.tokens)
     if mask is not None:
         products = masked(products.view(batch, heads, -1, query.shape[2], states.tokens), mask).view_as(products)
     before, packed, behind = torch.split(products.softmax(-1).nan_to_num_(0.0), sizes, -1)

@@ -42,6 +42,7 @@ def candidates(config: Any, wanted: list[KVBits]) -> dict[str, Callable[[], Any]
     for bits in wanted:
         add(f"{bits} bits", bits, **ours)
         add(f"{bits} bits, keys not scaled", bits, scale_keys=False, **ours)
+        add(f"{bits} bits, keys not centred", bits, centre_keys=False, **ours)
         add(f"{bits} bits, not rotated", bits, rotate=False, **ours)
         add(f"{bits} bits, no sinks", bits, sinks=0)
         add(f"{bits} bits, KIVI", bits, **_KIVI)

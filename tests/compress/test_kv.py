@@ -11,9 +11,11 @@ import compress
 from compress import CompressError, KVCache
 from compress.hf import cache_name
 from compress.kernels.kv import unpack
+from compress.kernels.kv_mean import turn as turned
 from compress.kv import KVLayer, LazyStates
 from compress.kv_evict import importance, kept_tokens
-from compress.kv_settings import kv_label, parse_kv_bits
+from compress.kv_settings import KVSettings, kv_label, parse_kv_bits
+from compress.models import rotary_frequencies
 from tests import zoo
 
 SIZES = {
@@ -112,6 +114,42 @@ def test_keys_are_scaled_once_by_what_the_first_tokens_show(implementation, size
         torch.testing.assert_close(layer.scale.log().mean(-1), torch.zeros(2, 2, 1), rtol=0, atol=1e-5)
         assert torch.equal(layer.packed[0].scale, layer.scale)
         assert layer.packed[1].scale is None
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_keys_are_packed_less_their_mean_wherever_they_are(window):
+    """Keys of a large mean come back at 8 bits, in windows that lose tokens and behind a crop; without it they are further off."""
+    frequencies = rotary_frequencies(AutoConfig.for_model("llama", **SIZES), 0)
+    noise = torch.randn(2, 2, 150, 16, generator=torch.Generator().manual_seed(0))
+    keys = turned(torch.full((2, 2, 1, 16), 20.0), torch.arange(150), frequencies) + noise
+    errors = []
+    for centre in (True, False):
+        layer = KVLayer(KVSettings(8, 16, centre_keys=centre), (8, 8), window, frequencies)
+        for start in range(0, 150, 10):
+            if start == 100 and window is None:
+                layer.crop(-30)
+                layer.update(keys[:, :, 70:100], keys[:, :, 70:100])
+            part = keys[:, :, start : start + 10]
+            found, _ = layer.update(part, part)
+        dense = found.dense()
+        errors.append(float((dense - keys[:, :, -dense.shape[2] :]).abs().max()))
+        assert (layer.mean is not None) == centre
+    assert errors[0] < 0.02 < 0.05 < errors[1]
+
+
+def test_keys_are_not_centred_where_places_are_not_known():
+    model, ids = model_of(), ids_of(tokens=60)
+    without = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=300)
+    )
+    for network, cache in (
+        (model, KVCache(4, **SMALL, keep=40, config=model.config)),
+        (model, KVCache(4, **SMALL)),
+        (without.eval(), KVCache(4, **SMALL, config=without.config)),
+    ):
+        with torch.no_grad():
+            network(ids, use_cache=True, **{cache_name(network): cache})
+        assert all(layer.mean is None and layer.scale is not None for layer in cache.layers)
 
 
 @pytest.mark.slow

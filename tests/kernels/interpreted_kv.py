@@ -5,6 +5,7 @@ import torch
 from compress.kernels.gpu import interpreting
 from compress.kernels.kv import Grid, States, attend, pack
 from compress.kernels.kv_gpu import attend_on_gpu, serves_on_gpu
+from compress.kernels.kv_mean import Mean
 
 assert interpreting()
 generator = torch.Generator().manual_seed(0)
@@ -29,8 +30,10 @@ def check(
         for place, way in enumerate(along)
     ]
     scales = draw(2, 2, 1, channels[0]).exp() if rotated else None, None
+    frequencies = torch.linspace(1, 0.01, channels[0] // 2, dtype=torch.float64)
+    means = Mean(draw(2, 2, 1, channels[0]), frequencies, 9) if rotated else None, None
     drawn = [draw(2, 2, tokens, size) for size in channels]
-    packed = [pack(states, grid, scale) for states, grid, scale in zip(drawn, grids, scales, strict=True)]
+    packed = [pack(*each) for each in zip(drawn, grids, scales, means, strict=True)]
     parts = [[draw(2, 2, count, size) for count in whole] for size in channels]
     held, query = States(*packed, *map(tuple, parts)), draw(2, 2 * repeats, queries, channels[0])
     mask = None
