@@ -51,7 +51,8 @@ def rotary_frequencies(config: PretrainedConfig, layer: int) -> Tensor | None:
         found: Tensor = ROPE_INIT_FUNCTIONS[own["rope_type"]](text, "cpu", layer_type=kind)[0]
         return found.double()
     turned = int((size or text.hidden_size // heads) * own.get("partial_rotary_factor", 1.0))
-    return theta ** -(torch.arange(0, turned, 2, dtype=torch.float64, device="cpu") / turned)
+    exponents = torch.arange(0, turned, 2, dtype=torch.float64, device="cpu") / turned
+    return torch.pow(theta, -exponents)
 
 
 def untied(config: PretrainedConfig) -> PretrainedConfig:

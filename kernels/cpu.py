@@ -23,6 +23,7 @@ from compress.kernels.packing import GROUP, GROUP_UNIT
 
 ISAS = ("portable", "avx2", "avx512")
 FUSED_ROWS = 16  # rows of activations in one pass over the packed weights; above, weights are looked up for torch
+_QUICK_ROWS = 6, 12  # the same where sums may differ, by AVX-512 for bfloat16: exact, and rounded
 _ABI = 8
 _MATRIX = struct.Struct("=23q")
 _CHUNK = 512  # columns, as in kernels/c/bitplane.h
@@ -160,6 +161,8 @@ class Prepared:
         factors: [N] or [N, 1], what sums are multiplied by.
         bias: [N], what is added then.
         groups: uint8 [N, ceil(K / 64)], what entries are multiplied by, divided by 255.
+        same_sums: up to ``FUSED_ROWS`` rows of activations are each added up as one alone is, to the last bit, as what drafts
+            guess needs; if False, weights are looked up for fewer, where that is faster.
 
     Raises:
         ValueError: shapes or types that do not belong together.
@@ -177,6 +180,7 @@ class Prepared:
         factors: Tensor | None = None,
         bias: Tensor | None = None,
         groups: Tensor | None = None,
+        same_sums: bool = True,
     ) -> None:
         found = _library()
         strides = planes[0].stride()
@@ -193,11 +197,14 @@ class Prepared:
             groups, factors = _groups(groups, factors, rows, columns)
         entries, affine = int8_codebook(table) if int8 else (table, None)
         isa = found.isa if isa is None else isa
+        quick = not same_sums and ISAS[isa] == "avx512"
+        self._most = {torch.bfloat16: _QUICK_ROWS[int8]} if quick else {}
         vectors = [affine, _held(inputs), _held(factors), _held(bias), _order(bits, int8, isa)]
         self.planes, self.codebook, self.rows, self.columns = planes, table, rows, columns
         self._inputs, _, self._bias = vectors[1:4]
         self._groups, self._factors = groups, row_factors
         self._kept_alive = entries, vectors
+        self._to_look_up: dict[torch.dtype, tuple[Tensor, bytes]] = {}
         stride = planes[0].stride(0) * 4 if rows > 1 else words * 4  # of a single row the stride may be anything
         self._sizes = stride, rows, columns, bits, isa
         self.matrix = self._matrix(entries, vectors)
@@ -225,7 +232,7 @@ class Prepared:
         if shape[-1] != self.columns:
             raise ValueError(f"an input of {shape[-1]} values for a layer of {self.columns}")
         count = x.numel() // self.columns
-        if count > FUSED_ROWS:
+        if count > self._most.get(dtype, FUSED_ROWS):
             return self._tiled(x)
         y = torch.empty((*shape[:-1], self.rows), dtype=torch.float32, device=x.device)
         if count == 0:
@@ -249,8 +256,11 @@ class Prepared:
         y = torch.empty(*x.shape[:-1], self.rows, dtype=dtype, device=x.device)  # no view: models add to it in place
         flat = y.view(-1, self.rows)
         scaled = any(held is not None for held in (self._inputs, self._factors, self._groups))
-        table = self.codebook.to(torch.float32 if scaled else dtype).contiguous()
-        matrix = self.matrix_to_look_up(table)
+        kind = torch.float32 if scaled else dtype
+        if kind not in self._to_look_up:
+            table = self.codebook.to(kind).contiguous()
+            self._to_look_up[kind] = table, self.matrix_to_look_up(table)
+        matrix = self._to_look_up[kind][1]
         for start in range(0, self.rows, step):
             weight = tile[: self.rows - start]
             _look_up(matrix, weight, start)

@@ -60,8 +60,8 @@ def attend_on_gpu(query: Tensor, states: States, mask: Tensor | None, scale: flo
         )  # a part that nobody sees stays finite
     before, own, behind = (None, None, None) if added is None else torch.split(added, sizes, -1)
     if keys.mean is not None:
-        more = keys.mean.products(asked, keys.tokens)
-        own = more if own is None else own + more
+        means = keys.mean.products(asked, keys.tokens)
+        own = means if own is None else own + means
     queries = turned(asked, keys).contiguous()
     parts = max(1, min(-(-keys.tokens // _BLOCK), _PARTS // many or 1))
     chunk = -(-keys.tokens // parts // _BLOCK) * _BLOCK

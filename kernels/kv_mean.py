@@ -46,7 +46,8 @@ class Mean:
         starts = _places(self.place, tokens, queries)[::_STRETCH]
         back = turn(queries[..., None, :], -starts, self.frequencies)  # [B, H, Q, stretches, D]
         stretch = replace(self, place=0).at(_STRETCH)
-        return (back.flatten(2, 3) @ stretch.mT).unflatten(2, back.shape[2:4]).flatten(3)[..., :tokens]
+        found = torch.unflatten(back.flatten(2, 3) @ stretch.mT, 2, back.shape[2:4])
+        return found.flatten(3)[..., :tokens]
 
 
 def _places(first: int, tokens: int, like: Tensor) -> Tensor:

@@ -74,12 +74,13 @@ class PackedModule(nn.Module):
         exact: whether sums are of float32 products; if not, a CPU may round activations and codebook entries to
             8 bits where no gradient is asked for and nothing is compiled, and the kernels of a GPU read 4-bit codebooks
             with entries of 8 bits.
+        same_sums: as :class:`compress.kernels.cpu.Prepared` has it; a server sets it to False before the first product.
     """
 
     def __init__(self, shape: PackedShape) -> None:
         nn.Module.__init__(self)  # past nn.Linear, which would make a dense weight
         self.keep_dense: bool | None = None
-        self.exact = True
+        self.exact = self.same_sums = True
         sizes = shape.specification().items()
         self.hold(shape, {name: torch.empty(size, dtype=getattr(torch, kind)) for name, (size, kind) in sizes})
         self.bits = shape.parent_bits
@@ -286,7 +287,7 @@ class PackedModule(nn.Module):
             return None
         planes, table, columns = self.planes(bits), self.codebook(bits), self.shape.in_features
         scales = self.factors, self.row_factors, self._parameters.get("bias"), self.group_sizes
-        prepared = cpu.Prepared(planes, table, columns, not exact, None, *scales)
+        prepared = cpu.Prepared(planes, table, columns, not exact, None, *scales, same_sums=self.same_sums)
         self._prepared = key, prepared
         return prepared
 

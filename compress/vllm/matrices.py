@@ -144,7 +144,7 @@ class StoredMatrix:
             shape = cut({}, shape, self.part)[0]
         shape, tensors = _from_least(shape, tensors, self.held.least)
         module = _packed(shape, tensors, self.held.bits, dtype, embedding)
-        module.exact = self.held.exact
+        module.exact, module.same_sums = self.held.exact, False
         return module
 
 
@@ -234,7 +234,8 @@ def _at_once(parts: Sequence[BitPlaneLinear], together: Mapping[str, Tensor]) ->
     planes = join_planes(together, first.shape.seed_bits, first.bits)
     codebook = torch.cat([part.codebook() for part in parts])
     factors = {"inputs": first.factors, "factors": first.row_factors, "groups": first.group_sizes}
-    return cpu.Prepared(planes, codebook, first.in_features, not first.exact, **factors)  # type: ignore[arg-type]
+    same = {"same_sums": first.same_sums}
+    return cpu.Prepared(planes, codebook, first.in_features, not first.exact, **factors, **same)  # type: ignore[arg-type]
 
 
 def _lay_together(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -279,7 +280,7 @@ def _merged(parts: Sequence[nn.Module], names: Sequence[str]) -> dict[tuple[str,
             tensors = {kind: torch.cat([tensor, part.get_buffer(kind)], -2) for kind, tensor in last.named_buffers()}
             shape = replace(last.shape, out_features=rows)
             one = _packed(shape, tensors, last.bits, torch.float32, embedding=False)
-            one.exact = last.exact
+            one.exact, one.same_sums = last.exact, last.same_sums
             found[-1] = (*before, name), one
         else:
             found.append(((name,), part))

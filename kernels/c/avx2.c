@@ -294,7 +294,7 @@ static void look_up(const Block *w, int64_t columns, void *out)
     portable_kernels.look_up(w, columns, out);
 }
 
-const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, 128.0f, 0};
+const Kernels avx2_kernels = {exact_order, int8_order, exact, int8, look_up, NULL, 128.0f, 0};
 
 ISA_ENDS
 #endif

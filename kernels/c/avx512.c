@@ -304,24 +304,6 @@ INLINE void int8_row(const int bits, const int grouped, const int batch, const B
 PRODUCT(exact, exact_row)
 PRODUCT(int8, int8_row)
 
-/* The codes of a chunk in the order of the columns. */
-INLINE void codes_in_order(const int bits, const uint8_t *const planes[], int64_t start, int64_t bytes, uint8_t codes[CHUNK])
-{
-    /* Eight slots whatever the width: each vector then holds sixteen columns in a row per lane. */
-    const uint8_t *slots[8];
-    __m512i out[8];
-    for (int slot = 0; slot < 8; slot++)
-        slots[slot] = planes[slot < 8 - bits ? 0 : slot - (8 - bits)];
-    transposed(8, slots, start, bytes, out);
-    for (int vector = 0; vector < 8; vector++) {
-        __m512i code = _mm512_and_si512(out[vector], _mm512_set1_epi8((char)((1 << bits) - 1)));
-        _mm_storeu_si128((__m128i *)(codes + 16 * vector), _mm512_castsi512_si128(code));
-        _mm_storeu_si128((__m128i *)(codes + 128 + 16 * vector), _mm512_extracti32x4_epi32(code, 1));
-        _mm_storeu_si128((__m128i *)(codes + 256 + 16 * vector), _mm512_extracti32x4_epi32(code, 2));
-        _mm_storeu_si128((__m128i *)(codes + 384 + 16 * vector), _mm512_extracti32x4_epi32(code, 3));
-    }
-}
-
 /* 64 entries of four bytes, from byte tables. */
 INLINE void four_bytes_each(const int bits, __m512i table[4][4], __m512i codes, float *out)
 {
@@ -351,64 +333,146 @@ INLINE __m512i two_bytes_each(const int bits, const __m512i table[8], __m512i co
     return found[0];
 }
 
-INLINE void look_up_row(const int bits, const Block *w, int64_t columns, void *out)
+/* Compilers do not see that what is used of tables is set. */
+INLINE void no_table(__m512 small[2], __m512i split[4][4])
+{
+    for (int i = 0; i < 16; i++)
+        split[i / 4][i % 4] = _mm512_setzero_si512();
+    small[0] = small[1] = _mm512_setzero_ps();
+}
+
+INLINE void float_table(const int bits, const void *table, int width, __m512 small[2], __m512i split[4][4])
+{
+    if (bits <= 5)
+        small_table(bits, table, width, small);
+    else
+        split_table(bits, table, width, split);
+}
+
+/* 64 entries as float32. */
+INLINE void floats_of(const int bits, const __m512 small[2], __m512i split[4][4], __m512i codes, __m512 value[4])
+{
+    float held[64];
+    if (bits > 5)
+        four_bytes_each(bits, split, codes, held);
+    for (int i = 0; i < 4; i++) {
+        __m512i code = _mm512_cvtepu8_epi32(i == 0 ? _mm512_castsi512_si128(codes) : i == 1 ? _mm512_extracti32x4_epi32(codes, 1)
+                                          : i == 2 ? _mm512_extracti32x4_epi32(codes, 2) : _mm512_extracti32x4_epi32(codes, 3));
+        value[i] = bits > 5 ? _mm512_loadu_ps(held + 16 * i)
+                 : bits == 5 ? _mm512_permutex2var_ps(small[0], code, small[1]) : _mm512_permutexvar_ps(code, small[0]);
+    }
+}
+
+/* 32 values to the nearest bfloat16, ties to even. */
+INLINE __m512i bfloat16_of(const __m512 value[2])
+{
+    static const uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    __m512i word[2];
+    for (int i = 0; i < 2; i++) {
+        word[i] = _mm512_castps_si512(value[i]);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word[i], 16), _mm512_set1_epi32(1));
+        word[i] = _mm512_add_epi32(_mm512_add_epi32(word[i], _mm512_set1_epi32(0x7fff)), odd);
+    }
+    return _mm512_permutex2var_epi16(word[0], _mm512_loadu_si512(upper), word[1]);
+}
+
+INLINE void store_floats(float *out, int64_t count, const __m512 value[4])
+{
+    for (int i = 0; i < 4 && 16 * i < count; i++)
+        _mm512_mask_storeu_ps(out + 16 * i, count - 16 * i >= 16 ? 0xffff : (__mmask16)((1u << (count - 16 * i)) - 1), value[i]);
+}
+
+INLINE void store_halves(uint16_t *out, int64_t count, __m512i first, __m512i second)
+{
+    for (int i = 0; i < 2 && 32 * i < count; i++)
+        _mm512_mask_storeu_epi16(out + 32 * i, count - 32 * i >= 32 ? ~0u : (1u << (count - 32 * i)) - 1, i ? second : first);
+}
+
+INLINE void copied_row(const int bits, const Block *w, int64_t columns, void *out)
 {
     const int count = 1 << bits;
-    __m512 small[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m512 small[2], value[4];
     __m512i split[4][4], words[8];
-    for (int i = 0; i < 8; i++) /* compilers do not see that what is used has been set */
+    no_table(small, split);
+    for (int i = 0; i < 8; i++)
         words[i] = _mm512_setzero_si512();
-    if (w->width == 4 && bits <= 5)
-        small_table(bits, w->table, 4, small);
-    else if (w->width == 4)
-        split_table(bits, w->table, 4, split);
-    else
-        for (int i = 0; i < (count + 31) / 32; i++)
-            words[i] = _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << (count % 32)) - 1,
-                                                (const uint16_t *)w->table + 32 * i);
-    for (int64_t start = 0; start < columns; start += CHUNK) {
-        uint8_t codes[CHUNK];
-        int64_t here = columns - start < CHUNK ? columns - start : CHUNK;
-        codes_in_order(bits, w->planes, start / 8, w->bytes - start / 8, codes);
-        if (w->width == 2)
-            for (int64_t i = 0; i < here; i += 32) {
-                __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + i)));
-                __mmask32 present = here - i >= 32 ? ~0u : (1u << (here - i)) - 1;
-                _mm512_mask_storeu_epi16((uint16_t *)out + start + i, present, two_bytes_each(bits, words, code));
-            }
-        else if (bits <= 5)
-            for (int64_t i = 0; i < here; i += 16) {
-                __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
-                __mmask16 present = here - i >= 16 ? 0xffff : (__mmask16)((1u << (here - i)) - 1);
-                __m512 value = bits == 5 ? _mm512_permutex2var_ps(small[0], code, small[1])
-                                         : _mm512_permutexvar_ps(code, small[0]);
-                _mm512_mask_storeu_ps((float *)out + start + i, present, value);
-            }
-        else
-            for (int64_t i = 0; i < here; i += 64) {
-                float last[64], *to = here - i >= 64 ? (float *)out + start + i : last;
-                four_bytes_each(bits, split, _mm512_loadu_si512(codes + i), to);
-                if (to == last)
-                    memcpy((float *)out + start + i, last, sizeof(float) * (size_t)(here - i));
-            }
+    for (int i = 0; w->width == 2 && i < (count + 31) / 32; i++)
+        words[i] = _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << (count % 32)) - 1, (const uint16_t *)w->table + 32 * i);
+    if (w->width == 4)
+        float_table(bits, w->table, 4, small, split);
+    for (int64_t start = 0; start < columns; start += GROUP) {
+        int64_t here = columns - start < GROUP ? columns - start : GROUP;
+        __m512i codes = unit_of(bits, w->planes, start / 8, w->bytes - start / 8);
+        if (w->width == 4) {
+            floats_of(bits, small, split, codes, value);
+            store_floats((float *)out + start, here, value);
+        } else
+            store_halves((uint16_t *)out + start, here,
+                         two_bytes_each(bits, words, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(codes))),
+                         two_bytes_each(bits, words, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(codes, 1))));
     }
 }
 
 static void look_up(const Block *w, int64_t columns, void *out)
 {
     switch (w->bits) {
-    case 1: look_up_row(1, w, columns, out); break;
-    case 2: look_up_row(2, w, columns, out); break;
-    case 3: look_up_row(3, w, columns, out); break;
-    case 4: look_up_row(4, w, columns, out); break;
-    case 5: look_up_row(5, w, columns, out); break;
-    case 6: look_up_row(6, w, columns, out); break;
-    case 7: look_up_row(7, w, columns, out); break;
-    default: look_up_row(8, w, columns, out);
+    case 1: copied_row(1, w, columns, out); break;
+    case 2: copied_row(2, w, columns, out); break;
+    case 3: copied_row(3, w, columns, out); break;
+    case 4: copied_row(4, w, columns, out); break;
+    case 5: copied_row(5, w, columns, out); break;
+    case 6: copied_row(6, w, columns, out); break;
+    case 7: copied_row(7, w, columns, out); break;
+    default: copied_row(8, w, columns, out);
     }
 }
 
-const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, 0.0f, TAIL};
+INLINE void scaled_rows(const int bits, const Block *w, int64_t columns, const Scaling *by, uint8_t *out)
+{
+    __m512 small[2], value[4];
+    __m512i split[4][4];
+    no_table(small, split);
+    for (int64_t row = 0; row < w->rows; row++, out += columns * by->width) {
+        const uint8_t *groups = w->groups ? w->groups + row * w->group_step : NULL;
+        float factor = by->factors ? by->factors[row] : 1.0f;
+        if (row == 0 || w->table_step)
+            float_table(bits, (const uint8_t *)w->table + row * w->table_step, w->width, small, split);
+        for (int64_t start = 0; start < columns; start += GROUP) {
+            int64_t here = columns - start < GROUP ? columns - start : GROUP;
+            __m512 size = _mm512_set1_ps(groups ? factor * (groups[start / GROUP] / UNIT) : factor);
+            __m512i codes = unit_of(bits, w->planes, row * w->stride + start / 8, w->bytes - start / 8);
+            floats_of(bits, small, split, codes, value);
+            for (int i = 0; i < 4; i++)
+                value[i] = _mm512_mul_ps(value[i], size);
+            for (int i = 0; by->inputs && i < 4 && 16 * i < here; i++) {
+                __mmask16 present = here - 16 * i >= 16 ? 0xffff : (__mmask16)((1u << (here - 16 * i)) - 1);
+                value[i] = _mm512_mul_ps(value[i], _mm512_maskz_loadu_ps(present, by->inputs + start + 16 * i));
+            }
+            if (by->width == 4)
+                store_floats((float *)out + start, here, value);
+            else
+                store_halves((uint16_t *)out + start, here, bfloat16_of(value), bfloat16_of(value + 2));
+        }
+    }
+}
+
+static void scaled(const Block *w, int64_t columns, const Scaling *by, void *out)
+{
+    switch (w->bits) {
+    case 1: scaled_rows(1, w, columns, by, out); break;
+    case 2: scaled_rows(2, w, columns, by, out); break;
+    case 3: scaled_rows(3, w, columns, by, out); break;
+    case 4: scaled_rows(4, w, columns, by, out); break;
+    case 5: scaled_rows(5, w, columns, by, out); break;
+    case 6: scaled_rows(6, w, columns, by, out); break;
+    case 7: scaled_rows(7, w, columns, by, out); break;
+    default: scaled_rows(8, w, columns, by, out);
+    }
+}
+
+
+const Kernels avx512_kernels = {exact_order, int8_order, exact, int8, look_up, scaled, 0.0f, TAIL};
 
 ISA_ENDS
 #endif

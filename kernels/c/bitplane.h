@@ -47,6 +47,13 @@ typedef struct {
     int batch;             /* 1 to MAX_BATCH */
 } Activations;
 
+/* What looked-up values are multiplied by, beside their groups; either may be NULL. */
+typedef struct {
+    const float *factors; /* by row */
+    const float *inputs;  /* by column */
+    int width; /* of a result: 4 for float32, 2 for bfloat16 */
+} Scaling;
+
 typedef struct {
     /* order[i]: the column of a chunk whose activation the kernels want in place i; behind it, that of a unit of GROUP columns. */
     void (*exact_order)(int bits, uint16_t order[CHUNK + GROUP]);
@@ -57,6 +64,8 @@ typedef struct {
     void (*int8)(const Block *w, const Activations *x, float sum[][MAX_BATCH]);
     /* The entries of one row (w->rows is 1), of 2 or 4 bytes, in the order of the columns. */
     void (*look_up)(const Block *w, int64_t columns, void *out);
+    /* All rows, behind each other, multiplied and rounded once; NULL: the driver does it behind look_up. */
+    void (*scaled)(const Block *w, int64_t columns, const Scaling *by, void *out);
     /* What the int8 kernels take off every table entry. */
     float int8_excess;
     /* So many columns behind the last whole chunk, or fewer, are taken in units of GROUP; more are a chunk. */

@@ -257,6 +257,15 @@ typedef struct {
     int64_t first, rows, next, width;
 } LookUp;
 
+/* Some rows behind each other, where the kernels multiply and round themselves. */
+static void scaled_rows(const LookUp *job, int64_t row, int64_t rows, uint8_t *out)
+{
+    const Matrix *matrix = job->matrix;
+    Block w = block_of(matrix, row, rows, 0, matrix->columns);
+    Scaling by = {.factors = matrix->factors ? matrix->factors + row : NULL, .inputs = matrix->inputs, .width = (int)job->width};
+    job->kernels->scaled(&w, matrix->columns, &by, out);
+}
+
 /* One row, multiplied by what the matrix has to multiply it by and rounded once. */
 static void scaled_row(const LookUp *job, int64_t row, uint8_t *out)
 {
@@ -283,16 +292,23 @@ static void copy(void *data)
     const Matrix *matrix = job->matrix;
     int plain = job->width == matrix->width && !matrix->inputs && !matrix->factors && !matrix->groups;
     int64_t piece;
-    while ((piece = taken(&job->next)) < pieces(job->rows))
-        for (int64_t i = piece * ROWS_AT_ONCE; i < smaller((piece + 1) * ROWS_AT_ONCE, job->rows); i++) {
+    while ((piece = taken(&job->next)) < pieces(job->rows)) {
+        int64_t start = piece * ROWS_AT_ONCE, end = smaller(start + ROWS_AT_ONCE, job->rows), bytes = matrix->columns * job->width;
+        int together = !plain && job->kernels->scaled && !job->places;
+        if (together)
+            scaled_rows(job, job->first + start, end - start, job->out + start * bytes);
+        for (int64_t i = start; !together && i < end; i++) {
             int64_t row = job->places ? job->places[i] : job->first + i;
-            uint8_t *out = job->out + i * matrix->columns * job->width;
-            Block w = block_of(matrix, row, 1, 0, matrix->columns);
-            if (plain)
+            uint8_t *out = job->out + i * bytes;
+            if (plain) {
+                Block w = block_of(matrix, row, 1, 0, matrix->columns);
                 job->kernels->look_up(&w, matrix->columns, out);
+            } else if (job->kernels->scaled)
+                scaled_rows(job, row, 1, out);
             else
                 scaled_row(job, row, out);
         }
+    }
 }
 
 int compress_look_up(const Matrix *matrix, const int64_t *places, int64_t first, int64_t count, void *out, int64_t width,

@@ -141,4 +141,4 @@ static void look_up(const Block *w, int64_t columns, void *out)
     }
 }
 
-const Kernels portable_kernels = {natural, natural, exact, int8, look_up, 0.0f, 0};
+const Kernels portable_kernels = {natural, natural, exact, int8, look_up, NULL, 0.0f, 0};

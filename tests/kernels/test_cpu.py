@@ -305,15 +305,33 @@ def test_factors_and_bias_belong_to_the_product():
         assert torch.allclose(prepared(x[:count]).double(), wanted[:count], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 6])
-def test_many_rows_meet_weights_that_were_rounded_once(bits):
-    """Weights looked up for torch's product are the codebook's times both factors, in float32, then in the activations' type."""
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("kind", ["rows", "shared", "groups"])
+def test_many_rows_meet_weights_that_were_rounded_once(isa, bits, kind):
+    """Weights looked up for torch's product are the codebook's times all factors, in float32, then in the activations' type."""
     generator = torch.Generator().manual_seed(0)
-    planes = [torch.randint(-(2**31), 2**31 - 1, (300, 19), generator=generator).int() for _ in range(bits)]
-    codebook = torch.randn(300, 2**bits, generator=generator)
-    inputs, factors = torch.randn(600, generator=generator), torch.randn(300, generator=generator)
-    prepared = cpu.Prepared(planes, codebook, 600, inputs=inputs, factors=factors)
-    weight = cpu.look_up(planes, codebook, 600) * factors[:, None] * inputs
+    planes = [torch.randint(-(2**31), 2**31 - 1, (75, 19), generator=generator).int() for _ in range(bits)]
+    codebook = torch.randn(75 if kind == "rows" else 1, 2**bits, generator=generator)
+    inputs, factors = torch.randn(600, generator=generator), torch.randn(75, generator=generator)
+    groups = torch.randint(0, 256, (75, 10), generator=generator).to(torch.uint8) if kind == "groups" else None
+    prepared = cpu.Prepared(planes, codebook, 600, isa=isa, inputs=inputs, factors=factors, groups=groups)
+    sizes = factors[:, None] * (1.0 if groups is None else (groups.float() / 255).repeat_interleave(64, 1)[:, :600])
+    weight = cpu.look_up(planes, codebook, 600) * sizes * inputs
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.eye(600, dtype=dtype)  # so that the product is the weight
         assert torch.equal(prepared(x), weight.to(dtype).t())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_server_looks_weights_up_for_fewer_rows(int8):
+    """Where sums need not be those of one row; in float32, and for few rows, nothing changes."""
+    generator = torch.Generator().manual_seed(0)
+    planes = [torch.randint(-(2**31), 2**31 - 1, (64, 18), generator=generator).int() for _ in range(4)]
+    codebook = torch.randn(1, 16, generator=generator)
+    one, other = (cpu.Prepared(planes, codebook, 576, int8, same_sums=same) for same in (True, False))
+    weight = cpu.look_up(planes, codebook, 576)
+    for count, dtype in ((1, torch.bfloat16), (6, torch.bfloat16), (16, torch.float32)):
+        x = torch.randn(count, 576, generator=generator).to(dtype)
+        assert torch.equal(one(x), other(x))
+    x = torch.randn(16, 576, generator=generator).bfloat16()
+    assert_is_product(other(x), x, weight, 2.0**-7 if cpu.library().isa == 2 else 2.0**-4)
