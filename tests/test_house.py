@@ -30,20 +30,20 @@ WAITING: set[tuple[str, str]] = set()
 """Arrows of today that are being turned."""
 
 BUDGETS = {
-    "compress": (10920, 11.2),
+    "compress": (10980, 11.2),
     "compress/cli": (1540, 9.4),
     "compress/demo": (90, 11.9),
     "compress/vllm": (1140, 11.6),
     "quant": (5450, 12.5),
     "pruning": (3440, 11.8),
     "prompts": (520, 9.6),
-    "kernels": (3380, 13.7),
+    "kernels": (3420, 13.7),
     "evals": (4360, 11.6),
     "evals/bench": (2330, 11.4),
     "evals/experiments": (490, 12.3),
     "evals/grids": (470, 13.1),
-    "in the wheel": (30700, 11.7),
-    "without tests": (34140, 11.6),
+    "in the wheel": (30880, 11.7),
+    "without tests": (34320, 11.65),
 }
 """Folder -> most lines, most tokens per line of code (so that packing lines does not count); ``python tests/sizes.py`` prints them.
 
