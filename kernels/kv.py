@@ -4,7 +4,7 @@ States are [B, H, T, D]: rows of a batch, heads, tokens, channels. A *group* of 
 channels of one token (KIVI, arXiv 2402.02750), shares its smallest value and its span. The span is cut into ``2**bits`` equal cells and a
 value becomes the number of its cell, which stands for the middle of it. Cells at fewer bits are unions of cells at more, so the leading
 planes of a code are the code at fewer bits, bit for bit. The span is a fifteenth wider than the values, so that at 4 bits the largest and
-the smallest are middles of cells: else a token that is extreme in many channels, as separators are, would always shrink. Groups that lie
+the smallest are middles of cells: else those of every group would always shrink by half a cell. Groups that lie
 about zero anyway, channels of a token after a rotation, are *centred*: the smallest value is minus half the span, which takes a byte.
 Keys are packed less their mean (:mod:`compress.kernels.kv_mean`) and scaled (:func:`scale_for`). KIVI's own grid, whose end points are
 the group's smallest and largest value, is here as a control: its codes do not nest.
