@@ -232,7 +232,7 @@ class Prepared:
         if shape[-1] != self.columns:
             raise ValueError(f"an input of {shape[-1]} values for a layer of {self.columns}")
         count = x.numel() // self.columns
-        if count > self._most.get(dtype, FUSED_ROWS):
+        if not self.direct(x):
             return self._tiled(x)
         y = torch.empty((*shape[:-1], self.rows), dtype=torch.float32, device=x.device)
         if count == 0:
@@ -242,6 +242,10 @@ class Prepared:
         if found.calls.compress_product(self.matrix, rows.data_ptr(), count, y.data_ptr(), found.team, threads):
             raise RuntimeError("the C library had no memory, or this processor cannot run the kernels asked for")
         return y if dtype == torch.float32 else y.to(dtype)
+
+    def direct(self, x: Tensor) -> bool:
+        """Tell whether these are few enough rows of activations to multiply the planes by, in float32."""
+        return x.numel() <= self._most.get(x.dtype, FUSED_ROWS) * self.columns
 
     def products(self, count: int) -> int:
         """Count the multiplications for ``count`` rows of activations."""

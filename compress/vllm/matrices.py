@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from compress.errors import CompressError
 from compress.kernels import cpu
+from compress.kernels.bitplane import SERVED
 from compress.kernels.packing import WORD, pack_planes, unpack_planes
 from compress.quant.embedding import BitPlaneEmbedding
 from compress.quant.format import expand, join_planes
@@ -183,7 +184,7 @@ class Matrices(nn.Module):
             join({f"part.{place}": part for place, part in zip(places, self.packed().values(), strict=True)}, [places])
         self._linears = list(self.packed().values())
         self._together = _lay_together(list(self.parts))
-        self._joined: tuple[list[int], cpu.Prepared | None] | None = None
+        self._joined: tuple[list[int], list[cpu.Prepared] | None] | None = None
 
     def packed(self) -> dict[tuple[str, ...], BitPlaneLinear]:
         """Return the parts that are packed, by the names of their matrices in the checkpoint."""
@@ -203,17 +204,23 @@ class Matrices(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all products side by side: [..., K] to [..., N of all] in the dtype of ``x``."""
-        if x.device.type == "cpu" and (joined := self._at_once()) is not None:
-            return joined(x)
-        products = [part(x) for part in self.parts]
+        calls = self._calls() if x.device.type == "cpu" and x.dtype in SERVED else None
+        if calls and len(calls) > 1 and all(call.direct(x) for call in calls):
+            wide = x.to(torch.float32)  # once for all
+            return torch.cat([call(wide) for call in calls], -1).to(x.dtype)
+        products = [call(x) for call in calls or self.parts]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 
-    def _at_once(self) -> cpu.Prepared | None:
-        """Return what multiplies by all parts in one call of the C library at the bits in use, or None."""
+    def _calls(self) -> list[cpu.Prepared] | None:
+        """Return what multiplies at the bits in use past the modules, which take as long as a product: all parts in one, or each; or None."""
         bits = [part.bits for part in self._linears]
         if self._joined is None or self._joined[0] != bits:
-            able = self._together and len(set(bits)) == 1
-            self._joined = bits, _at_once(self._linears, self._together) if able else None
+            if self._together and len(set(bits)) == 1:
+                found = [_at_once(self._linears, self._together)]
+            else:
+                found = [call for part in self._linears if (call := part.prepared()) is not None]
+                found = found if len(found) == len(self.parts) else []
+            self._joined = bits, found or None
         return self._joined[1]
 
 
