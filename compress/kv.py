@@ -238,8 +238,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _learn(self, keys: Tensor, place: int) -> None:
         """Choose the mean and the scale of keys by the first group of them, [B, H, T, D], and the queries that were seen."""
-        if self.settings.centres and self.frequencies is not None:
-            self.mean = mean_for(keys, self.frequencies.to(keys.device), place, self.power)
+        turned = None if self.frequencies is None else self.frequencies.to(keys.device)
+        if self.settings.centres and turned is not None and 2 * len(turned) <= keys.shape[3]:
+            self.mean = mean_for(keys, turned, place, self.power)
             keys = keys - self.mean.at(keys.shape[2])
         if self.settings.scales:
             self.scale = scale_for(keys, self.power)

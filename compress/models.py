@@ -45,7 +45,7 @@ def rotary_frequencies(config: PretrainedConfig, layer: int) -> Tensor | None:
     kind = kinds[layer] if kinds and kinds[layer] in said else None
     own = said if kind is None else said[kind]
     theta, size, heads = own.get("rope_theta"), stated(text, "head_dim"), stated(text, "num_attention_heads")
-    if theta is None or not (size or heads):
+    if theta is None or not isinstance(size or heads, int):
         return None
     if own.get("rope_type", "default") in ROPE_INIT_FUNCTIONS:
         found: Tensor = ROPE_INIT_FUNCTIONS[own["rope_type"]](text, "cpu", layer_type=kind)[0]

@@ -33,7 +33,7 @@ BUDGETS = {
     "compress": (10980, 11.2),
     "compress/cli": (1540, 9.4),
     "compress/demo": (90, 11.9),
-    "compress/vllm": (1140, 11.6),
+    "compress/vllm": (1140, 11.7),
     "quant": (5450, 12.5),
     "pruning": (3440, 11.8),
     "prompts": (520, 9.6),
